@@ -1,0 +1,128 @@
+# Every target sets up what it needs in .venv, once, at the versions pinned in constraints.txt.
+# `make demo` and `make test` are the two commands to know; `make help` lists the rest.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip --disable-pip-version-check
+ARGS   ?=
+
+# The pin of torch is also spelled out on the command line, so that pip can never settle on another one.
+TORCH := $(shell grep '^torch==' constraints.txt)
+
+PYTHON_STAMP := $(VENV)/.stamp-python
+NATIVE_STAMP := $(VENV)/.stamp-native
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test lint bench asan tsan wheel clean distclean
+
+help:
+	@echo "make demo    train a small model, kill it, resume it, compare with torch.save"
+	@echo "make test    run the tests           (make test ARGS='-k fence -x')"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   run the benchmarks      (make bench ARGS=...)"
+	@echo "make asan    native stress program under the address and undefined-behaviour sanitizers"
+	@echo "make tsan    the same under the thread sanitizer"
+	@echo "make wheel   build a release wheel into dist/"
+	@echo "make setup   only prepare .venv      (make setup PYTHON=python3.12)"
+	@echo "make clean   remove what was built;  make distclean removes .venv too"
+
+setup: $(NATIVE_STAMP)
+
+demo: $(NATIVE_STAMP)
+	$(PY) examples/demo.py $(ARGS)
+
+test: $(NATIVE_STAMP)
+	$(PY) -m pytest $(ARGS)
+
+bench: $(NATIVE_STAMP)
+	$(PY) bench/run.py $(ARGS)
+
+lint: $(PYTHON_STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+wheel: $(PYTHON_STAMP)
+	rm -rf build/lib.* build/bdist.*
+	LAZYCKPT_BUILD=release $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+	@ls dist/*.whl
+
+clean:
+	rm -rf build dist *.egg-info ckpt/_native*.so $(NATIVE_STAMP) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	find ckpt integrations tests examples bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
+
+distclean: clean
+	rm -rf $(VENV)
+
+# ---- environment -----------------------------------------------------------------------------------------------------
+
+define CHECK_PYTHON
+command -v $(PYTHON) >/dev/null || \
+	{ echo "make: $(PYTHON) not found. Install Python 3.10 or newer, or name one: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	{ echo "make: $$($(PYTHON) --version 2>&1) is too old: Python 3.10 or newer is needed. Name one: make PYTHON=python3.12" >&2; exit 1; }; \
+$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	{ echo "make: $(PYTHON) cannot make virtual environments. Install its venv package (python3-venv on Debian)." >&2; exit 1; }
+endef
+
+define CHECK_COMPILER
+command -v $(firstword $(CXX)) >/dev/null || \
+	{ echo "make: no C++ compiler: $(firstword $(CXX)) not found. Install g++ or clang++, or name one: make CXX=clang++" >&2; exit 1; }
+endef
+
+define CHECK_PYTHON_HEADERS
+$(PY) -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_path("include"), "Python.h")))' || \
+	{ echo "make: Python.h not found. Install the development package of this Python (python3-dev on Debian)." >&2; exit 1; }
+endef
+
+# Packages, and the editable install. Setting up again with the same pins installs nothing.
+$(PYTHON_STAMP): constraints.txt pyproject.toml setup.py
+	@$(CHECK_COMPILER)
+	@if ! $(PY) -m pip --version >/dev/null 2>&1; then $(CHECK_PYTHON); echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); fi
+	@$(CHECK_PYTHON_HEADERS)
+	@echo "Installing $(TORCH) and the development tools into $(VENV) (once)"
+	$(PIP) install -q -c constraints.txt $(TORCH)
+	$(PIP) install -q -c constraints.txt setuptools wheel pybind11
+	LAZYCKPT_BUILD=dev $(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev,demo,bench]'
+	@touch $@
+
+# The native module of the editable install, as a development build.
+$(NATIVE_STAMP): $(PYTHON_STAMP) csrc $(wildcard csrc/*.cc csrc/*.h)
+	@$(CHECK_COMPILER)
+	LAZYCKPT_BUILD=dev $(PY) setup.py -q build_ext --inplace
+	@touch $@
+
+# ---- sanitizers ------------------------------------------------------------------------------------------------------
+
+# The whole core without its Python bindings, and a program that stresses it.
+STRESS_SOURCES := $(filter-out csrc/bindings.cc,$(sort $(wildcard csrc/*.cc))) $(sort $(wildcard tests/native/*.cc))
+STRESS_FLAGS   := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread \
+                  -Wall -Wextra -Werror -DLAZYCKPT_FAULT_HOOKS=1 -Icsrc -MMD -MP
+comma := ,
+
+# $(1): name, $(2): argument of -fsanitize
+define SANITIZER
+$(1)_OBJECTS := $$(STRESS_SOURCES:%.cc=build/$(1)/%.o)
+
+build/$(1)/%.o: %.cc Makefile
+	@$$(CHECK_COMPILER)
+	@mkdir -p $$(@D)
+	$$(CXX) $$(STRESS_FLAGS) -fsanitize=$(2) -c $$< -o $$@
+
+build/$(1)/stress: $$($(1)_OBJECTS)
+	$$(CXX) -fsanitize=$(2) -pthread $$^ -o $$@
+
+-include $$($(1)_OBJECTS:.o=.d)
+endef
+
+$(eval $(call SANITIZER,asan,address$(comma)undefined))
+$(eval $(call SANITIZER,tsan,thread))
+
+asan: build/asan/stress
+	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 $< $(ARGS)
+
+# The thread sanitizer wants its own parts of the address space: randomisation is switched off where that is allowed.
+tsan: build/tsan/stress
+	TSAN_OPTIONS=halt_on_error=1 $$(setarch -R true 2>/dev/null && echo setarch -R) $< $(ARGS)

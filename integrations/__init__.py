@@ -1,0 +1,6 @@
+"""Adapters between `ckpt` and the frameworks that drive training.
+
+Each adapter is a module of its own, imported by name by whoever wants it, and imports its framework itself, so that
+`import ckpt` never pulls one in. Adapters are written against the public names of `ckpt` and nothing else: what they
+can do, any user can do.
+"""
