@@ -1,0 +1,272 @@
+// The Python face of the core: (address, bytes) in, jobs out. No logic lives here.
+//
+// Lifetime contract: submit() reads kinds "copy" before it returns; the memory of kind "lazy" must stay allocated until
+// the job is captured or finished, that of kind "owned" until it is finished. The GIL is released in every call that can
+// wait.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "crc32.h"
+#include "engine.h"
+#include "error.h"
+#include "fault.h"
+#include "file.h"
+#include "torch_file.h"
+#include "verify.h"
+
+namespace py = pybind11;
+using namespace lazyckpt;
+
+namespace {
+
+// ---- Errors ------------------------------------------------------------------------------------------------------
+
+const char* class_of(ErrorKind kind) {
+  switch (kind) {
+    case ErrorKind::kStorage: return "StorageError";
+    case ErrorKind::kChanged: return "CaptureError";
+    case ErrorKind::kCorrupt: return "CorruptError";
+    case ErrorKind::kDeadline: return "DeadlineError";
+    case ErrorKind::kClosed: return "ClosedError";
+    case ErrorKind::kForked: return "ForkedError";
+    case ErrorKind::kCancelled: return "CancelledError";
+  }
+  return "CheckpointError";
+}
+
+py::object to_python(const Error& error) {
+  const py::object type = py::module_::import("ckpt.errors").attr(class_of(error.kind()));
+  if (error.kind() == ErrorKind::kStorage) return type(error.code(), error.what(), error.path());
+  const py::object exception = type(error.what());
+  if (error.kind() == ErrorKind::kChanged) exception.attr("record") = error.code();
+  return exception;
+}
+
+void translate(std::exception_ptr pointer) {
+  try {
+    if (pointer) std::rethrow_exception(pointer);
+  } catch (const Error& error) {
+    const py::object exception = to_python(error);
+    PyErr_SetObject(py::type::of(exception).ptr(), exception.ptr());
+  }
+}
+
+// Lets Python's signal handlers run during a wait (Ctrl-C); they only run on the main thread.
+void check_signals() {
+  py::gil_scoped_acquire gil;
+  if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+// ---- Engine ------------------------------------------------------------------------------------------------------
+
+// A forked child leaks its copy: threads that do not exist here cannot be joined.
+struct EngineDeleter {
+  void operator()(Engine* engine) const {
+    if (engine->forked()) return;
+    py::gil_scoped_release release;
+    delete engine;
+  }
+};
+
+Engine& usable(Engine& engine) {
+  if (engine.forked()) {
+    throw Error(ErrorKind::kForked,
+                "this checkpoint engine belongs to the parent process; a forked child must make its own Checkpointer");
+  }
+  return engine;
+}
+
+using Blobs = std::vector<std::pair<std::string, py::bytes>>;
+
+std::vector<NamedBytes> to_named(const Blobs& blobs, size_t copy_at_most) {
+  std::vector<NamedBytes> named;
+  for (const auto& [name, bytes] : blobs) {
+    const auto length = static_cast<size_t>(PyBytes_GET_SIZE(bytes.ptr()));
+    const auto* begin = reinterpret_cast<const std::byte*>(PyBytes_AS_STRING(bytes.ptr()));
+    named.push_back({name, begin, length, length > copy_at_most ? Source::kOwned : Source::kCopy});
+  }
+  return named;
+}
+
+std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, const std::vector<uint64_t>& sizes,
+                                      const py::bytes& kinds) {
+  const auto count = static_cast<size_t>(PyBytes_GET_SIZE(kinds.ptr()));
+  if (addresses.size() != sizes.size() || count != sizes.size()) {
+    throw py::value_error("addresses, sizes and kinds must have one entry for each storage");
+  }
+  const char* kind = PyBytes_AS_STRING(kinds.ptr());
+  std::vector<StorageBytes> storages;
+  storages.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (kind[i] < 0 || kind[i] > 2) throw py::value_error("a storage's kind is 0 (copy), 1 (lazy) or 2 (owned)");
+    storages.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i], static_cast<Source>(kind[i])});
+  }
+  return storages;
+}
+
+std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct, const std::string& archive,
+                            const Blobs& head, const std::vector<uintptr_t>& addresses,
+                            const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
+                            size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s) {
+  usable(engine);
+  const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds),
+                       to_named(tail, copy_at_most), uniform_alignment};
+  py::gil_scoped_release release;
+  auto target = std::make_unique<WritableFile>(path, direct);
+  ZipLayout layout;
+  FileSpec spec;
+  try {
+    spec = describe(file, target->limits(), layout);
+  } catch (...) {
+    target->discard();
+    throw;
+  }
+  return engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals);
+}
+
+// ---- Job ---------------------------------------------------------------------------------------------------------
+
+template <typename Read>
+auto locked(const Job& job, Read read) {
+  std::lock_guard<std::mutex> lock(job.monitor->mutex);
+  return read();
+}
+
+// For background threads: signals are not looked at.
+template <typename Done>
+bool wait_for(const Job& job, double timeout_s, Done done) {
+  py::gil_scoped_release release;
+  std::unique_lock<std::mutex> lock(job.monitor->mutex);
+  return job.monitor->changed.wait_for(lock, std::chrono::duration<double>(timeout_s), done);
+}
+
+py::object error_of(const Job& job) {
+  const std::optional<Error> error = locked(job, [&] { return job.error; });
+  return error ? to_python(*error) : py::none();
+}
+
+py::dict stats_of(const Job& job) {
+  const JobStats stats = locked(job, [&] { return job.stats; });
+  py::dict dict;
+  dict["bytes_total"] = stats.bytes_total;
+  dict["bytes_zero_copy"] = stats.bytes_zero_copy;
+  dict["bytes_copied_in_save"] = stats.bytes_copied_in_save;
+  dict["bytes_copied_at_fence"] = stats.bytes_copied_at_fence;
+  dict["arena_wait_s"] = stats.arena_wait_s;
+  dict["fence_s"] = stats.fence_s;
+  dict["captured_at"] = stats.captured_at;
+  dict["flushed_at"] = stats.flushed_at;
+  dict["direct_io"] = stats.direct_io;
+  return dict;
+}
+
+void bind_engine(py::module_& module) {
+  py::class_<Job, std::shared_ptr<Job>>(module, "Job")
+      .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
+      .def_property_readonly("finished", [](const Job& job) { return locked(job, [&] { return job.finished(); }); })
+      .def_property_readonly("error", error_of)
+      .def_property_readonly("stats", stats_of)
+      .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
+      .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.file_crc; }); })
+      .def("wait_captured", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.captured() || job.failed(); });
+      })
+      .def("wait_finished", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.finished(); });
+      })
+      .def("fail", [](Job& job, const std::string& why) {
+        locked(job, [&] { job.fail(Error(ErrorKind::kChanged, why, -1, job.file->path())); });
+      });
+
+  py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
+      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers) {
+             return std::unique_ptr<Engine, EngineDeleter>(new Engine({arena_bytes, chunk_bytes, writers}));
+           }),
+           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"))
+      .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
+           py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
+           py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"))
+      .def("fence", [](Engine& engine, double timeout_s) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.fence(timeout_s, check_signals);
+      })
+      .def("close", [](Engine& engine, double timeout_s) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.close(timeout_s, check_signals);
+      })
+      .def_property_readonly("in_flight", [](Engine& engine) { return usable(engine).in_flight(); })
+      .def_property_readonly("chunk_bytes", &Engine::chunk_bytes)
+      .def_property_readonly("arena_bytes", [](const Engine& engine) { return engine.arena().size(); })
+      .def_property_readonly("arena_used", [](Engine& engine) { return usable(engine).arena().used(); })
+      .def_property_readonly("arena_peak", [](Engine& engine) { return usable(engine).arena().peak(); });
+}
+
+void bind_files(py::module_& module) {
+  const auto nogil = py::call_guard<py::gil_scoped_release>();
+  module.def("write_small_file", [](const std::string& path, const py::bytes& bytes) {
+    const std::string content = bytes;
+    py::gil_scoped_release release;
+    write_small_file(path, content);
+  });
+  module.def("rename_path", &rename_path, nogil);
+  module.def("sync_directory", &sync_directory, nogil);
+  module.def("make_directory", &make_directory, nogil);
+  module.def("remove_file", &remove_file, nogil);
+  module.def("remove_directory", &remove_directory, nogil);
+  module.def("verify_torch_file", &verify_torch_file, py::arg("path"), py::arg("threads"), nogil);
+  module.def("digest_file", [](const std::string& path, int threads) {
+    FileDigest digest;
+    {
+      py::gil_scoped_release release;
+      digest = digest_file(path, threads);
+    }
+    return py::make_tuple(digest.size, digest.crc);
+  }, py::arg("path"), py::arg("threads"));
+  module.def("crc32", [](const py::buffer& buffer, uint32_t crc) {
+    const py::buffer_info view = buffer.request();
+    return crc32(crc, view.ptr, static_cast<size_t>(view.size * view.itemsize));
+  }, py::arg("bytes"), py::arg("crc") = 0);
+  module.def("crc32_table", [](const py::buffer& buffer, uint32_t crc) {
+    const py::buffer_info view = buffer.request();
+    return crc32_table(crc, view.ptr, static_cast<size_t>(view.size * view.itemsize));
+  }, py::arg("bytes"), py::arg("crc") = 0);
+  module.def("crc32_combine", &crc32_combine);
+  module.def("crc32_kernel", &crc32_kernel);
+}
+
+void bind_faults(py::module_& module) {
+  module.def("crash_point", [](const std::string& name) { fault::crash_point(name.c_str()); });
+#if LAZYCKPT_FAULT_HOOKS
+  module.def("set_fault", [](const std::string& call, const std::string& path_part, int64_t skip, int64_t count,
+                             int error, int64_t short_bytes, double delay_s) {
+    fault::add({call, path_part, skip, count, error, short_bytes, delay_s});
+  }, py::arg("call"), py::arg("path_part") = "", py::arg("skip") = 0, py::arg("count") = -1, py::arg("error") = 0,
+     py::arg("short_bytes") = -1, py::arg("delay_s") = 0.0);
+  module.def("clear_faults", [] {
+    fault::clear();
+    override_limits({0, 0});
+  });
+  module.def("set_crash_point", &fault::set_crash_point, py::arg("name"), py::arg("skip") = 0);
+  module.def("override_io_limits", [](uint32_t memory_align, uint32_t offset_align) {
+    override_limits({memory_align, offset_align});
+  });
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, module) {
+  module.doc() = "The engine of ckpt. Private: its names change without notice.";
+  py::register_exception_translator(&translate);
+  bind_engine(module);
+  bind_files(module);
+  bind_faults(module);
+}

@@ -1,0 +1,197 @@
+#include "chunk.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "crc32.h"
+
+namespace lazyckpt {
+namespace {
+
+uint64_t round_down(uint64_t value, uint64_t to) { return value / to * to; }
+uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 1, to); }
+
+uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
+
+struct Range {
+  uint64_t begin = 0, end = 0;
+  bool empty() const { return begin >= end; }
+};
+
+// The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
+Range direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
+  if (extent.kind == Source::kCopy) return {};
+  const size_t block = block_bytes(limits);
+  const Range whole{round_up(std::max(extent.offset, begin), block),
+                    round_down(std::min(end_of(extent), end), block)};
+  if (whole.empty()) return {};
+  const auto address = reinterpret_cast<uintptr_t>(extent.source) + (whole.begin - extent.offset);
+  return address % limits.memory_align == 0 ? whole : Range{};
+}
+
+void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind) {
+  if (length == 0) return;
+  if (kind == Source::kCopy) chunk.bounce_bytes += length;
+  if (kind == Source::kLazy) chunk.lazy_bytes += length;
+  chunk.segments.push_back({source, static_cast<size_t>(length), kind});
+}
+
+void add_piece(Chunk& chunk, uint32_t record, uint64_t length) {
+  if (length == 0) return;
+  if (!chunk.pieces.empty() && chunk.pieces.back().record == record) {
+    chunk.pieces.back().length += length;
+  } else {
+    chunk.pieces.push_back({record, static_cast<size_t>(length), 0});
+  }
+}
+
+// Extents [first_extent, end_extent) are set; finds segments and pieces.
+void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
+  const uint64_t begin = chunk.offset, content_end = begin + chunk.content;
+  uint64_t segment_at = begin, piece_at = begin;
+  for (size_t i = chunk.first_extent; i < chunk.end_extent; ++i) {
+    const Extent& extent = spec.extents[i];
+    const uint64_t from = std::max(extent.offset, begin), to = std::min(end_of(extent), content_end);
+    add_piece(chunk, kStructure, from - piece_at);
+    add_piece(chunk, extent.record, to - from);
+    piece_at = to;
+    const Range direct = direct_part(extent, begin, content_end, limits);
+    if (direct.empty()) continue;
+    add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
+    add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind);
+    segment_at = direct.end;
+  }
+  add_piece(chunk, kStructure, content_end - piece_at);
+  add_segment(chunk, nullptr, begin + chunk.length - segment_at, Source::kCopy);
+}
+
+// Calls visit(piece, bytes, length) for every run of memory of every piece, in file order.
+template <typename ChunkRef, typename Visit>
+void for_each_run(ChunkRef& chunk, Visit visit) {
+  size_t segment = 0, used = 0;
+  for (auto& piece : chunk.pieces) {
+    size_t left = piece.length;
+    while (left > 0) {
+      const Segment& from = chunk.segments[segment];
+      const size_t run = std::min(left, from.length - used);
+      visit(piece, from.source + used, run);
+      left -= run;
+      used += run;
+      if (used == from.length) {
+        ++segment;
+        used = 0;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+size_t block_bytes(const IoLimits& limits) { return std::max(limits.memory_align, limits.offset_align); }
+
+std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes) {
+  std::vector<Chunk> chunks;
+  const uint64_t padded_end = round_up(spec.size, block_bytes(limits));
+  chunks.reserve(static_cast<size_t>((padded_end + chunk_bytes - 1) / chunk_bytes));
+  size_t extent = 0, field = 0;
+  for (uint64_t begin = 0; begin < padded_end; begin += chunk_bytes) {
+    Chunk chunk;
+    chunk.offset = begin;
+    chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, padded_end - begin));
+    const uint64_t end = begin + chunk.length;
+    chunk.content = static_cast<size_t>(std::min(end, spec.size) - begin);
+    while (extent < spec.extents.size() && end_of(spec.extents[extent]) <= begin) ++extent;
+    chunk.first_extent = chunk.end_extent = extent;
+    while (chunk.end_extent < spec.extents.size() && spec.extents[chunk.end_extent].offset < end) ++chunk.end_extent;
+    while (field < spec.crc_fields.size() && spec.crc_fields[field].offset + sizeof(uint32_t) <= begin) ++field;
+    chunk.first_field = chunk.end_field = field;
+    while (chunk.end_field < spec.crc_fields.size() && spec.crc_fields[chunk.end_field].offset < end) ++chunk.end_field;
+    describe(chunk, spec, limits);
+    chunks.push_back(std::move(chunk));
+  }
+  return chunks;
+}
+
+void fill_bounce(Chunk& chunk, const FileSpec& spec) {
+  std::byte* to = chunk.bounce.begin();
+  uint64_t at = chunk.offset;
+  size_t index = chunk.first_extent;
+  for (Segment& segment : chunk.segments) {
+    const uint64_t end = at + segment.length;
+    if (segment.kind == Source::kCopy) {
+      segment.source = to;
+      uint64_t cursor = at;
+      for (size_t i = index; i < chunk.end_extent && spec.extents[i].offset < end; ++i) {
+        const Extent& extent = spec.extents[i];
+        const uint64_t from = std::max(extent.offset, at), until = std::min(end_of(extent), end);
+        if (from >= until) continue;
+        std::memset(to + (cursor - at), 0, from - cursor);
+        std::memcpy(to + (from - at), extent.source + (from - extent.offset), until - from);
+        cursor = until;
+      }
+      std::memset(to + (cursor - at), 0, end - cursor);
+      to += segment.length;
+    }
+    at = end;
+    while (index < chunk.end_extent && end_of(spec.extents[index]) <= at) ++index;
+  }
+}
+
+void stage_lazy(Chunk& chunk, Span span) {
+  std::byte* to = span.begin();
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind != Source::kLazy) continue;
+    std::memcpy(to, segment.source, segment.length);
+    segment.source = to;
+    segment.kind = Source::kCopy;
+    to += segment.length;
+  }
+  chunk.staged = std::move(span);
+}
+
+void checksum_pieces(Chunk& chunk, bool of_records) {
+  for (Piece& piece : chunk.pieces) {
+    if ((piece.record != kStructure) == of_records) piece.crc = 0;
+  }
+  for_each_run(chunk, [&](Piece& piece, const std::byte* bytes, size_t length) {
+    if ((piece.record != kStructure) == of_records) piece.crc = crc32(piece.crc, bytes, length);
+  });
+}
+
+uint32_t find_changed(const Chunk& chunk) {
+  const Piece* current = nullptr;
+  uint32_t crc = 0, changed = kStructure;
+  const auto close = [&] {
+    if (current != nullptr && current->record != kStructure && crc != current->crc && changed == kStructure) {
+      changed = current->record;
+    }
+  };
+  for_each_run(chunk, [&](const Piece& piece, const std::byte* bytes, size_t length) {
+    if (&piece != current) {
+      close();
+      current = &piece;
+      crc = 0;
+    }
+    if (piece.record != kStructure) crc = crc32(crc, bytes, length);
+  });
+  close();
+  return changed;
+}
+
+void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs) {
+  size_t segment = 0;
+  uint64_t segment_at = chunk.offset;
+  for (size_t i = chunk.first_field; i < chunk.end_field; ++i) {
+    const CrcField& field = spec.crc_fields[i];
+    for (uint64_t byte = 0; byte < sizeof(uint32_t); ++byte) {
+      const uint64_t at = field.offset + byte;  // a field may straddle two chunks: each fills in its part
+      if (at < chunk.offset || at >= chunk.offset + chunk.length) continue;
+      while (at >= segment_at + chunk.segments[segment].length) segment_at += chunk.segments[segment++].length;
+      const std::byte* place = chunk.segments[segment].source + (at - segment_at);
+      chunk.bounce.begin()[place - chunk.bounce.begin()] = static_cast<std::byte>(record_crcs[field.record] >> (8 * byte));
+    }
+  }
+}
+
+}  // namespace lazyckpt

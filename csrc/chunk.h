@@ -1,0 +1,99 @@
+// From extents to chunks: how the bytes of one file are cut into the units that writers claim, and which of them leave
+// straight from where they lie. Pure bookkeeping: no locks, no threads, no system calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "arena.h"
+#include "file.h"
+#include "zip_layout.h"
+
+namespace lazyckpt {
+
+// What may happen to an extent's bytes, and so when they must have been read.
+enum class Source : uint8_t {
+  kCopy,   // may change as soon as submit() returns: copied to the arena before
+  kLazy,   // may change after the next fence: written in place until then, copied to the arena by the fence
+  kOwned,  // never changes: written in place at any time
+};
+
+constexpr uint32_t kStructure = std::numeric_limits<uint32_t>::max();  // an extent or piece that belongs to no record
+
+struct Extent {
+  const std::byte* source = nullptr;
+  uint64_t length = 0;
+  uint64_t offset = 0;  // in the file
+  Source kind = Source::kCopy;
+  uint32_t record = kStructure;
+};
+
+struct FileSpec {
+  std::vector<Extent> extents;       // ascending by offset, disjoint, none empty
+  std::vector<CrcField> crc_fields;  // ascending; they lie in kCopy extents behind the end of their record
+  size_t record_count = 0;
+  uint64_t size = 0;
+};
+
+// A run of bytes in memory, part of a chunk. kCopy: in the chunk's own span of the arena.
+struct Segment {
+  const std::byte* source = nullptr;
+  size_t length = 0;
+  Source kind = Source::kCopy;
+};
+
+// A run of bytes of one record (or of the structure), for the checksums.
+struct Piece {
+  uint32_t record = kStructure;
+  size_t length = 0;
+  uint32_t crc = 0;
+};
+
+enum class ChunkState : uint8_t {
+  kUnpublished,  // save() still copies into it
+  kPending,      // may be claimed; its lazy bytes are still in the tensors
+  kStaging,      // the fence copies its lazy bytes
+  kWriting,      // a writer has it
+  kDone,         // on disk, or dropped because its job failed
+};
+
+struct Chunk {
+  uint64_t offset = 0;  // in the file; a multiple of the chunk size
+  size_t length = 0;    // bytes to write: whole blocks
+  size_t content = 0;   // bytes of the file proper; less than `length` only at the very end
+  size_t first_extent = 0, end_extent = 0;
+  size_t first_field = 0, end_field = 0;
+  size_t bounce_bytes = 0;
+  size_t lazy_bytes = 0;  // still to be captured
+  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
+  Span bounce;  // holds the kCopy segments
+  Span staged;  // holds what the fence copied
+  ChunkState state = ChunkState::kUnpublished;
+  uint32_t crc = 0;  // of `content` bytes, once written
+};
+
+// The unit that must not be split: both limits are powers of two.
+size_t block_bytes(const IoLimits& limits);
+
+std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes);
+
+// Copies all that must leave the caller's memory at once into chunk.bounce, which must be allocated.
+void fill_bounce(Chunk& chunk, const FileSpec& spec);
+
+// Copies the lazy segments into `span` and lets them point there.
+void stage_lazy(Chunk& chunk, Span span);
+
+// CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
+void checksum_pieces(Chunk& chunk, bool of_records);
+
+// The record of the first record piece whose bytes no longer have the checksum that checksum_pieces() found;
+// kStructure if there is none.
+uint32_t find_changed(const Chunk& chunk);
+
+// Writes the CRC-32 fields that lie in the chunk; `record_crcs` must be final for their records.
+void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs);
+
+}  // namespace lazyckpt

@@ -1,0 +1,421 @@
+#include "engine.h"
+
+#include <pthread.h>
+#include <signal.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "crc32.h"
+#include "fault.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr size_t kSmallestChunk = size_t{64} << 10;
+constexpr size_t kTouchStep = size_t{16} << 20;
+constexpr double kInterruptIntervalS = 0.1;
+
+size_t fit_chunk(const EngineOptions& options) {
+  size_t chunk = std::max(options.chunk_bytes, kSmallestChunk);
+  while (chunk > kSmallestChunk && chunk > options.arena_bytes / 4) chunk /= 2;
+  return chunk;
+}
+
+// Python's signal handlers run on its main thread; ours must never be picked for delivery.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
+Error deadline_error(const Job& job, const std::string& what, double waited_s) {
+  return Error(ErrorKind::kDeadline,
+               what + " for '" + job.file->path() + "' did not happen within " + std::to_string(waited_s) +
+                   " s; the storage is too slow or hangs: raise the timeout, enlarge arena_bytes, or save less often",
+               0, job.file->path());
+}
+
+std::vector<iovec> to_iovecs(const Chunk& chunk) {
+  std::vector<iovec> pieces;
+  pieces.reserve(chunk.segments.size());
+  for (const Segment& segment : chunk.segments) {
+    auto* base = const_cast<std::byte*>(segment.source);  // iovec has no const; a write only reads
+    if (!pieces.empty() && static_cast<std::byte*>(pieces.back().iov_base) + pieces.back().iov_len == base) {
+      pieces.back().iov_len += segment.length;
+    } else {
+      pieces.push_back({base, segment.length});
+    }
+  }
+  return pieces;
+}
+
+uint64_t zero_copy_bytes(const Chunk& chunk) {
+  uint64_t bytes = 0;
+  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
+  return bytes;
+}
+
+Error changed_error(const Job& job, uint32_t record) {
+  return Error(ErrorKind::kChanged, "the bytes of record " + std::to_string(record) + " changed before they were captured",
+               static_cast<int>(record), job.file->path());
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
+      monitor_(std::make_shared<Monitor>()) {
+  try {
+    start_threads(std::max(options.writers, 1));
+  } catch (const std::system_error& error) {
+    stop_threads();
+    throw Error(ErrorKind::kStorage, std::string("cannot start the writer threads: ") + error.what() +
+                                         "; raise the limit of processes (ulimit -u)", error.code().value());
+  }
+}
+
+Engine::~Engine() { stop_threads(); }
+
+void Engine::start_threads(int writers) {
+  const SignalsBlocked blocked;
+  for (int i = 0; i < writers; ++i) {
+    threads_.emplace_back([this] { write_jobs(); });
+    pthread_setname_np(threads_.back().native_handle(), ("ckpt-writer-" + std::to_string(i)).c_str());
+  }
+  threads_.emplace_back([this] { touch_arena(); });
+  pthread_setname_np(threads_.back().native_handle(), "ckpt-touch");
+}
+
+void Engine::stop_threads() {
+  {
+    Lock lock(monitor_->mutex);
+    closed_ = stop_ = true;
+    for (const auto& job : jobs_) {
+      job->submitted = true;
+      job->fail(Error(ErrorKind::kClosed, "the engine was closed before '" + job->file->path() + "' was durable"));
+    }
+    monitor_->changed.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+}
+
+bool Engine::forked() const { return ::getpid() != owner_; }
+
+size_t Engine::in_flight() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return jobs_.size();
+}
+
+// Waits until done() or the deadline; true if done. Gives the caller's interrupt a chance a few times a second.
+template <typename Done>
+bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, Done done) {
+  double next_look = monotonic_seconds() + kInterruptIntervalS;
+  while (!done()) {
+    const double now = monotonic_seconds();
+    if (now >= deadline) return false;
+    if (interrupt && now >= next_look) {
+      lock.unlock();
+      interrupt();
+      lock.lock();
+      next_look = now + kInterruptIntervalS;
+      continue;
+    }
+    monitor_->changed.wait_for(lock, std::chrono::duration<double>(std::min(deadline, next_look) - now));
+  }
+  return true;
+}
+
+// ---- The caller's side -------------------------------------------------------------------------------------------
+
+std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
+                                    const Interrupt& interrupt) {
+  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify);
+  Lock lock(monitor_->mutex);
+  if (closed_) {
+    job->file->discard();
+    throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
+  }
+  jobs_.push_back(job);
+  ++job->active;
+  monitor_->changed.notify_all();
+  try {
+    publish_chunks(lock, *job, monotonic_seconds() + timeout_s, interrupt);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    job->fail(Error(ErrorKind::kCancelled, "the save to '" + job->file->path() + "' was interrupted"));
+    --job->active;
+    job->submitted = true;
+    monitor_->changed.notify_all();
+    throw;
+  }
+  --job->active;
+  job->submitted = true;
+  job->note_captured();
+  monitor_->changed.notify_all();
+  return job;
+}
+
+void Engine::publish_chunks(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
+  for (Chunk& chunk : job.chunks) {
+    if (chunk.bounce_bytes > 0) {
+      chunk.bounce = allocate(lock, job, chunk.bounce_bytes, deadline, interrupt, [] { return true; });
+    }
+    if (job.failed()) return;
+    job.stats.bytes_copied_in_save += chunk.bounce_bytes;
+    lock.unlock();
+    if (chunk.bounce_bytes > 0) fill_bounce(chunk, job.spec);
+    if (job.verify) checksum_pieces(chunk, true);
+    lock.lock();
+    if (job.failed()) {
+      chunk.bounce.reset();
+      return;
+    }
+    chunk.state = ChunkState::kPending;
+    ++job.published;
+    monitor_->changed.notify_all();
+  }
+}
+
+// A span for the job, or an invalid one if it failed or still_wanted() turned false while waiting; fails the job at the
+// deadline. The time spent waiting is back-pressure and is counted.
+Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
+                      const std::function<bool()>& still_wanted) {
+  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
+  Span span = arena_.try_allocate(bytes, align);
+  if (span.valid()) return span;
+  const double begin = monotonic_seconds();
+  const bool in_time = wait(lock, deadline, interrupt, [&] {
+    if (job.failed() || !still_wanted()) return true;
+    span = arena_.try_allocate(bytes, align);
+    return span.valid();
+  });
+  job.stats.arena_wait_s += monotonic_seconds() - begin;
+  if (!in_time) job.fail(deadline_error(job, "room in the arena", monotonic_seconds() - begin));
+  if (job.failed()) span.reset();
+  return span;
+}
+
+void Engine::fence(double timeout_s, const Interrupt& interrupt) {
+  Lock lock(monitor_->mutex);
+  const double deadline = monotonic_seconds() + timeout_s;
+  const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
+  for (const auto& job : targets) {
+    if (job->captured()) continue;
+    const double begin = monotonic_seconds();
+    ++job->active;  // so that it cannot finish, and its chunks stay, while we look at them
+    try {
+      capture(lock, *job, deadline, interrupt);
+    } catch (...) {
+      if (!lock.owns_lock()) lock.lock();
+      --job->active;
+      monitor_->changed.notify_all();
+      throw;
+    }
+    --job->active;
+    job->stats.fence_s += monotonic_seconds() - begin;
+    monitor_->changed.notify_all();
+  }
+}
+
+// From the last chunk backwards, while the writers come forward: where they meet, all is captured.
+void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
+  const double begin = monotonic_seconds();
+  bool in_time = wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
+  for (size_t index = job.chunks.size(); in_time && index-- > job.next && !job.failed();) {
+    Chunk& chunk = job.chunks[index];
+    const auto uncaptured = [&] { return chunk.state == ChunkState::kPending && chunk.lazy_bytes > 0; };
+    if (!uncaptured()) continue;
+    Span span = allocate(lock, job, chunk.lazy_bytes, deadline, interrupt, uncaptured);
+    if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
+  }
+  in_time = in_time && wait(lock, deadline, interrupt, [&] { return job.captured() || job.failed(); });
+  if (!in_time) job.fail(deadline_error(job, "the capture at the fence", monotonic_seconds() - begin));
+}
+
+void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
+  chunk.state = ChunkState::kStaging;
+  ++job.active;
+  lock.unlock();
+  stage_lazy(chunk, std::move(span));
+  lock.lock();
+  --job.active;
+  if (job.failed()) {
+    chunk.state = ChunkState::kDone;
+    chunk.bounce.reset();
+    chunk.staged.reset();
+  } else {
+    chunk.state = ChunkState::kPending;
+    job.stats.bytes_copied_at_fence += std::exchange(chunk.lazy_bytes, 0);
+    --job.uncaptured;
+    job.note_captured();
+  }
+  monitor_->changed.notify_all();
+}
+
+void Engine::close(double timeout_s, const Interrupt& interrupt) {
+  Lock lock(monitor_->mutex);
+  closed_ = true;
+  const double deadline = monotonic_seconds() + timeout_s;
+  if (wait(lock, deadline, interrupt, [&] { return jobs_.empty(); })) return;
+  for (const auto& job : jobs_) job->fail(deadline_error(*job, "the flush", timeout_s));
+}
+
+// ---- The writers' side -------------------------------------------------------------------------------------------
+
+void Engine::touch_arena() {
+  for (size_t from = 0; from < arena_.size(); from += kTouchStep) {
+    {
+      std::lock_guard<std::mutex> lock(monitor_->mutex);
+      if (stop_) return;
+    }
+    arena_.touch(from, kTouchStep);
+  }
+}
+
+void Engine::write_jobs() {
+  Lock lock(monitor_->mutex);
+  for (;;) {
+    Claim claim{Task::kWrite, nullptr, 0};
+    monitor_->changed.wait(lock, [&] { return try_claim(claim) || (stop_ && jobs_.empty()); });
+    if (claim.job == nullptr) return;
+    lock.unlock();
+    try {
+      switch (claim.task) {
+        case Task::kPrepare: prepare(*claim.job); break;
+        case Task::kWrite: write_chunk(*claim.job, claim.chunk); break;
+        case Task::kFinish: finish(claim.job); break;
+      }
+      lock.lock();
+    } catch (const Error& error) {
+      lock.lock();
+      claim.job->fail(error);
+    } catch (const std::exception& error) {
+      lock.lock();
+      claim.job->fail(Error(ErrorKind::kStorage, std::string("writing '") + claim.job->file->path() + "': " + error.what()));
+    }
+    --claim.job->active;
+    monitor_->changed.notify_all();
+  }
+}
+
+// The oldest job first: its file becomes durable soonest, and its spans come back soonest.
+bool Engine::try_claim(Claim& claim) {
+  for (const auto& job : jobs_) {
+    const bool idle = job->active == 0 && job->submitted;
+    if (job->phase == Phase::kFinishing) continue;
+    if (job->failed()) {
+      if (!idle) continue;
+      job->phase = Phase::kFinishing;
+      claim = {Task::kFinish, job, 0};
+    } else if (job->phase == Phase::kNew) {
+      job->phase = Phase::kPreparing;
+      claim = {Task::kPrepare, job, 0};
+    } else if (job->phase == Phase::kWriting && job->next < job->published &&
+               job->chunks[job->next].state == ChunkState::kPending) {
+      job->chunks[job->next].state = ChunkState::kWriting;
+      claim = {Task::kWrite, job, job->next++};
+    } else if (idle && job->done == job->chunks.size()) {
+      job->phase = Phase::kFinishing;
+      claim = {Task::kFinish, job, 0};
+    } else {
+      continue;
+    }
+    ++job->active;
+    return true;
+  }
+  return false;
+}
+
+void Engine::prepare(Job& job) {
+  job.file->preallocate(job.spec.size);
+  fault::crash_point("preallocated");
+  Lock lock(monitor_->mutex);
+  job.phase = Phase::kWriting;
+}
+
+void Engine::write_chunk(Job& job, size_t index) {
+  Chunk& chunk = job.chunks[index];
+  if (job.verify) {
+    if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
+  } else {
+    checksum_pieces(chunk, true);
+  }
+  job.crcs.add(job.chunks, index);
+  if (chunk.first_field < chunk.end_field) {
+    if (!job.crcs.wait_for(index)) return;
+    fill_crc_fields(chunk, job.spec, job.crcs.record_crcs());
+  }
+  checksum_pieces(chunk, false);
+  for (const Piece& piece : chunk.pieces) chunk.crc = crc32_combine(chunk.crc, piece.crc, piece.length);
+  std::vector<iovec> pieces = to_iovecs(chunk);
+  job.file->write_at(pieces, chunk.offset);
+  if (job.verify && chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
+    if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
+  }
+  fault::crash_point("chunk-written");
+  const uint64_t zero_copy = zero_copy_bytes(chunk);
+  Lock lock(monitor_->mutex);
+  account_written(job, chunk, zero_copy);
+}
+
+void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
+  chunk.state = ChunkState::kDone;
+  chunk.bounce.reset();
+  chunk.staged.reset();
+  ++job.done;
+  job.stats.bytes_zero_copy += zero_copy;
+  if (job.failed() || chunk.lazy_bytes == 0) return;
+  chunk.lazy_bytes = 0;
+  --job.uncaptured;
+  job.note_captured();
+}
+
+// Every path to here has active == 1: nobody else touches the file any more.
+void Engine::finish(const std::shared_ptr<Job>& job) {
+  bool failed = false;
+  {
+    Lock lock(monitor_->mutex);
+    failed = job->failed();
+  }
+  if (!failed) {
+    try {
+      fault::crash_point("chunks-written");
+      job->file->finish(job->spec.size);
+      fault::crash_point("data-durable");
+    } catch (const Error& error) {
+      Lock lock(monitor_->mutex);
+      job->fail(error);
+      failed = true;
+    }
+  }
+  if (failed) job->file->discard();
+  uint32_t crc = 0;
+  for (const Chunk& chunk : job->chunks) crc = crc32_combine(crc, chunk.crc, chunk.content);
+  Lock lock(monitor_->mutex);
+  for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed
+    chunk.bounce.reset();
+    chunk.staged.reset();
+  }
+  job->stats.direct_io = job->file->wrote_direct();
+  job->file_crc = crc;
+  job->phase = Phase::kFinished;
+  job->chunks.clear();
+  if (!failed) job->stats.flushed_at = monotonic_seconds();
+  jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,35 @@
+// The one error type of the core. A job keeps the first one it meets and every later call on that job rethrows it.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+namespace lazyckpt {
+
+enum class ErrorKind {
+  kStorage,    // a storage system call failed; code() is its errno, path() the file
+  kChanged,    // checksum mode saw bytes change between save() and their capture; code() is the record's index
+  kCorrupt,    // a file does not hold what its directory promises
+  kDeadline,   // a wait outran its deadline
+  kClosed,     // the engine was closed
+  kForked,     // the engine belongs to the parent of this process
+  kCancelled,  // the caller gave the job up
+};
+
+class Error : public std::runtime_error {
+ public:
+  Error(ErrorKind kind, const std::string& message, int code = 0, std::string path = {})
+      : std::runtime_error(message), kind_(kind), code_(code), path_(std::move(path)) {}
+
+  ErrorKind kind() const { return kind_; }
+  int code() const { return code_; }
+  const std::string& path() const { return path_; }
+
+ private:
+  ErrorKind kind_;
+  int code_;
+  std::string path_;
+};
+
+}  // namespace lazyckpt

@@ -1,0 +1,307 @@
+#include "file.h"
+
+#include <fcntl.h>
+#include <linux/magic.h>
+#include <sys/stat.h>
+#include <sys/vfs.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <climits>
+#include <cstring>
+#include <utility>
+
+#include "error.h"
+#include "fault.h"
+
+namespace lazyckpt {
+namespace {
+
+// Asked for where the kernel does not tell (before Linux 6.1, some network file systems): a page satisfies all known
+// devices, and a refusal at the first write still falls back to the page cache.
+constexpr uint32_t kAssumedAlign = 4096;
+// A larger alignment costs more in padding and bouncing than direct I/O gives; it also outgrows the zip's padding field.
+constexpr uint32_t kLargestAlign = 32768;
+// Short writes in a row that complete no block before the file is given up.
+constexpr int kMostStalls = 8;
+constexpr mode_t kFileMode = 0666;  // the umask decides
+constexpr mode_t kDirectoryMode = 0777;
+
+const char* remedy(int error) {
+  switch (error) {
+    case ENOSPC: return "; free space there, keep fewer checkpoints, or save elsewhere";
+    case EDQUOT: return "; the disk quota is used up: free space, raise it, or save elsewhere";
+    case EIO: return "; the device or the file server failed: look at the kernel log, and save elsewhere";
+    case EROFS: return "; the file system is mounted read-only";
+    case EACCES:
+    case EPERM: return "; check the permissions of the directory and the user that runs the job";
+    case ENOENT: return "; was a directory of the path removed?";
+    case EMFILE:
+    case ENFILE: return "; too many open files: raise the limit (ulimit -n)";
+    default: return "";
+  }
+}
+
+[[noreturn]] void fail(const char* call, const std::string& path, int error, int64_t offset = -1) {
+  std::string text = std::string(call) + " failed on '" + path + "'";
+  if (offset >= 0) text += " at offset " + std::to_string(offset);
+  text += ": ";
+  text += std::strerror(error);
+  throw Error(ErrorKind::kStorage, text + remedy(error), error, path);
+}
+
+// Runs one system call behind its fault hook; EINTR is continued. `system_call` returns -1 and sets errno on failure.
+template <typename Call>
+auto invoke(const char* name, const std::string& path, Call system_call) -> decltype(system_call()) {
+  for (;;) {
+    const fault::Verdict verdict = fault::consult(name, path);
+    if (verdict.error != 0) {
+      errno = verdict.error;
+    } else {
+      const auto result = system_call();
+      if (result >= 0) return result;
+    }
+    if (errno != EINTR) return -1;
+  }
+}
+
+int open_file(const std::string& path, int flags) {
+  return invoke("open", path, [&] { return ::open(path.c_str(), flags | O_CLOEXEC, kFileMode); });
+}
+
+// Descriptors are closed once whatever close() says: on Linux the number is free even after an error.
+void close_file(Descriptor& fd, const std::string& path) {
+  const fault::Verdict verdict = fault::consult("close", path);
+  int error = ::close(fd.release()) < 0 ? errno : 0;
+  if (verdict.error != 0) error = verdict.error;
+  if (error != 0 && error != EINTR) fail("close", path, error);
+}
+
+void write_all(int fd, const std::string& path, const std::string& bytes) {
+  size_t done = 0;
+  while (done < bytes.size()) {
+    const ssize_t written =
+        invoke("write", path, [&] { return ::write(fd, bytes.data() + done, bytes.size() - done); });
+    if (written < 0) fail("write", path, errno, static_cast<int64_t>(done));
+    done += static_cast<size_t>(written);
+  }
+}
+
+std::string parent_of(const std::string& path) {
+  const size_t slash = path.find_last_of('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+bool is_memory_file_system(int fd) {
+  struct statfs stat {};
+  if (::fstatfs(fd, &stat) != 0) return false;
+  return stat.f_type == TMPFS_MAGIC || stat.f_type == RAMFS_MAGIC;
+}
+
+#if LAZYCKPT_FAULT_HOOKS
+IoLimits overridden{0, 0};
+#endif
+
+IoLimits ask_limits(int fd) {
+#if LAZYCKPT_FAULT_HOOKS
+  if (overridden.offset_align != 0) return overridden;
+#endif
+#ifdef STATX_DIOALIGN
+  struct statx stat {};
+  if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stat) == 0 && (stat.stx_mask & STATX_DIOALIGN) != 0) {
+    if (stat.stx_dio_offset_align == 0) return {};  // no direct I/O on this file
+    return {stat.stx_dio_mem_align, stat.stx_dio_offset_align};
+  }
+#endif
+  if (is_memory_file_system(fd)) return {};
+  return {kAssumedAlign, kAssumedAlign};
+}
+
+// Drops the first `bytes` from the front of `pieces[first..]`; returns the new first.
+size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {
+  while (first < pieces.size() && bytes >= pieces[first].iov_len) bytes -= pieces[first++].iov_len;
+  if (bytes > 0) {
+    pieces[first].iov_base = static_cast<char*>(pieces[first].iov_base) + bytes;
+    pieces[first].iov_len -= bytes;
+  }
+  return first;
+}
+
+}  // namespace
+
+#if LAZYCKPT_FAULT_HOOKS
+void override_limits(IoLimits limits) { overridden = limits; }
+#endif
+
+// ---- Descriptor --------------------------------------------------------------------------------------------------
+
+Descriptor& Descriptor::operator=(Descriptor&& other) noexcept {
+  if (this != &other) {
+    if (valid()) ::close(fd_);
+    fd_ = other.release();
+  }
+  return *this;
+}
+
+Descriptor::~Descriptor() {
+  if (valid()) ::close(fd_);
+}
+
+int Descriptor::release() { return std::exchange(fd_, -1); }
+
+// ---- WritableFile ------------------------------------------------------------------------------------------------
+
+WritableFile::WritableFile(std::string path, bool direct) : path_(std::move(path)) {
+  const int flags = O_WRONLY | O_CREAT | O_EXCL;
+  fd_ = Descriptor(open_file(path_, flags));
+  if (!fd_.valid()) fail("open", path_, errno);
+  if (direct) find_limits(direct);
+}
+
+// Direct I/O is switched on after the open: a file system that refuses the flag then still leaves us a good descriptor.
+void WritableFile::find_limits(bool direct) {
+  const IoLimits asked = ask_limits(fd_.get());
+  if (!direct || !asked.direct()) return;
+  if (std::max(asked.memory_align, asked.offset_align) > kLargestAlign) return;
+  const int set = invoke("fcntl", path_, [&] { return ::fcntl(fd_.get(), F_SETFL, O_DIRECT); });
+  if (set == 0) limits_ = asked;
+}
+
+// The kernel may grant O_DIRECT and refuse the write (some FUSE and stacked file systems): go on through the page cache.
+void WritableFile::fall_back(int error, uint64_t offset) {
+  if (::fcntl(fd_.get(), F_SETFL, 0) != 0) fail("pwritev", path_, error, static_cast<int64_t>(offset));
+  fell_back_ = true;
+}
+
+void WritableFile::preallocate(uint64_t bytes) {
+  const auto length = static_cast<off_t>(bytes);
+  if (invoke("fallocate", path_, [&] { return ::fallocate(fd_.get(), 0, 0, length); }) == 0) return;
+  if (errno != EOPNOTSUPP && errno != ENOSYS) fail("fallocate", path_, errno);
+  // No reservation on this file system: at least the end of the file stands still.
+  if (invoke("ftruncate", path_, [&] { return ::ftruncate(fd_.get(), length); }) != 0) fail("ftruncate", path_, errno);
+}
+
+void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
+  const uint64_t begin = offset;
+  size_t first = 0;
+  int stalls = 0;
+  while (first < pieces.size()) {
+    const int count = static_cast<int>(std::min<size_t>(pieces.size() - first, IOV_MAX));
+    const fault::Verdict verdict = fault::consult("pwritev", path_);
+    ssize_t written = -1;
+    if (verdict.error != 0) {
+      errno = verdict.error;
+    } else if (verdict.short_bytes >= 0) {
+      iovec head = pieces[first];
+      head.iov_len = std::min<size_t>(head.iov_len, static_cast<size_t>(verdict.short_bytes));
+      written = ::pwritev(fd_.get(), &head, 1, static_cast<off_t>(offset));
+    } else {
+      written = ::pwritev(fd_.get(), &pieces[first], count, static_cast<off_t>(offset));
+    }
+    if (written < 0) {
+      if (errno == EINTR) continue;
+      if (errno != EINVAL || !wrote_direct()) fail("pwritev", path_, errno, static_cast<int64_t>(offset));
+      fall_back(errno, offset);
+      continue;
+    }
+    // A short direct write may stop inside a block; the rest must start on one.
+    const size_t block = wrote_direct() ? limits_.offset_align : 1;
+    const size_t usable = static_cast<size_t>(written) / block * block;
+    if (usable == 0 && ++stalls > kMostStalls) fail("pwritev", path_, EIO, static_cast<int64_t>(offset));
+    first = consume(pieces, first, usable);
+    offset += usable;
+  }
+  // Through the page cache: start the transfer now, so that the final sync does not find everything still to do.
+  if (!wrote_direct()) {
+    ::sync_file_range(fd_.get(), static_cast<off_t>(begin), static_cast<off_t>(offset - begin), SYNC_FILE_RANGE_WRITE);
+  }
+}
+
+void WritableFile::finish(uint64_t bytes) {
+  const auto length = static_cast<off_t>(bytes);
+  if (invoke("ftruncate", path_, [&] { return ::ftruncate(fd_.get(), length); }) != 0) fail("ftruncate", path_, errno);
+  if (invoke("fdatasync", path_, [&] { return ::fdatasync(fd_.get()); }) != 0) fail("fdatasync", path_, errno);
+  close_file(fd_, path_);
+}
+
+void WritableFile::discard() noexcept {
+  fd_ = Descriptor();
+  ::unlink(path_.c_str());
+}
+
+// ---- ReadableFile ------------------------------------------------------------------------------------------------
+
+ReadableFile::ReadableFile(const std::string& path) : path_(path), fd_(open_file(path, O_RDONLY)) {
+  if (!fd_.valid()) fail("open", path_, errno);
+  struct stat stat {};
+  if (invoke("fstat", path_, [&] { return ::fstat(fd_.get(), &stat); }) != 0) fail("fstat", path_, errno);
+  size_ = static_cast<uint64_t>(stat.st_size);
+}
+
+void ReadableFile::read_at(void* to, size_t bytes, uint64_t offset) const {
+  auto* at = static_cast<char*>(to);
+  while (bytes > 0) {
+    const ssize_t got = invoke("pread", path_, [&] { return ::pread(fd_.get(), at, bytes, static_cast<off_t>(offset)); });
+    if (got < 0) fail("pread", path_, errno, static_cast<int64_t>(offset));
+    if (got == 0) {
+      throw Error(ErrorKind::kCorrupt, "'" + path_ + "' ends at byte " + std::to_string(offset) +
+                                           ", inside a record: the file is truncated");
+    }
+    at += got;
+    offset += static_cast<uint64_t>(got);
+    bytes -= static_cast<size_t>(got);
+  }
+}
+
+// ---- Publishing --------------------------------------------------------------------------------------------------
+
+void write_small_file(const std::string& path, const std::string& bytes) {
+  Descriptor fd(open_file(path, O_WRONLY | O_CREAT | O_TRUNC));
+  if (!fd.valid()) fail("open", path, errno);
+  write_all(fd.get(), path, bytes);
+  if (invoke("fsync", path, [&] { return ::fsync(fd.get()); }) != 0) fail("fsync", path, errno);
+  close_file(fd, path);
+}
+
+void rename_path(const std::string& from, const std::string& to) {
+  if (invoke("rename", to, [&] { return ::rename(from.c_str(), to.c_str()); }) != 0) fail("rename", to, errno);
+}
+
+void sync_directory(const std::string& path) {
+  Descriptor fd(open_file(path, O_RDONLY | O_DIRECTORY));
+  if (!fd.valid()) fail("open", path, errno);
+  const int done = invoke("fsync", path, [&] { return ::fsync(fd.get()); });
+  // Some network file systems have no directory fsync and say EINVAL; there a rename is durable by itself.
+  if (done != 0 && errno != EINVAL) fail("fsync", path, errno);
+}
+
+void make_directory(const std::string& path) {
+  if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) == 0) {
+    sync_directory(parent_of(path));
+    return;
+  }
+  const int error = errno;
+  struct stat stat {};
+  if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return;
+  const std::string parent = parent_of(path);
+  if (error != ENOENT || parent == path) fail("mkdir", path, error);
+  make_directory(parent);
+  if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0 && errno != EEXIST) {
+    fail("mkdir", path, errno);
+  }
+  sync_directory(parent);
+}
+
+void remove_file(const std::string& path) {
+  const int done = invoke("unlink", path, [&] { return ::unlink(path.c_str()); });
+  if (done != 0 && errno != ENOENT) fail("unlink", path, errno);
+}
+
+void remove_directory(const std::string& path) {
+  const int done = invoke("rmdir", path, [&] { return ::rmdir(path.c_str()); });
+  if (done != 0 && errno != ENOENT) fail("rmdir", path, errno);
+}
+
+}  // namespace lazyckpt

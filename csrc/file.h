@@ -1,0 +1,104 @@
+// All storage system calls of the project stand in file.cc: durability is decided in one place, and a fault hook stands
+// before each of them. Every failure is an Error that names the call, the path, the offset and the remedy.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "fault.h"
+
+namespace lazyckpt {
+
+// What this file demands of direct I/O. Both 1: the file is written through the page cache.
+struct IoLimits {
+  uint32_t memory_align = 1;  // bytes; of every address and length handed to the kernel
+  uint32_t offset_align = 1;  // bytes; of every file offset
+  bool direct() const { return offset_align > 1; }
+};
+
+// A descriptor that closes itself.
+class Descriptor {
+ public:
+  Descriptor() = default;
+  explicit Descriptor(int fd) : fd_(fd) {}
+  Descriptor(Descriptor&& other) noexcept : fd_(other.release()) {}
+  Descriptor& operator=(Descriptor&& other) noexcept;
+  Descriptor(const Descriptor&) = delete;
+  Descriptor& operator=(const Descriptor&) = delete;
+  ~Descriptor();
+
+  int get() const { return fd_; }
+  bool valid() const { return fd_ >= 0; }
+  int release();
+
+ private:
+  int fd_ = -1;
+};
+
+// A new file on its way to being durable. Not thread-safe but for write_at(), which any number of threads may call.
+class WritableFile {
+ public:
+  // Creates `path`, which must not exist. `direct`: ask for direct I/O, and take what the file system grants.
+  WritableFile(std::string path, bool direct);
+
+  const std::string& path() const { return path_; }
+  const IoLimits& limits() const { return limits_; }
+  // False once a write has gone through the page cache: asked so, not granted, or refused by the kernel on the way.
+  bool wrote_direct() const { return limits_.direct() && !fell_back_; }
+
+  // Reserves the blocks, so that a full disk is known now and writers never move the end of the file.
+  void preallocate(uint64_t bytes);
+
+  // Writes the whole of `pieces` at `offset`; continues short writes. With direct limits, addresses, lengths and offset
+  // obey them. Consumes `pieces`.
+  void write_at(std::vector<iovec>& pieces, uint64_t offset);
+
+  // Cuts the file to `bytes` (whole aligned blocks were written), makes data and size durable, closes.
+  void finish(uint64_t bytes);
+
+  // Closes and removes the file. Never throws: it runs on the way out of an error.
+  void discard() noexcept;
+
+ private:
+  void find_limits(bool direct);
+  void fall_back(int error, uint64_t offset);
+
+  std::string path_;
+  Descriptor fd_;
+  IoLimits limits_;
+  std::atomic<bool> fell_back_{false};
+};
+
+// A finished file, for checking it.
+class ReadableFile {
+ public:
+  explicit ReadableFile(const std::string& path);
+  const std::string& path() const { return path_; }
+  uint64_t size() const { return size_; }
+  void read_at(void* to, size_t bytes, uint64_t offset) const;  // all of them, or an error
+
+ private:
+  std::string path_;
+  Descriptor fd_;
+  uint64_t size_ = 0;
+};
+
+// The steps of a publish. Paths are in the encoding of the file system.
+void write_small_file(const std::string& path, const std::string& bytes);  // create or replace content, fsync, close
+void rename_path(const std::string& from, const std::string& to);
+void sync_directory(const std::string& path);  // makes renames and removals in it durable
+void make_directory(const std::string& path);  // with missing parents, each made durable in its own parent
+void remove_file(const std::string& path);     // a missing one is no error
+void remove_directory(const std::string& path);  // an empty one; a missing one is no error
+
+#if LAZYCKPT_FAULT_HOOKS
+// Every file opened from now on pretends to have these limits; {0, 0} ends it.
+void override_limits(IoLimits limits);
+#endif
+
+}  // namespace lazyckpt

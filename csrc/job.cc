@@ -1,0 +1,76 @@
+#include "job.h"
+
+#include <chrono>
+#include <utility>
+
+#include "crc32.h"
+
+namespace lazyckpt {
+
+double monotonic_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// ---- CrcChain ----------------------------------------------------------------------------------------------------
+
+void CrcChain::add(std::vector<Chunk>& chunks, size_t index) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ready_.size() < chunks.size()) ready_.resize(chunks.size());
+  ready_[index] = true;
+  for (; folded_ < chunks.size() && ready_[folded_]; ++folded_) {
+    for (const Piece& piece : chunks[folded_].pieces) {
+      if (piece.record == kStructure) continue;
+      uint32_t& crc = record_crcs_[piece.record];
+      crc = crc == 0 ? piece.crc : crc32_combine(crc, piece.crc, piece.length);
+    }
+  }
+  advanced_.notify_all();
+}
+
+bool CrcChain::wait_for(size_t index) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  advanced_.wait(lock, [&] { return folded_ > index || given_up_; });
+  return !given_up_;
+}
+
+void CrcChain::give_up() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  given_up_ = true;
+  advanced_.notify_all();
+}
+
+// ---- Job ---------------------------------------------------------------------------------------------------------
+
+Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description,
+         size_t chunk_bytes, bool verify_capture)
+    : monitor(std::move(shared)),
+      file(std::move(target)),
+      spec(std::move(description)),
+      verify(verify_capture),
+      crcs(spec.record_count),
+      chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
+  stats.bytes_total = spec.size;
+  for (const Chunk& chunk : chunks) uncaptured += chunk.lazy_bytes > 0 ? 1 : 0;
+}
+
+void Job::note_captured() {
+  if (captured() && !failed() && stats.captured_at == 0) stats.captured_at = monotonic_seconds();
+}
+
+void Job::fail(const Error& first_error) {
+  if (failed() || finished()) return;
+  error = first_error;
+  uncaptured = 0;  // nothing will be published, so nothing needs protection any more
+  // What nobody holds is dropped here; who holds a chunk drops it on coming back.
+  for (size_t i = next; i < published; ++i) {
+    Chunk& chunk = chunks[i];
+    if (chunk.state != ChunkState::kPending) continue;
+    chunk.state = ChunkState::kDone;
+    chunk.bounce.reset();
+    chunk.staged.reset();
+  }
+  crcs.give_up();
+  monitor->changed.notify_all();
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,92 @@
+// A job: one file on its way to disk, from submit() to durable or failed.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "chunk.h"
+#include "error.h"
+#include "file.h"
+
+namespace lazyckpt {
+
+// The one lock of an engine and its jobs. Work happens outside it; it is taken a few times for each chunk of some MiB.
+struct Monitor {
+  std::mutex mutex;
+  std::condition_variable changed;  // any state below has moved
+};
+
+double monotonic_seconds();
+
+struct JobStats {
+  uint64_t bytes_total = 0;
+  uint64_t bytes_zero_copy = 0;        // written straight from the caller's memory
+  uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), structure and padding included
+  uint64_t bytes_copied_at_fence = 0;
+  double arena_wait_s = 0;  // the caller's time spent waiting for room in the arena: back-pressure
+  double fence_s = 0;       // the caller's time spent in fences while this job was uncaptured
+  double captured_at = 0;   // CLOCK_MONOTONIC seconds; 0: not yet
+  double flushed_at = 0;    // data durable, under the temporary name
+  bool direct_io = false;
+};
+
+// The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
+class CrcChain {
+ public:
+  explicit CrcChain(size_t records) : record_crcs_(records, 0) {}
+
+  // Adds a chunk's record pieces. Chunks may come in any order; what has become contiguous is folded in.
+  void add(std::vector<Chunk>& chunks, size_t index);
+  // Blocks until all chunks before and including `index` are folded in; false if the job was given up meanwhile.
+  bool wait_for(size_t index);
+  void give_up();
+
+  const std::vector<uint32_t>& record_crcs() const { return record_crcs_; }
+
+ private:
+  std::mutex mutex_;  // guards what follows; record_crcs_ may be read without it for records that have ended
+  std::condition_variable advanced_;
+  std::vector<uint32_t> record_crcs_;
+  std::vector<bool> ready_;
+  size_t folded_ = 0;
+  bool given_up_ = false;
+};
+
+enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished };
+
+struct Job {
+  Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description, size_t chunk_bytes,
+      bool verify_capture);
+
+  const std::shared_ptr<Monitor> monitor;
+  const std::unique_ptr<WritableFile> file;
+  const FileSpec spec;
+  const bool verify;
+  CrcChain crcs;
+  std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
+
+  // Guarded by monitor->mutex:
+  Phase phase = Phase::kNew;
+  size_t published = 0;    // chunks [0, published) may be claimed
+  size_t next = 0;         // chunks [0, next) have been claimed, in file order
+  size_t done = 0;         // chunks on disk
+  size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
+  size_t uncaptured = 0;   // chunks whose lazy bytes are still only in the tensors
+  bool submitted = false;  // submit() has published its last chunk, or given up
+  std::optional<Error> error;  // the first one
+  uint32_t file_crc = 0;
+  JobStats stats;
+
+  // All of these require the lock.
+  bool failed() const { return error.has_value(); }
+  bool captured() const { return submitted && uncaptured == 0; }
+  bool finished() const { return phase == Phase::kFinished; }
+  void note_captured();
+  void fail(const Error& first_error);
+};
+
+}  // namespace lazyckpt

@@ -1,0 +1,60 @@
+#include "torch_file.h"
+
+#include <algorithm>
+
+namespace lazyckpt {
+namespace {
+
+constexpr uint32_t kSmallAlign = 64;
+// Records that leave directly start at a page plus the address's own remainder: any file system that this file is later
+// copied to, and any mmap of it, finds them as well aligned as here.
+constexpr uint32_t kPage = 4096;
+
+ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, uint32_t uniform,
+                const IoLimits& limits) {
+  if (uniform != 0) return {std::move(name), length, uniform, 0};
+  if (kind == Source::kCopy || !limits.direct()) return {std::move(name), length, kSmallAlign, 0};
+  // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
+  const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
+  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(bytes) % limits.memory_align);
+  return {std::move(name), length, align, remainder};
+}
+
+}  // namespace
+
+FileSpec describe(const TorchFile& file, const IoLimits& limits, ZipLayout& layout) {
+  std::vector<ZipRecord> records;
+  std::vector<Extent> payloads;
+  records.reserve(file.head.size() + file.storages.size() + file.tail.size());
+  payloads.reserve(records.capacity());
+  const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind) {
+    records.push_back(place(std::move(name), bytes, length, kind, file.uniform_alignment, limits));
+    payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size())});
+  };
+  for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);
+  for (size_t i = 0; i < file.storages.size(); ++i) {
+    const StorageBytes& storage = file.storages[i];
+    add("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind);
+  }
+  for (const NamedBytes& blob : file.tail) add(blob.name, blob.bytes, blob.length, blob.kind);
+
+  layout = lay_out_zip(file.archive, records);
+  FileSpec spec;
+  spec.size = layout.file_size;
+  spec.record_count = records.size();
+  spec.crc_fields = layout.crc_fields;
+  spec.extents.reserve(payloads.size() + layout.parts.size());
+  const auto* structure = reinterpret_cast<const std::byte*>(layout.structure.data());
+  for (const StructurePart& part : layout.parts) {
+    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure});
+  }
+  for (size_t i = 0; i < payloads.size(); ++i) {
+    payloads[i].offset = layout.payload_offsets[i];
+    if (payloads[i].length > 0) spec.extents.push_back(payloads[i]);
+  }
+  std::sort(spec.extents.begin(), spec.extents.end(),
+            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+  return spec;
+}
+
+}  // namespace lazyckpt

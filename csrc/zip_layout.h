@@ -1,0 +1,63 @@
+// The torch zip file, as bytes: the only file that knows the format. It places records, and produces everything that
+// stands around them (local headers, data descriptors, central directory), before a single tensor byte moves; only the
+// CRC-32s are left open, as a list of places to fill in.
+//
+// The format is the one that torch 2.13's PyTorchFileWriter (miniz) writes: stored records, flags 0x808, CRC and sizes in
+// a data descriptor, payload aligned by an "FB" extra field padded with 'Z', always a zip64 end record. Given the same
+// records, alignments and contents the bytes are the same.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace lazyckpt {
+
+struct ZipRecord {
+  std::string name;  // without the archive's name
+  uint64_t size = 0;
+  uint32_t align = 64;     // the payload's offset is congruent to `remainder` modulo `align` (a power of two <= 32768)
+  uint32_t remainder = 0;
+};
+
+// `length` bytes of ZipLayout::structure, from `begin`, that belong at `offset` in the file.
+struct StructurePart {
+  uint64_t offset = 0;
+  size_t begin = 0;
+  size_t length = 0;
+};
+
+// Four bytes, little-endian, inside the structure: the CRC-32 of `record`.
+struct CrcField {
+  uint64_t offset = 0;
+  uint32_t record = 0;
+};
+
+struct ZipLayout {
+  std::vector<uint64_t> payload_offsets;  // one a record
+  std::string structure;
+  std::vector<StructurePart> parts;      // ascending, disjoint from each other and from the payloads
+  std::vector<CrcField> crc_fields;      // ascending by offset
+  uint64_t file_size = 0;
+};
+
+// Throws Error if a record's alignment cannot be had.
+ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& records);
+
+// One record of an existing file.
+struct ZipEntry {
+  std::string name;  // with the archive's name
+  uint64_t header_offset = 0;
+  uint64_t payload_offset = 0;
+  uint64_t size = 0;
+  uint32_t crc = 0;
+};
+
+class ReadableFile;
+
+// The central directory of a file of stored records. Throws Error(kCorrupt) on anything that is inconsistent, lies
+// outside the file, overlaps, or is compressed or encrypted.
+std::vector<ZipEntry> read_zip_directory(const ReadableFile& file);
+
+}  // namespace lazyckpt
