@@ -1,0 +1,28 @@
+"""Lazy asynchronous checkpointing for PyTorch training.
+
+    import ckpt
+
+    with ckpt.Checkpointer("checkpoints", keep=3) as checkpointer:
+        found = checkpointer.restore()
+        ...
+        for step in range(start, steps):
+            train_one_iteration()
+            checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+save() returns in milliseconds. The bytes leave in the background, straight from the tensors, until the next optimizer step,
+which waits just for what has not left yet. Files are ordinary torch files.
+
+For one file, `ckpt.save(obj, path)` and `ckpt.load(path)`. Errors are in `ckpt.errors`; all derive from CheckpointError.
+"""
+
+from ckpt._load import load
+from ckpt._runtime import fence
+from ckpt._save import save
+from ckpt.checkpointer import Checkpointer
+from ckpt.errors import CheckpointError
+from ckpt.options import Options
+from ckpt.pending import PendingSave, SaveStats
+
+__version__ = "0.1.0"
+
+__all__ = ["CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats", "fence", "load", "save"]

@@ -1,0 +1,94 @@
+"""Which storages change only behind a fence, and the hook that makes the fence automatic.
+
+A storage may leave lazily if it belongs to an optimizer whose step we fence: torch's global step pre-hook hands us each
+optimizer, and from then on its parameters and its state are known. What the caller declares counts too. Everything is looked
+up anew at each save: optimizers replace state tensors (LBFGS, load_state_dict), and an address may be used again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+
+_stepped: dict[int, weakref.ref[Optimizer]] = {}
+
+
+def install_hook(before_step: Callable[[], None]) -> None:
+    """Registers the one global hook; `before_step` runs before every optimizer step, and an error in it stops the step."""
+
+    def hook(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        key = id(optimizer)
+        known = _stepped.get(key)
+        if known is None or known() is not optimizer:
+            _stepped[key] = weakref.ref(optimizer, lambda _: _stepped.pop(key, None))
+        before_step()
+
+    register_optimizer_step_pre_hook(hook)
+
+
+def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
+    """A predicate on a storage's `_cdata`.
+
+    Args:
+        declared: True (all), or a tensor, module, optimizer, or an iterable of these.
+
+    Raises:
+        TypeError: `declared` is something else.
+    """
+    if declared is True:
+        return lambda _: True
+    found: set[int] = set()
+    for reference in list(_stepped.values()):
+        optimizer = reference()
+        if optimizer is not None:
+            _add_optimizer(found, optimizer)
+    if declared is not None and declared is not False:
+        _add_declared(found, declared)
+    return found.__contains__
+
+
+def _add_declared(found: set[int], declared: Any) -> None:
+    if isinstance(declared, torch.Tensor):
+        _add_tensor(found, declared)
+    elif isinstance(declared, torch.nn.Module):
+        for parameter in declared.parameters():  # not the buffers: a forward may write them before the fence
+            _add_tensor(found, parameter)
+    elif isinstance(declared, Optimizer):
+        _add_optimizer(found, declared)
+    elif isinstance(declared, Iterable) and not isinstance(declared, (str, bytes)):
+        for item in declared.values() if isinstance(declared, Mapping) else declared:
+            _add_declared(found, item)
+    else:
+        raise TypeError(
+            f"lazy= takes True, tensors, modules, optimizers or an iterable of these, not {type(declared).__name__}"
+        )
+
+
+def _add_optimizer(found: set[int], optimizer: Optimizer) -> None:
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            _add_tensor(found, parameter)
+    for state in list(optimizer.state.values()):
+        _add_nested(found, state)
+
+
+def _add_nested(found: set[int], value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        _add_tensor(found, value)
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            _add_nested(found, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _add_nested(found, item)
+
+
+def _add_tensor(found: set[int], tensor: torch.Tensor) -> None:
+    # Sparse and other tensors have no storage of their own: they are captured inside save().
+    with contextlib.suppress(NotImplementedError, RuntimeError):
+        found.add(tensor.untyped_storage()._cdata)

@@ -1,0 +1,67 @@
+"""load(): check every byte, then let torch read the file."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt import _native
+from ckpt.errors import CheckpointError, CorruptError, StorageError
+
+logger = logging.getLogger("ckpt")
+
+
+def checksum_threads() -> int:
+    return min(4, os.cpu_count() or 1)
+
+
+def load(path: str | os.PathLike[str], map_location: Any = None, weights_only: bool = True) -> Any:
+    """Loads a file written by save() or by `torch.save`, after verifying the CRC-32 of every record.
+
+    Args:
+        path: the file.
+        map_location: as in `torch.load`.
+        weights_only: as in `torch.load`. False unpickles arbitrary objects, which can run any code: only for files you trust.
+
+    Raises:
+        CorruptError: the file is truncated, or a checksum is wrong; names the record.
+        StorageError: it cannot be read.
+        CheckpointError: it holds objects that weights_only refuses.
+    """
+    target = os.fspath(path)
+    if not os.path.exists(target):
+        raise StorageError(2, f"there is no file '{target}' to load", target)
+    if _is_zip(target) and not _native.verify_torch_file(target, checksum_threads()):
+        logger.info("'%s' was written without checksums: nothing could be verified", target)
+    return torch_load(Path(target), map_location, weights_only)
+
+
+def torch_load(path: Path, map_location: Any, weights_only: bool) -> Any:
+    """torch.load with errors that say what to do. For bytes that have been verified."""
+    try:
+        return torch.load(path, map_location=map_location, weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        if weights_only and "weights_only" in str(error).lower():
+            raise CheckpointError(
+                f"'{path}' holds objects that weights_only loading refuses ({_first_line(error)}); if you trust the file, pass "
+                "weights_only=False, which can run any code in it"
+            ) from error
+        raise CorruptError(f"'{path}' is not a torch file, or damaged: {_first_line(error)}") from error
+    except EOFError as error:
+        raise CorruptError(f"'{path}' is not a torch file, or cut off") from error
+
+
+def _is_zip(path: str) -> bool:
+    """Whether to expect a zip: the first bytes or the last say so. Torch also has older formats, which have no checksums."""
+    with open(path, "rb") as file:
+        return file.read(4) == b"PK\x03\x04" or zipfile.is_zipfile(file)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,106 @@
+"""manifest.json, the commit record: a directory is a checkpoint if and only if it holds a valid one."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt.errors import NotACheckpointError
+
+NAME = "manifest.json"
+FORMAT = 1
+_LARGEST_BYTES = 1 << 24  # of a manifest; one entry a file, some 100 bytes each
+
+
+@dataclasses.dataclass(frozen=True)
+class FileEntry:
+    """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes."""
+
+    name: str
+    bytes: int
+    crc32: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """`sequence` counts commits in the parent directory: the highest is the newest, whatever the steps."""
+
+    step: int
+    sequence: int
+    world_size: int
+    files: tuple[FileEntry, ...]
+    created: str = ""
+
+    def to_json(self) -> bytes:
+        document = {
+            "format": FORMAT,
+            "step": self.step,
+            "sequence": self.sequence,
+            "world_size": self.world_size,
+            "created": self.created or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+            "versions": {"torch": str(torch.__version__)},
+            "files": [dataclasses.asdict(file) for file in self.files],
+        }
+        return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def read(directory: Path) -> Manifest:
+    """The manifest of a checkpoint directory.
+
+    Raises:
+        NotACheckpointError: there is none, or it is not one; says why.
+    """
+    path = directory / NAME
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise NotACheckpointError(f"'{path}' is too large to be a manifest")
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise NotACheckpointError(f"'{directory}' holds no {NAME}: it was never committed") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
+    try:
+        return _parse(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise NotACheckpointError(f"'{path}' is not a valid manifest: {error}") from error
+
+
+def _parse(document: Any) -> Manifest:
+    if not isinstance(document, dict):
+        raise TypeError("it is not an object")
+    if document["format"] != FORMAT:
+        raise ValueError(f"its format is {document['format']!r}; this version reads {FORMAT}")
+    files = document["files"]
+    if not isinstance(files, list) or not files:
+        raise ValueError("it lists no files")
+    return Manifest(
+        step=_count(document, "step"),
+        sequence=_count(document, "sequence"),
+        world_size=_count(document, "world_size"),
+        files=tuple(_parse_file(file) for file in files),
+        created=str(document.get("created", "")),
+    )
+
+
+def _parse_file(file: Any) -> FileEntry:
+    name = file["name"]
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"the file name {name!r} is not a plain name")
+    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"))
+
+
+def _count(fields: Any, key: str) -> int:
+    value = fields[key]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} is {value!r}, not a count")
+    return value
+
+
+def names(files: Sequence[FileEntry]) -> set[str]:
+    return {file.name for file in files}

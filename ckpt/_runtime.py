@@ -1,0 +1,257 @@
+"""Engines, what is in flight on them, and the thread that commits.
+
+A runtime is one native engine plus one committer thread, shared by everybody who saves with the same engine options. The
+committer takes the saves in order: waits for capture, lets go of the tensors, waits for durable data, publishes.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ckpt import _laziness, _native
+from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedError
+from ckpt.options import Options
+from ckpt.pending import PendingSave
+
+logger = logging.getLogger("ckpt")
+
+_SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
+_Publish = Callable[[Any], Path]  # gets the finished native job, returns what it published
+
+
+class Runtime:
+    def __init__(self, options: Options) -> None:
+        self._engine = _native.Engine(
+            arena_bytes=options.size("arena_bytes"), chunk_bytes=options.size("chunk_bytes"), writers=options.writers
+        )
+        self._options = options
+        self._leases = 0  # guarded by _registry_lock, as the next
+        self._kept = False
+        self._changed = threading.Condition()
+        self._in_flight = 0  # guarded by _changed
+        self._stopping = False  # guarded by _changed
+        self._queue: queue.SimpleQueue[tuple[PendingSave, _Publish] | None] = queue.SimpleQueue()
+        self._committer: threading.Thread | None = None
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def admit(self, pending: PendingSave, options: Options) -> None:
+        """Takes one of the places in flight for this save; waits for one or refuses, as the options say.
+
+        Raises:
+            SkippedError, DeadlineError: there was none.
+            ClosedError: the runtime is closed.
+        """
+        with self._changed:
+            if self._in_flight >= options.max_in_flight and options.when_busy == "skip":
+                raise SkippedError(
+                    f"the save to '{pending.path}' was skipped: {self._in_flight} earlier ones are still in flight"
+                )
+            free = self._changed.wait_for(lambda: self._in_flight < options.max_in_flight or self._stopping, options.timeout_s)
+            if self._stopping:
+                raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
+            if not free:
+                raise DeadlineError(
+                    f"no earlier save became durable within {options.timeout_s} s, so the one to '{pending.path}' was not "
+                    "begun; the storage is too slow or hangs"
+                )
+            self._in_flight += 1
+
+    def release(self) -> None:
+        """Gives the place back."""
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    def submit(self, **arguments: Any) -> Any:
+        """The native job for a planned file; see Engine.submit in csrc/bindings.cc."""
+        return self._engine.submit(**arguments)
+
+    def commit_later(self, pending: PendingSave, publish: _Publish) -> None:
+        """Hands an admitted and submitted save to the committer, which also releases its place."""
+        with self._changed:
+            if self._committer is None:
+                self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
+                self._committer.start()
+        self._queue.put((pending, publish))
+
+    def fence(self) -> None:
+        self._engine.fence(self._options.timeout_s)
+
+    # ---- committing ------------------------------------------------------------------------------------------------
+
+    def _commit_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            pending, publish = item
+            del item
+            try:
+                self._commit(pending, publish)
+            except BaseException as error:  # whatever it is must reach result(), never die with this thread
+                pending._fail(error)
+            finally:
+                self.release()
+                del pending, publish  # else the last save would live until the next
+
+    def _commit(self, pending: PendingSave, publish: _Publish) -> None:
+        job = pending._job
+        while not (job.wait_captured(_SLICE_S) or job.finished):
+            pass
+        pending._try_seal()
+        while not job.wait_finished(_SLICE_S):
+            pass
+        pending._try_seal()
+        error = pending._error()
+        if error is not None:
+            pending._fail(error)
+            return
+        _note_buffered(pending, job)
+        pending._succeed(publish(job))
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Drains, then fails what the deadline leaves, and ends the committer. The engine's threads end with the object."""
+        deadline = time.monotonic() + timeout_s
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if not self.wait_idle(timeout_s):
+            logger.error("saves in flight were given up: they did not become durable within %s s", timeout_s)
+        self._engine.close(max(0.0, deadline - time.monotonic()))
+        if self._committer is not None:
+            self._queue.put(None)
+            self._committer.join(max(1.0, deadline - time.monotonic()))
+
+
+_noted_buffered: set[int] = set()
+
+
+def _note_buffered(pending: PendingSave, job: Any) -> None:
+    """Says once for each file system that it has no direct I/O."""
+    stats = pending.stats
+    if stats.direct_io or not pending._wants_direct:
+        return
+    try:
+        device = os.stat(pending.path.parent).st_dev
+    except OSError:
+        return
+    if device not in _noted_buffered:
+        _noted_buffered.add(device)
+        logger.warning(
+            "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
+            "bandwidth",
+            pending.path.parent,
+        )
+
+
+# ---- the process-wide registry ---------------------------------------------------------------------------------------
+
+_registry_lock = threading.Lock()
+_runtimes: dict[tuple[Any, ...], Runtime] = {}
+_uncaptured: dict[int, PendingSave] = {}  # by id; what a fence has to look after
+_orphans: list[Any] = []  # after a fork: the parent's objects, never to be touched or destroyed here
+
+
+def lease(options: Options) -> Runtime:
+    """The runtime for these options, made if there is none yet. Pair with give_back()."""
+    key = (options.arena_bytes, options.chunk_bytes, options.writers)
+    with _registry_lock:
+        runtime = _runtimes.get(key)
+        if runtime is None:
+            runtime = _runtimes[key] = Runtime(options)
+        runtime._leases += 1
+        return runtime
+
+
+def keep(options: Options) -> Runtime:
+    """The runtime for these options, for the life of the process: the next save finds a warm arena."""
+    runtime = lease(options)
+    with _registry_lock:
+        if runtime._kept:
+            runtime._leases -= 1
+        runtime._kept = True
+    return runtime
+
+
+def give_back(runtime: Runtime, timeout_s: float) -> None:
+    """Closes the runtime when its last lease goes."""
+    with _registry_lock:
+        runtime._leases -= 1
+        if runtime._leases > 0:
+            return
+        for key in [key for key, value in _runtimes.items() if value is runtime]:
+            del _runtimes[key]
+    runtime.close(timeout_s)
+
+
+def watch(pending: PendingSave) -> None:
+    _uncaptured[id(pending)] = pending
+
+
+def unwatch(pending: PendingSave) -> None:
+    _uncaptured.pop(id(pending), None)
+
+
+def fence() -> None:
+    """Waits until every save in flight has captured its tensors; after it they may change.
+
+    Called automatically before every step of a `torch.optim.Optimizer`. Call it by hand before anything else that writes to
+    saved tensors and fires no optimizer hook: replaying a CUDA graph that holds the step, functional optimizers, manual
+    updates, loading a state dict, swapping in EMA weights.
+
+    A save that cannot be captured within `Options.timeout_s` fails instead, so that training goes on; so does one whose
+    tensors were found changed.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C during the wait; the tensors must not be changed then.
+    """
+    if not _uncaptured:
+        return
+    with _registry_lock:
+        runtimes = list(_runtimes.values())
+    for runtime in runtimes:
+        runtime.fence()
+    for pending in list(_uncaptured.values()):
+        pending._try_seal()
+
+
+def _before_step() -> None:
+    if _uncaptured:
+        fence()
+
+
+def _drain_at_exit() -> None:
+    with _registry_lock:
+        runtimes = list(_runtimes.values())
+        _runtimes.clear()
+    for runtime in runtimes:
+        try:
+            runtime.close(runtime._options.drain_timeout_s)
+        except CheckpointError:
+            logger.exception("draining saves at exit failed")
+
+
+def _forget_after_fork() -> None:
+    """In a forked child: the parent's threads do not exist, its locks may be held for ever. Leave all of it alone."""
+    global _registry_lock
+    _registry_lock = threading.Lock()
+    _orphans.append((dict(_runtimes), dict(_uncaptured)))
+    _runtimes.clear()
+    _uncaptured.clear()
+
+
+_laziness.install_hook(_before_step)
+atexit.register(_drain_at_exit)
+os.register_at_fork(after_in_child=_forget_after_fork)

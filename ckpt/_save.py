@@ -1,0 +1,181 @@
+"""save(): plan, submit, and hand over to the background."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import logging
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ckpt import _runtime, _storage
+from ckpt._laziness import lazy_storages
+from ckpt._plan import LAZY, OWNED, SavePlan, make_plan
+from ckpt._tripwire import Tripwire
+from ckpt.errors import SkippedError, StorageError
+from ckpt.options import Options
+from ckpt.pending import PendingSave
+
+logger = logging.getLogger("ckpt")
+
+_DEFAULT = Options()
+
+
+def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: Options | None = None) -> PendingSave:
+    """Saves `obj` to `path` in the background, as a file that stock `torch.load` reads.
+
+    Returns within milliseconds. Python values are pickled, and tensors that anything may write to are copied, before it
+    returns. Lazy tensors are not copied: they must not change before the next fence, which comes by itself before every step
+    of a `torch.optim.Optimizer`. Lazy are the parameters and the state of optimizers that have stepped, and what `lazy`
+    declares, unless they are small (`Options.eager_bytes`).
+
+    Args:
+        obj: anything that `torch.save` can save.
+        path: the file to create or replace, atomically, once all is durable. Its directory must exist.
+        lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
+            True: the caller promises that nothing in `obj` changes before the next fence.
+        options: see Options. Saves with the same arena, chunk and writer options share one engine.
+
+    Returns:
+        The save on its way; see PendingSave.
+
+    Raises:
+        StorageError: the file cannot be created. Later errors are raised by `result()`, and logged.
+        FailedSavesError, ClosedError: no more saves are taken.
+        TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
+    """
+    options = options or _DEFAULT
+    target = Path(os.path.abspath(os.fspath(path)))
+    if target.is_dir():
+        raise StorageError(errno.EISDIR, f"cannot save to '{target}': it is a directory; name a file", str(target))
+    pending = PendingSave(target, on_done=log_failure)
+
+    def publish(temporary: Path, job: Any) -> Path:
+        _storage.crash_point("before-rename")
+        _storage.rename_durably(temporary, target)
+        _storage.crash_point("renamed")
+        return target
+
+    start(_runtime.keep(options), pending, obj, target, publish, lazy=lazy, options=options)
+    return pending
+
+
+def start(
+    runtime: _runtime.Runtime,
+    pending: PendingSave,
+    obj: Any,
+    target: Path,
+    publish: Callable[[Path, Any], Path],
+    *,
+    lazy: Any,
+    options: Options,
+) -> None:
+    """Begins the save; on return `pending` is on its way, or skipped.
+
+    Args:
+        target: the name that the file will have; it is written under a temporary name beside it.
+        publish: called on the committer's thread with the temporary name, once its data is durable, and the native job;
+            returns what `pending.result()` returns.
+
+    Raises:
+        whatever went wrong; then nothing is left behind, and `pending` is not resolved.
+    """
+    try:
+        runtime.admit(pending, options)
+    except SkippedError as skipped:
+        pending._fail(skipped)
+        return
+    temporary = _storage.temporary_path(target)
+    try:
+        plan = _plan_quietly(obj, lazy, options)
+        _submit(runtime, pending, obj, plan, temporary, target, options)
+    except BaseException:
+        runtime.release()
+        raise
+    finally:
+        pending._save_s = time.monotonic() - pending._started_at
+
+    def publish_or_clean(job: Any) -> Path:
+        try:
+            return publish(temporary, job)
+        except BaseException:
+            _storage.remove_quietly(temporary)
+            raise
+
+    runtime.commit_later(pending, publish_or_clean)
+
+
+def _plan_quietly(obj: Any, lazy: Any, options: Options) -> SavePlan:
+    """Plans with the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return make_plan(obj, lazy_storages(lazy), options.size("eager_bytes"))
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _submit(
+    runtime: _runtime.Runtime,
+    pending: PendingSave,
+    obj: Any,
+    plan: SavePlan,
+    temporary: Path,
+    target: Path,
+    options: Options,
+) -> None:
+    records = plan.records
+    alignment = options.record_alignment
+    head = [("data.pkl", plan.pickle)]
+    if alignment is not None:
+        # Says that every record is aligned alike, from which a reader may compute where records lie.
+        head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
+    head.append(("byteorder", sys.byteorder.encode()))
+    pending._wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
+    job = runtime.submit(
+        path=os.fspath(temporary),
+        direct=pending._wants_direct,
+        archive=_archive_name(target),
+        head=head,
+        addresses=[record.address for record in records],
+        sizes=[record.nbytes for record in records],
+        kinds=bytes([record.kind for record in records]),
+        tail=[("version", b"3\n"), (".data/serialization_id", serialization_id().encode())],
+        copy_at_most=options.size("eager_bytes"),
+        uniform_alignment=alignment or 0,
+        verify=options.verify_capture,
+        timeout_s=options.timeout_s,
+    )
+    lazy_tensors = [record.tensor for record in records if record.kind == LAZY and record.tensor is not None]
+    pending._attach(
+        job,
+        Tripwire(obj, lazy_tensors),
+        until_captured=[record.storage for record in records],
+        until_durable=[plan.pickle, *(record.storage for record in records if record.kind == OWNED)],
+        record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
+        on_sealed=_runtime.unwatch,
+    )
+    _runtime.watch(pending)
+
+
+def serialization_id() -> str:
+    """40 digits that tell this file from every other one. torch.save derives them from the content, which we have not read."""
+    return f"{secrets.randbelow(10**40):040d}"
+
+
+def _archive_name(path: Path) -> str:
+    """The folder inside the zip: as torch.save, the base name up to its last dot."""
+    name = path.name
+    dot = name.rfind(".")
+    return name[:dot] if dot > 0 else name
+
+
+def log_failure(pending: PendingSave, error: BaseException | None) -> None:
+    if error is not None and not isinstance(error, SkippedError):
+        logger.error("the save to '%s' failed: %s", pending.path, error)

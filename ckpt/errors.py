@@ -1,0 +1,76 @@
+"""Every error that this library raises.
+
+    CheckpointError
+    ├── StorageError        a storage system call failed (also an OSError: errno, filename)
+    ├── CaptureError        a tensor changed before its bytes were captured; nothing was published
+    ├── CorruptError        a file, or every checkpoint of a directory, fails its checksums
+    ├── NotACheckpointError a directory or manifest is not what it should be
+    ├── DeadlineError       a wait outran its timeout (also a TimeoutError)
+    ├── SkippedError        this save was not made: another was in flight and when_busy is "skip"
+    ├── FailedSavesError    too many saves in a row have failed
+    ├── ClosedError         the Checkpointer, or the engine under it, is closed
+    ├── ForkedError         a forked child touched the engine of its parent
+    └── CancelledError      the save was interrupted (Ctrl-C in a wait)
+
+Each message says what was being done, on which path or step, the cause, and what to do about it.
+"""
+
+from __future__ import annotations
+
+
+class CheckpointError(Exception):
+    """Base of all errors of this library."""
+
+
+class StorageError(CheckpointError, OSError):
+    """A storage system call failed. `errno` and `filename` are those of OSError."""
+
+    def __init__(self, errno: int, message: str, filename: str | None = None) -> None:
+        OSError.__init__(self, errno, message)
+        if filename:
+            self.filename = filename
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[type, tuple[int | None, str, str | None]]:
+        return type(self), (self.errno, self.message, self.filename)
+
+
+class CaptureError(CheckpointError):
+    """A tensor changed between save() and the capture of its bytes."""
+
+    record = -1  # index of the record in its file, where known
+
+
+class CorruptError(CheckpointError):
+    """Bytes on disk are not those that were written."""
+
+
+class NotACheckpointError(CheckpointError):
+    """A directory does not hold a committed checkpoint, or its manifest cannot be understood."""
+
+
+class DeadlineError(CheckpointError, TimeoutError):
+    """A wait outran its timeout."""
+
+
+class SkippedError(CheckpointError):
+    """The save was not made because another one was still in flight (`when_busy="skip"`)."""
+
+
+class FailedSavesError(CheckpointError):
+    """`Options.max_failed_saves` saves in a row have failed; the cause of the last one is `__cause__`."""
+
+
+class ClosedError(CheckpointError):
+    """The Checkpointer or its engine is closed."""
+
+
+class ForkedError(CheckpointError):
+    """A forked child used what belongs to its parent."""
+
+
+class CancelledError(CheckpointError):
+    """The save was interrupted before it was captured."""

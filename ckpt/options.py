@@ -1,0 +1,116 @@
+"""The options of a save: one frozen object, no environment variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _UNITS |= {_letter: 1024**_power, f"{_letter}ib": 1024**_power, f"{_letter}b": 1000**_power}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+
+def parse_size(value: int | str, name: str = "size") -> int:
+    """Bytes from an int or a text such as "4GiB", "512 MiB", "1.5GB" ("GiB" and "G" are 1024-based, "GB" is 1000-based).
+
+    Raises:
+        ValueError: the text is not a size, or it is negative.
+        TypeError: the value is neither an int nor a str.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, str)):
+        raise TypeError(f"{name} must be a number of bytes or a text such as '4GiB', not {value!r}")
+    if isinstance(value, int):
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, but is {value}")
+        return value
+    match = _SIZE.fullmatch(value)
+    if match is None or match[2].lower() not in _UNITS:
+        raise ValueError(f"{name} must be a size such as '4GiB', '512MiB' or a number of bytes, not {value!r}")
+    return int(float(match[1]) * _UNITS[match[2].lower()])
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How saves are made. Sizes are bytes or texts such as "4GiB".
+
+    Attributes:
+        arena_bytes: exact size of the staging memory, bytes; default "512MiB". Holds what cannot leave straight from its
+            tensor: small and ragged pieces, everything captured inside save(), and what the fence finds unwritten. Larger:
+            fences that come early wait less. A state larger than the arena works; save() and the fence then wait for the
+            disk, which `SaveStats.arena_wait_s` reports. At least "1MiB".
+        chunk_bytes: unit of a write, bytes, a power of two from "64KiB"; default "4MiB". Smaller: shorter waits for writes
+            in progress at a fence. Larger: fewer system calls. Cut down to a quarter of the arena.
+        writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy.
+        eager_bytes: tensors of at most this many bytes are copied inside save(), lazy or not; default "64KiB". Each larger
+            lazy tensor costs up to a page of padding in the file.
+        direct_io: write past the page cache where the file system can; default True. False: through the page cache, which
+            costs a copy and memory bandwidth, and leaves the file cached.
+        record_alignment: alignment of every record in the file, bytes, a power of two up to 32768; default None: large lazy
+            tensors are placed for zero-copy direct I/O, all others at 64. With a number the file is laid out exactly as
+            `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
+        max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
+        when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
+            PendingSave whose result() raises SkippedError.
+        verify_capture: checksum every lazy tensor inside save() and again when its bytes are captured, and fail the save if
+            they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more.
+        max_failed_saves: a Checkpointer raises FailedSavesError from save() after this many failures in a row; default 3. A
+            failed save never stops training before that. 0: never.
+        timeout_s: longest wait, seconds, inside save() and the fence; default 1800. A save that cannot be captured in this
+            time fails (the tensors may then change; nothing is published).
+        drain_timeout_s: longest wait, seconds, for saves in flight at close() and at interpreter exit; default 1800. What is
+            left then fails with an error.
+
+    Raises:
+        ValueError, TypeError: a value is impossible; the message names the field.
+    """
+
+    arena_bytes: int | str = "512MiB"
+    chunk_bytes: int | str = "4MiB"
+    writers: int = 4
+    eager_bytes: int | str = "64KiB"
+    direct_io: bool = True
+    record_alignment: int | None = None
+    max_in_flight: int = 2
+    when_busy: str = "wait"
+    verify_capture: bool = False
+    max_failed_saves: int = 3
+    timeout_s: float = 1800.0
+    drain_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        for name in ("arena_bytes", "chunk_bytes", "eager_bytes"):
+            object.__setattr__(self, name, parse_size(getattr(self, name), name))
+        self._need(self.size("arena_bytes") >= 1 << 20, "arena_bytes", "must be at least '1MiB'")
+        chunk = self.size("chunk_bytes")
+        self._need(chunk >= 1 << 16 and _is_power_of_two(chunk), "chunk_bytes", "must be a power of two from '64KiB'")
+        self._need_int("writers", 1, 256)
+        self._need_int("max_in_flight", 1, 1024)
+        self._need_int("max_failed_saves", 0, None)
+        if self.record_alignment is not None:
+            self._need_int("record_alignment", 1, 32768)
+            self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
+        self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
+        for name in ("timeout_s", "drain_timeout_s"):
+            value = getattr(self, name)
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            self._need(is_number and value > 0 and math.isfinite(value), name, "must be a positive number of seconds")
+
+    def size(self, name: str) -> int:
+        """The named size in bytes, whatever it was given as."""
+        return parse_size(getattr(self, name), name)
+
+    def _need(self, fine: bool, name: str, demand: str) -> None:
+        if not fine:
+            raise ValueError(f"Options.{name} {demand}, but is {getattr(self, name)!r}")
+
+    def _need_int(self, name: str, low: int, high: int | None) -> None:
+        value = getattr(self, name)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        upper = "" if high is None else f" and at most {high}"
+        self._need(is_int and value >= low and (high is None or value <= high), name, f"must be at least {low}{upper}")
+
+
+def _is_power_of_two(value: int) -> bool:
+    return value > 0 and value & (value - 1) == 0

@@ -1,0 +1,395 @@
+"""Rules about the shape of the source: which way imports go, who may touch the disk, and how large things may grow.
+
+They are checked on the text of the sources, so a breach is found before it has consequences.
+"""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+MAX_FILE_LINES = 500
+MAX_FUNCTION_LINES = 70
+
+# Headers of the core from the bottom up: a file may include only headers of lower layers, and its own.
+CORE_LAYERS = (
+    {"error"},
+    {"crc32", "fault"},
+    {"arena", "file", "zip_layout"},
+    {"chunk", "verify", "zip_directory"},
+    {"job", "torch_file"},
+    {"engine"},
+    {"bindings"},
+)
+
+# Modules of the package that may print and exit: they are programs. None of the package may touch logging set-up.
+PROGRAMS = {"ckpt/__main__.py"}
+# The one Python module that changes what is on disk.
+STORAGE_MODULE = "ckpt/_storage.py"
+# Imported only by the module that needs them, at the moment it needs them.
+HEAVY_MODULES = ("torch.distributed", "mpi4py", "deepspeed")
+
+
+def python_files(*folders: str) -> list[Path]:
+    return sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py"))
+
+
+def core_files(*suffixes: str) -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in suffixes)
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+LIBRARY = python_files("ckpt", "integrations")
+ALL_PYTHON = [ROOT / "setup.py", *LIBRARY, *python_files("bench", "examples", "tests")]
+ALL_CPP = [*core_files(".cc", ".h"), *sorted((ROOT / "tests" / "native").glob("*.[ch]*"))]
+
+
+def each(paths: list[Path]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("path", paths, ids=name_of)
+
+
+# ---- Python: which way imports go ------------------------------------------------------------------------------------
+
+
+def dotted(node: ast.AST) -> str:
+    """The dotted name that an expression spells, or "" for any other expression."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute) and (base := dotted(node.value)):
+        return f"{base}.{node.attr}"
+    return ""
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "integrations":
+        parts = ("ckpt", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def only_for_type_checkers(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and dotted(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
+
+
+def statements(node: ast.AST, inside_functions: bool) -> Iterator[ast.AST]:
+    """Every node that runs: what only a type checker reads is left out, the bodies of functions if asked to."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.stmt) and only_for_type_checkers(child):
+            continue
+        if isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)) and not inside_functions:
+            continue
+        yield child
+        yield from statements(child, inside_functions)
+
+
+def imports(path: Path, inside_functions: bool = True) -> Iterator[tuple[str, str, int]]:
+    """(module, name, line) for each import; the name is "" for `import module`."""
+    package = module_name(path) if path.name == "__init__.py" else module_name(path).rpartition(".")[0]
+    for node in statements(parse(path), inside_functions):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, "", node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) + 1 - node.level] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield module, alias.name, node.lineno
+
+
+def public_names() -> set[str]:
+    for node in parse(ROOT / "ckpt" / "__init__.py").body:
+        if isinstance(node, ast.Assign) and [dotted(target) for target in node.targets] == ["__all__"]:
+            return set(ast.literal_eval(node.value))
+    raise AssertionError("ckpt/__init__.py assigns no literal __all__")
+
+
+def test_public_names_are_public() -> None:
+    assert [name for name in public_names() if name.startswith("_") and name != "__version__"] == []
+
+
+@each(python_files("integrations"))
+def test_integrations_use_only_public_names(path: Path) -> None:
+    public = public_names()
+    breaches = []
+    for module, name, line in imports(path):
+        inside = module == "ckpt.integrations" or module.startswith("ckpt.integrations.")
+        if module.startswith("ckpt.") and not inside:
+            breaches.append(f"line {line}: imports {module}")
+        elif module == "ckpt" and name not in {"", "integrations", *public}:
+            breaches.append(f"line {line}: {name} is not in ckpt.__all__")
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Attribute) and dotted(node.value) == "ckpt" and node.attr not in public:
+            breaches.append(f"line {node.lineno}: ckpt.{node.attr} is not in ckpt.__all__")
+    assert not breaches
+
+
+def own_imports(path: Path, modules: set[str]) -> set[str]:
+    """The modules of the package that `path` imports."""
+    found = set()
+    for module, name, _ in imports(path):
+        target = f"{module}.{name}" if f"{module}.{name}" in modules else module
+        if target in modules:
+            found.add(target)
+    return found - {module_name(path)}
+
+
+def test_imports_go_one_way() -> None:
+    modules = {module_name(path): path for path in python_files("ckpt")}
+    waiting = {name: own_imports(path, set(modules)) for name, path in modules.items()}
+    assert [name for name, needs in waiting.items() if "ckpt.integrations" in needs] == []
+    while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
+        for name in ready:
+            del waiting[name]
+    assert not waiting, "these modules import each other in a circle, or one that does"
+
+
+@each(python_files("ckpt"))
+def test_no_heavy_import_at_the_top_of_a_module(path: Path) -> None:
+    heavy = re.compile("|".join(rf"{re.escape(name)}(\.|$)" for name in (*HEAVY_MODULES, "ckpt.integrations")))
+    found = [(f"{module}.{name}", line) for module, name, line in imports(path, inside_functions=False)]
+    assert [f"line {line}: {name}" for name, line in found if heavy.match(name)] == []
+
+
+def test_importing_ckpt_imports_nothing_heavy() -> None:
+    script = (
+        "import json, sys, torch; before = {*sys.modules}; import ckpt; print(json.dumps([*{*sys.modules} - before]))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    brought = json.loads(done.stdout)
+    assert "ckpt" in brought
+    heavy = re.compile(r"(torch\.distributed|mpi4py|deepspeed|matplotlib|tqdm|numpy\.testing|ckpt\.integrations)(\.|$)")
+    assert [name for name in brought if heavy.match(name)] == []
+
+
+# ---- Python: what the library never does -----------------------------------------------------------------------------
+
+PROGRAM_CALLS = {"print", "exit", "quit", "sys.exit", "os._exit", "os.abort"}
+LOGGING_CALLS = {"logging.basicConfig", "addHandler", "removeHandler", "setLogger", "logging.disable"}
+OS_CALLS = {
+    *("rename", "renames", "replace", "remove", "unlink", "rmdir", "removedirs", "link", "symlink", "truncate"),
+    *("open", "write", "pwrite", "pwritev", "writev", "ftruncate", "fsync", "fdatasync", "posix_fallocate", "sync"),
+    *("mkdir", "makedirs", "sendfile", "copy_file_range"),
+}
+PATH_METHODS = {
+    *("rename", "unlink", "rmdir", "mkdir", "touch", "write_text", "write_bytes", "symlink_to", "hardlink_to"),
+}
+SHUTIL_CALLS = {"rmtree", "move", "copy", "copy2", "copyfile", "copyfileobj", "copytree"}
+
+
+def calls(path: Path) -> Iterator[tuple[ast.Call, str]]:
+    for node in ast.walk(parse(path)):
+        if isinstance(node, ast.Call):
+            method = f"?.{node.func.attr}" if isinstance(node.func, ast.Attribute) else ""
+            yield node, dotted(node.func) or method
+
+
+def opens_for_writing(call: ast.Call, name: str) -> bool:
+    position = {"open": 1, "io.open": 1}.get(name, 0)  # path.open(mode) has no path argument
+    modes = [call.args[position]] if len(call.args) > position else []
+    modes += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+    # A mode that is computed may be any mode.
+    return any(not isinstance(mode, ast.Constant) or re.search("[wax+]", str(mode.value)) for mode in modes)
+
+
+def changes_storage(call: ast.Call, name: str) -> bool:
+    base, _, last = name.rpartition(".")
+    if base == "os":
+        return last in OS_CALLS
+    if base == "shutil":
+        return last in SHUTIL_CALLS
+    if last == "open":
+        return opens_for_writing(call, name)
+    if last == "replace":  # str.replace() and dataclasses.replace() never have exactly one argument
+        return bool(base) and len(call.args) == 1 and not call.keywords
+    return bool(base) and last in PATH_METHODS
+
+
+@each(LIBRARY)
+def test_only_one_module_changes_storage(path: Path) -> None:
+    found = [f"line {call.lineno}: {name}" for call, name in calls(path) if changes_storage(call, name)]
+    assert name_of(path) == STORAGE_MODULE or not found
+
+
+@each(LIBRARY)
+def test_the_library_neither_prints_nor_exits_nor_sets_up_logging(path: Path) -> None:
+    program = name_of(path) in PROGRAMS
+    found = []
+    for call, name in calls(path):
+        if name in LOGGING_CALLS or name.rpartition(".")[2] in LOGGING_CALLS or (name in PROGRAM_CALLS and not program):
+            found.append(f"line {call.lineno}: {name}")
+    for node in ast.walk(parse(path)):
+        raised = node.exc if isinstance(node, ast.Raise) else None
+        if not program and raised and dotted(getattr(raised, "func", raised)) in ("SystemExit", "KeyboardInterrupt"):
+            found.append(f"line {node.lineno}: raises an exit")
+    assert not found
+
+
+def sample_calls(source: str, directory: Path) -> list[str]:
+    path = directory / "sample.py"
+    path.write_text(source, encoding="utf-8")
+    return [name for call, name in calls(path) if changes_storage(call, name)]
+
+
+def test_the_storage_check_itself(tmp_path: Path) -> None:
+    caught = "os.fsync(f)\nopen(p, 'wb')\nopen(p, mode=m)\np.open('a')\nshutil.rmtree(p)\np.replace(q)\nf().unlink()"
+    assert len(sample_calls(caught, tmp_path)) == caught.count("\n") + 1
+    passed = "open(p)\nopen(p, 'rb')\np.open()\ntext.replace('a', 'b')\nreplace(options, a=1)\nos.stat(p)\nrename(a)"
+    assert sample_calls(passed, tmp_path) == []
+
+
+# ---- C++ -------------------------------------------------------------------------------------------------------------
+
+# Comments, raw strings, strings and characters, and directives, in the order in which they can hide each other.
+CPP_NOISE = re.compile(
+    r'//[^\n]*|/\*.*?\*/|R"(\w*)\(.*?\)\1"|"(?:\\.|[^"\\\n])*"'
+    r"|(?<![0-9a-fA-F])'(?:\\.|[^'\\\n])+'|^[ \t]*\#(?:[^\n\\]|\\.)*",
+    re.DOTALL | re.MULTILINE,
+)
+
+STORAGE_CALLS = (
+    *("open", "openat", "openat2", "creat", "write", "pwrite", "pwrite64", "writev", "pwritev", "pwritev2"),
+    *("read", "pread", "preadv", "msync", "sync", "syncfs", "fsync", "fdatasync", "sync_file_range"),
+    *("fallocate", "posix_fallocate", "truncate", "ftruncate", "rename", "renameat", "renameat2", "link", "linkat"),
+    *("unlink", "unlinkat", "remove", "mkdir", "rmdir", "stat", "fstat", "lstat", "statx", "statfs", "fstatfs"),
+    *("io_uring_enter", "io_uring_setup", "copy_file_range", "sendfile"),
+)
+# Names too common to be recognised without the `::` that marks a call of the global function.
+COMMON_NAMES = {"open", "read", "write", "link", "remove", "rename", "stat", "sync", "truncate", "statx"}
+GLOBAL_CALL = re.compile(rf"(?<![\w>:])::({'|'.join(STORAGE_CALLS)})\s*\(")
+PLAIN_CALL = re.compile(rf"(?<![\w.:>~])({'|'.join(name for name in STORAGE_CALLS if name not in COMMON_NAMES)})\s*\(")
+STREAMS = re.compile(r"\b(fopen|fwrite|ofstream|ifstream|fstream|std::filesystem)\b")
+
+# Headers of what the core must not depend on.
+FOREIGN_HEADERS = re.compile(r"(torch|ATen|c10|caffe2|cuda|cuda_runtime|nccl|Python)\b")
+SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
+
+
+def bare(text: str) -> str:
+    """C++ text without comments, literals and directives, every line still at its place."""
+    return CPP_NOISE.sub(lambda noise: "\n" * noise.group().count("\n"), text)
+
+
+def read_cpp(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def included(path: Path) -> list[tuple[str, str]]:
+    """(kind, name) of each #include; kind is `"` or `<`."""
+    return re.findall(r'^[ \t]*#[ \t]*include[ \t]*(["<])([^">]+)[">]', read_cpp(path), re.MULTILINE)
+
+
+@each(core_files(".cc", ".h"))
+def test_core_includes_go_one_way(path: Path) -> None:
+    layer_of = {name: height for height, layer in enumerate(CORE_LAYERS) for name in layer}
+    assert path.stem in layer_of, f"give {path.name} its place in CORE_LAYERS"
+    own = {Path(name).stem for kind, name in included(path) if kind == '"'} - {path.stem}
+    assert own <= layer_of.keys(), "quoted includes are for the core's own headers"
+    assert [name for name in sorted(own) if layer_of[name] >= layer_of[path.stem]] == []
+
+
+@each(core_files(".cc", ".h"))
+def test_core_depends_on_no_framework(path: Path) -> None:
+    allowed = {"pybind11"} if path.stem == "bindings" else set()
+    names = [name for _, name in included(path)]
+    foreign = [name for name in names if FOREIGN_HEADERS.match(name)]
+    assert foreign + [name for name in names if name.startswith("pybind11") and "pybind11" not in allowed] == []
+
+
+@each([path for path in core_files(".cc", ".h") if path.stem != "file"])
+def test_only_one_file_does_storage_system_calls(path: Path) -> None:
+    text = bare(read_cpp(path))
+    found = GLOBAL_CALL.findall(text) + STREAMS.findall(text)
+    # In a header a bare name followed by `(` is a declaration.
+    assert found + (PLAIN_CALL.findall(text) if path.suffix == ".cc" else []) == []
+
+
+def cpp_functions(text: str) -> Iterator[tuple[str, int]]:
+    """(first line, number of lines) of each function body that stands in a namespace or a class.
+
+    It counts braces: what opens a namespace or a type is entered, any other brace is skipped as a whole, and is a
+    function if a parenthesis stands before it.
+    """
+    text = bare(text)
+    start = 0  # of the declaration that is being read
+    body_depth = 0
+    body_start = 0
+    for brace in re.finditer("[{};]", text):
+        mark, place = brace.group(), brace.start()
+        if body_depth:
+            body_depth += {"{": 1, "}": -1, ";": 0}[mark]
+            if body_depth or re.match(r"\s*[,{]", text[place + 1 :]):  # the latter: a{1}, in a list of initializers
+                continue
+            header = text[body_start:place].lstrip()
+            if "(" in header[: header.index("{")]:
+                yield header.splitlines()[0], header.count("\n") + 1
+        elif mark == "{":
+            header = text[start:place]
+            if "(" in header or not SCOPE.search(header):
+                body_depth, body_start = 1, start
+                continue
+        start = place + 1
+    assert body_depth == 0, "braces do not balance"
+
+
+@each(ALL_CPP)
+def test_cpp_functions_are_small(path: Path) -> None:
+    assert [found for found in cpp_functions(read_cpp(path)) if found[1] > MAX_FUNCTION_LINES] == []
+
+
+def test_the_cpp_checks_themselves() -> None:
+    text = """
+    #define OPEN(x) \\
+        {
+    namespace a { // } "
+    struct B final : C { int x = 0; void f() const { if (x) { g('}'); } } };
+    const char* const TABLE[] = { "}", R"(})" };
+    template <typename T>
+    auto h(T t) -> decltype(t()) {
+        return [&] { return ::fsync(t); }() + 1'000'000; /* { */
+    }
+    B::B(int x) : a{x}, b(x), c{x} {
+        f();
+    }
+    }  // namespace a
+    """
+    assert [(line.split("(")[0].strip(), size) for line, size in cpp_functions(text)] == [
+        ("void f", 1),
+        ("template <typename T>", 4),
+        ("B::B", 3),
+    ]
+    assert GLOBAL_CALL.findall(bare(text)) == ["fsync"]
+    assert GLOBAL_CALL.findall("File::open(x); ::open(x); return ::write(y);") == ["open", "write"]
+    assert PLAIN_CALL.findall("file.fsync(x); a->fsync(x); File::fsync(x); fsync(x)") == ["fsync"]
+
+
+# ---- size ------------------------------------------------------------------------------------------------------------
+
+
+@each(ALL_PYTHON + ALL_CPP)
+def test_files_are_small(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MAX_FILE_LINES
+
+
+@each(ALL_PYTHON)
+def test_python_functions_are_small(path: Path) -> None:
+    sizes = {
+        f"line {node.lineno}: {node.name}": (node.end_lineno or node.lineno) - node.lineno + 1
+        for node in ast.walk(parse(path))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    }
+    assert {name: size for name, size in sizes.items() if size > MAX_FUNCTION_LINES} == {}
