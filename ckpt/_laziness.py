@@ -7,7 +7,6 @@ up anew at each save: optimizers replace state tensors (LBFGS, load_state_dict),
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -43,13 +42,26 @@ def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
     if declared is True:
         return lambda _: True
     found: set[int] = set()
-    for reference in list(_stepped.values()):
-        optimizer = reference()
-        if optimizer is not None:
-            _add_optimizer(found, optimizer)
     if declared is not None and declared is not False:
         _add_declared(found, declared)
-    return found.__contains__
+    return _Found(found)
+
+
+class _Found:
+    """Looks through the optimizers only when the first record asks: a state of small tensors never does."""
+
+    def __init__(self, found: set[int]) -> None:
+        self._found = found
+        self._complete = False
+
+    def __call__(self, cdata: int) -> bool:
+        if not self._complete:
+            self._complete = True
+            for reference in list(_stepped.values()):
+                optimizer = reference()
+                if optimizer is not None:
+                    _add_optimizer(self._found, optimizer)
+        return cdata in self._found
 
 
 def _add_declared(found: set[int], declared: Any) -> None:
@@ -89,6 +101,7 @@ def _add_nested(found: set[int], value: Any) -> None:
 
 
 def _add_tensor(found: set[int], tensor: torch.Tensor) -> None:
-    # Sparse and other tensors have no storage of their own: they are captured inside save().
-    with contextlib.suppress(NotImplementedError, RuntimeError):
+    try:
         found.add(tensor.untyped_storage()._cdata)
+    except (NotImplementedError, RuntimeError):
+        return  # sparse and the like have no storage of their own: they are captured inside save()

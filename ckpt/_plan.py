@@ -4,8 +4,8 @@ The pickle is the one `torch.save` makes, opcode for opcode, wherever both write
 short way through `reducer_override`; everything else (subclasses, sparse, quantized, nested, ...) takes torch's own
 `__reduce_ex__`, whose parts come back here.
 
-Two passes at most. The first assumes whole storages and notes which bytes of each are referenced. Only if some storage turns
-out to be referenced in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
+Two passes at most. The first assumes whole storages and notes which bytes of each are recordd. Only if some storage turns
+out to be recordd in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable
+from types import FunctionType, NoneType
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch.nn.parameter import Parameter
 from torch.serialization import location_tag, normalize_storage_type
 from torch.storage import TypedStorage, UntypedStorage
 
+from ckpt import _native
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
 COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/chunk.h: enum class Source
@@ -31,6 +33,7 @@ _rebuild_tensor_v2 = torch._utils._rebuild_tensor_v2
 _rebuild_tensor_v3 = torch._utils._rebuild_tensor_v3
 _rebuild_parameter = torch._utils._rebuild_parameter
 _strided = torch.strided
+_EMPTY_DICT = (OrderedDict, ())
 
 
 def _storage_classes() -> dict[torch.dtype, tuple[Any, int]]:
@@ -44,40 +47,37 @@ def _storage_classes() -> dict[torch.dtype, tuple[Any, int]]:
 _CLASSES = _storage_classes()
 
 
-@dataclasses.dataclass(slots=True)
 class Record:
-    """One storage, or one run of it, on its way to the file as `data/<index>`."""
+    """One storage, or one run of it, on its way to the file as `data/<index>`.
 
-    storage: UntypedStorage  # held: the memory must stay
-    address: int
-    nbytes: int
-    kind: int
-    tensor: torch.Tensor | None  # one that views it, for its version counter and its name
+    In the pickle it stands for the storage; `persistent_id` turns it into the tuple that torch writes.
+    """
+
+    __slots__ = ("dtype", "key", "location", "low", "nbytes", "numel", "storage", "tensor", "type", "views", "whole")
+
+    def __init__(self, storage: UntypedStorage, key: str, location: str, dtype: Any, tensor: torch.Tensor | None) -> None:
+        self.storage = storage
+        self.key = key
+        self.location = location
+        self.dtype = dtype  # as torch tells them apart: None for untyped
+        self.tensor = tensor  # one that views it, for its version counter and its name
+        self.low = 0  # the first byte of the storage that is written
+        self.nbytes = storage.nbytes()
+        self.whole = False  # must be written whole: a bare storage, or a tensor that covers it
+        self.views: list[ByteInterval] | None = None
+        self.type: Any = UntypedStorage  # the class that names it in the pickle
+        self.numel = 0  # of that class
 
 
 @dataclasses.dataclass(slots=True)
 class SavePlan:
+    """What submit() needs. The lists have one entry for each record."""
+
     pickle: bytes
     records: list[Record]
-
-
-class _Reference:
-    """Stands in the pickle for a storage or a run of one; `persistent_id` turns it into torch's tuple."""
-
-    __slots__ = ("dtype", "index", "key", "location", "nbytes", "numel", "storage", "tensor", "type", "views", "whole")
-
-    def __init__(self, storage: UntypedStorage, index: int, location: str, dtype: Any) -> None:
-        self.storage = storage
-        self.index = index
-        self.key = str(index)
-        self.location = location
-        self.dtype = dtype  # as torch tells them apart: None for untyped
-        self.nbytes = storage.nbytes()
-        self.whole = False  # must be written whole: a bare storage, or a tensor that covers it
-        self.views: list[ByteInterval] = []
-        self.tensor: torch.Tensor | None = None
-        self.type: Any = UntypedStorage  # the class that names it in the pickle, and its elements of that class
-        self.numel = self.nbytes
+    addresses: list[int]
+    sizes: list[int]  # bytes
+    kinds: bytearray  # COPY, LAZY or OWNED
 
 
 @dataclasses.dataclass(slots=True)
@@ -88,26 +88,22 @@ class _Remap:
     virtual: VirtualStorages | None  # None: write it whole
 
 
-class _TorchPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, remaps: dict[int, _Remap]) -> None:
-        super().__init__(file, protocol=_PROTOCOL)
-        self.references: dict[Any, _Reference] = {}  # storage -> reference; (storage, run) -> reference
-        self.order: list[_Reference] = []
+# The pickler asks for the persistent id of every single object, a dozen for each tensor: these are answered natively.
+_NO_STORAGES = (str, int, float, bool, NoneType, tuple, list, dict, OrderedDict, type, FunctionType, torch.Tensor, Parameter)
+
+
+class _StorageTable:
+    """The storages met so far, in the order in which torch.save numbers them."""
+
+    def __init__(self, remaps: dict[int, _Remap]) -> None:
+        self.records: dict[Any, Record] = {}  # storage -> record; (storage, run) -> record
+        self.order: list[Record] = []
         self.conflicts: set[int] = set()  # storages seen as more than one dtype
         self._remaps = remaps
 
-    # ---- the short way ---------------------------------------------------------------------------------------------
+    # ---- tensors that take the short way ---------------------------------------------------------------------------
 
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is torch.Tensor:
-            if obj.layout is _strided and obj.dtype in _CLASSES and _is_plain(obj):
-                return self._reduce_tensor(obj)
-        elif kind is Parameter and not obj.__dict__:
-            return _rebuild_parameter, (obj.data, obj.requires_grad, OrderedDict())
-        return NotImplemented
-
-    def _reduce_tensor(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+    def reduce(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         storage = tensor.untyped_storage()
         dtype = tensor.dtype
         named, itemsize = _CLASSES[dtype]
@@ -115,59 +111,57 @@ class _TorchPickler(pickle.Pickler):
         cdata = storage._cdata
         remap = self._remaps.get(cdata) if self._remaps else None
         if remap is None:
-            reference = self.references.get(cdata)
-            if reference is None:
-                reference = self._add(cdata, storage, named and dtype, tensor)
-            elif reference.dtype is not (named and dtype):
+            record = self.records.get(cdata)
+            if record is None:
+                record = self._add(cdata, storage, named and dtype, tensor, tensor.is_cpu)
+            elif record.dtype is not (named and dtype):
                 self.conflicts.add(cdata)
-            if not reference.whole:
-                if offset == 0 and tensor.numel() * itemsize == reference.nbytes:
-                    reference.whole = True
+            if not record.whole:
+                if offset == 0 and tensor.numel() * itemsize == record.nbytes:
+                    record.whole = True
                 else:
-                    reference.views.append(byte_interval(offset, size, stride, itemsize))
+                    if record.views is None:
+                        record.views = []
+                    record.views.append(byte_interval(offset, size, stride, itemsize))
         else:
             if remap.untyped:
                 named = None
-            reference, offset = self._find_run(remap, cdata, storage, tensor, offset)
-        reference.type = named or UntypedStorage
-        reference.numel = reference.nbytes // itemsize if named else reference.nbytes
+            record, offset = self._find_run(remap, cdata, storage, tensor, offset)
+        record.type = named or UntypedStorage
+        record.numel = record.nbytes // itemsize if named else record.nbytes
         if named is None:
-            return _rebuild_tensor_v3, (reference, offset, size, stride, tensor.requires_grad, OrderedDict(), dtype)
-        return _rebuild_tensor_v2, (reference, offset, size, stride, tensor.requires_grad, OrderedDict())
+            return _rebuild_tensor_v3, (record, offset, size, stride, tensor.requires_grad, OrderedDict(), dtype)
+        return _rebuild_tensor_v2, (record, offset, size, stride, tensor.requires_grad, OrderedDict())
 
     def _find_run(
         self, remap: _Remap, cdata: int, storage: UntypedStorage, tensor: torch.Tensor, offset: int
-    ) -> tuple[_Reference, int]:
-        """The reference for the run that holds the tensor, and the tensor's offset in it, in elements."""
+    ) -> tuple[Record, int]:
+        """The record for the run that holds the tensor, and the tensor's offset in it, in elements."""
         dtype, itemsize = tensor.dtype, tensor.dtype.itemsize
         if remap.virtual is None:
-            reference = self.references.get(cdata) or self._add(cdata, storage, dtype, tensor)
-            reference.whole = True
-            return reference, offset
+            record = self.records.get(cdata) or self._add(cdata, storage, dtype, tensor, tensor.is_cpu)
+            record.whole = True
+            return record, offset
         interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
         run = remap.virtual.find(interval)
         key = (cdata, run)
-        reference = self.references.get(key) or self._add(key, storage, dtype, tensor)
+        record = self.records.get(key) or self._add(key, storage, dtype, tensor, tensor.is_cpu)
         low, high = remap.virtual.runs[run] if run >= 0 else (interval.low, interval.low)
-        reference.views = [ByteInterval(low, high, 1)]
-        reference.nbytes = high - low
-        return reference, (interval.low - low) // itemsize
+        record.low, record.nbytes = low, high - low
+        return record, (interval.low - low) // itemsize
 
-    def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None) -> _Reference:
-        location = "cpu" if storage.device.type == "cpu" else location_tag(storage)
-        reference = _Reference(storage, len(self.order), location, dtype)
-        reference.tensor = tensor
-        self.references[key] = reference
-        self.order.append(reference)
-        return reference
+    def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> Record:
+        location = "cpu" if on_cpu else location_tag(storage)
+        self.records[key] = record = Record(storage, str(len(self.order)), location, dtype, tensor)
+        self.order.append(record)
+        return record
 
     # ---- storages --------------------------------------------------------------------------------------------------
 
     def persistent_id(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is _Reference:
+        if type(obj) is Record:
             return ("storage", obj.type, obj.key, obj.location, obj.numel)
-        if kind is TypedStorage or kind is UntypedStorage or isinstance(obj, TypedStorage) or torch.is_storage(obj):
+        if isinstance(obj, (TypedStorage, UntypedStorage)) or torch.is_storage(obj):
             return self._storage_id(obj)
         return None
 
@@ -180,13 +174,33 @@ class _TorchPickler(pickle.Pickler):
             storage, dtype = obj, None
             storage_type, numel = normalize_storage_type(type(obj)), obj.nbytes()
         cdata = storage._cdata
-        reference = self.references.get(cdata)
-        if reference is None:
-            reference = self._add(cdata, storage, dtype, None)
-        elif reference.dtype is not dtype and cdata not in self._remaps:
+        record = self.records.get(cdata)
+        if record is None:
+            record = self._add(cdata, storage, dtype, None, storage.device.type == "cpu")
+        elif record.dtype is not dtype and cdata not in self._remaps:
             self.conflicts.add(cdata)
-        reference.whole = True
-        return ("storage", storage_type, reference.key, reference.location, numel)
+        record.whole = True
+        return ("storage", storage_type, record.key, record.location, numel)
+
+
+class _TorchPickler(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, table: _StorageTable) -> None:
+        super().__init__(file, protocol=_PROTOCOL)
+        # Bound to the table, not to this object: a cycle would keep all that was pickled until the next collection.
+        self.persistent_id = _native.type_filter(_NO_STORAGES, table.persistent_id)  # type: ignore[method-assign]
+        self._table = table
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is torch.Tensor:
+            if obj.layout is _strided and obj.dtype in _CLASSES and _is_plain(obj):
+                return self._table.reduce(obj)
+        elif kind is OrderedDict:
+            if not obj and not obj.__dict__:
+                return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
+        elif kind is Parameter and not obj.__dict__:
+            return _rebuild_parameter, (obj.data, obj.requires_grad, OrderedDict())
+        return NotImplemented
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -201,26 +215,25 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _find_remaps(pickler: _TorchPickler) -> dict[int, _Remap]:
+def _find_remaps(table: _StorageTable) -> dict[int, _Remap]:
     """What a second pass must do differently; empty if nothing."""
     remaps = {}
-    for cdata, reference in pickler.references.items():
-        untyped = cdata in pickler.conflicts
+    for cdata, record in table.records.items():
+        untyped = cdata in table.conflicts
         virtual = None
-        if not reference.whole:
-            virtual = VirtualStorages(reference.views)
-            if virtual.covers(reference.nbytes):
+        if not record.whole:
+            virtual = VirtualStorages(record.views or ())
+            if virtual.covers(record.nbytes):
                 virtual = None
         if untyped or virtual is not None:
             remaps[cdata] = _Remap(untyped, virtual)
     return remaps
 
 
-def _dump(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _TorchPickler]:
-    buffer = io.BytesIO()
-    pickler = _TorchPickler(buffer, remaps)
-    pickler.dump(obj)
-    return buffer.getvalue(), pickler
+def _dump(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _StorageTable]:
+    buffer, table = io.BytesIO(), _StorageTable(remaps)
+    _TorchPickler(buffer, table).dump(obj)
+    return buffer.getvalue(), table
 
 
 def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
@@ -233,20 +246,23 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> Sav
     Raises:
         whatever pickling `obj` raises.
     """
-    data, pickler = _dump(obj, {})
-    remaps = _find_remaps(pickler)
+    data, table = _dump(obj, {})
+    remaps = _find_remaps(table)
     if remaps:
-        data, pickler = _dump(obj, remaps)
-    return SavePlan(data, [_to_record(reference, is_lazy, eager_bytes) for reference in pickler.order])
+        data, table = _dump(obj, remaps)
+    return _place(data, table.order, is_lazy, eager_bytes)
 
 
-def _to_record(reference: _Reference, is_lazy: Callable[[int], bool], eager_bytes: int) -> Record:
-    storage = reference.storage
-    kind = LAZY if is_lazy(storage._cdata) else COPY
-    if storage.device.type != "cpu":
-        storage, kind = storage.cpu(), OWNED  # a private copy, made now
-    low = 0 if reference.whole or not reference.views else reference.views[0].low
-    nbytes = reference.nbytes
-    if nbytes <= eager_bytes:
-        kind = COPY
-    return Record(storage, storage.data_ptr() + low if nbytes else 0, nbytes, kind, reference.tensor)
+def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
+    plan = SavePlan(data, records, [], [], bytearray(len(records)))
+    for index, record in enumerate(records):
+        nbytes = record.nbytes
+        if record.location != "cpu":
+            record.storage = record.storage.cpu()  # a private copy, made now
+            record.tensor = None
+            plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
+        elif nbytes > eager_bytes and is_lazy(record.storage._cdata):
+            plan.kinds[index] = LAZY
+        plan.sizes.append(nbytes)
+        plan.addresses.append(record.storage.data_ptr() + record.low if nbytes else 0)
+    return plan

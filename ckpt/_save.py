@@ -143,21 +143,22 @@ def _submit(
         direct=pending._wants_direct,
         archive=_archive_name(target),
         head=head,
-        addresses=[record.address for record in records],
-        sizes=[record.nbytes for record in records],
-        kinds=bytes([record.kind for record in records]),
+        addresses=plan.addresses,
+        sizes=plan.sizes,
+        kinds=bytes(plan.kinds),
         tail=[("version", b"3\n"), (".data/serialization_id", serialization_id().encode())],
         copy_at_most=options.size("eager_bytes"),
         uniform_alignment=alignment or 0,
         verify=options.verify_capture,
         timeout_s=options.timeout_s,
     )
-    lazy_tensors = [record.tensor for record in records if record.kind == LAZY and record.tensor is not None]
+    lazy_tensors = [r.tensor for r, kind in zip(records, plan.kinds, strict=True) if kind == LAZY and r.tensor is not None]
+    owned = [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]
     pending._attach(
         job,
         Tripwire(obj, lazy_tensors),
         until_captured=[record.storage for record in records],
-        until_durable=[plan.pickle, *(record.storage for record in records if record.kind == OWNED)],
+        until_durable=(plan.pickle, owned),
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,
     )

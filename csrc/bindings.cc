@@ -242,6 +242,25 @@ void bind_files(py::module_& module) {
   module.def("crc32_kernel", &crc32_kernel);
 }
 
+// type_filter(types, call) is a function f(obj): None if obj's exact type is among `types`, else call(obj). A plain C
+// function, because it runs for every object that a pickler meets.
+PyObject* filter_by_type(PyObject* self, PyObject* object) {
+  PyObject* types = PyTuple_GET_ITEM(self, 0);
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (Py_ssize_t i = 0, count = PyTuple_GET_SIZE(types); i < count; ++i) {
+    if (PyTuple_GET_ITEM(types, i) == type) Py_RETURN_NONE;
+  }
+  return PyObject_CallOneArg(PyTuple_GET_ITEM(self, 1), object);
+}
+
+PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
+
+void bind_pickling(py::module_& module) {
+  module.def("type_filter", [](const py::tuple& types, const py::function& call) {
+    return py::reinterpret_steal<py::object>(PyCFunction_New(&filter_method, py::make_tuple(types, call).ptr()));
+  });
+}
+
 void bind_faults(py::module_& module) {
   module.def("crash_point", [](const std::string& name) { fault::crash_point(name.c_str()); });
 #if LAZYCKPT_FAULT_HOOKS
@@ -268,5 +287,6 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception_translator(&translate);
   bind_engine(module);
   bind_files(module);
+  bind_pickling(module);
   bind_faults(module);
 }
