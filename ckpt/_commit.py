@@ -3,7 +3,7 @@
 Publishing (publish() below; a crash between any two lines leaves the state named on the right):
 
     1. rename state to its final name        not a checkpoint: no manifest
-    2. fsync the step directory
+    2. fsync the step directory, and its parent
     3. write manifest aside, fsync           not a checkpoint
     4. rename to manifest.json               a checkpoint, if the rename survives
     5. fsync the step directory              a checkpoint
@@ -90,7 +90,7 @@ class StepCommitter:
         """
         directory = self._directory / name
         with self._lock:
-            _storage.make_directory(directory)
+            _storage.make_directory(directory, durable=False)  # no fsync on the training's time: publish() does it
             taken = set(self._in_flight.get(name, ()))
             with contextlib.suppress(NotACheckpointError):
                 taken |= _manifest.names(_manifest.read(directory).files)
@@ -121,6 +121,7 @@ class StepCommitter:
         directory = target.parent
         _storage.crash_point("before-rename")
         _storage.rename_durably(temporary, target)  # 1, 2
+        _storage.sync_directory(self._directory)
         _storage.crash_point("renamed")
         manifest = Manifest(step, self._take_sequence(), 1, (FileEntry(target.name, job.size, job.crc32),))
         _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")  # 3, 4, 5

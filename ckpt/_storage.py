@@ -30,16 +30,21 @@ def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX)
 
 
-def make_directory(path: Path) -> None:
-    """With its parents, durably. One that exists is fine."""
+def make_directory(path: Path, durable: bool) -> None:
+    """With its parents. One that exists is fine. Not durable: without an fsync; sync_directory(parent) must follow."""
     if not path.is_dir():
-        _native.make_directory(os.fspath(path))
+        _native.make_directory(os.fspath(path), durable)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes creations, renames and removals in it durable."""
+    _native.sync_directory(os.fspath(path))
 
 
 def rename_durably(temporary: Path, final: Path) -> None:
     """1. rename over `final`; 2. fsync of the directory. Before 1 the old content stands, after 2 the new one for good."""
     _native.rename_path(os.fspath(temporary), os.fspath(final))
-    _native.sync_directory(os.fspath(final.parent))
+    sync_directory(final.parent)
 
 
 def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
@@ -76,7 +81,7 @@ def remove_tree(directory: Path, first: str | None = None) -> None:
     """Removes a directory with all it holds; `first` is the name in it to remove before all others, durably."""
     if first is not None and (directory / first).exists():
         remove_file(directory / first)
-        _native.sync_directory(os.fspath(directory))
+        sync_directory(directory)
         crash_point("removal-begun")
     with os.scandir(directory) as entries:
         for entry in list(entries):

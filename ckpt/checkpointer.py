@@ -63,7 +63,7 @@ class Checkpointer:
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
         self.options = options or Options()
-        _storage.make_directory(self.directory)
+        _storage.make_directory(self.directory, durable=True)
         self._committer = _commit.StepCommitter(self.directory, keep)
         self._runtime = _runtime.lease(self.options)
         self._owner = os.getpid()

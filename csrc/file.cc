@@ -277,21 +277,19 @@ void sync_directory(const std::string& path) {
   if (done != 0 && errno != EINVAL) fail("fsync", path, errno);
 }
 
-void make_directory(const std::string& path) {
-  if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) == 0) {
-    sync_directory(parent_of(path));
-    return;
+void make_directory(const std::string& path, bool durable) {
+  if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0) {
+    const int error = errno;
+    struct stat stat {};
+    if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return;
+    const std::string parent = parent_of(path);
+    if (error != ENOENT || parent == path) fail("mkdir", path, error);
+    make_directory(parent, durable);
+    if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0 && errno != EEXIST) {
+      fail("mkdir", path, errno);
+    }
   }
-  const int error = errno;
-  struct stat stat {};
-  if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return;
-  const std::string parent = parent_of(path);
-  if (error != ENOENT || parent == path) fail("mkdir", path, error);
-  make_directory(parent);
-  if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0 && errno != EEXIST) {
-    fail("mkdir", path, errno);
-  }
-  sync_directory(parent);
+  if (durable) sync_directory(parent_of(path));
 }
 
 void remove_file(const std::string& path) {

@@ -92,7 +92,7 @@ class ReadableFile {
 void write_small_file(const std::string& path, const std::string& bytes);  // create or replace content, fsync, close
 void rename_path(const std::string& from, const std::string& to);
 void sync_directory(const std::string& path);  // makes renames and removals in it durable
-void make_directory(const std::string& path);  // with missing parents, each made durable in its own parent
+void make_directory(const std::string& path, bool durable);  // with missing parents; durable: each fsynced into its own
 void remove_file(const std::string& path);     // a missing one is no error
 void remove_directory(const std::string& path);  // an empty one; a missing one is no error
 
