@@ -24,12 +24,13 @@ from ckpt.pending import PendingSave
 logger = logging.getLogger("ckpt")
 
 _SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
+_JOIN_S = 30.0  # for the committer to come back from the publication it is in
 _Publish = Callable[[Any], Path]  # gets the finished native job, returns what it published
 
 
 class Runtime:
     def __init__(self, options: Options) -> None:
-        self._engine = _native.Engine(
+        self._engine: Any = _native.Engine(
             arena_bytes=options.size("arena_bytes"), chunk_bytes=options.size("chunk_bytes"), writers=options.writers
         )
         self._options = options
@@ -38,6 +39,7 @@ class Runtime:
         self._changed = threading.Condition()
         self._in_flight = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
+        self._given_up = False  # the drain's deadline has passed: the committer waits for nothing any more
         self._queue: queue.SimpleQueue[tuple[PendingSave, _Publish] | None] = queue.SimpleQueue()
         self._committer: threading.Thread | None = None
 
@@ -102,11 +104,9 @@ class Runtime:
 
     def _commit(self, pending: PendingSave, publish: _Publish) -> None:
         job = pending._job
-        while not (job.wait_captured(_SLICE_S) or job.finished):
-            pass
+        self._await(pending, job.wait_captured)
         pending._try_seal()
-        while not job.wait_finished(_SLICE_S):
-            pass
+        self._await(pending, job.wait_finished)
         pending._try_seal()
         error = pending._error()
         if error is not None:
@@ -115,6 +115,12 @@ class Runtime:
         _note_buffered(pending, job)
         pending._succeed(publish(job))
 
+    def _await(self, pending: PendingSave, done: Callable[[float], bool]) -> None:
+        while not done(_SLICE_S):
+            if self._given_up:
+                _orphans.append((pending._until_captured, pending._until_durable))  # a writer may still read them
+                raise DeadlineError(f"the save to '{pending.path}' was given up: its storage does not answer")
+
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     def wait_idle(self, timeout_s: float) -> bool:
@@ -122,17 +128,17 @@ class Runtime:
             return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """Drains, then fails what the deadline leaves, and ends the committer. The engine's threads end with the object."""
-        deadline = time.monotonic() + timeout_s
+        """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
         if not self.wait_idle(timeout_s):
-            logger.error("saves in flight were given up: they did not become durable within %s s", timeout_s)
-        self._engine.close(max(0.0, deadline - time.monotonic()))
+            logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
+        self._given_up = not self._engine.close(0.0)
         if self._committer is not None:
             self._queue.put(None)
-            self._committer.join(max(1.0, deadline - time.monotonic()))
+            self._committer.join(_JOIN_S)
+        self._engine = None  # joins the writers; leaks them if one hangs
 
 
 _noted_buffered: set[int] = set()
@@ -161,7 +167,7 @@ def _note_buffered(pending: PendingSave, job: Any) -> None:
 _registry_lock = threading.Lock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _uncaptured: dict[int, PendingSave] = {}  # by id; what a fence has to look after
-_orphans: list[Any] = []  # after a fork: the parent's objects, never to be touched or destroyed here
+_orphans: list[Any] = []  # never touched again: the parent's objects after a fork, memory that a hanging writer may read
 
 
 def lease(options: Options) -> Runtime:

@@ -65,10 +65,11 @@ void check_signals() {
 
 // ---- Engine ------------------------------------------------------------------------------------------------------
 
-// A forked child leaks its copy: threads that do not exist here cannot be joined.
+// Leaks the engine where its threads cannot be joined: in a forked child, where they do not exist, and when one of them
+// hangs in the kernel, so that the process can still end.
 struct EngineDeleter {
   void operator()(Engine* engine) const {
-    if (engine->forked()) return;
+    if (engine->forked() || engine->in_flight() > 0) return;
     py::gil_scoped_release release;
     delete engine;
   }
@@ -200,7 +201,7 @@ void bind_engine(py::module_& module) {
       .def("close", [](Engine& engine, double timeout_s) {
         usable(engine);
         py::gil_scoped_release release;
-        engine.close(timeout_s, check_signals);
+        return engine.close(timeout_s, check_signals);
       })
       .def_property_readonly("in_flight", [](Engine& engine) { return usable(engine).in_flight(); })
       .def_property_readonly("chunk_bytes", &Engine::chunk_bytes)

@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kSmallestChunk = size_t{64} << 10;
 constexpr size_t kTouchStep = size_t{16} << 20;
 constexpr double kInterruptIntervalS = 0.1;
+constexpr double kGiveUpS = 2.0;  // for failed jobs to come back from their system calls
 
 size_t fit_chunk(const EngineOptions& options) {
   size_t chunk = std::max(options.chunk_bytes, kSmallestChunk);
@@ -266,12 +267,13 @@ void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
   monitor_->changed.notify_all();
 }
 
-void Engine::close(double timeout_s, const Interrupt& interrupt) {
+bool Engine::close(double timeout_s, const Interrupt& interrupt) {
   Lock lock(monitor_->mutex);
   closed_ = true;
-  const double deadline = monotonic_seconds() + timeout_s;
-  if (wait(lock, deadline, interrupt, [&] { return jobs_.empty(); })) return;
+  const auto drained = [&] { return jobs_.empty(); };
+  if (wait(lock, monotonic_seconds() + timeout_s, interrupt, drained)) return true;
   for (const auto& job : jobs_) job->fail(deadline_error(*job, "the flush", timeout_s));
+  return wait(lock, monotonic_seconds() + kGiveUpS, interrupt, drained);
 }
 
 // ---- The writers' side -------------------------------------------------------------------------------------------

@@ -53,8 +53,9 @@ class Engine {
   // failed, which makes it safe to change its tensors too.
   void fence(double timeout_s, const Interrupt& interrupt);
 
-  // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice.
-  void close(double timeout_s, const Interrupt& interrupt);
+  // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice. False if a
+  // writer is still inside a system call some seconds later: then joining it may take for ever, and the caller leaks.
+  bool close(double timeout_s, const Interrupt& interrupt);
 
   size_t in_flight() const;
   const Arena& arena() const { return arena_; }
