@@ -200,9 +200,7 @@ def test_wheel_from_sdist_works(release: Installed, wheel_from_sdist: Path, plac
     assert wheel_from_sdist.name.startswith(f"lazyckpt-{release.version}-")
 
 
-def test_wheel_from_checkout_is_the_same_and_works(
-    tree: Path, unpacked: Path, wheel_from_sdist: Path, place: Path
-) -> None:
+def test_wheel_from_checkout_is_the_same_and_works(tree: Path, unpacked: Path, wheel_from_sdist: Path, place: Path) -> None:
     carry_objects(unpacked, tree)
     wheel = build_wheel(tree, place / "wheel-from-checkout")
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(wheel_from_sdist) as theirs:
