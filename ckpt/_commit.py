@@ -8,7 +8,7 @@ Publishing (publish() below; a crash between any two lines leaves the state name
     4. rename to manifest.json               a checkpoint, if the rename survives
     5. fsync the step directory              a checkpoint
     6. `latest`: aside, fsync, rename, fsync the newest checkpoint by name, too
-    7. remove the file that a saved-again step no longer names; retention
+    7. remove the file that a saved-again step no longer names; retention: rename away, fsync, remove
 
 Saving a step again writes a file of another name beside the old one, so that step 4 exchanges the two at once.
 """
@@ -63,17 +63,20 @@ class StepCommitter:
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
-    def committed(self) -> list[tuple[Path, Manifest]]:
-        """The checkpoints, newest commit first. Directories without a valid manifest are not checkpoints."""
-        found = []
+    def look(self) -> tuple[list[tuple[Path, Manifest]], list[NotACheckpointError]]:
+        """The checkpoints, newest commit first, and what is wrong with manifests that cannot be understood.
+
+        A directory without a manifest was never committed, and is neither.
+        """
+        found, damaged = [], []
         for path in self._step_directories():
             try:
                 found.append((path, _manifest.read(path)))
             except NotACheckpointError as error:
                 if (path / _manifest.NAME).exists():
-                    logger.warning("%s", error)
+                    damaged.append(error)
         found.sort(key=lambda item: item[1].sequence, reverse=True)
-        return found
+        return found, damaged
 
     def _step_directories(self) -> list[Path]:
         if not self._directory.is_dir():
@@ -89,6 +92,9 @@ class StepCommitter:
             StorageError: the directory cannot be made.
         """
         directory = self._directory / name
+        if not self._cleaned:
+            self._cleaned = True
+            self._remove_leftovers()  # before a byte is written: a full disk may be full of them
         with self._lock:
             _storage.make_directory(directory, durable=False)  # no fsync on the training's time: publish() does it
             taken = set(self._in_flight.get(name, ()))
@@ -120,11 +126,15 @@ class StepCommitter:
         """
         directory = target.parent
         _storage.crash_point("before-rename")
-        _storage.rename_durably(temporary, target)  # 1, 2
-        _storage.sync_directory(self._directory)
-        _storage.crash_point("renamed")
         manifest = Manifest(step, self._take_sequence(), 1, (FileEntry(target.name, job.size, job.crc32),))
-        _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")  # 3, 4, 5
+        try:
+            _storage.rename_durably(temporary, target)  # 1, 2
+            _storage.sync_directory(self._directory)
+            _storage.crash_point("renamed")
+            _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")  # 3, 4, 5
+        except BaseException:
+            self._take_back(target)
+            raise
         _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")  # 6
         self._tidy(directory, manifest)  # 7
         _storage.crash_point("tidied")
@@ -133,34 +143,41 @@ class StepCommitter:
     def _take_sequence(self) -> int:
         with self._lock:
             if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in self.committed()), default=0) + 1
+                self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
             self._next_sequence += 1
             return self._next_sequence - 1
 
     def _tidy(self, directory: Path, manifest: Manifest) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged."""
         try:
-            if not self._cleaned:
-                self._remove_leftovers()
-                self._cleaned = True
             self._remove_unnamed(directory, manifest)
             if self._keep is not None:
-                for path, _ in self.committed()[self._keep :]:
+                for path, _ in self.look()[0][self._keep :]:
                     self._remove_step(path)
         except (StorageError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
 
+    def _take_back(self, target: Path) -> None:
+        """A file that was renamed but not committed: a full disk must not get fuller with every try."""
+        with contextlib.suppress(NotACheckpointError):
+            if target.name in _manifest.names(_manifest.read(target.parent).files):
+                return  # committed after all: only the last fsync has failed
+        _storage.remove_quietly(target)
+
     def _remove_leftovers(self) -> None:
-        """Once for each Checkpointer: what a crash left behind."""
-        for path in self._directory.iterdir():
-            if path.is_file() and _storage.is_temporary(path.name):
-                _storage.remove_file(path)
-        for path in self._step_directories():
-            try:
-                self._remove_unnamed(path, _manifest.read(path))
-            except NotACheckpointError:
-                if not (path / _manifest.NAME).exists():  # a damaged manifest is evidence: leave it to a person
-                    self._remove_step(path)
+        """Once for each Checkpointer, before its first save: what a crash left behind."""
+        try:
+            for path in self._directory.iterdir():
+                if _storage.is_temporary(path.name):
+                    _storage.remove_tree(path) if path.is_dir() else _storage.remove_file(path)
+            for path in self._step_directories():
+                try:
+                    self._remove_unnamed(path, _manifest.read(path))
+                except NotACheckpointError:
+                    if not (path / _manifest.NAME).exists():  # a damaged manifest is evidence: leave it to a person
+                        self._remove_step(path)
+        except OSError as error:
+            logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
         """State files, finished or not, that neither the manifest names nor a save is writing."""
@@ -173,8 +190,12 @@ class StepCommitter:
 
     def _remove_step(self, directory: Path) -> None:
         with self._lock:  # no save may begin in it meanwhile
-            if directory.name not in self._in_flight:
-                _storage.remove_tree(directory, first=_manifest.NAME)
+            if directory.name in self._in_flight:
+                return
+            retired = _storage.retire_directory(directory)
+        _storage.sync_directory(self._directory)
+        _storage.crash_point("removal-begun")
+        _storage.remove_tree(retired)
 
 
 def _state_name(number: int) -> str:
@@ -184,6 +205,6 @@ def _state_name(number: int) -> str:
 def _written_for(name: str) -> str | None:
     """The final name of a state file or of a temporary on its way to one; None for files that are not ours."""
     if _storage.is_temporary(name):
-        return name.removeprefix(_storage.TEMPORARY_PREFIX).rsplit("-", 2)[0]
+        return _storage.name_behind(name)
     is_state = name == "state.pt" or (name.startswith("state-") and name.endswith(".pt"))
     return name if is_state else None

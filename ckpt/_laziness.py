@@ -34,15 +34,15 @@ def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
     """A predicate on a storage's `_cdata`.
 
     Args:
-        declared: True (all), or a tensor, module, optimizer, or an iterable of these.
+        declared: True (all), False (none, whatever optimizers own), or a tensor, module, optimizer, or an iterable of these.
 
     Raises:
         TypeError: `declared` is something else.
     """
-    if declared is True:
-        return lambda _: True
+    if isinstance(declared, bool):
+        return lambda _: declared
     found: set[int] = set()
-    if declared is not None and declared is not False:
+    if declared is not None:
         _add_declared(found, declared)
     return _Found(found)
 
@@ -77,7 +77,7 @@ def _add_declared(found: set[int], declared: Any) -> None:
             _add_declared(found, item)
     else:
         raise TypeError(
-            f"lazy= takes True, tensors, modules, optimizers or an iterable of these, not {type(declared).__name__}"
+            f"lazy= takes True, False, tensors, modules, optimizers or an iterable of these, not {type(declared).__name__}"
         )
 
 

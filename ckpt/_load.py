@@ -16,6 +16,8 @@ from ckpt.errors import CheckpointError, CorruptError, StorageError
 
 logger = logging.getLogger("ckpt")
 
+_OLD_FORMAT = b"\x80\x02" + pickle.encode_long(0x1950A86A20F9469CFC6C).join([b"\x8a\x0a", b"."])  # a pickled magic number
+
 
 def checksum_threads() -> int:
     return min(4, os.cpu_count() or 1)
@@ -34,12 +36,10 @@ def load(path: str | os.PathLike[str], map_location: Any = None, weights_only: b
         StorageError: it cannot be read.
         CheckpointError: it holds objects that weights_only refuses.
     """
-    target = os.fspath(path)
-    if not os.path.exists(target):
-        raise StorageError(2, f"there is no file '{target}' to load", target)
-    if _is_zip(target) and not _native.verify_torch_file(target, checksum_threads()):
+    target = Path(os.fspath(path))
+    if _is_zip(target) and not _native.verify_torch_file(os.fsencode(target), checksum_threads()):
         logger.info("'%s' was written without checksums: nothing could be verified", target)
-    return torch_load(Path(target), map_location, weights_only)
+    return torch_load(target, map_location, weights_only)
 
 
 def torch_load(path: Path, map_location: Any, weights_only: bool) -> Any:
@@ -57,10 +57,23 @@ def torch_load(path: Path, map_location: Any, weights_only: bool) -> Any:
         raise CorruptError(f"'{path}' is not a torch file, or cut off") from error
 
 
-def _is_zip(path: str) -> bool:
-    """Whether to expect a zip: the first bytes or the last say so. Torch also has older formats, which have no checksums."""
-    with open(path, "rb") as file:
-        return file.read(4) == b"PK\x03\x04" or zipfile.is_zipfile(file)
+def _is_zip(path: Path) -> bool:
+    """True for a zip, False for torch's format of before 1.6, which has no checksums.
+
+    Raises:
+        StorageError: the file cannot be read.
+        CorruptError: it is neither.
+    """
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(_OLD_FORMAT))
+            if start.startswith(b"PK\x03\x04") or zipfile.is_zipfile(file):
+                return True
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot load '{path}': {error.strerror}", str(path)) from error
+    if start == _OLD_FORMAT:
+        return False
+    raise CorruptError(f"'{path}' is not a torch file: it begins like neither of torch's formats")
 
 
 def _first_line(error: BaseException) -> str:

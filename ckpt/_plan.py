@@ -53,7 +53,7 @@ class Record:
     In the pickle it stands for the storage; `persistent_id` turns it into the tuple that torch writes.
     """
 
-    __slots__ = ("dtype", "key", "location", "low", "nbytes", "numel", "storage", "tensor", "type", "views", "whole")
+    __slots__ = ("dtype", "key", "location", "low", "nbytes", "numel", "storage", "tensor", "type", "typed", "views", "whole")
 
     def __init__(self, storage: UntypedStorage, key: str, location: str, dtype: Any, tensor: torch.Tensor | None) -> None:
         self.storage = storage
@@ -67,6 +67,16 @@ class Record:
         self.views: list[ByteInterval] | None = None
         self.type: Any = UntypedStorage  # the class that names it in the pickle
         self.numel = 0  # of that class
+        self.typed = False  # named as its dtype by a pickling that we cannot change
+
+    def see(self, interval: ByteInterval) -> None:
+        """A view that does not cover the storage."""
+        if interval.high > self.nbytes:  # the storage was shrunk below its tensor (FSDP): there is nothing but all of it
+            self.whole = True
+        elif self.views is None:
+            self.views = [interval]
+        else:
+            self.views.append(interval)
 
 
 @dataclasses.dataclass(slots=True)
@@ -90,6 +100,16 @@ class _Remap:
 
 # The pickler asks for the persistent id of every single object, a dozen for each tensor: these are answered natively.
 _NO_STORAGES = (str, int, float, bool, NoneType, tuple, list, dict, OrderedDict, type, FunctionType, torch.Tensor, Parameter)
+
+
+_TWO_DTYPES = (
+    "cannot save tensors or storages that view the same data as different types, if one of them is not a plain strided tensor "
+    "or is made anew by each pickling (torch.save cannot either); save a clone of one of them"
+)
+
+
+class _UnstableError(Exception):
+    """Pickling the object a second time gave other views than the first time."""
 
 
 class _StorageTable:
@@ -120,9 +140,7 @@ class _StorageTable:
                 if offset == 0 and tensor.numel() * itemsize == record.nbytes:
                     record.whole = True
                 else:
-                    if record.views is None:
-                        record.views = []
-                    record.views.append(byte_interval(offset, size, stride, itemsize))
+                    record.see(byte_interval(offset, size, stride, itemsize))
         else:
             if remap.untyped:
                 named = None
@@ -144,6 +162,8 @@ class _StorageTable:
             return record, offset
         interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
         run = remap.virtual.find(interval)
+        if run < 0 and interval.low < interval.high:
+            raise _UnstableError
         key = (cdata, run)
         record = self.records.get(key) or self._add(key, storage, dtype, tensor, tensor.is_cpu)
         low, high = remap.virtual.runs[run] if run >= 0 else (interval.low, interval.low)
@@ -180,6 +200,7 @@ class _StorageTable:
         elif record.dtype is not dtype and cdata not in self._remaps:
             self.conflicts.add(cdata)
         record.whole = True
+        record.typed = record.typed or dtype is not None
         return ("storage", storage_type, record.key, record.location, numel)
 
 
@@ -199,7 +220,7 @@ class _TorchPickler(pickle.Pickler):
             if not obj and not obj.__dict__:
                 return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
         elif kind is Parameter and not obj.__dict__:
-            return _rebuild_parameter, (obj.data, obj.requires_grad, OrderedDict())
+            return _rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
         return NotImplemented
 
 
@@ -220,6 +241,8 @@ def _find_remaps(table: _StorageTable) -> dict[int, _Remap]:
     remaps = {}
     for cdata, record in table.records.items():
         untyped = cdata in table.conflicts
+        if untyped and record.typed:
+            raise RuntimeError(_TWO_DTYPES)
         virtual = None
         if not record.whole:
             virtual = VirtualStorages(record.views or ())
@@ -244,13 +267,26 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> Sav
         eager_bytes: records of at most this many bytes are copied at once all the same.
 
     Raises:
+        RuntimeError: some memory is referenced as several dtypes in a way that no file can express.
         whatever pickling `obj` raises.
     """
     data, table = _dump(obj, {})
     remaps = _find_remaps(table)
     if remaps:
-        data, table = _dump(obj, remaps)
+        try:
+            data, table = _dump(obj, remaps)
+        except _UnstableError:
+            remaps = {cdata: _Remap(remap.untyped, None) for cdata, remap in remaps.items()}
+            data, table = _dump(obj, remaps)
+        if not table.conflicts <= remaps.keys():
+            raise RuntimeError(_TWO_DTYPES)
     return _place(data, table.order, is_lazy, eager_bytes)
+
+
+def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStorage:
+    """Bytes [low, low + nbytes) of a device storage, now."""
+    view = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, low, (nbytes,), (1,))
+    return view.cpu().untyped_storage()
 
 
 def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
@@ -258,7 +294,7 @@ def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], e
     for index, record in enumerate(records):
         nbytes = record.nbytes
         if record.location != "cpu":
-            record.storage = record.storage.cpu()  # a private copy, made now
+            record.storage, record.low = _copy_to_host(record.storage, record.low, nbytes), 0
             record.tensor = None
             plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
         elif nbytes > eager_bytes and is_lazy(record.storage._cdata):

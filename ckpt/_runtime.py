@@ -11,7 +11,6 @@ import logging
 import os
 import queue
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,15 +32,16 @@ class Runtime:
         self._engine: Any = _native.Engine(
             arena_bytes=options.size("arena_bytes"), chunk_bytes=options.size("chunk_bytes"), writers=options.writers
         )
-        self._options = options
-        self._leases = 0  # guarded by _registry_lock, as the next
+        self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept = False
+        self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
         self._changed = threading.Condition()
         self._in_flight = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
         self._given_up = False  # the drain's deadline has passed: the committer waits for nothing any more
         self._queue: queue.SimpleQueue[tuple[PendingSave, _Publish] | None] = queue.SimpleQueue()
-        self._committer: threading.Thread | None = None
+        self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
+        self._committer.start()
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -79,30 +79,32 @@ class Runtime:
 
     def commit_later(self, pending: PendingSave, publish: _Publish) -> None:
         """Hands an admitted and submitted save to the committer, which also releases its place."""
-        with self._changed:
-            if self._committer is None:
-                self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
-                self._committer.start()
         self._queue.put((pending, publish))
 
     def fence(self) -> None:
-        self._engine.fence(self._options.timeout_s)
+        engine = self._engine
+        if engine is not None:  # else it was closed: whatever was in flight is durable or has failed
+            engine.fence()
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
     def _commit_all(self) -> None:
         while (item := self._queue.get()) is not None:
             pending, publish = item
-            del item
+            published, error = None, None
             try:
-                self._commit(pending, publish)
-            except BaseException as error:  # whatever it is must reach result(), never die with this thread
+                published = self._commit(pending, publish)
+            except BaseException as caught:  # whatever it is must reach result(), never die with this thread
+                error = caught.with_traceback(None)  # whose frames would keep the state alive
+                pending._discard()
+            self.release()  # first, so that whoever waits for the outcome finds the place free
+            if published is not None:
+                pending._succeed(published)
+            elif error is not None:
                 pending._fail(error)
-            finally:
-                self.release()
-                del pending, publish  # else the last save would live until the next
+            del item, pending, publish, published, error  # else the last save would live until the next
 
-    def _commit(self, pending: PendingSave, publish: _Publish) -> None:
+    def _commit(self, pending: PendingSave, publish: _Publish) -> Path:
         job = pending._job
         self._await(pending, job.wait_captured)
         pending._try_seal()
@@ -110,10 +112,9 @@ class Runtime:
         pending._try_seal()
         error = pending._error()
         if error is not None:
-            pending._fail(error)
-            return
+            raise error
         _note_buffered(pending, job)
-        pending._succeed(publish(job))
+        return publish(job)
 
     def _await(self, pending: PendingSave, done: Callable[[float], bool]) -> None:
         while not done(_SLICE_S):
@@ -130,14 +131,15 @@ class Runtime:
     def close(self, timeout_s: float) -> None:
         """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
         with self._changed:
+            if self._stopping:
+                return
             self._stopping = True
             self._changed.notify_all()
         if not self.wait_idle(timeout_s):
             logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
         self._given_up = not self._engine.close(0.0)
-        if self._committer is not None:
-            self._queue.put(None)
-            self._committer.join(_JOIN_S)
+        self._queue.put(None)
+        self._committer.join(_JOIN_S)
         self._engine = None  # joins the writers; leaks them if one hangs
 
 
@@ -166,18 +168,26 @@ def _note_buffered(pending: PendingSave, job: Any) -> None:
 
 _registry_lock = threading.Lock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
-_uncaptured: dict[int, PendingSave] = {}  # by id; what a fence has to look after
+_exiting = False  # guarded by _registry_lock
+_uncaptured: dict[int, tuple[PendingSave, Runtime]] = {}  # by id; what a fence has to look after
 _orphans: list[Any] = []  # never touched again: the parent's objects after a fork, memory that a hanging writer may read
 
 
 def lease(options: Options) -> Runtime:
-    """The runtime for these options, made if there is none yet. Pair with give_back()."""
+    """The runtime for these options, made if there is none yet. Pair with give_back().
+
+    Raises:
+        ClosedError: the interpreter is shutting down.
+    """
     key = (options.arena_bytes, options.chunk_bytes, options.writers)
     with _registry_lock:
+        if _exiting:
+            raise ClosedError("the interpreter is shutting down: pending saves have been drained, and no more are taken")
         runtime = _runtimes.get(key)
         if runtime is None:
             runtime = _runtimes[key] = Runtime(options)
         runtime._leases += 1
+        runtime._drain_timeout_s = max(runtime._drain_timeout_s, options.drain_timeout_s)
         return runtime
 
 
@@ -202,12 +212,18 @@ def give_back(runtime: Runtime, timeout_s: float) -> None:
     runtime.close(timeout_s)
 
 
-def watch(pending: PendingSave) -> None:
-    _uncaptured[id(pending)] = pending
+def watch(pending: PendingSave, runtime: Runtime) -> None:
+    """From now on fences look after it, until it is sealed."""
+    _uncaptured[id(pending)] = pending, runtime
 
 
 def unwatch(pending: PendingSave) -> None:
     _uncaptured.pop(id(pending), None)
+
+
+def orphan(memory: Any) -> None:
+    """Keeps it for ever."""
+    _orphans.append(memory)
 
 
 def fence() -> None:
@@ -217,19 +233,19 @@ def fence() -> None:
     saved tensors and fires no optimizer hook: replaying a CUDA graph that holds the step, functional optimizers, manual
     updates, loading a state dict, swapping in EMA weights.
 
+    Not for memory that goes away: `share_memory_()`, `resize_()` and the like free what a background write may still be
+    reading. Wait with `result()`, or save such tensors with `lazy=False`.
+
     A save that cannot be captured within `Options.timeout_s` fails instead, so that training goes on; so does one whose
     tensors were found changed.
 
     Raises:
         KeyboardInterrupt: Ctrl-C during the wait; the tensors must not be changed then.
     """
-    if not _uncaptured:
-        return
-    with _registry_lock:
-        runtimes = list(_runtimes.values())
-    for runtime in runtimes:
+    watched = list(_uncaptured.values())
+    for runtime in {runtime for _, runtime in watched}:
         runtime.fence()
-    for pending in list(_uncaptured.values()):
+    for pending, _ in watched:
         pending._try_seal()
 
 
@@ -239,12 +255,14 @@ def _before_step() -> None:
 
 
 def _drain_at_exit() -> None:
+    global _exiting
     with _registry_lock:
+        _exiting = True
         runtimes = list(_runtimes.values())
         _runtimes.clear()
     for runtime in runtimes:
         try:
-            runtime.close(runtime._options.drain_timeout_s)
+            runtime.close(runtime._drain_timeout_s)
         except CheckpointError:
             logger.exception("draining saves at exit failed")
 

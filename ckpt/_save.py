@@ -38,7 +38,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         obj: anything that `torch.save` can save.
         path: the file to create or replace, atomically, once all is durable. Its directory must exist.
         lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
-            True: the caller promises that nothing in `obj` changes before the next fence.
+            True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
+            save(), for states that something other than an optimizer's step writes to.
         options: see Options. Saves with the same arena, chunk and writer options share one engine.
 
     Returns:
@@ -50,7 +51,9 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
     """
     options = options or _DEFAULT
-    target = Path(os.path.abspath(os.fspath(path)))
+    target = Path(os.path.abspath(os.fsdecode(path)))
+    if target.is_symlink():
+        target = target.resolve()  # as torch.save: the link stays
     if target.is_dir():
         raise StorageError(errno.EISDIR, f"cannot save to '{target}': it is a directory; name a file", str(target))
     pending = PendingSave(target, on_done=log_failure)
@@ -61,6 +64,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         _storage.crash_point("renamed")
         return target
 
+    _storage.remove_stale(target)
     start(_runtime.keep(options), pending, obj, target, publish, lazy=lazy, options=options)
     return pending
 
@@ -91,6 +95,7 @@ def start(
         pending._fail(skipped)
         return
     temporary = _storage.temporary_path(target)
+    pending._discard = lambda: _storage.remove_quietly(temporary)
     try:
         plan = _plan_quietly(obj, lazy, options)
         _submit(runtime, pending, obj, plan, temporary, target, options)
@@ -100,14 +105,7 @@ def start(
     finally:
         pending._save_s = time.monotonic() - pending._started_at
 
-    def publish_or_clean(job: Any) -> Path:
-        try:
-            return publish(temporary, job)
-        except BaseException:
-            _storage.remove_quietly(temporary)
-            raise
-
-    runtime.commit_later(pending, publish_or_clean)
+    runtime.commit_later(pending, lambda job: publish(temporary, job))
 
 
 def _plan_quietly(obj: Any, lazy: Any, options: Options) -> SavePlan:
@@ -138,31 +136,36 @@ def _submit(
         head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
     head.append(("byteorder", sys.byteorder.encode()))
     pending._wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
-    job = runtime.submit(
-        path=os.fspath(temporary),
-        direct=pending._wants_direct,
-        archive=_archive_name(target),
-        head=head,
-        addresses=plan.addresses,
-        sizes=plan.sizes,
-        kinds=bytes(plan.kinds),
-        tail=[("version", b"3\n"), (".data/serialization_id", serialization_id().encode())],
-        copy_at_most=options.size("eager_bytes"),
-        uniform_alignment=alignment or 0,
-        verify=options.verify_capture,
-        timeout_s=options.timeout_s,
-    )
-    lazy_tensors = [r.tensor for r, kind in zip(records, plan.kinds, strict=True) if kind == LAZY and r.tensor is not None]
-    owned = [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]
-    pending._attach(
-        job,
-        Tripwire(obj, lazy_tensors),
+    tail = [("version", b"3\n"), (".data/serialization_id", serialization_id().encode())]
+    lazy = [record for record, kind in zip(records, plan.kinds, strict=True) if kind == LAZY]
+    pending._hold(
+        Tripwire(obj, [r.tensor for r in lazy if r.tensor is not None], [r.storage for r in lazy]),
         until_captured=[record.storage for record in records],
-        until_durable=(plan.pickle, owned),
+        until_durable=(head, tail, [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]),
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,
     )
-    _runtime.watch(pending)
+    _runtime.watch(pending, runtime)
+    try:
+        pending._job = runtime.submit(
+            path=os.fsencode(temporary),
+            direct=pending._wants_direct,
+            archive=os.fsencode(_archive_name(target)),
+            head=head,
+            addresses=plan.addresses,
+            sizes=plan.sizes,
+            kinds=bytes(plan.kinds),
+            tail=tail,
+            copy_at_most=options.size("eager_bytes"),
+            uniform_alignment=alignment or 0,
+            verify=options.verify_capture,
+            timeout_s=options.timeout_s,
+        )
+    except BaseException as error:
+        _runtime.unwatch(pending)
+        if not isinstance(error, Exception):  # interrupted: a writer that hangs may still read what we hold
+            _runtime.orphan((pending._until_captured, pending._until_durable))
+        raise
 
 
 def serialization_id() -> str:

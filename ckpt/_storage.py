@@ -3,7 +3,10 @@
 Steps whose order decides what survives a crash go through the native core, where each system call has its error text and its
 fault hook. Names chosen here:
 
-    .tmp-<name>-<pid>-<number>    on its way; ignored by restore, removed by the next save to the directory
+    .tmp-<name>-<host>-<pid>-<process><number>    on its way, or on its way out; ignored by restore, removed by the next save
+
+<host> and <process> are eight hexadecimal digits each, so that processes on several hosts, and a process that got the number of
+one that was killed, tell their own from others'.
 """
 
 from __future__ import annotations
@@ -11,39 +14,58 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
+import secrets
+import socket
+import zlib
 from pathlib import Path
 
 from ckpt import _native
 
 TEMPORARY_PREFIX = ".tmp-"
+_LONGEST_NAME = 200  # bytes of a final name that go into its temporary one
+_host = f"{zlib.crc32(socket.gethostname().encode()):08x}"
+_process = secrets.token_hex(4)
 _numbers = itertools.count()
+_looked_after: set[Path] = set()  # by remove_stale()
+_TEMPORARY = re.compile(
+    re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})[0-9a-f]+",
+    re.DOTALL,
+)
 
 crash_point = _native.crash_point
 
 
 def temporary_path(final: Path) -> Path:
     """A name beside `final` that no other save uses."""
-    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{os.getpid()}-{next(_numbers)}")
+    name = os.fsdecode(os.fsencode(final.name)[:_LONGEST_NAME])  # the file system's limit holds for this name too
+    return final.with_name(f"{TEMPORARY_PREFIX}{name}-{_host}-{os.getpid()}-{_process}{next(_numbers):x}")
 
 
 def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX)
 
 
+def name_behind(temporary: str) -> str | None:
+    """The final name (its first 200 bytes) that a temporary one was made for; None if it is not one of ours."""
+    match = _TEMPORARY.fullmatch(temporary)
+    return None if match is None else match["name"]
+
+
 def make_directory(path: Path, durable: bool) -> None:
     """With its parents. One that exists is fine. Not durable: without an fsync; sync_directory(parent) must follow."""
     if not path.is_dir():
-        _native.make_directory(os.fspath(path), durable)
+        _native.make_directory(os.fsencode(path), durable)
 
 
 def sync_directory(path: Path) -> None:
     """Makes creations, renames and removals in it durable."""
-    _native.sync_directory(os.fspath(path))
+    _native.sync_directory(os.fsencode(path))
 
 
 def rename_durably(temporary: Path, final: Path) -> None:
     """1. rename over `final`; 2. fsync of the directory. Before 1 the old content stands, after 2 the new one for good."""
-    _native.rename_path(os.fspath(temporary), os.fspath(final))
+    _native.rename_path(os.fsencode(temporary), os.fsencode(final))
     sync_directory(final.parent)
 
 
@@ -51,7 +73,7 @@ def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
     """Gives the small file `path` this content, atomically: write aside, fsync, rename, fsync of the directory."""
     temporary = temporary_path(path)
     try:
-        _native.write_small_file(os.fspath(temporary), content)
+        _native.write_small_file(os.fsencode(temporary), content)
         crash_point(f"{crash_name}-written")
         rename_durably(temporary, path)
     except BaseException:
@@ -62,7 +84,7 @@ def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
 
 def remove_file(path: Path) -> None:
     """A file that is not there is fine."""
-    _native.remove_file(os.fspath(path))
+    _native.remove_file(os.fsencode(path))
 
 
 def remove_if_empty(directory: Path) -> None:
@@ -74,15 +96,45 @@ def remove_if_empty(directory: Path) -> None:
 def remove_quietly(path: Path) -> None:
     """On the way out of an error: a second error must not hide the first."""
     with contextlib.suppress(OSError):
-        _native.remove_file(os.fspath(path))
+        _native.remove_file(os.fsencode(path))
 
 
-def remove_tree(directory: Path, first: str | None = None) -> None:
-    """Removes a directory with all it holds; `first` is the name in it to remove before all others, durably."""
-    if first is not None and (directory / first).exists():
-        remove_file(directory / first)
-        sync_directory(directory)
-        crash_point("removal-begun")
+def remove_stale(target: Path) -> None:
+    """Removes what processes of this host that were killed left of their saves to `target`; looks once for each target."""
+    if target in _looked_after:
+        return
+    _looked_after.add(target)
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            match = _TEMPORARY.fullmatch(path.name)
+            if match is not None and match["name"] == target.name and _is_abandoned(match):
+                remove_quietly(path)
+
+
+def _is_abandoned(match: re.Match[str]) -> bool:
+    """Whether the process that chose this temporary name is gone for certain."""
+    pid = int(match["pid"])
+    if match["host"] != _host:
+        return False
+    if pid == os.getpid():
+        return match["process"] != _process
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (PermissionError, OverflowError):
+        pass
+    return False
+
+
+def retire_directory(directory: Path) -> Path:
+    """Gives a directory a temporary name, so that it is no checkpoint any more; returns that. An fsync must follow."""
+    retired = temporary_path(directory)
+    _native.rename_path(os.fsencode(directory), os.fsencode(retired))
+    return retired
+
+
+def remove_tree(directory: Path) -> None:
     with os.scandir(directory) as entries:
         for entry in list(entries):
             path = Path(entry.path)
@@ -90,4 +142,4 @@ def remove_tree(directory: Path, first: str | None = None) -> None:
                 remove_tree(path)
             else:
                 remove_file(path)
-    _native.remove_directory(os.fspath(directory))
+    _native.remove_directory(os.fsencode(directory))

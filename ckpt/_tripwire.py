@@ -6,26 +6,37 @@ numpy: a tripwire, not a proof. `Options.verify_capture` compares checksums inst
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.storage import UntypedStorage
 
 
 class Tripwire:
-    def __init__(self, root: Any, tensors: Sequence[torch.Tensor]) -> None:
+    """Looks at lazy tensors once when they are planned, and once when they are captured."""
+
+    def __init__(self, root: Any, tensors: Sequence[torch.Tensor], storages: Sequence[UntypedStorage]) -> None:
         self._root = root
-        self._watched = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
+        self._places = [(storage, storage.data_ptr(), storage.nbytes()) for storage in storages]
 
     def changed(self) -> str | None:
-        """The name of the first watched tensor whose version has moved; None if all stand."""
-        for tensor, version in self._watched:
+        """What has changed since, for an error's text; None if nothing has."""
+        for tensor, version in self._versions:
             if tensor._version != version:
-                return describe(self._root, tensor)
+                return f"{self.describe(tensor)} was changed"
+        for storage, address, nbytes in self._places:
+            if storage.data_ptr() != address or storage.nbytes() != nbytes:
+                return "the memory of a tensor was taken away (share_memory_, resize_)"
         return None
 
     def describe(self, tensor: torch.Tensor | None) -> str:
-        return describe(self._root, tensor)
+        try:
+            return describe(self._root, tensor)
+        except Exception:  # whatever is in the caller's objects, the report comes first
+            return "a tensor"
 
 
 def describe(root: Any, tensor: torch.Tensor | None) -> str:
@@ -33,34 +44,47 @@ def describe(root: Any, tensor: torch.Tensor | None) -> str:
     if tensor is None:
         return "a bare storage"
     shape = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
-    for path, value in _walk(root, "", 0):
-        same_place = isinstance(value, torch.Tensor) and value.layout is torch.strided and _same(value, tensor)
-        if value is tensor or same_place:
+    for path, value in _walk(root):
+        if value is tensor or (isinstance(value, torch.Tensor) and _same_place(value, tensor)):
             return f"tensor {path.removeprefix('.') or 'saved'} ({shape})"
     return f"a tensor ({shape})"
 
 
-def _same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+def _same_place(a: torch.Tensor, b: torch.Tensor) -> bool:
+    same_kind = a.layout is torch.strided and a.shape == b.shape and a.dtype == b.dtype
+    return same_kind and a.data_ptr() == b.data_ptr()
 
 
-_DEEPEST = 12
+_MOST_OBJECTS = 50_000  # looked at before the search is given up: training may be waiting
 
 
-def _walk(value: Any, path: str, depth: int) -> Iterator[tuple[str, Any]]:
-    yield path, value
-    if depth > _DEEPEST or isinstance(value, (torch.Tensor, str, bytes)):
+def _walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """Everything reachable, nearest first, each object once, with its path. Runs no code of the objects' own classes."""
+    waiting, seen = collections.deque([("", root)]), {id(root)}
+    while waiting and len(seen) <= _MOST_OBJECTS:
+        path, value = waiting.popleft()
+        yield path, value
+        for step, item in _parts(value):
+            if id(item) not in seen and not isinstance(item, _LEAVES):
+                seen.add(id(item))
+                waiting.append((path + step, item))
+
+
+_LEAVES = (str, bytes, int, float, complex, type(None))
+
+
+def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, torch.Tensor):
         return
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            step = f".{key}" if isinstance(key, str) else f"[{key!r}]"
-            yield from _walk(item, path + step, depth + 1)
+    if isinstance(value, dict):
+        for key, item in dict.items(value):
+            yield (f".{key}" if isinstance(key, str) else f"[{key!r}]" if isinstance(key, int) else "[...]"), item
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _walk(item, f"{path}[{index}]", depth + 1)
-    elif isinstance(value, torch.nn.Module):
-        for name, item in value.state_dict(keep_vars=True).items():
-            yield f"{path}.{name}", item
-    elif hasattr(value, "__dict__"):
-        for name, item in vars(value).items():
-            yield from _walk(item, f"{path}.{name}", depth + 1)
+            yield f"[{index}]", item
+    elif isinstance(attributes := getattr(value, "__dict__", None), dict):
+        for name, item in attributes.items():
+            if isinstance(value, torch.nn.Module) and name in ("_parameters", "_buffers", "_modules"):
+                yield from _parts(item)
+            else:
+                yield f".{name}", item

@@ -97,7 +97,7 @@ class Checkpointer:
         try:
             self._begin(pending, name, step, state, lazy)
         except (StorageError, DeadlineError) as error:
-            pending._fail(error)
+            pending._fail(error.with_traceback(None))  # whose frames would keep the state alive
         self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
         return pending
 
@@ -136,7 +136,7 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending. What is in flight or was left by a crash is not among them."""
-        return sorted(manifest.step for _, manifest in self._committer.committed())
+        return sorted(manifest.step for _, manifest in self._committer.look()[0])
 
     def restore(self, *, map_location: Any = None, weights_only: bool = True) -> Restored | None:
         """Loads the newest good checkpoint; None if nothing was ever committed.
@@ -153,8 +153,11 @@ class Checkpointer:
         """
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
-        rejected = []
-        for directory, manifest in self._committer.committed():
+        committed, damaged = self._committer.look()
+        rejected = [str(error) for error in damaged]
+        for error in damaged:
+            logger.warning("a damaged checkpoint is passed over: %s", error)
+        for directory, manifest in committed:
             try:
                 path = self._verify(directory, manifest)
             except (CorruptError, NotACheckpointError, StorageError) as error:
@@ -169,7 +172,7 @@ class Checkpointer:
     def _verify(self, directory: Path, manifest: _manifest.Manifest) -> Path:
         """Checks every file against the manifest; returns the one that holds the state."""
         for file in manifest.files:
-            size, crc = digest_file(os.fspath(directory / file.name), checksum_threads())
+            size, crc = digest_file(os.fsencode(directory / file.name), checksum_threads())
             if size != file.bytes:
                 raise CorruptError(f"'{directory / file.name}' has {size} bytes; its manifest says {file.bytes}")
             if crc != file.crc32:

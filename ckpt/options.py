@@ -88,6 +88,8 @@ class Options:
         self._need_int("writers", 1, 256)
         self._need_int("max_in_flight", 1, 1024)
         self._need_int("max_failed_saves", 0, None)
+        for name in ("direct_io", "verify_capture"):
+            self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")

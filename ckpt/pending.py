@@ -73,6 +73,8 @@ class PendingSave:
         self._job: Any = None
         self._on_sealed: Callable[[PendingSave], None] | None = None
         self._wants_direct = False
+        self._seal_error: CaptureError | None = None
+        self._discard: Callable[[], None] = lambda: None  # removes the file that will not be published
         self._started_at = time.monotonic()
         self._save_s = 0.0
         self._durable_at: float | None = None
@@ -86,7 +88,10 @@ class PendingSave:
     @property
     def captured(self) -> bool:
         """True once the tensors may change: all bytes have been copied or written, or the save has failed."""
-        return self._sealed or self._future.done() or self._try_seal()
+        if self._sealed or self._future.done():
+            return True
+        self._check_owner()
+        return self._try_seal()
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
@@ -125,7 +130,7 @@ class PendingSave:
     @property
     def stats(self) -> SaveStats:
         """What this save has cost so far."""
-        if self._job is None:
+        if self._job is None or os.getpid() != self._owner:
             return SaveStats(save_s=self._save_s, started_at=self._started_at)
         native = dict(self._job.stats)
         for name in ("captured_at", "flushed_at"):
@@ -136,7 +141,7 @@ class PendingSave:
 
     def __repr__(self) -> str:
         if not self.done():
-            state = "captured" if self.captured else "in flight"
+            state = "of the parent process" if os.getpid() != self._owner else "captured" if self.captured else "in flight"
         elif self._future.cancelled() or self._future.exception():
             state = f"failed: {self._future.exception()}"
         else:
@@ -145,9 +150,8 @@ class PendingSave:
 
     # ---- for the runtime -------------------------------------------------------------------------------------------
 
-    def _attach(
+    def _hold(
         self,
-        job: Any,
         tripwire: Tripwire,
         *,
         until_captured: Any,
@@ -155,9 +159,9 @@ class PendingSave:
         record_tensors: Sequence[torch.Tensor | None] | None,
         on_sealed: Callable[[PendingSave], None],
     ) -> None:
+        """Keeps the memory; to be called before the job can read it."""
         self._tripwire, self._record_tensors, self._on_sealed = tripwire, record_tensors, on_sealed
         self._until_captured, self._until_durable = until_captured, until_durable
-        self._job = job
 
     def _try_seal(self) -> bool:
         """If the job is captured: looks once whether a tensor was changed before, and lets go of the memory."""
@@ -171,11 +175,13 @@ class PendingSave:
                 # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
                 if not job.finished:
                     return True
-            elif self._tripwire is not None and (name := self._tripwire.changed()):
-                job.fail(
-                    f"{name} was changed before its bytes were captured by the save to '{self.path}'; nothing was "
+            elif self._tripwire is not None and (change := self._tripwire.changed()):
+                # Kept here, because the job may have finished its file already; it is not published before this look.
+                self._seal_error = CaptureError(
+                    f"{change} before its bytes were captured by the save to '{self.path}'; nothing was "
                     "published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
                 )
+                job.fail(str(self._seal_error))
             self._until_captured = None
             if self._record_tensors is None:  # else the names are needed to the end
                 self._tripwire = None
@@ -186,7 +192,7 @@ class PendingSave:
 
     def _error(self) -> BaseException | None:
         """The job's error, with the tensor's name where the core only knows a record's number."""
-        error = self._job.error
+        error = self._seal_error or self._job.error
         if isinstance(error, CaptureError) and error.record >= 0 and self._record_tensors and self._tripwire:
             name = self._tripwire.describe(self._record_tensors[error.record])
             return CaptureError(

@@ -40,10 +40,16 @@ const char* class_of(ErrorKind kind) {
   return "CheckpointError";
 }
 
+// Names of files and of records in a damaged file need not be UTF-8.
+py::str to_text(const std::string& bytes) {
+  const auto length = static_cast<Py_ssize_t>(bytes.size());
+  return py::reinterpret_steal<py::str>(PyUnicode_DecodeUTF8(bytes.data(), length, "backslashreplace"));
+}
+
 py::object to_python(const Error& error) {
   const py::object type = py::module_::import("ckpt.errors").attr(class_of(error.kind()));
-  if (error.kind() == ErrorKind::kStorage) return type(error.code(), error.what(), error.path());
-  const py::object exception = type(error.what());
+  if (error.kind() == ErrorKind::kStorage) return type(error.code(), to_text(error.what()), to_text(error.path()));
+  const py::object exception = type(to_text(error.what()));
   if (error.kind() == ErrorKind::kChanged) exception.attr("record") = error.code();
   return exception;
 }
@@ -85,7 +91,11 @@ Engine& usable(Engine& engine) {
 
 using Blobs = std::vector<std::pair<std::string, py::bytes>>;
 
+// Small ones may be temporaries of the caller: they are copied whatever copy_at_most says.
+constexpr size_t kAlwaysCopied = 4096;
+
 std::vector<NamedBytes> to_named(const Blobs& blobs, size_t copy_at_most) {
+  copy_at_most = std::max(copy_at_most, kAlwaysCopied);
   std::vector<NamedBytes> named;
   for (const auto& [name, bytes] : blobs) {
     const auto length = static_cast<size_t>(PyBytes_GET_SIZE(bytes.ptr()));
@@ -193,10 +203,10 @@ void bind_engine(py::module_& module) {
       .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"))
-      .def("fence", [](Engine& engine, double timeout_s) {
+      .def("fence", [](Engine& engine) {
         usable(engine);
         py::gil_scoped_release release;
-        engine.fence(timeout_s, check_signals);
+        engine.fence(check_signals);
       })
       .def("close", [](Engine& engine, double timeout_s) {
         usable(engine);

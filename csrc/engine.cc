@@ -144,7 +144,7 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, Done 
 
 std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
                                     const Interrupt& interrupt) {
-  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify);
+  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
   Lock lock(monitor_->mutex);
   if (closed_) {
     job->file->discard();
@@ -158,6 +158,8 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     job->fail(Error(ErrorKind::kCancelled, "the save to '" + job->file->path() + "' was interrupted"));
+    // The caller is about to free the memory that writers may be reading.
+    wait(lock, monotonic_seconds() + kGiveUpS, nullptr, [&] { return job->active == 1; });
     --job->active;
     job->submitted = true;
     monitor_->changed.notify_all();
@@ -210,16 +212,15 @@ Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const
   return span;
 }
 
-void Engine::fence(double timeout_s, const Interrupt& interrupt) {
+void Engine::fence(const Interrupt& interrupt) {
   Lock lock(monitor_->mutex);
-  const double deadline = monotonic_seconds() + timeout_s;
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
   for (const auto& job : targets) {
     if (job->captured()) continue;
     const double begin = monotonic_seconds();
     ++job->active;  // so that it cannot finish, and its chunks stay, while we look at them
     try {
-      capture(lock, *job, deadline, interrupt);
+      capture(lock, *job, begin + job->timeout_s, interrupt);
     } catch (...) {
       if (!lock.owns_lock()) lock.lock();
       --job->active;
@@ -401,13 +402,12 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     } catch (const Error& error) {
       Lock lock(monitor_->mutex);
       job->fail(error);
-      failed = true;
     }
   }
-  if (failed) job->file->discard();
   uint32_t crc = 0;
   for (const Chunk& chunk : job->chunks) crc = crc32_combine(crc, chunk.crc, chunk.content);
   Lock lock(monitor_->mutex);
+  if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed
     chunk.bounce.reset();
     chunk.staged.reset();
@@ -416,7 +416,9 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   job->file_crc = crc;
   job->phase = Phase::kFinished;
   job->chunks.clear();
-  if (!failed) job->stats.flushed_at = monotonic_seconds();
+  job->spec.extents = {};
+  job->spec.crc_fields = {};
+  if (!job->failed()) job->stats.flushed_at = monotonic_seconds();
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
 }
 

@@ -49,9 +49,9 @@ class Engine {
   std::shared_ptr<Job> submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
                               const Interrupt& interrupt);
 
-  // Returns once every job submitted so far is captured or has failed; a job that cannot be captured by the deadline is
-  // failed, which makes it safe to change its tensors too.
-  void fence(double timeout_s, const Interrupt& interrupt);
+  // Returns once every job submitted so far is captured or has failed; a job that cannot be captured within the timeout
+  // that it was submitted with is failed, which makes it safe to change its tensors too.
+  void fence(const Interrupt& interrupt);
 
   // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice. False if a
   // writer is still inside a system call some seconds later: then joining it may take for ever, and the caller leaks.

@@ -189,6 +189,7 @@ void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
   int stalls = 0;
   while (first < pieces.size()) {
     const int count = static_cast<int>(std::min<size_t>(pieces.size() - first, IOV_MAX));
+    const bool was_direct = wrote_direct();  // another thread may fall back while this call is on its way
     const fault::Verdict verdict = fault::consult("pwritev", path_);
     ssize_t written = -1;
     if (verdict.error != 0) {
@@ -202,13 +203,14 @@ void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
     }
     if (written < 0) {
       if (errno == EINTR) continue;
-      if (errno != EINVAL || !wrote_direct()) fail("pwritev", path_, errno, static_cast<int64_t>(offset));
+      if (errno != EINVAL || !was_direct) fail("pwritev", path_, errno, static_cast<int64_t>(offset));
       fall_back(errno, offset);
       continue;
     }
     // A short direct write may stop inside a block; the rest must start on one.
-    const size_t block = wrote_direct() ? limits_.offset_align : 1;
+    const size_t block = was_direct ? limits_.offset_align : 1;
     const size_t usable = static_cast<size_t>(written) / block * block;
+    if (usable > 0) stalls = 0;
     if (usable == 0 && ++stalls > kMostStalls) fail("pwritev", path_, EIO, static_cast<int64_t>(offset));
     first = consume(pieces, first, usable);
     offset += usable;

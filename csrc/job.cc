@@ -42,11 +42,12 @@ void CrcChain::give_up() {
 // ---- Job ---------------------------------------------------------------------------------------------------------
 
 Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description,
-         size_t chunk_bytes, bool verify_capture)
+         size_t chunk_bytes, bool verify_capture, double capture_timeout_s)
     : monitor(std::move(shared)),
       file(std::move(target)),
       spec(std::move(description)),
       verify(verify_capture),
+      timeout_s(capture_timeout_s),
       crcs(spec.record_count),
       chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
   stats.bytes_total = spec.size;

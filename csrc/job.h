@@ -60,12 +60,13 @@ enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished }
 
 struct Job {
   Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description, size_t chunk_bytes,
-      bool verify_capture);
+      bool verify_capture, double capture_timeout_s);
 
   const std::shared_ptr<Monitor> monitor;
   const std::unique_ptr<WritableFile> file;
-  const FileSpec spec;
+  FileSpec spec;  // constant; emptied at the end
   const bool verify;
+  const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
 

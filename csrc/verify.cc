@@ -96,10 +96,23 @@ ZipLayout expected_layout(const std::vector<ZipEntry>& entries, const std::strin
   return layout;
 }
 
+// Whether each record begins where the one before it ends, as our writers lay them out. Only such a file's padding is
+// bounded by its size, so only for such a file is the expected layout built.
+bool are_contiguous(const std::vector<ZipEntry>& entries) {
+  constexpr uint64_t kMax32 = 0xFFFFFFFFu;
+  uint64_t end = 0;
+  for (const ZipEntry& entry : entries) {
+    if (entry.header_offset != end) return false;
+    const bool wide = entry.size >= kMax32 || entry.header_offset >= kMax32;
+    end = entry.payload_offset + entry.size + (entry.size == 0 ? 0 : wide ? 24 : 16);
+  }
+  return true;
+}
+
 // Compares the bytes between the records with what the writer puts there. A file by another zip writer agrees nowhere
 // and passes; one that agrees in some places and not in others is damaged.
 void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entries) {
-  if (entries.empty()) return;
+  if (entries.empty() || !are_contiguous(entries)) return;
   const std::string archive = entries[0].name.substr(0, entries[0].name.find('/'));
   for (const ZipEntry& entry : entries) {
     if (entry.name.compare(0, archive.size() + 1, archive + "/") != 0) return;
@@ -124,6 +137,11 @@ void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entr
               0, file.path());
 }
 
+bool is_pickle(const ZipEntry& entry) {
+  const size_t slash = entry.name.find('/');
+  return slash != std::string::npos && entry.name.compare(slash, std::string::npos, "/data.pkl") == 0;
+}
+
 }  // namespace
 
 FileDigest digest_file(const std::string& path, int threads) {
@@ -134,6 +152,9 @@ FileDigest digest_file(const std::string& path, int threads) {
 bool verify_torch_file(const std::string& path, int threads) {
   const ReadableFile file(path);
   const std::vector<ZipEntry> entries = read_zip_directory(file);
+  if (std::none_of(entries.begin(), entries.end(), is_pickle)) {
+    throw Error(ErrorKind::kCorrupt, "'" + path + "' is not a torch file: this zip has no record data.pkl", 0, path);
+  }
   const bool unchecked = std::all_of(entries.begin(), entries.end(), [](const ZipEntry& entry) { return entry.crc == 0; });
   if (unchecked) return false;
   check_records(file, entries, threads);
