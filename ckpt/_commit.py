@@ -150,6 +150,7 @@ class StepCommitter:
     def _tidy(self, directory: Path, manifest: Manifest) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged."""
         try:
+            self._remove_retired()
             self._remove_unnamed(directory, manifest)
             if self._keep is not None:
                 for path, _ in self.look()[0][self._keep :]:
@@ -167,9 +168,10 @@ class StepCommitter:
     def _remove_leftovers(self) -> None:
         """Once for each Checkpointer, before its first save: what a crash left behind."""
         try:
+            self._remove_retired()
             for path in self._directory.iterdir():
                 if _storage.is_temporary(path.name):
-                    _storage.remove_tree(path) if path.is_dir() else _storage.remove_file(path)
+                    _storage.remove_file(path)
             for path in self._step_directories():
                 try:
                     self._remove_unnamed(path, _manifest.read(path))
@@ -178,6 +180,12 @@ class StepCommitter:
                         self._remove_step(path)
         except OSError as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
+
+    def _remove_retired(self) -> None:
+        """Steps whose removal failed half-way."""
+        for path in self._directory.iterdir():
+            if _storage.is_temporary(path.name) and path.is_dir():
+                _storage.remove_tree(path)
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
         """State files, finished or not, that neither the manifest names nor a save is writing."""

@@ -37,7 +37,9 @@ def load(path: str | os.PathLike[str], map_location: Any = None, weights_only: b
         CheckpointError: it holds objects that weights_only refuses.
     """
     target = Path(os.fspath(path))
-    if _is_zip(target) and not _native.verify_torch_file(os.fsencode(target), checksum_threads()):
+    if not _is_zip(target):
+        return _load_old_format(target, map_location, weights_only)
+    if not _native.verify_torch_file(os.fsencode(target), checksum_threads()):
         logger.info("'%s' was written without checksums: nothing could be verified", target)
     return torch_load(target, map_location, weights_only)
 
@@ -55,6 +57,19 @@ def torch_load(path: Path, map_location: Any, weights_only: bool) -> Any:
         raise CorruptError(f"'{path}' is not a torch file, or damaged: {_first_line(error)}") from error
     except EOFError as error:
         raise CorruptError(f"'{path}' is not a torch file, or cut off") from error
+
+
+def _load_old_format(path: Path, map_location: Any, weights_only: bool) -> Any:
+    """Nothing tells damage in such a file from anything else that may go wrong."""
+    try:
+        return torch_load(path, map_location, weights_only)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"'{path}' cannot be loaded; it is in torch's format of before 1.6, which has no checksums, and may be damaged: "
+            f"{type(error).__name__}: {_first_line(error)}"
+        ) from error
 
 
 def _is_zip(path: Path) -> bool:

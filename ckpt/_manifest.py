@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class Manifest:
     created: str = ""
 
     def to_json(self) -> bytes:
-        document = {
+        document: dict[str, Any] = {
             "format": FORMAT,
             "step": self.step,
             "sequence": self.sequence,
@@ -47,6 +48,7 @@ class Manifest:
             "versions": {"torch": str(torch.__version__)},
             "files": [dataclasses.asdict(file) for file in self.files],
         }
+        document["crc32"] = _checksum(document)
         return (json.dumps(document, indent=1) + "\n").encode()
 
 
@@ -71,11 +73,19 @@ def read(directory: Path) -> Manifest:
         raise NotACheckpointError(f"'{path}' is not a valid manifest: {error}") from error
 
 
+def _checksum(document: dict[str, Any]) -> int:
+    """CRC-32 of what the document says, however it is laid out."""
+    said = {key: value for key, value in document.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+
+
 def _parse(document: Any) -> Manifest:
     if not isinstance(document, dict):
         raise TypeError("it is not an object")
     if document["format"] != FORMAT:
         raise ValueError(f"its format is {document['format']!r}; this version reads {FORMAT}")
+    if document["crc32"] != _checksum(document):
+        raise ValueError("it fails its own CRC-32")
     files = document["files"]
     if not isinstance(files, list) or not files:
         raise ValueError("it lists no files")

@@ -7,10 +7,12 @@ committer takes the saves in order: waits for capture, lets go of the tensors, w
 from __future__ import annotations
 
 import atexit
+import contextlib
 import logging
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -135,12 +137,23 @@ class Runtime:
                 return
             self._stopping = True
             self._changed.notify_all()
-        if not self.wait_idle(timeout_s):
-            logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
-        self._given_up = not self._engine.close(0.0)
-        self._queue.put(None)
-        self._committer.join(_JOIN_S)
-        self._engine = None  # joins the writers; leaks them if one hangs
+        try:
+            if not self.wait_idle(timeout_s):
+                logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
+            self._given_up = not self._engine.close(0.0)
+        except BaseException:  # Ctrl-C
+            self._given_up = True
+            raise
+        finally:  # no thread of ours may be inside the engine when the interpreter goes
+            self._queue.put(None)
+            self._join_committer()
+            self._engine = None  # joins the writers; leaks them if one hangs
+
+    def _join_committer(self) -> None:
+        deadline = time.monotonic() + _JOIN_S
+        while self._committer.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._committer.join(_SLICE_S)
 
 
 _noted_buffered: set[int] = set()

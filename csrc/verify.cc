@@ -96,13 +96,15 @@ ZipLayout expected_layout(const std::vector<ZipEntry>& entries, const std::strin
   return layout;
 }
 
-// Whether each record begins where the one before it ends, as our writers lay them out. Only such a file's padding is
-// bounded by its size, so only for such a file is the expected layout built.
+// Whether records begin where those before them end, as our writers lay them out, but for the few places that some
+// damage may have moved. Only then is the expected layout built: its padding is bounded by the file's size.
 bool are_contiguous(const std::vector<ZipEntry>& entries) {
   constexpr uint64_t kMax32 = 0xFFFFFFFFu;
+  constexpr int kMostBreaks = 4;
   uint64_t end = 0;
+  int breaks = 0;
   for (const ZipEntry& entry : entries) {
-    if (entry.header_offset != end) return false;
+    if (entry.header_offset != end && ++breaks > kMostBreaks) return false;
     const bool wide = entry.size >= kMax32 || entry.header_offset >= kMax32;
     end = entry.payload_offset + entry.size + (entry.size == 0 ? 0 : wide ? 24 : 16);
   }
