@@ -1,0 +1,56 @@
+"""Fixtures for all tests: no fault, engine or leak of one test reaches the next."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from support import Resources
+
+    import ckpt
+
+
+@pytest.fixture(autouse=True)
+def clean_engine() -> Iterator[None]:
+    """Ends faults that a test has set, and the engines that `ckpt.save` keeps for the life of the process."""
+    yield
+    if "ckpt" in sys.modules:
+        import support
+
+        support.clear_faults()
+        support.close_engines()
+
+
+@pytest.fixture
+def small_options() -> ckpt.Options:
+    """An arena that is touched in a moment, and chunks so small that any state has several."""
+    import support
+
+    return support.options()
+
+
+@pytest.fixture
+def native() -> Any:
+    """The native module with its fault hooks; skips the test in a release build, which has none."""
+    from ckpt import _native
+
+    if not hasattr(_native, "set_fault"):
+        pytest.skip("the native module was built without fault hooks (LAZYCKPT_BUILD=dev has them)")
+    return _native
+
+
+@pytest.fixture
+def leaks_nothing() -> Iterator[Resources]:
+    """The test must end with as many threads, open files and child processes as it began with; yields the beginning."""
+    import support
+
+    support.close_engines()
+    before = support.resources()
+    yield before
+    support.clear_faults()
+    support.close_engines()
+    support.assert_no_leak(before)

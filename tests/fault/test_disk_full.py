@@ -1,0 +1,127 @@
+"""A disk that is really full: a small tmpfs, and a small ext4 image, where this machine allows mounting them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support import assert_same, options, wait_until
+
+import ckpt
+from ckpt.errors import StorageError
+
+DISK_BYTES = 8 << 20
+
+
+def run_or_skip(*command: str) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"this machine has no {command[0]}")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode != 0:
+        pytest.skip(f"'{' '.join(command)}' is not possible here: {done.stderr.strip()}")
+
+
+def mount_tmpfs(tmp_path: Path) -> Path:
+    place = tmp_path / "disk"
+    place.mkdir()
+    run_or_skip("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place))
+    return place
+
+
+def mount_ext4(tmp_path: Path) -> Path:
+    image, place = tmp_path / "image", tmp_path / "disk"
+    place.mkdir()
+    with image.open("wb") as file:
+        file.truncate(DISK_BYTES)
+    run_or_skip("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image))
+    run_or_skip("mount", "-o", "loop", str(image), str(place))
+    return place
+
+
+@pytest.fixture(params=[mount_tmpfs, mount_ext4], ids=["tmpfs", "ext4"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    if os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    place = request.param(tmp_path)
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True, timeout=60)
+
+
+def make_state(step: int, mebibytes: int = 2) -> dict[str, torch.Tensor]:
+    return {"weights": torch.full((mebibytes, 256, 1024), float(step))}
+
+
+def free_bytes(place: Path) -> int:
+    numbers = os.statvfs(place)
+    return numbers.f_bavail * numbers.f_frsize
+
+
+def fill(place: Path, leave_bytes: int) -> Path:
+    ballast = place / "ballast"
+    with ballast.open("wb") as file:
+        while free_bytes(place) > leave_bytes:
+            try:
+                file.write(bytes(min(1 << 16, free_bytes(place) - leave_bytes)))
+                file.flush()
+            except OSError as error:
+                assert error.errno == errno.ENOSPC
+                break
+        os.fsync(file.fileno())
+    return ballast
+
+
+@pytest.mark.parametrize("leave_bytes", [0, 64 << 10, 1 << 20])
+def test_the_disk_fills_up(small_disk: Path, leave_bytes: int) -> None:
+    run = small_disk / "run"
+    with ckpt.Checkpointer(run, options=options()) as checkpointer:
+        checkpointer.save(1, make_state(1)).result(30)
+        ballast = fill(small_disk, leave_bytes)
+        for step in (2, 3):
+            error = checkpointer.save(step, make_state(step)).exception(30)  # save() itself must not raise
+            assert isinstance(error, StorageError) and error.errno == errno.ENOSPC
+            assert "free space" in str(error)
+            assert (run / "latest").read_text().strip() == "step-000000000001"
+            found = checkpointer.restore()
+            assert found is not None and found.step == 1
+            assert_same(make_state(1), found.state)
+        wait_until(lambda: len(list(run.glob("step-*"))) == 1, what="the removal of the failed steps")
+        ballast.unlink()
+        checkpointer.save(4, make_state(4)).result(30)
+        assert checkpointer.steps() == [1, 4]
+        found = checkpointer.restore()
+        assert found is not None
+        assert_same(make_state(4), found.state)
+
+
+def test_a_run_that_outgrows_the_disk_keeps_what_fits(small_disk: Path) -> None:
+    outcomes = []
+    with ckpt.Checkpointer(small_disk / "run", keep=None, options=options(max_failed_saves=0)) as checkpointer:
+        for step in range(6):
+            pending = checkpointer.save(step, make_state(step))
+            outcomes.append(pending.exception(30) is None)
+            if outcomes[-1]:
+                assert_same(make_state(step), ckpt.load(pending.result() / "state.pt"))
+        assert outcomes[0] and not outcomes[-1]
+        assert len(checkpointer.steps()) == outcomes.count(True)
+        assert checkpointer.save(7, {"small": torch.zeros(4)}).exception(30) is None
+    with ckpt.Checkpointer(small_disk / "run", keep=1, options=options()) as checkpointer:
+        checkpointer.save(8, {"small": torch.ones(4)}).result(30)
+        assert checkpointer.steps() == [8]
+        checkpointer.save(9, make_state(9)).result(30)
+
+
+def test_a_single_file_is_replaced_or_left_alone(small_disk: Path) -> None:
+    path = small_disk / "model.pt"
+    ckpt.save(make_state(1, mebibytes=4), path, options=options()).result(30)
+    error = ckpt.save(make_state(2, mebibytes=5), path, options=options()).exception(30)
+    assert isinstance(error, StorageError) and error.errno == errno.ENOSPC
+    assert_same(make_state(1, mebibytes=4), ckpt.load(path))
+    assert [entry.name for entry in small_disk.iterdir() if entry.is_file()] == ["model.pt"]

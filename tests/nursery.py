@@ -1,0 +1,149 @@
+"""Processes by the hundred: a nursery imports torch once and forks a child for each program, within milliseconds.
+
+A child runs its program as a script would: it may be killed, and it ends through the interpreter's whole finalisation.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+DEADLINE_S = 60.0
+
+
+class Ended(NamedTuple):
+    returncode: int  # the exit code, or minus the signal
+    stdout: str
+    stderr: str
+
+
+class Child:
+    """One process, from start() to wait()."""
+
+    def __init__(self, nursery: Nursery, output: IO[bytes], errors: IO[bytes]) -> None:
+        self._nursery, self._output, self._errors = nursery, output, errors
+        self.pid = int(nursery.read_line())
+
+    def kill_after(self, delay_s: float) -> None:
+        """Sends SIGKILL unless it ends before. The nursery has not reaped it then, so the pid is still its own."""
+        if not select.select([self._nursery.socket], [], [], delay_s)[0]:
+            os.kill(self.pid, signal.SIGKILL)
+
+    def wait(self) -> Ended:
+        """Kills it at the deadline."""
+        self.kill_after(DEADLINE_S)
+        status = int(self._nursery.read_line())
+        texts = []
+        for file in (self._output, self._errors):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+            file.close()
+        return Ended(os.waitstatus_to_exitcode(status), *texts)
+
+
+class Nursery:
+    """The parent of the children; one at a time. A context manager.
+
+    Args:
+        optimizer: also import what optimizers need; then a child takes longer to end.
+    """
+
+    def __init__(self, optimizer: bool = False) -> None:
+        root, tests = Path(__file__).parents[1], Path(__file__).parent
+        self.socket, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__, str(theirs.fileno()), *(["--optimizer"] if optimizer else [])],
+                pass_fds=[theirs.fileno()],
+                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(tests), str(tests / "crash")])},
+            )
+        self._lines = self.socket.makefile("rb", buffering=0)
+        self.socket.settimeout(DEADLINE_S + 30)
+
+    def start(self, program: str, *arguments: str) -> Child:
+        output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+        message = json.dumps({"program": program, "arguments": arguments}).encode()
+        socket.send_fds(self.socket, [message], [output.fileno(), errors.fileno()])
+        return Child(self, output, errors)
+
+    def run(self, program: str, *arguments: str) -> Ended:
+        return self.start(program, *arguments).wait()
+
+    def read_line(self) -> bytes:
+        line = self._lines.readline()
+        assert line, "the nursery has died"
+        return line
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self._lines.close()
+        self.socket.close()
+        assert self._process.wait(DEADLINE_S) == 0
+
+
+# ---- the nursery's side ----------------------------------------------------------------------------------------------
+
+
+def warm_up() -> None:
+    """Imports what torch puts off until the first step of an optimizer: another 1,500 modules."""
+    import torch
+
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([weight])
+    weight.sum().backward()
+    optimizer.step()
+
+
+def freeze() -> None:
+    """The children neither copy what they do not change nor walk it when they end."""
+    gc.collect()
+    gc.freeze()
+
+
+def serve(requests: socket.socket) -> str | None:
+    """In the nursery: None, at the end. In a child: its program."""
+    while True:
+        message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 2)
+        if not message:
+            return None
+        pid = os.fork()
+        if pid == 0:
+            request = json.loads(message)
+            for number, descriptor in enumerate(descriptors, start=1):
+                os.dup2(descriptor, number)
+                os.close(descriptor)
+            sys.argv[1:] = request["arguments"]
+            return str(request["program"])
+        for descriptor in descriptors:
+            os.close(descriptor)
+        requests.sendall(b"%d\n" % pid)
+        requests.sendall(b"%d\n" % os.waitpid(pid, 0)[1])
+
+
+if __name__ == "__main__":
+    import torch
+
+    import ckpt  # noqa: F401
+
+    torch.set_num_threads(1)
+    if "--optimizer" in sys.argv:
+        warm_up()
+    freeze()
+    with socket.socket(fileno=int(sys.argv[1])) as requests:
+        program = serve(requests)
+    if program is not None:
+        nursery, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+        exec(compile(program, "program", "exec"), vars(sys.modules["__main__"]))

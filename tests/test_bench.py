@@ -1,0 +1,188 @@
+"""The benchmarks at tiny sizes: what they report must be complete and honest. Speeds are not looked at."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCH = Path(__file__).parents[1] / "bench"
+TINY = ["--scale=0.002", "--rest-s=0", "--iteration-s=0.02"]
+DEADLINE_S = 120.0
+IN_TURN = ("stall", "durable", "many", "crc")
+
+Line = dict[str, Any]
+Run = tuple[list[Line], str]  # the JSON lines, and what else was said
+
+
+def run_bench(directory: Path, *arguments: str) -> Run:
+    out = directory / "lines.jsonl"
+    command = [sys.executable, str(BENCH / "run.py"), *TINY, f"--directory={directory / 'files'}", f"--out={out}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that spin for tiny work slow each other down
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in out.read_text().splitlines()], done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("bench")
+
+
+@pytest.fixture(scope="module")
+def runs(directory: Path) -> Iterator[tuple[Future[Run], ...]]:
+    """Two runs beside each other: everything in one process, and what must have processes of its own."""
+    (directory / "apart").mkdir()
+    workloads = [f"--workload={name}" for name in (*IN_TURN, "overhead")]
+    with ThreadPoolExecutor(2) as pool:
+        together = pool.submit(run_bench, directory, *workloads, "--one-process", "--rounds=2", "--fio=none")
+        apart = pool.submit(run_bench, directory / "apart", "--workload=crc", "--workload=memory", "--rounds=1")
+        yield together, apart
+
+
+@pytest.fixture(scope="module")
+def lines(runs: tuple[Future[Run], ...]) -> list[Line]:
+    return runs[0].result()[0]
+
+
+def only(lines: list[Line], workload: str, case: str, quantity: str) -> Line:
+    (line,) = [x for x in lines if (x["workload"], x["case"], x["quantity"]) == (workload, case, quantity)]
+    return line
+
+
+def check_line(line: Line) -> None:
+    numbers = line["samples"]
+    assert len(numbers) == len(line["started_s"]) == line["n"] > 0
+    assert line["started_s"] == sorted(line["started_s"])
+    assert (line["median"], line["min"], line["max"]) == (statistics.median(numbers), min(numbers), max(numbers))
+    assert line["min"] <= line["p25"] <= line["median"] <= line["p75"] <= line["max"]
+    assert line["bytes"] > 0
+    assert line["how"]
+    assert line["scale"] == 0.002
+    assert line["passed"] is None, "bars are stated for full sizes"
+    assert "bench/run.py" in line["command"]
+    assert line["commit"]
+    assert isinstance(line["uncommitted_changes"], bool)
+    assert {"ckpt", "torch", "python", "native_build"} <= line["versions"].keys()
+    assert {"cpu", "cores", "memory_bytes", "kernel", "file_system", "load_average_1min"} <= line["machine"].keys()
+    assert line["date"].endswith("+00:00")
+
+
+def test_every_line_is_complete_and_keeps_every_sample(lines: list[Line]) -> None:
+    for line in lines:
+        check_line(line)
+    names = [(line["workload"], line["case"], line["quantity"]) for line in lines]
+    assert len(names) == len(set(names))
+
+
+def test_every_bar_is_there(lines: list[Line]) -> None:
+    bars = [(line["workload"], line["bar"]) for line in lines if line["bar"]]
+    assert bars == [("stall", "<= 0.01"), ("durable", ">= 0.95"), *[("many", "<= 0.1")] * 2, ("overhead", "<= 1.03")]
+
+
+def test_sides_are_measured_in_turn(lines: list[Line]) -> None:
+    for workload in IN_TURN:
+        sides = {}
+        for line in lines:
+            if line["workload"] == workload and line["quantity"] != "ratio":
+                group = line["case"].rpartition(", ")[2] if workload in ("many", "crc") else ""
+                sides.setdefault(group, []).append(line["started_s"])
+        for starts in sides.values():
+            assert len(starts) > 1
+            for this, following in zip(zip(*starts, strict=True), list(zip(*starts, strict=True))[1:], strict=False):
+                assert max(this) < min(following), f"{workload}: a round began before the one before it had ended"
+
+
+def test_blocks_with_and_without_saves_are_turned_around(lines: list[Line]) -> None:
+    alone = only(lines, "overhead", "no saving", "iteration_s")["started_s"]
+    saving = only(lines, "overhead", "ckpt every iteration", "iteration_s")["started_s"]
+    order = "".join(side for _, side in sorted([*((at, "A") for at in alone), *((at, "B") for at in saving)]))
+    assert order == ("AAAA" + "BBBB" * 2 + "AAAA") * (len(order) // 16)
+
+
+def test_a_ratio_is_that_of_the_medians_beside_those_of_the_rounds(lines: list[Line]) -> None:
+    pairs = {
+        "stall": ("ckpt", "torch.save + fsync", "blocked_s"),
+        "overhead": ("ckpt every iteration", "no saving", "iteration_s"),
+    }
+    for workload, (above, below, quantity) in pairs.items():
+        (ratio,) = [line for line in lines if line["workload"] == workload and line["quantity"] == "ratio"]
+        top, bottom = only(lines, workload, above, quantity), only(lines, workload, below, quantity)
+        assert ratio["value"] == top["median"] / bottom["median"]
+        assert ratio["samples"] == [a / b for a, b in zip(top["samples"], bottom["samples"], strict=True)]
+
+
+def test_blocked_time_is_that_of_an_outside_clock(lines: list[Line]) -> None:
+    outside = only(lines, "stall", "ckpt", "blocked_s")["samples"]
+    inside = only(lines, "stall", "ckpt", "stats_blocked_s")["samples"]
+    assert all(a >= b > 0 for a, b in zip(outside, inside, strict=True))
+
+
+def test_the_best_limit_is_what_the_rate_is_held_against(lines: list[Line]) -> None:
+    durable = [line for line in lines if line["workload"] == "durable"]
+    limits = [line for line in durable if line["case"].startswith("own direct-write loop")]
+    (judged,) = [line for line in durable if line["bar"]]
+    assert judged["case"] == "ckpt / best of own loop", "without fio the limit must not bear its name"
+    ours = only(durable, "durable", "ckpt", "rate_GBps")
+    assert judged["value"] == ours["median"] / max(limit["median"] for limit in limits)
+    assert {"ckpt", "ckpt, buffered", "torch.save + fsync"} <= {line["case"] for line in durable}
+
+
+def test_nothing_is_left_behind(lines: list[Line], directory: Path) -> None:
+    assert lines
+    assert os.listdir(directory / "files") == []
+
+
+def test_memory_in_a_process_of_its_own(runs: tuple[Future[Run], ...], directory: Path) -> None:
+    lines, said = runs[1].result()
+    for line in lines:
+        check_line(line)
+    memory = [line for line in lines if line["workload"] == "memory"]
+    assert [line["bar"] for line in memory] == ["<= 576"] * 3 + [None], "the default arena of 512 MiB, and 64 MiB"
+    for line in memory:
+        assert 0 < line["value"] < 576, "at this size nothing can need more"
+        assert line["value"] >= line["detail"]["sampled_every_5_ms_MiB"][0] - 1, "the kernel sees every peak that samples see"
+    assert "crc" in {line["workload"] for line in lines}
+    assert "workload" in said, "there is a table for the reader"
+    assert os.listdir(directory / "apart" / "files") == []
+
+
+def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    from harness import Bar, Report, Sample
+
+    for relation, limit, value, passed in (("<=", 2.0, 2.0, True), ("<=", 1.0, 2.0, False), (">=", 3.0, 2.0, False)):
+        report = Report({}, scale=1.0)
+        line = report.add("w", "c", "s", [Sample(0.0, {"x": value})], nbytes=1, how="-", bar=Bar(relation, limit))
+        assert line["passed"] is passed
+    with pytest.raises(ValueError, match="like"):
+        Report({}, 1.0).add_ratio("w", "c", [Sample(0.0, {"x": 1.0})], [Sample(0.0, {"y": 1.0})], nbytes=1, how="-")
+
+
+def test_fio_is_asked_for_a_new_file_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import fio
+
+    with pytest.raises(fio.FioError, match="engine:depth:block"):
+        fio.Config.parse("psync:0:4m")
+    command = fio.command(fio.Config.parse("psync:4:1m"), tmp_path / "f", 8 << 20)
+    assert {"--direct=1", "--end_fsync=1", "--fallocate=native", "--numjobs=4", f"--size={2 << 20}"} <= {*command}
+    if not shutil.which("fio"):
+        pytest.skip("fio is not installed")
+    for text in ("psync:2:1m", "io_uring:2:1m"):
+        try:
+            rate = fio.run(fio.Config.parse(text), tmp_path / "f", 4 << 20)
+        except fio.FioError as error:
+            assert str(error)  # no direct I/O here, or no io_uring: it must say why
+        else:
+            assert rate > 0
+        assert not (tmp_path / "f").exists()

@@ -1,0 +1,307 @@
+"""The user's program forks while saves are in flight: the child neither hangs nor disturbs, the parent's saves stand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from nursery import Ended, Nursery
+
+import ckpt
+
+Run = Callable[..., Ended]  # of pieces of a program
+
+HEADER = """
+import faulthandler, logging, os, signal, sys, threading, time
+faulthandler.dump_traceback_later(50, exit=True)
+logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+import torch, ckpt
+from ckpt import _native
+from ckpt.errors import ForkedError
+directory = sys.argv[1]
+options = ckpt.Options(arena_bytes="1MiB", chunk_bytes="64KiB", writers=2, eager_bytes="4KiB", drain_timeout_s=30)
+weights = torch.arange(2000 * 256, dtype=torch.float32)
+
+def fork(child):
+    # Runs child() in a forked process; returns its exit code, a hang counts as -14.
+    pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)
+        child()
+        sys.exit(0)  # through the interpreter's whole end
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+def refused(call):
+    try:
+        call()
+    except ForkedError as error:
+        assert "parent" in str(error), error
+    else:
+        raise AssertionError("the child was not refused")
+"""
+
+SLOW_SAVE = """
+_native.set_fault("pwritev", delay_s=0.01)
+checkpointer = ckpt.Checkpointer(directory, options=options)
+pending = checkpointer.save(1, {"weights": weights}, lazy=True)
+assert not pending.done()
+"""
+
+PARENT_ENDS_WELL = """
+pending.result(30)
+assert checkpointer.steps() == [1]
+checkpointer.save(2, {"weights": weights + 1}).result(30)
+checkpointer.close()
+print("parent ends well")
+"""
+
+# Each way for a child to end, with the exit code that it must have.
+ENDINGS = {
+    "os._exit": ("os._exit(0)", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "an error": ("raise ValueError('on purpose')", 1),
+    "the end": ("pass", 0),
+    "closing": ("checkpointer.close()", 0),
+    "collecting": ("global checkpointer, pending; del checkpointer, pending; import gc; gc.collect()", 0),
+}
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with Nursery() as nursery:
+        yield nursery
+
+
+@pytest.fixture
+def run(nursery: Nursery, tmp_path: Path) -> Run:
+    def run_to_success(*parts: str) -> Ended:
+        done = nursery.run("".join([HEADER, *parts]), str(tmp_path))
+        assert done.returncode == 0, done.stdout + done.stderr
+        for bad in ("terminate called", "Fatal Python error"):
+            assert bad not in done.stderr, done.stderr
+        return done
+
+    return run_to_success
+
+
+def assert_both_steps_are_good(directory: Path) -> None:
+    for step in (1, 2):
+        state = ckpt.load(directory / f"step-{step:012d}" / "state.pt")
+        assert torch.equal(state["weights"], torch.arange(2000 * 256, dtype=torch.float32) + (step - 1))
+
+
+@pytest.mark.parametrize("how", ENDINGS)
+def test_a_child_ends_while_the_parent_saves(how: str, run: Run, tmp_path: Path) -> None:
+    ending, code = ENDINGS[how]
+    body = f"""
+def child():
+    {ending}
+
+for _ in range(3):
+    assert fork(child) == {code}
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_a_child_is_refused_what_belongs_to_its_parent(run: Run, tmp_path: Path) -> None:
+    body = """
+finished = ckpt.save({"n": 1}, directory + "/finished.pt", options=options)
+finished.result(30)
+
+def child():
+    for call in (
+        lambda: checkpointer.save(9, {}), checkpointer.steps, checkpointer.restore, checkpointer.wait,
+        pending.result, pending.exception, lambda: pending.result(0.1),
+        lambda: checkpointer._runtime._engine.fence(1.0), lambda: checkpointer._runtime._engine.in_flight,
+    ):
+        refused(call)
+    assert not pending.done()
+    assert finished.result(0).name == "finished.pt"
+
+assert fork(child) == 0
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_a_child_makes_its_own_saves(run: Run, tmp_path: Path) -> None:
+    body = """
+def child():
+    _native.clear_faults()
+    ckpt.fence()
+    ckpt.save({"weights": weights}, directory + "/child.pt", lazy=True, options=options).result(15)
+    with ckpt.Checkpointer(directory + "/of-the-child", options=options) as own:
+        own.save(5, {"weights": weights}).result(15)
+        assert own.restore().step == 5
+    ckpt.save({"weights": weights}, directory + "/unwaited.pt", options=options)
+
+assert fork(child) == 0
+for name in ("child.pt", "unwaited.pt", "of-the-child/step-000000000005/state.pt"):
+    assert torch.equal(ckpt.load(directory + "/" + name)["weights"], weights), name
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_a_child_may_change_its_copy_of_the_tensors(run: Run, tmp_path: Path) -> None:
+    body = """
+def child():
+    weights.fill_(-1)
+    ckpt.fence()
+
+assert fork(child) == 0
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_a_parent_may_change_its_tensors_after_the_fence_while_a_child_holds_a_copy(run: Run, tmp_path: Path) -> None:
+    body = """
+ready, go = os.pipe()
+pid = os.fork()
+if pid == 0:
+    os.read(ready, 1)
+    os._exit(0 if torch.equal(weights, torch.arange(2000 * 256, dtype=torch.float32)) else 1)
+ckpt.fence()
+weights.fill_(-1)
+os.write(go, b"x")
+assert os.waitpid(pid, 0)[1] == 0
+weights.copy_(torch.arange(2000 * 256, dtype=torch.float32))
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_many_forks_at_any_moment(run: Run, tmp_path: Path) -> None:
+    """Locks may be held by threads that the child does not have; what the child may call must not need them."""
+    body = """
+import random
+moments = random.Random(5)
+small = [torch.full((300,), float(n)) for n in range(200)]
+
+def child():
+    assert pending.done() in (True, False)
+    pending.captured, pending.stats, repr(pending)
+    ckpt.fence()
+    logging.getLogger("ckpt").error("from the child")
+    if not pending.done():
+        refused(pending.result)
+    os._exit(0)
+
+with ckpt.Checkpointer(directory, options=options, keep=2) as checkpointer:
+    for step in range(150):
+        pending = checkpointer.save(step, {"small": small, "weights": weights[: 256 * moments.randrange(1, 400)]}, lazy=True)
+        if moments.random() < 0.5:
+            deadline = time.monotonic() + moments.uniform(0, 0.006)
+            while time.monotonic() < deadline:
+                pass
+        code = fork(child)
+        assert code == 0, (step, code)
+        if step % 3 == 0:
+            ckpt.fence()
+print("parent ends well")
+"""
+    assert "parent ends well" in run(body).stdout
+    with ckpt.Checkpointer(tmp_path) as checkpointer:
+        found = checkpointer.restore()
+    assert found is not None and found.step == 149
+
+
+def test_a_fork_from_another_thread(run: Run, tmp_path: Path) -> None:
+    body = """
+codes = []
+thread = threading.Thread(target=lambda: codes.append(fork(lambda: os._exit(0))))
+thread.start()
+thread.join(30)
+assert codes == [0]
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_a_child_of_a_child(run: Run, tmp_path: Path) -> None:
+    body = """
+def grandchild():
+    refused(checkpointer.steps)
+    ckpt.save({"n": 2}, directory + "/grandchild.pt", options=options).result(15)
+
+def child():
+    _native.clear_faults()
+    own = ckpt.save({"n": 1}, directory + "/child.pt", options=options)
+    assert fork(grandchild) == 0
+    own.result(15)
+
+assert fork(child) == 0
+assert [ckpt.load(directory + name)["n"] for name in ("/child.pt", "/grandchild.pt")] == [1, 2]
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+
+
+def test_workers_of_a_data_loader(run: Run, tmp_path: Path) -> None:
+    body = """
+_native.set_fault("pwritev", delay_s=0.001)
+model = torch.nn.Linear(512, 512)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+data = torch.utils.data.TensorDataset(torch.randn(64, 512, generator=torch.Generator().manual_seed(0)))
+with ckpt.Checkpointer(directory, options=options, keep=1) as checkpointer:
+    step = 0
+    for epoch in range(4):
+        loader = torch.utils.data.DataLoader(data, batch_size=8, num_workers=2, multiprocessing_context="fork")
+        for (batch,) in loader:
+            model(batch).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            step += 1
+        checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    checkpointer.wait()
+    found = checkpointer.restore()
+assert found.step == step == 32
+assert torch.equal(found.state["model"]["weight"], model.weight)
+print("parent ends well")
+"""
+    done = run(body)
+    assert "parent ends well" in done.stdout
+    assert "ERROR" not in done.stderr, done.stderr
+
+
+def test_processes_of_multiprocessing(run: Run, tmp_path: Path) -> None:
+    body = """
+import multiprocessing
+context = multiprocessing.get_context("fork")
+
+def work(number):
+    ckpt.save({"n": number}, f"{directory}/{number}.pt", options=options).result(15)
+    return number * 2
+
+with context.Pool(2) as pool:
+    assert pool.map(work, range(4)) == [0, 2, 4, 6]
+process = context.Process(target=work, args=(9,))
+process.start()
+process.join(20)
+assert process.exitcode == 0
+assert sorted(ckpt.load(f"{directory}/{number}.pt")["n"] for number in (0, 1, 2, 3, 9)) == [0, 1, 2, 3, 9]
+"""
+    slow_save = SLOW_SAVE.replace('"pwritev"', '"pwritev", "step-"')
+    assert "parent ends well" in run(slow_save, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+
+
+def test_the_parent_ends_before_the_child(run: Run, tmp_path: Path) -> None:
+    """The child, alone by then, still ends in good order."""
+    body = """
+pid = os.fork()
+if pid == 0:
+    while os.getppid() == int(os.environ["PARENT"]):
+        time.sleep(0.01)
+    open(directory + "/child-ended", "w").close()
+    sys.exit(0)
+"""
+    done = run("import os; os.environ['PARENT'] = str(os.getpid())\n", SLOW_SAVE, body, PARENT_ENDS_WELL)
+    assert "parent ends well" in done.stdout
+    assert_both_steps_are_good(tmp_path)

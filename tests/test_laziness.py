@@ -1,0 +1,231 @@
+"""Which tensors leave lazily: those of optimizers that have stepped, those declared, and never any other."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support import DEADLINE_S, assert_same, clear_faults, options
+
+import ckpt
+from ckpt import _laziness
+from ckpt._laziness import lazy_storages
+from ckpt._plan import LAZY, make_plan
+
+
+def is_lazy(tensor: torch.Tensor, declared: Any = None) -> bool:
+    return lazy_storages(declared)(tensor.untyped_storage()._cdata)
+
+
+def lazy_names(state: dict[str, torch.Tensor], declared: Any = None) -> list[str]:
+    """What a save of `state` would leave where it is."""
+    return [name for name, tensor in state.items() if list(make_plan(tensor, lazy_storages(declared), 0).kinds) == [LAZY]]
+
+
+def stepped(*tensors: torch.Tensor, kind: Any = torch.optim.SGD, **how: Any) -> torch.optim.Optimizer:
+    optimizer = kind(tensors, lr=0.1, **how)
+    for tensor in tensors:
+        tensor.grad = torch.ones_like(tensor)
+    optimizer.step()
+    return optimizer
+
+
+def parameter(*shape: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.randn(*shape))
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_lazy_before_the_first_step() -> None:
+    weight = parameter(10)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    assert not is_lazy(weight)
+    weight.grad = torch.ones(10)
+    optimizer.step()
+    assert is_lazy(weight)
+
+
+def test_parameters_and_state_of_an_optimizer_are_lazy() -> None:
+    weight, other = parameter(10), torch.randn(10)
+    optimizer = stepped(weight, kind=torch.optim.AdamW)
+    state = optimizer.state[weight]
+    found = lazy_names(
+        {"weight": weight, "detached": weight.detach(), "turned": weight.view(2, 5).t(), **state, "other": other}
+    )
+    assert found == ["weight", "detached", "turned", "step", "exp_avg", "exp_avg_sq"]
+
+
+def test_parameters_without_a_gradient_and_later_groups_are_lazy() -> None:
+    weight, frozen, late = parameter(3), parameter(3), parameter(3)
+    optimizer = stepped(weight)
+    optimizer.param_groups[0]["params"].append(frozen)
+    optimizer.add_param_group({"params": [late]})
+    assert is_lazy(weight) and is_lazy(frozen) and is_lazy(late)
+
+
+def test_state_that_the_optimizer_replaces_stays_lazy() -> None:
+    weight = parameter(10)
+    optimizer = stepped(weight, kind=torch.optim.AdamW)
+    old = optimizer.state[weight]["exp_avg"]
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    new = optimizer.state[weight]["exp_avg"]
+    assert new is not old and is_lazy(new) and not is_lazy(old)
+
+
+def test_lists_in_the_state_are_lazy() -> None:
+    weight = parameter(4)
+    optimizer = torch.optim.LBFGS([weight], max_iter=4, history_size=3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (weight**4).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        optimizer.step(closure)
+    state = optimizer.state[weight]
+    assert state["old_dirs"] and all(is_lazy(direction) for direction in state["old_dirs"])
+
+
+def test_an_optimizer_that_is_gone_makes_nothing_lazy() -> None:
+    weight = parameter(10)
+    optimizer = stepped(weight)
+    gone = weakref.ref(optimizer)
+    known = len(_laziness._stepped)
+    del optimizer
+    gc.collect()
+    assert gone() is None and not is_lazy(weight)
+    assert len(_laziness._stepped) < known
+
+
+def test_many_short_lived_optimizers_leave_nothing_behind() -> None:
+    gc.collect()
+    known = len(_laziness._stepped)
+    for _ in range(200):
+        stepped(parameter(2))
+    gc.collect()
+    assert len(_laziness._stepped) <= known
+
+
+def test_an_address_used_again_is_not_lazy_again() -> None:
+    """The memory of a lazy tensor that is gone may go to a tensor that is none."""
+    for _ in range(50):
+        optimizer = stepped(torch.nn.Parameter(torch.ones(1000)))
+        del optimizer
+        fresh = torch.ones(1000)
+        assert not is_lazy(fresh)
+
+
+def test_a_step_that_fails_makes_lazy_what_it_may_have_written() -> None:
+    weight = parameter(3)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: 1 / 0)
+    assert is_lazy(weight)
+
+
+def test_buffers_of_a_model_in_training_are_not_lazy() -> None:
+    model = torch.nn.BatchNorm1d(5)
+    optimizer = stepped(*model.parameters())
+    found = lazy_names(dict(model.state_dict()))
+    assert found == ["weight", "bias"]
+    assert lazy_names(dict(model.state_dict()), model) == ["weight", "bias"]
+    del optimizer
+
+
+# ---- declared --------------------------------------------------------------------------------------------------------
+
+
+def test_what_may_be_declared() -> None:
+    tensors = [torch.randn(4) for _ in range(5)]
+    model, optimizer = torch.nn.Linear(2, 2), torch.optim.SGD([parameter(3)], lr=0.1)
+    owned = optimizer.param_groups[0]["params"][0]
+    everything = [*tensors, model.weight, model.bias, owned]
+
+    def found(declared: Any) -> list[bool]:
+        lazy = lazy_storages(declared)
+        return [lazy(tensor.untyped_storage()._cdata) for tensor in everything]
+
+    def only(*wanted: torch.Tensor) -> list[bool]:
+        return [any(tensor is one for one in wanted) for tensor in everything]
+
+    a, b, c, *_ = tensors
+    assert found(None) == found(False) == found([]) == found({}) == only()
+    assert found(True) == [True] * len(everything)
+    assert found(a) == only(a)
+    assert found([a, b]) == found((a, b)) == found(iter([a, b])) == found({"x": a, "y": [b]}) == only(a, b)
+    assert found(model) == only(model.weight, model.bias)
+    assert found(model.parameters()) == found(model.state_dict()) == only(model.weight, model.bias)
+    assert found(optimizer) == only(owned)
+    assert found([model, optimizer, {"deep": [[c]]}]) == only(model.weight, model.bias, owned, c)
+    assert found(a[1:2]) == only(a), "a view declares its storage"
+
+
+@pytest.mark.parametrize("wrong", [1, 0, 1.5, "weights", b"weights", object(), [1], [None], {"a": "b"}, [["x"]]], ids=repr)
+def test_what_may_not_be_declared(wrong: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="lazy="):
+        ckpt.save([torch.ones(3)], tmp_path / "x.pt", lazy=wrong, options=options())
+    assert list(tmp_path.iterdir()) == []
+    with ckpt.Checkpointer(tmp_path / "steps", options=options()) as checkpointer:
+        with pytest.raises(TypeError, match="lazy="):
+            checkpointer.save(1, [torch.ones(3)], lazy=wrong)
+        assert checkpointer.steps() == []
+        checkpointer.save(2, [torch.ones(3)]).result(DEADLINE_S)
+
+
+def test_sparse_tensors_may_be_declared_and_are_not_lazy(native: Any, tmp_path: Path) -> None:
+    native.set_fault("pwritev", delay_s=0.02)
+    sparse = torch.eye(500).to_sparse()
+    expected = sparse.clone()
+    pending = ckpt.save([sparse], tmp_path / "x.pt", lazy=[sparse], options=options())
+    sparse._values().zero_()
+    assert_same([expected], ckpt.load(pending.result(DEADLINE_S)))
+
+
+def test_declared_tensors_are_lazy_and_the_rest_is_not(native: Any, tmp_path: Path) -> None:
+    native.set_fault("pwritev", delay_s=0.02)
+    state = {"declared": torch.randn(200_000), "other": torch.randn(200_000), "small": torch.randn(8)}
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    pending = ckpt.save(state, tmp_path / "x.pt", lazy=[state["declared"], state["small"]], options=options())
+    state["other"].zero_()
+    state["small"].zero_()
+    assert not pending.captured
+    clear_faults()
+    assert_same(expected, ckpt.load(pending.result(DEADLINE_S)))
+    stats = pending.stats
+    assert 700_000 < stats.bytes_zero_copy + stats.bytes_copied_at_fence <= state["declared"].nbytes
+
+
+def test_memory_is_held_until_captured_and_not_longer(native: Any, tmp_path: Path) -> None:
+    native.set_fault("fdatasync", delay_s=0.5)
+    native.set_fault("pwritev", delay_s=0.1)
+    memory = np.arange(500_000)
+    gone = weakref.ref(memory)
+    state = {"x": torch.from_numpy(memory)}
+    del memory
+    pending = ckpt.save(state["x"], tmp_path / "x.pt", lazy=True, options=options())
+    state.clear()
+    assert gone() is not None and not pending.captured
+    ckpt.fence()
+    gc.collect()
+    assert pending.captured and not pending.done()
+    assert gone() is None, "the save lets go once captured"
+    assert torch.equal(ckpt.load(pending.result(DEADLINE_S)), torch.arange(500_000))
+
+
+def test_a_state_dropped_at_once_is_saved(native: Any, tmp_path: Path) -> None:
+    native.set_fault("pwritev", delay_s=0.005)
+    expected = torch.arange(1_000_000)
+    pending = ckpt.save([torch.arange(1_000_000)], tmp_path / "x.pt", lazy=True, options=options())
+    gc.collect()
+    others = [torch.full((1_000_000,), -1) for _ in range(5)]
+    assert torch.equal(ckpt.load(pending.result(DEADLINE_S))[0], expected)
+    del others
