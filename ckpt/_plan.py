@@ -34,6 +34,7 @@ _rebuild_tensor_v3 = torch._utils._rebuild_tensor_v3
 _rebuild_parameter = torch._utils._rebuild_parameter
 _strided = torch.strided
 _EMPTY_DICT = (OrderedDict, ())
+_has_names = getattr(torch.Tensor, "has_names", None)  # named tensors, which torch.save refuses, are gone from newer torch
 
 
 def _storage_classes() -> dict[torch.dtype, tuple[Any, int]]:
@@ -231,6 +232,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_neg()
         and not tensor.is_conj()
         and not tensor.is_nested
+        and not (_has_names is not None and _has_names(tensor))
         and not tensor.__dict__
         and not tensor._backward_hooks
     )

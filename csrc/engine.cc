@@ -207,7 +207,7 @@ Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const
     return span.valid();
   });
   job.stats.arena_wait_s += monotonic_seconds() - begin;
-  if (!in_time) job.fail(deadline_error(job, "room in the arena", monotonic_seconds() - begin));
+  if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
   if (job.failed()) span.reset();
   return span;
 }
@@ -235,7 +235,6 @@ void Engine::fence(const Interrupt& interrupt) {
 
 // From the last chunk backwards, while the writers come forward: where they meet, all is captured.
 void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
-  const double begin = monotonic_seconds();
   bool in_time = wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
   for (size_t index = job.chunks.size(); in_time && index-- > job.next && !job.failed();) {
     Chunk& chunk = job.chunks[index];
@@ -245,7 +244,7 @@ void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& int
     if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
   }
   in_time = in_time && wait(lock, deadline, interrupt, [&] { return job.captured() || job.failed(); });
-  if (!in_time) job.fail(deadline_error(job, "the capture at the fence", monotonic_seconds() - begin));
+  if (!in_time) job.fail(deadline_error(job, "the capture at the fence", job.timeout_s));
 }
 
 void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {

@@ -327,7 +327,7 @@ def test_a_fence_that_cannot_be_met_gives_the_save_up_not_the_training(native: A
     begin = time.monotonic()
     ckpt.fence()
     assert 0.2 < time.monotonic() - begin < 1.2
-    with pytest.raises(DeadlineError, match=r"within 0\.3"):
+    with pytest.raises(DeadlineError, match="did not happen within"):
         pending.result(DEADLINE_S)
     assert list(tmp_path.iterdir()) == []
 

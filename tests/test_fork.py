@@ -15,7 +15,8 @@ Run = Callable[..., Ended]  # of pieces of a program
 
 HEADER = """
 import faulthandler, logging, os, signal, sys, threading, time
-faulthandler.dump_traceback_later(50, exit=True)
+faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
+signal.alarm(50)
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 import torch, ckpt
 from ckpt import _native
@@ -39,7 +40,7 @@ def refused(call):
     except ForkedError as error:
         assert "parent" in str(error), error
     else:
-        raise AssertionError("the child was not refused")
+        raise AssertionError("the child was not refused", call)
 """
 
 SLOW_SAVE = """
@@ -109,15 +110,16 @@ for _ in range(3):
 
 
 def test_a_child_is_refused_what_belongs_to_its_parent(run: Run, tmp_path: Path) -> None:
-    body = """
+    finished = """
 finished = ckpt.save({"n": 1}, directory + "/finished.pt", options=options)
 finished.result(30)
-
+"""
+    body = """
 def child():
     for call in (
-        lambda: checkpointer.save(9, {}), checkpointer.steps, checkpointer.restore, checkpointer.wait,
+        lambda: checkpointer.save(9, {}), checkpointer.restore, checkpointer.wait,
         pending.result, pending.exception, lambda: pending.result(0.1),
-        lambda: checkpointer._runtime._engine.fence(1.0), lambda: checkpointer._runtime._engine.in_flight,
+        checkpointer._runtime._engine.fence, lambda: checkpointer._runtime._engine.in_flight,
     ):
         refused(call)
     assert not pending.done()
@@ -125,7 +127,7 @@ def child():
 
 assert fork(child) == 0
 """
-    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert "parent ends well" in run(finished, SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
     assert_both_steps_are_good(tmp_path)
 
 
@@ -186,7 +188,11 @@ small = [torch.full((300,), float(n)) for n in range(200)]
 
 def child():
     assert pending.done() in (True, False)
-    pending.captured, pending.stats, repr(pending)
+    assert pending.stats.save_s >= 0 and "PendingSave" in repr(pending)
+    try:
+        assert pending.captured in (True, False)
+    except ForkedError:
+        pass
     ckpt.fence()
     logging.getLogger("ckpt").error("from the child")
     if not pending.done():
@@ -194,14 +200,13 @@ def child():
     os._exit(0)
 
 with ckpt.Checkpointer(directory, options=options, keep=2) as checkpointer:
-    for step in range(150):
+    for step in range(120):
         pending = checkpointer.save(step, {"small": small, "weights": weights[: 256 * moments.randrange(1, 400)]}, lazy=True)
         if moments.random() < 0.5:
             deadline = time.monotonic() + moments.uniform(0, 0.006)
             while time.monotonic() < deadline:
                 pass
-        code = fork(child)
-        assert code == 0, (step, code)
+        assert fork(child) == 0, step
         if step % 3 == 0:
             ckpt.fence()
 print("parent ends well")
@@ -209,7 +214,7 @@ print("parent ends well")
     assert "parent ends well" in run(body).stdout
     with ckpt.Checkpointer(tmp_path) as checkpointer:
         found = checkpointer.restore()
-    assert found is not None and found.step == 149
+    assert found is not None and found.step == 119
 
 
 def test_a_fork_from_another_thread(run: Run, tmp_path: Path) -> None:
@@ -227,7 +232,7 @@ assert codes == [0]
 def test_a_child_of_a_child(run: Run, tmp_path: Path) -> None:
     body = """
 def grandchild():
-    refused(checkpointer.steps)
+    refused(checkpointer.wait)
     ckpt.save({"n": 2}, directory + "/grandchild.pt", options=options).result(15)
 
 def child():

@@ -1,0 +1,466 @@
+// Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
+// short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold.
+//
+//     stress [seconds] [seed] [directory]
+//
+// Prints a summary; exit status 1 if anything was not as promised.
+#include <fcntl.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "engine.h"
+#include "error.h"
+#include "fault.h"
+#include "file.h"
+#include "torch_file.h"
+#include "verify.h"
+
+using namespace lazyckpt;
+
+namespace {
+
+constexpr double kPatienceS = 60;  // for anything that takes milliseconds unless it hangs
+constexpr size_t kJobsPerThread = 6;
+constexpr int kThreads = 3;
+
+std::atomic<int> mismatches{0};
+std::atomic<int> durable{0}, failed{0}, cancelled{0}, interrupted_fences{0}, rounds{0}, fuzzed{0}, found_damaged{0};
+std::atomic<uint64_t> bytes_verified{0};
+std::atomic<int> next_file{0};
+
+void mismatch(const std::string& what) {
+  ++mismatches;
+  std::fprintf(stderr, "MISMATCH: %s\n", what.c_str());
+}
+
+void expect(bool fine, const std::string& what) {
+  if (!fine) mismatch(what);
+}
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  uint64_t up_to(uint64_t most) { return std::uniform_int_distribution<uint64_t>(0, most)(engine_); }
+  bool one_in(uint64_t n) { return up_to(n - 1) == 0; }
+  double seconds(double most) { return std::uniform_real_distribution<double>(0, most)(engine_); }
+  template <typename T>
+  const T& choose(const std::vector<T>& from) { return from[up_to(from.size() - 1)]; }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+// Bit by bit: nothing that it shares with what it checks.
+uint32_t slow_crc32(const std::string& bytes) {
+  uint32_t crc = 0xFFFFFFFFu;
+  for (const char byte : bytes) {
+    crc ^= static_cast<uint8_t>(byte);
+    for (int bit = 0; bit < 8; ++bit) crc = (crc >> 1) ^ ((crc & 1) != 0 ? 0xEDB88320u : 0);
+  }
+  return ~crc;
+}
+
+// Memory of the caller: exactly as long as it says, so that a sanitizer sees any step beside it.
+class Buffer {
+ public:
+  Buffer(size_t length, size_t misalign) : length_(length) {
+    void* got = nullptr;
+    if (::posix_memalign(&got, 4096, misalign + length) != 0) throw std::bad_alloc();
+    base_.reset(static_cast<std::byte*>(got));
+    begin_ = base_.get() + misalign;
+  }
+  std::byte* begin() const { return begin_; }
+  size_t length() const { return length_; }
+  void fill(Random& random) {
+    auto word = static_cast<uint32_t>(random.up_to(0xFFFFFFFFu));
+    for (size_t i = 0; i < length_; ++i) {
+      word = word * 1664525u + 1013904223u;
+      begin_[i] = static_cast<std::byte>(word >> 24);
+    }
+  }
+  void spoil() { std::memset(begin_, 0xEE, length_); }
+  void release() { base_.reset(); }
+
+ private:
+  struct Free {
+    void operator()(std::byte* bytes) const { std::free(bytes); }
+  };
+  std::unique_ptr<std::byte, Free> base_;
+  std::byte* begin_ = nullptr;
+  size_t length_ = 0;
+};
+
+// A random file: what the engine is told, and, apart from that, what the file must hold.
+struct Sample {
+  FileSpec spec;
+  std::vector<std::pair<Source, Buffer>> memory;
+  std::string expected;
+
+  void each(Source kind, void (Buffer::*act)()) {
+    for (auto& [is, buffer] : memory) {
+      if (is == kind) (buffer.*act)();
+    }
+  }
+};
+
+class SampleMaker {
+ public:
+  SampleMaker(Random& random, size_t block) : random_(random), block_(block) {}
+
+  Sample make() {
+    const size_t records = random_.up_to(12);
+    add_structure(1 + random_.up_to(200));
+    for (uint32_t record = 0; record < records; ++record) add_record(record);
+    add_structure(random_.up_to(3000));
+    sample_.spec.record_count = records;
+    sample_.spec.size = sample_.expected.size();
+    return std::move(sample_);
+  }
+
+ private:
+  void add(Source kind, size_t length, uint32_t record) {
+    if (length == 0) return;
+    const size_t offset = sample_.expected.size();
+    const size_t misalign = random_.one_in(3) ? random_.up_to(4095) : offset % 4096;
+    sample_.memory.emplace_back(kind, Buffer(length, misalign));
+    Buffer& buffer = sample_.memory.back().second;
+    buffer.fill(random_);
+    sample_.spec.extents.push_back({buffer.begin(), length, offset, kind, record});
+    sample_.expected.append(reinterpret_cast<const char*>(buffer.begin()), length);
+  }
+
+  void add_structure(size_t length) { add(Source::kCopy, length, kStructure); }
+
+  void add_gap() { sample_.expected.append(random_.one_in(3) ? block_ - sample_.expected.size() % block_ : random_.up_to(70), '\0'); }
+
+  // One or several extents, and behind them, sooner or later, the field for their CRC-32.
+  void add_record(uint32_t record) {
+    if (random_.one_in(2)) add_gap();
+    std::string content;
+    for (size_t part = 0; part <= random_.up_to(2); ++part) {
+      const size_t begin = sample_.expected.size();
+      const size_t length = random_.one_in(3) ? random_.up_to(400000) : random_.up_to(5000);
+      add(random_.choose<Source>({Source::kCopy, Source::kLazy, Source::kLazy, Source::kOwned}), length, record);
+      content += sample_.expected.substr(begin);
+    }
+    if (content.empty()) return;
+    add_structure(random_.up_to(40));
+    add_field(record, slow_crc32(content));
+    add_structure(random_.up_to(40));
+  }
+
+  void add_field(uint32_t record, uint32_t crc) {
+    const size_t offset = sample_.expected.size();
+    add_structure(4);
+    sample_.spec.crc_fields.push_back({offset, record});
+    for (size_t i = 0; i < 4; ++i) sample_.expected[offset + i] = static_cast<char>(crc >> (8 * i));
+  }
+
+  Random& random_;
+  const size_t block_;
+  Sample sample_;
+};
+
+std::string read_back(const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
+}
+
+bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
+
+// ---- One engine, several threads ---------------------------------------------------------------------------------
+
+struct Flight {
+  std::string path;
+  Sample sample;
+  std::shared_ptr<Job> job;
+  bool may_fail = false;
+};
+
+bool wait_until_finished(Job& job) {
+  std::unique_lock<std::mutex> lock(job.monitor->mutex);
+  const auto patience = std::chrono::duration<double>(kPatienceS);
+  return job.monitor->changed.wait_for(lock, patience, [&] { return job.finished(); });
+}
+
+struct Outcome {
+  bool finished, captured, failed;
+  std::string error;
+  ErrorKind kind;
+};
+
+Outcome look_at(Job& job) {
+  std::lock_guard<std::mutex> lock(job.monitor->mutex);
+  const bool has_failed = job.failed();
+  return {job.finished(), job.captured(), has_failed, has_failed ? job.error->what() : "",
+          has_failed ? job.error->kind() : ErrorKind::kStorage};
+}
+
+void check_finished(Flight& flight, bool engine_ended) {
+  const Outcome outcome = look_at(*flight.job);
+  expect(outcome.finished, flight.path + " is not finished");
+  if (outcome.failed) {
+    ++failed;
+    expect(flight.may_fail || engine_ended, flight.path + " failed without a reason: " + outcome.error);
+    expect(!exists(flight.path), flight.path + " failed and was left behind");
+    return;
+  }
+  const std::string found = read_back(flight.path);
+  expect(found == flight.sample.expected, flight.path + " does not hold what it should");
+  expect(flight.job->file_crc == slow_crc32(flight.sample.expected), flight.path + " has another CRC-32");
+  ++durable;
+  bytes_verified += found.size();
+  ::unlink(flight.path.c_str());
+}
+
+class Round {
+ public:
+  Round(uint64_t seed, const std::string& directory) : random_(seed), directory_(directory) {}
+
+  void run() {
+    choose_weather();
+    options_.arena_bytes = size_t{1} << (18 + random_.up_to(4));
+    options_.chunk_bytes = size_t{1} << (16 + random_.up_to(3));
+    options_.writers = 1 + static_cast<int>(random_.up_to(3));
+    {
+      Engine engine(options_);
+      std::vector<std::thread> threads;
+      for (int i = 0; i < kThreads; ++i) {
+        threads.emplace_back([this, &engine, seed = random_.up_to(~uint64_t{0})] { fly(engine, Random(seed)); });
+      }
+      threads.emplace_back([this, &engine] { fence_now_and_then(engine); });
+      for (int i = 0; i < kThreads; ++i) threads[static_cast<size_t>(i)].join();
+      done_ = true;
+      threads.back().join();
+      end(engine);
+    }
+    for (Flight& flight : unfinished_) check_finished(flight, true);
+    fault::clear();
+    override_limits({0, 0});
+    ++rounds;
+  }
+
+ private:
+  // What holds for all files of the round.
+  void choose_weather() {
+    if (random_.one_in(3)) {
+      override_limits(random_.choose<IoLimits>({{512, 512}, {512, 4096}, {4096, 4096}, {4096, 512}, {32768, 32768}}));
+    }
+    if (random_.one_in(2)) fault::add({"pwritev", "", 0, -1, 0, -1, random_.seconds(random_.one_in(3) ? 0.03 : 0.002)});
+    if (random_.one_in(4)) fault::add({"fdatasync", "", 0, -1, 0, -1, random_.seconds(0.01)});
+    if (random_.one_in(4)) fault::add({"pwritev", "", 0, 40, 0, static_cast<int64_t>(1 + random_.up_to(70000)), 0});
+    if (random_.one_in(4)) fault::add({"pwritev", "", 3, 20, EINTR, -1, 0});
+    if (random_.one_in(5)) fault::add({"pwritev", "", static_cast<int64_t>(random_.up_to(9)), 1, EINVAL, -1, 0});
+    if (random_.one_in(6)) fault::add({"fallocate", "", 0, -1, EOPNOTSUPP, -1, 0});
+  }
+
+  void add_fault(Random& random, Flight& flight) {
+    if (!random.one_in(5)) return;
+    flight.may_fail = true;
+    const std::string call = random.choose<std::string>({"fallocate", "pwritev", "pwritev", "ftruncate", "fdatasync", "close"});
+    const auto skip = static_cast<int64_t>(call == "pwritev" ? random.up_to(12) : 0);
+    fault::add({call, flight.path, skip, 1, random.choose<int>({ENOSPC, EIO, EDQUOT}), -1, random.seconds(0.003)});
+  }
+
+  void fly(Engine& engine, Random random) {
+    std::vector<Flight> waiting;
+    for (size_t i = 0; i < kJobsPerThread; ++i) {
+      Flight flight;
+      flight.path = directory_ + "/f" + std::to_string(next_file++) + "-";
+      add_fault(random, flight);
+      flight.sample = SampleMaker(random, 4096).make();
+      if (!take_off(engine, random, flight)) continue;
+      flight.sample.each(Source::kCopy, &Buffer::spoil);
+      if (random.one_in(2)) flight.sample.each(Source::kCopy, &Buffer::release);
+      if (random.one_in(2)) pass_fence(engine, random, flight);
+      waiting.push_back(std::move(flight));
+      if (random.one_in(2)) land(waiting);
+    }
+    if (random.one_in(2)) land(waiting);
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (Flight& flight : waiting) unfinished_.push_back(std::move(flight));
+  }
+
+  // False if it was called off; its memory goes away at once then, as it does when Python unwinds.
+  bool take_off(Engine& engine, Random& random, Flight& flight) {
+    int looks_left = random.one_in(8) ? static_cast<int>(random.up_to(2)) : 1 << 30;
+    const auto interrupt = [&] {
+      if (looks_left-- <= 0) throw std::runtime_error("interrupted");
+    };
+    const double timeout_s = random.one_in(10) ? 0.02 : kPatienceS;
+    flight.may_fail = flight.may_fail || timeout_s < 1;
+    try {
+      auto file = std::make_unique<WritableFile>(flight.path, !random.one_in(4));
+      flight.job = engine.submit(std::move(file), flight.sample.spec, random.one_in(4), timeout_s, interrupt);
+      return true;
+    } catch (const std::runtime_error&) {
+      ++cancelled;
+      return false;
+    }
+  }
+
+  // Behind the fence everything lazy may change, and if the save has not failed, it may go away.
+  void pass_fence(Engine& engine, Random& random, Flight& flight) {
+    int looks_left = random.one_in(10) ? 0 : 1 << 30;
+    try {
+      engine.fence([&] {
+        if (looks_left-- <= 0) throw std::runtime_error("interrupted");
+      });
+    } catch (const std::runtime_error&) {
+      ++interrupted_fences;
+      return;
+    }
+    const Outcome outcome = look_at(*flight.job);
+    expect(outcome.captured, flight.path + " is not captured behind the fence");
+    if (outcome.failed) return;
+    flight.sample.each(Source::kLazy, &Buffer::spoil);
+    flight.sample.each(Source::kLazy, &Buffer::release);
+  }
+
+  void land(std::vector<Flight>& waiting) {
+    for (Flight& flight : waiting) {
+      expect(wait_until_finished(*flight.job), flight.path + " never finished");
+      check_finished(flight, false);
+    }
+    waiting.clear();
+  }
+
+  void fence_now_and_then(Engine& engine) {
+    while (!done_) {
+      engine.fence({});
+      std::this_thread::sleep_for(std::chrono::milliseconds(3));
+    }
+  }
+
+  // By draining, by a deadline that some jobs miss, or by the destructor, with jobs in flight.
+  void end(Engine& engine) {
+    const uint64_t how = random_.up_to(2);
+    if (how == 2) return;
+    const bool drained = engine.close(how == 0 ? kPatienceS : random_.seconds(0.01), {});
+    expect(drained, "the engine did not drain");
+    expect(engine.in_flight() == 0, "jobs are in flight after close()");
+    expect(engine.arena().used() == 0, "the arena is in use after all jobs have ended");
+    Flight late{directory_ + "/late-", SampleMaker(random_, 4096).make(), nullptr, true};
+    try {
+      engine.submit(std::make_unique<WritableFile>(late.path, false), late.sample.spec, false, 1, {});
+      mismatch("a closed engine took a job");
+    } catch (const Error& error) {
+      expect(error.kind() == ErrorKind::kClosed, error.what());
+    }
+    expect(!exists(late.path), "a refused job left its file behind");
+  }
+
+  Random random_;
+  const std::string directory_;
+  EngineOptions options_;
+  std::atomic<bool> done_{false};
+  std::mutex mutex_;
+  std::vector<Flight> unfinished_;  // guarded by mutex_
+};
+
+// ---- Damaged files -----------------------------------------------------------------------------------------------
+
+std::string write_torch_file(Random& random, const std::string& path) {
+  std::vector<Buffer> memory;
+  TorchFile file;
+  file.archive = "archive";
+  for (size_t i = 0; i <= random.up_to(6); ++i) {
+    memory.emplace_back(random.up_to(9000), random.up_to(64));
+    memory.back().fill(random);
+    file.storages.push_back({memory.back().begin(), memory.back().length(), random.choose<Source>({Source::kCopy, Source::kLazy})});
+  }
+  Buffer pickle(1 + random.up_to(500), 0);
+  pickle.fill(random);
+  file.head.push_back({"data.pkl", pickle.begin(), pickle.length(), Source::kCopy});
+  file.tail.push_back({"version", pickle.begin(), 1, Source::kOwned});
+  file.uniform_alignment = random.choose<uint32_t>({0, 64, 4096});
+  auto target = std::make_unique<WritableFile>(path, true);
+  ZipLayout layout;
+  FileSpec spec = describe(file, target->limits(), layout);
+  Engine engine({size_t{1} << 18, size_t{1} << 16, 1});
+  const auto job = engine.submit(std::move(target), std::move(spec), false, kPatienceS, {});
+  expect(wait_until_finished(*job) && !look_at(*job).failed, path + " could not be written");
+  return read_back(path);
+}
+
+void write_raw(const std::string& path, const std::string& bytes) {
+  std::ofstream file(path, std::ios::binary | std::ios::trunc);
+  file.write(bytes.data(), static_cast<std::streamsize>(bytes.size()));
+}
+
+std::string damage(Random& random, std::string bytes) {
+  const uint64_t how = random.up_to(3);
+  if (how == 0) bytes.resize(random.up_to(bytes.size() - 1));
+  const size_t flips = how == 0 ? random.up_to(1) : 1 + random.up_to(how == 1 ? 0 : 6);
+  for (size_t i = 0; i < flips && !bytes.empty(); ++i) {
+    // The numbers that a reader trusts stand at the end.
+    const size_t from = how == 3 && bytes.size() > 300 ? bytes.size() - 300 : 0;
+    bytes[from + random.up_to(bytes.size() - from - 1)] ^= static_cast<char>(1 + random.up_to(254));
+  }
+  return bytes;
+}
+
+// Whatever the bytes, the reader ends with a verdict; for bytes that have changed it is the right one.
+void fuzz(Random& random, const std::string& directory) {
+  const std::string path = directory + "/fuzzed";
+  ::unlink(path.c_str());
+  const std::string good = write_torch_file(random, path);
+  expect(verify_torch_file(path, 2), "a good file passes unchecked");
+  for (int i = 0; i < 60; ++i) {
+    const std::string bad = damage(random, good);
+    write_raw(path, bad);
+    ++fuzzed;
+    try {
+      verify_torch_file(path, 2);
+      expect(bad == good, "damage was not found");
+    } catch (const Error& error) {
+      ++found_damaged;
+      expect(error.kind() == ErrorKind::kCorrupt, error.what());
+    }
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const double seconds = argc > 1 ? std::atof(argv[1]) : 20;
+  const uint64_t seed = argc > 2 ? std::strtoull(argv[2], nullptr, 0) : std::random_device{}();
+  std::string directory = std::string(argc > 3 ? argv[3] : ".") + "/stress-XXXXXX";
+  if (::mkdtemp(directory.data()) == nullptr) {
+    std::perror(directory.c_str());
+    return 1;
+  }
+  std::printf("seed %llu, in %s\n", static_cast<unsigned long long>(seed), directory.c_str());
+  std::fflush(stdout);
+  Random random(seed);
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  while (std::chrono::steady_clock::now() < end && mismatches == 0) {
+    Round(random.up_to(~uint64_t{0}), directory).run();
+    fuzz(random, directory);
+  }
+  std::printf("%d rounds: %d files durable and right (%.1f MiB), %d failed, %d called off, %d fences interrupted; "
+              "%d damaged files, %d found; %d mismatches\n",
+              rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576, failed.load(),
+              cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), mismatches.load());
+  if (mismatches == 0) {
+    ::unlink((directory + "/fuzzed").c_str());
+    if (::rmdir(directory.c_str()) != 0) mismatch("files were left behind in " + directory);
+  }
+  return mismatches == 0 ? 0 : 1;
+}
