@@ -1,0 +1,50 @@
+"""How much resident memory a save needs on top of the state."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from harness import GIB, MIB, Bar, Report, Settings, Side, Values, interleave
+
+import ckpt
+
+ALLOWANCE = 64 * MIB  # beyond the arena
+TIMEOUT_S = 600
+
+CASES = {
+    "ckpt": "ckpt.save() of lazy tensors, waited for until durable",
+    "ckpt, fenced at once": "the same, with a fence right after save(): what has not left goes through the arena",
+    "ckpt, copied in save()": "ckpt.save() of tensors that are not lazy: everything goes through the arena",
+    "torch.save + fsync": "torch.save to a file, flush, fsync",
+}
+HOW = (
+    "in a process of its own: the kernel's high-water mark of the resident set (VmHWM), reset when the state stood but the "
+    "engine did not, minus the resident set then; two saves, until both are durable"
+)
+
+
+def measure_memory(settings: Settings, report: Report) -> None:
+    arena = ckpt.Options().size("arena_bytes")
+    nbytes = settings.sized(2 * GIB)
+    with settings.workspace() as directory:
+        sides = [Side(case, partial(run_child, case, nbytes, directory)) for case in CASES]
+        samples = interleave(sides, settings.rounds_or(2), settings.settle, warmup=0)
+    for case, column in samples.items():
+        bar = Bar("<=", (arena + ALLOWANCE) / MIB) if case.startswith("ckpt") else None
+        sampled = [sample.values["sampled_peak_MiB"] for sample in column]
+        detail: dict[str, Any] = {"saved_as": CASES[case], "arena_bytes": arena, "sampled_every_5_ms_MiB": sampled}
+        report.add("memory", case, "MiB", column, nbytes=nbytes, how=HOW, bar=bar, **detail)
+
+
+def run_child(case: str, nbytes: int, directory: Path) -> Values:
+    script = Path(__file__).with_name("memory_child.py")
+    command = [sys.executable, str(script), case, str(nbytes), str(directory)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
+    if done.returncode != 0:
+        raise RuntimeError(f"the measured process failed: {done.stderr}")
+    return dict(json.loads(done.stdout))

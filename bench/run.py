@@ -1,0 +1,139 @@
+"""The benchmarks of ckpt: one driver, named workloads, one JSON line a result and a table for the reader.
+
+    python bench/run.py                                   all workloads at full size, less than ten minutes
+    python bench/run.py --workload stall --workload crc   some of them
+    python bench/run.py --scale 0.01 --rounds 2           quickly, to see that all works; no bar is judged
+    python bench/run.py --workload sweep                  writer threads x chunk sizes; not part of "all"
+
+Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import fio
+from crc import measure_crc
+from durable import measure_durable, measure_sweep
+from harness import Report, Settings, clock, note, table
+from machine import ROOT, describe_run
+from many import measure_many
+from memory import measure_memory
+from stall import measure_overhead, measure_stall
+
+WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
+    "stall": measure_stall,
+    "overhead": measure_overhead,
+    "durable": measure_durable,
+    "memory": measure_memory,
+    "many": measure_many,
+    "crc": measure_crc,
+}
+ON_REQUEST = {"sweep": measure_sweep}
+CHILD_TIMEOUT_S = 3600
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = [*WORKLOADS, *ON_REQUEST]
+    parser.add_argument("--workload", action="append", choices=choices, help="may be repeated; default: all but sweep")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on all sizes; below 1 no bar is judged")
+    parser.add_argument("--rounds", type=int, help="samples of each side; default: as the workload has it")
+    parser.add_argument("--directory", type=Path, default=ROOT / "out" / "bench", help="where files are written and removed")
+    parser.add_argument(
+        "--iteration-s", type=float, help="forward + backward, seconds; default: twice a flush, and at least 2.5"
+    )
+    parser.add_argument("--rest-s", type=float, default=0.3, help="rest before each sample, seconds")
+    parser.add_argument("--fio", metavar="GRID", help="configurations engine:depth:block, separated by commas; 'none': no fio")
+    parser.add_argument("--out", type=Path, help="where the JSON lines go; default: standard output, before the table")
+    parser.add_argument("--one-process", action="store_true", help="run all workloads in this process, not each in its own")
+    return parser.parse_args(arguments)
+
+
+def fio_grid(asked: str | None) -> tuple[str, ...]:
+    """The configurations to try; empty means that the direct-write loop of this program stands in for fio."""
+    if asked == "none":
+        return ()
+    if not fio.available():
+        text = "fio is not installed: the disk's limit is taken from this program's own direct-write loop, and named so"
+        print(text, file=sys.stderr)
+        return ()
+    return tuple(asked.split(",")) if asked else fio.GRID
+
+
+def run_here(names: list[str], settings: Settings, report: Report) -> list[str]:
+    """Runs the workloads in this process; returns those that failed."""
+    failed = []
+    for name in names:
+        started = clock()
+        try:
+            (WORKLOADS | ON_REQUEST)[name](settings, report)
+        except Exception as error:  # the others are still worth their time
+            print(f"\n{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            failed.append(name)
+        note("")
+        print(f"{name}: {clock() - started:.0f} s", file=sys.stderr)
+    return failed
+
+
+def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[str]:
+    """Runs each workload in a process of its own, so that none inherits another's memory; returns those that failed."""
+    failed = []
+    for name in names:
+        with tempfile.TemporaryDirectory() as directory:
+            out = Path(directory) / "lines"
+            command = [sys.executable, __file__, *arguments, "--workload", name, "--one-process", "--out", str(out)]
+            done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=CHILD_TIMEOUT_S)
+            if done.returncode != 0:
+                failed.append(name)
+            if out.exists():
+                lines: list[dict[str, Any]] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+                report.extend(lines)
+    return failed
+
+
+def main(arguments: list[str]) -> int:
+    asked = parse(arguments)
+    names = asked.workload or list(WORKLOADS)
+    report = Report(describe_run(asked.directory, asked.scale), asked.scale)
+    if asked.one_process or len(names) == 1:
+        grid = fio_grid(asked.fio)
+        settings = Settings(asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid)
+        failed = run_here(names, settings, report)
+    else:
+        failed = run_apart(names, report, without_workloads(arguments))
+    if asked.out:
+        report.write(asked.out)
+    else:
+        for line in report.lines:
+            print(json.dumps(line))
+    print(table(report.lines))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def without_workloads(arguments: list[str]) -> list[str]:
+    """The same command for a child that is told its own workload."""
+    kept, skip = [], False
+    for argument in arguments:
+        if skip:
+            skip = False
+        elif argument in ("--workload", "--out"):
+            skip = True
+        elif not argument.startswith(("--workload=", "--out=")):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main(sys.argv[1:]))
