@@ -39,6 +39,7 @@ WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
 }
 ON_REQUEST = {"sweep": measure_sweep}
 CHILD_TIMEOUT_S = 3600
+BUSY = 0.25  # load for each core above which a machine is not idle
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -104,6 +105,9 @@ def main(arguments: list[str]) -> int:
     asked = parse(arguments)
     names = asked.workload or list(WORKLOADS)
     report = Report(describe_run(asked.directory, asked.scale), asked.scale)
+    load = os.getloadavg()[0]
+    if load > BUSY * (os.cpu_count() or 1) and not asked.one_process:
+        print(f"others are using this machine (load {load:.2f}): expect noise", file=sys.stderr)
     if asked.one_process or len(names) == 1:
         grid = fio_grid(asked.fio)
         settings = Settings(asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid)
@@ -135,5 +139,4 @@ def without_workloads(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
     sys.exit(main(sys.argv[1:]))
