@@ -100,7 +100,7 @@ def measure_durable(settings: Settings, report: Report) -> None:
         ]
         if settings.fio_grid:
             bench.in_huge_pages = in_huge_pages(bench.state)
-            sides.append(Side(f"ckpt{HUGE}", partial(bench.ckpt_rate, ckpt.Options(), huge=True)))
+            sides.append(Side(f"ckpt{HUGE}", partial(bench.ckpt_rate, ckpt.Options(), huge_pages=True)))
             sides.append(Side(f"{best[0]}{HUGE}", partial(limit_rate, partial(limits[best[0]], huge_pages=True))))
         samples = interleave(sides, settings.rounds_or(7), settings.settle)
         bench.check_file()

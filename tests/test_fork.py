@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from nursery import Ended, Nursery
+from support import wait_until
 
 import ckpt
 
@@ -167,6 +169,7 @@ def test_a_parent_may_change_its_tensors_after_the_fence_while_a_child_holds_a_c
 ready, go = os.pipe()
 pid = os.fork()
 if pid == 0:
+    signal.alarm(20)
     os.read(ready, 1)
     os._exit(0 if torch.equal(weights, torch.arange(2000 * 256, dtype=torch.float32)) else 1)
 ckpt.fence()
@@ -302,11 +305,14 @@ def test_the_parent_ends_before_the_child(run: Run, tmp_path: Path) -> None:
     body = """
 pid = os.fork()
 if pid == 0:
-    while os.getppid() == int(os.environ["PARENT"]):
+    signal.alarm(20)
+    while os.getppid() == parent:
         time.sleep(0.01)
-    open(directory + "/child-ended", "w").close()
     sys.exit(0)
+print("child", pid)
 """
-    done = run("import os; os.environ['PARENT'] = str(os.getpid())\n", SLOW_SAVE, body, PARENT_ENDS_WELL)
+    done = run("import os; parent = os.getpid()\n", SLOW_SAVE, body, PARENT_ENDS_WELL)
     assert "parent ends well" in done.stdout
     assert_both_steps_are_good(tmp_path)
+    child = int(done.stdout.split()[1])
+    wait_until(lambda: not psutil.pid_exists(child), 10, "the end of the child")

@@ -18,7 +18,6 @@ from nursery import Child, Ended, Nursery
 import ckpt
 
 ROOT = Path(ckpt.__file__).parents[1]
-RANDOM_KILLS = 120
 
 # Where a save can be killed; a test compares this list with the source. The number of times that a save of the toy model
 # passes each, roughly, tells which skips make sense.
@@ -185,11 +184,12 @@ def test_killed_again_and_again_at_the_same_point(nursery: Nursery, reference: R
 # ---- any moment ------------------------------------------------------------------------------------------------------
 
 
-def test_killed_at_any_moment(nursery: Nursery, reference: Reference, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [120, pytest.param(1500, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(kills: int, nursery: Nursery, reference: Reference, tmp_path: Path) -> None:
     """One run, killed and resumed over and over in the same directory."""
     moments = random.Random(20240607)
     step, killed_in_training = -1, 0
-    for kill in range(RANDOM_KILLS):
+    for kill in range(kills):
         again, keep = moments.random() < 0.3, moments.choice([1, 2, 3])
         killed = run_and_kill(nursery, tmp_path, moments.uniform(0.0, 0.25), keep=keep, again=again)
         killed_in_training += killed.begun
@@ -199,8 +199,8 @@ def test_killed_at_any_moment(nursery: Nursery, reference: Reference, tmp_path: 
         if kill % 20 == 19:
             save_once_more(nursery, tmp_path, reference, step)
             step += 2
-    assert killed_in_training > RANDOM_KILLS / 2
-    assert step > RANDOM_KILLS, "the run makes progress in spite of all"
+    assert killed_in_training > kills / 2
+    assert step > kills, "the run makes progress in spite of all"
     save_once_more(nursery, tmp_path, reference, step)
 
 
