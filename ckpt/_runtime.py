@@ -121,7 +121,7 @@ class Runtime:
     def _await(self, pending: PendingSave, done: Callable[[float], bool]) -> None:
         while not done(_SLICE_S):
             if self._given_up:
-                _orphans.append((pending._until_captured, pending._until_durable))  # a writer may still read them
+                orphan((pending._until_captured, pending._until_durable))  # a writer may still read them
                 raise DeadlineError(f"the save to '{pending.path}' was given up: its storage does not answer")
 
     # ---- the end ---------------------------------------------------------------------------------------------------
@@ -183,7 +183,6 @@ _registry_lock = threading.Lock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
 _uncaptured: dict[int, tuple[PendingSave, Runtime]] = {}  # by id; what a fence has to look after
-_orphans: list[Any] = []  # never touched again: the parent's objects after a fork, memory that a hanging writer may read
 
 
 def lease(options: Options) -> Runtime:
@@ -235,8 +234,8 @@ def unwatch(pending: PendingSave) -> None:
 
 
 def orphan(memory: Any) -> None:
-    """Keeps it for ever."""
-    _orphans.append(memory)
+    """Keeps it for ever, past the end of the interpreter too: a hanging writer may read it when it comes back."""
+    _native.leak(memory)
 
 
 def fence() -> None:
@@ -284,7 +283,7 @@ def _forget_after_fork() -> None:
     """In a forked child: the parent's threads do not exist, its locks may be held for ever. Leave all of it alone."""
     global _registry_lock
     _registry_lock = threading.Lock()
-    _orphans.append((dict(_runtimes), dict(_uncaptured)))
+    orphan((dict(_runtimes), dict(_uncaptured)))
     _runtimes.clear()
     _uncaptured.clear()
 

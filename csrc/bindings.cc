@@ -272,6 +272,10 @@ void bind_pickling(py::module_& module) {
   });
 }
 
+void bind_leak(py::module_& module) {
+  module.def("leak", [](const py::object& object) { object.inc_ref(); }, "Keeps the object until the process is gone.");
+}
+
 void bind_faults(py::module_& module) {
   module.def("crash_point", [](const std::string& name) { fault::crash_point(name.c_str()); });
 #if LAZYCKPT_FAULT_HOOKS
@@ -299,5 +303,6 @@ PYBIND11_MODULE(_native, module) {
   bind_engine(module);
   bind_files(module);
   bind_pickling(module);
+  bind_leak(module);
   bind_faults(module);
 }

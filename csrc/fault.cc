@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <memory>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -14,10 +15,19 @@
 namespace lazyckpt::fault {
 namespace {
 
-std::mutex mutex;  // guards all below but `armed`
-std::vector<Fault> faults;
-std::string crash_name;
-int64_t crash_skip = 0;
+struct State {
+  std::mutex mutex;  // guards what follows
+  std::vector<Fault> faults;
+  std::string crash_name;
+  int64_t crash_skip = 0;
+};
+
+// Never destroyed: a writer that hangs in the kernel at the end of the process may come back after static destructors.
+State& state() {
+  static State& kept = *std::make_unique<State>().release();
+  return kept;
+}
+
 std::atomic<bool> armed{false};  // so that an unarmed process pays one load
 
 bool matches(const Fault& fault, const char* call, const std::string& path) {
@@ -27,22 +37,25 @@ bool matches(const Fault& fault, const char* call, const std::string& path) {
 }  // namespace
 
 void add(const Fault& fault) {
-  std::lock_guard<std::mutex> lock(mutex);
-  faults.push_back(fault);
+  State& all = state();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.faults.push_back(fault);
   armed = true;
 }
 
 void clear() {
-  std::lock_guard<std::mutex> lock(mutex);
-  faults.clear();
-  crash_name.clear();
+  State& all = state();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.faults.clear();
+  all.crash_name.clear();
   armed = false;
 }
 
 void set_crash_point(const std::string& name, int64_t skip) {
-  std::lock_guard<std::mutex> lock(mutex);
-  crash_name = name;
-  crash_skip = skip;
+  State& all = state();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.crash_name = name;
+  all.crash_skip = skip;
   armed = true;
 }
 
@@ -51,8 +64,9 @@ Verdict consult(const char* call, const std::string& path) {
   Verdict verdict;
   double delay_s = 0;
   {
-    std::lock_guard<std::mutex> lock(mutex);
-    for (Fault& fault : faults) {
+    State& all = state();
+    std::lock_guard<std::mutex> lock(all.mutex);
+    for (Fault& fault : all.faults) {
       if (!matches(fault, call, path)) continue;
       if (fault.skip > 0) {
         --fault.skip;
@@ -71,8 +85,9 @@ Verdict consult(const char* call, const std::string& path) {
 
 void crash_point(const char* name) {
   if (!armed) return;
-  std::lock_guard<std::mutex> lock(mutex);
-  if (crash_name != name || crash_skip-- > 0) return;
+  State& all = state();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  if (all.crash_name != name || all.crash_skip-- > 0) return;
   ::kill(::getpid(), SIGKILL);
 }
 

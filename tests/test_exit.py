@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -185,6 +187,28 @@ def test_storage_comes_back_while_the_program_ends(delay_s: float, run: Run, tmp
     assert done.returncode == 0, done.stderr
     assert_no_crash(done)
     assert not (tmp_path / "a.pt").exists() or ckpt.load(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(("call", "verify"), [("fdatasync", False), ("pwritev", True)])
+def test_storage_comes_back_when_nothing_but_the_c_library_is_left(call: str, verify: bool, tmp_path: Path) -> None:
+    """A writer that could not be waited for goes on among the ruins: modules are cleared, static destructors have run."""
+    hold_open = "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.__cxa_atexit(libc.getchar, None, None)\n"  # runs last of all
+    body = f"""
+options = ckpt.Options(arena_bytes='8MiB', drain_timeout_s=0.3, verify_capture={verify})
+_native.set_fault('{call}', delay_s=6)
+for _ in range(4000):  # so many that their memory would be unmapped
+    _native.set_fault('{call}', 'another file')
+"""
+    command = [sys.executable, "-c", "".join([hold_open, HEADER, body, SAVE_FILE]), str(tmp_path)]
+    root = Path(ckpt.__file__).parents[1]
+    unmap = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # so that a use after free is a fault
+    with subprocess.Popen(command, cwd=root, env=unmap, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None and process.stderr is not None
+        assert b"given up" in process.stderr.readline(), "the drain has passed its deadline"
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(7)
+        process.stdin.close()
+        assert process.wait(30) == 0, process.stderr.read()
 
 
 def test_an_error_that_nobody_asked_for_is_logged_at_exit(run: Run, tmp_path: Path) -> None:
