@@ -67,3 +67,21 @@ def set_fault(
 def clear_faults() -> None: ...
 def set_crash_point(name: str, skip: int = 0) -> None: ...
 def override_io_limits(memory_align: int, offset_align: int) -> None: ...
+
+class StatePickler:
+    def __init__(
+        self,
+        *,
+        globals: dict[Any, bytes],
+        classes: dict[Any, Any],
+        record_type: type,
+        tensor_type: type,
+        parameter_type: type,
+        ordered_dict: type,
+        dtype_type: type,
+        strided: Any,
+        rebuild_tensor: Any,
+    ) -> None: ...
+    def dump(
+        self, root: Any, *, records: dict[Any, Any], order: list[Any], remaps: dict[int, Any], reduce: Callable[[Any], Any]
+    ) -> bytes | None: ...

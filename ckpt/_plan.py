@@ -1,8 +1,9 @@
 """From an object to what must be written: a pickle, and the storages that it names.
 
-The pickle is the one `torch.save` makes, opcode for opcode, wherever both write whole storages. Plain strided tensors take a
-short way through `reducer_override`; everything else (subclasses, sparse, quantized, nested, ...) takes torch's own
-`__reduce_ex__`, whose parts come back here.
+The pickle is the one `torch.save` makes, opcode for opcode, wherever both write whole storages. What state dicts are made of
+is pickled natively (csrc/pickling.cc), because it is all that save() costs its caller; an object with anything else in it goes
+through Python's own pickler. There, plain strided tensors take a short way through `reducer_override`; everything else
+(subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
 Two passes at most. The first assumes whole storages and notes which bytes of each are recordd. Only if some storage turns
 out to be recordd in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
@@ -16,7 +17,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Callable
 from types import FunctionType, NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parameter import Parameter
@@ -56,18 +57,27 @@ class Record:
 
     __slots__ = ("dtype", "key", "location", "low", "nbytes", "numel", "storage", "tensor", "type", "typed", "views", "whole")
 
-    def __init__(self, storage: UntypedStorage, key: str, location: str, dtype: Any, tensor: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        storage: UntypedStorage,
+        key: str,
+        dtype: Any,
+        tensor: torch.Tensor | None,
+        nbytes: int,
+        type: Any = None,
+        numel: int = 0,
+    ) -> None:
         self.storage = storage
         self.key = key
-        self.location = location
+        self.location = "cpu"
         self.dtype = dtype  # as torch tells them apart: None for untyped
         self.tensor = tensor  # one that views it, for its version counter and its name
         self.low = 0  # the first byte of the storage that is written
-        self.nbytes = storage.nbytes()
-        self.whole = False  # must be written whole: a bare storage, or a tensor that covers it
+        self.nbytes = nbytes
+        self.whole = type is not None  # must be written whole: a bare storage, or a tensor that covers it
         self.views: list[ByteInterval] | None = None
-        self.type: Any = UntypedStorage  # the class that names it in the pickle
-        self.numel = 0  # of that class
+        self.type = type  # the class that names it in the pickle
+        self.numel = numel  # of that class
         self.typed = False  # named as its dtype by a pickling that we cannot change
 
     def see(self, interval: ByteInterval) -> None:
@@ -89,6 +99,16 @@ class SavePlan:
     addresses: list[int]
     sizes: list[int]  # bytes
     kinds: bytearray  # COPY, LAZY or OWNED
+    lazy: list[Place]  # where the lazy ones lie
+
+
+class Place(NamedTuple):
+    """Memory that must stay where it is until it is captured."""
+
+    storage: UntypedStorage
+    address: int
+    nbytes: int  # at least
+    tensor: torch.Tensor | None  # one that views it
 
 
 @dataclasses.dataclass(slots=True)
@@ -123,6 +143,18 @@ class _StorageTable:
         self._remaps = remaps
 
     # ---- tensors that take the short way ---------------------------------------------------------------------------
+
+    def reducer_override(self, obj: Any) -> Any:
+        kind = type(obj)
+        if kind is torch.Tensor:
+            if obj.layout is _strided and obj.dtype in _CLASSES and _is_plain(obj):
+                return self.reduce(obj)
+        elif kind is OrderedDict:
+            if not obj and not obj.__dict__:
+                return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
+        elif kind is Parameter and not obj.__dict__:
+            return _rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
+        return NotImplemented
 
     def reduce(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         storage = tensor.untyped_storage()
@@ -172,8 +204,9 @@ class _StorageTable:
         return record, (interval.low - low) // itemsize
 
     def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> Record:
-        location = "cpu" if on_cpu else location_tag(storage)
-        self.records[key] = record = Record(storage, str(len(self.order)), location, dtype, tensor)
+        self.records[key] = record = Record(storage, str(len(self.order)), dtype, tensor, storage.nbytes())
+        if not on_cpu:
+            record.location = location_tag(storage)
         self.order.append(record)
         return record
 
@@ -210,19 +243,7 @@ class _TorchPickler(pickle.Pickler):
         super().__init__(file, protocol=_PROTOCOL)
         # Bound to the table, not to this object: a cycle would keep all that was pickled until the next collection.
         self.persistent_id = _native.type_filter(_NO_STORAGES, table.persistent_id)  # type: ignore[method-assign]
-        self._table = table
-
-    def reducer_override(self, obj: Any) -> Any:
-        kind = type(obj)
-        if kind is torch.Tensor:
-            if obj.layout is _strided and obj.dtype in _CLASSES and _is_plain(obj):
-                return self._table.reduce(obj)
-        elif kind is OrderedDict:
-            if not obj and not obj.__dict__:
-                return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
-        elif kind is Parameter and not obj.__dict__:
-            return _rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
-        return NotImplemented
+        self.reducer_override = table.reducer_override  # type: ignore[method-assign]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -255,7 +276,40 @@ def _find_remaps(table: _StorageTable) -> dict[int, _Remap]:
     return remaps
 
 
+def _opcodes_of(named: Any) -> bytes:
+    """What names a function, class or dtype in a pickle; without the opcodes that begin, memoize and end."""
+    data = pickle.dumps(named, _PROTOCOL)
+    return data[data.index(b"c") : data.rindex(b"\n") + 1]
+
+
+def _make_state_pickler() -> _native.StatePickler:
+    named = [_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter, OrderedDict, UntypedStorage, *_CLASSES]
+    named += [storage_class for storage_class, _ in _CLASSES.values() if storage_class is not None]
+    return _native.StatePickler(
+        globals={each: _opcodes_of(each) for each in named},
+        # Tensors may have names in older torch, which the pickler in Python refuses.
+        classes=_CLASSES if _has_names is None else {},
+        record_type=Record,
+        tensor_type=torch.Tensor,
+        parameter_type=Parameter,
+        ordered_dict=OrderedDict,
+        dtype_type=torch.dtype,
+        strided=_strided,
+        rebuild_tensor=_rebuild_tensor_v2,
+    )
+
+
+_state_pickler = _make_state_pickler()
+
+
 def _dump(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _StorageTable]:
+    """Natively what state dicts are made of; from the beginning and in Python if there is anything else among it."""
+    table = _StorageTable(remaps)
+    data = _state_pickler.dump(obj, records=table.records, order=table.order, remaps=remaps, reduce=table.reducer_override)
+    return (data, table) if data is not None else _dump_in_python(obj, remaps)
+
+
+def _dump_in_python(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _StorageTable]:
     buffer, table = io.BytesIO(), _StorageTable(remaps)
     _TorchPickler(buffer, table).dump(obj)
     return buffer.getvalue(), table
@@ -292,15 +346,16 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
 
 
 def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
-    plan = SavePlan(data, records, [], [], bytearray(len(records)))
+    plan = SavePlan(data, records, [], [], bytearray(len(records)), [])
     for index, record in enumerate(records):
-        nbytes = record.nbytes
+        nbytes, address = record.nbytes, record.storage.data_ptr()
         if record.location != "cpu":
             record.storage, record.low = _copy_to_host(record.storage, record.low, nbytes), 0
-            record.tensor = None
+            address, record.tensor = record.storage.data_ptr(), None
             plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
         elif nbytes > eager_bytes and is_lazy(record.storage._cdata):
             plan.kinds[index] = LAZY
+            plan.lazy.append(Place(record.storage, address, record.low + nbytes, record.tensor))
         plan.sizes.append(nbytes)
-        plan.addresses.append(record.storage.data_ptr() + record.low if nbytes else 0)
+        plan.addresses.append(address + record.low if nbytes else 0)
     return plan

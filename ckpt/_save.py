@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt import _runtime, _storage
 from ckpt._laziness import lazy_storages
-from ckpt._plan import LAZY, OWNED, SavePlan, make_plan
+from ckpt._plan import OWNED, SavePlan, make_plan
 from ckpt._tripwire import Tripwire
 from ckpt.errors import SkippedError, StorageError
 from ckpt.options import Options
@@ -137,10 +137,9 @@ def _submit(
     head.append(("byteorder", sys.byteorder.encode()))
     pending._wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
     tail = [("version", b"3\n"), (".data/serialization_id", serialization_id().encode())]
-    lazy = [record for record, kind in zip(records, plan.kinds, strict=True) if kind == LAZY]
     pending._hold(
-        Tripwire(obj, [r.tensor for r in lazy if r.tensor is not None], [r.storage for r in lazy]),
-        until_captured=[record.storage for record in records],
+        Tripwire(obj, plan.lazy),
+        until_captured=records,
         until_durable=(head, tail, [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]),
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,

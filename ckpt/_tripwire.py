@@ -11,24 +11,26 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.storage import UntypedStorage
+
+from ckpt._plan import Place
 
 
 class Tripwire:
     """Looks at lazy tensors once when they are planned, and once when they are captured."""
 
-    def __init__(self, root: Any, tensors: Sequence[torch.Tensor], storages: Sequence[UntypedStorage]) -> None:
+    def __init__(self, root: Any, places: Sequence[Place]) -> None:
         self._root = root
-        self._versions = [(tensor, tensor._version) for tensor in tensors if not tensor.is_inference()]
-        self._places = [(storage, storage.data_ptr(), storage.nbytes()) for storage in storages]
+        self._places = places
+        tensors = [place.tensor for place in places]
+        self._versions = [(tensor, tensor._version) for tensor in tensors if tensor is not None and not tensor.is_inference()]
 
     def changed(self) -> str | None:
         """What has changed since, for an error's text; None if nothing has."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 return f"{self.describe(tensor)} was changed"
-        for storage, address, nbytes in self._places:
-            if storage.data_ptr() != address or storage.nbytes() != nbytes:
+        for storage, address, nbytes, _ in self._places:
+            if storage.data_ptr() != address or storage.nbytes() < nbytes:
                 return "the memory of a tensor was taken away (share_memory_, resize_)"
         return None
 

@@ -17,6 +17,7 @@
 #include "error.h"
 #include "fault.h"
 #include "file.h"
+#include "pickling.h"
 #include "torch_file.h"
 #include "verify.h"
 
@@ -251,25 +252,6 @@ void bind_files(py::module_& module) {
   }, py::arg("bytes"), py::arg("crc") = 0);
   module.def("crc32_combine", &crc32_combine);
   module.def("crc32_kernel", &crc32_kernel);
-}
-
-// type_filter(types, call) is a function f(obj): None if obj's exact type is among `types`, else call(obj). A plain C
-// function, because it runs for every object that a pickler meets.
-PyObject* filter_by_type(PyObject* self, PyObject* object) {
-  PyObject* types = PyTuple_GET_ITEM(self, 0);
-  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
-  for (Py_ssize_t i = 0, count = PyTuple_GET_SIZE(types); i < count; ++i) {
-    if (PyTuple_GET_ITEM(types, i) == type) Py_RETURN_NONE;
-  }
-  return PyObject_CallOneArg(PyTuple_GET_ITEM(self, 1), object);
-}
-
-PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
-
-void bind_pickling(py::module_& module) {
-  module.def("type_filter", [](const py::tuple& types, const py::function& call) {
-    return py::reinterpret_steal<py::object>(PyCFunction_New(&filter_method, py::make_tuple(types, call).ptr()));
-  });
 }
 
 void bind_leak(py::module_& module) {

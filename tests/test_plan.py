@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import io
 import pickletools
 import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from states import ALL_STATES, PARTIAL_STATES, Net
 from support import as_bytes
 
 import ckpt
+from ckpt import _plan
 from ckpt._plan import COPY, LAZY, SavePlan, make_plan
 
 # What torch's weights_only unpickler, or any protocol 2 reader, knows.
@@ -167,3 +170,145 @@ def test_planning_needs_time_in_proportion_to_the_tensors() -> None:
     flat = torch.zeros(80_000)
     views = [flat[2 * i : 2 * i + 1] for i in range(40_000)]
     assert timed(lambda: plan_of(views)) < 5  # each view becomes a record; a quadratic search would take minutes
+
+
+# ---- the native pickler, beside Python's own -------------------------------------------------------------------------
+
+
+def pickled_twice(obj: Any, remaps: dict[int, Any] | None = None) -> tuple[bytes | None, bytes]:
+    table = _plan._StorageTable(remaps or {})
+    records = {"records": table.records, "order": table.order}
+    native = _plan._state_pickler.dump(obj, **records, remaps=table._remaps, reduce=table.reducer_override)
+    return native, _plan._dump_in_python(obj, remaps or {})[0]
+
+
+def assert_native(obj: Any) -> None:
+    native, reference = pickled_twice(obj)
+    assert native == reference
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ALL_STATES | PARTIAL_STATES)
+def test_the_native_pickler_writes_the_same_opcodes_or_declines(name: str) -> None:
+    native, reference = pickled_twice((ALL_STATES | PARTIAL_STATES)[name]())
+    assert native in (None, reference)
+
+
+def state_of_a_training() -> dict[str, Any]:
+    net = Net()
+    optimizer = torch.optim.AdamW(net.parameters())
+    sum(parameter.sum() for parameter in net.parameters()).backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3)
+    state = {"model": net.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
+    return state | {"step": 70_000, "rng": torch.get_rng_state(), "loss": 0.1, "parameters": list(net.parameters())}
+
+
+def test_what_a_training_saves_is_pickled_natively() -> None:
+    assert_native(state_of_a_training())
+
+
+INTEGERS = [
+    0,
+    255,
+    256,
+    65535,
+    65536,
+    2**31 - 1,
+    2**31,
+    2**32,
+    2**62,
+    2**63 - 1,
+    -1,
+    -128,
+    -129,
+    -(2**31),
+    -(2**31) - 1,
+    -(2**63),
+]
+INTEGERS += [sign * 2**bits + more for bits in range(6, 63) for sign in (1, -1) for more in (-1, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    "obj", [INTEGERS, [0.0, -1.5, float("inf"), float("nan"), 1e-300], "", "äß€😀" * 100, [None, True, False]]
+)
+def test_plain_values_are_pickled_natively(obj: Any) -> None:
+    assert_native(obj)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 255, 256, 257, 999, 1000, 1001, 2000, 2001, 3000])
+def test_containers_of_every_size_are_pickled_natively(count: int) -> None:
+    texts = [f"{i}" for i in range(count)]
+    ordered = OrderedDict(zip(texts, range(count), strict=True))
+    with_attribute = OrderedDict(ordered)
+    with_attribute._metadata = {"version": 1}  # type: ignore[attr-defined]
+    reordered = OrderedDict(ordered)
+    if count:
+        reordered.move_to_end("0")
+    tensors = [torch.zeros(i % 4, i % 3) for i in range(count)]
+    assert_native([texts, tuple(texts), dict(ordered), ordered, with_attribute, reordered, texts, tensors, tuple(tensors[:4])])
+
+
+def test_what_is_shared_or_holds_itself_is_pickled_natively_or_declined() -> None:
+    shared = ["a", {"b": ("c", 1)}, torch.ones(3)]
+    assert_native([shared, shared, shared[1], shared[2], shared[2].view(3), shared[2].detach()])
+    endless: list[Any] = []
+    endless.append({"again": endless})
+    assert_native(endless)
+    inner: list[Any] = []
+    holds_itself = (inner, 1)
+    inner.append(holds_itself)
+    native, reference = pickled_twice(holds_itself)
+    assert native is None and pickletools.dis(reference, out=io.StringIO()) is None
+
+
+@pytest.mark.parametrize(
+    "decline", [object, lambda: 2**70, lambda: b"bytes", lambda: "\ud800", lambda: {1}, lambda: OrderedDict]
+)
+def test_what_the_native_pickler_declines_is_planned_all_the_same(decline: Callable[[], Any]) -> None:
+    tensor, thing = torch.ones(5), decline()
+    plan = plan_of({"tensor": tensor, "thing": thing, "again": tensor})
+    assert plan.sizes == [20] and [record.key for record in plan.records] == ["0"]
+    native, reference = pickled_twice([tensor, thing])
+    assert native in (None, reference) and plan.pickle
+
+
+def test_too_deep_an_object_is_an_error_not_a_crash() -> None:
+    deep: list[Any] = []
+    for _ in range(200_000):
+        deep = [deep]
+    with pytest.raises(RecursionError):
+        plan_of(deep)
+    while deep:
+        deep = deep.pop()
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_states_are_pickled_alike(seed: int) -> None:
+    random, shared = Random(seed), [torch.randn(20), "shared", {"x": 1}]
+
+    def make(depth: int) -> Any:
+        leaves = [
+            lambda: random.randrange(-(2**40), 2**40) >> random.randrange(40),
+            lambda: random.random(),
+            lambda: random.choice([None, True, False, "", "lr", "cpu", "storage", "0", "1"]),
+            lambda: random.choice(shared),
+            lambda: shared[0][random.randrange(10) : random.randrange(10, 20)],
+            lambda: torch.empty(
+                [random.randrange(3) for _ in range(random.randrange(6))], dtype=random.choice(list(_plan._CLASSES))
+            ),
+            lambda: torch.nn.Parameter(torch.zeros(random.randrange(3)), random.random() < 0.5),
+            lambda: torch.empty(4, 4).t(),
+        ]
+        if depth == 0 or random.random() < 0.3:
+            return random.choice(leaves)()
+        children = [make(depth - 1) for _ in range(random.randrange(6))]
+        keyed = {f"{random.randrange(9)}": child for child in children}
+        return random.choice([children, tuple(children), keyed, OrderedDict(keyed)])
+
+    state = [make(4), shared, make(4)]
+    assert_native(state)
+    _, table = _plan._dump_in_python(state, {})
+    remaps = _plan._find_remaps(table)  # of the views
+    native, reference = pickled_twice(state, remaps)
+    assert native == reference

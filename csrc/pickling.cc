@@ -1,0 +1,519 @@
+#include "pickling.h"
+
+#include <cstring>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace lazyckpt {
+namespace {
+
+// ---- type_filter -------------------------------------------------------------------------------------------------
+
+// type_filter(types, call) is a function f(obj): None if obj's exact type is among `types`, else call(obj).
+PyObject* filter_by_type(PyObject* self, PyObject* object) {
+  PyObject* types = PyTuple_GET_ITEM(self, 0);
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (Py_ssize_t i = 0, count = PyTuple_GET_SIZE(types); i < count; ++i) {
+    if (PyTuple_GET_ITEM(types, i) == type) Py_RETURN_NONE;
+  }
+  return PyObject_CallOneArg(PyTuple_GET_ITEM(self, 1), object);
+}
+
+PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
+
+// ---- Helpers -----------------------------------------------------------------------------------------------------
+
+py::object owned(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+bool is_true(const py::object& object) {
+  const int truth = PyObject_IsTrue(object.ptr());
+  if (truth < 0) throw py::error_already_set();
+  return truth != 0;
+}
+
+Py_ssize_t to_size(PyObject* number) {
+  const Py_ssize_t value = PyLong_AsSsize_t(number);
+  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The entry of a dict, borrowed; null if there is none.
+PyObject* find(const py::dict& dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key);
+  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// An attribute's name, interned once; never destroyed, because the interpreter may be gone before static objects.
+class Name {
+ public:
+  explicit Name(const char* text) : name_(PyUnicode_InternFromString(text)) {}
+  PyObject* text() const { return name_; }
+  py::object of(PyObject* object) const { return owned(PyObject_GetAttr(object, name_)); }
+  py::object call_on(PyObject* object) const { return owned(PyObject_CallMethodNoArgs(object, name_)); }
+
+ private:
+  PyObject* name_;
+};
+
+struct Names {
+  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, is_cpu{"is_cpu"}, layout{"layout"}, dtype{"dtype"}, is_neg{"is_neg"},
+      is_conj{"is_conj"}, is_nested{"is_nested"}, backward_hooks{"_backward_hooks"}, untyped_storage{"untyped_storage"},
+      cdata{"_cdata"}, nbytes{"nbytes"}, storage_offset{"storage_offset"}, numel{"numel"}, size{"size"}, stride{"stride"},
+      requires_grad{"requires_grad"}, type{"type"}, key{"key"}, location{"location"}, storage{"storage"}, cpu{"cpu"};
+};
+
+const Names& names() {
+  static const Names& kept = *std::make_unique<Names>().release();
+  return kept;
+}
+
+// ---- The pickler -------------------------------------------------------------------------------------------------
+
+// An object that this pickler leaves to the one in Python.
+struct Unsupported {};
+
+// Which objects were pickled before, by address, as in pickle's own memo. Open addressing: it is asked for every object.
+class Memo {
+ public:
+  Memo() : slots_(1 << 12) {}
+
+  // The index that the object has in the pickle; -1 if it has none.
+  int64_t find(const PyObject* object) const {
+    const Slot& slot = slots_[locate(object)];
+    return slot.object == nullptr ? -1 : int64_t{slot.index};
+  }
+
+  void add(const PyObject* object, uint32_t index) {
+    if (++used_ * 2 > slots_.size()) grow();
+    slots_[locate(object)] = {object, index};
+  }
+
+ private:
+  struct Slot {
+    const PyObject* object = nullptr;
+    uint32_t index = 0;
+  };
+
+  size_t locate(const PyObject* object) const {
+    const size_t mask = slots_.size() - 1;
+    size_t at = (reinterpret_cast<uintptr_t>(object) >> 4) * 0x9E3779B97F4A7C15u >> 20 & mask;
+    while (slots_[at].object != nullptr && slots_[at].object != object) at = (at + 1) & mask;
+    return at;
+  }
+
+  void grow() {
+    std::vector<Slot> old(slots_.size() * 4);
+    old.swap(slots_);
+    for (const Slot& slot : old) {
+      if (slot.object != nullptr) slots_[locate(slot.object)] = slot;
+    }
+  }
+
+  std::vector<Slot> slots_;
+  size_t used_ = 0;
+};
+
+// What stays the same from save to save; see _plan.py, which makes it.
+struct Vocabulary {
+  py::dict globals;        // function, class or dtype -> the opcodes that name it
+  py::dict classes;        // dtype -> (class of its storages or None, bytes per element)
+  py::object record_type;  // Record(storage, key, dtype, tensor, nbytes, type, numel)
+  py::object tensor_type, parameter_type, ordered_dict, dtype_type, strided, rebuild_tensor;
+};
+
+// What is new for each save.
+struct Tables {
+  py::dict records;      // storage -> record
+  py::list order;        // the records, as they are numbered
+  py::dict remaps;       // storages that take the way through Python
+  py::function reduce;   // that way: a tensor's (function, arguments), or NotImplemented
+};
+
+constexpr size_t kBatch = 1000;  // items that pickle appends or sets by one opcode
+
+// Writes what pickle.Pickler(protocol=2) writes for the same object, opcode for opcode.
+class StatePickler {
+ public:
+  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables) {}
+
+  std::string dump(PyObject* root) {
+    out_ += "\x80\x02";
+    save(root);
+    out_ += '.';
+    return std::move(out_);
+  }
+
+ private:
+  void save(PyObject* object) {
+    PyTypeObject* type = Py_TYPE(object);
+    if (object == Py_None) return put('N');
+    if (type == &PyBool_Type) return put(object == Py_True ? '\x88' : '\x89');
+    if (type == &PyLong_Type) return save_int(object);
+    if (type == &PyFloat_Type) return save_float(PyFloat_AS_DOUBLE(object));
+    if (is(type, words_.record_type)) return save_record(object);
+    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    if (type == &PyUnicode_Type) return save_text(object);
+    if (Py_EnterRecursiveCall(" while pickling an object") != 0) throw py::error_already_set();
+    const Descent descent;
+    if (is(type, words_.tensor_type)) return save_tensor(object);
+    if (type == &PyDict_Type) return save_dict(object);
+    if (type == &PyList_Type) return save_list(object);
+    if (type == &PyTuple_Type) return save_tuple(object);
+    if (is(type, words_.ordered_dict)) return save_ordered_dict(object);
+    if (is(type, words_.parameter_type)) return save_parameter(object);
+    if (!PyType_Check(object) && !PyFunction_Check(object) && !is(type, words_.dtype_type)) throw Unsupported();
+    save_global(object);
+  }
+
+  struct Descent {
+    Descent() = default;
+    Descent(const Descent&) = delete;
+    Descent& operator=(const Descent&) = delete;
+    ~Descent() { Py_LeaveRecursiveCall(); }
+  };
+
+  static bool is(PyTypeObject* type, const py::object& known) { return reinterpret_cast<PyObject*>(type) == known.ptr(); }
+
+  // ---- Opcodes ----
+
+  void put(char opcode) { out_ += opcode; }
+
+  template <typename Number>
+  void put_bytes(Number number) {  // little-endian, as all machines that we run on
+    char bytes[sizeof number];
+    std::memcpy(bytes, &number, sizeof number);
+    out_.append(bytes, sizeof number);
+  }
+
+  void put_indexed(char short_opcode, char long_opcode, uint32_t index) {
+    put(index < 256 ? short_opcode : long_opcode);
+    if (index < 256) {
+      put(static_cast<char>(index));
+    } else {
+      put_bytes(index);
+    }
+  }
+
+  // Numbers an object that is on top of the reader's stack; null: one that nothing can refer to again.
+  void memoize(const PyObject* object) {
+    if (object != nullptr) memo_.add(object, next_);
+    put_indexed('q', 'r', next_++);
+  }
+
+  // ---- Values ----
+
+  void save_int(PyObject* object) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (overflow != 0) throw Unsupported();
+    put_int(value);
+  }
+
+  void put_int(long long value) {
+    if (value >= 0 && value <= 0xff) {
+      put('K');
+      put(static_cast<char>(value));
+    } else if (value >= 0 && value <= 0xffff) {
+      put('M');
+      put_bytes(static_cast<uint16_t>(value));
+    } else if (value >= INT32_MIN && value <= INT32_MAX) {
+      put('J');
+      put_bytes(static_cast<int32_t>(value));
+    } else {
+      put_long(value);
+    }
+  }
+
+  void put_long(long long value) {
+    size_t bytes = sizeof value;  // as few as keep the sign
+    while (value >> (bytes * 8 - 9) == (value < 0 ? -1 : 0)) --bytes;
+    put('\x8a');
+    put(static_cast<char>(bytes));
+    out_.append(reinterpret_cast<const char*>(&value), bytes);
+  }
+
+  void save_float(double value) {
+    uint64_t bits = 0;
+    std::memcpy(&bits, &value, sizeof bits);
+    put('G');
+    put_bytes(__builtin_bswap64(bits));
+  }
+
+  void save_text(PyObject* object) {
+    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (text == nullptr) {  // lone surrogates
+      PyErr_Clear();
+      throw Unsupported();
+    }
+    put('X');
+    put_bytes(static_cast<uint32_t>(length));
+    out_.append(text, static_cast<size_t>(length));
+    memoize(object);
+  }
+
+  void save_global(PyObject* object) {
+    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    PyObject* opcodes = find(words_.globals, object);
+    if (opcodes == nullptr) throw Unsupported();
+    out_.append(PyBytes_AS_STRING(opcodes), static_cast<size_t>(PyBytes_GET_SIZE(opcodes)));
+    memoize(object);
+  }
+
+  // ---- Containers ----
+
+  void save_dict(PyObject* object) {
+    put('}');
+    memoize(object);
+    const Py_ssize_t size = PyDict_GET_SIZE(object);
+    Py_ssize_t position = 0;
+    if (size == 1) {
+      save_next(object, position);
+      return put('s');
+    }
+    for (size_t batch = size == 0 ? 0 : kBatch; batch == kBatch;) {
+      put('(');
+      for (batch = 0; batch < kBatch && save_next(object, position); ++batch) {
+      }
+      put('u');
+    }
+    if (PyDict_GET_SIZE(object) != size) throw Unsupported();
+  }
+
+  bool save_next(PyObject* dict, Py_ssize_t& position) {
+    PyObject *key = nullptr, *value = nullptr;
+    if (PyDict_Next(dict, &position, &key, &value) == 0) return false;
+    const auto key_held = py::reinterpret_borrow<py::object>(key), value_held = py::reinterpret_borrow<py::object>(value);
+    save(key);
+    save(value);
+    return true;
+  }
+
+  void save_list(PyObject* object) {
+    put(']');
+    memoize(object);
+    const Py_ssize_t size = PyList_GET_SIZE(object);
+    const auto save_item = [&](Py_ssize_t i) {
+      if (PyList_GET_SIZE(object) != size) throw Unsupported();
+      save(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(object, i)).ptr());
+    };
+    if (size == 1) {
+      save_item(0);
+      return put('a');
+    }
+    for (Py_ssize_t i = 0; i < size;) {
+      put('(');
+      for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
+      put('e');
+    }
+  }
+
+  void save_tuple(PyObject* object) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(object);
+    if (size == 0) return put(')');
+    begin_tuple(size);
+    for (Py_ssize_t i = 0; i < size; ++i) save(PyTuple_GET_ITEM(object, i));
+    if (memo_.find(object) >= 0) throw Unsupported();  // it holds itself
+    end_tuple(size, object);
+  }
+
+  void begin_tuple(Py_ssize_t size) {
+    if (size > 3) put('(');
+  }
+
+  void end_tuple(Py_ssize_t size, const PyObject* object) {
+    put(size > 3 ? 't' : static_cast<char>(0x84 + size));
+    memoize(object);
+  }
+
+  void save_ordered_dict(PyObject* object) {
+    if (PyDict_GET_SIZE(object) == 0 && !is_true(names().dict.of(object))) return save_empty_ordered_dict(object);
+    const py::object two = owned(PyLong_FromLong(2));
+    keep_.push_back(owned(PyObject_CallMethodOneArg(object, names().reduce_ex.text(), two.ptr())));
+    PyObject* parts = keep_.back().ptr();  // (class, (), state, None, iterator of items)
+    if (!PyTuple_CheckExact(parts) || PyTuple_GET_SIZE(parts) != 5 || PyTuple_GET_ITEM(parts, 3) != Py_None ||
+        PyTuple_GET_ITEM(parts, 0) != words_.ordered_dict.ptr()) {
+      throw Unsupported();
+    }
+    save_empty_ordered_dict(object);
+    save_items(PyTuple_GET_ITEM(parts, 4));
+    if (PyTuple_GET_ITEM(parts, 2) != Py_None) {
+      save(PyTuple_GET_ITEM(parts, 2));
+      put('b');
+    }
+  }
+
+  void save_empty_ordered_dict(const PyObject* object) {
+    save_global(words_.ordered_dict.ptr());
+    out_ += ")R";
+    memoize(object);
+  }
+
+  void save_items(PyObject* items) {
+    const py::list all = owned(PySequence_List(items));  // the pairs are not pickled, only what is in them
+    const size_t size = all.size();
+    const auto save_item = [&](size_t i) {
+      PyObject* item = PyList_GET_ITEM(all.ptr(), static_cast<Py_ssize_t>(i));
+      save(PyTuple_GET_ITEM(item, 0));
+      save(PyTuple_GET_ITEM(item, 1));
+    };
+    for (size_t i = 0; i < size;) {
+      if (i + 1 == size) {
+        save_item(i++);
+        put('s');
+        break;
+      }
+      put('(');
+      for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
+      put('u');
+    }
+  }
+
+  // ---- Tensors ----
+
+  void save_tensor(PyObject* tensor) {
+    if (save_simple_tensor(tensor)) return;
+    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), tensor)));
+    const py::object reduced = keep_.back();
+    if (!PyTuple_CheckExact(reduced.ptr()) || PyTuple_GET_SIZE(reduced.ptr()) != 2) throw Unsupported();
+    save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
+    save(PyTuple_GET_ITEM(reduced.ptr(), 1));
+    put('R');
+    memoize(tensor);
+  }
+
+  // A plain tensor on the CPU that covers its storage and is the first to do so: nearly all that there are, and the
+  // reason for this file. False for any other; then nothing has been written.
+  bool save_simple_tensor(PyObject* tensor) {
+    const Names& name = names();
+    if (!is_true(name.is_cpu.of(tensor)) || !name.layout.of(tensor).is(words_.strided)) return false;
+    const py::object dtype = name.dtype.of(tensor);
+    PyObject* known = find(words_.classes, dtype.ptr());
+    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor)) return false;
+    const py::object storage = name.untyped_storage.call_on(tensor), cdata = name.cdata.of(storage.ptr());
+    if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
+    const py::object nbytes = name.nbytes.call_on(storage.ptr()), numel = name.numel.call_on(tensor);
+    const Py_ssize_t bytes = to_size(numel.ptr()) * to_size(PyTuple_GET_ITEM(known, 1));
+    if (bytes != to_size(nbytes.ptr()) || to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
+
+    save_global(words_.rebuild_tensor.ptr());
+    begin_tuple(6);
+    put_record(add_record(storage, cdata, dtype, tensor, nbytes, PyTuple_GET_ITEM(known, 0), numel).ptr(),
+               PyTuple_GET_ITEM(known, 0), name.cpu.text(), numel.ptr());
+    put_int(0);
+    put_sizes(name.size.call_on(tensor).ptr());
+    put_sizes(name.stride.call_on(tensor).ptr());
+    put(is_true(name.requires_grad.of(tensor)) ? '\x88' : '\x89');
+    save_empty_ordered_dict(nullptr);
+    end_tuple(6, nullptr);
+    put('R');
+    memoize(tensor);
+    return true;
+  }
+
+  // As _is_plain() in _plan.py.
+  static bool is_bare(PyObject* tensor) {
+    const Names& name = names();
+    return !is_true(name.is_neg.call_on(tensor)) && !is_true(name.is_conj.call_on(tensor)) &&
+           !is_true(name.is_nested.of(tensor)) && !is_true(name.dict.of(tensor)) &&
+           !is_true(name.backward_hooks.of(tensor));
+  }
+
+  py::object add_record(const py::object& storage, const py::object& cdata, const py::object& dtype, PyObject* tensor,
+                        const py::object& nbytes, PyObject* type, const py::object& numel) {
+    const py::object number = owned(PyLong_FromSsize_t(PyList_GET_SIZE(tables_.order.ptr())));
+    const py::object key = owned(PyObject_Str(number.ptr()));
+    PyObject* arguments[] = {storage.ptr(), key.ptr(), dtype.ptr(), tensor, nbytes.ptr(), type, numel.ptr()};
+    py::object record = owned(PyObject_Vectorcall(words_.record_type.ptr(), arguments, std::size(arguments), nullptr));
+    if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), record.ptr()) != 0 ||
+        PyList_Append(tables_.order.ptr(), record.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+    return record;
+  }
+
+  void put_sizes(PyObject* sizes) {
+    const Py_ssize_t count = PyTuple_GET_SIZE(sizes);
+    if (count == 0) return put(')');
+    begin_tuple(count);
+    for (Py_ssize_t i = 0; i < count; ++i) put_int(to_size(PyTuple_GET_ITEM(sizes, i)));
+    end_tuple(count, nullptr);
+  }
+
+  void save_record(PyObject* record) {
+    const Names& name = names();
+    const py::object type = name.type.of(record), location = name.location.of(record), numel = name.numel.of(record);
+    put_record(record, type.ptr(), location.ptr(), numel.ptr());
+  }
+
+  // ("storage", class, key, location, number of elements), by which the reader finds the storage.
+  void put_record(PyObject* record, PyObject* type, PyObject* location, PyObject* numel) {
+    begin_tuple(5);
+    save_text(names().storage.text());
+    save_global(type);
+    save_text(names().key.of(record).ptr());
+    save_text(location);
+    save_int(numel);
+    end_tuple(5, nullptr);
+    put('Q');
+  }
+
+  void save_parameter(PyObject* parameter) {
+    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), parameter)));
+    const py::object reduced = keep_.back();
+    if (!PyTuple_CheckExact(reduced.ptr())) throw Unsupported();  // NotImplemented: it has attributes
+    save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
+    save(PyTuple_GET_ITEM(reduced.ptr(), 1));
+    put('R');
+    memoize(parameter);
+  }
+
+  const Vocabulary& words_;
+  const Tables& tables_;
+  std::string out_;
+  Memo memo_;
+  uint32_t next_ = 0;              // the index of the next object
+  std::vector<py::object> keep_;  // temporaries, so that no later object has their address
+};
+
+py::object dump(const Vocabulary& vocabulary, const py::object& root, py::dict records, py::list order, py::dict remaps,
+                py::function reduce) {
+  const Tables tables{std::move(records), std::move(order), std::move(remaps), std::move(reduce)};
+  try {
+    return py::bytes(StatePickler(vocabulary, tables).dump(root.ptr()));
+  } catch (const Unsupported&) {
+    return py::none();
+  }
+}
+
+}  // namespace
+
+void bind_pickling(py::module_& module) {
+  module.def("type_filter", [](const py::tuple& types, const py::function& call) {
+    return owned(PyCFunction_New(&filter_method, py::make_tuple(types, call).ptr()));
+  });
+  py::class_<Vocabulary>(module, "StatePickler")
+      .def(py::init([](py::dict globals, py::dict classes, py::object record_type, py::object tensor_type,
+                       py::object parameter_type, py::object ordered_dict, py::object dtype_type, py::object strided,
+                       py::object rebuild_tensor) {
+             return Vocabulary{std::move(globals),        std::move(classes),      std::move(record_type),
+                               std::move(tensor_type),    std::move(parameter_type), std::move(ordered_dict),
+                               std::move(dtype_type),     std::move(strided),      std::move(rebuild_tensor)};
+           }),
+           py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("record_type"), py::arg("tensor_type"),
+           py::arg("parameter_type"), py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"),
+           py::arg("rebuild_tensor"))
+      .def("dump", &dump, py::arg("root"), py::kw_only(), py::arg("records"), py::arg("order"), py::arg("remaps"),
+           py::arg("reduce"));
+}
+
+}  // namespace lazyckpt
