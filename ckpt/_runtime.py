@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import _laziness, _native
+from ckpt._file_save import FileSave
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedError
 from ckpt.options import Options
 from ckpt.pending import PendingSave
@@ -26,7 +27,9 @@ logger = logging.getLogger("ckpt")
 
 _SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
 _JOIN_S = 30.0  # for the committer to come back from the publication it is in
-_Publish = Callable[[Any], Path]  # gets the finished native job, returns what it published
+# Gets the error that has ended the save, if any; returns the path that it published, or raises. Called for failed saves too,
+# because other ranks may be waiting for word from this one.
+Publish = Callable[[BaseException | None], Path]
 
 
 class Runtime:
@@ -41,7 +44,7 @@ class Runtime:
         self._in_flight = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
         self._given_up = False  # the drain's deadline has passed: the committer waits for nothing any more
-        self._queue: queue.SimpleQueue[tuple[PendingSave, _Publish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish] | None] = queue.SimpleQueue()
         self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
         self._committer.start()
 
@@ -79,7 +82,7 @@ class Runtime:
         """The native job for a planned file; see Engine.submit in csrc/bindings.cc."""
         return self._engine.submit(**arguments)
 
-    def commit_later(self, pending: PendingSave, publish: _Publish) -> None:
+    def commit_later(self, pending: PendingSave, publish: Publish) -> None:
         """Hands an admitted and submitted save to the committer, which also releases its place."""
         self._queue.put((pending, publish))
 
@@ -95,10 +98,13 @@ class Runtime:
             pending, publish = item
             published, error = None, None
             try:
-                published = self._commit(pending, publish)
+                published = publish(self._finish(pending))
             except BaseException as caught:  # whatever it is must reach result(), never die with this thread
                 error = caught.with_traceback(None)  # whose frames would keep the state alive
-                pending._discard()
+                for file in pending._files:
+                    file.discard()
+            for file in pending._files:
+                file.pickle = b""
             self.release()  # first, so that whoever waits for the outcome finds the place free
             if published is not None:
                 pending._succeed(published)
@@ -106,23 +112,29 @@ class Runtime:
                 pending._fail(error)
             del item, pending, publish, published, error  # else the last save would live until the next
 
-    def _commit(self, pending: PendingSave, publish: _Publish) -> Path:
-        job = pending._job
-        self._await(pending, job.wait_captured)
-        pending._try_seal()
-        self._await(pending, job.wait_finished)
-        pending._try_seal()
-        error = pending._error()
-        if error is not None:
-            raise error
-        _note_buffered(pending, job)
-        return publish(job)
+    def _finish(self, pending: PendingSave) -> BaseException | None:
+        """Waits until all files are written and durable under their temporary names; what went wrong, if anything."""
+        try:
+            for file in pending._files:
+                self._await(file, file.job.wait_captured)
+                file.try_seal()
+            for file in pending._files:
+                self._await(file, file.job.wait_finished)
+                file.try_seal()
+        except DeadlineError as given_up:
+            for file in pending._files:
+                orphan(file.memory)  # a writer may still read it
+            return given_up
+        errors = [error for file in pending._files if (error := file.error()) is not None]
+        for file in pending._files:
+            file.let_go()
+            _note_buffered(file)
+        return pending._begin_error or (errors[0] if errors else None)
 
-    def _await(self, pending: PendingSave, done: Callable[[float], bool]) -> None:
+    def _await(self, file: FileSave, done: Callable[[float], bool]) -> None:
         while not done(_SLICE_S):
             if self._given_up:
-                orphan((pending._until_captured, pending._until_durable))  # a writer may still read them
-                raise DeadlineError(f"the save to '{pending.path}' was given up: its storage does not answer")
+                raise DeadlineError(f"the save to '{file.target}' was given up: its storage does not answer")
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
@@ -159,13 +171,12 @@ class Runtime:
 _noted_buffered: set[int] = set()
 
 
-def _note_buffered(pending: PendingSave, job: Any) -> None:
+def _note_buffered(file: FileSave) -> None:
     """Says once for each file system that it has no direct I/O."""
-    stats = pending.stats
-    if stats.direct_io or not pending._wants_direct:
+    if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
         return
     try:
-        device = os.stat(pending.path.parent).st_dev
+        device = os.stat(file.target.parent).st_dev
     except OSError:
         return
     if device not in _noted_buffered:
@@ -173,7 +184,7 @@ def _note_buffered(pending: PendingSave, job: Any) -> None:
         logger.warning(
             "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
             "bandwidth",
-            pending.path.parent,
+            file.target.parent,
         )
 
 
@@ -182,7 +193,7 @@ def _note_buffered(pending: PendingSave, job: Any) -> None:
 _registry_lock = threading.Lock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
-_uncaptured: dict[int, tuple[PendingSave, Runtime]] = {}  # by id; what a fence has to look after
+_uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has to look after
 
 
 def lease(options: Options) -> Runtime:
@@ -224,13 +235,13 @@ def give_back(runtime: Runtime, timeout_s: float) -> None:
     runtime.close(timeout_s)
 
 
-def watch(pending: PendingSave, runtime: Runtime) -> None:
+def watch(file: FileSave, runtime: Runtime) -> None:
     """From now on fences look after it, until it is sealed."""
-    _uncaptured[id(pending)] = pending, runtime
+    _uncaptured[id(file)] = file, runtime
 
 
-def unwatch(pending: PendingSave) -> None:
-    _uncaptured.pop(id(pending), None)
+def unwatch(file: FileSave) -> None:
+    _uncaptured.pop(id(file), None)
 
 
 def orphan(memory: Any) -> None:
@@ -257,8 +268,8 @@ def fence() -> None:
     watched = list(_uncaptured.values())
     for runtime in {runtime for _, runtime in watched}:
         runtime.fence()
-    for pending, _ in watched:
-        pending._try_seal()
+    for file, _ in watched:
+        file.try_seal()
 
 
 def _before_step() -> None:

@@ -9,11 +9,12 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt import _runtime, _storage
+from ckpt._file_save import FileSave
 from ckpt._laziness import lazy_storages
 from ckpt._plan import OWNED, SavePlan, make_plan
 from ckpt._tripwire import Tripwire
@@ -58,76 +59,77 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         raise StorageError(errno.EISDIR, f"cannot save to '{target}': it is a directory; name a file", str(target))
     pending = PendingSave(target, on_done=log_failure)
 
-    def publish(temporary: Path, job: Any) -> Path:
+    file = FileSave(target)
+
+    def publish(error: BaseException | None) -> Path:
+        if error is not None:
+            raise error
         _storage.crash_point("before-rename")
-        _storage.rename_durably(temporary, target)
+        _storage.rename_durably(file.temporary, target)
         _storage.crash_point("renamed")
         return target
 
     _storage.remove_stale(target)
-    start(_runtime.keep(options), pending, obj, target, publish, lazy=lazy, options=options)
+    start(_runtime.keep(options), pending, [(file, obj)], publish, lazy=lazy, options=options)
     return pending
 
 
 def start(
     runtime: _runtime.Runtime,
     pending: PendingSave,
-    obj: Any,
-    target: Path,
-    publish: Callable[[Path, Any], Path],
+    contents: Sequence[tuple[FileSave, Any]],
+    publish: _runtime.Publish,
     *,
     lazy: Any,
     options: Options,
 ) -> None:
-    """Begins the save; on return `pending` is on its way, or skipped.
+    """Begins the save of one or more files; on return `pending` is on its way, or skipped.
 
     Args:
-        target: the name that the file will have; it is written under a temporary name beside it.
-        publish: called on the committer's thread with the temporary name, once its data is durable, and the native job;
-            returns what `pending.result()` returns.
+        contents: the files, and what goes into each.
+        publish: called on the committer's thread once the data of all files is durable under their temporary names, or with the
+            error; returns what `pending.result()` returns. Not called if this function raises before a file was submitted.
 
     Raises:
-        whatever went wrong; then nothing is left behind, and `pending` is not resolved.
+        whatever went wrong; then nothing is left behind, and `pending` is not resolved, or will be by the committer.
     """
     try:
         runtime.admit(pending, options)
     except SkippedError as skipped:
         pending._fail(skipped)
         return
-    temporary = _storage.temporary_path(target)
-    pending._discard = lambda: _storage.remove_quietly(temporary)
     try:
-        plan = _plan_quietly(obj, lazy, options)
-        _submit(runtime, pending, obj, plan, temporary, target, options)
-    except BaseException:
-        runtime.release()
+        is_lazy = lazy_storages(lazy)
+        plans = [_plan_quietly(obj, is_lazy, options) for _, obj in contents]
+        for (file, obj), plan in zip(contents, plans, strict=True):
+            _submit(runtime, file, obj, plan, options)
+            pending._files += (file,)
+    except BaseException as error:
+        if pending._files:  # those in flight are the committer's to clean up
+            pending._begin_error = error
+            for file in pending._files:
+                file.job.fail("another file of the same save could not be begun")
+            runtime.commit_later(pending, publish)
+        else:
+            runtime.release()
         raise
     finally:
         pending._save_s = time.monotonic() - pending._started_at
+    runtime.commit_later(pending, publish)
 
-    runtime.commit_later(pending, lambda job: publish(temporary, job))
 
-
-def _plan_quietly(obj: Any, lazy: Any, options: Options) -> SavePlan:
+def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool], options: Options) -> SavePlan:
     """Plans with the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return make_plan(obj, lazy_storages(lazy), options.size("eager_bytes"))
+        return make_plan(obj, is_lazy, options.size("eager_bytes"))
     finally:
         if was_enabled:
             gc.enable()
 
 
-def _submit(
-    runtime: _runtime.Runtime,
-    pending: PendingSave,
-    obj: Any,
-    plan: SavePlan,
-    temporary: Path,
-    target: Path,
-    options: Options,
-) -> None:
+def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
     records = plan.records
     alignment = options.record_alignment
     head = [("data.pkl", plan.pickle)]
@@ -135,21 +137,22 @@ def _submit(
         # Says that every record is aligned alike, from which a reader may compute where records lie.
         head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
     head.append(("byteorder", sys.byteorder.encode()))
-    pending._wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
+    file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
     tail = [("version", b"3\n"), (".data/serialization_id", serialization_id().encode())]
-    pending._hold(
+    file.hold(
         Tripwire(obj, plan.lazy),
         until_captured=records,
         until_durable=(head, tail, [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]),
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,
     )
-    _runtime.watch(pending, runtime)
+    file.pickle = plan.pickle
+    _runtime.watch(file, runtime)
     try:
-        pending._job = runtime.submit(
-            path=os.fsencode(temporary),
-            direct=pending._wants_direct,
-            archive=os.fsencode(_archive_name(target)),
+        file.job = runtime.submit(
+            path=os.fsencode(file.temporary),
+            direct=file.wants_direct,
+            archive=os.fsencode(_archive_name(file.target)),
             head=head,
             addresses=plan.addresses,
             sizes=plan.sizes,
@@ -161,9 +164,9 @@ def _submit(
             timeout_s=options.timeout_s,
         )
     except BaseException as error:
-        _runtime.unwatch(pending)
+        _runtime.unwatch(file)
         if not isinstance(error, Exception):  # interrupted: a writer that hangs may still read what we hold
-            _runtime.orphan((pending._until_captured, pending._until_durable))
+            _runtime.orphan(file.memory)
         raise
 
 

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from ckpt import _commit, _manifest, _runtime, _storage
+from ckpt._file_save import FileSave
 from ckpt._load import checksum_threads, torch_load
 from ckpt._native import digest_file
 from ckpt._save import log_failure, start
@@ -105,11 +106,15 @@ class Checkpointer:
         target = self._committer.begin(name)
         pending.add_done_callback(lambda _: self._committer.abandon(target))
 
-        def publish(temporary: Path, job: Any) -> Path:
-            return self._committer.publish(step, temporary, target, job)
+        file = FileSave(target)
+
+        def publish(error: BaseException | None) -> Path:
+            if error is not None:
+                raise error
+            return self._committer.publish(step, file.temporary, target, file.job)
 
         try:
-            start(self._runtime, pending, state, target, publish, lazy=lazy, options=self.options)
+            start(self._runtime, pending, [(file, state)], publish, lazy=lazy, options=self.options)
         except BaseException:
             self._committer.abandon(target)
             raise

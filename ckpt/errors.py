@@ -10,12 +10,15 @@
     ├── FailedSavesError    too many saves in a row have failed
     ├── ClosedError         the Checkpointer, or the engine under it, is closed
     ├── ForkedError         a forked child touched the engine of its parent
-    └── CancelledError      the save was interrupted (Ctrl-C in a wait)
+    ├── CancelledError      the save was interrupted (Ctrl-C in a wait)
+    └── PeerError           ranks of the job did not answer in time (which: `ranks`)
 
 Each message says what was being done, on which path or step, the cause, and what to do about it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
 
 
 class CheckpointError(Exception):
@@ -74,3 +77,20 @@ class ForkedError(CheckpointError):
 
 class CancelledError(CheckpointError):
     """The save was interrupted before it was captured."""
+
+
+class PeerError(CheckpointError):
+    """Ranks of the job did not answer in time.
+
+    Attributes:
+        ranks: those that did not answer, in order.
+        payloads: what the others sent, by rank, where it is known; else empty.
+    """
+
+    def __init__(self, message: str, ranks: Iterable[int] = (), payloads: Mapping[int, bytes] | None = None) -> None:
+        super().__init__(message)
+        self.ranks = tuple(ranks)
+        self.payloads = dict(payloads or {})
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[int, ...], dict[int, bytes]]]:
+        return type(self), (str(self), self.ranks, self.payloads)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ckpt._tripwire import Tripwire
-from ckpt.errors import CaptureError, DeadlineError, ForkedError
-
-if TYPE_CHECKING:
-    import torch
+from ckpt._file_save import FileSave
+from ckpt.errors import DeadlineError, ForkedError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +22,7 @@ class SaveStats:
         save_s: seconds the caller spent inside save().
         fence_s: seconds training was held at fences for this save.
         arena_wait_s: of both, seconds spent waiting for room in the arena: back-pressure.
-        bytes_total: size of the file, bytes.
+        bytes_total: size of the files that this process writes, bytes.
         bytes_zero_copy: bytes written straight from tensor memory.
         bytes_copied_in_save: bytes copied to the arena inside save().
         bytes_copied_at_fence: bytes copied to the arena by a fence.
@@ -49,6 +45,9 @@ class SaveStats:
     durable_at: float | None = None
 
 
+_SUMS = ("bytes_total", "bytes_zero_copy", "bytes_copied_in_save", "bytes_copied_at_fence", "arena_wait_s", "fence_s")
+
+
 class PendingSave:
     """The future of a save, like `concurrent.futures.Future`. All methods may be called from any thread.
 
@@ -64,17 +63,8 @@ class PendingSave:
         self._on_done = on_done  # runs before anybody who waits sees the outcome
         self._future: concurrent.futures.Future[Path] = concurrent.futures.Future()
         self._owner = os.getpid()
-        self._lock = threading.Lock()  # guards _held, _sealed
-        self._sealed = False
-        self._until_captured: Any = None  # keeps the tensors' memory
-        self._until_durable: Any = None  # keeps the memory that is ours
-        self._tripwire: Tripwire | None = None
-        self._record_tensors: Sequence[torch.Tensor | None] | None = None  # names for verify_capture
-        self._job: Any = None
-        self._on_sealed: Callable[[PendingSave], None] | None = None
-        self._wants_direct = False
-        self._seal_error: CaptureError | None = None
-        self._discard: Callable[[], None] = lambda: None  # removes the file that will not be published
+        self._files: tuple[FileSave, ...] = ()  # once submitted
+        self._begin_error: BaseException | None = None  # not all files could be submitted
         self._started_at = time.monotonic()
         self._save_s = 0.0
         self._durable_at: float | None = None
@@ -88,10 +78,11 @@ class PendingSave:
     @property
     def captured(self) -> bool:
         """True once the tensors may change: all bytes have been copied or written, or the save has failed."""
-        if self._sealed or self._future.done():
+        if self._future.done():
             return True
         self._check_owner()
-        return self._try_seal()
+        sealed = [file.try_seal() for file in self._files]  # each of them, whatever the first says
+        return bool(sealed) and all(sealed)
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
@@ -130,14 +121,17 @@ class PendingSave:
     @property
     def stats(self) -> SaveStats:
         """What this save has cost so far."""
-        if self._job is None or os.getpid() != self._owner:
-            return SaveStats(save_s=self._save_s, started_at=self._started_at)
-        native = dict(self._job.stats)
+        stats = SaveStats(save_s=self._save_s, started_at=self._started_at, durable_at=self._durable_at)
+        if not self._files or os.getpid() != self._owner:
+            return stats
+        native = [dict(file.job.stats) for file in self._files]
+        found: dict[str, Any] = {name: sum(each[name] for each in native) for name in _SUMS}
         for name in ("captured_at", "flushed_at"):
-            native[name] = native[name] or None
-        if not self._job.finished:
-            native["direct_io"] = None
-        return SaveStats(save_s=self._save_s, started_at=self._started_at, durable_at=self._durable_at, **native)
+            instants = [each[name] for each in native]
+            found[name] = max(instants) if all(instants) else None
+        if all(file.job.finished for file in self._files):
+            found["direct_io"] = all(each["direct_io"] for each in native)
+        return dataclasses.replace(stats, **found)
 
     def __repr__(self) -> str:
         if not self.done():
@@ -150,60 +144,8 @@ class PendingSave:
 
     # ---- for the runtime -------------------------------------------------------------------------------------------
 
-    def _hold(
-        self,
-        tripwire: Tripwire,
-        *,
-        until_captured: Any,
-        until_durable: Any,
-        record_tensors: Sequence[torch.Tensor | None] | None,
-        on_sealed: Callable[[PendingSave], None],
-    ) -> None:
-        """Keeps the memory; to be called before the job can read it."""
-        self._tripwire, self._record_tensors, self._on_sealed = tripwire, record_tensors, on_sealed
-        self._until_captured, self._until_durable = until_captured, until_durable
-
-    def _try_seal(self) -> bool:
-        """If the job is captured: looks once whether a tensor was changed before, and lets go of the memory."""
-        job = self._job
-        if job is None or not job.captured:
-            return False
-        with self._lock:
-            if self._sealed:
-                return True
-            if job.error is not None:
-                # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
-                if not job.finished:
-                    return True
-            elif self._tripwire is not None and (change := self._tripwire.changed()):
-                # Kept here, because the job may have finished its file already; it is not published before this look.
-                self._seal_error = CaptureError(
-                    f"{change} before its bytes were captured by the save to '{self.path}'; nothing was "
-                    "published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
-                )
-                job.fail(str(self._seal_error))
-            self._until_captured = None
-            if self._record_tensors is None:  # else the names are needed to the end
-                self._tripwire = None
-            self._sealed = True
-        if self._on_sealed is not None:
-            self._on_sealed(self)
-        return True
-
-    def _error(self) -> BaseException | None:
-        """The job's error, with the tensor's name where the core only knows a record's number."""
-        error = self._seal_error or self._job.error
-        if isinstance(error, CaptureError) and error.record >= 0 and self._record_tensors and self._tripwire:
-            name = self._tripwire.describe(self._record_tensors[error.record])
-            return CaptureError(
-                f"{name} changed between save() and the capture of its bytes for '{self.path}' (checksums differ); nothing "
-                "was published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
-            )
-        return error
-
     def _succeed(self, path: Path) -> None:
         self._durable_at = time.monotonic()
-        self._let_go()
         if self._on_done is not None:
             self._on_done(self, None)
         self._future.set_result(path)
@@ -211,13 +153,9 @@ class PendingSave:
     def _fail(self, error: BaseException) -> None:
         if self._future.done():
             return
-        self._let_go()
         if self._on_done is not None:
             self._on_done(self, error)
         self._future.set_exception(error)
-
-    def _let_go(self) -> None:
-        self._until_durable = self._record_tensors = self._tripwire = None
 
     def _check_owner(self) -> None:
         if os.getpid() != self._owner and not self._future.done():

@@ -85,9 +85,9 @@ def test_an_early_change_is_found_even_if_the_file_is_finished_first(native: Any
     sys.setswitchinterval(30)
     try:
         deadline = time.monotonic() + 20
-        while not pending._job.finished and time.monotonic() < deadline:
+        while not pending._files[0].job.finished and time.monotonic() < deadline:
             pass
-        assert pending._job.finished
+        assert pending._files[0].job.finished
     finally:
         sys.setswitchinterval(before)
     refused(pending, r"\[0\]")

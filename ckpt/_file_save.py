@@ -1,0 +1,97 @@
+"""One file of a save on its way: the native job, and the memory that it reads."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt import _storage
+from ckpt._tripwire import Tripwire
+from ckpt.errors import CaptureError
+
+
+class FileSave:
+    """From submit() to the end of its job. `target` is the name that the file will have, `temporary` the one it has now."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+        self.temporary = _storage.temporary_path(target)
+        self.job: Any = None
+        self.wants_direct = False
+        self.pickle = b""  # the structure of what is saved; to be compared between ranks
+        self._lock = threading.Lock()  # guards what follows
+        self._sealed = False
+        self._until_captured: Any = None  # keeps the tensors' memory
+        self._until_durable: Any = None  # keeps the memory that is ours
+        self._tripwire: Tripwire | None = None
+        self._record_tensors: Sequence[torch.Tensor | None] | None = None  # names for verify_capture
+        self._on_sealed: Callable[[FileSave], None] | None = None
+        self._seal_error: CaptureError | None = None
+
+    def hold(
+        self,
+        tripwire: Tripwire,
+        *,
+        until_captured: Any,
+        until_durable: Any,
+        record_tensors: Sequence[torch.Tensor | None] | None,
+        on_sealed: Callable[[FileSave], None],
+    ) -> None:
+        """Keeps the memory; to be called before the job can read it."""
+        self._tripwire, self._record_tensors, self._on_sealed = tripwire, record_tensors, on_sealed
+        self._until_captured, self._until_durable = until_captured, until_durable
+
+    @property
+    def memory(self) -> Any:
+        """What a writer may still be reading."""
+        return self._until_captured, self._until_durable
+
+    def try_seal(self) -> bool:
+        """If the job is captured: looks once whether a tensor was changed before, and lets go of the memory."""
+        job = self.job
+        if job is None or not job.captured:
+            return False
+        with self._lock:
+            if self._sealed:
+                return True
+            if job.error is not None:
+                # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
+                if not job.finished:
+                    return True
+            elif self._tripwire is not None and (change := self._tripwire.changed()):
+                # Kept here, because the job may have finished its file already; it is not published before this look.
+                self._seal_error = CaptureError(
+                    f"{change} before its bytes were captured by the save to '{self.target}'; nothing was "
+                    "published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
+                )
+                job.fail(str(self._seal_error))
+            self._until_captured = None
+            if self._record_tensors is None:  # else the names are needed to the end
+                self._tripwire = None
+            self._sealed = True
+        if self._on_sealed is not None:
+            self._on_sealed(self)
+        return True
+
+    def error(self) -> BaseException | None:
+        """The job's error, with the tensor's name where the core only knows a record's number."""
+        error: BaseException | None = self._seal_error or self.job.error
+        if isinstance(error, CaptureError) and error.record >= 0 and self._record_tensors and self._tripwire:
+            name = self._tripwire.describe(self._record_tensors[error.record])
+            return CaptureError(
+                f"{name} changed between save() and the capture of its bytes for '{self.target}' (checksums differ); nothing "
+                "was published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
+            )
+        return error
+
+    def let_go(self) -> None:
+        """At the end of the job."""
+        self._until_durable = self._record_tensors = self._tripwire = None
+
+    def discard(self) -> None:
+        """Removes the file that will not be published."""
+        _storage.remove_quietly(self.temporary)

@@ -1,0 +1,366 @@
+"""A coordinator over the key-value store of torch.distributed: no collectives, no process groups.
+
+Messages to rank 0 are appended to one value, the box of the key, and counted; who makes the count full sets a third key. So rank 0
+waits for one key, reads one value and deletes three, however many ranks there are. A broadcast is one key that all wait for.
+
+Where the store lies is torch's choice: in the process of rank 0, or in torchrun's agent. An agent keeps its store over restarts
+of its workers, with whatever they left in it. So the ranks greet first: each puts down a fresh random id, rank 0 welcomes every id that it
+sees, under a key named by that id, with the name of its session; that name is a prefix of all other keys.
+
+    greeting        frames (rank, id) from everybody
+    welcome/<id>    the name of the session, for the one who has this id
+    <session>/<key>/box, count, full, word, word/1, ...
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import struct
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+from ckpt.coordinator._base import (
+    OPENING,
+    VERDICT_S,
+    Coordinator,
+    Deadline,
+    Farewell,
+    Ledger,
+    given,
+    missing_error,
+    silent_error,
+)
+from ckpt.coordinator._lines import Hung, Lines, Lost, Work, as_timedelta, connector
+from ckpt.errors import CheckpointError
+
+_T = TypeVar("_T")
+PART_BYTES = 4 << 20  # the store's server takes values of at most 8 MiB
+GREETING_S = 300.0  # for all ranks to come
+_LOOK_S = (0.01, 0.5)  # how often rank 0 looks for new greetings, at first and later
+DELETING_S = 5.0
+READING_S = 5.0  # for reading what has arrived at the deadline
+_BATCH = 1024  # keys in one request: the server parses a request anew with each packet of it
+_FRAME = struct.Struct("<IIII")  # rank, part, parts, length; then so many bytes
+_PARTS = struct.Struct("<I")  # how many more keys a word has
+
+
+class StoreCoordinator(Coordinator):
+    """See the module.
+
+    Args:
+        store: of torch.distributed; default: that of the default process group.
+        rank, world_size: default: those of the default process group.
+        timeout_s: how long the ranks wait for each other here, seconds. All of them must come.
+
+    Raises:
+        CheckpointError: torch.distributed is not initialised, or has no store.
+        PeerError: ranks did not come in time.
+    """
+
+    name = "torch"
+
+    def __init__(
+        self, store: Any = None, rank: int | None = None, world_size: int | None = None, timeout_s: float = GREETING_S
+    ) -> None:
+        if store is None or rank is None or world_size is None:
+            store, rank, world_size = default_store()
+        self.rank, self.world_size = rank, world_size
+        self._extended = bool(store.has_extended_api())
+        self._lines = Lines(connector(store))
+        self._ledger = Ledger()
+        self._farewell = Farewell("the coordinator over the torch store")
+        self._parts: dict[str, int] = {}  # words in more than one part; each key is touched by one thread at a time
+        self._session = ""
+        if world_size > 1:
+            try:
+                self._greet(timeout_s)
+            except BaseException:
+                self._lines.close()
+                raise
+
+    def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
+        self._farewell.check()
+        return self._gather(key, payload, timeout_s)
+
+    def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
+        self._farewell.check()
+        if self.rank != 0:
+            return self._hear(key, timeout_s)
+        word = given(payload, key)
+        if self.world_size > 1:
+            self._speak(key, word, timeout_s)
+        return word
+
+    def close(self) -> None:
+        spent = self._farewell.say(self, self._ledger)
+        if spent is None:
+            return
+        doomed = [name for key in spent.words for name in self._word_names(key)]
+        doomed += [name for key in spent.boxes for name in self._box_names(key)]
+        if doomed:
+            self._delete(doomed)
+        self._lines.close()
+
+    # ---- to rank 0 -------------------------------------------------------------------------------------------------
+
+    def _gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
+        deadline = Deadline(timeout_s)
+        if self.rank != 0:
+            try:
+                self._lines.call(lambda store: self._post(store, key, payload), deadline)
+            except (Hung, Lost) as error:
+                raise silent_error(key, self.rank, timeout_s, f"the post to it failed, {error}") from error
+            return None
+        answers = {0: payload}
+        if self.world_size > 1:
+            answers |= self._collect(key, deadline)
+        missing = [rank for rank in range(self.world_size) if rank not in answers]
+        self._forget(key, missing)
+        if missing:
+            raise missing_error(key, missing, answers, timeout_s)
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def _post(self, store: Any, key: str, payload: bytes) -> None:
+        box, count, full = self._box_names(key)[:3]
+        parts = [payload[place : place + PART_BYTES] for place in range(0, len(payload), PART_BYTES)] or [b""]
+        for part, piece in enumerate(parts):
+            frame = _FRAME.pack(self.rank, part, len(parts), len(piece)) + piece
+            if self._extended:
+                store.append(box, frame)
+            else:
+                store.set(f"{box}/{self.rank}/{part}", frame)
+        if store.add(count, 1) == self.world_size - 1:
+            store.set(full, b"1")
+
+    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
+        box, _, full = self._box_names(key)[:3]
+
+        def wait(store: Any) -> None:
+            store.wait([full], as_timedelta(deadline.left_s))
+
+        try:
+            self._wait_for(wait, deadline)
+        except Lost as error:
+            raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
+        try:
+            return self._lines.call(lambda store: self._read_box(store, box), Deadline(max(READING_S, deadline.left_s)))
+        except (Hung, Lost) as error:
+            raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
+
+    def _read_box(self, store: Any, box: str) -> dict[int, bytes]:
+        if self._extended:
+            return whole_answers(store.get(box)) if store.check([box]) else {}
+        frames = b""
+        for rank in range(1, self.world_size):
+            part, parts = 0, 1
+            while part < parts and store.check([name := f"{box}/{rank}/{part}"]):
+                frame = store.get(name)
+                parts = _FRAME.unpack_from(frame)[2]
+                frames += frame
+                part += 1
+        return whole_answers(frames)
+
+    def _forget(self, key: str, missing: list[int]) -> None:
+        """Deletes what was gathered under `key`, and what nobody will ask for now that it is."""
+        if self.world_size == 1:
+            return
+        spent = self._ledger.heard(key, missing)
+        doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
+        doomed += [name for word in spent.words for name in self._word_names(word)]
+        self._delete(doomed)
+
+    def _delete(self, names: list[str]) -> None:
+        """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
+        with contextlib.suppress(Hung, Lost):
+            self._lines.call(lambda store: delete_all(store, names), Deadline(DELETING_S))
+
+    # ---- from rank 0 -----------------------------------------------------------------------------------------------
+
+    def _speak(self, key: str, word: bytes, timeout_s: float) -> None:
+        """Sets the further parts first: who finds the first finds all."""
+        name = f"{self._session}/{key}/word"
+        more = [word[place : place + PART_BYTES] for place in range(PART_BYTES, len(word), PART_BYTES)]
+        if more:
+            self._parts[key] = len(more)
+        dropped = [name for old in self._ledger.spoke(key) for name in self._word_names(old)]
+
+        def set_all(store: Any) -> None:
+            for number, part in enumerate(more, start=1):
+                store.set(f"{name}/{number}", part)
+            store.set(name, _PARTS.pack(len(more)) + word[:PART_BYTES])
+            delete_all(store, dropped)
+
+        try:
+            self._lines.call(set_all, Deadline(timeout_s))
+        except (Hung, Lost) as error:
+            raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
+
+    def _hear(self, key: str, timeout_s: float) -> bytes:
+        deadline = Deadline(timeout_s)
+        name = f"{self._session}/{key}/word"
+
+        def get(store: Any) -> bytes:
+            store.set_timeout(as_timedelta(deadline.left_s))
+            first = store.get(name)
+            (more,) = _PARTS.unpack_from(first)
+            return b"".join([first[_PARTS.size :], *(store.get(f"{name}/{number}") for number in range(1, more + 1))])
+
+        try:
+            word = self._wait_for(get, deadline)
+        except Lost as error:
+            raise silent_error(key, self.rank, timeout_s, str(error)) from error
+        if word is None:
+            raise silent_error(key, self.rank, timeout_s)
+        return word
+
+    def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
+        """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""
+        try:
+            return self._lines.call(work, deadline)
+        except Hung:
+            return None
+        except Lost:
+            if deadline.left_s < 0.01:  # that was the timeout of the wait: there is no one error type for it in all stores
+                return None
+            raise
+
+    # ---- names -----------------------------------------------------------------------------------------------------
+
+    def _box_names(self, key: str) -> list[str]:
+        base = f"{self._session}/{key}"
+        names = [f"{base}/box", f"{base}/count", f"{base}/full"]
+        if not self._extended:
+            names += [f"{base}/box/{rank}/0" for rank in range(1, self.world_size)]
+        return names
+
+    def _word_names(self, key: str) -> list[str]:
+        name = f"{self._session}/{key}/word"
+        return [name, *(f"{name}/{number}" for number in range(1, self._parts.pop(key, 0) + 1))]
+
+    # ---- the beginning ---------------------------------------------------------------------------------------------
+
+    def _greet(self, timeout_s: float) -> None:
+        deadline = Deadline(timeout_s)
+        if self.rank == 0:
+            self._session = secrets.token_hex(8)
+            self._welcome_all(deadline)
+            answers = self._gather(OPENING, b"", deadline.left_s)
+            assert answers is not None
+            self._speak(OPENING, b"", timeout_s)
+            return
+        own = secrets.token_hex(8)
+        frame = _FRAME.pack(self.rank, 0, 1, len(own)) + own.encode()
+
+        def greet(store: Any) -> str:
+            if self._extended:
+                store.append("greeting", frame)
+            else:
+                store.set(f"greeting/{self.rank}", frame)
+            store.set_timeout(as_timedelta(deadline.left_s))
+            session = store.get(f"welcome/{own}").decode()
+            store.delete_key(f"welcome/{own}")
+            return str(session)
+
+        try:
+            session = self._wait_for(greet, deadline)
+        except Lost as error:
+            raise silent_error("greeting", self.rank, timeout_s, str(error)) from error
+        if session is None:
+            raise silent_error("greeting", self.rank, timeout_s)
+        self._session = session
+        self._gather(OPENING, b"", deadline.left_s)
+        self._hear(OPENING, deadline.left_s + VERDICT_S)
+
+    def _welcome_all(self, deadline: Deadline) -> None:
+        """Welcomes every id, old ones of dead processes too, until all ranks have answered or the time is up."""
+        full = self._box_names(OPENING)[2]
+        welcomed: dict[str, int] = {}  # id to rank, in order of arrival
+        look_s = _LOOK_S[0]
+
+        def welcome(store: Any) -> bool:
+            greetings = read_greetings(store, self._extended, self.world_size)
+            names = [f"welcome/{own}" for own in greetings if own not in welcomed]
+            welcomed.update(greetings)
+            set_all(store, self._extended, names, self._session.encode())
+            return bool(store.check([full]))
+
+        def wait(store: Any) -> None:
+            store.wait([full], as_timedelta(min(look_s, deadline.left_s)))
+
+        try:
+            while not self._lines.call(welcome, deadline) and not deadline.over:
+                self._wait_for(wait, Deadline(min(look_s, deadline.left_s)))
+                look_s = min(look_s * 1.5, _LOOK_S[1])
+        except (Hung, Lost) as error:
+            raise CheckpointError(f"rank 0 cannot greet the other ranks: {error}") from error
+        latest = {rank: own for own, rank in welcomed.items()}
+        stale = [f"welcome/{own}" for own, rank in welcomed.items() if latest[rank] != own]
+        self._delete(["greeting", *stale] if self._extended else [*(f"greeting/{rank}" for rank in latest), *stale])
+
+
+# ---- a store, in batches ---------------------------------------------------------------------------------------------
+
+
+def default_store() -> tuple[Any, int, int]:
+    """That of the default process group, with rank and world size."""
+    import torch.distributed as dist
+
+    if not dist.is_available() or not dist.is_initialized():
+        raise CheckpointError(
+            "the coordinator 'torch' needs torch.distributed, which is not initialised: call "
+            "torch.distributed.init_process_group() first, or choose another coordinator"
+        )
+    store = dist.distributed_c10d._get_default_store()
+    if store is None:
+        raise CheckpointError("torch.distributed was initialised with a backend that has no store (mpi): use coordinator 'mpi'")
+    return store, dist.get_rank(), dist.get_world_size()
+
+
+def set_all(store: Any, extended: bool, names: list[str], value: bytes) -> None:
+    for place in range(0, len(names), _BATCH):
+        batch = names[place : place + _BATCH]
+        if extended:
+            store.multi_set(batch, [value] * len(batch))
+        else:
+            for name in batch:
+                store.set(name, value)
+
+
+def delete_all(store: Any, names: list[str]) -> None:
+    for name in names:
+        store.delete_key(name)
+
+
+def read_greetings(store: Any, extended: bool, world_size: int) -> dict[str, int]:
+    """Ids of ranks, in order of arrival."""
+    names = ["greeting"] if extended else [f"greeting/{rank}" for rank in range(1, world_size)]
+    greetings = {}
+    for name in names:
+        if store.check([name]):
+            for rank, _, _, own in frames_of(store.get(name)):
+                greetings[own.decode()] = rank
+    return greetings
+
+
+def frames_of(box: bytes) -> Iterator[tuple[int, int, int, bytes]]:
+    """(rank, part, parts, piece) in order of arrival."""
+    place = 0
+    while place < len(box):
+        rank, part, parts, length = _FRAME.unpack_from(box, place)
+        place += _FRAME.size
+        yield rank, part, parts, box[place : place + length]
+        place += length
+
+
+def whole_answers(box: bytes) -> dict[int, bytes]:
+    """The payloads of the ranks all of whose frames have arrived."""
+    pieces: dict[int, list[bytes]] = {}
+    answers = {}
+    for rank, part, parts, piece in frames_of(box):
+        if part == 0:
+            pieces[rank] = []
+        pieces[rank].append(piece)
+        if part + 1 == parts:
+            answers[rank] = b"".join(pieces.pop(rank))
+    return answers
