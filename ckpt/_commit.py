@@ -1,218 +1,267 @@
-"""Committing a step, and what happens to the steps that are no longer wanted.
+"""Two-phase commit: a step is a checkpoint when the files of every rank are durable, and not before.
 
-Publishing (publish() below; a crash between any two lines leaves the state named on the right):
+    prepare    every rank: its files have their names, durably; or an error. Rank 0 gathers all of it.
+    publish    rank 0, if all are well: manifest, then `latest`. See StepDirectories.publish().
+    verdict    rank 0 tells everybody. Only now a rank's result() returns, or it takes its files back.
 
-    1. rename state to its final name        not a checkpoint: no manifest
-    2. fsync the step directory, and its parent
-    3. write manifest aside, fsync           not a checkpoint
-    4. rename to manifest.json               a checkpoint, if the rename survives
-    5. fsync the step directory              a checkpoint
-    6. `latest`: aside, fsync, rename, fsync the newest checkpoint by name, too
-    7. remove the file that a saved-again step no longer names; retention: rename away, fsync, remove
-
-Saving a step again writes a file of another name beside the old one, so that step 4 exchanges the two at once.
+A rank that does not hear the verdict does not know the outcome, and leaves its files alone: the manifest decides. Every save()
+takes part, also one that failed before it began, because the others wait for word from it. Runs on the committer's thread.
 """
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import json
 import logging
-import threading
+import zlib
+from base64 import b85decode, b85encode
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt import _manifest, _storage
-from ckpt._manifest import FileEntry, Manifest
-from ckpt.errors import NotACheckpointError, StorageError
+from ckpt._directory import StepDirectories
+from ckpt._file_save import FileSave
+from ckpt._manifest import REPLICATED, FileEntry, Manifest
+from ckpt._replicas import Digest, digest_of, first_difference, without_devices
+from ckpt.coordinator import Coordinator
+from ckpt.errors import CheckpointError, NotACheckpointError, PeerError, SkippedError
 
 logger = logging.getLogger("ckpt")
 
-LATEST = "latest"
-_PREFIX = "step-"
-_DIGITS = 12  # so that names sort like numbers
+_LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
+_GRACE_S = 10.0  # for rank 0 to publish, on top of what it waits for the slowest rank
 
 
-def step_name(step: int) -> str:
-    """The directory name of a step.
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One file of a step, as far as this rank is concerned."""
 
-    Raises:
-        TypeError, ValueError: it is not a count of at most 12 digits.
-    """
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an int, not {type(step).__name__}")
-    if not 0 <= step < 10**_DIGITS:
-        raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
-    return f"{_PREFIX}{step:0{_DIGITS}d}"
+    file: FileSave
+    kind: str  # as in the manifest
+    written: bool  # by this rank; else it is only compared
 
 
-def is_step_name(name: str) -> bool:
-    digits = name.removeprefix(_PREFIX)
-    return name.startswith(_PREFIX) and len(digits) == _DIGITS and digits.isdecimal() and digits.isascii()
+@dataclasses.dataclass(frozen=True)
+class Ticket:
+    """One call of save(), the same on all ranks."""
+
+    number: int
+    step: int
+    directory: Path
+    parts: tuple[Part, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    text: str
+    ranks: tuple[int, ...]
+    skipped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What a rank says in the first phase."""
+
+    step: int
+    failure: str | None = None
+    skipped: bool = False
+    files: tuple[FileEntry, ...] = ()
+    digests: tuple[Digest, ...] = ()
+
+    def to_json(self) -> bytes:
+        return json.dumps(dataclasses.asdict(self)).encode()
+
+    @staticmethod
+    def from_json(text: bytes) -> Prepared:
+        said = json.loads(text)
+        files = _manifest.parse_files(said["files"])
+        digests = tuple(Digest(**digest) for digest in said["digests"])
+        return Prepared(said["step"], said["failure"], said["skipped"], files, digests)
 
 
 class StepCommitter:
-    """Publishes steps into one directory. begin() runs on the caller's thread, publish() on the committer's."""
+    """
+    Args:
+        stream: of the keys; no other conversation of this job uses it.
+        timeout_s: how long rank 0 waits for the slowest rank, seconds.
+    """
 
-    def __init__(self, directory: Path, keep: int | None) -> None:
-        self._directory = directory
-        self._keep = keep
-        self._lock = threading.Lock()  # guards what follows
-        self._in_flight: dict[str, set[str]] = {}  # step directory -> names of state files being written
-        self._next_sequence: int | None = None
-        self._cleaned = False
+    def __init__(self, directories: StepDirectories, coordinator: Coordinator, stream: str, timeout_s: float) -> None:
+        self._directories = directories
+        self._coordinator = coordinator
+        self._stream = stream
+        self._timeout_s = timeout_s
 
-    # ---- looking ---------------------------------------------------------------------------------------------------
-
-    def look(self) -> tuple[list[tuple[Path, Manifest]], list[NotACheckpointError]]:
-        """The checkpoints, newest commit first, and what is wrong with manifests that cannot be understood.
-
-        A directory without a manifest was never committed, and is neither.
+    def commit(self, ticket: Ticket, error: BaseException | None) -> Path:
         """
-        found, damaged = [], []
-        for path in self._step_directories():
+        Args:
+            error: what has already gone wrong on this rank.
+
+        Returns:
+            The step's directory, which is a checkpoint now.
+
+        Raises:
+            PeerError: another rank failed, or does not answer. Or what went wrong here.
+        """
+        prepared, error = self._prepare(ticket, error)
+        if self._coordinator.rank == 0:
+            failure, error = self._lead(ticket, prepared, error)
+        else:
+            failure = self._follow(ticket, prepared)
+        if failure is None:
+            return ticket.directory
+        for part in ticket.parts:
+            if part.written:
+                self._directories.take_back(part.file.target)
+        raise error if error is not None else self._as_error(ticket, failure)
+
+    # ---- prepare ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self, ticket: Ticket, error: BaseException | None) -> tuple[Prepared, BaseException | None]:
+        """Gives this rank's files their names. An error is a message to the others, too."""
+        files = []
+        try:
+            if error is not None:
+                raise error
+            for part in ticket.parts:
+                if part.written:
+                    self._directories.place(part.file.temporary, part.file.target)
+                    job = part.file.job
+                    files.append(FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._coordinator.rank))
+        except BaseException as caught:
+            error = caught.with_traceback(None)
+            return Prepared(ticket.step, str(error) or type(error).__name__, isinstance(error, SkippedError)), error
+        digests = tuple(digest_of(part.file.pickle, part.file.sizes) for part in ticket.parts if part.kind == REPLICATED)
+        return Prepared(ticket.step, files=tuple(files), digests=digests if self._coordinator.world_size > 1 else ()), None
+
+    # ---- rank 0 ----------------------------------------------------------------------------------------------------
+
+    def _lead(self, ticket: Ticket, own: Prepared, error: BaseException | None) -> tuple[Failure | None, BaseException | None]:
+        failure, answers = self._gather(ticket, own)
+        _storage.crash_point("prepared")
+        differing = _find_differing(answers)
+        if differing:
+            failure = self._explain(ticket, differing)
+        manifest = before = None
+        if failure is None:
             try:
-                found.append((path, _manifest.read(path)))
-            except NotACheckpointError as error:
-                if (path / _manifest.NAME).exists():
-                    damaged.append(error)
-        found.sort(key=lambda item: item[1].sequence, reverse=True)
-        return found, damaged
+                before = _read_or_none(ticket.directory)
+                files = tuple(file for answer in answers for file in answer.files)
+                world = self._coordinator.world_size
+                manifest = Manifest(ticket.step, self._directories.take_sequence(), world, files)
+                self._directories.publish(manifest, ticket.directory)
+            except Exception as caught:
+                error = caught.with_traceback(None)
+                failure = Failure(f"rank 0 could not publish it: {error}", (0,))
+        _storage.crash_point("published")
+        self._announce(self._key(ticket, "verdict", bool(differing)), {"failure": failure and dataclasses.asdict(failure)})
+        if manifest is not None and failure is None:
+            self._directories.tidy(ticket.directory, manifest, before)
+            _storage.crash_point("tidied")
+        return failure, error
 
-    def _step_directories(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return [path for path in self._directory.iterdir() if is_step_name(path.name) and path.is_dir()]
+    def _gather(self, ticket: Ticket, own: Prepared) -> tuple[Failure | None, list[Prepared]]:
+        missing: tuple[int, ...] = ()
+        cause = ""
+        try:
+            payloads = self._coordinator.gather(self._key(ticket, "prepared"), own.to_json(), self._timeout_s) or []
+            answers = dict(enumerate(map(Prepared.from_json, payloads)))
+        except PeerError as error:
+            missing, cause = error.ranks, str(error)
+            answers = {rank: Prepared.from_json(payload) for rank, payload in error.payloads.items()}
+        failed = {rank: answer for rank, answer in answers.items() if answer.failure is not None}
+        if failed:  # a known cause says more than a silence, which may be its consequence
+            skipped = all(answer.skipped for answer in failed.values())
+            return Failure(_list_failures(failed), tuple(failed), skipped), []
+        if missing:
+            return Failure(cause, missing), []
+        strays = {rank: answer.step for rank, answer in answers.items() if answer.step != ticket.step}
+        if strays:
+            rank, step = next(iter(strays.items()))
+            text = f"rank {rank} saves step {step} where rank 0 saves step {ticket.step}: all ranks must make the same saves"
+            return Failure(text, tuple(strays)), []
+        return None, [answers[rank] for rank in sorted(answers)]
 
-    # ---- the caller's side -----------------------------------------------------------------------------------------
+    def _explain(self, ticket: Ticket, differing: tuple[int, ...]) -> Failure:
+        """Asks the ranks whose replicated state is not that of rank 0 for the first difference."""
+        ours = _replicated_pickle(ticket)
+        sent = b85encode(zlib.compress(ours)).decode() if len(ours) <= _LARGEST_COMPARED else ""
+        self._announce(self._key(ticket, "verdict"), {"compare": sent, "ranks": differing})
+        try:
+            texts = self._coordinator.gather(self._key(ticket, "differences"), b"", self._timeout_s) or []
+        except PeerError as error:
+            texts = [error.payloads.get(rank, b"") for rank in range(self._coordinator.world_size)]
+        first = differing[0]
+        found = texts[first].decode(errors="replace") if first < len(texts) else ""
+        return Failure(
+            f"the replicated state is not the same on all ranks: that of rank {first} differs from that of rank 0"
+            + (f", {found}" if found else "")
+            + ". Give what differs as the rank's own state",
+            differing,
+        )
 
-    def begin(self, name: str) -> Path:
-        """Makes the step's directory and chooses a name for its state that no committed or pending one uses.
+    def _announce(self, key: str, verdict: dict[str, Any]) -> None:
+        try:
+            self._coordinator.broadcast(key, json.dumps(verdict).encode(), self._timeout_s)
+        except CheckpointError as error:  # what is published is published
+            logger.error("telling the other ranks the outcome of a save failed: %s", error)
 
-        Raises:
-            StorageError: the directory cannot be made.
+    # ---- the other ranks -------------------------------------------------------------------------------------------
+
+    def _follow(self, ticket: Ticket, own: Prepared) -> Failure | None:
         """
-        directory = self._directory / name
-        if not self._cleaned:
-            self._cleaned = True
-            self._remove_leftovers()  # before a byte is written: a full disk may be full of them
-        with self._lock:
-            _storage.make_directory(directory, durable=False)  # no fsync on the training's time: publish() does it
-            taken = set(self._in_flight.get(name, ()))
-            with contextlib.suppress(NotACheckpointError):
-                taken |= _manifest.names(_manifest.read(directory).files)
-            number = 1
-            while (file := _state_name(number)) in taken:
-                number += 1
-            self._in_flight.setdefault(name, set()).add(file)
-        return directory / file
-
-    def abandon(self, target: Path) -> None:
-        """The save that begin() returned `target` for is over: published, failed, or never begun."""
-        with self._lock:
-            names = self._in_flight.get(target.parent.name, set())
-            names.discard(target.name)
-            if names:
-                return
-            self._in_flight.pop(target.parent.name, None)
-            _storage.remove_if_empty(target.parent)  # it is when the first save to this step has failed
-
-    # ---- the committer's side --------------------------------------------------------------------------------------
-
-    def publish(self, step: int, temporary: Path, target: Path, job: Any) -> Path:
-        """Makes the written file `temporary` the committed checkpoint of `step`; returns its directory. See the module.
-
         Raises:
-            StorageError: a system call failed; what was committed before still stands.
+            PeerError: the verdict did not come. The step may have been committed or not.
         """
-        directory = target.parent
-        _storage.crash_point("before-rename")
-        manifest = Manifest(step, self._take_sequence(), 1, (FileEntry(target.name, job.size, job.crc32),))
-        try:
-            _storage.rename_durably(temporary, target)  # 1, 2
-            _storage.sync_directory(self._directory)
-            _storage.crash_point("renamed")
-            _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")  # 3, 4, 5
-        except BaseException:
-            self._take_back(target)
-            raise
-        _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")  # 6
-        self._tidy(directory, manifest)  # 7
-        _storage.crash_point("tidied")
-        return directory
+        self._coordinator.gather(self._key(ticket, "prepared"), own.to_json(), self._timeout_s)
+        _storage.crash_point("prepared")
+        verdict = self._hear(self._key(ticket, "verdict"))
+        if "compare" in verdict:
+            text = b""
+            if self._coordinator.rank in verdict["ranks"] and verdict["compare"]:
+                theirs = zlib.decompress(b85decode(verdict["compare"]))
+                text = first_difference(_replicated_pickle(ticket), theirs, self._coordinator.rank, 0).encode()
+            self._coordinator.gather(self._key(ticket, "differences"), text, self._timeout_s)
+            verdict = self._hear(self._key(ticket, "verdict", again=True))
+        failure = verdict["failure"]
+        return None if failure is None else Failure(failure["text"], tuple(failure["ranks"]), failure["skipped"])
 
-    def _take_sequence(self) -> int:
-        with self._lock:
-            if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
-            self._next_sequence += 1
-            return self._next_sequence - 1
+    def _hear(self, key: str) -> Any:
+        # Rank 0 begins to wait for the slowest when its own files are ready, which may be later than ours by as much again.
+        return json.loads(self._coordinator.broadcast(key, None, 2 * self._timeout_s + _GRACE_S))
 
-    def _tidy(self, directory: Path, manifest: Manifest) -> None:
-        """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged."""
-        try:
-            self._remove_retired()
-            self._remove_unnamed(directory, manifest)
-            if self._keep is not None:
-                for path, _ in self.look()[0][self._keep :]:
-                    self._remove_step(path)
-        except (StorageError, OSError) as error:
-            logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
+    # ---- both ------------------------------------------------------------------------------------------------------
 
-    def _take_back(self, target: Path) -> None:
-        """A file that was renamed but not committed: a full disk must not get fuller with every try."""
-        with contextlib.suppress(NotACheckpointError):
-            if target.name in _manifest.names(_manifest.read(target.parent).files):
-                return  # committed after all: only the last fsync has failed
-        _storage.remove_quietly(target)
+    def _key(self, ticket: Ticket, phase: str, again: bool = False) -> str:
+        return f"{self._stream}/{ticket.number}-{phase}{'-again' if again else ''}"
 
-    def _remove_leftovers(self) -> None:
-        """Once for each Checkpointer, before its first save: what a crash left behind."""
-        try:
-            self._remove_retired()
-            for path in self._directory.iterdir():
-                if _storage.is_temporary(path.name):
-                    _storage.remove_file(path)
-            for path in self._step_directories():
-                try:
-                    self._remove_unnamed(path, _manifest.read(path))
-                except NotACheckpointError:
-                    if not (path / _manifest.NAME).exists():  # a damaged manifest is evidence: leave it to a person
-                        self._remove_step(path)
-        except OSError as error:
-            logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
-
-    def _remove_retired(self) -> None:
-        """Steps whose removal failed half-way."""
-        for path in self._directory.iterdir():
-            if _storage.is_temporary(path.name) and path.is_dir():
-                _storage.remove_tree(path)
-
-    def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
-        """State files, finished or not, that neither the manifest names nor a save is writing."""
-        with self._lock:
-            wanted = _manifest.names(manifest.files) | self._in_flight.get(directory.name, set())
-            for path in directory.iterdir():
-                owner = _written_for(path.name)
-                if owner is not None and owner not in wanted:
-                    _storage.remove_file(path)
-
-    def _remove_step(self, directory: Path) -> None:
-        with self._lock:  # no save may begin in it meanwhile
-            if directory.name in self._in_flight:
-                return
-            retired = _storage.retire_directory(directory)
-        _storage.sync_directory(self._directory)
-        _storage.crash_point("removal-begun")
-        _storage.remove_tree(retired)
+    def _as_error(self, ticket: Ticket, failure: Failure) -> CheckpointError:
+        text = f"the save of step {ticket.step} to '{ticket.directory}' was given up by all ranks: {failure.text}"
+        return SkippedError(text) if failure.skipped else PeerError(text, failure.ranks)
 
 
-def _state_name(number: int) -> str:
-    return "state.pt" if number == 1 else f"state-{number}.pt"
+def _find_differing(answers: Sequence[Prepared]) -> tuple[int, ...]:
+    return tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
 
 
-def _written_for(name: str) -> str | None:
-    """The final name of a state file or of a temporary on its way to one; None for files that are not ours."""
-    if _storage.is_temporary(name):
-        return _storage.name_behind(name)
-    is_state = name == "state.pt" or (name.startswith("state-") and name.endswith(".pt"))
-    return name if is_state else None
+def _list_failures(failed: dict[int, Prepared]) -> str:
+    """The first few ranks and their causes; the same cause once."""
+    causes: dict[str, list[int]] = {}
+    for rank, answer in sorted(failed.items()):
+        causes.setdefault(answer.failure or "", []).append(rank)
+    shown = [
+        f"rank {', '.join(map(str, ranks[:4]))}{' and more' if len(ranks) > 4 else ''}: {c}" for c, ranks in causes.items()
+    ]
+    return "; ".join(shown[:3]) + ("; ..." if len(shown) > 3 else "")
+
+
+def _replicated_pickle(ticket: Ticket) -> bytes:
+    return b"".join(without_devices(part.file.pickle) for part in ticket.parts if part.kind == REPLICATED)
+
+
+def _read_or_none(directory: Path) -> Manifest | None:
+    try:
+        return _manifest.read(directory)
+    except NotACheckpointError:
+        return None

@@ -22,7 +22,8 @@ class FileSave:
         self.temporary = _storage.temporary_path(target)
         self.job: Any = None
         self.wants_direct = False
-        self.pickle = b""  # the structure of what is saved; to be compared between ranks
+        self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
+        self.sizes: Sequence[int] = ()
         self._lock = threading.Lock()  # guards what follows
         self._sealed = False
         self._until_captured: Any = None  # keeps the tensors' memory
@@ -91,6 +92,9 @@ class FileSave:
     def let_go(self) -> None:
         """At the end of the job."""
         self._until_durable = self._record_tensors = self._tripwire = None
+
+    def forget_structure(self) -> None:
+        self.pickle, self.sizes = b"", ()
 
     def discard(self) -> None:
         """Removes the file that will not be published."""

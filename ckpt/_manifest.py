@@ -16,16 +16,24 @@ from ckpt.errors import NotACheckpointError
 
 NAME = "manifest.json"
 FORMAT = 1
-_LARGEST_BYTES = 1 << 24  # of a manifest; one entry a file, some 100 bytes each
+_LARGEST_BYTES = 1 << 26  # of a manifest; one entry a file, some 150 bytes each
+
+
+RANK, REPLICATED = "rank", "replicated"
 
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
-    """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes."""
+    """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes.
+
+    Its kind is "rank" (what `rank` gave for itself) or "replicated" (what was the same on all ranks).
+    """
 
     name: str
     bytes: int
     crc32: int
+    kind: str = RANK
+    rank: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +101,7 @@ def _parse(document: Any) -> Manifest:
         step=_count(document, "step"),
         sequence=_count(document, "sequence"),
         world_size=_count(document, "world_size"),
-        files=tuple(_parse_file(file) for file in files),
+        files=parse_files(files),
         created=str(document.get("created", "")),
     )
 
@@ -102,7 +110,19 @@ def _parse_file(file: Any) -> FileEntry:
     name = file["name"]
     if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
         raise ValueError(f"the file name {name!r} is not a plain name")
-    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"))
+    kind = file["kind"]
+    if kind not in (RANK, REPLICATED):
+        raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
+    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"))
+
+
+def parse_files(entries: Any) -> tuple[FileEntry, ...]:
+    """From what `dataclasses.asdict` made of them.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are not.
+    """
+    return tuple(_parse_file(file) for file in entries)
 
 
 def _count(fields: Any, key: str) -> int:

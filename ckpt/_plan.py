@@ -326,6 +326,21 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> Sav
         RuntimeError: some memory is referenced as several dtypes in a way that no file can express.
         whatever pickling `obj` raises.
     """
+    data, records = _pickle(obj)
+    return _place(data, records, is_lazy, eager_bytes)
+
+
+def outline(obj: Any) -> SavePlan:
+    """The pickle and the sizes alone, without a look at where the bytes lie; what make_plan() gives where it is the same state.
+
+    Raises:
+        as make_plan().
+    """
+    data, records = _pickle(obj)
+    return SavePlan(data, [], [], [record.nbytes for record in records], bytearray(), [])
+
+
+def _pickle(obj: Any) -> tuple[bytes, list[Record]]:
     data, table = _dump(obj, {})
     remaps = _find_remaps(table)
     if remaps:
@@ -336,7 +351,7 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> Sav
             data, table = _dump(obj, remaps)
         if not table.conflicts <= remaps.keys():
             raise RuntimeError(_TWO_DTYPES)
-    return _place(data, table.order, is_lazy, eager_bytes)
+    return data, table.order
 
 
 def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStorage:

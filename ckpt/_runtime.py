@@ -44,7 +44,7 @@ class Runtime:
         self._in_flight = 0  # guarded by _changed
         self._stopping = False  # guarded by _changed
         self._given_up = False  # the drain's deadline has passed: the committer waits for nothing any more
-        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish, bool] | None] = queue.SimpleQueue()
         self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
         self._committer.start()
 
@@ -84,7 +84,12 @@ class Runtime:
 
     def commit_later(self, pending: PendingSave, publish: Publish) -> None:
         """Hands an admitted and submitted save to the committer, which also releases its place."""
-        self._queue.put((pending, publish))
+        pending._handed_over = True
+        self._queue.put((pending, publish, True))
+
+    def attend(self, pending: PendingSave, publish: Publish) -> None:
+        """The same for a save that was never admitted, so that the other ranks hear of it in its turn."""
+        self._queue.put((pending, publish, False))
 
     def fence(self) -> None:
         engine = self._engine
@@ -95,17 +100,16 @@ class Runtime:
 
     def _commit_all(self) -> None:
         while (item := self._queue.get()) is not None:
-            pending, publish = item
+            pending, publish, admitted = item
             published, error = None, None
             try:
                 published = publish(self._finish(pending))
             except BaseException as caught:  # whatever it is must reach result(), never die with this thread
                 error = caught.with_traceback(None)  # whose frames would keep the state alive
-                for file in pending._files:
-                    file.discard()
-            for file in pending._files:
-                file.pickle = b""
-            self.release()  # first, so that whoever waits for the outcome finds the place free
+                pending._discard()
+            pending._let_go()
+            if admitted:
+                self.release()  # first, so that whoever waits for the outcome finds the place free
             if published is not None:
                 pending._succeed(published)
             elif error is not None:

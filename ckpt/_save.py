@@ -16,7 +16,7 @@ from typing import Any
 from ckpt import _runtime, _storage
 from ckpt._file_save import FileSave
 from ckpt._laziness import lazy_storages
-from ckpt._plan import OWNED, SavePlan, make_plan
+from ckpt._plan import OWNED, SavePlan, make_plan, outline
 from ckpt._tripwire import Tripwire
 from ckpt.errors import SkippedError, StorageError
 from ckpt.options import Options
@@ -70,14 +70,14 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         return target
 
     _storage.remove_stale(target)
-    start(_runtime.keep(options), pending, [(file, obj)], publish, lazy=lazy, options=options)
+    start(_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
     return pending
 
 
 def start(
     runtime: _runtime.Runtime,
     pending: PendingSave,
-    contents: Sequence[tuple[FileSave, Any]],
+    contents: Sequence[tuple[FileSave, Any, bool]],
     publish: _runtime.Publish,
     *,
     lazy: Any,
@@ -86,7 +86,7 @@ def start(
     """Begins the save of one or more files; on return `pending` is on its way, or skipped.
 
     Args:
-        contents: the files, and what goes into each.
+        contents: the files, what goes into each, and whether this process writes it: if not, only its structure is noted.
         publish: called on the committer's thread once the data of all files is durable under their temporary names, or with the
             error; returns what `pending.result()` returns. Not called if this function raises before a file was submitted.
 
@@ -96,14 +96,18 @@ def start(
     try:
         runtime.admit(pending, options)
     except SkippedError as skipped:
+        pending._skipped = skipped
         pending._fail(skipped)
         return
     try:
         is_lazy = lazy_storages(lazy)
-        plans = [_plan_quietly(obj, is_lazy, options) for _, obj in contents]
-        for (file, obj), plan in zip(contents, plans, strict=True):
-            _submit(runtime, file, obj, plan, options)
-            pending._files += (file,)
+        # All of them before the first is submitted: what cannot be pickled is found here.
+        plans = [_plan_quietly(obj, is_lazy if written else None, options) for _, obj, written in contents]
+        for (file, obj, written), plan in zip(contents, plans, strict=True):
+            file.pickle, file.sizes = plan.pickle, plan.sizes
+            if written:
+                _submit(runtime, file, obj, plan, options)
+                pending._files += (file,)
     except BaseException as error:
         if pending._files:  # those in flight are the committer's to clean up
             pending._begin_error = error
@@ -118,12 +122,16 @@ def start(
     runtime.commit_later(pending, publish)
 
 
-def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool], options: Options) -> SavePlan:
-    """Plans with the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
+def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool] | None, options: Options) -> SavePlan:
+    """Plans with the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage.
+
+    Args:
+        is_lazy: None: only pickle it, for its structure.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return make_plan(obj, is_lazy, options.size("eager_bytes"))
+        return make_plan(obj, is_lazy, options.size("eager_bytes")) if is_lazy is not None else outline(obj)
     finally:
         if was_enabled:
             gc.enable()
@@ -146,7 +154,6 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,
     )
-    file.pickle = plan.pickle
     _runtime.watch(file, runtime)
     try:
         file.job = runtime.submit(

@@ -21,6 +21,7 @@ import zlib
 from pathlib import Path
 
 from ckpt import _native
+from ckpt.errors import StorageError
 
 TEMPORARY_PREFIX = ".tmp-"
 _LONGEST_NAME = 200  # bytes of a final name that go into its temporary one
@@ -80,6 +81,25 @@ def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
         remove_quietly(temporary)
         raise
     crash_point(f"{crash_name}-renamed")
+
+
+def open_lock_file(path: Path) -> int:
+    """A descriptor to lock; the file is made if it is not there.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot open '{path}': {error.strerror}", str(path)) from error
+
+
+def sign_lock_file(descriptor: int, owner: str) -> None:
+    """Says whose it is, for the message to whoever comes next."""
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, owner.encode(), 0)
 
 
 def remove_file(path: Path) -> None:

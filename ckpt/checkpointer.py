@@ -1,33 +1,30 @@
-"""A directory of checkpoints: one sub-directory a step, committed, kept, restored.
-
-directory/
-    latest                    the name of the newest committed step directory; written last
-    step-000000000042/
-        manifest.json         the commit record: sizes and CRC-32s of the files
-        state.pt              a torch file
-"""
+"""Checkpoints of a training job, step by step: saved by all ranks together, kept, restored. See _directory.py for the files."""
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
-from ckpt import _commit, _manifest, _runtime, _storage
+from ckpt import _directory, _runtime, _storage
+from ckpt._commit import Part, StepCommitter, Ticket
 from ckpt._file_save import FileSave
-from ckpt._load import checksum_threads, torch_load
-from ckpt._native import digest_file
+from ckpt._manifest import RANK, REPLICATED
+from ckpt._restore import Loading, Restored, Restorer
 from ckpt._save import log_failure, start
+from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
-    CorruptError,
     DeadlineError,
     FailedSavesError,
     ForkedError,
-    NotACheckpointError,
+    PeerError,
     SkippedError,
     StorageError,
 )
@@ -36,88 +33,164 @@ from ckpt.pending import PendingSave, wait_all
 
 logger = logging.getLogger("ckpt")
 
-
-class Restored(NamedTuple):
-    """What restore() found: the step, and the state as it was given to save()."""
-
-    step: int
-    state: Any
+_numbers = itertools.count()  # of Checkpointers: ranks make them in the same order
 
 
 class Checkpointer:
     """Saves a training job's state step by step, and finds the newest good one again.
 
+    In a job of several ranks each makes one, on the same directory, and all make the same calls in the same order. A step is a
+    checkpoint when the files of all ranks are durable; if one rank fails, dies or hangs, the save fails on all, with an error
+    that names it, and the checkpoint before stands.
+
     Args:
-        directory: where the step directories go; made if missing. One Checkpointer at a time may write to it.
+        directory: where the step directories go; made if missing; seen by all ranks. One job at a time may save into it.
         keep: how many committed steps to keep, newest first; None keeps all. The newest good one always stays.
         options: see Options.
+        coordinator: by what the ranks agree: "torch" (the store of torch.distributed), "mpi", "file" (messages in the
+            directory), "local" (one process), or "auto", which takes the first of "torch", "mpi", "file" that fits how the job
+            was launched, and "local" for a job of one.
 
     Raises:
         StorageError: the directory cannot be made.
-        ValueError: keep is less than 1.
+        ValueError: keep is less than 1, or there is no such coordinator.
+        CheckpointError: the coordinator cannot work here, or not all ranks came.
 
     A context manager: leaving the block drains what is in flight. Methods may be called from any one thread at a time.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, keep: int | None = 3, options: Options | None = None) -> None:
+    def __init__(
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        keep: int | None = 3,
+        options: Options | None = None,
+        coordinator: str | Coordinator = "auto",
+    ) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
         self.options = options or Options()
         _storage.make_directory(self.directory, durable=True)
-        self._committer = _commit.StepCommitter(self.directory, keep)
+        self._coordinator = make_coordinator(coordinator, directory=self.directory)
+        self._owns_coordinator = self._coordinator is not coordinator
+        self._stream = f"ckpt-{next(_numbers)}"
+        self._directories = _directory.StepDirectories(self.directory, keep, shared=self.world_size > 1)
+        weakref.finalize(self, self._directories.release)
+        timeout_s = self.options.commit_timeout_s
+        self._committer = StepCommitter(self._directories, self._coordinator, f"{self._stream}-save", timeout_s)
+        self._restorer = Restorer(self._directories, self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
         self._runtime = _runtime.lease(self.options)
         self._owner = os.getpid()
         self._closed = False
+        self._claimed = False
+        self._claims = 0
+        self._saves = 0
         self._pending: list[PendingSave] = []
         self._unreported: BaseException | None = None  # of the newest save that failed since the last wait()
         self._failed_in_a_row = 0
         self._last_failed: BaseException | None = None
 
+    @property
+    def rank(self) -> int:
+        """This process's number among those that save together, from 0."""
+        return self._coordinator.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes save together."""
+        return self._coordinator.world_size
+
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any, *, lazy: Any = None) -> PendingSave:
-        """Saves `state` as checkpoint `step`, in the background. Saving a step again replaces it once the new one is durable.
+    def save(self, step: int, state: Any = None, *, replicated: Any = None, lazy: Any = None) -> PendingSave:
+        """Saves checkpoint `step`, in the background. Saving a step again replaces it once the new one is durable.
 
         Args:
-            step: not negative; need not grow. The newest checkpoint is the one committed last.
-            state, lazy: as in `ckpt.save`.
+            step: not negative; need not grow. The newest checkpoint is the one committed last. The same on all ranks.
+            state: what this rank has for itself: a file for each rank.
+            replicated: what is the same on all ranks (under DistributedDataParallel: model and optimizer): one file for all.
+                That structure, values and shapes are the same everywhere is verified; the bytes of tensors are not compared.
+            lazy: as in `ckpt.save`, for both.
 
         Raises:
+            InUseError: another job is saving into the directory.
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
             ClosedError: after close().
-            TypeError, ValueError: step is not a count; also what pickling `state` raises.
+            PeerError: at the first save, rank 0 does not answer, or may not save.
+            TypeError, ValueError: step is not a count; also what pickling a state raises.
 
-        Failures of the storage are not raised here: they are logged, counted, and raised by the result's `result()` and by
-        wait().
+        Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
+        `result()` and by wait().
         """
         self._check_usable()
-        name = _commit.step_name(step)
-        self._check_failures()
-        pending = PendingSave(self.directory / name, step, on_done=self._note_done)
+        ticket = Ticket(self._saves, step, self.directory / _directory.step_name(step))
+        self._claim_directory()
+        self._saves += 1
+        pending = PendingSave(ticket.directory, step, on_done=self._note_done)
         try:
-            self._begin(pending, name, step, state, lazy)
-        except (StorageError, DeadlineError) as error:
+            self._check_failures()
+            self._begin(pending, ticket, state, replicated, lazy)
+        except BaseException as error:
+            self._attend(pending, ticket, error)
+            if not isinstance(error, (StorageError, DeadlineError)):
+                raise
             pending._fail(error.with_traceback(None))  # whose frames would keep the state alive
         self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
         return pending
 
-    def _begin(self, pending: PendingSave, name: str, step: int, state: Any, lazy: Any) -> None:
-        target = self._committer.begin(name)
-        pending.add_done_callback(lambda _: self._committer.abandon(target))
+    def _claim_directory(self) -> None:
+        """At the first save: rank 0 locks the directory and cleans it, before any rank writes."""
+        if self._claimed:
+            return
+        self._claims += 1
+        key, refusal = f"{self._stream}-claim/{self._claims}", b""
+        if self.rank == 0:
+            try:
+                self._directories.claim()
+            except CheckpointError as error:
+                self._coordinator.broadcast(key, str(error).encode(), self.options.timeout_s)
+                raise
+        refusal = self._coordinator.broadcast(key, refusal, self.options.timeout_s)
+        if refusal:
+            raise PeerError(f"rank 0 may not save: {refusal.decode()}", (0,))
+        self._claimed = True
 
-        file = FileSave(target)
+    def _begin(self, pending: PendingSave, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
+        contents = [] if state is None and replicated is not None else [(RANK, state)]
+        contents += [] if replicated is None else [(REPLICATED, replicated)]
+        targets = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind, _ in contents])
+        pending.add_done_callback(lambda _: self._directories.abandon(ticket.directory, targets))
+        parts = tuple(
+            Part(FileSave(target), kind, written=kind == RANK or self.rank == 0)
+            for (kind, _), target in zip(contents, targets, strict=True)
+        )
 
         def publish(error: BaseException | None) -> Path:
-            if error is not None:
-                raise error
-            return self._committer.publish(step, file.temporary, target, file.job)
+            try:
+                return self._committer.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+            finally:
+                for part in parts:
+                    part.file.forget_structure()
 
+        files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
         try:
-            start(self._runtime, pending, [(file, state)], publish, lazy=lazy, options=self.options)
+            start(self._runtime, pending, files, publish, lazy=lazy, options=self.options)
         except BaseException:
-            self._committer.abandon(target)
+            self._directories.abandon(ticket.directory, targets)
             raise
+        if (skipped := pending._skipped) is not None:
+            self._attend(pending, ticket, skipped)
+
+    def _stem(self, kind: str) -> str:
+        if kind == REPLICATED:
+            return "replicated"
+        return "state" if self.world_size == 1 else f"rank-{self.rank:05d}"
+
+    def _attend(self, pending: PendingSave, ticket: Ticket, error: BaseException) -> None:
+        """Lets the other ranks know of a save that could not even be begun here: they wait for word from this one."""
+        if self.world_size > 1 and not pending._handed_over:
+            self._runtime.attend(PendingSave(ticket.directory, ticket.step), lambda _: self._committer.commit(ticket, error))
 
     def _check_failures(self) -> None:
         limit = self.options.max_failed_saves
@@ -141,48 +214,41 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """The committed steps, ascending. What is in flight or was left by a crash is not among them."""
-        return sorted(manifest.step for _, manifest in self._committer.look()[0])
+        return sorted(manifest.step for _, manifest in self._directories.look()[0])
 
-    def restore(self, *, map_location: Any = None, weights_only: bool = True) -> Restored | None:
-        """Loads the newest good checkpoint; None if nothing was ever committed.
+    def restore(
+        self, *, map_location: Any = None, weights_only: bool = True, merge: Callable[[list[Any]], Any] | None = None
+    ) -> Restored | None:
+        """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
 
         Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
         next older one. Waits for saves of this Checkpointer that are in flight.
 
         Args:
             map_location, weights_only: as in `torch.load`.
+            merge: called if the checkpoint was saved by another number of ranks than there are now, with what each of those
+                gave for itself, in the order of ranks; returns this rank's state. Not needed if all was replicated.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
-            CheckpointError: the newest good one holds objects that weights_only refuses.
+            CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`.
+            PeerError: a rank does not answer.
         """
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
-        committed, damaged = self._committer.look()
-        rejected = [str(error) for error in damaged]
-        for error in damaged:
-            logger.warning("a damaged checkpoint is passed over: %s", error)
-        for directory, manifest in committed:
-            try:
-                path = self._verify(directory, manifest)
-            except (CorruptError, NotACheckpointError, StorageError) as error:
-                rejected.append(str(error))
-                logger.warning("checkpoint '%s' is passed over: %s", directory, error)
-                continue
-            return Restored(manifest.step, torch_load(path, map_location, weights_only))
-        if rejected:
-            raise CorruptError(f"no checkpoint in '{self.directory}' is good: " + "; ".join(rejected))
-        return None
+        return self._restorer.restore(self.directory, Loading(map_location, weights_only, merge))
 
-    def _verify(self, directory: Path, manifest: _manifest.Manifest) -> Path:
-        """Checks every file against the manifest; returns the one that holds the state."""
-        for file in manifest.files:
-            size, crc = digest_file(os.fsencode(directory / file.name), checksum_threads())
-            if size != file.bytes:
-                raise CorruptError(f"'{directory / file.name}' has {size} bytes; its manifest says {file.bytes}")
-            if crc != file.crc32:
-                raise CorruptError(f"'{directory / file.name}' fails the CRC-32 of its manifest: its bytes have changed")
-        return directory / manifest.files[0].name
+    def agree(self, key: str, value: bytes) -> bytes:
+        """Rank 0's value, on every rank. Waits for rank 0, a round trip; no collective of the training is used.
+
+        Args:
+            key: names the question; a new one each time, the same on all ranks.
+
+        Raises:
+            PeerError: rank 0 does not answer within `Options.timeout_s`.
+        """
+        self._check_usable()
+        return self._coordinator.broadcast(f"{self._stream}-agree/{key}", value, self.options.timeout_s)
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
@@ -220,6 +286,9 @@ class Checkpointer:
             self._drain(self.options.drain_timeout_s)
         finally:
             _runtime.give_back(self._runtime, 0.0 if self._pending else self.options.drain_timeout_s)
+            if self._owns_coordinator:
+                self._coordinator.close()
+            self._directories.release()
         if self._last_failed is not None:
             raise self._last_failed
 

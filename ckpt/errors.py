@@ -8,6 +8,7 @@
     ├── DeadlineError       a wait outran its timeout (also a TimeoutError)
     ├── SkippedError        this save was not made: another was in flight and when_busy is "skip"
     ├── FailedSavesError    too many saves in a row have failed
+    ├── InUseError          another job writes to the directory
     ├── ClosedError         the Checkpointer, or the engine under it, is closed
     ├── ForkedError         a forked child touched the engine of its parent
     ├── CancelledError      the save was interrupted (Ctrl-C in a wait)
@@ -65,6 +66,10 @@ class SkippedError(CheckpointError):
 
 class FailedSavesError(CheckpointError):
     """`Options.max_failed_saves` saves in a row have failed; the cause of the last one is `__cause__`."""
+
+
+class InUseError(CheckpointError):
+    """Another job is writing to the directory."""
 
 
 class ClosedError(CheckpointError):

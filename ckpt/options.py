@@ -61,6 +61,9 @@ class Options:
             time fails (the tensors may then change; nothing is published).
         drain_timeout_s: longest wait, seconds, for saves in flight at close() and at interpreter exit; default 1800. What is
             left then fails with an error.
+        commit_timeout_s: longest that rank 0 waits, once its own files are durable, for those of the slowest rank, seconds;
+            default 600. A rank that has died, hangs or is slower fails the save on all ranks; those that wait for rank 0
+            itself give up after twice this time.
 
     Raises:
         ValueError, TypeError: a value is impossible; the message names the field.
@@ -78,6 +81,7 @@ class Options:
     max_failed_saves: int = 3
     timeout_s: float = 1800.0
     drain_timeout_s: float = 1800.0
+    commit_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         for name in ("arena_bytes", "chunk_bytes", "eager_bytes"):
@@ -94,7 +98,7 @@ class Options:
             self._need_int("record_alignment", 1, 32768)
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
         self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
-        for name in ("timeout_s", "drain_timeout_s"):
+        for name in ("timeout_s", "drain_timeout_s", "commit_timeout_s"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
             self._need(is_number and value > 0 and math.isfinite(value), name, "must be a positive number of seconds")

@@ -65,6 +65,8 @@ class PendingSave:
         self._owner = os.getpid()
         self._files: tuple[FileSave, ...] = ()  # once submitted
         self._begin_error: BaseException | None = None  # not all files could be submitted
+        self._handed_over = False  # the committer has it
+        self._skipped: BaseException | None = None
         self._started_at = time.monotonic()
         self._save_s = 0.0
         self._durable_at: float | None = None
@@ -82,7 +84,7 @@ class PendingSave:
             return True
         self._check_owner()
         sealed = [file.try_seal() for file in self._files]  # each of them, whatever the first says
-        return bool(sealed) and all(sealed)
+        return self._handed_over and all(sealed)
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
@@ -143,6 +145,15 @@ class PendingSave:
         return f"<PendingSave {str(self.path)!r} {state}>"
 
     # ---- for the runtime -------------------------------------------------------------------------------------------
+
+    def _discard(self) -> None:
+        """Removes the files, which will not be published."""
+        for file in self._files:
+            file.discard()
+
+    def _let_go(self) -> None:
+        for file in self._files:
+            file.forget_structure()
 
     def _succeed(self, path: Path) -> None:
         self._durable_at = time.monotonic()

@@ -1,10 +1,11 @@
 #include "pickling.h"
 
-#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "opcodes.h"
 
 namespace py = pybind11;
 
@@ -80,47 +81,6 @@ const Names& names() {
 // An object that this pickler leaves to the one in Python.
 struct Unsupported {};
 
-// Which objects were pickled before, by address, as in pickle's own memo. Open addressing: it is asked for every object.
-class Memo {
- public:
-  Memo() : slots_(1 << 12) {}
-
-  // The index that the object has in the pickle; -1 if it has none.
-  int64_t find(const PyObject* object) const {
-    const Slot& slot = slots_[locate(object)];
-    return slot.object == nullptr ? -1 : int64_t{slot.index};
-  }
-
-  void add(const PyObject* object, uint32_t index) {
-    if (++used_ * 2 > slots_.size()) grow();
-    slots_[locate(object)] = {object, index};
-  }
-
- private:
-  struct Slot {
-    const PyObject* object = nullptr;
-    uint32_t index = 0;
-  };
-
-  size_t locate(const PyObject* object) const {
-    const size_t mask = slots_.size() - 1;
-    size_t at = (reinterpret_cast<uintptr_t>(object) >> 4) * 0x9E3779B97F4A7C15u >> 20 & mask;
-    while (slots_[at].object != nullptr && slots_[at].object != object) at = (at + 1) & mask;
-    return at;
-  }
-
-  void grow() {
-    std::vector<Slot> old(slots_.size() * 4);
-    old.swap(slots_);
-    for (const Slot& slot : old) {
-      if (slot.object != nullptr) slots_[locate(slot.object)] = slot;
-    }
-  }
-
-  std::vector<Slot> slots_;
-  size_t used_ = 0;
-};
-
 // What stays the same from save to save; see _plan.py, which makes it.
 struct Vocabulary {
   py::dict globals;        // function, class or dtype -> the opcodes that name it
@@ -145,21 +105,19 @@ class StatePickler {
   StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables) {}
 
   std::string dump(PyObject* root) {
-    out_ += "\x80\x02";
     save(root);
-    out_ += '.';
-    return std::move(out_);
+    return out_.end();
   }
 
  private:
   void save(PyObject* object) {
     PyTypeObject* type = Py_TYPE(object);
-    if (object == Py_None) return put('N');
-    if (type == &PyBool_Type) return put(object == Py_True ? '\x88' : '\x89');
+    if (object == Py_None) return out_.put('N');
+    if (type == &PyBool_Type) return out_.put_bool(object == Py_True);
     if (type == &PyLong_Type) return save_int(object);
-    if (type == &PyFloat_Type) return save_float(PyFloat_AS_DOUBLE(object));
+    if (type == &PyFloat_Type) return out_.put_float(PyFloat_AS_DOUBLE(object));
     if (is(type, words_.record_type)) return save_record(object);
-    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    if (out_.put_again(object)) return;
     if (type == &PyUnicode_Type) return save_text(object);
     if (Py_EnterRecursiveCall(" while pickling an object") != 0) throw py::error_already_set();
     const Descent descent;
@@ -182,109 +140,51 @@ class StatePickler {
 
   static bool is(PyTypeObject* type, const py::object& known) { return reinterpret_cast<PyObject*>(type) == known.ptr(); }
 
-  // ---- Opcodes ----
-
-  void put(char opcode) { out_ += opcode; }
-
-  template <typename Number>
-  void put_bytes(Number number) {  // little-endian, as all machines that we run on
-    char bytes[sizeof number];
-    std::memcpy(bytes, &number, sizeof number);
-    out_.append(bytes, sizeof number);
-  }
-
-  void put_indexed(char short_opcode, char long_opcode, uint32_t index) {
-    put(index < 256 ? short_opcode : long_opcode);
-    if (index < 256) {
-      put(static_cast<char>(index));
-    } else {
-      put_bytes(index);
-    }
-  }
-
-  // Numbers an object that is on top of the reader's stack; null: one that nothing can refer to again.
-  void memoize(const PyObject* object) {
-    if (object != nullptr) memo_.add(object, next_);
-    put_indexed('q', 'r', next_++);
-  }
-
   // ---- Values ----
 
   void save_int(PyObject* object) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
     if (overflow != 0) throw Unsupported();
-    put_int(value);
-  }
-
-  void put_int(long long value) {
-    if (value >= 0 && value <= 0xff) {
-      put('K');
-      put(static_cast<char>(value));
-    } else if (value >= 0 && value <= 0xffff) {
-      put('M');
-      put_bytes(static_cast<uint16_t>(value));
-    } else if (value >= INT32_MIN && value <= INT32_MAX) {
-      put('J');
-      put_bytes(static_cast<int32_t>(value));
-    } else {
-      put_long(value);
-    }
-  }
-
-  void put_long(long long value) {
-    size_t bytes = sizeof value;  // as few as keep the sign
-    while (value >> (bytes * 8 - 9) == (value < 0 ? -1 : 0)) --bytes;
-    put('\x8a');
-    put(static_cast<char>(bytes));
-    out_.append(reinterpret_cast<const char*>(&value), bytes);
-  }
-
-  void save_float(double value) {
-    uint64_t bits = 0;
-    std::memcpy(&bits, &value, sizeof bits);
-    put('G');
-    put_bytes(__builtin_bswap64(bits));
+    out_.put_int(value);
   }
 
   void save_text(PyObject* object) {
-    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    if (out_.put_again(object)) return;
     Py_ssize_t length = 0;
     const char* text = PyUnicode_AsUTF8AndSize(object, &length);
     if (text == nullptr) {  // lone surrogates
       PyErr_Clear();
       throw Unsupported();
     }
-    put('X');
-    put_bytes(static_cast<uint32_t>(length));
-    out_.append(text, static_cast<size_t>(length));
-    memoize(object);
+    out_.put_text({text, static_cast<size_t>(length)});
+    out_.memoize(object);
   }
 
   void save_global(PyObject* object) {
-    if (const int64_t index = memo_.find(object); index >= 0) return put_indexed('h', 'j', static_cast<uint32_t>(index));
+    if (out_.put_again(object)) return;
     PyObject* opcodes = find(words_.globals, object);
     if (opcodes == nullptr) throw Unsupported();
-    out_.append(PyBytes_AS_STRING(opcodes), static_cast<size_t>(PyBytes_GET_SIZE(opcodes)));
-    memoize(object);
+    out_.put({PyBytes_AS_STRING(opcodes), static_cast<size_t>(PyBytes_GET_SIZE(opcodes))});
+    out_.memoize(object);
   }
 
   // ---- Containers ----
 
   void save_dict(PyObject* object) {
-    put('}');
-    memoize(object);
+    out_.put('}');
+    out_.memoize(object);
     const Py_ssize_t size = PyDict_GET_SIZE(object);
     Py_ssize_t position = 0;
     if (size == 1) {
       save_next(object, position);
-      return put('s');
+      return out_.put('s');
     }
     for (size_t batch = size == 0 ? 0 : kBatch; batch == kBatch;) {
-      put('(');
+      out_.put('(');
       for (batch = 0; batch < kBatch && save_next(object, position); ++batch) {
       }
-      put('u');
+      out_.put('u');
     }
     if (PyDict_GET_SIZE(object) != size) throw Unsupported();
   }
@@ -299,8 +199,8 @@ class StatePickler {
   }
 
   void save_list(PyObject* object) {
-    put(']');
-    memoize(object);
+    out_.put(']');
+    out_.memoize(object);
     const Py_ssize_t size = PyList_GET_SIZE(object);
     const auto save_item = [&](Py_ssize_t i) {
       if (PyList_GET_SIZE(object) != size) throw Unsupported();
@@ -308,31 +208,22 @@ class StatePickler {
     };
     if (size == 1) {
       save_item(0);
-      return put('a');
+      return out_.put('a');
     }
     for (Py_ssize_t i = 0; i < size;) {
-      put('(');
+      out_.put('(');
       for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
-      put('e');
+      out_.put('e');
     }
   }
 
   void save_tuple(PyObject* object) {
     const Py_ssize_t size = PyTuple_GET_SIZE(object);
-    if (size == 0) return put(')');
-    begin_tuple(size);
+    if (size == 0) return out_.put(')');
+    out_.begin_tuple(size);
     for (Py_ssize_t i = 0; i < size; ++i) save(PyTuple_GET_ITEM(object, i));
-    if (memo_.find(object) >= 0) throw Unsupported();  // it holds itself
-    end_tuple(size, object);
-  }
-
-  void begin_tuple(Py_ssize_t size) {
-    if (size > 3) put('(');
-  }
-
-  void end_tuple(Py_ssize_t size, const PyObject* object) {
-    put(size > 3 ? 't' : static_cast<char>(0x84 + size));
-    memoize(object);
+    if (out_.knows(object)) throw Unsupported();  // it holds itself
+    out_.end_tuple(size, object);
   }
 
   void save_ordered_dict(PyObject* object) {
@@ -348,14 +239,14 @@ class StatePickler {
     save_items(PyTuple_GET_ITEM(parts, 4));
     if (PyTuple_GET_ITEM(parts, 2) != Py_None) {
       save(PyTuple_GET_ITEM(parts, 2));
-      put('b');
+      out_.put('b');
     }
   }
 
   void save_empty_ordered_dict(const PyObject* object) {
     save_global(words_.ordered_dict.ptr());
-    out_ += ")R";
-    memoize(object);
+    out_.put(")R");
+    out_.memoize(object);
   }
 
   void save_items(PyObject* items) {
@@ -369,12 +260,12 @@ class StatePickler {
     for (size_t i = 0; i < size;) {
       if (i + 1 == size) {
         save_item(i++);
-        put('s');
+        out_.put('s');
         break;
       }
-      put('(');
+      out_.put('(');
       for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
-      put('u');
+      out_.put('u');
     }
   }
 
@@ -387,8 +278,8 @@ class StatePickler {
     if (!PyTuple_CheckExact(reduced.ptr()) || PyTuple_GET_SIZE(reduced.ptr()) != 2) throw Unsupported();
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
-    put('R');
-    memoize(tensor);
+    out_.put('R');
+    out_.memoize(tensor);
   }
 
   // A plain tensor on the CPU that covers its storage and is the first to do so: nearly all that there are, and the
@@ -406,17 +297,17 @@ class StatePickler {
     if (bytes != to_size(nbytes.ptr()) || to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
 
     save_global(words_.rebuild_tensor.ptr());
-    begin_tuple(6);
+    out_.begin_tuple(6);
     put_record(add_record(storage, cdata, dtype, tensor, nbytes, PyTuple_GET_ITEM(known, 0), numel).ptr(),
                PyTuple_GET_ITEM(known, 0), name.cpu.text(), numel.ptr());
-    put_int(0);
+    out_.put_int(0);
     put_sizes(name.size.call_on(tensor).ptr());
     put_sizes(name.stride.call_on(tensor).ptr());
-    put(is_true(name.requires_grad.of(tensor)) ? '\x88' : '\x89');
+    out_.put_bool(is_true(name.requires_grad.of(tensor)));
     save_empty_ordered_dict(nullptr);
-    end_tuple(6, nullptr);
-    put('R');
-    memoize(tensor);
+    out_.end_tuple(6, nullptr);
+    out_.put('R');
+    out_.memoize(tensor);
     return true;
   }
 
@@ -443,10 +334,10 @@ class StatePickler {
 
   void put_sizes(PyObject* sizes) {
     const Py_ssize_t count = PyTuple_GET_SIZE(sizes);
-    if (count == 0) return put(')');
-    begin_tuple(count);
-    for (Py_ssize_t i = 0; i < count; ++i) put_int(to_size(PyTuple_GET_ITEM(sizes, i)));
-    end_tuple(count, nullptr);
+    if (count == 0) return out_.put(')');
+    out_.begin_tuple(count);
+    for (Py_ssize_t i = 0; i < count; ++i) out_.put_int(to_size(PyTuple_GET_ITEM(sizes, i)));
+    out_.end_tuple(count, nullptr);
   }
 
   void save_record(PyObject* record) {
@@ -457,14 +348,14 @@ class StatePickler {
 
   // ("storage", class, key, location, number of elements), by which the reader finds the storage.
   void put_record(PyObject* record, PyObject* type, PyObject* location, PyObject* numel) {
-    begin_tuple(5);
+    out_.begin_tuple(5);
     save_text(names().storage.text());
     save_global(type);
     save_text(names().key.of(record).ptr());
     save_text(location);
     save_int(numel);
-    end_tuple(5, nullptr);
-    put('Q');
+    out_.end_tuple(5, nullptr);
+    out_.put('Q');
   }
 
   void save_parameter(PyObject* parameter) {
@@ -473,15 +364,13 @@ class StatePickler {
     if (!PyTuple_CheckExact(reduced.ptr())) throw Unsupported();  // NotImplemented: it has attributes
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
-    put('R');
-    memoize(parameter);
+    out_.put('R');
+    out_.memoize(parameter);
   }
 
   const Vocabulary& words_;
   const Tables& tables_;
-  std::string out_;
-  Memo memo_;
-  uint32_t next_ = 0;              // the index of the next object
+  OpcodeWriter out_;
   std::vector<py::object> keep_;  // temporaries, so that no later object has their address
 };
 

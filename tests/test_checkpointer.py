@@ -41,9 +41,11 @@ def step_directory(directory: Path, step: int) -> Path:
     return directory / f"step-{step:012d}"
 
 
-def save_all(checkpointer: ckpt.Checkpointer, *steps: int) -> None:
+def save_all(checkpointer: ckpt.Checkpointer, *steps: int, close: bool = False) -> None:
     for step in steps:
         checkpointer.save(step, state(step)).result(DEADLINE_S)
+    if close:
+        checkpointer.close()
 
 
 @pytest.fixture
@@ -88,7 +90,8 @@ def test_what_is_saved_is_restored(opened: Open) -> None:
     assert pending.step == 7
     found = checkpointer.restore()
     assert found is not None and found.step == 7
-    step, loaded = found
+    step, loaded, replicated = found
+    assert replicated is None
     assert_same((7, state(7)), (step, loaded))
 
 
@@ -96,13 +99,14 @@ def test_the_directory_on_disk(opened: Open, directory: Path) -> None:
     pending = opened().save(42, state(42))
     published = step_directory(directory, 42)
     assert pending.result(DEADLINE_S) == pending.path == published
-    assert sorted(os.listdir(directory)) == ["latest", published.name]
+    assert sorted(os.listdir(directory)) == [".lock", "latest", published.name]
     assert sorted(os.listdir(published)) == ["manifest.json", "state.pt"]
     assert (directory / "latest").read_text() == f"{published.name}\n"
     manifest = json.loads((published / "manifest.json").read_text())
     content = (published / "state.pt").read_bytes()
     assert manifest["step"] == 42 and manifest["world_size"] == 1 and manifest["versions"]["torch"] == torch.__version__
-    assert manifest["files"] == [{"name": "state.pt", "bytes": len(content), "crc32": zlib.crc32(content)}]
+    file = {"name": "state.pt", "bytes": len(content), "crc32": zlib.crc32(content), "kind": "rank", "rank": 0}
+    assert manifest["files"] == [file]
     assert_same(state(42), torch.load(published / "state.pt"))
 
 
@@ -119,7 +123,7 @@ def test_steps_are_those_committed(opened: Open, native: Any) -> None:
 
 def test_the_newest_is_the_one_committed_last(opened: Open, directory: Path) -> None:
     """Not the one of the highest step: a run that was set back goes on from where it was set back to."""
-    save_all(opened(keep=None), 100, 200, 50)
+    save_all(opened(keep=None), 100, 200, 50, close=True)
     reopened = opened(keep=None)
     found = reopened.restore()
     assert found is not None and found.step == 50
@@ -145,7 +149,7 @@ def test_a_state_that_cannot_be_pickled_is_raised_at_once(opened: Open, director
     checkpointer = opened()
     with pytest.raises(Exception, match="pickle"):
         checkpointer.save(1, {"f": lambda: None})
-    assert checkpointer.steps() == [] and os.listdir(directory) == []
+    assert checkpointer.steps() == [] and os.listdir(directory) == [".lock"]
     save_all(checkpointer, 1)
     checkpointer.wait()
 
@@ -178,7 +182,7 @@ def test_keeps_the_newest(keep: int | None, opened: Open, directory: Path) -> No
     checkpointer = opened(keep=keep)
     save_all(checkpointer, *range(4))
     assert checkpointer.steps() == list(range(4))[-(keep or 4) :]
-    assert len(os.listdir(directory)) == 1 + len(checkpointer.steps())
+    assert set(os.listdir(directory)) == {".lock", "latest", *(f"step-{step:012d}" for step in checkpointer.steps())}
 
 
 @pytest.mark.parametrize("keep", [0, -1, 1.5, "3", True], ids=repr)
@@ -235,7 +239,7 @@ def test_the_same_step_twice_in_flight(opened: Open, native: Any, directory: Pat
 
 
 def test_what_a_crash_left_is_removed_and_what_is_foreign_is_not(opened: Open, directory: Path) -> None:
-    save_all(opened(), 1, 2)
+    save_all(opened(), 1, 2, close=True)
     half, torn = step_directory(directory, 3), step_directory(directory, 2)
     half.mkdir()
     (half / "state.pt").write_bytes(b"half")
@@ -250,7 +254,7 @@ def test_what_a_crash_left_is_removed_and_what_is_foreign_is_not(opened: Open, d
     assert half.exists(), "looking changes nothing"
     save_all(checkpointer, 4)
     assert sorted(os.listdir(directory)) == sorted(
-        ["latest", "notes.txt", "step-7", *(f"step-{step:012d}" for step in (1, 2, 4))]
+        [".lock", "latest", "notes.txt", "step-7", *(f"step-{step:012d}" for step in (1, 2, 4))]
     )
     assert sorted(os.listdir(torn)) == ["manifest.json", "notes.txt", "state.pt"]
 
@@ -282,7 +286,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 def test_falls_back_past_a_damaged_checkpoint(
     kind: str, opened: Open, directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    save_all(opened(), 1, 2, 3)
+    save_all(opened(), 1, 2, 3, close=True)
     DAMAGE[kind](step_directory(directory, 3))
     caplog.clear()
     checkpointer = opened()
@@ -300,7 +304,7 @@ def test_falls_back_past_a_damaged_checkpoint(
 @pytest.mark.parametrize("kind", [kind for kind in DAMAGE if kind != "no manifest"])
 def test_no_good_checkpoint_at_all_is_an_error(kind: str, opened: Open, directory: Path) -> None:
     """None would let the job begin anew, and after a few saves nothing would be left of what might be rescued."""
-    save_all(opened(), 1, 2)
+    save_all(opened(), 1, 2, close=True)
     for step in (1, 2):
         DAMAGE[kind](step_directory(directory, step))
     with pytest.raises(CorruptError, match="step-000000000001") as caught:
@@ -309,7 +313,7 @@ def test_no_good_checkpoint_at_all_is_an_error(kind: str, opened: Open, director
 
 
 def test_a_missing_or_wrong_latest_does_not_matter(opened: Open, directory: Path) -> None:
-    save_all(opened(), 1, 2)
+    save_all(opened(), 1, 2, close=True)
     for content in (None, b"", b"step-000000000001\n", b"nonsense"):
         (directory / "latest").unlink() if content is None else (directory / "latest").write_bytes(content)
         found = opened().restore()

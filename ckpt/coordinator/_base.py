@@ -120,28 +120,34 @@ class Deadline:
 
 
 class Pace:
-    """The growing sleeps of a loop that polls: never more than about a percent of a core.
+    """The growing sleeps of a loop that polls: prompt at first, then about a percent of a core.
 
     Args:
         first_s, longest_s: the first sleep and the one they grow to, seconds.
     """
 
-    SHARE = 100  # a look that costs 1 ms is followed by at least 100 ms of sleep
-    AT_MOST_S = 0.5  # but not by more than this
+    PROMPT_S = 0.05  # how long a wait may be prompt
+    SHARE = 100  # after that, a look that costs 1 ms is followed by at least 100 ms of sleep,
+    AT_MOST_S = 0.25  # but not by more than this
 
     def __init__(self, deadline: Deadline, first_s: float, longest_s: float) -> None:
         self._deadline = deadline
-        self._sleep_s = first_s
+        self._first_s = self._sleep_s = first_s
         self._longest_s = longest_s
+        self._prompt = Deadline(self.PROMPT_S)
         self._woke = time.thread_time()
 
-    def rest(self) -> bool:
-        """Sleeps; False at once if the deadline is over: there has been a look since."""
+    def rest(self, found: bool = False) -> bool:
+        """Sleeps; False at once if the deadline is over: there has been a look since.
+
+        Args:
+            found: the last look has found something, so the next may come soon.
+        """
         if self._deadline.over:
             return False
-        cost_s = time.thread_time() - self._woke
+        self._sleep_s = self._first_s if found else min(self._sleep_s * 1.5, self._longest_s)
+        cost_s = 0.0 if found or not self._prompt.over else time.thread_time() - self._woke
         time.sleep(min(max(self._sleep_s, min(self.SHARE * cost_s, self.AT_MOST_S)), self._deadline.left_s))
-        self._sleep_s = min(self._sleep_s * 1.5, self._longest_s)
         self._woke = time.thread_time()
         return True
 

@@ -93,7 +93,8 @@ class _Line:
             raise Lost(f"the store failed: {_first_line(error)}") from error
         if error is not None:
             raise error
-        return result  # type: ignore[no-any-return]
+        answer: _T = result
+        return answer
 
     def end(self, wait: bool) -> None:
         self._orders.put(None)
@@ -128,8 +129,9 @@ def connector(store: Any) -> Callable[[], Any]:
         if isinstance(base, TCPStore):  # older torch: the prefixes of `store` are lost, which does no harm
             timeout = timedelta(seconds=_CONNECTING_S)
             return PrefixStore(PREFIX, TCPStore(base.host, base.port, timeout=timeout, wait_for_workers=False))
-        if isinstance(base, FileStore):
-            return PrefixStore(PREFIX, FileStore(base.path))
+        path = getattr(base, "path", None)
+        if isinstance(base, FileStore) and path is not None:
+            return PrefixStore(PREFIX, FileStore(path))
         return PrefixStore(PREFIX, base)  # a HashStore waits without holding its lock
 
     return connect

@@ -1,11 +1,12 @@
 """A coordinator over the key-value store of torch.distributed: no collectives, no process groups.
 
-Messages to rank 0 are appended to one value, the box of the key, and counted; who makes the count full sets a third key. So rank 0
-waits for one key, reads one value and deletes three, however many ranks there are. A broadcast is one key that all wait for.
+Messages to rank 0 are appended to one value, the box of the key, and counted; who makes the count full sets a third key. So
+rank 0 waits for one key, reads one value and deletes three, however many ranks there are. A broadcast is one key that all
+wait for.
 
-Where the store lies is torch's choice: in the process of rank 0, or in torchrun's agent. An agent keeps its store over restarts
-of its workers, with whatever they left in it. So the ranks greet first: each puts down a fresh random id, rank 0 welcomes every id that it
-sees, under a key named by that id, with the name of its session; that name is a prefix of all other keys.
+Where the store lies is torch's choice: in the process of rank 0, or in torchrun's agent. An agent keeps its store over
+restarts of its workers, with whatever they left in it. So the ranks greet first: each puts down a fresh random id, and rank 0
+welcomes every id that it sees, under a key named by that id, with the name of its session; that is a prefix of all other keys.
 
     greeting        frames (rank, id) from everybody
     welcome/<id>    the name of the session, for the one who has this id
@@ -17,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import struct
+import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -185,14 +187,14 @@ class StoreCoordinator(Coordinator):
             self._parts[key] = len(more)
         dropped = [name for old in self._ledger.spoke(key) for name in self._word_names(old)]
 
-        def set_all(store: Any) -> None:
+        def say(store: Any) -> None:
             for number, part in enumerate(more, start=1):
                 store.set(f"{name}/{number}", part)
             store.set(name, _PARTS.pack(len(more)) + word[:PART_BYTES])
             delete_all(store, dropped)
 
         try:
-            self._lines.call(set_all, Deadline(timeout_s))
+            self._lines.call(say, Deadline(timeout_s))
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
@@ -285,12 +287,9 @@ class StoreCoordinator(Coordinator):
             set_all(store, self._extended, names, self._session.encode())
             return bool(store.check([full]))
 
-        def wait(store: Any) -> None:
-            store.wait([full], as_timedelta(min(look_s, deadline.left_s)))
-
         try:
             while not self._lines.call(welcome, deadline) and not deadline.over:
-                self._wait_for(wait, Deadline(min(look_s, deadline.left_s)))
+                time.sleep(min(look_s, deadline.left_s))
                 look_s = min(look_s * 1.5, _LOOK_S[1])
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot greet the other ranks: {error}") from error
@@ -315,6 +314,13 @@ def default_store() -> tuple[Any, int, int]:
     if store is None:
         raise CheckpointError("torch.distributed was initialised with a backend that has no store (mpi): use coordinator 'mpi'")
     return store, dist.get_rank(), dist.get_world_size()
+
+
+def has_store() -> bool:
+    """Whether the default process group has one: that of torch's backend "mpi" has none."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store() is not None
 
 
 def set_all(store: Any, extended: bool, names: list[str], value: bytes) -> None:

@@ -28,10 +28,12 @@ POINTS = {
     "data-durable": 1,
     "before-rename": 1,
     "renamed": 1,
+    "prepared": 1,
     "manifest-written": 1,
     "manifest-renamed": 1,
     "latest-written": 1,
     "latest-renamed": 1,
+    "published": 1,
     "tidied": 1,
     "removal-begun": 1,
 }
@@ -136,7 +138,7 @@ def assert_tidy(directory: Path) -> None:
             step = int(path.name.removeprefix("step-"))
             assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", state_file(directory, step)]
         else:
-            assert path.name == "latest"
+            assert path.name in ("latest", ".lock")
 
 
 def save_once_more(nursery: Nursery, directory: Path, reference: Reference, at_least: int) -> None:

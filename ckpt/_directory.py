@@ -1,0 +1,261 @@
+"""A directory of checkpoints: its names, what is in it, and what happens to steps that are no longer wanted.
+
+    .lock                     held by the one job that writes here
+    latest                    the name of the newest committed step directory; written last
+    step-000000000042/
+        manifest.json         the commit record; without one the directory is no checkpoint
+        state.pt              what a job of one process gave; or, of several:
+        rank-00000.pt  ...    what each rank gave for itself
+        replicated.pt         what was the same on all ranks
+
+A file of a step that is saved again gets another name (state-2.pt) beside the old one: the rename of the manifest exchanges the
+two at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt import _manifest, _storage
+from ckpt._lock import DirectoryLock
+from ckpt._manifest import Manifest
+from ckpt.errors import NotACheckpointError, StorageError
+
+logger = logging.getLogger("ckpt")
+
+LATEST = "latest"
+_PREFIX = "step-"
+_DIGITS = 12  # so that names sort like numbers
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step.
+
+    Raises:
+        TypeError, ValueError: it is not a count of at most 12 digits.
+    """
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int, not {type(step).__name__}")
+    if not 0 <= step < 10**_DIGITS:
+        raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
+    return f"{_PREFIX}{step:0{_DIGITS}d}"
+
+
+def is_step_name(name: str) -> bool:
+    digits = name.removeprefix(_PREFIX)
+    return name.startswith(_PREFIX) and len(digits) == _DIGITS and digits.isdecimal() and digits.isascii()
+
+
+class StepDirectories:
+    """What one process does in the directory. begin() runs on the caller's thread, publish() and tidy() on the committer's.
+
+    Args:
+        keep: how many committed steps stay; None: all.
+        shared: ranks of one job write here together. Rank 0 alone publishes and removes; it cannot know what the others are
+            writing just now, so it removes less.
+    """
+
+    def __init__(self, directory: Path, keep: int | None, shared: bool) -> None:
+        self._directory = directory
+        self._keep = keep
+        self._shared = shared
+        self._file_lock = DirectoryLock(directory)
+        self._lock = threading.Lock()  # guards what follows
+        self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
+        self._next_sequence: int | None = None
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def look(self) -> tuple[list[tuple[Path, Manifest]], list[NotACheckpointError]]:
+        """The checkpoints, newest commit first, and what is wrong with manifests that cannot be understood.
+
+        A directory without a manifest was never committed, and is neither.
+        """
+        found, damaged = [], []
+        for path in self._step_directories():
+            try:
+                found.append((path, _manifest.read(path)))
+            except NotACheckpointError as error:
+                if (path / _manifest.NAME).exists():
+                    damaged.append(error)
+        found.sort(key=lambda item: item[1].sequence, reverse=True)
+        return found, damaged
+
+    def _step_directories(self) -> list[Path]:
+        if not self._directory.is_dir():
+            return []
+        return [path for path in self._directory.iterdir() if is_step_name(path.name) and path.is_dir()]
+
+    # ---- the caller's side -----------------------------------------------------------------------------------------
+
+    def claim(self) -> None:
+        """Once, before the first save of the job: makes the directory ours, and removes what a crash left.
+
+        Raises:
+            InUseError: another job is writing to it.
+            StorageError: the lock cannot be made.
+        """
+        self._file_lock.acquire()
+        self._remove_leftovers()  # before a byte is written: a full disk may be full of them
+
+    def release(self) -> None:
+        self._file_lock.release()
+
+    def begin(self, name: str, stems: Sequence[str]) -> list[Path]:
+        """Makes the step's directory and chooses names for its files that no committed or pending one uses.
+
+        Args:
+            stems: of the names: "state", "replicated", "rank-00003".
+
+        Raises:
+            StorageError: the directory cannot be made.
+        """
+        directory = self._directory / name
+        with self._lock:
+            _storage.make_directory(directory, durable=False)  # no fsync on the training's time: publish() does it
+            taken = set(self._in_flight.get(name, ()))
+            with contextlib.suppress(NotACheckpointError):
+                taken |= _manifest.names(_manifest.read(directory).files)
+            files = [_free_name(stem, taken) for stem in stems]
+            self._in_flight.setdefault(name, set()).update(files)
+        return [directory / file for file in files]
+
+    def abandon(self, directory: Path, targets: Sequence[Path]) -> None:
+        """The save that begin() returned `targets` for is over: published, failed, or never begun."""
+        with self._lock:
+            names = self._in_flight.get(directory.name, set())
+            names.difference_update(target.name for target in targets)
+            if names:
+                return
+            self._in_flight.pop(directory.name, None)
+            if not self._shared:
+                _storage.remove_if_empty(directory)  # it is when the first save to this step has failed
+
+    # ---- the committer's side --------------------------------------------------------------------------------------
+
+    def place(self, temporary: Path, target: Path) -> None:
+        """Gives a written file its name, durably. No manifest names it yet: it belongs to no checkpoint.
+
+        Raises:
+            StorageError: a system call failed; the file is removed.
+        """
+        _storage.crash_point("before-rename")
+        try:
+            _storage.rename_durably(temporary, target)
+        except BaseException:
+            self.take_back(target)
+            raise
+        _storage.crash_point("renamed")
+
+    def publish(self, manifest: Manifest, directory: Path) -> None:
+        """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
+
+            1. fsync the parent of the step directory      not a checkpoint: no manifest
+            2. write the manifest aside, fsync             not a checkpoint
+            3. rename to manifest.json                     a checkpoint, if the rename survives
+            4. fsync the step directory                    a checkpoint
+            5. `latest`: aside, fsync, rename, fsync       the newest checkpoint by name, too
+
+        Raises:
+            StorageError: a system call failed; what was committed before still stands.
+        """
+        _storage.sync_directory(self._directory)
+        _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+        _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
+
+    def take_back(self, target: Path) -> None:
+        """Removes a file that has its name but is not committed: a full disk must not get fuller with every try."""
+        with contextlib.suppress(NotACheckpointError):
+            if target.name in _manifest.names(_manifest.read(target.parent).files):
+                return  # committed after all: only the last fsync has failed
+        _storage.remove_quietly(target)
+
+    def take_sequence(self) -> int:
+        """The number of the next commit."""
+        with self._lock:
+            if self._next_sequence is None:
+                self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
+            self._next_sequence += 1
+            return self._next_sequence - 1
+
+    def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
+        """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.
+
+        Args:
+            before: what the step was until now.
+        """
+        try:
+            self._remove_retired()
+            if not self._shared:
+                self._remove_unnamed(directory, manifest)
+            elif before is not None:
+                for name in _manifest.names(before.files) - _manifest.names(manifest.files):
+                    _storage.remove_file(directory / name)
+            if self._keep is not None:
+                for path, _ in self.look()[0][self._keep :]:
+                    self._remove_step(path)
+        except (StorageError, OSError) as error:
+            logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
+
+    def _remove_leftovers(self) -> None:
+        """What a crash left behind."""
+        try:
+            self._remove_retired()
+            for path in self._directory.iterdir():
+                if _storage.is_temporary(path.name):
+                    _storage.remove_file(path)
+            for path in self._step_directories():
+                try:
+                    self._remove_unnamed(path, _manifest.read(path))
+                except NotACheckpointError:
+                    if not (path / _manifest.NAME).exists():  # a damaged manifest is evidence: leave it to a person
+                        self._remove_step(path)
+        except OSError as error:
+            logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
+
+    def _remove_retired(self) -> None:
+        """Steps whose removal failed half-way."""
+        for path in self._directory.iterdir():
+            if _storage.is_temporary(path.name) and path.is_dir():
+                _storage.remove_tree(path)
+
+    def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
+        """State files, finished or not, that neither the manifest names nor a save is writing."""
+        with self._lock:
+            wanted = _manifest.names(manifest.files) | self._in_flight.get(directory.name, set())
+            for path in directory.iterdir():
+                owner = _written_for(path.name)
+                if owner is not None and owner not in wanted:
+                    _storage.remove_file(path)
+
+    def _remove_step(self, directory: Path) -> None:
+        with self._lock:  # no save may begin in it meanwhile
+            if directory.name in self._in_flight:
+                return
+            retired = _storage.retire_directory(directory)
+        _storage.sync_directory(self._directory)
+        _storage.crash_point("removal-begun")
+        _storage.remove_tree(retired)
+
+
+_FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
+
+
+def _free_name(stem: str, taken: set[str]) -> str:
+    name, number = f"{stem}.pt", 1
+    while name in taken:
+        number += 1
+        name = f"{stem}-{number}.pt"
+    return name
+
+
+def _written_for(name: str) -> str | None:
+    """The final name of a file of a step or of a temporary on its way to one; None for files that are not ours."""
+    if _storage.is_temporary(name):
+        return _storage.name_behind(name)
+    return name if _FILE.fullmatch(name) else None

@@ -1,0 +1,63 @@
+"""Whether what was given as replicated is the same on all ranks: the structure and the layout, not the tensors' bytes."""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import pickletools
+import re
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+_CONTEXT = 3  # values before the difference that a message shows
+_LONGEST_VALUE = 40  # characters of each
+# A rank's tensors lie on a device of its own; the file says that of the rank which wrote it.
+_DEVICE = re.compile(rb"X....(cuda|xpu|npu|hpu|privateuseone):\d+", re.DOTALL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digest:
+    """Of one replicated state on one rank."""
+
+    pickle_crc: int
+    pickle_bytes: int
+    sizes_crc: int
+    records: int
+
+
+def digest_of(pickle: bytes, sizes: Sequence[int]) -> Digest:
+    """
+    Args:
+        sizes: of the records, bytes.
+    """
+    plain = without_devices(pickle)
+    return Digest(zlib.crc32(plain), len(plain), zlib.crc32(array.array("Q", sizes).tobytes()), len(sizes))
+
+
+def without_devices(pickle: bytes) -> bytes:
+    return _DEVICE.sub(b"X\x06\0\0\0device", pickle)
+
+
+def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int) -> str:
+    """Where two pickles part, in words: the values just before, then both values."""
+    before: list[str] = []
+    for mine, other in zip(_values(ours), _values(theirs), strict=False):
+        if mine != other:
+            where = " after " + ", ".join(before[-_CONTEXT:]) if before else " at the beginning"
+            return f"{where.strip()}: {mine} on rank {our_rank}, {other} on rank {their_rank}"
+        before.append(mine)
+    return f"one goes on where the other ends, after {', '.join(before[-_CONTEXT:])}"
+
+
+def _values(pickle: bytes) -> list[str]:
+    return [_show(value) for opcode, value, _ in pickletools.genops(pickle) if _tells(opcode.name, value)]
+
+
+def _tells(opcode: str, value: Any) -> bool:
+    return value is not None and "PUT" not in opcode and "GET" not in opcode and opcode != "PROTO"
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _LONGEST_VALUE else text[:_LONGEST_VALUE] + "..."

@@ -1,0 +1,322 @@
+"""A coordinator over a directory that all ranks share, for launchers that bring neither a store nor MPI.
+
+    .coordination/hello/<rank>              a fresh random id of that rank
+    .coordination/session                   the name of a session, and the ids of the ranks that rank 0 has seen
+    .coordination/s-<random>/posts/<key>@<rank>
+    .coordination/s-<random>/words/<key>
+
+Whatever an earlier run left is told from our own by the ids: a rank enters a session only if that names its own fresh id, which
+only a rank 0 that lives can have written; and rank 0 writes the session again when a newer hello appears, until all ranks have
+entered. Every file gets its name by a rename and is fsynced before, so that no node sees a name without its bytes. The file
+system must show new names to other nodes soon: Lustre, GPFS and BeeGFS do; NFS caches directories for some seconds, unless
+mounted with small `acdirmax` and `lookupcache=none`. One job at a time may use a directory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from urllib.parse import quote
+
+from ckpt import _native, _storage
+from ckpt.coordinator._base import (
+    OPENING,
+    VERDICT_S,
+    Coordinator,
+    Deadline,
+    Farewell,
+    Ledger,
+    Pace,
+    given,
+    missing_error,
+    silent_error,
+)
+from ckpt.errors import CheckpointError, StorageError
+
+FOLDER = ".coordination"
+HELLO_S = 300.0  # for all ranks to come
+_PACE_S = (0.001, 0.05)  # first and longest sleep between looks
+_ID_BYTES = 16
+_HEADER_BYTES = 32  # of the file `session`: its name, filled up with spaces; then the ids, from rank 0 on
+_LONGEST_NAME = 150  # bytes; the file system takes 255, and temporary names are longer
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+VARIABLES = (
+    ("RANK", "WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+    ("PMI_RANK", "PMI_SIZE"),
+)
+_live: set[str] = set()  # sessions of this process
+
+
+def world_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
+    """Rank and world size that a launcher has put into the environment."""
+    for rank, size in VARIABLES:
+        if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
+            return int(environment[rank]), int(environment[size])
+    return None
+
+
+class FileCoordinator(Coordinator):
+    """See the module.
+
+    Args:
+        directory: shared by all ranks; made if it is not there.
+        rank, world_size: default: what the launcher has put into the environment.
+        timeout_s: how long the ranks wait for each other here, seconds. All of them must come.
+
+    Raises:
+        CheckpointError: rank and world size are not known.
+        PeerError: ranks did not come in time.
+        StorageError: the directory cannot be written.
+    """
+
+    name = "file"
+
+    def __init__(
+        self, directory: Path, rank: int | None = None, world_size: int | None = None, timeout_s: float = HELLO_S
+    ) -> None:
+        if rank is None or world_size is None:
+            rank, world_size = _known_world()
+        self.rank, self.world_size = rank, world_size
+        self._root = directory / FOLDER
+        self._session = self._root / "none"
+        self._ledger = Ledger()
+        self._farewell = Farewell(f"the coordinator over '{directory}'")
+        if world_size > 1:
+            _storage.make_directory(self._root / "hello", durable=False)
+            (self._open if rank == 0 else self._enter)(timeout_s)
+
+    def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
+        self._farewell.check()
+        if self.rank != 0:
+            self._post(key, payload, timeout_s)
+            return None
+        answers = {0: payload} | self._collect(key, Deadline(timeout_s))
+        missing = [rank for rank in range(self.world_size) if rank not in answers]
+        self._forget(key, missing)
+        if missing:
+            raise missing_error(key, missing, answers, timeout_s)
+        return [answers[rank] for rank in range(self.world_size)]
+
+    def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
+        self._farewell.check()
+        if self.rank != 0:
+            return self._hear(key, timeout_s)
+        word = given(payload, key)
+        if self.world_size > 1:
+            dropped = self._ledger.spoke(key)
+            _put(self._word_path(key), word)
+            for old in dropped:
+                _storage.remove_quietly(self._word_path(old))
+        return word
+
+    def close(self) -> None:
+        everybody_read = self.world_size > 1 and self.rank == 0 and self._ledger.all_read
+        spent = self._farewell.say(self, self._ledger)
+        if spent is None or self.world_size == 1 or self.rank != 0:
+            return
+        _live.discard(self._session.name)
+        if everybody_read or spent.words:  # else ranks are missing that may still come and read: the next run removes it
+            with contextlib.suppress(OSError):
+                _storage.remove_tree(self._session)
+            _storage.remove_if_empty(self._root / "hello")
+            _storage.remove_if_empty(self._root)
+
+    # ---- messages --------------------------------------------------------------------------------------------------
+
+    def _post(self, key: str, payload: bytes, timeout_s: float) -> None:
+        try:
+            _put(self._session / "posts" / f"{_name(key)}@{self.rank}", payload)
+        except StorageError as error:
+            if error.errno not in _GONE:
+                raise
+            why = "it has removed the session: closed, or started anew without this rank"
+            raise silent_error(key, self.rank, timeout_s, why) from error
+
+    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
+        """Reads and removes answers as they come; rank 0's own is not among them."""
+        answers: dict[int, bytes] = {}
+        if self.world_size == 1:
+            return answers
+        pace, stem = Pace(deadline, *_PACE_S), _name(key)
+        while True:
+            before = len(answers)
+            for path, rank in self._posts({stem}):
+                if rank not in answers and (payload := _get(path)) is not None:
+                    answers[rank] = payload
+                    _storage.remove_quietly(path)
+            if len(answers) == self.world_size - 1 or not pace.rest(found=len(answers) > before):
+                return answers
+
+    def _forget(self, key: str, missing: list[int]) -> None:
+        """Removes what nobody will ask for, now that `key` is gathered."""
+        spent = self._ledger.heard(key, missing)
+        for word in spent.words:
+            _storage.remove_quietly(self._word_path(word))
+        if spent.boxes:
+            for path, _ in self._posts({_name(box) for box in spent.boxes}):
+                _storage.remove_quietly(path)
+
+    def _hear(self, key: str, timeout_s: float) -> bytes:
+        pace, path = Pace(Deadline(timeout_s), *_PACE_S), self._word_path(key)
+        while (word := _get(path)) is None:
+            if not pace.rest():
+                raise silent_error(key, self.rank, timeout_s)
+        return word
+
+    def _posts(self, stems: set[str]) -> Iterator[tuple[Path, int]]:
+        """The answers to some keys that are there now: one listing, whatever the number of ranks."""
+        folder = self._session / "posts"
+        for name in os.listdir(folder):
+            stem, _, rank = name.rpartition("@")
+            if stem in stems and rank.isdigit():
+                yield folder / name, int(rank)
+
+    def _word_path(self, key: str) -> Path:
+        return self._session / "words" / _name(key)
+
+    # ---- the beginning ---------------------------------------------------------------------------------------------
+
+    def _enter(self, timeout_s: float) -> None:
+        """Says hello, waits for a session that names us, and enters it."""
+        deadline = Deadline(timeout_s)
+        own = secrets.token_hex(_ID_BYTES // 2).encode()
+        hello = self._root / "hello" / str(self.rank)
+        _put(hello, own)
+        pace = Pace(deadline, *_PACE_S)
+        while (session := _session_naming(self._root / "session", self.rank, own)) is None:
+            if not pace.rest():
+                _storage.remove_quietly(hello)
+                raise silent_error("hello", self.rank, timeout_s, f"nobody opened a session in '{self._root}'")
+        self._session = self._root / session
+        self._post(OPENING, own, timeout_s)
+        self._hear(OPENING, deadline.left_s + VERDICT_S)
+
+    def _open(self, timeout_s: float) -> None:
+        """Makes a session, names in it whoever has said hello, and waits until all have entered."""
+        for name in os.listdir(self._root):
+            if name.startswith("s-") and name not in _live:
+                with contextlib.suppress(OSError):
+                    _storage.remove_tree(self._root / name)
+        self._session = self._root / f"s-{secrets.token_hex(_ID_BYTES // 2)}"
+        _live.add(self._session.name)
+        for folder in ("posts", "words"):
+            _storage.make_directory(self._session / folder, durable=False)
+        entered = self._await_all(Deadline(timeout_s))
+        missing = [rank for rank in range(1, self.world_size) if rank not in entered]
+        _storage.remove_quietly(self._root / "session")
+        if missing:
+            _live.discard(self._session.name)
+            with contextlib.suppress(OSError):
+                _storage.remove_tree(self._session)
+            raise missing_error(f"hello in {self._root}", missing, {}, timeout_s)
+        for name in os.listdir(self._root / "hello"):
+            _storage.remove_quietly(self._root / "hello" / name)
+        self.broadcast(OPENING, b"", timeout_s)
+
+    def _await_all(self, deadline: Deadline) -> set[int]:
+        pace = Pace(deadline, *_PACE_S)
+        hellos = _Hellos(self._root / "hello", self.world_size)
+        entered: set[int] = set()
+        while True:
+            before = len(entered)
+            if hellos.look() and len(hellos.ids) == self.world_size - 1:
+                _put(self._root / "session", hellos.session_file(self._session.name))
+            for path, rank in self._posts({_name(OPENING)}):
+                if _get(path) == hellos.ids.get(rank):  # else it is of a process that a new one has replaced
+                    entered.add(rank)
+                _storage.remove_quietly(path)
+            if len(entered) == self.world_size - 1 or not pace.rest(found=len(entered) > before):
+                return entered
+
+
+class _Hellos:
+    """The hellos that rank 0 has seen. A hello that replaces another has another inode, so each is read once."""
+
+    def __init__(self, folder: Path, world_size: int) -> None:
+        self.ids: dict[int, bytes] = {}
+        self._folder = folder
+        self._world_size = world_size
+        self._inodes: dict[int, int] = {}
+
+    def look(self) -> bool:
+        """Whether there are new ones."""
+        changed = False
+        with os.scandir(self._folder) as entries:
+            for entry in entries:
+                rank = int(entry.name) if entry.name.isdigit() else 0
+                if not 0 < rank < self._world_size or self._inodes.get(rank) == entry.inode():
+                    continue
+                own = _get(Path(entry.path))
+                if own is not None and len(own) == _ID_BYTES:
+                    self._inodes[rank] = entry.inode()
+                    changed |= self.ids.get(rank) != own
+                    self.ids[rank] = own
+        return changed
+
+    def session_file(self, session: str) -> bytes:
+        ids = b"".join(self.ids.get(rank, b" " * _ID_BYTES) for rank in range(self._world_size))
+        return session.encode().ljust(_HEADER_BYTES) + ids
+
+
+def _session_naming(path: Path, rank: int, own: bytes) -> str | None:
+    """The session in this file, if it names the id `own` for the rank. Reads just that: all ranks do this at once."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            header = file.read(_HEADER_BYTES)
+            file.seek(_HEADER_BYTES + _ID_BYTES * rank)
+            named = file.read(_ID_BYTES)
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise
+    return header.decode().strip() if named == own else None
+
+
+def _known_world() -> tuple[int, int]:
+    world = world_of(os.environ)
+    if world is None:
+        pairs = ", ".join(f"{rank}/{size}" for rank, size in VARIABLES)
+        raise CheckpointError(
+            f"the coordinator 'file' does not know rank and world size: none of {pairs} is in the environment; "
+            "set RANK and WORLD_SIZE for each process"
+        )
+    return world
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _name(key: str) -> str:
+    """A file name for a key."""
+    name = quote(key, safe="")
+    if len(name) <= _LONGEST_NAME:
+        return name
+    return f"{name[:80]}~{hashlib.sha256(key.encode()).hexdigest()[:32]}"
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Atomically. Without an fsync of the directory: nothing here has to survive a crash."""
+    temporary = _storage.temporary_path(path)
+    try:
+        _native.write_small_file(os.fsencode(temporary), content)
+        _native.rename_path(os.fsencode(temporary), os.fsencode(path))
+    except BaseException:
+        _storage.remove_quietly(temporary)
+        raise
+
+
+def _get(path: Path) -> bytes | None:
+    """None if it is not there."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        if error.errno in _GONE:
+            return None
+        raise

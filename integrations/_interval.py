@@ -1,0 +1,230 @@
+"""When to save: every so many steps, every so many seconds, or as often as pays.
+
+On several ranks the decision must be the same everywhere, although clocks and costs differ. Numbers of steps are the same on
+all ranks by themselves. Time is not, so only rank 0's clock counts, and it is asked only at steps that all ranks know before,
+its *looks*: each look tells all ranks whether to save now, and at which step the next look is. A look aims at the step at which
+the next save will be due, so there is about one for each save, and between looks nothing is exchanged.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import datetime
+import math
+import re
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
+Duration = float | int | str | datetime.timedelta
+
+_UNITS_S = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+_COSTS_KEPT = 5  # saves whose median cost is what a save costs
+_LOOK_GROWTH = 2  # a look is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
+
+now = time.monotonic
+
+
+def parse_duration(value: Duration, name: str) -> float:
+    """Seconds from a timedelta, a text such as "30s", "10min", "6h", "1d", "500ms", or a number of seconds.
+
+    Raises:
+        ValueError: the text is no duration, or the duration is not positive and finite.
+        TypeError: the value is something else.
+    """
+    if isinstance(value, datetime.timedelta):
+        seconds = value.total_seconds()
+    elif isinstance(value, str):
+        match = _DURATION.fullmatch(value)
+        if match is None or match[2].lower() not in _UNITS_S:
+            raise ValueError(f"{name} must be a duration such as '30s', '10min' or '6h', not {value!r}")
+        seconds = float(match[1]) * _UNITS_S[match[2].lower()]
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        seconds = float(value)
+    else:
+        raise TypeError(f"{name} must be a duration: a timedelta, a text such as '10min', or seconds; not {value!r}")
+    if not (math.isfinite(seconds) and seconds > 0):
+        raise ValueError(f"{name} must be a positive duration, not {value!r}")
+    return seconds
+
+
+@dataclasses.dataclass(frozen=True)
+class Auto:
+    """Save as often as pays: the interval of Young and Daly, sqrt(2 * cost of a save * mean time between failures).
+
+    The cost is the time that saves were seen to hold up training. Two limits keep the interval from getting too short: the
+    share of time spent on saves, and the time that a save takes until it is durable.
+
+    Attributes:
+        mtbf: mean time between failures of the whole job, all its machines together; default "6h". A duration as in `every`.
+            Four times as much doubles the interval.
+        overhead: the largest share of wall time that saves may hold up training, more than 0 and at most 1; default 0.03.
+
+    Raises:
+        ValueError, TypeError: a value is impossible.
+    """
+
+    mtbf: Duration = "6h"
+    overhead: float = 0.03
+
+    def __post_init__(self) -> None:
+        parse_duration(self.mtbf, "Auto.mtbf")
+        is_number = isinstance(self.overhead, (int, float)) and not isinstance(self.overhead, bool)
+        if not is_number or not 0 < self.overhead <= 1:
+            raise ValueError(f"Auto.overhead must be more than 0 and at most 1, not {self.overhead!r}")
+
+    def interval_s(self, cost_s: float, durable_s: float) -> float:
+        """Seconds from one save to the next, given what one costs and how long it takes to get durable, both in seconds."""
+        best = math.sqrt(2 * cost_s * parse_duration(self.mtbf, "Auto.mtbf"))
+        return max(best, cost_s / self.overhead, durable_s)
+
+
+Every = int | str | datetime.timedelta | Auto
+
+
+class Interval(Protocol):
+    """Decides at each step whether to save. Every rank must ask at the same steps."""
+
+    def is_due(self, step: int) -> bool: ...
+
+    def note_start(self, step: int) -> None:
+        """Training begins with `step` steps done: time counts from here."""
+
+    def note_save(self, step: int, pending: Any, blocked_s: float) -> None:
+        """A save was begun, and has held up training for so many seconds so far."""
+
+
+def make_interval(every: Every, agree: Agree | None) -> Interval:
+    """The interval that `every` means.
+
+    Args:
+        agree: how ranks agree; None: there is only one.
+
+    Raises:
+        ValueError, TypeError: `every` is nothing that can be meant.
+    """
+    if isinstance(every, bool):
+        raise TypeError(f"every must be a number of steps, a duration, 'auto' or Auto(...), not {every!r}")
+    if isinstance(every, int):
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step, not {every}")
+        return Steps(every)
+    if every == "auto":
+        every = Auto()
+    if isinstance(every, Auto):
+        return Clocked(_Worthwhile(every), agree)
+    if not isinstance(every, (str, datetime.timedelta)):
+        raise TypeError(f"every must be a number of steps, a duration, 'auto' or Auto(...), not {every!r}")
+    return Clocked(_Fixed(parse_duration(every, "every")), agree)
+
+
+class Steps:
+    """Every `every` steps, counted from the first of the job, so that a resumed job saves the same steps."""
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+
+    def is_due(self, step: int) -> bool:
+        return step % self._every == 0
+
+    def note_start(self, step: int) -> None:
+        pass
+
+    def note_save(self, step: int, pending: Any, blocked_s: float) -> None:
+        pass
+
+
+class _Fixed:
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def may_save(self) -> bool:
+        return True
+
+    def wait_s(self, elapsed_s: float) -> float:
+        """Seconds until the next save is due, `elapsed_s` after the last began; not positive: now."""
+        return self._seconds - elapsed_s
+
+    def note(self, pending: Any, blocked_s: float) -> None:
+        pass
+
+
+class _Worthwhile:
+    """The interval of an Auto, from what the saves so far have cost."""
+
+    def __init__(self, auto: Auto) -> None:
+        self._auto = auto
+        self._saves: collections.deque[tuple[Any, float]] = collections.deque(maxlen=_COSTS_KEPT)
+        self._durable_s = 0.0
+
+    def may_save(self) -> bool:
+        """Not before the newest save is durable, or has failed."""
+        return not self._saves or self._saves[-1][0].done()
+
+    def wait_s(self, elapsed_s: float) -> float:
+        if not self._saves:
+            return 0.0  # what a save costs is learnt from the first
+        if not self.may_save():
+            return elapsed_s / 2  # look again in a while
+        stats = self._saves[-1][0].stats
+        if stats.durable_at is not None and stats.started_at is not None:
+            self._durable_s = stats.durable_at - stats.started_at
+        cost_s = statistics.median(blocked_s + pending.stats.fence_s for pending, blocked_s in self._saves)
+        return self._auto.interval_s(cost_s, self._durable_s) - elapsed_s
+
+    def note(self, pending: Any, blocked_s: float) -> None:
+        self._saves.append((pending, blocked_s))
+
+
+class Clocked:
+    """By rank 0's clock, looked at in steps that all ranks know beforehand; see the top of this file.
+
+    With one rank every step is a look.
+    """
+
+    def __init__(self, rule: _Fixed | _Worthwhile, agree: Agree | None) -> None:
+        self._rule = rule
+        self._agree = agree
+        self._began_at = now()  # the last save; before the first, training
+        self._began_step = 0  # the steps done then
+        self._next_look = 0
+
+    def note_start(self, step: int) -> None:
+        self._began_at, self._began_step, self._next_look = now(), step, step
+
+    def note_save(self, step: int, pending: Any, blocked_s: float) -> None:
+        self._began_at, self._began_step = now() - blocked_s, step
+        self._rule.note(pending, blocked_s)
+
+    def is_due(self, step: int) -> bool:
+        if self._agree is None:
+            return self._rule.may_save() and self._rule.wait_s(now() - self._began_at) <= 0
+        if step < self._next_look:
+            return False
+        due, self._next_look = _decode(self._agree(_encode(*self._look(step))))
+        return due
+
+    def _look(self, step: int) -> tuple[bool, int]:
+        """Whether to save at `step`, and the step to look at next."""
+        elapsed_s = now() - self._began_at
+        steps = max(1, step - self._began_step)
+        step_s = max(elapsed_s / steps, 1e-9)
+        wait_s = self._rule.wait_s(elapsed_s)
+        due = self._rule.may_save() and wait_s <= step_s / 2  # else the next step would be later than this one is early
+        if due:
+            wait_s = self._rule.wait_s(0.0)
+        ahead = min(round(wait_s / step_s), _LOOK_GROWTH * steps)
+        return due, step + max(1, ahead)
+
+
+def _encode(due: bool, next_look: int) -> bytes:
+    return b"%d %d" % (due, next_look)
+
+
+def _decode(answer: bytes) -> tuple[bool, int]:
+    due, next_look = answer.split()
+    return due == b"1", int(next_look)

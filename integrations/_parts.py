@@ -1,0 +1,124 @@
+"""The parts of a training state, each under a name: "model", or "model/generator" if several were given.
+
+Modules are saved bare: without the prefixes of DistributedDataParallel and torch.compile, whichever wraps them.
+"""
+
+from __future__ import annotations
+
+import collections
+import pickle
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
+
+import torch
+from torch import nn
+
+_SHARDED = ("DTensor", "FlatParameter")  # names of parameters of which a rank holds only a part: FSDP, tensor parallelism
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """What keeps its state in a dict: optimizers, schedulers, GradScaler, StatefulDataLoader, samplers of your own."""
+
+    def state_dict(self) -> Any: ...
+
+    def load_state_dict(self, state_dict: Any, /) -> Any: ...
+
+
+def name_parts(kind: str, given: Stateful | Mapping[str, Stateful] | None) -> dict[str, Any]:
+    """Objects by the name of their part, modules unwrapped.
+
+    Raises:
+        TypeError: one has no state_dict() and load_state_dict(), or is a module of which this rank holds only a part.
+        ValueError: a name is not a text without "/".
+    """
+    if given is None:
+        return {}
+    parts: dict[str, Any] = {}
+    if isinstance(given, Mapping):
+        for name, item in given.items():
+            if not isinstance(name, str) or not name or "/" in name:
+                raise ValueError(f"{kind}= takes names that are texts without '/', not {name!r}")
+            parts[f"{kind}/{name}"] = item
+    else:
+        parts[kind] = given
+    return {name: _usable(name, item) for name, item in parts.items()}
+
+
+def _usable(name: str, item: Any) -> Any:
+    if isinstance(item, type) or not isinstance(item, Stateful):
+        raise TypeError(
+            f"{name} must have state_dict() and load_state_dict(), and {type(item).__name__} has not"
+            + ("; give a sampler with a state, or a StatefulDataLoader" if name.partition("/")[0] == "data" else "")
+        )
+    if not isinstance(item, nn.Module):
+        return item
+    module = unwrap(item)
+    for key, parameter in module.named_parameters():
+        if type(parameter).__name__ in _SHARDED:
+            raise TypeError(f"{name} is sharded ('{key}' is a {type(parameter).__name__}); this callback saves replicas only")
+    return module
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """The module inside DistributedDataParallel, DataParallel and torch.compile, in whatever order they were applied."""
+    while True:
+        if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            module = module.module
+        elif "_orig_mod" in module._modules:
+            module = cast(nn.Module, module._modules["_orig_mod"])
+        else:
+            return module
+
+
+def take_state(part: Any, split: bool) -> tuple[Any, dict[str, Any] | None]:
+    """What is the same on all ranks, and what may differ between them: all of a module but its parameters.
+
+    Args:
+        split: False: all in the first, None in the second, which is also what any part but a module gives.
+    """
+    state = part.state_dict()
+    if not isinstance(part, nn.Module):
+        return state, None
+    shared: collections.OrderedDict[str, Any] = collections.OrderedDict()
+    own: dict[str, Any] = {}
+    parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)} if split else set(state)
+    for key, value in state.items():
+        (shared if key in parameters else own)[_bare(key)] = value
+    metadata = getattr(state, "_metadata", {})
+    shared._metadata = {_bare(prefix): dict(value) for prefix, value in metadata.items()}  # type: ignore[attr-defined]
+    return shared, own if split else None
+
+
+def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool) -> list[str]:
+    """Puts back what take_state() has taken; returns the names in a module that only one side has, if not strict.
+
+    Raises:
+        whatever `part` raises if the state does not fit. A module may then be loaded in part.
+    """
+    if not isinstance(part, nn.Module):
+        part.load_state_dict(shared)
+        return []
+    names = {_bare(key): key for key in part.state_dict()}
+    state = collections.OrderedDict((names.get(key, key), value) for key, value in {**shared, **(own or {})}.items())
+    metadata = getattr(shared, "_metadata", {})
+    prefixes = [prefix for prefix, _ in part.named_modules(remove_duplicate=False)]
+    state._metadata = {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata}  # type: ignore[attr-defined]
+    differing = part.load_state_dict(state, strict=strict)
+    return [*differing.missing_keys, *differing.unexpected_keys]
+
+
+def _bare(key: str) -> str:
+    """The key that it would be if no submodule were compiled."""
+    return ".".join(name for name in key.split(".") if name != "_orig_mod") if "_orig_mod" in key else key
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two states are equal, tensors and all."""
+    if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+        return isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and type(a) is type(b):
+        return len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and pickle.dumps(a) == pickle.dumps(b)

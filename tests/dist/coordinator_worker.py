@@ -1,0 +1,400 @@
+"""One rank of a job that puts a coordinator through its paces; tests/test_coordinator.py starts it and reads what it reports.
+
+    coordinator_worker.py IMPLEMENTATION DIRECTORY SCENARIO...      one rank of MPI
+    coordinator_worker.py --jobs JOB...                             jobs one after the other, each a JSON list:
+                                                                    [implementation, ranks, directory, port, scenarios]
+
+In the second form every rank is forked from a process that has imported torch, which takes longer than most of the rest.
+Every scenario is run by all ranks, in the same order, and appends a line to DIRECTORY/<rank>.jsonl. A rank that fails one ends:
+the others then miss it in the next, and say so.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import gc
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ckpt.coordinator import Coordinator, make_coordinator
+from ckpt.errors import ClosedError, PeerError
+
+TIMEOUT_S = 20.0  # for what takes milliseconds
+SHORT_S = 0.5  # for what must fail
+SLACK_S = 1.3  # by how much a deadline may be missed on a machine that is busy with other tests
+ROUNDS = 1000
+DEADLINE_S = 75.0
+
+DIRECTORY = Path()
+
+
+def payload_of(rank: int, key: str) -> bytes:
+    return f"{key} of rank {rank} ".encode() * 8
+
+
+def meet(c: Coordinator, key: str) -> None:
+    """One exchange that must succeed."""
+    assert c.exchange(key, payload_of(c.rank, key), TIMEOUT_S) == [payload_of(rank, key) for rank in range(c.world_size)]
+
+
+def expect_missing(ranks: tuple[int, ...], call: Callable[[], object], timeout_s: float = SHORT_S) -> PeerError:
+    """The call must raise a PeerError that names these ranks, in time."""
+    started = time.monotonic()
+    try:
+        call()
+    except PeerError as error:
+        elapsed = time.monotonic() - started
+        assert error.ranks == ranks, error
+        assert all(str(rank) in str(error) for rank in ranks)
+        assert elapsed < timeout_s + SLACK_S, f"{elapsed:.2f} s instead of {timeout_s} s"
+        return error
+    raise AssertionError(f"nobody missed ranks {ranks}")
+
+
+def footprint(c: Coordinator) -> int:
+    """How many keys, files or messages there are."""
+    if c.name == "torch":
+        return int(torch.distributed.distributed_c10d._get_default_store().num_keys())
+    if c.name == "file":
+        return sum(len(files) for _, _, files in os.walk(DIRECTORY / ".coordination"))
+    if c.name == "mpi":
+        return sum(len(kept) for kept in (c._answers, c._words, c._sending, c._receiving, c._given_up))  # type: ignore[attr-defined]
+    return 0
+
+
+def usage() -> tuple[int, int]:
+    return psutil.Process().num_fds(), threading.active_count()
+
+
+# ---- scenarios -------------------------------------------------------------------------------------------------------
+
+
+def order(c: Coordinator) -> None:
+    gathered = c.gather("order/1", payload_of(c.rank, "1"), TIMEOUT_S)
+    assert gathered == ([payload_of(rank, "1") for rank in range(c.world_size)] if c.rank == 0 else None)
+    assert c.broadcast("order/1", b"verdict" if c.rank == 0 else None, TIMEOUT_S) == b"verdict"
+    assert c.broadcast("order/an odd key: ä/\\?*", b"" if c.rank == 0 else None, TIMEOUT_S) == b""
+    meet(c, "order/" + "long" * 100)
+    assert c.exchange("order/empty", b"", TIMEOUT_S) == [b""] * c.world_size
+
+
+def large(c: Coordinator) -> None:
+    def big(rank: int) -> bytes:
+        return random.Random(rank).randbytes(5_000_000 + rank)
+
+    def digests(payloads: list[bytes]) -> list[str]:
+        return [hashlib.sha256(payload).hexdigest() for payload in payloads]
+
+    gathered = c.gather("large/1", big(c.rank), TIMEOUT_S)
+    if gathered is not None:
+        assert digests(gathered) == digests([big(rank) for rank in range(c.world_size)])
+    word = c.broadcast("large/1", big(100) * 2 if c.rank == 0 else None, TIMEOUT_S)
+    assert word == big(100) * 2
+
+
+def many(c: Coordinator) -> None:
+    """Thousands of keys leave nothing behind."""
+    counts = []
+    for number in range(ROUNDS):
+        gathered = c.gather(f"many/{number}", b"%d:%d" % (c.rank, number), TIMEOUT_S)
+        if gathered is not None:
+            assert gathered == [b"%d:%d" % (rank, number) for rank in range(c.world_size)]
+        word = c.broadcast(f"many/{number}", b"%d" % number if c.rank == 0 else None, TIMEOUT_S)
+        assert word == b"%d" % number
+        if number in (20, ROUNDS - 1):
+            counts.append((footprint(c), *usage()))
+    # a few keys at most may be on their way, and a connection more when two threads have waited at once
+    assert all(now <= then + 2 * c.world_size for then, now in zip(*counts, strict=True)), counts
+    assert counts[1][0] <= 20 + 4 * c.world_size, counts
+
+
+def apart(c: Coordinator) -> None:
+    """The others are done with posting before rank 0 begins, and rank 0 is done before they begin to listen."""
+    numbers = range(8)
+    if c.rank == 0:
+        c.gather("apart.posted/0", b"", TIMEOUT_S)
+    for number in numbers:
+        gathered = c.gather(f"apart/{number}", b"%d:%d" % (c.rank, number), TIMEOUT_S)
+        assert c.rank or gathered == [b"%d:%d" % (rank, number) for rank in range(c.world_size)]
+    if c.rank == 0:
+        for number in numbers:
+            c.broadcast(f"apart/word-{number}", b"%d" % number, TIMEOUT_S)
+        c.broadcast("apart.spoken/0", b"", TIMEOUT_S)
+    else:
+        c.gather("apart.posted/0", b"", TIMEOUT_S)
+        c.broadcast("apart.spoken/0", None, TIMEOUT_S)
+        assert [c.broadcast(f"apart/word-{number}", None, TIMEOUT_S) for number in numbers] == [b"%d" % n for n in numbers]
+    meet(c, "apart/end")
+
+
+def missing(c: Coordinator) -> None:
+    """A rank that comes too late is named on every rank, and disturbs nothing afterwards."""
+    last = c.world_size - 1
+    meet(c, "missing/before")
+    kept = footprint(c)
+    for attempt in range(3):
+        if c.rank == last:
+            assert c.broadcast(f"missed/{attempt}", None, TIMEOUT_S) == b"now"
+        error = expect_missing((last,), lambda key=f"missing/{attempt}": c.exchange(key, b"%d" % c.rank, SHORT_S))
+        assert error.payloads == {rank: b"%d" % rank for rank in range(last)}
+        if c.rank == 0:
+            c.broadcast(f"missed/{attempt}", b"now", TIMEOUT_S)
+        meet(c, f"missing/after-{attempt}")
+    meet(c, "missing/end")
+    meet(c, "missed/end")
+    assert footprint(c) <= kept + 2 * c.world_size, "late answers stay behind"
+
+
+def silent(c: Coordinator) -> None:
+    """Rank 0 comes too late."""
+    if c.rank == 0:
+        assert c.gather("silent.over/1", b"", TIMEOUT_S) is not None
+        c.broadcast("silent/1", b"too late", TIMEOUT_S)
+    else:
+        expect_missing((0,), lambda: c.broadcast("silent/1", None, SHORT_S))
+        c.gather("silent.over/1", b"", TIMEOUT_S)
+    meet(c, "silent/2")
+
+
+def threads(c: Coordinator) -> None:
+    """Two threads with streams of their own, in no step with each other."""
+    failures: list[BaseException] = []
+
+    def work(stream: str) -> None:
+        try:
+            for number in range(60):
+                meet(c, f"{stream}/{number}")
+        except BaseException as error:
+            failures.append(error)
+
+    others = [threading.Thread(target=work, args=(stream,)) for stream in ("one", "two")]
+    for other in others:
+        other.start()
+    work("three")
+    for other in others:
+        other.join()
+    assert not failures, failures
+
+
+def training(c: Coordinator) -> None:
+    """A background thread agrees, and waits for long, while the main thread uses the process group and its store."""
+    failures: list[BaseException] = []
+    done = threading.Event()
+
+    def work() -> None:
+        try:
+            for number in range(100):
+                meet(c, f"training/{number}")
+            if c.rank == 0:
+                done.wait(TIMEOUT_S)
+            c.broadcast("training/waits", b"" if c.rank == 0 else None, TIMEOUT_S)
+        except BaseException as error:
+            failures.append(error)
+
+    committer = threading.Thread(target=work)
+    committer.start()
+    started = time.monotonic()
+    for number in range(150):
+        tensor = torch.full((1000,), float(c.rank + number))
+        torch.distributed.all_reduce(tensor)
+        assert tensor[0] == sum(rank + number for rank in range(c.world_size))
+        if number % 50 == 0:
+            group = torch.distributed.new_group()  # goes through the store that the coordinator must not hold up
+            torch.distributed.barrier(group)
+    elapsed = time.monotonic() - started
+    done.set()
+    committer.join()
+    assert not failures, failures
+    assert elapsed < 10, "training was held up"
+
+
+def idle(c: Coordinator) -> None:
+    """Waiting costs at most about a percent of a core."""
+    meet(c, "idle/before")
+    gc.collect()
+    before = time.process_time()
+    if c.rank == 1:
+        time.sleep(1.5)
+        used = 0.0
+        c.gather("idle/1", b"", TIMEOUT_S)
+    else:
+        c.gather("idle/1", b"", TIMEOUT_S)
+        if c.rank == 0:
+            used = time.process_time() - before
+            c.broadcast("idle/1", b"", TIMEOUT_S)
+        else:
+            c.broadcast("idle/1", None, TIMEOUT_S)
+            used = time.process_time() - before
+    assert used < 0.04, f"{used * 1000:.0f} ms of processor in 1.5 s"
+    if c.rank == 1:
+        c.broadcast("idle/1", None, TIMEOUT_S)
+
+
+def stopped(c: Coordinator) -> None:
+    """The last rank is stopped; when it goes on, what it does late harms nobody."""
+    last = c.world_size - 1
+    pids = [int(pid) for pid in c.exchange("stopped/pids", b"%d" % os.getpid(), TIMEOUT_S)]
+    if c.rank == last:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        while psutil.Process(pids[last]).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.002)
+    try:
+        if c.rank == last:
+            expect_missing((last,), lambda: c.exchange("stopped/1", b"", SHORT_S))
+        else:
+            expect_missing((last,), lambda: c.exchange("stopped/1", b"", SHORT_S))
+    finally:
+        if c.rank == 0:
+            os.kill(pids[last], signal.SIGCONT)
+    for number in range(5):
+        meet(c, f"stopped/{number + 2}")
+
+
+def stopped_zero(c: Coordinator) -> None:
+    """Rank 0 is stopped, and with it whatever it serves: the deadlines of the others hold."""
+    pids = [int(pid) for pid in c.exchange("stopped-zero/pids", b"%d" % os.getpid(), TIMEOUT_S)]
+    if c.rank == 0:
+        c.gather("stopped-zero/1", b"", TIMEOUT_S)
+        os.kill(os.getpid(), signal.SIGSTOP)
+    else:
+        c.gather("stopped-zero/1", b"", TIMEOUT_S)
+        while psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED:
+            time.sleep(0.002)
+        try:
+            expect_missing((0,), lambda: c.broadcast("stopped-zero/1", None, SHORT_S))
+        finally:
+            time.sleep(SHORT_S + SLACK_S)  # for the slowest of the others
+            if c.rank == 1:
+                os.kill(pids[0], signal.SIGCONT)
+    for number in range(5):
+        meet(c, f"stopped-zero/{number + 2}")
+
+
+def close(c: Coordinator) -> None:
+    """The last word of rank 0 is read although it closes at once."""
+    if c.rank == 0:
+        c.gather("close/1", b"", TIMEOUT_S)
+        c.broadcast("close/1", b"last", TIMEOUT_S)
+    else:
+        c.gather("close/1", b"", TIMEOUT_S)
+        time.sleep(0.1 * c.rank)
+        assert c.broadcast("close/1", None, TIMEOUT_S) == b"last"
+    started = time.monotonic()
+    c.close()
+    c.close()
+    assert time.monotonic() - started < 3
+    if c.name == "local":
+        return
+    try:
+        c.gather("close/2", b"", TIMEOUT_S)
+    except ClosedError:
+        return
+    raise AssertionError("it is still open")
+
+
+def killed(c: Coordinator) -> None:
+    """The last rank dies: all others say so. Then rank 0 dies."""
+    last = c.world_size - 1
+    meet(c, "killed/1")
+    if c.rank == last:
+        report("killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+    expect_missing((last,), lambda: c.exchange("killed/2", b"", SHORT_S))
+    c.gather("killed.aware/1", b"", SHORT_S) if c.rank else None
+    if c.rank == 0:
+        expect_missing((last,), lambda: c.gather("killed.aware/1", b"", SHORT_S))
+        report("killed")
+        os.kill(os.getpid(), signal.SIGKILL)
+    expect_missing((0,), lambda: c.broadcast("killed/3", None, 2 * SHORT_S + 1), 2 * SHORT_S + 1)
+
+
+SCENARIOS: dict[str, Callable[[Coordinator], None]] = {
+    scenario.__name__: scenario
+    for scenario in (
+        *(order, large, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
+        *(close, killed),
+    )
+}
+NEED_TWO = {"apart", "missing", "silent", "idle", "stopped", "stopped_zero", "killed"}
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def report(scenario: str, error: str = "", **more: Any) -> None:
+    line = json.dumps({"scenario": scenario, "error": error, "seconds": time.monotonic() - report_started, **more})
+    with open(DIRECTORY / f"{RANK}.jsonl", "a", encoding="utf-8") as file:
+        file.write(line + "\n")
+
+
+def start(which: str) -> Coordinator:
+    if which == "torch" and not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+    return make_coordinator(which, directory=DIRECTORY)
+
+
+def main(which: str, names: list[str]) -> None:
+    global report_started, RANK
+    c = start(which)
+    RANK = c.rank
+    assert c.name == which
+    for name in names:
+        report_started = time.monotonic()
+        if name == "killed":  # the one before is closed
+            c = start(which)
+        try:
+            SCENARIOS[name](c)
+        except BaseException:
+            report(name, traceback.format_exc())
+            break
+        report(name)
+    if "killed" in names:
+        os._exit(0)  # the ends of MPI and gloo wait for the dead
+
+
+def run_job(which: str, size: int, directory: str, port: int, names: list[str]) -> None:
+    """Forks the ranks of a job and waits for them."""
+    children = []
+    for rank in range(size):
+        pid = os.fork()
+        if pid == 0:
+            os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            run_rank(which, directory, names)
+        children.append(pid)
+    for pid in children:
+        os.waitpid(pid, 0)
+
+
+def run_rank(which: str, directory: str, names: list[str]) -> None:
+    """Does not return."""
+    global DIRECTORY
+    faulthandler.dump_traceback_later(DEADLINE_S, exit=True)
+    DIRECTORY = Path(directory)
+    main(which, names)
+    sys.exit()
+
+
+report_started = 0.0
+RANK = -1
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if sys.argv[1] == "--jobs":
+        for job in sys.argv[2:]:
+            run_job(*json.loads(job))
+    else:
+        run_rank(sys.argv[1], sys.argv[2], sys.argv[3:])

@@ -1,0 +1,115 @@
+"""One directory belongs to one job: who else wants to save into it is told so."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import options, wait_until
+
+import ckpt
+from ckpt.errors import CheckpointError, InUseError
+
+
+def make(directory: Path) -> ckpt.Checkpointer:
+    return ckpt.Checkpointer(directory, options=options())
+
+
+def save(checkpointer: ckpt.Checkpointer, step: int) -> None:
+    checkpointer.save(step, {"step": step}).result(30)
+
+
+def test_a_second_one_in_the_process_may_look_but_not_save(tmp_path: Path, native: Any) -> None:
+    with make(tmp_path) as second:
+        with make(tmp_path) as first:
+            save(first, 1)
+            assert second.steps() == [1] and second.restore() is not None
+            for _ in range(2):
+                with pytest.raises(InUseError, match="another Checkpointer of this process"):
+                    second.save(2, {})
+            save(first, 3)
+        save(second, 4)
+        assert second.steps() == [1, 3, 4]
+
+
+def test_a_second_process_may_look_but_not_save(tmp_path: Path, native: Any) -> None:
+    program = f"""
+import ckpt
+checkpointer = ckpt.Checkpointer({str(tmp_path)!r})
+assert checkpointer.restore().step == 1
+try:
+    checkpointer.save(2, {{}})
+except ckpt.errors.InUseError as error:
+    print(error)
+"""
+    with make(tmp_path) as first:
+        save(first, 1)
+        run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+        assert f"process {os.getpid()} on" in run.stdout and str(tmp_path) in run.stdout
+        assert "directory of its own" in run.stdout
+        save(first, 2)  # the look of the other has not taken the lock away
+
+
+def test_a_killed_process_is_in_nobodys_way(tmp_path: Path, native: Any) -> None:
+    program = f"""
+import ckpt, time, torch.multiprocessing
+checkpointer = ckpt.Checkpointer({str(tmp_path)!r})
+checkpointer.save(1, {{}}).result()
+torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
+print("saved", flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "saved\n"
+        with make(tmp_path) as checkpointer:
+            with pytest.raises(InUseError):
+                checkpointer.save(2, {})
+            process.kill()  # its child lives on
+            process.wait(10)
+            save(checkpointer, 2)
+        process.stdout.close()
+
+
+def test_one_that_nobody_holds_any_more_is_in_nobodys_way(tmp_path: Path, native: Any) -> None:
+    save(make(tmp_path), 1)
+
+    def is_free() -> bool:
+        gc.collect()
+        with make(tmp_path) as checkpointer:
+            try:
+                save(checkpointer, 2)
+            except CheckpointError:
+                return False
+        return True
+
+    wait_until(is_free, what="the end of the Checkpointer that nobody holds")
+
+
+def test_ranks_hear_of_the_refusal(tmp_path: Path, native: Any) -> None:
+    """As rank 1 sees it, whose rank 0 may not save."""
+
+    class Rank1(ckpt.coordinator.Coordinator):
+        name, rank, world_size = "test", 1, 2
+
+        def gather(self, key: str, payload: bytes, timeout_s: float) -> None:
+            return None
+
+        def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
+            return b"somebody else does"
+
+        def close(self) -> None:
+            pass
+
+    begin = time.monotonic()
+    with (
+        ckpt.Checkpointer(tmp_path, options=options(), coordinator=Rank1()) as checkpointer,
+        pytest.raises(ckpt.errors.PeerError, match="rank 0 may not save: somebody else does"),
+    ):
+        checkpointer.save(1, {})
+    assert time.monotonic() - begin < 10
