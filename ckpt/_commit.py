@@ -30,7 +30,6 @@ from ckpt.errors import CheckpointError, NotACheckpointError, PeerError, Skipped
 logger = logging.getLogger("ckpt")
 
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
-_GRACE_S = 10.0  # for rank 0 to publish, on top of what it waits for the slowest rank
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +227,9 @@ class StepCommitter:
         return None if failure is None else Failure(failure["text"], tuple(failure["ranks"]), failure["skipped"])
 
     def _hear(self, key: str) -> Any:
-        # Rank 0 begins to wait for the slowest when its own files are ready, which may be later than ours by as much again.
-        return json.loads(self._coordinator.broadcast(key, None, 2 * self._timeout_s + _GRACE_S))
+        # Rank 0 begins to wait for the slowest when its own files are ready, which may be later than ours by as much again; and
+        # then it publishes.
+        return json.loads(self._coordinator.broadcast(key, None, 3 * self._timeout_s))
 
     # ---- both ------------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ class Options:
             left then fails with an error.
         commit_timeout_s: longest that rank 0 waits, once its own files are durable, for those of the slowest rank, seconds;
             default 600. A rank that has died, hangs or is slower fails the save on all ranks; those that wait for rank 0
-            itself give up after twice this time.
+            itself give up after three times as long.
 
     Raises:
         ValueError, TypeError: a value is impossible; the message names the field.

@@ -1,0 +1,121 @@
+"""One rank of a job that trains a toy model and saves every step together with the others; test_commit.py starts it.
+
+It reports on its standard output, one line each, each in one write:
+
+    found <step> <digest of the replicated state> <step of its own state>     what restore() gave; -1 - -1 if nothing
+    durable <step>
+    failed <step> <type of the error>: <text>
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.append(str(Path(__file__).parents[1] / "crash"))
+from crash_child import Trainer, digest
+
+import ckpt
+from ckpt import _native
+
+COMMIT_TIMEOUT_S = 20.0  # where nobody is missed
+SHORT_S = 1.0  # where somebody is
+
+
+def options(**changes: Any) -> ckpt.Options:
+    small: dict[str, Any] = {"arena_bytes": "4MiB", "chunk_bytes": "64KiB", "writers": 2, "eager_bytes": "4KiB"}
+    waits = {"timeout_s": 60.0, "drain_timeout_s": 60.0, "commit_timeout_s": COMMIT_TIMEOUT_S, "max_failed_saves": 0}
+    return ckpt.Options(**(small | waits | changes))
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+def own_state(rank: int, step: int) -> dict[str, Any]:
+    return {"rank": rank, "step": step, "data": torch.full((20_000,), rank * 1000.0 + step)}
+
+
+def merge(states: list[Any]) -> dict[str, Any]:
+    """For another number of ranks."""
+    assert [state["rank"] for state in states] == list(range(len(states)))
+    return {"rank": -1, "step": states[0]["step"], "data": torch.stack([state["data"] for state in states])}
+
+
+class Rank:
+    """
+    Args:
+        request: directory, rank, world, steps, keep; crash_point and crash_skip; `patience`: leave after so many failures,
+            without another word to the others; `plan`: for each step, by its number as a text, what this rank does differently.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(request["rank"]), str(request["world"])
+        self.request = request
+        self.failures = 0
+        self.trainer = Trainer()
+        self.checkpointer = ckpt.Checkpointer(
+            request["directory"], keep=request["keep"], options=options(**request["options"]), coordinator="file"
+        )
+        assert (self.checkpointer.rank, self.checkpointer.world_size) == (request["rank"], request["world"])
+
+    def resume(self) -> None:
+        found = self.checkpointer.restore(merge=merge)
+        if found is None:
+            return say("found -1 - -1")
+        self.trainer.resume(found.replicated)
+        assert self.trainer.step == found.step
+        assert found.state["rank"] in (self.checkpointer.rank, -1)
+        say(f"found {found.step} {digest(found.replicated)} {found.state['step']}")
+
+    def run(self) -> None:
+        self.resume()
+        _native.set_crash_point(self.request["crash_point"], self.request["crash_skip"])
+        for _ in range(self.request["steps"]):
+            self.trainer.advance()
+            self.save(self.trainer.step, **self.request["plan"].get(str(self.trainer.step), {}))
+            if self.failures >= self.request["patience"]:
+                return
+        try:
+            self.checkpointer.close()
+        except ckpt.CheckpointError as error:
+            say(f"closed {type(error).__name__}")
+
+    def save(self, step: int, fault: Any = None, sleep_s: float = 0, differ: Any = None, as_step: int | None = None,
+             unpicklable: bool = False, twice: bool = False) -> None:  # fmt: skip
+        own, replicated = own_state(self.checkpointer.rank, step), self.trainer.state()
+        if fault:
+            _native.set_fault(**fault)
+        if differ is not None:
+            replicated["differs"] = differ
+        if unpicklable:
+            own["bad"] = (lambda: None,)
+        time.sleep(sleep_s)
+        try:
+            pending = self.checkpointer.save(step if as_step is None else as_step, own, replicated=replicated)
+            if twice:
+                pending = self.checkpointer.save(step, own, replicated=replicated)
+            if self.request["wait"]:
+                pending.exception()
+        except Exception as error:
+            return say(f"failed {step} {type(error).__name__}: {error}")
+        finally:
+            if fault:
+                _native.clear_faults()
+        pending.add_done_callback(lambda _: self.report(step, pending.exception()))
+
+    def report(self, step: int, error: BaseException | None) -> None:
+        self.failures += error is not None
+        say(f"durable {step}" if error is None else f"failed {step} {type(error).__name__}: {error}")
+
+
+def main(request: dict[str, Any]) -> None:
+    defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
+    defaults |= {"wait": True, "patience": 1000}
+    Rank(defaults | request).run()
+    os._exit(0)

@@ -1,0 +1,318 @@
+"""Several ranks save together: real processes, killed, stopped, slow, with full disks, at every point of the protocol.
+
+After all of it, what `latest` names is complete and the same on all ranks; who is left has an error that names the rank at
+fault; and the next save works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dist import commit_worker
+from nursery import Child, Ended, Nursery
+
+MOST_RANKS = 3
+# Where a rank can be killed while a step is saved; tests/crash compares these with the source.
+ALL_RANKS = ["preallocated", "chunks-written", "data-durable", "before-rename", "renamed", "prepared"]
+RANK_0_ONLY = [
+    "manifest-written",
+    "manifest-renamed",
+    "latest-written",
+    "latest-renamed",
+    "published",
+    "tidied",
+    "removal-begun",
+]
+
+IMPATIENT: dict[str, Any] = {"options": {"commit_timeout_s": commit_worker.SHORT_S}, "patience": 1}
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    nurseries = [Nursery(optimizer=True) for _ in range(MOST_RANKS)]
+    yield nurseries
+    for nursery in nurseries:
+        nursery.__exit__()
+
+
+class Told:
+    """What one rank said."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.ended = ended
+        found = re.search(r"^found (-?\d+) (\S+) (-?\d+)$", ended.stdout, re.MULTILINE)
+        self.found = (int(found[1]), found[2], int(found[3])) if found else None
+        self.durable = [int(step) for step in re.findall(r"^durable (\d+)$", ended.stdout, re.MULTILINE)]
+        failed = re.findall(r"^failed (\d+) (\w+): (.*)$", ended.stdout, re.MULTILINE)
+        self.failed = {int(step): (kind, text) for step, kind, text in failed}
+
+
+class Job:
+    """All ranks of one run of a job."""
+
+    def __init__(
+        self, nurseries: list[Nursery], directory: Path, world: int, each: list[dict[str, Any]], **common: Any
+    ) -> None:
+        self.children: list[Child] = []
+        for rank in range(world):
+            request = {"directory": str(directory), "rank": rank, "world": world} | common | (each[rank] if each else {})
+            program = f"from dist import commit_worker; commit_worker.main({request!r})"
+            self.children.append(nurseries[rank].start(program))
+
+    def end(self) -> list[Told]:
+        return [Told(child.wait()) for child in self.children]
+
+
+Start = Callable[..., Job]
+Run = Callable[..., list[Told]]
+
+
+@pytest.fixture
+def start(nurseries: list[Nursery], tmp_path: Path) -> Start:
+    return lambda *each, world=2, **common: Job(nurseries, tmp_path, world, list(each), **common)
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    def run(*each: dict[str, Any], **common: Any) -> list[Told]:
+        told = start(*each, **common).end()
+        for rank in told:
+            assert rank.ended.returncode == 0, rank.ended.stderr
+        return told
+
+    return run
+
+
+EXPECTED: dict[int, str] = {}
+
+
+def expected_digest(step: int) -> str:
+    if not EXPECTED:
+        torch.set_num_threads(1)  # as in the ranks: sums are rounded otherwise with more
+        trainer = commit_worker.Trainer()
+        for _ in range(40):
+            trainer.advance()
+            EXPECTED[trainer.step] = commit_worker.digest(trainer.state())
+    return EXPECTED[step]
+
+
+def committed(directory: Path) -> list[int]:
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in directory.glob("step-*/manifest.json"))
+
+
+def assert_whole(directory: Path, world: int, *told: Told) -> int:
+    """Every committed step is whole and right, and what was called durable is there. Returns what `latest` names."""
+    steps = committed(directory)
+    for step in steps:
+        folder = directory / f"step-{step:012d}"
+        manifest = json.loads((folder / "manifest.json").read_text())
+        assert manifest["step"] == step and manifest["world_size"] == world
+        kinds = [(file["kind"], file["rank"]) for file in manifest["files"]]
+        assert sorted(kinds) == sorted([("replicated", 0), *(("rank", rank) for rank in range(world))])
+        for file in manifest["files"]:
+            state = torch.load(folder / file["name"])
+            if file["kind"] == "replicated":
+                assert commit_worker.digest(state) == expected_digest(step)
+            else:
+                assert commit_worker.digest(state) == commit_worker.digest(commit_worker.own_state(file["rank"], step))
+    for rank in told:
+        assert set(rank.durable) <= set(steps), "called durable, and not there"
+    if not steps:
+        assert not (directory / "latest").exists()
+        return -1
+    return int((directory / "latest").read_text().removeprefix("step-"))
+
+
+def assert_goes_on(run: Run, directory: Path, at_least: int) -> None:
+    """New processes resume from the same step on all ranks, save, and find nothing in their way."""
+    told = run(steps=2)
+    found = told[0].found
+    assert found is not None and found[0] >= at_least
+    assert all(rank.found == found for rank in told), "all ranks resume from the same step"
+    assert found == ((found[0], expected_digest(found[0]), found[0]) if found[0] >= 0 else (-1, "-", -1))
+    for rank in told:
+        assert rank.durable == [found[0] + 1, found[0] + 2] and not rank.failed
+    assert assert_whole(directory, 2, *told) == found[0] + 2
+    leftovers = [path for path in directory.rglob("*") if ".tmp-" in path.name]
+    assert not leftovers, "a crash has left something"
+
+
+# ---- when all goes well ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("wait", [True, False], ids=["one at a time", "several in flight"])
+def test_ranks_save_and_resume_together(world: int, wait: bool, run: Run, tmp_path: Path) -> None:
+    first = run(world=world, steps=6, wait=wait)
+    assert [rank.durable for rank in first] == [[0, 1, 2, 3, 4, 5]] * world
+    assert assert_whole(tmp_path, world, *first) == 5
+    second = run(world=world, steps=1)
+    assert [rank.found for rank in second] == [(5, expected_digest(5), 5)] * world
+
+
+def test_only_what_is_kept_stays(run: Run, tmp_path: Path) -> None:
+    told = run(steps=5, keep=2, wait=False)
+    assert committed(tmp_path) == [3, 4]
+    assert [rank.durable for rank in told] == [[0, 1, 2, 3, 4]] * 2
+
+
+def test_a_step_is_saved_again(run: Run, tmp_path: Path) -> None:
+    told = run(steps=3, wait=False, plan={"1": {"twice": True}})
+    assert not any(rank.failed for rank in told) and assert_whole(tmp_path, 2) == 2
+    files = sorted(path.name for path in (tmp_path / "step-000000000001").iterdir())
+    assert files == ["manifest.json", "rank-00000-2.pt", "rank-00001-2.pt", "replicated-2.pt"], "the old files are gone"
+    assert_goes_on(run, tmp_path, 2)
+
+
+def test_a_slow_rank_is_waited_for(run: Run, tmp_path: Path) -> None:
+    slow = {"plan": {"1": {"fault": {"call": "fdatasync", "delay_s": 0.7}}}}
+    told = run({}, slow, steps=3)
+    assert [rank.durable for rank in told] == [[0, 1, 2]] * 2
+    assert assert_whole(tmp_path, 2, *told) == 2
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2), (3, 2)])
+def test_a_job_resumes_with_another_number_of_ranks(before: int, after: int, run: Run) -> None:
+    run(world=before, steps=2)
+    told = run(world=after, steps=1)
+    assert [rank.found for rank in told] == [(1, expected_digest(1), 1)] * after
+    assert [rank.durable for rank in told] == [[2]] * after
+
+
+# ---- when a rank fails -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("call", ["open", "fallocate", "pwritev", "fdatasync", "rename"])
+def test_a_full_disk_on_one_rank(call: str, rank: int, run: Run, tmp_path: Path) -> None:
+    bad = {"plan": {"1": {"fault": {"call": call, "path_part": f"rank-{rank:05d}", "error": 28}}}}
+    told = run(*[bad if each == rank else {} for each in range(2)], steps=4)
+    assert [each.durable for each in told] == [[0, 2, 3]] * 2
+    kind, text = told[rank].failed[1]
+    assert kind == "StorageError" and "No space left" in text
+    kind, text = told[1 - rank].failed[1]
+    assert kind == "PeerError" and f"rank {rank}" in text and "No space left" in text
+    assert assert_whole(tmp_path, 2, *told) == 3
+
+
+@pytest.mark.parametrize("call", ["write", "fsync", "rename"])
+def test_rank_0_cannot_publish(call: str, run: Run, tmp_path: Path) -> None:
+    bad = {"plan": {"1": {"fault": {"call": call, "path_part": "manifest.json", "error": 5}}}}
+    told = run(bad, {}, steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    assert told[0].failed[1][0] == "StorageError" and "Input/output error" in told[1].failed[1][1]
+    assert assert_whole(tmp_path, 2, *told) == 2
+    assert list((tmp_path / "step-000000000001").iterdir()) == [], "nobody has left a file behind"
+
+
+def test_a_state_that_cannot_be_pickled_on_one_rank(run: Run, tmp_path: Path) -> None:
+    told = run({}, {"plan": {"1": {"unpicklable": True}}}, steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    assert "lambda" in told[1].failed[1][1] and "rank 1" in told[0].failed[1][1] and "lambda" in told[0].failed[1][1]
+
+
+def test_replicas_that_differ(run: Run, tmp_path: Path) -> None:
+    told = run({"plan": {"1": {"differ": {"scale": 4096.0}}}}, {"plan": {"1": {"differ": {"scale": 8192.0}}}}, steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    for each in told:
+        kind, text = each.failed[1]
+        assert kind == "PeerError" and "not the same on all ranks" in text
+        assert "'scale'" in text and "8192.0 on rank 1, 4096.0 on rank 0" in text
+    assert assert_whole(tmp_path, 2, *told) == 2
+
+
+def test_ranks_that_save_different_steps(run: Run, tmp_path: Path) -> None:
+    told = run({}, {"plan": {"1": {"as_step": 7}}}, steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    assert all("rank 1 saves step 7 where rank 0 saves step 1" in each.failed[1][1] for each in told)
+
+
+def test_a_rank_that_skips(run: Run, tmp_path: Path) -> None:
+    slow = {"1": {"fault": {"call": "fdatasync", "delay_s": 0.5}}}
+    options = {"when_busy": "skip", "max_in_flight": 1}
+    told = run({"options": {"max_in_flight": 4}}, {"options": options, "plan": slow}, steps=4, wait=False)
+    for each in told:
+        assert set(each.durable) | set(each.failed) == {0, 1, 2, 3}
+        assert {kind for kind, _ in each.failed.values()} == {"SkippedError"}
+    assert told[0].durable == told[1].durable
+    assert_whole(tmp_path, 2, *told)
+
+
+def test_a_damaged_file_of_one_rank_sets_all_back(run: Run, tmp_path: Path) -> None:
+    run(steps=3)
+    path = tmp_path / "step-000000000002" / "rank-00001.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    told = run(steps=1)
+    assert [each.found for each in told] == [(1, expected_digest(1), 1)] * 2
+    assert "CRC-32" in told[0].ended.stderr
+
+
+# ---- when a rank dies or hangs ---------------------------------------------------------------------------------------
+
+
+def assert_survived(told: Told, victim: int) -> None:
+    """The other rank has heard of it, in words that name the rank, and has ended by itself."""
+    assert told.ended.returncode == 0, told.ended.stderr
+    assert told.failed, "it must have missed the other"
+    assert all(kind == "PeerError" and f"rank {victim}" in text for kind, text in told.failed.values()), told.failed
+
+
+@pytest.mark.parametrize(("point", "victim"), [(p, v) for p in ALL_RANKS for v in (0, 1)] + [(p, 0) for p in RANK_0_ONLY])
+def test_a_rank_is_killed_at_any_point(point: str, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+    crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
+    job = start(*crashes, steps=7, keep=2, **IMPATIENT)
+    told = job.end()
+    assert told[victim].ended.returncode == -signal.SIGKILL
+    assert_survived(told[1 - victim], victim)
+    durable = max([-1, *told[0].durable, *told[1].durable])
+    assert assert_whole(tmp_path, 2) >= durable >= 0
+    assert_goes_on(run, tmp_path, durable)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1, 0.2])
+def test_a_rank_is_killed_at_any_moment(delay_s: float, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+    job = start(steps=38, wait=False, keep=3, **IMPATIENT)
+    deadline = time.monotonic() + 30
+    while not committed(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(delay_s)
+    os.kill(job.children[victim].pid, signal.SIGKILL)
+    told = job.end()
+    if told[victim].ended.returncode == -signal.SIGKILL and told[1 - victim].failed:
+        assert_survived(told[1 - victim], victim)
+    newest = max([-1, *told[0].durable, *told[1].durable])
+    assert assert_whole(tmp_path, 2) >= newest
+    assert_goes_on(run, tmp_path, newest)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+    """The others miss it and train on; when it comes back, saves work again."""
+    slowly = {str(step): {"sleep_s": 0.25} for step in range(16)}
+    job = start(steps=16, plan=slowly, options=IMPATIENT["options"])
+    deadline = time.monotonic() + 30
+    while not committed(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(job.children[victim].pid, signal.SIGSTOP)
+    time.sleep(3 * commit_worker.SHORT_S + 1)
+    os.kill(job.children[victim].pid, signal.SIGCONT)
+    told = job.end()
+    other = told[1 - victim]
+    assert other.failed and all(f"rank {victim}" in text for _, text in other.failed.values()), other.failed
+    for each in told:
+        assert each.ended.returncode == 0 and each.durable and each.durable[-1] == 15, each.ended
+    assert assert_whole(tmp_path, 2, *told) == 15
