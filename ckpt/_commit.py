@@ -24,6 +24,7 @@ from ckpt._directory import StepDirectories
 from ckpt._file_save import FileSave
 from ckpt._manifest import REPLICATED, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, first_difference, without_devices
+from ckpt._shares import Share, join_shares, share_of
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, NotACheckpointError, PeerError, SkippedError
 
@@ -38,7 +39,12 @@ class Part:
 
     file: FileSave
     kind: str  # as in the manifest
-    written: bool  # by this rank; else it is only compared
+    written: bool  # by this rank, or its share of it; else it is only compared
+
+    @property
+    def is_shared(self) -> bool:
+        """All ranks write it together, and rank 0 gives it its name."""
+        return self.file.sharing is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Prepared:
     skipped: bool = False
     files: tuple[FileEntry, ...] = ()
     digests: tuple[Digest, ...] = ()
+    shares: tuple[Share, ...] = ()
 
     def to_json(self) -> bytes:
         return json.dumps(dataclasses.asdict(self)).encode()
@@ -76,7 +83,8 @@ class Prepared:
         said = json.loads(text)
         files = _manifest.parse_files(said["files"])
         digests = tuple(Digest(**digest) for digest in said["digests"])
-        return Prepared(said["step"], said["failure"], said["skipped"], files, digests)
+        shares = tuple(Share(**share) for share in said["shares"])
+        return Prepared(said["step"], said["failure"], said["skipped"], files, digests, shares)
 
 
 class StepCommitter:
@@ -111,7 +119,7 @@ class StepCommitter:
         if failure is None:
             return ticket.directory
         for part in ticket.parts:
-            if part.written:
+            if part.written and (self._coordinator.rank == 0 or not part.is_shared):
                 self._directories.take_back(part.file.target)
         raise error if error is not None else self._as_error(ticket, failure)
 
@@ -124,15 +132,22 @@ class StepCommitter:
             if error is not None:
                 raise error
             for part in ticket.parts:
-                if part.written:
+                if part.written and not part.is_shared:
                     self._directories.place(part.file.temporary, part.file.target)
                     job = part.file.job
                     files.append(FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._coordinator.rank))
         except BaseException as caught:
             error = caught.with_traceback(None)
             return Prepared(ticket.step, str(error) or type(error).__name__, isinstance(error, SkippedError)), error
-        digests = tuple(digest_of(part.file.pickle, part.file.sizes) for part in ticket.parts if part.kind == REPLICATED)
-        return Prepared(ticket.step, files=tuple(files), digests=digests if self._coordinator.world_size > 1 else ()), None
+        if self._coordinator.world_size == 1:
+            return Prepared(ticket.step, files=tuple(files)), None
+        shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
+        digests = tuple(
+            digest_of(part.file.pickle, part.file.sizes, part.file.job.layout_crc32 if part.is_shared else 0)
+            for part in ticket.parts
+            if part.kind == REPLICATED
+        )
+        return Prepared(ticket.step, files=tuple(files), digests=digests, shares=shares), None
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -146,7 +161,7 @@ class StepCommitter:
         if failure is None:
             try:
                 before = _read_or_none(ticket.directory)
-                files = tuple(file for answer in answers for file in answer.files)
+                files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
                 world = self._coordinator.world_size
                 manifest = Manifest(ticket.step, self._directories.take_sequence(), world, files)
                 self._directories.publish(manifest, ticket.directory)
@@ -159,6 +174,16 @@ class StepCommitter:
             self._directories.tidy(ticket.directory, manifest, before)
             _storage.crash_point("tidied")
         return failure, error
+
+    def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
+        """Completes the files that all ranks have written, and gives them their names."""
+        joined = []
+        for number, part in enumerate(part for part in ticket.parts if part.is_shared):
+            _storage.crash_point("shares-written")
+            crc = join_shares(part.file, [answer.shares[number] for answer in answers])
+            self._directories.place(part.file.temporary, part.file.target)
+            joined.append(FileEntry(part.file.target.name, part.file.job.size, crc, part.kind))
+        return tuple(joined)
 
     def _gather(self, ticket: Ticket, own: Prepared) -> tuple[Failure | None, list[Prepared]]:
         missing: tuple[int, ...] = ()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,12 +15,22 @@ from ckpt._tripwire import Tripwire
 from ckpt.errors import CaptureError
 
 
+@dataclasses.dataclass(frozen=True)
+class Sharing:
+    """Of a file that all ranks write together. `token` is the same on all of them, and used for no other file."""
+
+    index: int
+    count: int
+    token: str
+
+
 class FileSave:
     """From submit() to the end of its job. `target` is the name that the file will have, `temporary` the one it has now."""
 
-    def __init__(self, target: Path) -> None:
+    def __init__(self, target: Path, sharing: Sharing | None = None) -> None:
         self.target = target
-        self.temporary = _storage.temporary_path(target)
+        self.sharing = sharing
+        self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks

@@ -24,15 +24,17 @@ class Digest:
     pickle_bytes: int
     sizes_crc: int
     records: int
+    layout_crc: int
 
 
-def digest_of(pickle: bytes, sizes: Sequence[int]) -> Digest:
+def digest_of(pickle: bytes, sizes: Sequence[int], layout_crc: int) -> Digest:
     """
     Args:
         sizes: of the records, bytes.
+        layout_crc: of where they lie in the file; 0 if this rank does not write it.
     """
     plain = without_devices(pickle)
-    return Digest(zlib.crc32(plain), len(plain), zlib.crc32(array.array("Q", sizes).tobytes()), len(sizes))
+    return Digest(zlib.crc32(plain), len(plain), zlib.crc32(array.array("Q", sizes).tobytes()), len(sizes), layout_crc)
 
 
 def without_devices(pickle: bytes) -> bytes:
@@ -47,6 +49,8 @@ def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int)
             where = " after " + ", ".join(before[-_CONTEXT:]) if before else " at the beginning"
             return f"{where.strip()}: {mine} on rank {our_rank}, {other} on rank {their_rank}"
         before.append(mine)
+    if ours == theirs:
+        return f"in the sizes or the layout of its tensors: what is lazy must be the same on rank {our_rank} and {their_rank}"
     return f"one goes on where the other ends, after {', '.join(before[-_CONTEXT:])}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import hashlib
 import logging
 import os
 import secrets
@@ -25,6 +26,7 @@ from ckpt.pending import PendingSave
 logger = logging.getLogger("ckpt")
 
 _DEFAULT = Options()
+_SHARED_ARCHIVE = b"replicated"  # the same on all ranks, whatever the file will be called
 
 
 def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: Options | None = None) -> PendingSave:
@@ -146,7 +148,9 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
     head.append(("byteorder", sys.byteorder.encode()))
     file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
-    tail = [("version", b"3\n"), (".data/serialization_id", serialization_id().encode())]
+    sharing = file.sharing
+    serial = serialization_id(sharing.token if sharing else secrets.token_hex())
+    tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
     file.hold(
         Tripwire(obj, plan.lazy),
         until_captured=records,
@@ -159,7 +163,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         file.job = runtime.submit(
             path=os.fsencode(file.temporary),
             direct=file.wants_direct,
-            archive=os.fsencode(_archive_name(file.target)),
+            archive=os.fsencode(_archive_name(file.target)) if sharing is None else _SHARED_ARCHIVE,
             head=head,
             addresses=plan.addresses,
             sizes=plan.sizes,
@@ -169,6 +173,8 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             uniform_alignment=alignment or 0,
             verify=options.verify_capture,
             timeout_s=options.timeout_s,
+            share_index=sharing.index if sharing else 0,
+            share_count=sharing.count if sharing else 1,
         )
     except BaseException as error:
         _runtime.unwatch(file)
@@ -177,9 +183,9 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         raise
 
 
-def serialization_id() -> str:
+def serialization_id(token: str) -> str:
     """40 digits that tell this file from every other one. torch.save derives them from the content, which we have not read."""
-    return f"{secrets.randbelow(10**40):040d}"
+    return f"{int.from_bytes(hashlib.sha256(token.encode()).digest(), 'big') % 10**40:040d}"
 
 
 def _archive_name(path: Path) -> str:

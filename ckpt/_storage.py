@@ -43,6 +43,17 @@ def temporary_path(final: Path) -> Path:
     return final.with_name(f"{TEMPORARY_PREFIX}{name}-{_host}-{os.getpid()}-{_process}{next(_numbers):x}")
 
 
+def shared_token(number: int) -> str:
+    """What names temporary file `number` of this process to the other ranks."""
+    return f"{_host}-{os.getpid()}-{_process}{number:x}"
+
+
+def shared_path(final: Path, token: str) -> Path:
+    """The temporary name of a file that several processes write together. Only rank 0 knows its final name for sure."""
+    stem = final.name.split(".")[0].split("-")[0]
+    return final.with_name(f"{TEMPORARY_PREFIX}{stem}.pt-{token}")
+
+
 def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX)
 

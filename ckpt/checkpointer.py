@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 import os
 import weakref
@@ -13,7 +14,7 @@ from typing import Any
 
 from ckpt import _directory, _runtime, _storage
 from ckpt._commit import Part, StepCommitter, Ticket
-from ckpt._file_save import FileSave
+from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
 from ckpt._restore import Loading, Restored, Restorer
 from ckpt._save import log_failure, start
@@ -85,6 +86,7 @@ class Checkpointer:
         self._closed = False
         self._claimed = False
         self._claims = 0
+        self._token = ""  # of rank 0: names what all ranks write together
         self._saves = 0
         self._pending: list[PendingSave] = []
         self._unreported: BaseException | None = None  # of the newest save that failed since the last wait()
@@ -144,27 +146,24 @@ class Checkpointer:
         if self._claimed:
             return
         self._claims += 1
-        key, refusal = f"{self._stream}-claim/{self._claims}", b""
+        key, answer = f"{self._stream}-claim/{self._claims}", {"token": _storage.shared_token(next(_numbers))}
         if self.rank == 0:
             try:
                 self._directories.claim()
             except CheckpointError as error:
-                self._coordinator.broadcast(key, str(error).encode(), self.options.timeout_s)
+                self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise
-        refusal = self._coordinator.broadcast(key, refusal, self.options.timeout_s)
-        if refusal:
-            raise PeerError(f"rank 0 may not save: {refusal.decode()}", (0,))
-        self._claimed = True
+        answer = json.loads(self._coordinator.broadcast(key, json.dumps(answer).encode(), self.options.timeout_s))
+        if "refusal" in answer:
+            raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
+        self._claimed, self._token = True, answer["token"]
 
     def _begin(self, pending: PendingSave, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
         contents += [] if replicated is None else [(REPLICATED, replicated)]
         targets = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind, _ in contents])
         pending.add_done_callback(lambda _: self._directories.abandon(ticket.directory, targets))
-        parts = tuple(
-            Part(FileSave(target), kind, written=kind == RANK or self.rank == 0)
-            for (kind, _), target in zip(contents, targets, strict=True)
-        )
+        parts = tuple(self._make_part(kind, target, ticket) for (kind, _), target in zip(contents, targets, strict=True))
 
         def publish(error: BaseException | None) -> Path:
             try:
@@ -181,6 +180,15 @@ class Checkpointer:
             raise
         if (skipped := pending._skipped) is not None:
             self._attend(pending, ticket, skipped)
+
+    def _make_part(self, kind: str, target: Path, ticket: Ticket) -> Part:
+        if kind == RANK or self.world_size == 1:
+            return Part(FileSave(target), kind, written=True)
+        if self.options.replicated_writers == "rank0":
+            return Part(FileSave(target), kind, written=self.rank == 0)
+        return Part(
+            FileSave(target, Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")), kind, written=True
+        )
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:

@@ -50,6 +50,8 @@ class Options:
         record_alignment: alignment of every record in the file, bytes, a power of two up to 32768; default None: large lazy
             tensors are placed for zero-copy direct I/O, all others at 64. With a number the file is laid out exactly as
             `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
+        replicated_writers: who writes what is given to `Checkpointer.save(replicated=)` in a job of several ranks: "all"
+            (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError.
@@ -75,6 +77,7 @@ class Options:
     eager_bytes: int | str = "64KiB"
     direct_io: bool = True
     record_alignment: int | None = None
+    replicated_writers: str = "all"
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -97,6 +100,7 @@ class Options:
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
+        self._need(self.replicated_writers in ("all", "rank0"), "replicated_writers", "must be 'all' or 'rank0'")
         self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
         for name in ("timeout_s", "drain_timeout_s", "commit_timeout_s"):
             value = getattr(self, name)

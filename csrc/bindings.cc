@@ -125,21 +125,26 @@ std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, c
 std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct, const std::string& archive,
                             const Blobs& head, const std::vector<uintptr_t>& addresses,
                             const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
-                            size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s) {
+                            size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
+                            uint32_t share_index, uint32_t share_count) {
   usable(engine);
   const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds),
                        to_named(tail, copy_at_most), uniform_alignment};
   py::gil_scoped_release release;
-  auto target = std::make_unique<WritableFile>(path, direct);
+  if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
+  const Share share{share_index, share_count};
+  auto target = std::make_unique<WritableFile>(path, direct, !share.whole());
   ZipLayout layout;
   FileSpec spec;
   try {
-    spec = describe(file, target->limits(), layout);
+    spec = describe(file, target->limits(), share, layout);
   } catch (...) {
     target->discard();
     throw;
   }
-  return engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals);
+  auto job = engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals);
+  if (!share.whole()) job->layout = std::make_unique<ZipLayout>(std::move(layout));
+  return job;
 }
 
 // ---- Job ---------------------------------------------------------------------------------------------------------
@@ -178,12 +183,41 @@ py::dict stats_of(const Job& job) {
   return dict;
 }
 
+// ---- Files that several processes write together -----------------------------------------------------------------
+
+const ZipLayout& shared_layout(const Job& job) {
+  if (job.layout == nullptr) throw py::value_error("this file is not shared");
+  return *job.layout;
+}
+
+// Of everything that must be the same in all processes for their parts to make one file.
+uint32_t layout_checksum(const ZipLayout& layout) {
+  const uint32_t crc = crc32(0, layout.payload_offsets.data(), layout.payload_offsets.size() * sizeof(uint64_t));
+  return crc32(crc, &layout.file_size, sizeof layout.file_size);
+}
+
+// Of the records whose first CRC field lies in the job's share; the job must be finished.
+std::vector<uint32_t> checksums_of(const Job& job) {
+  std::vector<uint32_t> found;
+  for (const uint32_t record : job.field_records) found.push_back(job.crcs.record_crcs()[record]);
+  return found;
+}
+
 void bind_engine(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
       .def_property_readonly("finished", [](const Job& job) { return locked(job, [&] { return job.finished(); }); })
       .def_property_readonly("error", error_of)
       .def_property_readonly("stats", stats_of)
+      .def_property_readonly("written", [](const Job& job) { return py::make_tuple(job.range.begin, job.range.end); })
+      .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })
+      .def_property_readonly("layout_crc32", [](const Job& job) { return layout_checksum(shared_layout(job)); })
+      .def("directory", [](const Job& job, const std::vector<uint32_t>& record_crcs) {
+        if (record_crcs.size() != job.spec.record_count) throw py::value_error("one checksum for each record");
+        const ZipLayout& layout = shared_layout(job);
+        return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
+      }, py::arg("record_crcs"))
+      .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
       .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
       .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.file_crc; }); })
       .def("wait_captured", [](const Job& job, double timeout_s) {
@@ -203,7 +237,8 @@ void bind_engine(py::module_& module) {
            py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"))
       .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
-           py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"))
+           py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
+           py::arg("share_index") = 0, py::arg("share_count") = 1)
       .def("fence", [](Engine& engine) {
         usable(engine);
         py::gil_scoped_release release;
@@ -228,6 +263,11 @@ void bind_files(py::module_& module) {
     py::gil_scoped_release release;
     write_small_file(path, content);
   });
+  module.def("write_end", [](const std::string& path, uint64_t offset, const py::bytes& bytes) {
+    const std::string content = bytes;
+    py::gil_scoped_release release;
+    write_end(path, offset, content);
+  }, py::arg("path"), py::arg("offset"), py::arg("bytes"));
   module.def("rename_path", &rename_path, nogil);
   module.def("sync_directory", &sync_directory, nogil);
   module.def("make_directory", &make_directory, nogil);

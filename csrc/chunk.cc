@@ -14,20 +14,16 @@ uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 
 
 uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
 
-struct Range {
-  uint64_t begin = 0, end = 0;
-  bool empty() const { return begin >= end; }
-};
 
 // The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
-Range direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
+ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
   if (extent.kind == Source::kCopy) return {};
   const size_t block = block_bytes(limits);
-  const Range whole{round_up(std::max(extent.offset, begin), block),
+  const ByteRange whole{round_up(std::max(extent.offset, begin), block),
                     round_down(std::min(end_of(extent), end), block)};
-  if (whole.empty()) return {};
+  if (whole.begin >= whole.end) return {};
   const auto address = reinterpret_cast<uintptr_t>(extent.source) + (whole.begin - extent.offset);
-  return address % limits.memory_align == 0 ? whole : Range{};
+  return address % limits.memory_align == 0 ? whole : ByteRange{};
 }
 
 void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind) {
@@ -56,8 +52,8 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     add_piece(chunk, kStructure, from - piece_at);
     add_piece(chunk, extent.record, to - from);
     piece_at = to;
-    const Range direct = direct_part(extent, begin, content_end, limits);
-    if (direct.empty()) continue;
+    const ByteRange direct = direct_part(extent, begin, content_end, limits);
+    if (direct.begin >= direct.end) continue;
     add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
     add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind);
     segment_at = direct.end;
@@ -90,23 +86,70 @@ void for_each_run(ChunkRef& chunk, Visit visit) {
 
 size_t block_bytes(const IoLimits& limits) { return std::max(limits.memory_align, limits.offset_align); }
 
+ByteRange written_range(const FileSpec& spec, size_t chunk_bytes) {
+  if (spec.share.whole()) return {0, spec.size};
+  const uint64_t chunks = round_up(spec.share.body_end, chunk_bytes) / chunk_bytes;
+  const auto edge = [&](uint64_t index) {
+    return std::min(chunks * index / spec.share.count * chunk_bytes, spec.share.body_end);
+  };
+  return {edge(spec.share.index), edge(spec.share.index + 1)};
+}
+
+ByteRange fields_in(const FileSpec& spec, ByteRange range) {
+  const auto before = [](const CrcField& field, uint64_t offset) { return field.offset < offset; };
+  const auto first = std::lower_bound(spec.crc_fields.begin(), spec.crc_fields.end(), range.begin, before);
+  const auto end = std::lower_bound(first, spec.crc_fields.end(), range.end, before);
+  return {static_cast<uint64_t>(first - spec.crc_fields.begin()), static_cast<uint64_t>(end - spec.crc_fields.begin())};
+}
+
+namespace {
+
+// A field that lies in [range) has the checksum of a record that may begin before: we read that part, too.
+void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange range, size_t chunk_bytes) {
+  const auto field = std::find_if(spec.crc_fields.begin(), spec.crc_fields.end(), [&](const CrcField& candidate) {
+    return candidate.offset + sizeof(uint32_t) > range.begin && candidate.offset < range.end;
+  });
+  if (field == spec.crc_fields.end()) return;
+  for (size_t i = 0; i < spec.extents.size() && spec.extents[i].offset < range.begin; ++i) {
+    const Extent& extent = spec.extents[i];
+    if (extent.record != field->record) continue;
+    const uint64_t end = std::min(end_of(extent), range.begin);
+    for (uint64_t begin = extent.offset; begin < end; begin += chunk_bytes) {
+      Chunk chunk;
+      chunk.offset = begin;
+      chunk.written = false;
+      chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, end - begin));
+      chunk.first_extent = i;
+      chunk.end_extent = i + 1;
+      const std::byte* source = extent.kind == Source::kCopy ? nullptr : extent.source + (begin - extent.offset);
+      add_segment(chunk, source, chunk.length, extent.kind);
+      add_piece(chunk, extent.record, chunk.length);
+      chunks.push_back(std::move(chunk));
+    }
+  }
+}
+
+}  // namespace
+
 std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes) {
   std::vector<Chunk> chunks;
-  const uint64_t padded_end = round_up(spec.size, block_bytes(limits));
-  chunks.reserve(static_cast<size_t>((padded_end + chunk_bytes - 1) / chunk_bytes));
+  const ByteRange range = written_range(spec, chunk_bytes);
+  if (!spec.share.whole()) add_read_chunks(chunks, spec, range, chunk_bytes);
+  const uint64_t padded_end = round_up(range.end, block_bytes(limits));
   size_t extent = 0, field = 0;
-  for (uint64_t begin = 0; begin < padded_end; begin += chunk_bytes) {
+  for (uint64_t begin = range.begin; begin < range.end; begin += chunk_bytes) {
     Chunk chunk;
     chunk.offset = begin;
     chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, padded_end - begin));
     const uint64_t end = begin + chunk.length;
-    chunk.content = static_cast<size_t>(std::min(end, spec.size) - begin);
+    chunk.content = static_cast<size_t>(std::min(end, range.end) - begin);
     while (extent < spec.extents.size() && end_of(spec.extents[extent]) <= begin) ++extent;
     chunk.first_extent = chunk.end_extent = extent;
     while (chunk.end_extent < spec.extents.size() && spec.extents[chunk.end_extent].offset < end) ++chunk.end_extent;
     while (field < spec.crc_fields.size() && spec.crc_fields[field].offset + sizeof(uint32_t) <= begin) ++field;
     chunk.first_field = chunk.end_field = field;
-    while (chunk.end_field < spec.crc_fields.size() && spec.crc_fields[chunk.end_field].offset < end) ++chunk.end_field;
+    const uint64_t content_end = begin + chunk.content;
+    while (chunk.end_field < spec.crc_fields.size() && spec.crc_fields[chunk.end_field].offset < content_end) ++chunk.end_field;
     describe(chunk, spec, limits);
     chunks.push_back(std::move(chunk));
   }

@@ -30,11 +30,25 @@ struct Extent {
   uint32_t record = kStructure;
 };
 
+// Which part of a file this process writes: the others, who hold the same bytes, write the rest. The parts are whole chunks,
+// as equal as can be, of all that lies before `body_end`; the central directory behind it needs the checksums of all parts.
+struct Share {
+  uint32_t index = 0, count = 1;
+  uint64_t body_end = 0;
+  bool whole() const { return count == 1; }
+};
+
 struct FileSpec {
   std::vector<Extent> extents;       // ascending by offset, disjoint, none empty
   std::vector<CrcField> crc_fields;  // ascending; they lie in kCopy extents behind the end of their record
   size_t record_count = 0;
   uint64_t size = 0;
+  Share share;
+};
+
+// Bytes [begin, end) of a file.
+struct ByteRange {
+  uint64_t begin = 0, end = 0;
 };
 
 // A run of bytes in memory, part of a chunk. kCopy: in the chunk's own span of the arena.
@@ -60,7 +74,8 @@ enum class ChunkState : uint8_t {
 };
 
 struct Chunk {
-  uint64_t offset = 0;  // in the file; a multiple of the chunk size
+  uint64_t offset = 0;  // in the file; a multiple of the chunk size, if it is written
+  bool written = true;  // by this process; else it is only read, for the checksum of a record that ends in our share
   size_t length = 0;    // bytes to write: whole blocks
   size_t content = 0;   // bytes of the file proper; less than `length` only at the very end
   size_t first_extent = 0, end_extent = 0;
@@ -78,6 +93,13 @@ struct Chunk {
 // The unit that must not be split: both limits are powers of two.
 size_t block_bytes(const IoLimits& limits);
 
+// What this process writes of the file.
+ByteRange written_range(const FileSpec& spec, size_t chunk_bytes);
+
+// The fields whose first byte lies in the range, as indices into spec.crc_fields.
+ByteRange fields_in(const FileSpec& spec, ByteRange range);
+
+// The chunks that are written, ascending; before them those that are only read.
 std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes);
 
 // Copies all that must leave the caller's memory at once into chunk.bounce, which must be allocated.

@@ -343,7 +343,7 @@ bool Engine::try_claim(Claim& claim) {
 }
 
 void Engine::prepare(Job& job) {
-  job.file->preallocate(job.spec.size);
+  job.file->preallocate(job.range.begin, job.range.end);
   fault::crash_point("preallocated");
   Lock lock(monitor_->mutex);
   job.phase = Phase::kWriting;
@@ -363,13 +363,15 @@ void Engine::write_chunk(Job& job, size_t index) {
   }
   checksum_pieces(chunk, false);
   for (const Piece& piece : chunk.pieces) chunk.crc = crc32_combine(chunk.crc, piece.crc, piece.length);
-  std::vector<iovec> pieces = to_iovecs(chunk);
-  job.file->write_at(pieces, chunk.offset);
+  if (chunk.written) {
+    std::vector<iovec> pieces = to_iovecs(chunk);
+    job.file->write_at(pieces, chunk.offset);
+  }
   if (job.verify && chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
   }
   fault::crash_point("chunk-written");
-  const uint64_t zero_copy = zero_copy_bytes(chunk);
+  const uint64_t zero_copy = chunk.written ? zero_copy_bytes(chunk) : 0;
   Lock lock(monitor_->mutex);
   account_written(job, chunk, zero_copy);
 }
@@ -404,7 +406,9 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     }
   }
   uint32_t crc = 0;
-  for (const Chunk& chunk : job->chunks) crc = crc32_combine(crc, chunk.crc, chunk.content);
+  for (const Chunk& chunk : job->chunks) {
+    if (chunk.written) crc = crc32_combine(crc, chunk.crc, chunk.content);
+  }
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed

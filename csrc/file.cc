@@ -153,8 +153,8 @@ int Descriptor::release() { return std::exchange(fd_, -1); }
 
 // ---- WritableFile ------------------------------------------------------------------------------------------------
 
-WritableFile::WritableFile(std::string path, bool direct) : path_(std::move(path)) {
-  const int flags = O_WRONLY | O_CREAT | O_EXCL;
+WritableFile::WritableFile(std::string path, bool direct, bool shared) : path_(std::move(path)), shared_(shared) {
+  const int flags = O_WRONLY | O_CREAT | (shared ? 0 : O_EXCL);
   fd_ = Descriptor(open_file(path_, flags));
   if (!fd_.valid()) fail("open", path_, errno);
   if (direct) find_limits(direct);
@@ -175,10 +175,12 @@ void WritableFile::fall_back(int error, uint64_t offset) {
   fell_back_ = true;
 }
 
-void WritableFile::preallocate(uint64_t bytes) {
-  const auto length = static_cast<off_t>(bytes);
-  if (invoke("fallocate", path_, [&] { return ::fallocate(fd_.get(), 0, 0, length); }) == 0) return;
+void WritableFile::preallocate(uint64_t begin, uint64_t end) {
+  if (begin >= end) return;
+  const auto from = static_cast<off_t>(begin), length = static_cast<off_t>(end - begin);
+  if (invoke("fallocate", path_, [&] { return ::fallocate(fd_.get(), 0, from, length); }) == 0) return;
   if (errno != EOPNOTSUPP && errno != ENOSYS) fail("fallocate", path_, errno);
+  if (shared_) return;  // the others write, too: its end is not ours to set
   // No reservation on this file system: at least the end of the file stands still.
   if (invoke("ftruncate", path_, [&] { return ::ftruncate(fd_.get(), length); }) != 0) fail("ftruncate", path_, errno);
 }
@@ -223,7 +225,9 @@ void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
 
 void WritableFile::finish(uint64_t bytes) {
   const auto length = static_cast<off_t>(bytes);
-  if (invoke("ftruncate", path_, [&] { return ::ftruncate(fd_.get(), length); }) != 0) fail("ftruncate", path_, errno);
+  if (!shared_ && invoke("ftruncate", path_, [&] { return ::ftruncate(fd_.get(), length); }) != 0) {
+    fail("ftruncate", path_, errno);
+  }
   if (invoke("fdatasync", path_, [&] { return ::fdatasync(fd_.get()); }) != 0) fail("fdatasync", path_, errno);
   close_file(fd_, path_);
 }
@@ -264,6 +268,17 @@ void write_small_file(const std::string& path, const std::string& bytes) {
   if (!fd.valid()) fail("open", path, errno);
   write_all(fd.get(), path, bytes);
   if (invoke("fsync", path, [&] { return ::fsync(fd.get()); }) != 0) fail("fsync", path, errno);
+  close_file(fd, path);
+}
+
+void write_end(const std::string& path, uint64_t offset, const std::string& bytes) {
+  Descriptor fd(open_file(path, O_WRONLY));
+  if (!fd.valid()) fail("open", path, errno);
+  if (::lseek(fd.get(), static_cast<off_t>(offset), SEEK_SET) < 0) fail("lseek", path, errno);
+  write_all(fd.get(), path, bytes);
+  const auto size = static_cast<off_t>(offset + bytes.size());
+  if (invoke("ftruncate", path, [&] { return ::ftruncate(fd.get(), size); }) != 0) fail("ftruncate", path, errno);
+  if (invoke("fdatasync", path, [&] { return ::fdatasync(fd.get()); }) != 0) fail("fdatasync", path, errno);
   close_file(fd, path);
 }
 

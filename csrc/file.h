@@ -43,8 +43,9 @@ class Descriptor {
 // A new file on its way to being durable. Not thread-safe but for write_at(), which any number of threads may call.
 class WritableFile {
  public:
-  // Creates `path`, which must not exist. `direct`: ask for direct I/O, and take what the file system grants.
-  WritableFile(std::string path, bool direct);
+  // Creates `path`, which must not exist unless it is `shared`: then other processes create and write it, too. `direct`: ask
+  // for direct I/O, and take what the file system grants.
+  WritableFile(std::string path, bool direct, bool shared = false);
 
   const std::string& path() const { return path_; }
   const IoLimits& limits() const { return limits_; }
@@ -52,13 +53,13 @@ class WritableFile {
   bool wrote_direct() const { return limits_.direct() && !fell_back_; }
 
   // Reserves the blocks, so that a full disk is known now and writers never move the end of the file.
-  void preallocate(uint64_t bytes);
+  void preallocate(uint64_t begin, uint64_t end);
 
   // Writes the whole of `pieces` at `offset`; continues short writes. With direct limits, addresses, lengths and offset
   // obey them. Consumes `pieces`.
   void write_at(std::vector<iovec>& pieces, uint64_t offset);
 
-  // Cuts the file to `bytes` (whole aligned blocks were written), makes data and size durable, closes.
+  // Cuts the file to `bytes` (whole aligned blocks were written) unless it is shared, makes data and size durable, closes.
   void finish(uint64_t bytes);
 
   // Closes and removes the file. Never throws: it runs on the way out of an error.
@@ -70,6 +71,7 @@ class WritableFile {
 
   std::string path_;
   Descriptor fd_;
+  const bool shared_;
   IoLimits limits_;
   std::atomic<bool> fell_back_{false};
 };
@@ -90,6 +92,7 @@ class ReadableFile {
 
 // The steps of a publish. Paths are in the encoding of the file system.
 void write_small_file(const std::string& path, const std::string& bytes);  // create or replace content, fsync, close
+void write_end(const std::string& path, uint64_t offset, const std::string& bytes);  // of a shared file; cut, fdatasync
 void rename_path(const std::string& from, const std::string& to);
 void sync_directory(const std::string& path);  // makes renames and removals in it durable
 void make_directory(const std::string& path, bool durable);  // with missing parents; durable: each fsynced into its own

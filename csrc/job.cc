@@ -46,11 +46,14 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
     : monitor(std::move(shared)),
       file(std::move(target)),
       spec(std::move(description)),
+      range(written_range(spec, chunk_bytes)),
+      fields(fields_in(spec, range)),
       verify(verify_capture),
       timeout_s(capture_timeout_s),
       crcs(spec.record_count),
       chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
-  stats.bytes_total = spec.size;
+  stats.bytes_total = range.end - range.begin;
+  for (uint64_t i = fields.begin; i < fields.end; ++i) field_records.push_back(spec.crc_fields[i].record);
   for (const Chunk& chunk : chunks) uncaptured += chunk.lazy_bytes > 0 ? 1 : 0;
 }
 

@@ -65,6 +65,10 @@ struct Job {
   const std::shared_ptr<Monitor> monitor;
   const std::unique_ptr<WritableFile> file;
   FileSpec spec;  // constant; emptied at the end
+  const ByteRange range;  // of the file: what this job writes
+  const ByteRange fields;  // indices: the CRC fields in it
+  std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
+  std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
   const bool verify;
   const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;

@@ -10,25 +10,30 @@ constexpr uint32_t kSmallAlign = 64;
 // copied to, and any mmap of it, finds them as well aligned as here.
 constexpr uint32_t kPage = 4096;
 
+// Where torch puts large tensors, modulo a page: what processes that write one file together expect of each other. A tensor
+// that lies elsewhere is copied.
+constexpr uint32_t kUsualRemainder = 64;
+
 ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, uint32_t uniform,
-                const IoLimits& limits) {
+                const IoLimits& limits, bool whole) {
   if (uniform != 0) return {std::move(name), length, uniform, 0};
   if (kind == Source::kCopy || !limits.direct()) return {std::move(name), length, kSmallAlign, 0};
   // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
   const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
-  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(bytes) % limits.memory_align);
+  const uint64_t address = whole ? reinterpret_cast<uintptr_t>(bytes) : kUsualRemainder;
+  const auto remainder = static_cast<uint32_t>(address % limits.memory_align);
   return {std::move(name), length, align, remainder};
 }
 
 }  // namespace
 
-FileSpec describe(const TorchFile& file, const IoLimits& limits, ZipLayout& layout) {
+FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout) {
   std::vector<ZipRecord> records;
   std::vector<Extent> payloads;
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
   const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind) {
-    records.push_back(place(std::move(name), bytes, length, kind, file.uniform_alignment, limits));
+    records.push_back(place(std::move(name), bytes, length, kind, file.uniform_alignment, limits, share.whole()));
     payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size())});
   };
   for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);
@@ -41,6 +46,8 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, ZipLayout& layo
   layout = lay_out_zip(file.archive, records);
   FileSpec spec;
   spec.size = layout.file_size;
+  spec.share = share;
+  spec.share.body_end = layout.directory_offset;
   spec.record_count = records.size();
   spec.crc_fields = layout.crc_fields;
   spec.extents.reserve(payloads.size() + layout.parts.size());
@@ -55,6 +62,22 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, ZipLayout& layo
   std::sort(spec.extents.begin(), spec.extents.end(),
             [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
   return spec;
+}
+
+std::string fill_directory(const ZipLayout& layout, const std::vector<uint32_t>& record_crcs) {
+  std::string directory(layout.file_size - layout.directory_offset, '\0');
+  for (const StructurePart& part : layout.parts) {
+    const uint64_t from = std::max(part.offset, layout.directory_offset), to = part.offset + part.length;
+    if (from >= to) continue;
+    directory.replace(from - layout.directory_offset, to - from, layout.structure, part.begin + (from - part.offset), to - from);
+  }
+  for (const CrcField& field : layout.crc_fields) {
+    if (field.offset < layout.directory_offset) continue;
+    for (size_t byte = 0; byte < sizeof(uint32_t); ++byte) {
+      directory[field.offset - layout.directory_offset + byte] = static_cast<char>(record_crcs.at(field.record) >> (8 * byte));
+    }
+  }
+  return directory;
 }
 
 }  // namespace lazyckpt

@@ -34,7 +34,12 @@ struct TorchFile {
   uint32_t uniform_alignment = 0;  // of every record, as torch.save does; 0: 64, and large storages for direct I/O
 };
 
+// A file that several processes write together has the same layout in all of them, wherever their tensors lie.
+//
 // `layout` must outlive the submit() of the spec, whose extents point into its structure.
-FileSpec describe(const TorchFile& file, const IoLimits& limits, ZipLayout& layout);
+FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout);
+
+// The central directory, to the end of the file, given the checksums of all records.
+std::string fill_directory(const ZipLayout& layout, const std::vector<uint32_t>& record_crcs);
 
 }  // namespace lazyckpt

@@ -132,7 +132,7 @@ class Builder {
   }
 
   void add_directory() {
-    const uint64_t begin = cursor_;
+    const uint64_t begin = layout_.directory_offset = cursor_;
     for (size_t i = 0; i < records_.size(); ++i) add_directory_entry(i);
     const uint64_t size = cursor_ - begin, end = cursor_, count = records_.size();
     put32(kZip64EndSignature);

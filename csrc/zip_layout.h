@@ -39,6 +39,7 @@ struct ZipLayout {
   std::string structure;
   std::vector<StructurePart> parts;      // ascending, disjoint from each other and from the payloads
   std::vector<CrcField> crc_fields;      // ascending by offset
+  uint64_t directory_offset = 0;         // where the central directory begins; it goes on to the end of the file
   uint64_t file_size = 0;
 };
 

@@ -24,6 +24,7 @@ MOST_RANKS = 3
 # Where a rank can be killed while a step is saved; tests/crash compares these with the source.
 ALL_RANKS = ["preallocated", "chunks-written", "data-durable", "before-rename", "renamed", "prepared"]
 RANK_0_ONLY = [
+    "shares-written",
     "manifest-written",
     "manifest-renamed",
     "latest-written",
@@ -54,8 +55,13 @@ class Told:
         found = re.search(r"^found (-?\d+) (\S+) (-?\d+)$", ended.stdout, re.MULTILINE)
         self.found = (int(found[1]), found[2], int(found[3])) if found else None
         self.durable = [int(step) for step in re.findall(r"^durable (\d+)$", ended.stdout, re.MULTILINE)]
+        self.wrote = [int(size) for size in re.findall(r"^wrote (\d+)$", ended.stdout, re.MULTILINE)]
         failed = re.findall(r"^failed (\d+) (\w+): (.*)$", ended.stdout, re.MULTILINE)
         self.failed = {int(step): (kind, text) for step, kind, text in failed}
+
+
+def own_files(world: int) -> list[str]:
+    return ["state.pt"] if world == 1 else [f"rank-{rank:05d}.pt" for rank in range(world)]
 
 
 class Job:
@@ -128,8 +134,8 @@ def assert_whole(directory: Path, world: int, *told: Told) -> int:
                 assert commit_worker.digest(state) == commit_worker.digest(commit_worker.own_state(file["rank"], step))
     for rank in told:
         assert set(rank.durable) <= set(steps), "called durable, and not there"
-    if not steps:
-        assert not (directory / "latest").exists()
+    if not (directory / "latest").exists():
+        assert len(steps) <= 1, "rank 0 may have been killed between the first manifest and latest"
         return -1
     return int((directory / "latest").read_text().removeprefix("step-"))
 
@@ -153,10 +159,19 @@ def assert_goes_on(run: Run, directory: Path, at_least: int) -> None:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("wait", [True, False], ids=["one at a time", "several in flight"])
-def test_ranks_save_and_resume_together(world: int, wait: bool, run: Run, tmp_path: Path) -> None:
-    first = run(world=world, steps=6, wait=wait)
+@pytest.mark.parametrize("writers", ["all", "rank0"])
+def test_ranks_save_and_resume_together(world: int, wait: bool, writers: str, run: Run, tmp_path: Path) -> None:
+    first = run(world=world, steps=6, wait=wait, options={"replicated_writers": writers})
     assert [rank.durable for rank in first] == [[0, 1, 2, 3, 4, 5]] * world
     assert assert_whole(tmp_path, world, *first) == 5
+    folder = tmp_path / "step-000000000005"
+    file, own = (folder / "replicated.pt").stat().st_size, [(folder / name).stat().st_size for name in own_files(world)]
+    shares = [rank.wrote[-1] - size for rank, size in zip(first, own, strict=True)]
+    if writers == "all" and world > 1:
+        assert 0 < file - sum(shares) < file / 10, "what is left is the directory, which rank 0 writes"
+        assert max(shares) - min(shares) <= 2 << 16, "each rank has written as much as any other, but for a chunk"
+    else:
+        assert shares == [file] + [0] * (world - 1)
     second = run(world=world, steps=1)
     assert [rank.found for rank in second] == [(5, expected_digest(5), 5)] * world
 
@@ -204,6 +219,35 @@ def test_a_full_disk_on_one_rank(call: str, rank: int, run: Run, tmp_path: Path)
     kind, text = told[1 - rank].failed[1]
     assert kind == "PeerError" and f"rank {rank}" in text and "No space left" in text
     assert assert_whole(tmp_path, 2, *told) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("call", ["open", "fallocate", "pwritev", "fdatasync"])
+def test_a_share_that_cannot_be_written(call: str, rank: int, run: Run, tmp_path: Path) -> None:
+    bad = {"plan": {"1": {"fault": {"call": call, "path_part": "replicated", "error": 5, "count": 1}}}}
+    told = run(*[bad if each == rank else {} for each in range(2)], steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    assert told[rank].failed[1][0] == "StorageError"
+    assert f"rank {rank}" in told[1 - rank].failed[1][1] and "Input/output error" in told[1 - rank].failed[1][1]
+    assert assert_whole(tmp_path, 2, *told) == 2
+    assert list((tmp_path / "step-000000000001").iterdir()) == [], "nobody has left a file behind"
+
+
+@pytest.mark.parametrize("call", ["write", "ftruncate", "rename"])
+def test_rank_0_cannot_join_the_shares(call: str, run: Run, tmp_path: Path) -> None:
+    told = run({"plan": {"1": {"fault": {"call": call, "path_part": "replicated", "error": 28}}}}, {}, steps=3)
+    assert [each.durable for each in told] == [[0, 2]] * 2
+    assert told[0].failed[1][0] == "StorageError" and "No space left" in told[1].failed[1][1]
+    assert assert_whole(tmp_path, 2, *told) == 2
+    assert list((tmp_path / "step-000000000001").iterdir()) == [], "nobody has left a file behind"
+
+
+def test_ranks_that_disagree_about_what_is_lazy(run: Run, tmp_path: Path) -> None:
+    """Then the shares would not fit together."""
+    told = run({}, {"plan": {"2": {"lazy": False}}}, steps=4)
+    assert [each.durable for each in told] == [[0, 1, 3]] * 2
+    for each in told:
+        assert "sizes or the layout" in each.failed[2][1]
 
 
 @pytest.mark.parametrize("call", ["write", "fsync", "rename"])

@@ -101,7 +101,7 @@ def test_ranks_hear_of_the_refusal(tmp_path: Path, native: Any) -> None:
             return None
 
         def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-            return b"somebody else does"
+            return b'{"refusal": "somebody else does"}'
 
         def close(self) -> None:
             pass

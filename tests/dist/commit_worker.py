@@ -87,7 +87,7 @@ class Rank:
             say(f"closed {type(error).__name__}")
 
     def save(self, step: int, fault: Any = None, sleep_s: float = 0, differ: Any = None, as_step: int | None = None,
-             unpicklable: bool = False, twice: bool = False) -> None:  # fmt: skip
+             unpicklable: bool = False, twice: bool = False, lazy: Any = None) -> None:  # fmt: skip
         own, replicated = own_state(self.checkpointer.rank, step), self.trainer.state()
         if fault:
             _native.set_fault(**fault)
@@ -97,7 +97,7 @@ class Rank:
             own["bad"] = (lambda: None,)
         time.sleep(sleep_s)
         try:
-            pending = self.checkpointer.save(step if as_step is None else as_step, own, replicated=replicated)
+            pending = self.checkpointer.save(step if as_step is None else as_step, own, replicated=replicated, lazy=lazy)
             if twice:
                 pending = self.checkpointer.save(step, own, replicated=replicated)
             if self.request["wait"]:
@@ -107,10 +107,13 @@ class Rank:
         finally:
             if fault:
                 _native.clear_faults()
+        self.newest = pending
         pending.add_done_callback(lambda _: self.report(step, pending.exception()))
 
     def report(self, step: int, error: BaseException | None) -> None:
         self.failures += error is not None
+        if error is None:
+            say(f"wrote {self.newest.stats.bytes_total}")
         say(f"durable {step}" if error is None else f"failed {step} {type(error).__name__}: {error}")
 
 

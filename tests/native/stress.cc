@@ -298,7 +298,7 @@ std::string write_torch_file(Random& random, const std::string& path) {
   file.uniform_alignment = random.choose<uint32_t>({0, 64, 4096});
   auto target = std::make_unique<WritableFile>(path, true);
   ZipLayout layout;
-  FileSpec spec = describe(file, target->limits(), layout);
+  FileSpec spec = describe(file, target->limits(), {}, layout);
   Engine engine({size_t{1} << 18, size_t{1} << 16, 1});
   const auto job = engine.submit(std::move(target), std::move(spec), false, kPatienceS, {});
   expect(wait_until_finished(*job) && !look_at(*job).failed, path + " could not be written");

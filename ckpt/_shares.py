@@ -1,0 +1,65 @@
+"""One file written by all ranks together: what each says of its share, and how rank 0 makes a file of them.
+
+The layout is the same everywhere, so each rank writes whole chunks of its own. What no rank knows alone are the checksums of
+all records: the central directory, which has them, is written last, by rank 0.
+"""
+
+from __future__ import annotations
+
+import array
+import base64
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+
+from ckpt import _native
+from ckpt._file_save import FileSave
+from ckpt.errors import CorruptError
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Bytes [begin, end) of the file, their CRC-32, and the CRC-32s of the records that end there, as texts of numbers."""
+
+    begin: int
+    end: int
+    crc: int
+    records: str
+    crcs: str
+
+
+def share_of(file: FileSave) -> Share:
+    """What this rank has written."""
+    records, crcs = file.job.checksums
+    begin, end = file.job.written
+    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs))
+
+
+def join_shares(file: FileSave, shares: Sequence[Share]) -> int:
+    """Writes the end of the file, durably; returns the CRC-32 of all of it.
+
+    Raises:
+        StorageError: it cannot be written.
+        CorruptError: the shares do not make one file.
+    """
+    record_crcs = [0] * file.job.record_count
+    whole = at = 0
+    for rank, share in enumerate(shares):
+        if share.begin != at or share.end < share.begin:
+            raise CorruptError(f"rank {rank} has written bytes {share.begin} to {share.end} where {at} was expected")
+        whole, at = _native.crc32_combine(whole, share.crc, share.end - share.begin), share.end
+        for record, crc in zip(_unpack(share.records), _unpack(share.crcs), strict=True):
+            record_crcs[record] = crc
+    offset, directory = file.job.directory(record_crcs)
+    if offset != at:
+        raise CorruptError(f"the ranks have written {at} bytes before the directory, which lies at {offset}")
+    _native.write_end(os.fsencode(file.temporary), offset, directory)
+    return _native.crc32(directory, whole)
+
+
+def _pack(numbers: Iterable[int]) -> str:
+    return base64.b85encode(array.array("I", numbers).tobytes()).decode()
+
+
+def _unpack(text: str) -> array.array[int]:
+    return array.array("I", base64.b85decode(text))
