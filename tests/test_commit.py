@@ -10,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -111,6 +112,12 @@ def expected_digest(step: int) -> str:
             trainer.advance()
             EXPECTED[trainer.step] = commit_worker.digest(trainer.state())
     return EXPECTED[step]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def committed(directory: Path) -> list[int]:
@@ -319,6 +326,22 @@ def test_a_rank_is_killed_at_any_point(point: str, victim: int, start: Start, ru
     crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
     job = start(*crashes, steps=7, keep=2, **IMPATIENT)
     told = job.end()
+    assert told[victim].ended.returncode == -signal.SIGKILL
+    assert_survived(told[1 - victim], victim)
+    durable = max([-1, *told[0].durable, *told[1].durable])
+    assert assert_whole(tmp_path, 2) >= durable >= 0
+    assert_goes_on(run, tmp_path, durable)
+
+
+GROUP_POINTS = [(point, victim) for point in ("data-durable", "prepared") for victim in (0, 1)]
+GROUP_POINTS += [(point, 0) for point in ("shares-written", "manifest-renamed", "published")]
+
+
+@pytest.mark.parametrize(("point", "victim"), GROUP_POINTS)
+def test_a_rank_of_a_process_group_is_killed(point: str, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+    """Which agrees by the store of torch.distributed, whose server dies with rank 0."""
+    crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
+    told = start(*crashes, steps=7, coordinator="torch", port=free_port(), **IMPATIENT).end()
     assert told[victim].ended.returncode == -signal.SIGKILL
     assert_survived(told[1 - victim], victim)
     durable = max([-1, *told[0].durable, *told[1].durable])

@@ -57,10 +57,16 @@ class Rank:
     def __init__(self, request: dict[str, Any]) -> None:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(request["rank"]), str(request["world"])
         self.request = request
+        if request["coordinator"] == "torch":
+            where = f"tcp://127.0.0.1:{request['port']}"
+            torch.distributed.init_process_group("gloo", init_method=where, rank=request["rank"], world_size=request["world"])
         self.failures = 0
         self.trainer = Trainer()
         self.checkpointer = ckpt.Checkpointer(
-            request["directory"], keep=request["keep"], options=options(**request["options"]), coordinator="file"
+            request["directory"],
+            keep=request["keep"],
+            options=options(**request["options"]),
+            coordinator=request["coordinator"],
         )
         assert (self.checkpointer.rank, self.checkpointer.world_size) == (request["rank"], request["world"])
 
@@ -119,6 +125,6 @@ class Rank:
 
 def main(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"wait": True, "patience": 1000}
+    defaults |= {"coordinator": "file", "wait": True, "patience": 1000}
     Rank(defaults | request).run()
     os._exit(0)
