@@ -6,6 +6,7 @@ file systems. It does not tell apart two owners in one process: a set of names d
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -42,14 +43,13 @@ class DirectoryLock:
         """
         if self._key is not None:
             return
-        descriptor = _storage.open_lock_file(self._path)
-        stat = os.fstat(descriptor)
-        key = os.getpid(), stat.st_dev, stat.st_ino
         with _guard:
-            if key in _held:
-                # Not closed: closing any descriptor of the file would drop the lock that this process has on it.
-                _leaked.append(descriptor)
-                raise self._in_use("another Checkpointer of this process")
+            # Looked at before it is opened: closing any descriptor of the file would drop the lock that this process has on it.
+            with contextlib.suppress(FileNotFoundError):
+                if _key_of(os.stat(self._path)) in _held:
+                    raise self._in_use("another Checkpointer of this process")
+            descriptor = _storage.open_lock_file(self._path)
+            key = _key_of(os.fstat(descriptor))
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
@@ -81,7 +81,8 @@ class DirectoryLock:
         )
 
 
-_leaked: list[int] = []  # descriptors of locks that another owner in this process holds
+def _key_of(stat: os.stat_result) -> tuple[int, int, int]:
+    return os.getpid(), stat.st_dev, stat.st_ino
 
 
 def _read(descriptor: int) -> str:

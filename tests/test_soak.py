@@ -148,6 +148,8 @@ def test_soak(seed: int, tmp_path: Path, native: Any) -> None:
         run.random.choice(operations)()
         if warm is None and time.monotonic() > begin + SOAK_S / 10:
             run.restore()
+            run.save()  # one that has saved holds its lock
+            run.settle()
             warm = resources()
     run.restore()
     engine = run.checkpointer._runtime._engine
