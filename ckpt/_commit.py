@@ -127,27 +127,23 @@ class StepCommitter:
 
     def _prepare(self, ticket: Ticket, error: BaseException | None) -> tuple[Prepared, BaseException | None]:
         """Gives this rank's files their names. An error is a message to the others, too."""
-        files = []
         try:
             if error is not None:
                 raise error
-            for part in ticket.parts:
-                if part.written and not part.is_shared:
-                    self._directories.place(part.file.temporary, part.file.target)
-                    job = part.file.job
-                    files.append(FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._coordinator.rank))
+            files = tuple(self._place(part) for part in ticket.parts if part.written and not part.is_shared)
+            if self._coordinator.world_size == 1:
+                return Prepared(ticket.step, files=files), None
+            shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
+            digests = tuple(_digest(part) for part in ticket.parts if part.kind == REPLICATED)
         except BaseException as caught:
             error = caught.with_traceback(None)
             return Prepared(ticket.step, str(error) or type(error).__name__, isinstance(error, SkippedError)), error
-        if self._coordinator.world_size == 1:
-            return Prepared(ticket.step, files=tuple(files)), None
-        shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
-        digests = tuple(
-            digest_of(part.file.pickle, part.file.sizes, part.file.job.layout_crc32 if part.is_shared else 0)
-            for part in ticket.parts
-            if part.kind == REPLICATED
-        )
-        return Prepared(ticket.step, files=tuple(files), digests=digests, shares=shares), None
+        return Prepared(ticket.step, files=files, digests=digests, shares=shares), None
+
+    def _place(self, part: Part) -> FileEntry:
+        self._directories.place(part.file.temporary, part.file.target)
+        job = part.file.job
+        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._coordinator.rank)
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -169,10 +165,11 @@ class StepCommitter:
                 error = caught.with_traceback(None)
                 failure = Failure(f"rank 0 could not publish it: {error}", (0,))
         _storage.crash_point("published")
-        self._announce(self._key(ticket, "verdict", bool(differing)), {"failure": failure and dataclasses.asdict(failure)})
         if manifest is not None and failure is None:
+            # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
             self._directories.tidy(ticket.directory, manifest, before)
             _storage.crash_point("tidied")
+        self._announce(self._key(ticket, "verdict", bool(differing)), {"failure": failure and dataclasses.asdict(failure)})
         return failure, error
 
     def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
@@ -194,11 +191,13 @@ class StepCommitter:
         except PeerError as error:
             missing, cause = error.ranks, str(error)
             answers = {rank: Prepared.from_json(payload) for rank, payload in error.payloads.items()}
+        except Exception as error:  # whatever it is: the others wait for word
+            return Failure(f"rank 0 could not hear the others: {error}", (0,)), []
         failed = {rank: answer for rank, answer in answers.items() if answer.failure is not None}
         if failed:  # a known cause says more than a silence, which may be its consequence
             skipped = all(answer.skipped for answer in failed.values())
             return Failure(_list_failures(failed), tuple(failed), skipped), []
-        if missing:
+        if cause:
             return Failure(cause, missing), []
         strays = {rank: answer.step for rank, answer in answers.items() if answer.step != ticket.step}
         if strays:
@@ -216,6 +215,8 @@ class StepCommitter:
             texts = self._coordinator.gather(self._key(ticket, "differences"), b"", self._timeout_s) or []
         except PeerError as error:
             texts = [error.payloads.get(rank, b"") for rank in range(self._coordinator.world_size)]
+        except Exception:  # it was for the message only
+            texts = []
         first = differing[0]
         found = texts[first].decode(errors="replace") if first < len(texts) else ""
         return Failure(
@@ -264,6 +265,10 @@ class StepCommitter:
     def _as_error(self, ticket: Ticket, failure: Failure) -> CheckpointError:
         text = f"the save of step {ticket.step} to '{ticket.directory}' was given up by all ranks: {failure.text}"
         return SkippedError(text) if failure.skipped else PeerError(text, failure.ranks)
+
+
+def _digest(part: Part) -> Digest:
+    return digest_of(part.file.pickle, part.file.sizes, part.file.job.layout_crc32 if part.is_shared else 0)
 
 
 def _find_differing(answers: Sequence[Prepared]) -> tuple[int, ...]:

@@ -18,13 +18,13 @@ import contextlib
 import logging
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt import _manifest, _storage
 from ckpt._lock import DirectoryLock
 from ckpt._manifest import Manifest
-from ckpt.errors import NotACheckpointError, StorageError
+from ckpt.errors import CheckpointError, ClosedError, CorruptError, NotACheckpointError
 
 logger = logging.getLogger("ckpt")
 
@@ -65,6 +65,8 @@ class StepDirectories:
         self._keep = keep
         self._shared = shared
         self._file_lock = DirectoryLock(directory)
+        self._changing = threading.Lock()  # held while something is published or removed
+        self._released = False  # guarded by _changing
         self._lock = threading.Lock()  # guards what follows
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
         self._next_sequence: int | None = None
@@ -104,7 +106,17 @@ class StepDirectories:
         self._remove_leftovers()  # before a byte is written: a full disk may be full of them
 
     def release(self) -> None:
-        self._file_lock.release()
+        """From now on nothing is published or removed: the directory may belong to another job."""
+        with self._changing:
+            self._released = True
+            self._file_lock.release()
+
+    @contextlib.contextmanager
+    def _still_ours(self) -> Iterator[None]:
+        with self._changing:
+            if self._released:
+                raise ClosedError(f"the Checkpointer of '{self._directory}' was closed before this save was published")
+            yield
 
     def begin(self, name: str, stems: Sequence[str]) -> list[Path]:
         """Makes the step's directory and chooses names for its files that no committed or pending one uses.
@@ -121,6 +133,8 @@ class StepDirectories:
             taken = set(self._in_flight.get(name, ()))
             with contextlib.suppress(NotACheckpointError):
                 taken |= _manifest.names(_manifest.read(directory).files)
+            # Also a file whose save ended without word from rank 0, which may publish it yet.
+            taken |= {path.name for path in directory.iterdir()}
             files = [_free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
         return [directory / file for file in files]
@@ -164,9 +178,15 @@ class StepDirectories:
         Raises:
             StorageError: a system call failed; what was committed before still stands.
         """
-        _storage.sync_directory(self._directory)
-        _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
-        _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
+        with self._still_ours():
+            for file in manifest.files:  # whatever may have gone wrong between the ranks: no manifest names what is not there
+                if (directory / file.name).stat().st_size != file.bytes:
+                    raise CorruptError(
+                        f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
+                    )
+            _storage.sync_directory(self._directory)
+            _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+            _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
 
     def take_back(self, target: Path) -> None:
         """Removes a file that has its name but is not committed: a full disk must not get fuller with every try."""
@@ -190,30 +210,34 @@ class StepDirectories:
             before: what the step was until now.
         """
         try:
-            self._remove_retired()
-            if not self._shared:
-                self._remove_unnamed(directory, manifest)
-            elif before is not None:
-                for name in _manifest.names(before.files) - _manifest.names(manifest.files):
-                    _storage.remove_file(directory / name)
-            if self._keep is not None:
-                for path, _ in self.look()[0][self._keep :]:
-                    self._remove_step(path)
-        except (StorageError, OSError) as error:
+            with self._still_ours():
+                self._tidy(directory, manifest, before)
+        except (CheckpointError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
+
+    def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
+        self._remove_retired()
+        if not self._shared:
+            self._remove_unnamed(directory, manifest)
+        elif before is not None:
+            for name in _manifest.names(before.files) - _manifest.names(manifest.files):
+                _storage.remove_file(directory / name)
+        if self._keep is not None:
+            for path, _ in self.look()[0][self._keep :]:
+                self._remove_step(path)
 
     def _remove_leftovers(self) -> None:
         """What a crash left behind."""
         try:
             self._remove_retired()
             for path in self._directory.iterdir():
-                if _storage.is_temporary(path.name):
+                if _storage.name_behind(path.name) == LATEST:
                     _storage.remove_file(path)
             for path in self._step_directories():
                 try:
                     self._remove_unnamed(path, _manifest.read(path))
-                except NotACheckpointError:
-                    if not (path / _manifest.NAME).exists():  # a damaged manifest is evidence: leave it to a person
+                except NotACheckpointError as error:
+                    if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
                         self._remove_step(path)
         except OSError as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
@@ -221,7 +245,7 @@ class StepDirectories:
     def _remove_retired(self) -> None:
         """Steps whose removal failed half-way."""
         for path in self._directory.iterdir():
-            if _storage.is_temporary(path.name) and path.is_dir():
+            if is_step_name(_storage.name_behind(path.name) or "") and path.is_dir():
                 _storage.remove_tree(path)
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:

@@ -108,5 +108,6 @@ class FileSave:
         self.pickle, self.sizes = b"", ()
 
     def discard(self) -> None:
-        """Removes the file that will not be published."""
-        _storage.remove_quietly(self.temporary)
+        """Removes the file that will not be published. One that is shared is rank 0's to remove: it may publish it yet."""
+        if self.sharing is None or self.sharing.index == 0:
+            _storage.remove_quietly(self.temporary)

@@ -12,6 +12,7 @@ from typing import Any
 
 _CONTEXT = 3  # values before the difference that a message shows
 _LONGEST_VALUE = 40  # characters of each
+_CONSTANTS = {"NONE": "None", "NEWTRUE": "True", "NEWFALSE": "False", "EMPTY_DICT": "{", "EMPTY_LIST": "[", "EMPTY_TUPLE": "()"}
 # A rank's tensors lie on a device of its own; the file says that of the rank which wrote it.
 _DEVICE = re.compile(rb"X....(cuda|xpu|npu|hpu|privateuseone):\d+", re.DOTALL)
 
@@ -43,6 +44,8 @@ def without_devices(pickle: bytes) -> bytes:
 
 def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int) -> str:
     """Where two pickles part, in words: the values just before, then both values."""
+    if not ours or not theirs:
+        return f"rank {our_rank if not ours else their_rank} gave no replicated state"
     before: list[str] = []
     for mine, other in zip(_values(ours), _values(theirs), strict=False):
         if mine != other:
@@ -51,15 +54,18 @@ def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int)
         before.append(mine)
     if ours == theirs:
         return f"in the sizes or the layout of its tensors: what is lazy must be the same on rank {our_rank} and {their_rank}"
-    return f"one goes on where the other ends, after {', '.join(before[-_CONTEXT:])}"
+    return "only in which objects are shared, in the order of a set, or in where one of them ends"
 
 
 def _values(pickle: bytes) -> list[str]:
-    return [_show(value) for opcode, value, _ in pickletools.genops(pickle) if _tells(opcode.name, value)]
-
-
-def _tells(opcode: str, value: Any) -> bool:
-    return value is not None and "PUT" not in opcode and "GET" not in opcode and opcode != "PROTO"
+    """The values in the order in which they stand in the pickle; what has been seen before is not repeated."""
+    found = []
+    for opcode, value, _ in pickletools.genops(pickle):
+        if opcode.name in _CONSTANTS:
+            found.append(_CONSTANTS[opcode.name])
+        elif value is not None and "PUT" not in opcode.name and "GET" not in opcode.name and opcode.name != "PROTO":
+            found.append(_show(value))
+    return found
 
 
 def _show(value: Any) -> str:

@@ -55,6 +55,12 @@ class Restorer:
         self._coordinator = coordinator
         self._stream = stream
         self._timeout_s = timeout_s
+        self._calls = 0
+        self._asked = 0
+
+    def begin(self) -> None:
+        """To be called first, on all ranks: however the last one ended, they ask the same questions again."""
+        self._calls += 1
         self._asked = 0
 
     def restore(self, root: Path, loading: Loading) -> Restored | None:
@@ -123,7 +129,7 @@ class Restorer:
 
     def _next_key(self) -> str:
         self._asked += 1
-        return f"{self._stream}/{self._asked}"
+        return f"{self._stream}/{self._calls}-{self._asked}"
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 

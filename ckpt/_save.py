@@ -101,6 +101,7 @@ def start(
         pending._skipped = skipped
         pending._fail(skipped)
         return
+    pending._planned = tuple(file for file, _, _ in contents)
     try:
         is_lazy = lazy_storages(lazy)
         # All of them before the first is submitted: what cannot be pickled is found here.

@@ -26,13 +26,14 @@ class Share:
     crc: int
     records: str
     crcs: str
+    inode: int
 
 
 def share_of(file: FileSave) -> Share:
     """What this rank has written."""
     records, crcs = file.job.checksums
     begin, end = file.job.written
-    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs))
+    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), os.stat(file.temporary).st_ino)
 
 
 def join_shares(file: FileSave, shares: Sequence[Share]) -> int:
@@ -45,6 +46,8 @@ def join_shares(file: FileSave, shares: Sequence[Share]) -> int:
     record_crcs = [0] * file.job.record_count
     whole = at = 0
     for rank, share in enumerate(shares):
+        if share.inode != shares[0].inode:
+            raise CorruptError(f"rank {rank} has written to another file than rank 0: all ranks must see the same directory")
         if share.begin != at or share.end < share.begin:
             raise CorruptError(f"rank {rank} has written bytes {share.begin} to {share.end} where {at} was expected")
         whole, at = _native.crc32_combine(whole, share.crc, share.end - share.begin), share.end

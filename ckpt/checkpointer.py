@@ -34,7 +34,9 @@ from ckpt.pending import PendingSave, wait_all
 
 logger = logging.getLogger("ckpt")
 
-_numbers = itertools.count()  # of Checkpointers: ranks make them in the same order
+# For each coordinator that several Checkpointers use: their numbers. Ranks make them in the same order.
+_streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
+_tokens = itertools.count()
 
 
 class Checkpointer:
@@ -75,9 +77,11 @@ class Checkpointer:
         _storage.make_directory(self.directory, durable=True)
         self._coordinator = make_coordinator(coordinator, directory=self.directory)
         self._owns_coordinator = self._coordinator is not coordinator
-        self._stream = f"ckpt-{next(_numbers)}"
+        self._stream = (
+            "ckpt" if self._owns_coordinator else f"ckpt-{next(_streams.setdefault(self._coordinator, itertools.count()))}"
+        )
         self._directories = _directory.StepDirectories(self.directory, keep, shared=self.world_size > 1)
-        weakref.finalize(self, self._directories.release)
+        weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
         timeout_s = self.options.commit_timeout_s
         self._committer = StepCommitter(self._directories, self._coordinator, f"{self._stream}-save", timeout_s)
         self._restorer = Restorer(self._directories, self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
@@ -85,7 +89,7 @@ class Checkpointer:
         self._owner = os.getpid()
         self._closed = False
         self._claimed = False
-        self._claims = 0
+        self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
         self._saves = 0
         self._pending: list[PendingSave] = []
@@ -126,11 +130,12 @@ class Checkpointer:
         `result()` and by wait().
         """
         self._check_usable()
-        ticket = Ticket(self._saves, step, self.directory / _directory.step_name(step))
-        self._claim_directory()
-        self._saves += 1
+        name = _directory.step_name(step)
+        ticket = Ticket(self._saves, step, self.directory / name)
+        self._saves += 1  # whatever happens: all ranks count their calls
         pending = PendingSave(ticket.directory, step, on_done=self._note_done)
         try:
+            self._claim_directory(ticket.number)
             self._check_failures()
             self._begin(pending, ticket, state, replicated, lazy)
         except BaseException as error:
@@ -141,19 +146,24 @@ class Checkpointer:
         self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
         return pending
 
-    def _claim_directory(self) -> None:
-        """At the first save: rank 0 locks the directory and cleans it, before any rank writes."""
-        if self._claimed:
+    def _claim_directory(self, number: int) -> None:
+        """At the first save: rank 0 locks the directory and cleans it, before any rank writes.
+
+        Rank 0 says so again at each save until one has succeeded: a rank may have missed it.
+        """
+        if self._claimed and (self.rank != 0 or self._succeeded):
             return
-        self._claims += 1
-        key, answer = f"{self._stream}-claim/{self._claims}", {"token": _storage.shared_token(next(_numbers))}
+        key = f"{self._stream}-claim/{number}"
         if self.rank == 0:
             try:
-                self._directories.claim()
+                if not self._claimed:
+                    self._directories.claim()
+                    self._claimed, self._token = True, _storage.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise
-        answer = json.loads(self._coordinator.broadcast(key, json.dumps(answer).encode(), self.options.timeout_s))
+        said = json.dumps({"token": self._token}).encode()
+        answer = json.loads(self._coordinator.broadcast(key, said, self.options.timeout_s))
         if "refusal" in answer:
             raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
         self._claimed, self._token = True, answer["token"]
@@ -162,13 +172,13 @@ class Checkpointer:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
         contents += [] if replicated is None else [(REPLICATED, replicated)]
         targets = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind, _ in contents])
-        pending.add_done_callback(lambda _: self._directories.abandon(ticket.directory, targets))
         parts = tuple(self._make_part(kind, target, ticket) for (kind, _), target in zip(contents, targets, strict=True))
 
         def publish(error: BaseException | None) -> Path:
             try:
                 return self._committer.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
             finally:
+                self._directories.abandon(ticket.directory, targets)
                 for part in parts:
                     part.file.forget_structure()
 
@@ -176,9 +186,11 @@ class Checkpointer:
         try:
             start(self._runtime, pending, files, publish, lazy=lazy, options=self.options)
         except BaseException:
-            self._directories.abandon(ticket.directory, targets)
+            if not pending._handed_over:
+                self._directories.abandon(ticket.directory, targets)
             raise
         if (skipped := pending._skipped) is not None:
+            self._directories.abandon(ticket.directory, targets)
             self._attend(pending, ticket, skipped)
 
     def _make_part(self, kind: str, target: Path, ticket: Ticket) -> Part:
@@ -197,8 +209,21 @@ class Checkpointer:
 
     def _attend(self, pending: PendingSave, ticket: Ticket, error: BaseException) -> None:
         """Lets the other ranks know of a save that could not even be begun here: they wait for word from this one."""
-        if self.world_size > 1 and not pending._handed_over:
-            self._runtime.attend(PendingSave(ticket.directory, ticket.step), lambda _: self._committer.commit(ticket, error))
+        if pending._handed_over:
+            self._pending.append(pending)
+        elif self.world_size > 1:
+            # Words, not the error itself: its frames hold the state.
+            said = (SkippedError if isinstance(error, SkippedError) else CheckpointError)(str(error) or type(error).__name__)
+
+            def publish(_: BaseException | None) -> Path:
+                try:
+                    return self._committer.commit(ticket, said)
+                finally:
+                    pending._discard()  # what the others have written of a file that all write together
+
+            attended = PendingSave(ticket.directory, ticket.step)
+            self._runtime.attend(attended, publish)
+            self._pending.append(attended)
 
     def _check_failures(self) -> None:
         limit = self.options.max_failed_saves
@@ -213,6 +238,7 @@ class Checkpointer:
         if error is None:
             self._failed_in_a_row = 0
             self._last_failed = None
+            self._succeeded = True
         elif not isinstance(error, SkippedError):
             self._failed_in_a_row += 1
             self._last_failed = self._unreported = error
@@ -243,6 +269,7 @@ class Checkpointer:
             PeerError: a rank does not answer.
         """
         self._check_usable()
+        self._restorer.begin()
         self._drain(self.options.drain_timeout_s)
         return self._restorer.restore(self.directory, Loading(map_location, weights_only, merge))
 

@@ -64,6 +64,7 @@ class PendingSave:
         self._future: concurrent.futures.Future[Path] = concurrent.futures.Future()
         self._owner = os.getpid()
         self._files: tuple[FileSave, ...] = ()  # once submitted
+        self._planned: tuple[FileSave, ...] = ()  # these, and those that are not submitted, or not written by this process
         self._begin_error: BaseException | None = None  # not all files could be submitted
         self._handed_over = False  # the committer has it
         self._skipped: BaseException | None = None
@@ -148,7 +149,7 @@ class PendingSave:
 
     def _discard(self) -> None:
         """Removes the files, which will not be published."""
-        for file in self._files:
+        for file in self._planned:
             file.discard()
 
     def _let_go(self) -> None:
@@ -157,15 +158,17 @@ class PendingSave:
 
     def _succeed(self, path: Path) -> None:
         self._durable_at = time.monotonic()
-        if self._on_done is not None:
-            self._on_done(self, None)
+        on_done, self._on_done = self._on_done, None  # else the two would hold each other
+        if on_done is not None:
+            on_done(self, None)
         self._future.set_result(path)
 
     def _fail(self, error: BaseException) -> None:
         if self._future.done():
             return
-        if self._on_done is not None:
-            self._on_done(self, error)
+        on_done, self._on_done = self._on_done, None
+        if on_done is not None:
+            on_done(self, error)
         self._future.set_exception(error)
 
     def _check_owner(self) -> None:

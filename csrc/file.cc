@@ -234,7 +234,7 @@ void WritableFile::finish(uint64_t bytes) {
 
 void WritableFile::discard() noexcept {
   fd_ = Descriptor();
-  ::unlink(path_.c_str());
+  if (!shared_) ::unlink(path_.c_str());
 }
 
 // ---- ReadableFile ------------------------------------------------------------------------------------------------

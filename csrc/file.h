@@ -62,7 +62,7 @@ class WritableFile {
   // Cuts the file to `bytes` (whole aligned blocks were written) unless it is shared, makes data and size durable, closes.
   void finish(uint64_t bytes);
 
-  // Closes and removes the file. Never throws: it runs on the way out of an error.
+  // Closes and removes the file, but not one that others write, too. Never throws: it runs on the way out of an error.
   void discard() noexcept;
 
  private:

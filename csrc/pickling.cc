@@ -142,6 +142,11 @@ class StatePickler {
 
   // ---- Values ----
 
+  void memoize(PyObject* object) {
+    if (object != nullptr) keep_.push_back(py::reinterpret_borrow<py::object>(object));
+    out_.memoize(object);
+  }
+
   void save_int(PyObject* object) {
     int overflow = 0;
     const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
@@ -158,22 +163,23 @@ class StatePickler {
       throw Unsupported();
     }
     out_.put_text({text, static_cast<size_t>(length)});
-    out_.memoize(object);
+    memoize(object);
   }
 
   void save_global(PyObject* object) {
     if (out_.put_again(object)) return;
-    PyObject* opcodes = find(words_.globals, object);
+    PyObject* opcodes = PyDict_GetItemWithError(words_.globals.ptr(), object);
+    if (opcodes == nullptr) PyErr_Clear();  // a class that cannot be hashed, for one
     if (opcodes == nullptr) throw Unsupported();
     out_.put({PyBytes_AS_STRING(opcodes), static_cast<size_t>(PyBytes_GET_SIZE(opcodes))});
-    out_.memoize(object);
+    memoize(object);
   }
 
   // ---- Containers ----
 
   void save_dict(PyObject* object) {
     out_.put('}');
-    out_.memoize(object);
+    memoize(object);
     const Py_ssize_t size = PyDict_GET_SIZE(object);
     Py_ssize_t position = 0;
     if (size == 1) {
@@ -200,7 +206,7 @@ class StatePickler {
 
   void save_list(PyObject* object) {
     out_.put(']');
-    out_.memoize(object);
+    memoize(object);
     const Py_ssize_t size = PyList_GET_SIZE(object);
     const auto save_item = [&](Py_ssize_t i) {
       if (PyList_GET_SIZE(object) != size) throw Unsupported();
@@ -223,7 +229,8 @@ class StatePickler {
     out_.begin_tuple(size);
     for (Py_ssize_t i = 0; i < size; ++i) save(PyTuple_GET_ITEM(object, i));
     if (out_.knows(object)) throw Unsupported();  // it holds itself
-    out_.end_tuple(size, object);
+    keep_.push_back(py::reinterpret_borrow<py::object>(object));
+    out_.end_tuple(static_cast<size_t>(size), object);
   }
 
   void save_ordered_dict(PyObject* object) {
@@ -243,10 +250,10 @@ class StatePickler {
     }
   }
 
-  void save_empty_ordered_dict(const PyObject* object) {
+  void save_empty_ordered_dict(PyObject* object) {
     save_global(words_.ordered_dict.ptr());
     out_.put(")R");
-    out_.memoize(object);
+    memoize(object);
   }
 
   void save_items(PyObject* items) {
@@ -279,7 +286,7 @@ class StatePickler {
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
     out_.put('R');
-    out_.memoize(tensor);
+    memoize(tensor);
   }
 
   // A plain tensor on the CPU that covers its storage and is the first to do so: nearly all that there are, and the
@@ -307,7 +314,7 @@ class StatePickler {
     save_empty_ordered_dict(nullptr);
     out_.end_tuple(6, nullptr);
     out_.put('R');
-    out_.memoize(tensor);
+    memoize(tensor);
     return true;
   }
 
@@ -365,13 +372,13 @@ class StatePickler {
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
     out_.put('R');
-    out_.memoize(parameter);
+    memoize(parameter);
   }
 
   const Vocabulary& words_;
   const Tables& tables_;
   OpcodeWriter out_;
-  std::vector<py::object> keep_;  // temporaries, so that no later object has their address
+  std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
 };
 
 py::object dump(const Vocabulary& vocabulary, const py::object& root, py::dict records, py::list order, py::dict remaps,

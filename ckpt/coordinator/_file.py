@@ -24,6 +24,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ckpt import _native, _storage
+from ckpt._lock import DirectoryLock
 from ckpt.coordinator._base import (
     OPENING,
     VERDICT_S,
@@ -51,7 +52,6 @@ VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
-_live: set[str] = set()  # sessions of this process
 
 
 def world_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -121,7 +121,7 @@ class FileCoordinator(Coordinator):
         spent = self._farewell.say(self, self._ledger)
         if spent is None or self.world_size == 1 or self.rank != 0:
             return
-        _live.discard(self._session.name)
+        self._alive.release()
         if everybody_read or spent.words:  # else ranks are missing that may still come and read: the next run removes it
             with contextlib.suppress(OSError):
                 _storage.remove_tree(self._session)
@@ -201,18 +201,19 @@ class FileCoordinator(Coordinator):
     def _open(self, timeout_s: float) -> None:
         """Makes a session, names in it whoever has said hello, and waits until all have entered."""
         for name in os.listdir(self._root):
-            if name.startswith("s-") and name not in _live:
-                with contextlib.suppress(OSError):
-                    _storage.remove_tree(self._root / name)
+            if name.startswith("s-"):
+                _remove_if_dead(self._root / name)
         self._session = self._root / f"s-{secrets.token_hex(_ID_BYTES // 2)}"
-        _live.add(self._session.name)
+        _storage.make_directory(self._session, durable=False)
+        self._alive = DirectoryLock(self._session)
+        self._alive.acquire()
         for folder in ("posts", "words"):
             _storage.make_directory(self._session / folder, durable=False)
         entered = self._await_all(Deadline(timeout_s))
         missing = [rank for rank in range(1, self.world_size) if rank not in entered]
         _storage.remove_quietly(self._root / "session")
         if missing:
-            _live.discard(self._session.name)
+            self._alive.release()
             with contextlib.suppress(OSError):
                 _storage.remove_tree(self._session)
             raise missing_error(f"hello in {self._root}", missing, {}, timeout_s)
@@ -234,6 +235,17 @@ class FileCoordinator(Coordinator):
                 _storage.remove_quietly(path)
             if len(entered) == self.world_size - 1 or not pace.rest(found=len(entered) > before):
                 return entered
+
+
+def _remove_if_dead(session: Path) -> None:
+    """A session whose rank 0 has ended; the lock that it holds tells."""
+    lock = DirectoryLock(session)
+    with contextlib.suppress(CheckpointError, OSError):
+        lock.acquire()
+        try:
+            _storage.remove_tree(session)
+        finally:
+            lock.release()
 
 
 class _Hellos:
