@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from ckpt import _native
 from ckpt._file_save import FileSave
-from ckpt.errors import CorruptError
+from ckpt.errors import CorruptError, StorageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +30,22 @@ class Share:
 
 
 def share_of(file: FileSave) -> Share:
-    """What this rank has written."""
+    """What this rank has written.
+
+    Raises:
+        StorageError: the file is gone.
+    """
     records, crcs = file.job.checksums
     begin, end = file.job.written
-    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), os.stat(file.temporary).st_ino)
+    try:
+        inode = os.stat(file.temporary).st_ino
+    except OSError as error:
+        raise StorageError(
+            error.errno or 0,
+            f"'{file.temporary}' is gone: rank 0 has given this save up already, or does not see the same directory",
+            str(file.temporary),
+        ) from error
+    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode)
 
 
 def join_shares(file: FileSave, shares: Sequence[Share]) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 from runs import WARM_UP, DemoFailed, Record, Run, Stage
 
 NAMES = {"none": "no saving", "lazy": "ckpt", "torch": "torch.save + fsync"}
-KEPT_STATES = 5  # room for this many states on disk: two kept, one under way, and some to spare
+KEPT_STATES = 6  # room for this many states on disk: three kept, up to two under way, and one to spare
 TIME_LIMIT_S = 165.0  # the second round is left out if it would end later than this
 
 

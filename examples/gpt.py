@@ -95,17 +95,19 @@ def read_text(path: Path | None) -> bytes:
 
 
 class Batches:
-    """Windows of a text, shuffled. Where it stands is two integers, so it resumes exactly.
+    """Windows of a text, shuffled, and dealt to the ranks in turn. Where it stands is two integers, so it resumes exactly.
 
-    The order of each epoch follows from (seed, epoch) alone, and owes nothing to the global RNG.
+    The order of each epoch follows from (seed, epoch) alone, and owes nothing to the global RNG. It is the same on all ranks.
+    So are the two integers, which count for all of them: another number of ranks can go on from there.
     """
 
-    def __init__(self, text: bytes, batch: int, context: int, seed: int) -> None:
+    def __init__(self, text: bytes, batch: int, context: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
         self._text = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        self._batch, self._context, self._seed = batch, context, seed
+        self._context, self._seed, self._rank, self._ranks = context, seed, rank, ranks
+        self._round = batch * ranks  # windows that all ranks together take at a time
         self._windows = (len(text) - 1) // context
-        if self._windows < batch:
-            needed = batch * context + 1
+        if self._windows < self._round:
+            needed = self._round * context + 1
             raise SystemExit(f"the text has {len(text)} bytes: one batch needs at least {needed}")
         self._begin_epoch(0, 0)
 
@@ -121,10 +123,10 @@ class Batches:
         self._begin_epoch(state["epoch"], state["taken"])
 
     def next(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if self._taken + self._batch > self._windows:
+        if self._taken + self._round > self._windows:
             self._begin_epoch(self._epoch + 1, 0)
-        chosen = self._order[self._taken : self._taken + self._batch]
-        self._taken += self._batch
+        chosen = self._order[self._taken + self._rank : self._taken + self._round : self._ranks]
+        self._taken += self._round
         starts = [window * self._context for window in chosen]
         rows = torch.stack([self._text[at : at + self._context + 1] for at in starts]).long()
         rows = rows.to(device)

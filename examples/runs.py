@@ -66,7 +66,7 @@ class Stage:
         log = self.work / f"{self._started}-{engine}.jsonl"
         script = Path(__file__).with_name("train_gpt.py")
         command = [sys.executable, str(script), f"--engine={engine}", f"--directory={directory}"]
-        command += [f"--log={log}", *self._flags, *more]
+        command += [f"--events={log}", *self._flags, *more]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True), log
 
     def finish(self, engine: str, directory: Path, *more: str) -> Run:

@@ -1,113 +1,66 @@
-"""Three ways to save a training state, behind one small interface, so that they can be compared.
-
-`LazySaver` is all the code that a training program of your own needs.
-"""
+"""What CheckpointCallback is compared with, behind the same few methods: not saving, and torch.save."""
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any
 
 import torch
+
+import ckpt
 
 State = dict[str, Any]
 
 
-class Saver(Protocol):
-    def restore(self) -> tuple[int, State] | None:
-        """The newest (step, state), or None where nothing was saved."""
-
-    def save(self, step: int, state: State) -> None: ...
-
-    def take_fence_s(self) -> float:
-        """Seconds that the optimizer step just done had to wait for the save before it."""
-
-    def finished(self) -> list[State]:
-        """One record for each save that has ended since the last call."""
-
-    def close(self) -> None:
-        """Returns when every save is durable."""
-
-
-class NoSaver:
+class NoSaving:
     """The reference: what training costs by itself."""
 
-    def __init__(self, directory: Path) -> None:
-        pass
+    def __init__(self, directory: Path, *, every: int, **parts: Any) -> None:
+        self._every, self._parts = every, parts
 
-    def restore(self) -> None:
+    def resume(self) -> int:
+        return 0
+
+    def step(self, step: int) -> TorchSave | None:
+        return self.save(step) if step % self._every == 0 else None
+
+    def save(self, step: int) -> TorchSave | None:
         return None
 
-    def save(self, step: int, state: State) -> None:
-        pass
+    def __enter__(self) -> NoSaving:
+        return self
 
-    def take_fence_s(self) -> float:
-        return 0.0
-
-    def finished(self) -> list[State]:
-        return []
-
-    def close(self) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         pass
 
 
-class LazySaver:
-    """save() returns at once; the bytes leave during the next forward and backward."""
-
-    def __init__(self, directory: Path) -> None:
-        import ckpt
-
-        self._checkpointer = ckpt.Checkpointer(directory, keep=2)
-        self._unfinished: list[tuple[int, ckpt.PendingSave]] = []
-        self._last: ckpt.PendingSave | None = None
-
-    def restore(self) -> tuple[int, State] | None:
-        return self._checkpointer.restore()
-
-    def save(self, step: int, state: State) -> None:
-        self._last = self._checkpointer.save(step, state)
-        self._unfinished.append((step, self._last))
-
-    def take_fence_s(self) -> float:
-        last, self._last = self._last, None
-        return last.stats.fence_s if last is not None else 0.0
-
-    def finished(self) -> list[State]:
-        records = []
-        while self._unfinished and self._unfinished[0][1].done():
-            step, pending = self._unfinished.pop(0)
-            error = pending.exception()  # a save that fails is logged, and training goes on
-            record = {"step": step, "error": None if error is None else str(error)}
-            records.append(record | dataclasses.asdict(pending.stats))
-        return records
-
-    def close(self) -> None:
-        self._checkpointer.close()
-
-
-class TorchSaver:
+class TorchSaving(NoSaving):
     """torch.save as it must be done to survive a power cut: fsync, rename, fsync the directory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, every: int, **parts: Any) -> None:
+        super().__init__(directory, every=every, **parts)
         directory.mkdir(parents=True, exist_ok=True)
         self._directory, self._path = directory, directory / "checkpoint.pt"
-        self._finished: list[State] = []
 
-    def restore(self) -> tuple[int, State] | None:
+    def resume(self) -> int:
         if not self._path.exists():
-            return None
+            return 0
         found = torch.load(self._path, map_location="cpu", weights_only=True)
-        return found["step"], found["state"]
+        for name, part in self._parts.items():
+            part.load_state_dict(found[name])
+        set_rng_state(found["rng"])
+        return int(found["step"])
 
-    def save(self, step: int, state: State) -> None:
+    def save(self, step: int) -> TorchSave:
+        state = {name: part.state_dict() for name, part in self._parts.items()}
+        state |= {"rng": rng_state(), "step": step}
         started_at = time.monotonic()
         unfinished = self._path.with_suffix(".unfinished")
         with unfinished.open("wb") as file:
-            torch.save({"step": step, "state": state}, file)
+            torch.save(state, file)
             file.flush()
             captured_at = time.monotonic()
             os.fsync(file.fileno())
@@ -116,18 +69,35 @@ class TorchSaver:
         fsync_directory(self._directory)
         durable_at = time.monotonic()
         instants = {"captured_at": captured_at, "flushed_at": flushed_at, "durable_at": durable_at}
-        record = {"step": step, "save_s": durable_at - started_at, "fence_s": 0.0}
-        self._finished.append(record | {"bytes_total": self._path.stat().st_size, "started_at": started_at} | instants)
+        size = self._path.stat().st_size
+        return TorchSave(ckpt.SaveStats(save_s=durable_at - started_at, bytes_total=size, started_at=started_at, **instants))
 
-    def take_fence_s(self) -> float:
-        return 0.0
 
-    def finished(self) -> list[State]:
-        records, self._finished = self._finished, []
-        return records
+class TorchSave:
+    """Looks like a ckpt.PendingSave, but nothing is pending: training has waited for it."""
 
-    def close(self) -> None:
-        pass
+    def __init__(self, stats: ckpt.SaveStats) -> None:
+        self.stats = stats
+
+    def done(self) -> bool:
+        return True
+
+    def exception(self) -> None:
+        return None
+
+
+def rng_state() -> State:
+    """The random numbers that this training draws on."""
+    state: State = {"torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: State) -> None:
+    torch.set_rng_state(state["torch"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def fsync_directory(directory: Path) -> None:
@@ -136,6 +106,3 @@ def fsync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-SAVERS: dict[str, Callable[[Path], Saver]] = {"none": NoSaver, "lazy": LazySaver, "torch": TorchSaver}

@@ -3,56 +3,65 @@
     python examples/train_gpt.py --directory out/run             # saves every iteration
     python examples/train_gpt.py --directory out/run --resume    # goes on where it stopped
 
-Kill it at any moment and resume it: on a CPU it ends in the same weights, bit for bit. What that
-takes is in three places: `Training.state_dict` (what to save), `train` (when) and `LazySaver` in
-savers.py (how: one ckpt.Checkpointer; its restore, save and close). To compare, `--engine torch`
-saves with torch.save and fsync instead, and `--engine none` never.
+The same on several processes, which must see the same directory:
+
+    torchrun --nproc_per_node 2 examples/train_gpt.py --directory out/run
+    mpirun -n 2 python examples/train_gpt.py --directory out/run
+
+Kill it at any moment, or any one of its processes, and resume it: on a CPU it ends in the same weights, bit for bit. What that
+takes is in `train`: make a CheckpointCallback, resume() before the loop, step() in it. To compare, `--engine torch` saves with
+torch.save and fsync instead, and `--engine none` never.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
-import hashlib
-import json
 import math
-import random
-import time
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import launch
 import torch
 from gpt import GPT, Batches, Shape, read_text
-from savers import SAVERS, Saver, State
+from record import Log, digest
+from savers import NoSaving, TorchSaving, rng_state
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-try:
-    import numpy as np
-except ImportError:  # torch works without it, and so does this program
-    np = None  # type: ignore[assignment]
+from ckpt.integrations.torch import CheckpointCallback
+
+CALLBACKS: dict[str, Any] = {"lazy": CheckpointCallback, "torch": TorchSaving, "none": NoSaving}
 
 
 class Training:
-    """All that changes while a model learns: one `step`, and one state to save and to load."""
+    """All that changes while a model learns."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        random.seed(args.seed)
-        torch.manual_seed(args.seed)
-        if np is not None:
-            np.random.seed(args.seed)
+    def __init__(self, args: argparse.Namespace, place: launch.Place) -> None:
         self.device = torch.device(args.device)
+        if args.device == "cuda":
+            self.device = torch.device("cuda", place.local_rank)
+        torch.manual_seed(args.seed + place.rank)  # dropout differs between ranks; the weights will be those of rank 0
         shape = Shape(args.layers, args.heads, args.width, args.context, args.dropout)
         self.model = GPT(shape).to(self.device)
+        self.learner = DistributedDataParallel(self.model) if place.ranks > 1 else self.model
         self.optimizer = torch.optim.AdamW(decay_groups(self.model), lr=args.lr, fused=True)
         warmup, last = args.warmup, args.iterations
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, warmup, last))
-        self.batches = Batches(read_text(args.text), args.batch, args.context, args.seed)
+        self.batches = Batches(read_text(args.text), args.batch, args.context, args.seed, place.rank, place.ranks)
+        if place.ranks > 1:
+            self.warm_up()
+
+    def warm_up(self) -> None:
+        """In its first iteration DistributedDataParallel sums gradients in another order than later, and so rounds them
+        differently. A resumed run has a first iteration in the middle: to be bit for bit the same, let it be this one."""
+        nothing = torch.zeros(1, 1, dtype=torch.long, device=self.device)
+        self.learner(nothing, nothing).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def forward_backward(self) -> Tensor:
         tokens, targets = self.batches.next(self.device)
-        loss: Tensor = self.model(tokens, targets)
+        loss: Tensor = self.learner(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         return loss.detach()
@@ -62,24 +71,8 @@ class Training:
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def state_dict(self) -> State:
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "batches": self.batches.state_dict(),
-            "rng": rng_state(self.device),
-        }
 
-    def load_state_dict(self, state: State) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
-        self.batches.load_state_dict(state["batches"])
-        set_rng_state(state["rng"], self.device)
-
-
-def decay_groups(model: nn.Module) -> list[State]:
+def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
     """Matrices decay; biases and norms do not."""
     parameters = list(model.parameters())
     return [
@@ -96,113 +89,31 @@ def lr_factor(step: int, warmup: int, last: int) -> float:
     return 0.1 + 0.45 * (1.0 + math.cos(math.pi * done))
 
 
-def rng_state(device: torch.device) -> State:
-    """Every random stream, as tensors and plain numbers: these load with weights_only=True."""
-    state: State = {"python": random.getstate(), "torch": torch.get_rng_state()}
-    if np is not None:
-        name, key, *rest = tuple(np.random.get_state())
-        state["numpy"] = (name, np.asarray(key).tolist(), *rest)
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def set_rng_state(state: State, device: torch.device) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    if np is not None and "numpy" in state:
-        np.random.set_state(state["numpy"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
-class Log:
-    """One JSON line per event, flushed at once: what is in it has happened."""
-
-    def __init__(self, path: Path | None) -> None:
-        self._file = path.open("w") if path is not None else None
-
-    def write(self, event: str, **fields: Any) -> None:
-        if self._file is not None:
-            print(json.dumps({"event": event, **fields}), file=self._file, flush=True)
-
-
-def train(args: argparse.Namespace, training: Training, saver: Saver, log: Log) -> None:
-    found = saver.restore() if args.resume else None
-    if found is not None:
-        training.load_state_dict(found[1])
-    done = found[0] if found is not None else 0
-    parameters = sum(p.numel() for p in training.model.parameters())
-    log.write("start", engine=args.engine, resumed_from=done, parameters=parameters)
-    name = f"{args.engine} (resumed at {done})" if done else args.engine
-    steps = range(done + 1, args.iterations + 1)
-    bar = tqdm(steps, desc=name, initial=done, total=args.iterations, disable=None)
-    with closing(saver), bar:
-        ended_at = time.monotonic()
+def train(args: argparse.Namespace, training: Training, log: Log, quiet: bool) -> None:
+    with CALLBACKS[args.engine](
+        args.directory,
+        model=training.model,
+        optimizer=training.optimizer,
+        scheduler=training.schedule,
+        data=training.batches,
+        every=args.save_every,
+    ) as callback:
+        done = callback.resume() if args.resume else 0  # after it, random numbers are where they were, too
+        parameters = sum(p.numel() for p in training.model.parameters())
+        log.begin(engine=args.engine, resumed_from=done, parameters=parameters)
+        name = f"{args.engine} (resumed at {done})" if done else args.engine
+        steps = range(done + 1, args.iterations + 1)
+        bar = tqdm(steps, desc=name, initial=done, total=args.iterations, disable=quiet or None)
         for step in bar:
-            record = iteration(args, training, saver, step, started_at=ended_at)
-            ended_at = record["ended_at"]
-            log.write("iteration", **record)
-            log_finished(saver, log)
-            blocked = f"{1e3 * record['blocked_s']:.1f}ms"
-            bar.set_postfix(loss=f"{record['loss']:.3f}", blocked=blocked)
-    log_finished(saver, log)
-
-
-def log_finished(saver: Saver, log: Log) -> None:
-    for save in saver.finished():
-        log.write("save", **save)
-
-
-def iteration(args: argparse.Namespace, training: Training, saver: Saver, step: int, started_at: float) -> State:
-    loss = training.forward_backward()
-    backward_at = time.monotonic()
-    training.update()
-    fence_s = saver.take_fence_s()
-    updated_at = time.monotonic()
-    due = step % args.save_every == 0 or step == args.iterations
-    if due and args.engine != "none":  # the reference does not even gather the state
-        saver.save(step, training.state_dict())
-    saved_at = time.monotonic()
-    value = float(loss)
-    ended_at = time.monotonic()
-    return {
-        "step": step,
-        "loss": value,
-        "loss_hex": value.hex(),
-        "seconds": ended_at - started_at,
-        "blocked_s": fence_s + saved_at - updated_at,
-        "fence_s": fence_s,
-        "started_at": started_at,
-        "backward_at": backward_at,
-        "updated_at": updated_at,
-        "saved_at": saved_at,
-        "ended_at": ended_at,
-    }
-
-
-def digest(state: Any) -> str:
-    """SHA-256 over a whole state: every byte of every tensor, and every number beside them."""
-    sha = hashlib.sha256()
-
-    def add(value: Any) -> None:
-        if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
-            sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            if value.numel():
-                sha.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))
-        elif isinstance(value, dict):
-            for key in sorted(value, key=repr):
-                sha.update(repr(key).encode())
-                add(value[key])
-        elif isinstance(value, (list, tuple)):
-            for item in value:
-                add(item)
-        else:
-            sha.update(repr(value).encode())
-
-    add(state)
-    return sha.hexdigest()
+            loss = training.forward_backward()
+            log.mark("backward_at")
+            training.update()
+            log.mark("updated_at")
+            pending = callback.save(step) if step == args.iterations else callback.step(step)
+            log.mark("saved_at")
+            blocked_s = log.end_iteration(step, loss.item(), pending)
+            bar.set_postfix(loss=f"{loss:.3f}", blocked=f"{1e3 * blocked_s:.1f}ms")
+    log.write_saves()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -211,25 +122,25 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--engine", choices=SAVERS, default="lazy", help="how to save")
+    add("--engine", choices=CALLBACKS, default="lazy", help="how to save")
     add("--directory", type=Path, default=Path("out/checkpoints"), help="where checkpoints go")
     add("--save-every", type=int, default=1, help="iterations between two saves")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--iterations", type=int, default=100, help="where training ends, resumed or not")
     add("--text", type=Path, help="a text to learn (default: Python's own documentation)")
-    add("--log", type=Path, help="write one JSON line per event here")
+    add("--events", type=Path, help="write one JSON line per event here")
     add("--final", type=Path, help="save the final model here, with torch.save")
     add("--layers", type=int, default=6)
     add("--heads", type=int, default=8)
     add("--width", type=int, default=512)
     add("--context", type=int, default=128, help="tokens (bytes) in a window")
-    add("--batch", type=int, default=8, help="windows in a batch")
+    add("--batch", type=int, default=8, help="windows in a batch, on each rank")
     add("--dropout", type=float, default=0.1)
     add("--lr", type=float, default=1e-3)
     add("--warmup", type=int, default=5, help="iterations until the full learning rate")
     add("--seed", type=int, default=1)
     add("--threads", type=int, help="CPU threads (default: as torch likes)")
-    add("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    add("--device", default="cpu", help="cpu, or cuda (on each rank the GPU of its number), cuda:1, ...")
     return parser.parse_args(argv)
 
 
@@ -239,13 +150,19 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.engine != "none" and not args.resume and any(args.directory.glob("*")):
         raise SystemExit(f"{args.directory} is not empty: add --resume, or name another --directory")
-    log, training = Log(args.log), Training(args)
-    train(args, training, SAVERS[args.engine](args.directory), log)
-    final = digest(training.state_dict())
-    log.write("end", digest=final)
-    print(f"final state: sha256 {final}")
-    if args.final is not None:
-        torch.save(training.model.state_dict(), args.final)
+    place = launch.join("gloo" if args.device == "cpu" else "nccl")
+    if args.engine == "torch" and place.ranks > 1:
+        raise SystemExit("--engine torch is for one process")
+    training, log = Training(args, place), Log(args.events if place.rank == 0 else None)
+    train(args, training, log, quiet=place.rank != 0)
+    if place.rank == 0:
+        parts = [training.model, training.optimizer, training.schedule, training.batches]
+        final = digest([*(part.state_dict() for part in parts), rng_state()])
+        log.write("end", digest=final)
+        print(f"final state: sha256 {final}")
+        if args.final is not None:
+            torch.save(training.model.state_dict(), args.final)
+    launch.leave()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@
             callback.step(step + 1)  # last in the iteration: what has happened by now is what is saved
 
 A run that was killed and goes on from resume() computes what it would have computed, bit for bit, if its operations are
-deterministic and all that changes is among what the callback was given.
+deterministic and all that changes is among what the callback was given. With more than two ranks, DistributedDataParallel sums
+gradients in another order in the first iteration of a process: run one forward and backward, and drop it, before resume().
 
 * **Gradient accumulation** needs nothing: call step() once after each optimizer step, never between two backwards.
 * **Data.** A DataLoader draws from torch's global generator whenever an iterator is made of it, which a resumed run does once

@@ -21,7 +21,7 @@ DEADLINE_S = 60.0
 
 
 def command(engine: str, where: Path, name: str, *more: str) -> list[str]:
-    flags = [f"--engine={engine}", f"--directory={where / engine}", f"--log={where / name}"]
+    flags = [f"--engine={engine}", f"--directory={where / engine}", f"--events={where / name}"]
     return [sys.executable, str(SCRIPT), *TINY, f"--iterations={ITERATIONS}", *flags, *more]
 
 

@@ -1,0 +1,264 @@
+"""Two ranks in one process, each a thread, where one is late, gives up, or looks on: nothing wrong is ever published."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import gc
+import pickletools
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_same, options
+
+import ckpt
+from ckpt import _plan
+from ckpt.coordinator import Coordinator, _file
+from ckpt.errors import CheckpointError, PeerError
+
+
+class Wire:
+    """What two ranks have told each other."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()
+        self.said: dict[tuple[str, int], bytes] = {}
+
+    def say(self, key: str, rank: int, payload: bytes) -> None:
+        with self.changed:
+            self.said[key, rank] = payload
+            self.changed.notify_all()
+
+    def hear(self, key: str, rank: int, timeout_s: float) -> bytes | None:
+        with self.changed:
+            self.changed.wait_for(lambda: (key, rank) in self.said, timeout_s)
+            return self.said.get((key, rank))
+
+
+class Threaded(Coordinator):
+    name = "test"
+    world_size = 2
+
+    def __init__(self, wire: Wire, rank: int) -> None:
+        self.wire, self.rank = wire, rank
+
+    def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
+        self.wire.say(key, self.rank, payload)
+        if self.rank != 0:
+            return None
+        other = self.wire.hear(key, 1, timeout_s)
+        if other is None:
+            raise PeerError("rank 1 did not answer", (1,), {0: payload})
+        return [payload, other]
+
+    def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
+        if self.rank == 0:
+            assert payload is not None
+            self.wire.say(f"{key} word", 0, payload)
+            return payload
+        word = self.wire.hear(f"{key} word", 0, timeout_s)
+        if word is None:
+            raise PeerError("rank 0 said nothing", (0,))
+        return word
+
+    def close(self) -> None:
+        pass
+
+
+class Pair:
+    """Both ranks of a job."""
+
+    def __init__(self, directory: Path, **how: Any) -> None:
+        wire = Wire()
+        self.directory = directory
+        self.ranks = [
+            ckpt.Checkpointer(
+                directory,
+                keep=1,
+                # An engine, and a committer, of its own for each rank.
+                options=options(writers=rank + 1, max_failed_saves=0, **({"commit_timeout_s": 0.3, "timeout_s": 0.5} | how)),
+                coordinator=Threaded(wire, rank),
+            )
+            for rank in range(2)
+        ]
+
+    def save(self, rank: int, step: int) -> ckpt.PendingSave | BaseException:
+        try:
+            return self.ranks[rank].save(step, {"rank": rank, "step": step}, replicated={"weights": weights(step)})
+        except CheckpointError as error:
+            return error
+
+    def save_both(self, step: int) -> list[BaseException | None]:
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            pending = list(pool.map(lambda rank: self.save(rank, step), range(2)))
+        return [each if isinstance(each, BaseException) else each.exception(20) for each in pending]
+
+    def restore_both(self) -> list[Any]:
+        def restore(rank: int) -> Any:
+            try:
+                return self.ranks[rank].restore()
+            except CheckpointError as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            return list(pool.map(restore, range(2)))
+
+    def close(self) -> None:
+        for checkpointer in self.ranks:
+            with contextlib.suppress(CheckpointError):  # the test has seen what it wanted to see
+                checkpointer.close()
+
+
+def weights(step: int) -> torch.Tensor:
+    return torch.full((300_000,), float(step))
+
+
+@pytest.fixture
+def pair(tmp_path: Path, native: Any) -> Any:
+    pair = Pair(tmp_path)
+    yield pair
+    native.clear_faults()
+    pair.close()
+
+
+def assert_good(pair: Pair, step: int) -> None:
+    for rank, found in enumerate(pair.restore_both()):
+        assert not isinstance(found, BaseException), found
+        assert found.step == step
+        assert_same(weights(step), found.replicated["weights"])
+        assert found.state == {"rank": rank, "step": step}
+
+
+def test_rank_0_comes_after_rank_1_has_given_up(pair: Pair) -> None:
+    """It finds the answer of rank 1, but what it publishes, if anything, must be whole."""
+    assert pair.save_both(1) == [None, None]
+    late = pair.save(1, 2)
+    assert isinstance(late, ckpt.PendingSave)
+    error = late.exception(20)
+    assert isinstance(error, PeerError) and error.ranks == (0,)
+    now = pair.save(0, 2)
+    assert isinstance(now, ckpt.PendingSave)
+    assert_good(pair, 2 if now.exception(20) is None else 1)
+    assert pair.save_both(3) == [None, None]
+    assert_good(pair, 3)
+
+
+def test_a_step_is_tried_again_while_the_first_try_may_still_be_published(pair: Pair, native: Any) -> None:
+    assert pair.save_both(1) == [None, None]
+    native.set_fault("write", path_part="manifest", delay_s=2.0, count=1)
+    first = [pair.save(rank, 5) for rank in range(2)]
+    assert isinstance(first[1], ckpt.PendingSave) and isinstance(first[1].exception(20), PeerError), "rank 1 has given up"
+    second = [pair.save(rank, 5) for rank in range(2)]
+    for each in [*first, *second]:
+        assert isinstance(each, ckpt.PendingSave)
+        each.exception(20)
+    assert_good(pair, 5)
+
+
+def test_a_missed_claim_is_said_again(tmp_path: Path, native: Any) -> None:
+    pair = Pair(tmp_path)
+    missed = pair.save(1, 0)
+    assert isinstance(missed, PeerError)
+    assert isinstance(pair.save(0, 0), ckpt.PendingSave)
+    assert pair.save_both(1) == [None, None]
+    assert_good(pair, 1)
+    pair.close()
+
+
+def test_restore_is_in_step_again_after_one_has_failed(pair: Pair) -> None:
+    assert pair.save_both(1) == [None, None]
+    for rank in range(2):
+        with pytest.raises(PeerError):
+            pair.ranks[rank].restore()
+    assert_good(pair, 1)
+
+
+def test_one_that_only_looks_does_not_put_the_others_out_of_step(pair: Pair) -> None:
+    with ckpt.Checkpointer(pair.directory, coordinator="local"):
+        assert pair.save_both(1) == [None, None]
+
+
+def test_an_error_without_ranks_is_a_failure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pair.save_both(1) == [None, None]
+
+    def gather(key: str, payload: bytes, timeout_s: float) -> None:
+        raise PeerError("the network is down")
+
+    monkeypatch.setattr(pair.ranks[0]._coordinator, "gather", gather)
+    errors = pair.save_both(2)
+    assert "the network is down" in str(errors[0]) and isinstance(errors[1], CheckpointError)
+    monkeypatch.undo()
+    assert_good(pair, 1)
+
+
+def test_nothing_is_published_after_close(tmp_path: Path, native: Any) -> None:
+    pair = Pair(tmp_path, commit_timeout_s=6.0, drain_timeout_s=0.3)
+    assert pair.save_both(1) == [None, None]
+    stuck = pair.save(0, 2)  # waits for rank 1
+    with pytest.raises(CheckpointError):
+        pair.ranks[0].close()
+    late = pair.save(1, 2)
+    assert isinstance(stuck, ckpt.PendingSave) and isinstance(late, ckpt.PendingSave)
+    assert stuck.exception(30) is not None and late.exception(30) is not None
+    with ckpt.Checkpointer(tmp_path, coordinator="local") as checkpointer:
+        assert checkpointer.steps() == [1]
+    pair.close()
+
+
+def test_what_is_not_ours_stays(tmp_path: Path, native: Any) -> None:
+    (tmp_path / ".tmp-mine").mkdir()
+    (tmp_path / ".tmp-note").write_text("mine")
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(1, {}).result(20)
+    assert (tmp_path / ".tmp-mine").is_dir() and (tmp_path / ".tmp-note").read_text() == "mine"
+
+
+def test_a_finished_save_is_no_cycle(tmp_path: Path, native: Any) -> None:
+    """Large trainings switch the cyclic collector off."""
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(0, {}).result(20)
+        gc.collect()
+        gc.disable()
+        try:
+            for step in range(1, 6):
+                checkpointer.save(step, {"weights": torch.ones(10)}).result(20)
+                time.sleep(0.05)
+            alive = [each for each in gc.get_objects() if type(each) is ckpt.PendingSave]
+        finally:
+            gc.enable()
+    assert len(alive) <= 2
+
+
+def test_a_job_that_looks_leaves_the_messages_of_another_alone(tmp_path: Path, native: Any) -> None:
+    living = tmp_path / "s-living"
+    living.mkdir()
+    dead = tmp_path / "s-dead"
+    dead.mkdir()
+    lock = _file.DirectoryLock(living)
+    lock.acquire()
+    for session in (living, dead):
+        _file._remove_if_dead(session)
+    assert living.is_dir() and not dead.exists()
+    lock.release()
+
+
+def test_values_replaced_while_they_are_pickled(native: Any) -> None:
+    """The address of one that is gone may be that of another: it must not be taken for the first."""
+    state: dict[str, Any] = {"log": [["first"]], "weights": torch.nn.Parameter(torch.ones(3)), "more": []}
+
+    class Replace(torch.overrides.TorchFunctionMode):  # runs in the middle of the pickling
+        def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if getattr(func, "__name__", "") == "detach" and not state["more"]:
+                state["log"].clear()
+                state["more"].extend(["second"] for _ in range(50))
+            return func(*args, **(kwargs or {}))
+
+    with Replace():
+        data, _ = _plan._dump(state, {})
+    appended = sum(opcode.name == "EMPTY_LIST" for opcode, _, _ in pickletools.genops(data))
+    assert appended == 2 + 1 + 50, "each list is one of its own"
