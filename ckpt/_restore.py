@@ -24,15 +24,24 @@ from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, Stor
 logger = logging.getLogger("ckpt")
 
 
-class Restored(NamedTuple):
-    """What restore() found: the step, and the states as they were given to save().
-
-    `state` is this rank's own; None if the checkpoint has none. `replicated` is None if it has none.
-    """
-
+class _Pair(NamedTuple):
     step: int
     state: Any
-    replicated: Any = None
+
+
+class Restored(_Pair):
+    """What restore() found: a pair of the step and the state as it was given to save(), this rank's own.
+
+    Attributes:
+        replicated: what was given as such; None if nothing was. Then `state` may be the one that is None.
+    """
+
+    replicated: Any
+
+    def __new__(cls, step: int, state: Any, replicated: Any = None) -> Restored:
+        self = super().__new__(cls, step, state)
+        self.replicated = replicated
+        return self
 
 
 class Loading(NamedTuple):

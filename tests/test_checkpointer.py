@@ -90,8 +90,8 @@ def test_what_is_saved_is_restored(opened: Open) -> None:
     assert pending.step == 7
     found = checkpointer.restore()
     assert found is not None and found.step == 7
-    step, loaded, replicated = found
-    assert replicated is None
+    step, loaded = found
+    assert found.replicated is None
     assert_same((7, state(7)), (step, loaded))
 
 
