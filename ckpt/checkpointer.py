@@ -177,6 +177,9 @@ class Checkpointer:
         def publish(error: BaseException | None) -> Path:
             try:
                 return self._committer.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+            except BaseException:
+                pending._discard()  # before abandon() looks whether anything is left
+                raise
             finally:
                 self._directories.abandon(ticket.directory, targets)
                 for part in parts:
