@@ -170,8 +170,9 @@ def editable(place: Path) -> Installed:
 
 
 def modules_in_tree() -> set[str]:
-    found = {f"ckpt/{path.name}" for path in (ROOT / "ckpt").rglob("*.py")}
-    return found | {f"ckpt/integrations/{path.name}" for path in (ROOT / "integrations").rglob("*.py")}
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ckpt").rglob("*.py")}
+    adapters = {path.relative_to(ROOT).as_posix() for path in (ROOT / "integrations").rglob("*.py")}
+    return found | {f"ckpt/{name}" for name in adapters}
 
 
 def test_sdist_holds_what_a_build_and_a_test_run_need(unpacked: Path, tree: Path) -> None:
