@@ -1,5 +1,6 @@
 // Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
-// short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold.
+// short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold;
+// several ranks write one file together.
 //
 //     stress [seconds] [seed] [directory]
 //
@@ -20,11 +21,13 @@
 #include <thread>
 #include <vector>
 
+#include "checks.h"
 #include "engine.h"
 #include "error.h"
 #include "fault.h"
 #include "file.h"
 #include "sample.h"
+#include "shares.h"
 #include "torch_file.h"
 #include "verify.h"
 
@@ -33,33 +36,10 @@ using namespace lazyckpt::stress;
 
 namespace {
 
-constexpr double kPatienceS = 60;  // for anything that takes milliseconds unless it hangs
 constexpr size_t kJobsPerThread = 6;
 constexpr int kThreads = 3;
 
-std::atomic<int> mismatches{0};
-std::atomic<int> durable{0}, failed{0}, cancelled{0}, interrupted_fences{0}, rounds{0}, fuzzed{0}, found_damaged{0};
-std::atomic<uint64_t> bytes_verified{0};
 std::atomic<int> next_file{0};
-
-void mismatch(const std::string& what) {
-  ++mismatches;
-  std::fprintf(stderr, "MISMATCH: %s\n", what.c_str());
-}
-
-void expect(bool fine, const std::string& what) {
-  if (!fine) mismatch(what);
-}
-
-std::string read_back(const std::string& path) {
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  std::string bytes(file ? static_cast<size_t>(file.tellg()) : 0, '\0');
-  file.seekg(0);
-  file.read(bytes.data(), static_cast<std::streamsize>(bytes.size()));
-  return bytes;
-}
-
-bool exists(const std::string& path) { return ::access(path.c_str(), F_OK) == 0; }
 
 // ---- One engine, several threads ---------------------------------------------------------------------------------
 
@@ -69,25 +49,6 @@ struct Flight {
   std::shared_ptr<Job> job;
   bool may_fail = false;
 };
-
-bool wait_until_finished(Job& job) {
-  std::unique_lock<std::mutex> lock(job.monitor->mutex);
-  const auto patience = std::chrono::duration<double>(kPatienceS);
-  return job.monitor->changed.wait_for(lock, patience, [&] { return job.finished(); });
-}
-
-struct Outcome {
-  bool finished, captured, failed;
-  std::string error;
-  ErrorKind kind;
-};
-
-Outcome look_at(Job& job) {
-  std::lock_guard<std::mutex> lock(job.monitor->mutex);
-  const bool has_failed = job.failed();
-  return {job.finished(), job.captured(), has_failed, has_failed ? job.error->what() : "",
-          has_failed ? job.error->kind() : ErrorKind::kStorage};
-}
 
 void check_finished(Flight& flight, bool engine_ended) {
   const Outcome outcome = look_at(*flight.job);
@@ -111,7 +72,7 @@ class Round {
   Round(uint64_t seed, const std::string& directory) : random_(seed), directory_(directory) {}
 
   void run() {
-    choose_weather();
+    choose_weather(random_);
     options_.arena_bytes = size_t{1} << (18 + random_.up_to(random_.one_in(2) ? 0 : 4));
     options_.chunk_bytes = size_t{1} << (16 + random_.up_to(3));
     options_.writers = 1 + static_cast<int>(random_.up_to(3));
@@ -128,26 +89,11 @@ class Round {
       end(engine);
     }
     for (Flight& flight : unfinished_) check_finished(flight, true);
-    fault::clear();
-    override_limits({0, 0});
+    end_weather();
     ++rounds;
   }
 
  private:
-  // What holds for all files of the round.
-  void choose_weather() {
-    if (random_.one_in(3)) {
-      override_limits(random_.choose<IoLimits>({{512, 512}, {512, 4096}, {4096, 4096}, {4096, 512}, {32768, 32768}}));
-    }
-    if (random_.one_in(2)) fault::add({"pwritev", "", 0, -1, 0, -1, random_.seconds(random_.one_in(3) ? 0.03 : 0.002)});
-    if (random_.one_in(4)) fault::add({"fdatasync", "", 0, -1, 0, -1, random_.seconds(0.01)});
-    if (random_.one_in(4)) fault::add({"pwritev", "", 0, 40, 0, static_cast<int64_t>(32768 + random_.up_to(40000)), 0});
-    // Several in a row that complete no block are taken for a broken device.
-    if (random_.one_in(4)) fault::add({"pwritev", "", 0, 5, 0, static_cast<int64_t>(1 + random_.up_to(32767)), 0});
-    if (random_.one_in(4)) fault::add({"pwritev", "", 3, 20, EINTR, -1, 0});
-    if (random_.one_in(6)) fault::add({"fallocate", "", 0, -1, EOPNOTSUPP, -1, 0});
-  }
-
   void add_fault(Random& random, Flight& flight) {
     if (!random.one_in(5)) return;
     flight.may_fail = true;
@@ -361,13 +307,15 @@ int main(int argc, char** argv) {
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   while (std::chrono::steady_clock::now() < end && mismatches == 0) {
     Round(random.up_to(~uint64_t{0}), directory).run();
+    write_together(random, directory);
     if (rounds % 3 == 0) fuzz(random, directory);
     if (rounds % 5 == 0) call_off(random, directory);
   }
   std::printf("%d rounds: %d files durable and right (%.1f MiB), %d failed, %d called off, %d fences interrupted; "
-              "%d damaged files, %d found; %d mismatches\n",
+              "%d damaged files, %d found; %d written together, %d with a share that failed; %d mismatches\n",
               rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576, failed.load(),
-              cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), mismatches.load());
+              cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
+              torn.load(), mismatches.load());
   if (mismatches == 0) {
     ::unlink((directory + "/fuzzed").c_str());
     if (::rmdir(directory.c_str()) != 0) mismatch("files were left behind in " + directory);
