@@ -75,6 +75,11 @@ def sync_directory(path: Path) -> None:
     _native.sync_directory(os.fsencode(path))
 
 
+def give_name(temporary: Path, final: Path) -> None:
+    """A rename; not durable before sync_directory()."""
+    _native.rename_path(os.fsencode(temporary), os.fsencode(final))
+
+
 def rename_durably(temporary: Path, final: Path) -> None:
     """1. rename over `final`; 2. fsync of the directory. Before 1 the old content stands, after 2 the new one for good."""
     _native.rename_path(os.fsencode(temporary), os.fsencode(final))
@@ -92,6 +97,21 @@ def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
         remove_quietly(temporary)
         raise
     crash_point(f"{crash_name}-renamed")
+
+
+def replace_quickly(path: Path, content: bytes) -> None:
+    """Gives the small file `path` this content, atomically, but without an fsync of the directory: not to survive a crash.
+
+    Raises:
+        StorageError: if its `filename` is not `path`, that was certainly not touched.
+    """
+    temporary = temporary_path(path)
+    try:
+        _native.write_small_file(os.fsencode(temporary), content)
+        _native.rename_path(os.fsencode(temporary), os.fsencode(path))
+    except BaseException:
+        remove_quietly(temporary)
+        raise
 
 
 def open_lock_file(path: Path) -> int:

@@ -58,7 +58,7 @@ def mpirun() -> str | None:
 
 
 def scenarios(which: str, size: int) -> list[str]:
-    """Those that make sense for so many ranks; "close" and "killed" last, as the table has them."""
+    """Those that make sense for so many ranks; what closes the coordinator comes last, as the table has it."""
     names = [name for name in SCENARIOS if size > 1 or name not in NEED_TWO]
     return [name for name in names if name != "training" or which == "torch"]
 
@@ -349,10 +349,12 @@ def test_the_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert _best() == "local"
     assert make_coordinator(directory=tmp_path).name == "local"
     assert not (tmp_path / FOLDER).exists()
-    monkeypatch.setenv("SLURM_PROCID", "3")
-    monkeypatch.setenv("SLURM_NTASKS", "1")
-    assert _best() == "local"
+    monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert _best() == "local", "a batch script is one process"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "1")
+    assert _best() == "local"
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
     assert _best() == "file"
     monkeypatch.setenv("PMI_SIZE", "4")
     fake_mpi(monkeypatch, Is_initialized=False)
@@ -377,7 +379,7 @@ def test_the_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_what_launchers_say() -> None:
     assert world_of({}) is None
-    assert world_of({"RANK": "2", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_NTASKS": "1"}) == (2, 8)
+    assert world_of({"RANK": "2", "WORLD_SIZE": "8", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}) == (2, 8)
     assert world_of({"RANK": "2", "OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4"}) == (1, 4)
     assert world_of({"PMI_RANK": "x", "PMI_SIZE": "4"}) is None
 

@@ -18,21 +18,22 @@ from ckpt.coordinator._file import FileCoordinator, world_of
 from ckpt.coordinator._local import LocalCoordinator
 from ckpt.coordinator._mpi import MPICoordinator
 from ckpt.coordinator._store import StoreCoordinator, has_store
+from ckpt.errors import CheckpointError
 
 __all__ = ["Coordinator", "make_coordinator"]
 
 NAMES = ("local", "torch", "mpi", "file")
 
 
-def make_coordinator(which: str | Coordinator = "auto", *, directory: Path) -> Coordinator:
+def make_coordinator(which: str | Coordinator = "auto", *, directory: Path | None = None) -> Coordinator:
     """The coordinator of this job. All ranks must call it: they wait for each other, for up to 300 seconds.
 
     Args:
         which: "local", "torch", "mpi" or "file"; or "auto": "torch" if torch.distributed is initialised; else "mpi" if mpi4py
             runs with more than one rank, or mpirun has started more than one and mpi4py is installed; else "file" if the
-            environment says that there are more ranks than one (RANK and WORLD_SIZE, or those of Slurm, Open MPI, PMI); else
-            "local". A coordinator is returned as it is.
-        directory: where "file" keeps its messages; shared by all ranks.
+            environment says that there are more ranks than one (RANK and WORLD_SIZE, or those of a step of Slurm, which srun
+            starts, Open MPI, PMI); else "local". A coordinator is returned as it is.
+        directory: where "file" keeps its messages; shared by all ranks. None: there is no such place.
 
     Raises:
         ValueError: there is no coordinator of that name.
@@ -49,6 +50,10 @@ def make_coordinator(which: str | Coordinator = "auto", *, directory: Path) -> C
     if name == "mpi":
         return MPICoordinator()
     if name == "file":
+        if directory is None:
+            raise CheckpointError(
+                "the coordinator 'file' has no directory here: initialise torch.distributed, or choose 'mpi' or 'local'"
+            )
         return FileCoordinator(Path(directory))
     names = ", ".join(repr(known) for known in ("auto", *NAMES))
     raise ValueError(f"there is no coordinator {which!r}: choose one of {names}")

@@ -14,6 +14,8 @@ from ckpt.errors import CheckpointError, ClosedError, PeerError
 
 VERDICT_S = 1.0  # how much longer than rank 0 the others wait in exchange(), so that its verdict can still reach them
 LINGER_S = 5.0  # how long rank 0 stays at close() for ranks that have not read its last word
+PARTING_S = 5.0  # how long what is only posted may take after interrupt()
+GRACE_S = 0.5  # after its deadline, for a call that ends by itself to come back before it is abandoned
 MOST_UNREAD = 1024  # broadcasts that are kept for ranks that have not read them
 MOST_LATE = 64  # failed gathers whose late answers are still expected
 MOST_NAMED = 8  # ranks that a message names
@@ -58,7 +60,9 @@ class Coordinator(abc.ABC):
 
         Raises:
             PeerError: on rank 0, ranks have not answered in time: it names them and carries the payloads of the others. On
-                another rank, the post did not get through to where rank 0 would read it.
+                another rank, the post did not, or may not, get through to where rank 0 would read it.
+            StorageError: on another rank, the message could not be written; rank 0 will not get it.
+            ClosedError: on rank 0, interrupt() has been called.
         """
 
     @abc.abstractmethod
@@ -72,13 +76,24 @@ class Coordinator(abc.ABC):
 
         Raises:
             PeerError: rank 0 has not given it in time; `ranks` is (0,).
+            ClosedError: on another rank than 0, interrupt() has been called.
+        """
+
+    @abc.abstractmethod
+    def interrupt(self) -> None:
+        """Ends every wait for other ranks, for good: those in progress at once, and those that begin later.
+
+        They raise ClosedError. For the end of the process, and for a drain whose deadline is over; from any thread, at any
+        time, and more than once. What is only posted still goes out: the answer of a rank to a gather, and what rank 0
+        broadcasts; but whatever its timeout, it fails after 5 seconds, as far as it waits for a server and not for a file
+        system. close() is still to be called, and stays for as long as ever.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
         """Ends the use of it; closing again does nothing.
 
-        Rank 0 may stay for up to 5 seconds: until the others have closed too, if its last word may still be unread.
+        It may take up to 5 seconds: rank 0 stays until the others have closed too, if its last word may still be unread.
         """
 
     def exchange(self, key: str, payload: bytes, timeout_s: float) -> list[bytes]:
@@ -87,6 +102,7 @@ class Coordinator(abc.ABC):
         Raises:
             PeerError: ranks have not answered within timeout_s (seconds); every rank that is there gets the same. If rank 0 is
                 the one that is missing, the others say so a second later.
+            ClosedError: interrupt() has been called. The payload of another rank than 0 has gone out to it all the same.
         """
         try:
             gathered = self.gather(key, payload, timeout_s)
@@ -104,6 +120,26 @@ class Coordinator(abc.ABC):
         return [answers[rank] for rank in range(self.world_size)]
 
 
+class Interrupt:
+    """The word that this process waits for no other rank any more. For several threads; it cannot be taken back."""
+
+    def __init__(self) -> None:
+        self._said = threading.Event()
+        self.at = float("inf")  # on the monotonic clock
+
+    def say(self) -> None:
+        self.at = min(self.at, time.monotonic())
+        self._said.set()
+
+    @property
+    def said(self) -> bool:
+        return self._said.is_set()
+
+    def sleep(self, seconds: float) -> None:
+        """Or until it is said."""
+        self._said.wait(seconds)
+
+
 class Deadline:
     """A moment on the monotonic clock."""
 
@@ -116,7 +152,50 @@ class Deadline:
 
     @property
     def over(self) -> bool:
-        return time.monotonic() >= self._at
+        return self.left_s == 0.0
+
+    def check(self) -> None:
+        """Raises ClosedError if the wait is given up before its time; see Patience."""
+
+    def sleep(self, seconds: float) -> None:
+        """But not beyond it.
+
+        Raises:
+            ClosedError: as check() does.
+        """
+        time.sleep(min(seconds, self.left_s))
+
+
+class Patience(Deadline):
+    """How long to wait for other ranks: until a moment, or until the interrupt."""
+
+    def __init__(self, timeout_s: float, interrupt: Interrupt, key: str) -> None:
+        super().__init__(timeout_s)
+        self._interrupt = interrupt
+        self._key = key
+        self.check()
+
+    def check(self) -> None:
+        if self._interrupt.said:
+            raise ClosedError(f"the wait for other ranks, '{self._key}', was given up: this process is closing its checkpoints")
+
+    def sleep(self, seconds: float) -> None:
+        self._interrupt.sleep(min(seconds, self.left_s))
+        self.check()
+
+
+class Parting(Deadline):
+    """How long a post may take: until a moment, but after the interrupt PARTING_S at most, with the grace."""
+
+    def __init__(self, timeout_s: float, interrupt: Interrupt) -> None:
+        super().__init__(timeout_s)
+        self._interrupt = interrupt
+        self._began = time.monotonic()
+
+    @property
+    def left_s(self) -> float:
+        last = max(self._began, self._interrupt.at) + PARTING_S - GRACE_S
+        return max(0.0, min(self._at, last) - time.monotonic())
 
 
 class Pace:
@@ -142,12 +221,15 @@ class Pace:
 
         Args:
             found: the last look has found something, so the next may come soon.
+
+        Raises:
+            ClosedError: the wait is given up.
         """
         if self._deadline.over:
             return False
         self._sleep_s = self._first_s if found else min(self._sleep_s * 1.5, self._longest_s)
         cost_s = 0.0 if found or not self._prompt.over else time.thread_time() - self._woke
-        time.sleep(min(max(self._sleep_s, min(self.SHARE * cost_s, self.AT_MOST_S)), self._deadline.left_s))
+        self._deadline.sleep(max(self._sleep_s, min(self.SHARE * cost_s, self.AT_MOST_S)))
         self._woke = time.thread_time()
         return True
 
@@ -220,9 +302,14 @@ class Ledger:
 
 
 class Farewell:
-    """The end of a coordinator: done once, and not before the others have read rank 0's last word, if they still live."""
+    """The end of a coordinator: done once, and not before the others have read rank 0's last word, if they still live.
+
+    Attributes:
+        interrupt: says that the end is near; the last meeting of all is still waited for.
+    """
 
     def __init__(self, what: str) -> None:
+        self.interrupt = Interrupt()
         self._what = what
         self._lock = threading.Lock()
         self._closed = False  # guarded by _lock
@@ -231,6 +318,14 @@ class Farewell:
         """Raises ClosedError after the end."""
         if self._closed:
             raise ClosedError(f"{self._what} is closed; make a new one")
+
+    def patience(self, key: str, timeout_s: float) -> Deadline:
+        """How long to wait for other ranks at this key.
+
+        Raises:
+            ClosedError: not at all.
+        """
+        return Deadline(timeout_s) if key == _CLOSING else Patience(timeout_s, self.interrupt, key)
 
     def say(self, coordinator: Coordinator, ledger: Ledger) -> Spent | None:
         """Tells rank 0 that this rank is done, or waits on rank 0 until all are; None if that was done before.
@@ -278,12 +373,14 @@ def given(payload: bytes | None, key: str) -> bytes:
     return payload
 
 
-def missing_error(key: str, missing: Iterable[int], answers: Mapping[int, bytes], timeout_s: float) -> PeerError:
+def missing_error(
+    key: str, missing: Iterable[int], answers: Mapping[int, bytes], timeout_s: float, advice: str = ""
+) -> PeerError:
     """Of a gather."""
     ranks = sorted(missing)
     return PeerError(
         f"{named(ranks)} did not answer '{key}' within {timeout_s:g} s: dead, stopped, or held up before it; "
-        "look at the logs of those ranks",
+        f"look at the logs of those ranks{advice}",
         ranks,
         answers,
     )
@@ -293,6 +390,11 @@ def silent_error(key: str, rank: int, timeout_s: float, why: str = "") -> PeerEr
     """Of a rank that has heard nothing from rank 0."""
     cause = why or "dead, stopped, or held up before it"
     return PeerError(f"rank {rank} heard nothing from rank 0 about '{key}' within {timeout_s:g} s: {cause}", (0,))
+
+
+def unposted_error(key: str, rank: int, why: str) -> PeerError:
+    """Of a rank whose post did not, or may not, get through."""
+    return PeerError(f"rank {rank} could not post '{key}' to rank 0: {why}", (0,))
 
 
 def named(ranks: list[int]) -> str:

@@ -4,12 +4,15 @@
     .coordination/session                   the name of a session, and the ids of the ranks that rank 0 has seen
     .coordination/s-<random>/posts/<key>@<rank>
     .coordination/s-<random>/words/<key>
+    .coordination/s-<random>/reserve/<rank>     room for messages on a full disk: removed when one needs it
 
 Whatever an earlier run left is told from our own by the ids: a rank enters a session only if that names its own fresh id, which
 only a rank 0 that lives can have written; and rank 0 writes the session again when a newer hello appears, until all ranks have
 entered. Every file gets its name by a rename and is fsynced before, so that no node sees a name without its bytes. The file
 system must show new names to other nodes soon: Lustre, GPFS and BeeGFS do; NFS caches directories for some seconds, unless
 mounted with small `acdirmax` and `lookupcache=none`. One job at a time may use a directory.
+
+A full disk is what ranks have to tell each other of, so each keeps a reserve on it.
 """
 
 from __future__ import annotations
@@ -19,11 +22,12 @@ import errno
 import hashlib
 import os
 import secrets
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt import _native, _storage
+from ckpt import _storage
 from ckpt._lock import DirectoryLock
 from ckpt.coordinator._base import (
     OPENING,
@@ -36,6 +40,7 @@ from ckpt.coordinator._base import (
     given,
     missing_error,
     silent_error,
+    unposted_error,
 )
 from ckpt.errors import CheckpointError, StorageError
 
@@ -45,10 +50,13 @@ _PACE_S = (0.001, 0.05)  # first and longest sleep between looks
 _ID_BYTES = 16
 _HEADER_BYTES = 32  # of the file `session`: its name, filled up with spaces; then the ids, from rank 0 on
 _LONGEST_NAME = 150  # bytes; the file system takes 255, and temporary names are longer
+RESERVE_BYTES = 64 << 10
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 VARIABLES = (
     ("RANK", "WORLD_SIZE"),
-    ("SLURM_PROCID", "SLURM_NTASKS"),
+    # Not SLURM_NTASKS: sbatch sets that for its script too, of which there is one process. Only srun sets the other.
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
     ("PMI_RANK", "PMI_SIZE"),
 )
@@ -56,9 +64,15 @@ VARIABLES = (
 
 def world_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """Rank and world size that a launcher has put into the environment."""
+    names = _names_of(environment)
+    return None if names is None else (int(environment[names[0]]), int(environment[names[1]]))
+
+
+def _names_of(environment: Mapping[str, str]) -> tuple[str, str] | None:
+    """The variables by which a launcher says them."""
     for rank, size in VARIABLES:
         if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
-            return int(environment[rank]), int(environment[size])
+            return rank, size
     return None
 
 
@@ -81,23 +95,27 @@ class FileCoordinator(Coordinator):
     def __init__(
         self, directory: Path, rank: int | None = None, world_size: int | None = None, timeout_s: float = HELLO_S
     ) -> None:
+        origin = ""
         if rank is None or world_size is None:
-            rank, world_size = _known_world()
+            rank, world_size, origin = _known_world()
         self.rank, self.world_size = rank, world_size
         self._root = directory / FOLDER
         self._session = self._root / "none"
+        self._reserve = _Reserve(self._session)
         self._ledger = Ledger()
         self._farewell = Farewell(f"the coordinator over '{directory}'")
         if world_size > 1:
             _storage.make_directory(self._root / "hello", durable=False)
-            (self._open if rank == 0 else self._enter)(timeout_s)
+            (self._open if rank == 0 else self._enter)(timeout_s, origin)
+            self._reserve = _Reserve(self._session / "reserve" / str(rank))
+            self._reserve.lay_by()
 
     def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
         self._farewell.check()
         if self.rank != 0:
-            self._post(key, payload, timeout_s)
+            self._post(key, payload)
             return None
-        answers = {0: payload} | self._collect(key, Deadline(timeout_s))
+        answers = {0: payload} | self._collect(key, timeout_s)
         missing = [rank for rank in range(self.world_size) if rank not in answers]
         self._forget(key, missing)
         if missing:
@@ -111,15 +129,21 @@ class FileCoordinator(Coordinator):
         word = given(payload, key)
         if self.world_size > 1:
             dropped = self._ledger.spoke(key)
-            _put(self._word_path(key), word)
+            self._put(self._word_path(key), word)
             for old in dropped:
                 _storage.remove_quietly(self._word_path(old))
         return word
 
+    def interrupt(self) -> None:
+        self._farewell.interrupt.say()
+
     def close(self) -> None:
         everybody_read = self.world_size > 1 and self.rank == 0 and self._ledger.all_read
         spent = self._farewell.say(self, self._ledger)
-        if spent is None or self.world_size == 1 or self.rank != 0:
+        if spent is None or self.world_size == 1:
+            return
+        self._reserve.remove()
+        if self.rank != 0:
             return
         self._alive.release()
         if everybody_read or spent.words:  # else ranks are missing that may still come and read: the next run removes it
@@ -130,21 +154,36 @@ class FileCoordinator(Coordinator):
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
-    def _post(self, key: str, payload: bytes, timeout_s: float) -> None:
+    def _put(self, path: Path, content: bytes) -> None:
+        """Where the disk is full, in the place of the reserve."""
         try:
-            _put(self._session / "posts" / f"{_name(key)}@{self.rank}", payload)
+            _storage.replace_quickly(path, content)
         except StorageError as error:
-            if error.errno not in _GONE:
+            if error.errno not in _FULL:
                 raise
-            why = "it has removed the session: closed, or started anew without this rank"
-            raise silent_error(key, self.rank, timeout_s, why) from error
+            self._reserve.give_up()
+            _storage.replace_quickly(path, content)
+        else:
+            self._reserve.renew()
 
-    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
+    def _post(self, key: str, payload: bytes) -> None:
+        path = self._session / "posts" / f"{_name(key)}@{self.rank}"
+        try:
+            self._put(path, payload)
+        except StorageError as error:
+            if error.errno in _GONE:
+                why = "it has removed the session: closed, or started anew without this rank"
+                raise unposted_error(key, self.rank, why) from error
+            if error.filename == str(path):  # it is the rename that failed, or has been made and the answer to it was lost
+                raise unposted_error(key, self.rank, str(error)) from error
+            raise
+
+    def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
         """Reads and removes answers as they come; rank 0's own is not among them."""
         answers: dict[int, bytes] = {}
         if self.world_size == 1:
             return answers
-        pace, stem = Pace(deadline, *_PACE_S), _name(key)
+        pace, stem = Pace(self._farewell.patience(key, timeout_s), *_PACE_S), _name(key)
         while True:
             before = len(answers)
             for path, rank in self._posts({stem}):
@@ -164,7 +203,7 @@ class FileCoordinator(Coordinator):
                 _storage.remove_quietly(path)
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        pace, path = Pace(Deadline(timeout_s), *_PACE_S), self._word_path(key)
+        pace, path = Pace(self._farewell.patience(key, timeout_s), *_PACE_S), self._word_path(key)
         while (word := _get(path)) is None:
             if not pace.rest():
                 raise silent_error(key, self.rank, timeout_s)
@@ -183,22 +222,23 @@ class FileCoordinator(Coordinator):
 
     # ---- the beginning ---------------------------------------------------------------------------------------------
 
-    def _enter(self, timeout_s: float) -> None:
+    def _enter(self, timeout_s: float, origin: str) -> None:
         """Says hello, waits for a session that names us, and enters it."""
         deadline = Deadline(timeout_s)
         own = secrets.token_hex(_ID_BYTES // 2).encode()
         hello = self._root / "hello" / str(self.rank)
-        _put(hello, own)
+        _storage.replace_quickly(hello, own)
         pace = Pace(deadline, *_PACE_S)
         while (session := _session_naming(self._root / "session", self.rank, own)) is None:
             if not pace.rest():
                 _storage.remove_quietly(hello)
-                raise silent_error("hello", self.rank, timeout_s, f"nobody opened a session in '{self._root}'")
+                why = f"nobody opened a session in '{self._root}'{origin}"
+                raise silent_error("hello", self.rank, timeout_s, why)
         self._session = self._root / session
-        self._post(OPENING, own, timeout_s)
+        self._post(OPENING, own)
         self._hear(OPENING, deadline.left_s + VERDICT_S)
 
-    def _open(self, timeout_s: float) -> None:
+    def _open(self, timeout_s: float, origin: str) -> None:
         """Makes a session, names in it whoever has said hello, and waits until all have entered."""
         for name in os.listdir(self._root):
             if name.startswith("s-"):
@@ -207,7 +247,7 @@ class FileCoordinator(Coordinator):
         _storage.make_directory(self._session, durable=False)
         self._alive = DirectoryLock(self._session)
         self._alive.acquire()
-        for folder in ("posts", "words"):
+        for folder in ("posts", "words", "reserve"):
             _storage.make_directory(self._session / folder, durable=False)
         entered = self._await_all(Deadline(timeout_s))
         missing = [rank for rank in range(1, self.world_size) if rank not in entered]
@@ -216,7 +256,7 @@ class FileCoordinator(Coordinator):
             self._alive.release()
             with contextlib.suppress(OSError):
                 _storage.remove_tree(self._session)
-            raise missing_error(f"hello in {self._root}", missing, {}, timeout_s)
+            raise missing_error(f"hello in {self._root}", missing, {}, timeout_s, origin)
         for name in os.listdir(self._root / "hello"):
             _storage.remove_quietly(self._root / "hello" / name)
         self.broadcast(OPENING, b"", timeout_s)
@@ -228,7 +268,7 @@ class FileCoordinator(Coordinator):
         while True:
             before = len(entered)
             if hellos.look() and len(hellos.ids) == self.world_size - 1:
-                _put(self._root / "session", hellos.session_file(self._session.name))
+                _storage.replace_quickly(self._root / "session", hellos.session_file(self._session.name))
             for path, rank in self._posts({_name(OPENING)}):
                 if _get(path) == hellos.ids.get(rank):  # else it is of a process that a new one has replaced
                     entered.add(rank)
@@ -246,6 +286,38 @@ def _remove_if_dead(session: Path) -> None:
             _storage.remove_tree(session)
         finally:
             lock.release()
+
+
+class _Reserve:
+    """A file that gives its room on the disk to a message that finds none. For several threads; never fails."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._wanted = False  # it is to be there, but is not; guarded by _lock, and so is the file
+
+    def lay_by(self) -> None:
+        """Writes it, if there is room."""
+        with self._lock:
+            self._wanted = True
+            with contextlib.suppress(StorageError):
+                _storage.replace_quickly(self._path, secrets.token_bytes(RESERVE_BYTES))  # zeros may take no room
+                self._wanted = False
+
+    def give_up(self) -> None:
+        with self._lock:
+            self._wanted = True
+            _storage.remove_quietly(self._path)
+
+    def renew(self) -> None:
+        """There has been room for a message: perhaps there is for the reserve."""
+        if self._wanted:
+            self.lay_by()
+
+    def remove(self) -> None:
+        with self._lock:
+            self._wanted = False
+            _storage.remove_quietly(self._path)
 
 
 class _Hellos:
@@ -291,15 +363,20 @@ def _session_naming(path: Path, rank: int, own: bytes) -> str | None:
     return header.decode().strip() if named == own else None
 
 
-def _known_world() -> tuple[int, int]:
-    world = world_of(os.environ)
-    if world is None:
+def _known_world() -> tuple[int, int, str]:
+    """Rank, world size, and what to say of them where ranks are missing."""
+    world, names = world_of(os.environ), _names_of(os.environ)
+    if world is None or names is None:
         pairs = ", ".join(f"{rank}/{size}" for rank, size in VARIABLES)
         raise CheckpointError(
             f"the coordinator 'file' does not know rank and world size: none of {pairs} is in the environment; "
             "set RANK and WORLD_SIZE for each process"
         )
-    return world
+    origin = (
+        f"; this is rank {world[0]} of {world[1]} as {names[0]} and {names[1]} say in the environment: if they are wrong, and "
+        'this process runs alone, choose coordinator="local"'
+    )
+    return *world, origin
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -311,17 +388,6 @@ def _name(key: str) -> str:
     if len(name) <= _LONGEST_NAME:
         return name
     return f"{name[:80]}~{hashlib.sha256(key.encode()).hexdigest()[:32]}"
-
-
-def _put(path: Path, content: bytes) -> None:
-    """Atomically. Without an fsync of the directory: nothing here has to survive a crash."""
-    temporary = _storage.temporary_path(path)
-    try:
-        _native.write_small_file(os.fsencode(temporary), content)
-        _native.rename_path(os.fsencode(temporary), os.fsencode(path))
-    except BaseException:
-        _storage.remove_quietly(temporary)
-        raise
 
 
 def _get(path: Path) -> bytes | None:

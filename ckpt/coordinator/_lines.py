@@ -3,24 +3,35 @@
 A client of a TCPStore is locked while one of its calls waits: training's own client would be held up, so we connect anew. And
 when a wait is over, the client waits without any deadline for the server to confirm that; a server that is stopped would keep
 it for ever. So each connection has a thread that makes the calls, and a caller that abandons both when a call does not return.
+
+A thread that is abandoned must not come back while the interpreter ends: it would end the process with an abort. So its
+connection is shut down under it, which ends the call at once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import queue
+import re
+import socket
+import stat
 import threading
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from ckpt.coordinator._base import Deadline
+from ckpt.coordinator._base import GRACE_S, Deadline
 
 PREFIX = "lazyckpt/"
-_GRACE_S = 0.5  # after its deadline, for a call to come back before it is abandoned
 _CONNECTING_S = 60.0
+_PARTING_S = 0.2  # for a thread to end whose connection is shut down
+_DESCRIPTOR = re.compile(r"client=.*?\bfd=(\d+)")
 
 _T = TypeVar("_T")
 Work = Callable[[Any], _T]  # gets the client
+_Reply = tuple[Any, "BaseException | None"]  # what the work returned, or raised
 
 
 class Hung(Exception):
@@ -37,8 +48,10 @@ class Lines:
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._lock = threading.Lock()
-        self._idle: list[_Line] = []  # guarded by _lock
-        self._closed = False  # guarded by _lock
+        self._idle: list[_Line] = []  # guarded by _lock, as the next three
+        self._in_use: set[_Line] = set()
+        self._last: Deadline | None = None
+        self._closed = False
 
     def call(self, work: Work[_T], deadline: Deadline) -> _T:
         """Makes calls on a client.
@@ -46,13 +59,27 @@ class Lines:
         Raises:
             Hung: they did not return by the deadline, and a little later.
             Lost: they failed.
+            ClosedError: the wait was given up.
         """
         with self._lock:
             line = self._idle.pop() if self._idle else _Line(self._connect)
+            self._in_use.add(line)
+            last = self._last
         try:
-            return line.call(work, deadline.left_s + _GRACE_S)
+            return line.call(work, deadline, last)
         finally:
             self._give_back(line)
+
+    def wake(self) -> None:
+        """Lets every call in progress look at its deadline again."""
+        with self._lock:
+            for line in self._in_use:
+                line.wake()
+
+    def end_by(self, deadline: Deadline) -> None:
+        """No call that begins from now on takes longer, whatever its own deadline, and without the grace."""
+        with self._lock:
+            self._last = self._last or deadline
 
     def close(self) -> None:
         """Ends the threads that are idle now, and every other one when its call returns."""
@@ -60,15 +87,17 @@ class Lines:
             self._closed = True
             idle, self._idle = self._idle, []
         for line in idle:
-            line.end(wait=True)
+            line.end(GRACE_S)
 
     def _give_back(self, line: _Line) -> None:
         with self._lock:
+            self._in_use.discard(line)
             kept = not line.busy and not self._closed
             if kept:
                 self._idle.append(line)
         if not kept:
-            line.end(wait=False)
+            line.hang_up()
+            line.end(_PARTING_S)
 
 
 class _Line:
@@ -76,18 +105,18 @@ class _Line:
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self.busy = False  # in a call, perhaps one that nobody waits for any more
-        self._orders: queue.SimpleQueue[tuple[Work[Any], Any] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=_serve, args=(self._orders, connect), name="ckpt-store", daemon=True)
+        self._orders: queue.SimpleQueue[Work[Any] | None] = queue.SimpleQueue()
+        self._replies: queue.SimpleQueue[_Reply | None] = queue.SimpleQueue()  # None: from wake()
+        self._socket = _Socket()
+        ends = (self._orders, self._replies, self._socket, connect)
+        self._thread = threading.Thread(target=_serve, args=ends, name="ckpt-store", daemon=True)
         self._thread.start()
 
-    def call(self, work: Work[_T], timeout_s: float) -> _T:
-        reply: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
+    def call(self, work: Work[_T], deadline: Deadline, last: Deadline | None) -> _T:
+        deadline.check()
         self.busy = True
-        self._orders.put((work, reply))
-        try:
-            result, error = reply.get(timeout=timeout_s)
-        except queue.Empty:
-            raise Hung(f"the store did not answer within {timeout_s:.1f} s") from None
+        self._orders.put(work)
+        result, error = self._reply(deadline, last)
         self.busy = False
         if isinstance(error, RuntimeError):  # all errors of torch's stores are
             raise Lost(f"the store failed: {_first_line(error)}") from error
@@ -96,24 +125,82 @@ class _Line:
         answer: _T = result
         return answer
 
-    def end(self, wait: bool) -> None:
+    def _reply(self, deadline: Deadline, last: Deadline | None) -> _Reply:
+        began = time.monotonic()
+        while True:
+            deadline.check()
+            left_s = deadline.left_s + GRACE_S
+            try:
+                reply = self._replies.get(timeout=left_s if last is None else min(left_s, last.left_s))
+            except queue.Empty:
+                raise Hung(f"the store did not answer within {time.monotonic() - began:.1f} s") from None
+            if reply is not None:
+                return reply
+
+    def wake(self) -> None:
+        self._replies.put(None)
+
+    def hang_up(self) -> None:
+        """Ends the call that nobody waits for any more, if there is one."""
+        if self.busy:
+            self._socket.shut_down()
+
+    def end(self, wait_s: float) -> None:
         self._orders.put(None)
-        if wait:
-            self._thread.join(_GRACE_S)
+        self._thread.join(wait_s)
 
 
-def _serve(orders: queue.SimpleQueue[tuple[Work[Any], Any] | None], connect: Callable[[], Any]) -> None:
+class _Socket:
+    """That of a client, which owns it; found in what a TCPStore shows of itself. Does nothing where it is not known."""
+
+    def __init__(self) -> None:
+        self._descriptor = -1
+        self._inode = 0
+
+    def find(self, client: Any) -> None:
+        while hasattr(client, "underlying_store"):
+            client = client.underlying_store
+        shown = _DESCRIPTOR.search(repr(client))
+        if shown is not None:
+            self._inode, self._descriptor = _inode_of(int(shown[1])), int(shown[1])
+
+    def shut_down(self) -> None:
+        if self._inode == 0:
+            return
+        with contextlib.suppress(OSError):
+            own = os.dup(self._descriptor)
+            if _inode_of(own) != self._inode:  # the client has closed it, and the number is another's
+                os.close(own)
+                return
+            with socket.socket(fileno=own) as held:
+                held.shutdown(socket.SHUT_RDWR)
+
+
+def _inode_of(descriptor: int) -> int:
+    """0 if it is no socket."""
+    with contextlib.suppress(OSError):
+        status = os.fstat(descriptor)
+        return status.st_ino if stat.S_ISSOCK(status.st_mode) else 0
+    return 0
+
+
+def _serve(
+    orders: queue.SimpleQueue[Work[Any] | None],
+    replies: queue.SimpleQueue[_Reply | None],
+    own: _Socket,
+    connect: Callable[[], Any],
+) -> None:
     """The thread of a line. It connects when the first call comes, and again when connecting failed."""
     client = None
-    while (order := orders.get()) is not None:
-        work, reply = order
+    while (work := orders.get()) is not None:
         try:
             if client is None:
                 client = connect()
-            reply.put((work(client), None))
+                own.find(client)
+            replies.put((work(client), None))
         except BaseException as error:
-            reply.put((None, error.with_traceback(None)))
-        del order, work, reply  # else the last payload would live until the next call
+            replies.put((None, error.with_traceback(None)))
+        del work  # else the last payload would live until the next call
 
 
 def connector(store: Any) -> Callable[[], Any]:

@@ -18,5 +18,8 @@ class LocalCoordinator(Coordinator):
     def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
         return given(payload, key)
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

@@ -66,7 +66,10 @@ class MPICoordinator(Coordinator):
         if self.rank != 0:
             self._send([0], _ANSWER, key, payload)
             return None
-        self._wait(lambda: len(self._answers.get(key, ())) == self.world_size - 1, Deadline(timeout_s))
+        if self.world_size == 1:
+            return [payload]
+        patience = self._farewell.patience(key, timeout_s)
+        self._wait(lambda: len(self._answers.get(key, ())) == self.world_size - 1, patience)
         with self._lock:
             answers = {0: payload} | self._answers.pop(key, {})
             missing = [rank for rank in range(self.world_size) if rank not in answers]
@@ -83,7 +86,7 @@ class MPICoordinator(Coordinator):
                 self._ledger.spoke(key)
                 self._send(range(1, self.world_size), _WORD, key, word)
             return word
-        self._wait(lambda: key in self._words, Deadline(timeout_s))
+        self._wait(lambda: key in self._words, self._farewell.patience(key, timeout_s))
         with self._lock:
             if key in self._words:
                 return self._words.pop(key)
@@ -92,10 +95,14 @@ class MPICoordinator(Coordinator):
                 del self._given_up[next(iter(self._given_up))]
         raise silent_error(key, self.rank, timeout_s)
 
+    def interrupt(self) -> None:
+        self._farewell.interrupt.say()
+
     def close(self) -> None:
+        deadline = Deadline(LINGER_S)
         if self._farewell.say(self, self._ledger) is None:
             return
-        self._wait(lambda: not self._sending, Deadline(LINGER_S))
+        self._wait(lambda: not self._sending, deadline)
         with self._lock:
             _unsent.extend([*self._sending, *self._receiving])
             self._sending, self._receiving = [], []

@@ -23,18 +23,21 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ckpt.coordinator._base import (
+    LINGER_S,
     OPENING,
     VERDICT_S,
     Coordinator,
     Deadline,
     Farewell,
     Ledger,
+    Parting,
     given,
     missing_error,
     silent_error,
+    unposted_error,
 )
 from ckpt.coordinator._lines import Hung, Lines, Lost, Work, as_timedelta, connector
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, ClosedError
 
 _T = TypeVar("_T")
 PART_BYTES = 4 << 20  # the store's server takes values of at most 8 MiB
@@ -94,29 +97,33 @@ class StoreCoordinator(Coordinator):
             self._speak(key, word, timeout_s)
         return word
 
+    def interrupt(self) -> None:
+        self._farewell.interrupt.say()
+        self._lines.wake()
+
     def close(self) -> None:
+        self._lines.end_by(Deadline(LINGER_S))
         spent = self._farewell.say(self, self._ledger)
         if spent is None:
             return
         doomed = [name for key in spent.words for name in self._word_names(key)]
         doomed += [name for key in spent.boxes for name in self._box_names(key)]
         if doomed:
-            self._delete(doomed)
+            self._delete(doomed, Deadline(DELETING_S))
         self._lines.close()
 
     # ---- to rank 0 -------------------------------------------------------------------------------------------------
 
     def _gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        deadline = Deadline(timeout_s)
         if self.rank != 0:
             try:
-                self._lines.call(lambda store: self._post(store, key, payload), deadline)
+                self._lines.call(lambda store: self._post(store, key, payload), self._parting(timeout_s))
             except (Hung, Lost) as error:
-                raise silent_error(key, self.rank, timeout_s, f"the post to it failed, {error}") from error
+                raise unposted_error(key, self.rank, str(error)) from error
             return None
         answers = {0: payload}
         if self.world_size > 1:
-            answers |= self._collect(key, deadline)
+            answers |= self._collect(key, timeout_s)
         missing = [rank for rank in range(self.world_size) if rank not in answers]
         self._forget(key, missing)
         if missing:
@@ -135,7 +142,8 @@ class StoreCoordinator(Coordinator):
         if store.add(count, 1) == self.world_size - 1:
             store.set(full, b"1")
 
-    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
+    def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
+        deadline = self._farewell.patience(key, timeout_s)
         box, _, full = self._box_names(key)[:3]
 
         def wait(store: Any) -> None:
@@ -145,8 +153,9 @@ class StoreCoordinator(Coordinator):
             self._wait_for(wait, deadline)
         except Lost as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
+        reading = self._farewell.patience(key, max(READING_S, deadline.left_s))
         try:
-            return self._lines.call(lambda store: self._read_box(store, box), Deadline(max(READING_S, deadline.left_s)))
+            return self._lines.call(lambda store: self._read_box(store, box), reading)
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
 
@@ -170,12 +179,13 @@ class StoreCoordinator(Coordinator):
         spent = self._ledger.heard(key, missing)
         doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
         doomed += [name for word in spent.words for name in self._word_names(word)]
-        self._delete(doomed)
+        with contextlib.suppress(ClosedError):
+            self._delete(doomed, self._farewell.patience(key, DELETING_S))
 
-    def _delete(self, names: list[str]) -> None:
+    def _delete(self, names: list[str], deadline: Deadline) -> None:
         """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
         with contextlib.suppress(Hung, Lost):
-            self._lines.call(lambda store: delete_all(store, names), Deadline(DELETING_S))
+            self._lines.call(lambda store: delete_all(store, names), deadline)
 
     # ---- from rank 0 -----------------------------------------------------------------------------------------------
 
@@ -194,12 +204,12 @@ class StoreCoordinator(Coordinator):
             delete_all(store, dropped)
 
         try:
-            self._lines.call(say, Deadline(timeout_s))
+            self._lines.call(say, self._parting(timeout_s))
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        deadline = Deadline(timeout_s)
+        deadline = self._farewell.patience(key, timeout_s)
         name = f"{self._session}/{key}/word"
 
         def get(store: Any) -> bytes:
@@ -215,6 +225,9 @@ class StoreCoordinator(Coordinator):
         if word is None:
             raise silent_error(key, self.rank, timeout_s)
         return word
+
+    def _parting(self, timeout_s: float) -> Deadline:
+        return Parting(timeout_s, self._farewell.interrupt)
 
     def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
         """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""
@@ -295,7 +308,8 @@ class StoreCoordinator(Coordinator):
             raise CheckpointError(f"rank 0 cannot greet the other ranks: {error}") from error
         latest = {rank: own for own, rank in welcomed.items()}
         stale = [f"welcome/{own}" for own, rank in welcomed.items() if latest[rank] != own]
-        self._delete(["greeting", *stale] if self._extended else [*(f"greeting/{rank}" for rank in latest), *stale])
+        greetings = ["greeting"] if self._extended else [f"greeting/{rank}" for rank in latest]
+        self._delete([*greetings, *stale], Deadline(DELETING_S))
 
 
 # ---- a store, in batches ---------------------------------------------------------------------------------------------

@@ -35,6 +35,7 @@ from ckpt.errors import ClosedError, PeerError
 TIMEOUT_S = 20.0  # for what takes milliseconds
 SHORT_S = 0.5  # for what must fail
 SLACK_S = 1.3  # by how much a deadline may be missed on a machine that is busy with other tests
+PROMPT_S = 0.5  # for what must end at once
 ROUNDS = 1000
 DEADLINE_S = 75.0
 
@@ -62,6 +63,31 @@ def expect_missing(ranks: tuple[int, ...], call: Callable[[], object], timeout_s
         assert elapsed < timeout_s + SLACK_S, f"{elapsed:.2f} s instead of {timeout_s} s"
         return error
     raise AssertionError(f"nobody missed ranks {ranks}")
+
+
+def expect_given_up(c: Coordinator, call: Callable[[], object], after_s: float = 0.0) -> None:
+    """The call must end with ClosedError as soon as this rank is interrupted: after so many seconds, if it is not yet."""
+    interrupted = threading.Event()
+
+    def interrupt() -> None:
+        c.interrupt()
+        interrupted.set()
+        c.interrupt()
+
+    timer = threading.Timer(after_s, interrupt)
+    started = time.monotonic()
+    timer.start()
+    try:
+        call()
+    except ClosedError as error:
+        elapsed = time.monotonic() - started
+        assert "was given up: this process is closing its checkpoints" in str(error)
+        assert elapsed < after_s + PROMPT_S, f"{elapsed:.2f} s instead of {after_s} s"
+        assert after_s == 0 or interrupted.is_set()
+        return
+    finally:
+        timer.join()
+    raise AssertionError("it was not given up")
 
 
 def footprint(c: Coordinator) -> int:
@@ -306,6 +332,51 @@ def close(c: Coordinator) -> None:
     raise AssertionError("it is still open")
 
 
+def interrupted(c: Coordinator) -> None:
+    """Rank 0 gives up waiting for a rank that does not come; what it says then is heard, also where it closes at once."""
+    if c.rank == 0:
+        expect_given_up(c, lambda: c.gather("interrupted/1", b"", TIMEOUT_S), after_s=0.2)
+        expect_given_up(c, lambda: c.gather("interrupted/2", b"", TIMEOUT_S))
+        expect_given_up(c, lambda: c.exchange("interrupted/3", b"", TIMEOUT_S))
+        assert c.broadcast("interrupted/4", b"given up", TIMEOUT_S) == b"given up"
+    else:
+        if c.rank < c.world_size - 1:
+            c.gather("interrupted/1", b"", TIMEOUT_S)
+        time.sleep(0.4 if c.rank == 1 else 0.0)
+        assert c.broadcast("interrupted/4", None, TIMEOUT_S) == b"given up"
+    close_soon(c)
+
+
+def interrupted_others(c: Coordinator) -> None:
+    """All but rank 0 give up waiting for it; what they post then arrives."""
+    if c.rank == 0:
+        answers = [payload_of(rank, "2") for rank in range(c.world_size)]
+        assert c.gather("interrupted-others/2", answers[0], TIMEOUT_S) == answers
+        assert c.exchange("interrupted-others/3", answers[0], TIMEOUT_S) == answers
+    else:
+        expect_given_up(c, lambda: c.broadcast("interrupted-others/1", None, TIMEOUT_S), after_s=0.2)
+        expect_given_up(c, lambda: c.broadcast("interrupted-others/1", None, TIMEOUT_S))
+        c.gather("interrupted-others/2", payload_of(c.rank, "2"), TIMEOUT_S)
+        expect_given_up(c, lambda: c.exchange("interrupted-others/3", payload_of(c.rank, "2"), TIMEOUT_S))
+    close_soon(c)
+
+
+def interrupted_alone(c: Coordinator) -> None:
+    """Who waits for nobody is not disturbed."""
+    c.interrupt()
+    if c.world_size == 1:
+        meet(c, "interrupted-alone/1")
+        assert c.broadcast("interrupted-alone/2", b"word", TIMEOUT_S) == b"word"
+    close_soon(c)
+    c.interrupt()
+
+
+def close_soon(c: Coordinator) -> None:
+    started = time.monotonic()
+    c.close()
+    assert time.monotonic() - started < 3
+
+
 def killed(c: Coordinator) -> None:
     """The last rank dies: all others say so. Then rank 0 dies."""
     last = c.world_size - 1
@@ -326,10 +397,11 @@ SCENARIOS: dict[str, Callable[[Coordinator], None]] = {
     scenario.__name__: scenario
     for scenario in (
         *(order, large, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
-        *(close, killed),
+        *(close, interrupted, interrupted_others, interrupted_alone, killed),
     )
 }
-NEED_TWO = {"apart", "missing", "silent", "idle", "stopped", "stopped_zero", "killed"}
+NEED_TWO = {"apart", "missing", "silent", "idle", "stopped", "stopped_zero", "interrupted", "interrupted_others", "killed"}
+NEED_NEW = {"interrupted", "interrupted_others", "interrupted_alone", "killed"}  # a coordinator: the one before is closed
 
 
 # ---- the program -----------------------------------------------------------------------------------------------------
@@ -354,7 +426,7 @@ def main(which: str, names: list[str]) -> None:
     assert c.name == which
     for name in names:
         report_started = time.monotonic()
-        if name == "killed":  # the one before is closed
+        if name in NEED_NEW:
             c = start(which)
         try:
             SCENARIOS[name](c)
