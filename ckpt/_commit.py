@@ -11,24 +11,20 @@ takes part, also one that failed before it began, because the others wait for wo
 from __future__ import annotations
 
 import dataclasses
-import json
-import logging
 import zlib
 from base64 import b85decode, b85encode
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt import _manifest, _storage
+from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
 from ckpt._directory import StepDirectories
 from ckpt._file_save import FileSave
 from ckpt._manifest import REPLICATED, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, first_difference, without_devices
 from ckpt._shares import Share, join_shares, share_of
-from ckpt.coordinator import Coordinator
-from ckpt.errors import CheckpointError, NotACheckpointError, PeerError, SkippedError
-
-logger = logging.getLogger("ckpt")
+from ckpt.errors import StorageError
 
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
 
@@ -56,49 +52,32 @@ class Ticket:
     directory: Path
     parts: tuple[Part, ...] = ()
 
-
-@dataclasses.dataclass(frozen=True)
-class Failure:
-    text: str
-    ranks: tuple[int, ...]
-    skipped: bool = False
+    @property
+    def what(self) -> str:
+        return f"step {self.step}"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a rank says in the first phase."""
+    """What a rank says in the first phase, if all is well."""
 
-    step: int
-    failure: str | None = None
-    skipped: bool = False
     files: tuple[FileEntry, ...] = ()
     digests: tuple[Digest, ...] = ()
     shares: tuple[Share, ...] = ()
 
-    def to_json(self) -> bytes:
-        return json.dumps(dataclasses.asdict(self)).encode()
-
     @staticmethod
-    def from_json(text: bytes) -> Prepared:
-        said = json.loads(text)
+    def parse(said: Mapping[str, Any]) -> Prepared:
         files = _manifest.parse_files(said["files"])
         digests = tuple(Digest(**digest) for digest in said["digests"])
-        shares = tuple(Share(**share) for share in said["shares"])
-        return Prepared(said["step"], said["failure"], said["skipped"], files, digests, shares)
+        return Prepared(files, digests, tuple(Share(**share) for share in said["shares"]))
 
 
 class StepCommitter:
-    """
-    Args:
-        stream: of the keys; no other conversation of this job uses it.
-        timeout_s: how long rank 0 waits for the slowest rank, seconds.
-    """
+    """See the module."""
 
-    def __init__(self, directories: StepDirectories, coordinator: Coordinator, stream: str, timeout_s: float) -> None:
+    def __init__(self, directories: StepDirectories, agreement: Agreement) -> None:
         self._directories = directories
-        self._coordinator = coordinator
-        self._stream = stream
-        self._timeout_s = timeout_s
+        self._agreement = agreement
 
     def commit(self, ticket: Ticket, error: BaseException | None) -> Path:
         """
@@ -112,64 +91,71 @@ class StepCommitter:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
         prepared, error = self._prepare(ticket, error)
-        if self._coordinator.rank == 0:
+        if self._agreement.rank == 0:
             failure, error = self._lead(ticket, prepared, error)
         else:
-            failure = self._follow(ticket, prepared)
+            failure, error = self._follow(ticket, prepared, error)
         if failure is None:
             return ticket.directory
-        for part in ticket.parts:
-            if part.written and (self._coordinator.rank == 0 or not part.is_shared):
-                self._directories.take_back(part.file.target)
-        raise error if error is not None else self._as_error(ticket, failure)
+        if not failure.stands:
+            for part in ticket.parts:
+                if part.written and (self._agreement.rank == 0 or not part.is_shared):
+                    self._directories.take_back(part.file.target)
+        raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")
 
     # ---- prepare ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self, ticket: Ticket, error: BaseException | None) -> tuple[Prepared, BaseException | None]:
+    def _prepare(self, ticket: Ticket, error: BaseException | None) -> tuple[dict[str, Any], BaseException | None]:
         """Gives this rank's files their names. An error is a message to the others, too."""
         try:
             if error is not None:
                 raise error
             files = tuple(self._place(part) for part in ticket.parts if part.written and not part.is_shared)
-            if self._coordinator.world_size == 1:
-                return Prepared(ticket.step, files=files), None
-            shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
-            digests = tuple(_digest(part) for part in ticket.parts if part.kind == REPLICATED)
+            prepared = Prepared(files)
+            if self._agreement.world_size > 1:
+                shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
+                digests = tuple(_digest(part) for part in ticket.parts if part.kind == REPLICATED)
+                prepared = Prepared(files, digests, shares)
         except BaseException as caught:
-            error = caught.with_traceback(None)
-            return Prepared(ticket.step, str(error) or type(error).__name__, isinstance(error, SkippedError)), error
-        return Prepared(ticket.step, files=files, digests=digests, shares=shares), None
+            return failed_answer(ticket.what, caught), caught.with_traceback(None)
+        return good_answer(ticket.what, **dataclasses.asdict(prepared)), None
 
     def _place(self, part: Part) -> FileEntry:
         self._directories.place(part.file.temporary, part.file.target)
         job = part.file.job
-        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._coordinator.rank)
+        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._agreement.rank)
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def _lead(self, ticket: Ticket, own: Prepared, error: BaseException | None) -> tuple[Failure | None, BaseException | None]:
-        failure, answers = self._gather(ticket, own)
+    def _lead(
+        self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
+    ) -> tuple[Failure | None, BaseException | None]:
+        failure, said = self._agreement.collect(f"{ticket.number}-prepared", own)
         _storage.crash_point("prepared")
-        differing = _find_differing(answers)
-        if differing:
-            failure = self._explain(ticket, differing)
         manifest = before = None
+        differing: tuple[int, ...] = ()
         if failure is None:
             try:
-                before = _read_or_none(ticket.directory)
-                files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
-                world = self._coordinator.world_size
-                manifest = Manifest(ticket.step, self._directories.take_sequence(), world, files)
-                self._directories.publish(manifest, ticket.directory)
+                answers = [Prepared.parse(answer) for answer in said]
+                differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
+                failure = self._explain(ticket, differing) if differing else None
+                if failure is None:
+                    before = _manifest.read_if_any(ticket.directory)
+                    files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
+                    world = self._agreement.world_size
+                    manifest = Manifest(ticket.step, self._directories.take_sequence(), world, files)
+                    self._directories.publish(manifest, ticket.directory)
             except Exception as caught:
                 error = caught.with_traceback(None)
                 failure = Failure(f"rank 0 could not publish it: {error}", (0,))
+                if manifest is not None and _is_there(manifest, ticket.directory):
+                    failure = Failure(f"it is a checkpoint, but not all of it is certain to last: {error}", (0,), stands=True)
         _storage.crash_point("published")
         if manifest is not None and failure is None:
             # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
             self._directories.tidy(ticket.directory, manifest, before)
             _storage.crash_point("tidied")
-        self._announce(self._key(ticket, "verdict", bool(differing)), {"failure": failure and dataclasses.asdict(failure)})
+        self._agreement.tell_outcome(f"{ticket.number}-verdict{'-again' if differing else ''}", failure)
         return failure, error
 
     def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
@@ -182,43 +168,14 @@ class StepCommitter:
             joined.append(FileEntry(part.file.target.name, part.file.job.size, crc, part.kind))
         return tuple(joined)
 
-    def _gather(self, ticket: Ticket, own: Prepared) -> tuple[Failure | None, list[Prepared]]:
-        missing: tuple[int, ...] = ()
-        cause = ""
-        try:
-            payloads = self._coordinator.gather(self._key(ticket, "prepared"), own.to_json(), self._timeout_s) or []
-            answers = dict(enumerate(map(Prepared.from_json, payloads)))
-        except PeerError as error:
-            missing, cause = error.ranks, str(error)
-            answers = {rank: Prepared.from_json(payload) for rank, payload in error.payloads.items()}
-        except Exception as error:  # whatever it is: the others wait for word
-            return Failure(f"rank 0 could not hear the others: {error}", (0,)), []
-        failed = {rank: answer for rank, answer in answers.items() if answer.failure is not None}
-        if failed:  # a known cause says more than a silence, which may be its consequence
-            skipped = all(answer.skipped for answer in failed.values())
-            return Failure(_list_failures(failed), tuple(failed), skipped), []
-        if cause:
-            return Failure(cause, missing), []
-        strays = {rank: answer.step for rank, answer in answers.items() if answer.step != ticket.step}
-        if strays:
-            rank, step = next(iter(strays.items()))
-            text = f"rank {rank} saves step {step} where rank 0 saves step {ticket.step}: all ranks must make the same saves"
-            return Failure(text, tuple(strays)), []
-        return None, [answers[rank] for rank in sorted(answers)]
-
     def _explain(self, ticket: Ticket, differing: tuple[int, ...]) -> Failure:
         """Asks the ranks whose replicated state is not that of rank 0 for the first difference."""
         ours = _replicated_pickle(ticket)
         sent = b85encode(zlib.compress(ours)).decode() if len(ours) <= _LARGEST_COMPARED else ""
-        self._announce(self._key(ticket, "verdict"), {"compare": sent, "ranks": differing})
-        try:
-            texts = self._coordinator.gather(self._key(ticket, "differences"), b"", self._timeout_s) or []
-        except PeerError as error:
-            texts = [error.payloads.get(rank, b"") for rank in range(self._coordinator.world_size)]
-        except Exception:  # it was for the message only
-            texts = []
+        self._agreement.tell(f"{ticket.number}-verdict", {"compare": sent, "ranks": differing})
+        texts = self._agreement.collect_texts(f"{ticket.number}-differences")
         first = differing[0]
-        found = texts[first].decode(errors="replace") if first < len(texts) else ""
+        found = texts[first] if first < len(texts) else ""
         return Failure(
             f"the replicated state is not the same on all ranks: that of rank {first} differs from that of rank 0"
             + (f", {found}" if found else "")
@@ -226,72 +183,40 @@ class StepCommitter:
             differing,
         )
 
-    def _announce(self, key: str, verdict: dict[str, Any]) -> None:
-        try:
-            self._coordinator.broadcast(key, json.dumps(verdict).encode(), self._timeout_s)
-        except CheckpointError as error:  # what is published is published
-            logger.error("telling the other ranks the outcome of a save failed: %s", error)
-
     # ---- the other ranks -------------------------------------------------------------------------------------------
 
-    def _follow(self, ticket: Ticket, own: Prepared) -> Failure | None:
+    def _follow(
+        self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
+    ) -> tuple[Failure | None, BaseException | None]:
         """
         Raises:
             PeerError: the verdict did not come. The step may have been committed or not.
         """
-        self._coordinator.gather(self._key(ticket, "prepared"), own.to_json(), self._timeout_s)
+        rank = self._agreement.rank
+        try:
+            self._agreement.answer(f"{ticket.number}-prepared", own)
+        except StorageError as undelivered:  # rank 0 cannot publish without our word
+            return Failure(str(undelivered), (rank,)), error or undelivered.with_traceback(None)
         _storage.crash_point("prepared")
-        verdict = self._hear(self._key(ticket, "verdict"))
+        verdict = self._agreement.hear(f"{ticket.number}-verdict")
         if "compare" in verdict:
-            text = b""
-            if self._coordinator.rank in verdict["ranks"] and verdict["compare"]:
+            text = ""
+            if rank in verdict["ranks"] and verdict["compare"]:
                 theirs = zlib.decompress(b85decode(verdict["compare"]))
-                text = first_difference(_replicated_pickle(ticket), theirs, self._coordinator.rank, 0).encode()
-            self._coordinator.gather(self._key(ticket, "differences"), text, self._timeout_s)
-            verdict = self._hear(self._key(ticket, "verdict", again=True))
-        failure = verdict["failure"]
-        return None if failure is None else Failure(failure["text"], tuple(failure["ranks"]), failure["skipped"])
-
-    def _hear(self, key: str) -> Any:
-        # Rank 0 begins to wait for the slowest when its own files are ready, which may be later than ours by as much again; and
-        # then it publishes.
-        return json.loads(self._coordinator.broadcast(key, None, 3 * self._timeout_s))
-
-    # ---- both ------------------------------------------------------------------------------------------------------
-
-    def _key(self, ticket: Ticket, phase: str, again: bool = False) -> str:
-        return f"{self._stream}/{ticket.number}-{phase}{'-again' if again else ''}"
-
-    def _as_error(self, ticket: Ticket, failure: Failure) -> CheckpointError:
-        text = f"the save of step {ticket.step} to '{ticket.directory}' was given up by all ranks: {failure.text}"
-        return SkippedError(text) if failure.skipped else PeerError(text, failure.ranks)
+                text = first_difference(_replicated_pickle(ticket), theirs, rank, 0)
+            self._agreement.answer_text(f"{ticket.number}-differences", text)
+            verdict = self._agreement.hear(f"{ticket.number}-verdict-again")
+        return outcome_of(verdict), error
 
 
 def _digest(part: Part) -> Digest:
     return digest_of(part.file.pickle, part.file.sizes, part.file.job.layout_crc32 if part.is_shared else 0)
 
 
-def _find_differing(answers: Sequence[Prepared]) -> tuple[int, ...]:
-    return tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
-
-
-def _list_failures(failed: dict[int, Prepared]) -> str:
-    """The first few ranks and their causes; the same cause once."""
-    causes: dict[str, list[int]] = {}
-    for rank, answer in sorted(failed.items()):
-        causes.setdefault(answer.failure or "", []).append(rank)
-    shown = [
-        f"rank {', '.join(map(str, ranks[:4]))}{' and more' if len(ranks) > 4 else ''}: {c}" for c, ranks in causes.items()
-    ]
-    return "; ".join(shown[:3]) + ("; ..." if len(shown) > 3 else "")
-
-
 def _replicated_pickle(ticket: Ticket) -> bytes:
     return b"".join(without_devices(part.file.pickle) for part in ticket.parts if part.kind == REPLICATED)
 
 
-def _read_or_none(directory: Path) -> Manifest | None:
-    try:
-        return _manifest.read(directory)
-    except NotACheckpointError:
-        return None
+def _is_there(manifest: Manifest, directory: Path) -> bool:
+    found = _manifest.read_if_any(directory)
+    return found is not None and found.sequence == manifest.sequence

@@ -116,6 +116,7 @@ class StepDirectories:
         with self._changing:
             if self._released:
                 raise ClosedError(f"the Checkpointer of '{self._directory}' was closed before this save was published")
+            self._file_lock.assert_held()
             yield
 
     def begin(self, name: str, stems: Sequence[str]) -> list[Path]:
@@ -176,7 +177,8 @@ class StepDirectories:
             5. `latest`: aside, fsync, rename, fsync       the newest checkpoint by name, too
 
         Raises:
-            StorageError: a system call failed; what was committed before still stands.
+            StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
+            InUseError, ClosedError: the directory is not ours any more.
         """
         with self._still_ours():
             for file in manifest.files:  # whatever may have gone wrong between the ranks: no manifest names what is not there

@@ -33,6 +33,7 @@ class FileSave:
         self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
+        self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
         self._lock = threading.Lock()  # guards what follows
@@ -109,5 +110,5 @@ class FileSave:
 
     def discard(self) -> None:
         """Removes the file that will not be published. One that is shared is rank 0's to remove: it may publish it yet."""
-        if self.sharing is None or self.sharing.index == 0:
+        if not self.undecided and (self.sharing is None or self.sharing.index == 0):
             _storage.remove_quietly(self.temporary)

@@ -65,6 +65,20 @@ class DirectoryLock:
         self._descriptor, self._key = descriptor, key
         _storage.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
 
+    def assert_held(self) -> None:
+        """Takes it again if the process has lost it: it does when anything in it opens and closes the file, as copying a whole
+        directory of checkpoints would.
+
+        Raises:
+            InUseError: somebody else has taken it meanwhile.
+        """
+        if self._key is None:
+            return
+        try:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise self._in_use(_read(self._descriptor) or "another process") from error
+
     def release(self) -> None:
         """Safe to call again, and in a forked child, where there is nothing to release."""
         key, self._key = self._key, None

@@ -26,7 +26,8 @@ RANK, REPLICATED = "rank", "replicated"
 class FileEntry:
     """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes.
 
-    Its kind is "rank" (what `rank` gave for itself) or "replicated" (what was the same on all ranks).
+    Its kind is "rank" (what `rank` gave for itself) or "replicated" (what was the same on all ranks). `temporary`: the name
+    that it had when the manifest was written, if that was before it got its own; a crash may have left it under this.
     """
 
     name: str
@@ -34,6 +35,7 @@ class FileEntry:
     crc32: int
     kind: str = RANK
     rank: int = 0
+    temporary: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Manifest:
             "world_size": self.world_size,
             "created": self.created or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
             "versions": {"torch": str(torch.__version__)},
-            "files": [dataclasses.asdict(file) for file in self.files],
+            "files": [_without_empty(dataclasses.asdict(file)) for file in self.files],
         }
         document["crc32"] = _checksum(document)
         return (json.dumps(document, indent=1) + "\n").encode()
@@ -79,6 +81,18 @@ def read(directory: Path) -> Manifest:
         return _parse(document)
     except (KeyError, TypeError, ValueError) as error:
         raise NotACheckpointError(f"'{path}' is not a valid manifest: {error}") from error
+
+
+def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in fields.items() if value != ""}
+
+
+def read_if_any(directory: Path) -> Manifest | None:
+    """None if there is no valid one, whatever the reason."""
+    try:
+        return read(directory)
+    except NotACheckpointError:
+        return None
 
 
 def _checksum(document: dict[str, Any]) -> int:
@@ -107,13 +121,19 @@ def _parse(document: Any) -> Manifest:
 
 
 def _parse_file(file: Any) -> FileEntry:
-    name = file["name"]
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
-        raise ValueError(f"the file name {name!r} is not a plain name")
+    name, temporary = _plain_name(file["name"]), file.get("temporary", "")
     kind = file["kind"]
     if kind not in (RANK, REPLICATED):
         raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
-    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"))
+    if temporary:
+        _plain_name(temporary)
+    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary)
+
+
+def _plain_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+        raise ValueError(f"the file name {name!r} is not a plain name")
+    return name
 
 
 def parse_files(entries: Any) -> tuple[FileEntry, ...]:

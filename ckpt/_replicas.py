@@ -54,7 +54,7 @@ def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int)
         before.append(mine)
     if ours == theirs:
         return f"in the sizes or the layout of its tensors: what is lazy must be the same on rank {our_rank} and {their_rank}"
-    return "only in which objects are shared, in the order of a set, or in where one of them ends"
+    return "only in which objects are shared, in the order of a set (give sorted lists), or in where one of them ends"
 
 
 def _values(pickle: bytes) -> list[str]:

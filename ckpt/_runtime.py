@@ -1,35 +1,26 @@
-"""Engines, what is in flight on them, and the thread that commits.
+"""Engines, and what is in flight on them.
 
-A runtime is one native engine plus one committer thread, shared by everybody who saves with the same engine options. The
-committer takes the saves in order: waits for capture, lets go of the tensors, waits for durable data, publishes.
+A runtime is one native engine, shared by everybody who saves with the same engine options, and the committers that take those
+saves to their end.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import logging
 import os
-import queue
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ckpt import _laziness, _native
+from ckpt._committer import Committer
 from ckpt._file_save import FileSave
-from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedError
+from ckpt.errors import CheckpointError, ClosedError
 from ckpt.options import Options
-from ckpt.pending import PendingSave
 
 logger = logging.getLogger("ckpt")
-
-_SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
-_JOIN_S = 30.0  # for the committer to come back from the publication it is in
-# Gets the error that has ended the save, if any; returns the path that it published, or raises. Called for failed saves too,
-# because other ranks may be waiting for word from this one.
-Publish = Callable[[BaseException | None], Path]
 
 
 class Runtime:
@@ -38,158 +29,57 @@ class Runtime:
             arena_bytes=options.size("arena_bytes"), chunk_bytes=options.size("chunk_bytes"), writers=options.writers
         )
         self._leases = 0  # guarded by _registry_lock, as the next two
-        self._kept = False
+        self._kept: Committer | None = None
         self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
-        self._changed = threading.Condition()
-        self._in_flight = 0  # guarded by _changed
-        self._stopping = False  # guarded by _changed
-        self._given_up = False  # the drain's deadline has passed: the committer waits for nothing any more
-        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish, bool] | None] = queue.SimpleQueue()
-        self._committer = threading.Thread(target=self._commit_all, name="ckpt-committer", daemon=True)
-        self._committer.start()
+        self._lock = threading.Lock()
+        self._closed = False  # guarded by _lock, as the next
+        self._committers: list[Committer] = []
 
-    # ---- saving ----------------------------------------------------------------------------------------------------
-
-    def admit(self, pending: PendingSave, options: Options) -> None:
-        """Takes one of the places in flight for this save; waits for one or refuses, as the options say.
+    def committer(self, interrupt: Callable[[], None] | None = None, farewell: Callable[[], None] | None = None) -> Committer:
+        """A new one, which drains with this runtime.
 
         Raises:
-            SkippedError, DeadlineError: there was none.
             ClosedError: the runtime is closed.
         """
-        with self._changed:
-            if self._in_flight >= options.max_in_flight and options.when_busy == "skip":
-                raise SkippedError(
-                    f"the save to '{pending.path}' was skipped: {self._in_flight} earlier ones are still in flight"
-                )
-            free = self._changed.wait_for(lambda: self._in_flight < options.max_in_flight or self._stopping, options.timeout_s)
-            if self._stopping:
-                raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
-            if not free:
-                raise DeadlineError(
-                    f"no earlier save became durable within {options.timeout_s} s, so the one to '{pending.path}' was not "
-                    "begun; the storage is too slow or hangs"
-                )
-            self._in_flight += 1
-
-    def release(self) -> None:
-        """Gives the place back."""
-        with self._changed:
-            self._in_flight -= 1
-            self._changed.notify_all()
+        with self._lock:
+            if self._closed:
+                raise ClosedError("the checkpoint engine is shutting down")
+            self._committers = [committer for committer in self._committers if committer.alive]
+            committer = Committer(interrupt, farewell)
+            self._committers.append(committer)
+            return committer
 
     def submit(self, **arguments: Any) -> Any:
         """The native job for a planned file; see Engine.submit in csrc/bindings.cc."""
         return self._engine.submit(**arguments)
-
-    def commit_later(self, pending: PendingSave, publish: Publish) -> None:
-        """Hands an admitted and submitted save to the committer, which also releases its place."""
-        pending._handed_over = True
-        self._queue.put((pending, publish, True))
-
-    def attend(self, pending: PendingSave, publish: Publish) -> None:
-        """The same for a save that was never admitted, so that the other ranks hear of it in its turn."""
-        self._queue.put((pending, publish, False))
 
     def fence(self) -> None:
         engine = self._engine
         if engine is not None:  # else it was closed: whatever was in flight is durable or has failed
             engine.fence()
 
-    # ---- committing ------------------------------------------------------------------------------------------------
-
-    def _commit_all(self) -> None:
-        while (item := self._queue.get()) is not None:
-            pending, publish, admitted = item
-            published, error = None, None
-            try:
-                published = publish(self._finish(pending))
-            except BaseException as caught:  # whatever it is must reach result(), never die with this thread
-                error = caught.with_traceback(None)  # whose frames would keep the state alive
-                pending._discard()
-            pending._let_go()
-            if admitted:
-                self.release()  # first, so that whoever waits for the outcome finds the place free
-            if published is not None:
-                pending._succeed(published)
-            elif error is not None:
-                pending._fail(error)
-            del item, pending, publish, published, error  # else the last save would live until the next
-
-    def _finish(self, pending: PendingSave) -> BaseException | None:
-        """Waits until all files are written and durable under their temporary names; what went wrong, if anything."""
-        try:
-            for file in pending._files:
-                self._await(file, file.job.wait_captured)
-                file.try_seal()
-            for file in pending._files:
-                self._await(file, file.job.wait_finished)
-                file.try_seal()
-        except DeadlineError as given_up:
-            for file in pending._files:
-                orphan(file.memory)  # a writer may still read it
-            return given_up
-        errors = [error for file in pending._files if (error := file.error()) is not None]
-        for file in pending._files:
-            file.let_go()
-            _note_buffered(file)
-        return pending._begin_error or (errors[0] if errors else None)
-
-    def _await(self, file: FileSave, done: Callable[[float], bool]) -> None:
-        while not done(_SLICE_S):
-            if self._given_up:
-                raise DeadlineError(f"the save to '{file.target}' was given up: its storage does not answer")
-
-    # ---- the end ---------------------------------------------------------------------------------------------------
-
-    def wait_idle(self, timeout_s: float) -> bool:
-        with self._changed:
-            return self._changed.wait_for(lambda: self._in_flight == 0, timeout_s)
-
     def close(self, timeout_s: float) -> None:
         """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
-        with self._changed:
-            if self._stopping:
+        with self._lock:
+            if self._closed:
                 return
-            self._stopping = True
-            self._changed.notify_all()
+            self._closed = True
+            committers = self._committers
+        for committer in committers:
+            committer.stop_admitting()
+        deadline = time.monotonic() + timeout_s
         try:
-            if not self.wait_idle(timeout_s):
+            if not all(committer.wait_idle(max(0.0, deadline - time.monotonic())) for committer in committers):
                 logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
-            self._given_up = not self._engine.close(0.0)
-        except BaseException:  # Ctrl-C
-            self._given_up = True
-            raise
-        finally:  # no thread of ours may be inside the engine when the interpreter goes
-            self._queue.put(None)
-            self._join_committer()
-            self._engine = None  # joins the writers; leaks them if one hangs
-
-    def _join_committer(self) -> None:
-        deadline = time.monotonic() + _JOIN_S
-        while self._committer.is_alive() and time.monotonic() < deadline:
-            with contextlib.suppress(KeyboardInterrupt):
-                self._committer.join(_SLICE_S)
-
-
-_noted_buffered: set[int] = set()
-
-
-def _note_buffered(file: FileSave) -> None:
-    """Says once for each file system that it has no direct I/O."""
-    if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
-        return
-    try:
-        device = os.stat(file.target.parent).st_dev
-    except OSError:
-        return
-    if device not in _noted_buffered:
-        _noted_buffered.add(device)
-        logger.warning(
-            "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
-            "bandwidth",
-            file.target.parent,
-        )
+        finally:  # after Ctrl-C too: no thread of ours may be inside the engine when the interpreter goes
+            try:
+                for committer in committers:
+                    committer.give_up()
+                self._engine.close(0.0)
+            finally:
+                for committer in committers:
+                    committer.end()
+                self._engine = None  # joins the writers; leaks them if one hangs
 
 
 # ---- the process-wide registry ---------------------------------------------------------------------------------------
@@ -218,14 +108,18 @@ def lease(options: Options) -> Runtime:
         return runtime
 
 
-def keep(options: Options) -> Runtime:
-    """The runtime for these options, for the life of the process: the next save finds a warm arena."""
+def keep(options: Options) -> tuple[Runtime, Committer]:
+    """The runtime for these options, for the life of the process: the next save finds a warm arena.
+
+    With the committer of the saves of single files, which wait for nobody else.
+    """
     runtime = lease(options)
     with _registry_lock:
-        if runtime._kept:
+        if runtime._kept is None:
+            runtime._kept = runtime.committer()
+        else:
             runtime._leases -= 1
-        runtime._kept = True
-    return runtime
+        return runtime, runtime._kept
 
 
 def give_back(runtime: Runtime, timeout_s: float) -> None:
@@ -292,6 +186,9 @@ def _drain_at_exit() -> None:
             runtime.close(runtime._drain_timeout_s)
         except CheckpointError:
             logger.exception("draining saves at exit failed")
+        for committer in runtime._committers:
+            if committer.farewell is not None:
+                committer.farewell()
 
 
 def _forget_after_fork() -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import _runtime, _storage
+from ckpt._committer import Committer, Publish
 from ckpt._file_save import FileSave
 from ckpt._laziness import lazy_storages
 from ckpt._plan import OWNED, SavePlan, make_plan, outline
@@ -72,15 +73,16 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         return target
 
     _storage.remove_stale(target)
-    start(_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
+    start(*_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
     return pending
 
 
 def start(
     runtime: _runtime.Runtime,
+    committer: Committer,
     pending: PendingSave,
     contents: Sequence[tuple[FileSave, Any, bool]],
-    publish: _runtime.Publish,
+    publish: Publish,
     *,
     lazy: Any,
     options: Options,
@@ -96,7 +98,7 @@ def start(
         whatever went wrong; then nothing is left behind, and `pending` is not resolved, or will be by the committer.
     """
     try:
-        runtime.admit(pending, options)
+        committer.admit(pending, options)
     except SkippedError as skipped:
         pending._skipped = skipped
         pending._fail(skipped)
@@ -116,13 +118,29 @@ def start(
             pending._begin_error = error
             for file in pending._files:
                 file.job.fail("another file of the same save could not be begun")
-            runtime.commit_later(pending, publish)
+            committer.commit_later(pending, publish)
         else:
-            runtime.release()
+            committer.release()
         raise
     finally:
         pending._save_s = time.monotonic() - pending._started_at
-    runtime.commit_later(pending, publish)
+    committer.commit_later(pending, publish)
+
+
+def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
+    """Begins one more file of a save that has been admitted; the caller hands it over when all are there.
+
+    Raises:
+        whatever went wrong with it. Its name is not among the files in flight then.
+    """
+    began = time.monotonic()
+    pending._planned += (file,)
+    try:
+        plan = _plan_quietly(obj, lazy_storages(lazy), options)
+        _submit(runtime, file, obj, plan, options)
+        pending._files += (file,)
+    finally:
+        pending._save_s += time.monotonic() - began
 
 
 def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool] | None, options: Options) -> SavePlan:

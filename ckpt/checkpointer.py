@@ -13,6 +13,8 @@ from types import TracebackType
 from typing import Any
 
 from ckpt import _directory, _runtime, _storage
+from ckpt._agreement import Agreement
+from ckpt._choice import Chooser
 from ckpt._commit import Part, StepCommitter, Ticket
 from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
@@ -82,10 +84,14 @@ class Checkpointer:
         )
         self._directories = _directory.StepDirectories(self.directory, keep, shared=self.world_size > 1)
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
-        timeout_s = self.options.commit_timeout_s
-        self._committer = StepCommitter(self._directories, self._coordinator, f"{self._stream}-save", timeout_s)
-        self._restorer = Restorer(self._directories, self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
+        agreement = Agreement(self._coordinator, f"{self._stream}-save", self.options.commit_timeout_s)
+        self._steps = StepCommitter(self._directories, agreement)
+        chooser = Chooser(self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser)
         self._runtime = _runtime.lease(self.options)
+        farewell = self._coordinator.close if self._owns_coordinator else None
+        self._committer = self._runtime.committer(self._coordinator.interrupt, farewell)
+        weakref.finalize(self, self._committer.retire).atexit = False
         self._owner = os.getpid()
         self._closed = False
         self._claimed = False
@@ -176,7 +182,7 @@ class Checkpointer:
 
         def publish(error: BaseException | None) -> Path:
             try:
-                return self._committer.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+                return self._steps.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
             except BaseException:
                 pending._discard()  # before abandon() looks whether anything is left
                 raise
@@ -187,7 +193,7 @@ class Checkpointer:
 
         files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
         try:
-            start(self._runtime, pending, files, publish, lazy=lazy, options=self.options)
+            start(self._runtime, self._committer, pending, files, publish, lazy=lazy, options=self.options)
         except BaseException:
             if not pending._handed_over:
                 self._directories.abandon(ticket.directory, targets)
@@ -220,12 +226,12 @@ class Checkpointer:
 
             def publish(_: BaseException | None) -> Path:
                 try:
-                    return self._committer.commit(ticket, said)
+                    return self._steps.commit(ticket, said)
                 finally:
                     pending._discard()  # what the others have written of a file that all write together
 
             attended = PendingSave(ticket.directory, ticket.step)
-            self._runtime.attend(attended, publish)
+            self._committer.attend(attended, publish)
             self._pending.append(attended)
 
     def _check_failures(self) -> None:
@@ -323,7 +329,8 @@ class Checkpointer:
         try:
             self._drain(self.options.drain_timeout_s)
         finally:
-            _runtime.give_back(self._runtime, 0.0 if self._pending else self.options.drain_timeout_s)
+            self._committer.close(0.0)  # what has not come by now is given up
+            _runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()
             self._directories.release()

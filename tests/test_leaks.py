@@ -58,7 +58,7 @@ def test_many_files(tmp_path: Path) -> None:
     state = small_state()
     settings = options(arena_bytes="1MiB")
     many(lambda number: ckpt.save(state | {"step": number}, tmp_path / f"{number % 3}.pt", options=settings))
-    assert _runtime.keep(settings)._engine.arena_used == 0
+    assert _runtime.keep(settings)[0]._engine.arena_used == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "2.pt"]
     assert_same(state | {"step": WARM_UP + SAVES - 1}, ckpt.load(tmp_path / f"{(WARM_UP + SAVES - 1) % 3}.pt"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -103,6 +104,9 @@ def test_ranks_hear_of_the_refusal(tmp_path: Path, native: Any) -> None:
         def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
             return b'{"refusal": "somebody else does"}'
 
+        def interrupt(self) -> None:
+            pass
+
         def close(self) -> None:
             pass
 
@@ -113,3 +117,39 @@ def test_ranks_hear_of_the_refusal(tmp_path: Path, native: Any) -> None:
     ):
         checkpointer.save(1, {})
     assert time.monotonic() - begin < 10
+
+
+def test_a_copy_of_the_directory_does_not_open_it_to_another_job(tmp_path: Path, native: Any) -> None:
+    """Closing any descriptor of the lock's file drops the lock; the next save takes it again."""
+    saving = f"""
+import ckpt
+with ckpt.Checkpointer({str(tmp_path / "run")!r}) as checkpointer:
+    checkpointer.save(9, {{}}).result()
+"""
+    with make(tmp_path / "run") as first:
+        save(first, 1)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        save(first, 2)
+        run = subprocess.run([sys.executable, "-c", saving], capture_output=True, text=True, timeout=60)
+        assert run.returncode != 0 and "InUseError" in run.stderr
+
+
+def test_who_has_lost_the_directory_publishes_nothing_more(tmp_path: Path, native: Any) -> None:
+    holding = f"""
+import ckpt, sys
+checkpointer = ckpt.Checkpointer({str(tmp_path)!r})
+checkpointer.save(5, {{}}).result()
+print("saved", flush=True)
+sys.stdin.read()
+"""
+    with make(tmp_path) as first:
+        save(first, 1)
+        (tmp_path / ".lock").read_bytes()
+        with subprocess.Popen(
+            [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as other:
+            assert other.stdout is not None and other.stdout.readline() == "saved\n"
+            with pytest.raises(InUseError, match=f"process {other.pid}"):
+                save(first, 2)
+            assert first.steps() == [1, 5]
+        save(first, 3)

@@ -160,7 +160,7 @@ def test_the_same_engine_serves_the_same_sizes(tmp_path: Path) -> None:
 
 
 def test_the_arena_is_as_large_as_asked_for_and_chunks_fit_it() -> None:
-    engine = _runtime.keep(options(arena_bytes="1MiB", chunk_bytes="4MiB"))._engine
+    engine = _runtime.keep(options(arena_bytes="1MiB", chunk_bytes="4MiB"))[0]._engine
     assert engine.arena_bytes == 1 << 20 and engine.chunk_bytes == 1 << 18
-    engine = _runtime.keep(options(arena_bytes="16MiB", chunk_bytes="4MiB"))._engine
+    engine = _runtime.keep(options(arena_bytes="16MiB", chunk_bytes="4MiB"))[0]._engine
     assert engine.arena_bytes == 16 << 20 and engine.chunk_bytes == 4 << 20

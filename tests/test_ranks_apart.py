@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import gc
 import pickletools
 import threading
@@ -19,7 +20,7 @@ from support import assert_same, options
 import ckpt
 from ckpt import _plan
 from ckpt.coordinator import Coordinator, _file
-from ckpt.errors import CheckpointError, PeerError
+from ckpt.errors import CheckpointError, PeerError, StorageError
 
 
 class Wire:
@@ -28,6 +29,7 @@ class Wire:
     def __init__(self) -> None:
         self.changed = threading.Condition()
         self.said: dict[tuple[str, int], bytes] = {}
+        self.interrupted = False
 
     def say(self, key: str, rank: int, payload: bytes) -> None:
         with self.changed:
@@ -36,8 +38,13 @@ class Wire:
 
     def hear(self, key: str, rank: int, timeout_s: float) -> bytes | None:
         with self.changed:
-            self.changed.wait_for(lambda: (key, rank) in self.said, timeout_s)
+            self.changed.wait_for(lambda: (key, rank) in self.said or self.interrupted, timeout_s)
             return self.said.get((key, rank))
+
+    def interrupt(self) -> None:
+        with self.changed:
+            self.interrupted = True
+            self.changed.notify_all()
 
 
 class Threaded(Coordinator):
@@ -66,6 +73,9 @@ class Threaded(Coordinator):
             raise PeerError("rank 0 said nothing", (0,))
         return word
 
+    def interrupt(self) -> None:
+        self.wire.interrupt()
+
     def close(self) -> None:
         pass
 
@@ -80,8 +90,7 @@ class Pair:
             ckpt.Checkpointer(
                 directory,
                 keep=1,
-                # An engine, and a committer, of its own for each rank.
-                options=options(writers=rank + 1, max_failed_saves=0, **({"commit_timeout_s": 0.3, "timeout_s": 0.5} | how)),
+                options=options(max_failed_saves=0, **({"commit_timeout_s": 1.0, "timeout_s": 1.5} | how)),
                 coordinator=Threaded(wire, rank),
             )
             for rank in range(2)
@@ -150,7 +159,7 @@ def test_rank_0_comes_after_rank_1_has_given_up(pair: Pair) -> None:
 
 def test_a_step_is_tried_again_while_the_first_try_may_still_be_published(pair: Pair, native: Any) -> None:
     assert pair.save_both(1) == [None, None]
-    native.set_fault("write", path_part="manifest", delay_s=2.0, count=1)
+    native.set_fault("write", path_part="manifest", delay_s=4.0, count=1)
     first = [pair.save(rank, 5) for rank in range(2)]
     assert isinstance(first[1], ckpt.PendingSave) and isinstance(first[1].exception(20), PeerError), "rank 1 has given up"
     second = [pair.save(rank, 5) for rank in range(2)]
@@ -208,6 +217,63 @@ def test_nothing_is_published_after_close(tmp_path: Path, native: Any) -> None:
     with ckpt.Checkpointer(tmp_path, coordinator="local") as checkpointer:
         assert checkpointer.steps() == [1]
     pair.close()
+
+
+def test_a_slow_rank_holds_up_nobody_else(tmp_path: Path, native: Any) -> None:
+    """Neither a save of one file on the same engine, nor another job's, even if its ranks save in another order."""
+    one, other = (Pair(tmp_path / name, commit_timeout_s=10.0, timeout_s=10.0) for name in ("one", "other"))
+    for pair in (one, other):
+        assert pair.save_both(1) == [None, None]
+    stuck = [one.save(0, 2), other.save(1, 2)]
+    begin = time.monotonic()
+    ckpt.save({"weights": weights(1)}, tmp_path / "alone.pt", options=one.ranks[0].options).result(5)
+    with ckpt.Checkpointer(tmp_path / "alone", options=one.ranks[0].options, coordinator="local") as alone:
+        for step in range(3):
+            alone.save(step, {"weights": weights(1)}).result(5)
+    assert time.monotonic() - begin < 8 and not any(each.done() for each in stuck if isinstance(each, ckpt.PendingSave))
+    stuck += [other.save(0, 2), one.save(1, 2)]
+    assert [each.exception(20) for each in stuck if isinstance(each, ckpt.PendingSave)] == [None] * 4
+    for pair in (one, other):
+        assert_good(pair, 2)
+        pair.close()
+
+
+def test_close_waits_no_longer_for_a_rank_than_it_may(tmp_path: Path, native: Any) -> None:
+    pair = Pair(tmp_path, commit_timeout_s=60.0, timeout_s=60.0, drain_timeout_s=0.5)
+    assert pair.save_both(1) == [None, None]
+    stuck = pair.save(0, 2)
+    begin = time.monotonic()
+    with pytest.raises(CheckpointError):
+        pair.ranks[0].close()
+    assert time.monotonic() - begin < 10, "not the minute for which it waits for an answer"
+    assert isinstance(stuck, ckpt.PendingSave) and stuck.exception(0) is not None
+    pair.close()
+
+
+def test_a_step_that_stands_is_not_taken_apart(pair: Pair, native: Any) -> None:
+    """When `latest` cannot be moved, the step is a checkpoint all the same."""
+    assert pair.save_both(1) == [None, None]
+    native.set_fault("rename", path_part="latest", count=1, error=errno.EIO)
+    errors = pair.save_both(2)
+    assert isinstance(errors[0], StorageError) and isinstance(errors[1], PeerError)
+    assert "it is a checkpoint" in str(errors[1])
+    assert_good(pair, 2)
+    assert pair.save_both(3) == [None, None]
+    assert_good(pair, 3)
+
+
+def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pair.save_both(1) == [None, None]
+
+    def gather(key: str, payload: bytes, timeout_s: float) -> None:
+        raise StorageError(errno.ENOSPC, "the disk is full", "somewhere")
+
+    monkeypatch.setattr(pair.ranks[1]._coordinator, "gather", gather)
+    errors = pair.save_both(2)
+    assert isinstance(errors[1], StorageError) and isinstance(errors[0], PeerError)
+    assert not list(pair.directory.glob("step-000000000002/*.pt"))
+    monkeypatch.undo()
+    assert_good(pair, 1)
 
 
 def test_what_is_not_ours_stays(tmp_path: Path, native: Any) -> None:

@@ -1,0 +1,225 @@
+"""The thread that takes saves to their end, in order: waits for capture, lets go of the tensors, waits for the data, publishes.
+
+Each Checkpointer has its own, because publishing waits for other ranks: what one job's slow rank holds up must not hold up
+another's saves, or those of this process alone. The engine below may be shared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ckpt import _native
+from ckpt._file_save import FileSave
+from ckpt.errors import ClosedError, DeadlineError, SkippedError
+from ckpt.options import Options
+from ckpt.pending import PendingSave
+
+logger = logging.getLogger("ckpt")
+
+_SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
+_HANG_S = 3.0  # once given up: for a writer to come back from the system call it is in
+_JOIN_S = 30.0  # for the committer to come back from the publication it is in
+# Gets the error that has ended the save, if any; returns the path that it published, or raises. Called for failed saves too,
+# because other ranks may be waiting for word from this one.
+Publish = Callable[[BaseException | None], Path]
+
+
+class Committer:
+    """Ends with close(), or with retire() when its owner is gone.
+
+    Args:
+        interrupt: ends the waits for other ranks that a publication may be in; called when the deadline of a drain is over.
+        farewell: called when the interpreter ends and all is drained; what was said to the other ranks must still reach them.
+    """
+
+    def __init__(self, interrupt: Callable[[], None] | None = None, farewell: Callable[[], None] | None = None) -> None:
+        self._interrupt = interrupt
+        self.farewell = farewell
+        self._changed = threading.Condition()
+        self._in_flight = 0  # guarded by _changed: the places that are taken
+        self._owed = 0  # guarded by _changed: what has been handed over, and has no outcome yet
+        self._stopping = False  # guarded by _changed
+        self._given_up_at: float | None = None  # the drain's deadline has passed: nothing is waited for any more
+        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish, bool] | None] = queue.SimpleQueue()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="ckpt-committer", daemon=True)
+        self._thread.start()
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def admit(self, pending: PendingSave, options: Options) -> None:
+        """Takes one of the places in flight for this save; waits for one or refuses, as the options say.
+
+        Raises:
+            SkippedError, DeadlineError: there was none.
+            ClosedError: this is closed.
+        """
+        with self._changed:
+            if self._in_flight >= options.max_in_flight and options.when_busy == "skip":
+                raise SkippedError(
+                    f"the save to '{pending.path}' was skipped: {self._in_flight} earlier ones are still in flight"
+                )
+            free = self._changed.wait_for(lambda: self._in_flight < options.max_in_flight or self._stopping, options.timeout_s)
+            if self._stopping:
+                raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
+            if not free:
+                raise DeadlineError(
+                    f"no earlier save became durable within {options.timeout_s} s, so the one to '{pending.path}' was not "
+                    "begun; the storage is too slow or hangs"
+                )
+            self._in_flight += 1
+
+    def release(self) -> None:
+        """Gives the place back."""
+        with self._changed:
+            self._in_flight -= 1
+            self._changed.notify_all()
+
+    def commit_later(self, pending: PendingSave, publish: Publish) -> None:
+        """Takes over an admitted and submitted save, and releases its place in the end."""
+        pending._handed_over = True
+        self._take(pending, publish, admitted=True)
+
+    def attend(self, pending: PendingSave, publish: Publish) -> None:
+        """The same for a save that was never admitted, so that the other ranks hear of it in its turn."""
+        self._take(pending, publish, admitted=False)
+
+    def _take(self, pending: PendingSave, publish: Publish, admitted: bool) -> None:
+        with self._changed:
+            self._owed += 1
+        self._queue.put((pending, publish, admitted))
+
+    # ---- committing ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            self._commit_all()
+        finally:
+            self._ended.set()
+
+    def _commit_all(self) -> None:
+        while (item := self._queue.get()) is not None:
+            pending, publish, admitted = item
+            published, error = None, None
+            try:
+                published = publish(self._finish(pending))
+            except BaseException as caught:  # whatever it is must reach result(), never die with this thread
+                error = caught.with_traceback(None)  # whose frames would keep the state alive
+                pending._discard()
+            pending._let_go()
+            with self._changed:  # first, so that whoever waits for the outcome finds the place free
+                self._owed -= 1
+                self._in_flight -= admitted
+                self._changed.notify_all()
+            if published is not None:
+                pending._succeed(published)
+            elif error is not None:
+                pending._fail(error)
+            del item, pending, publish, published, error  # else the last save would live until the next
+
+    def _finish(self, pending: PendingSave) -> BaseException | None:
+        """Waits until all files are written and durable under their temporary names; what went wrong, if anything."""
+        try:
+            for file in pending._files:
+                self._await(file, file.job.wait_captured)
+                file.try_seal()
+            for file in pending._files:
+                self._await(file, file.job.wait_finished)
+                file.try_seal()
+        except DeadlineError as given_up:
+            for file in pending._files:
+                _native.leak(file.memory)  # a writer may still read it
+            return given_up
+        errors = [error for file in pending._files if (error := file.error()) is not None]
+        for file in pending._files:
+            file.let_go()
+            _note_buffered(file)
+        if errors and self._given_up_at is not None:
+            return DeadlineError(f"the save to '{pending.path}' was given up: it was not durable at the deadline of the drain")
+        return pending._begin_error or (errors[0] if errors else None)
+
+    def _await(self, file: FileSave, done: Callable[[float], bool]) -> None:
+        while not done(_SLICE_S):
+            if self._given_up_at is None:
+                continue
+            file.job.fail("given up at the deadline of the drain")
+            if time.monotonic() > self._given_up_at + _HANG_S:
+                raise DeadlineError(f"the save to '{file.target}' was given up: its storage does not answer")
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended.is_set()
+
+    def wait_idle(self, timeout_s: float) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: self._in_flight == 0 and self._owed == 0, timeout_s)
+
+    def stop_admitting(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def give_up(self) -> None:
+        """What is in flight fails, and so does what waits for other ranks. Nothing happens if there is neither."""
+        if self._given_up_at is None and not self.wait_idle(0.0):
+            self._given_up_at = time.monotonic()
+            if self._interrupt is not None:
+                self._interrupt()
+
+    def close(self, timeout_s: float) -> None:
+        """Drains; then fails what the deadline leaves; then ends the thread. Safe to call again."""
+        self.stop_admitting()
+        try:
+            if not self.wait_idle(timeout_s):
+                logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
+                self.give_up()
+        except BaseException:  # Ctrl-C
+            self.give_up()
+            raise
+        finally:
+            self.end()
+
+    def end(self) -> None:
+        """Ends the thread once it has seen to what it was given. Ctrl-C does not keep it from that."""
+        deadline = time.monotonic() + _JOIN_S
+        while not self._ended.is_set() and time.monotonic() < deadline:
+            with contextlib.suppress(KeyboardInterrupt):
+                self._queue.put(None)  # once more does no harm
+                self._ended.wait(_SLICE_S)
+        with contextlib.suppress(KeyboardInterrupt):
+            if self._ended.is_set():  # not before: a join() that Ctrl-C interrupts takes the thread for ended (bpo-45274)
+                self._thread.join(_SLICE_S)
+
+    def retire(self) -> None:
+        """The same, without waiting for it."""
+        self.stop_admitting()
+        self._queue.put(None)
+
+
+_noted_buffered: set[int] = set()
+
+
+def _note_buffered(file: FileSave) -> None:
+    """Says once for each file system that it has no direct I/O."""
+    if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
+        return
+    try:
+        device = os.stat(file.target.parent).st_dev
+    except OSError:
+        return
+    if device not in _noted_buffered:
+        _noted_buffered.add(device)
+        logger.warning(
+            "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
+            "bandwidth",
+            file.target.parent,
+        )
