@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import nursery
 import torch
 
 sys.path.append(str(Path(__file__).parents[1] / "crash"))
@@ -123,8 +124,31 @@ class Rank:
         say(f"durable {step}" if error is None else f"failed {step} {type(error).__name__}: {error}")
 
 
-def main(request: dict[str, Any]) -> None:
+def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
     defaults |= {"coordinator": "file", "wait": True, "patience": 1000}
     Rank(defaults | request).run()
+
+
+def main(request: dict[str, Any]) -> None:
+    run(request)
     os._exit(0)
+
+
+def main_under_mpirun(each: list[dict[str, Any]], log: str, finalize: bool) -> None:
+    """One of the ranks that mpirun has started.
+
+    Args:
+        each: for each rank its request.
+        log: what rank r says goes to `<log>-<r>`: of a job that is ended, mpirun may lose the last words. Its pid comes first,
+            and "ended" last.
+        finalize: ends MPI in good order, which needs all ranks alive.
+    """
+    nursery.warm_up()  # before the ranks meet: afterwards one would wait for the other, and might miss it
+    rank = int(os.environ["OMPI_COMM_WORLD_RANK"])
+    os.dup2(os.open(f"{log}-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    say(f"pid {os.getpid()}")
+    run(each[rank])
+    say("ended")
+    if not finalize:
+        os._exit(0)
