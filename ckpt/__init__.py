@@ -18,6 +18,7 @@ For one file, `ckpt.save(obj, path)` and `ckpt.load(path)`. Errors are in `ckpt.
 from ckpt._load import load
 from ckpt._runtime import fence
 from ckpt._save import save
+from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
 from ckpt.options import Options
@@ -25,4 +26,14 @@ from ckpt.pending import PendingSave, SaveStats
 
 __version__ = "0.1.0"
 
-__all__ = ["CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats", "fence", "load", "save"]
+__all__ = [
+    "BundleCheckpointer",
+    "CheckpointError",
+    "Checkpointer",
+    "Options",
+    "PendingSave",
+    "SaveStats",
+    "fence",
+    "load",
+    "save",
+]

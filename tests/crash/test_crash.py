@@ -38,6 +38,7 @@ POINTS = {
     "removal-begun": 1,
 }
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/test_commit.py kills there
+BUNDLE_POINTS = ["placed", "all-placed"]  # tests/test_deepspeed_crash.py
 FILE_POINTS = ["preallocated", "chunk-written", "chunks-written", "data-durable", "before-rename", "renamed"]
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -161,7 +162,7 @@ def test_the_list_of_crash_points_is_complete() -> None:
     assert small_files, "replace_durably() has crash points"
     found -= small_files
     found |= {point.format(crash_name=name) for point in small_files for name in ("manifest", "latest")}
-    assert found == {*POINTS, *DISTRIBUTED_POINTS}
+    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS}
 
 
 @pytest.mark.parametrize("mode", ["steps", "again", "keep one"])

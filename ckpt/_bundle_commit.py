@@ -1,0 +1,201 @@
+"""Two-phase commit of bundles. Unlike that of steps, it may replace files, see _bundle_directory.py; so it has one phase more.
+
+    prepare    every rank: its files are durable under temporary names; or an error. Rank 0 gathers all of it.
+    publish    rank 0, if all are well: the manifest. Now the bundle is a checkpoint. It tells everybody.
+    place      every rank: its files get their own names. Rank 0 gathers that.
+    latest     rank 0 moves it, and tells everybody.
+
+Where nodes have directories of their own, the first rank of each node writes manifest and `latest` there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt import _bundle_directory, _manifest, _storage
+from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
+from ckpt._bundle_directory import BundleRoot
+from ckpt._file_save import FileSave
+from ckpt._manifest import RANK, FileEntry, Manifest
+from ckpt.errors import StorageError
+
+
+@dataclasses.dataclass(frozen=True)
+class BundleTicket:
+    """One bundle, the same on all ranks but for the files.
+
+    Attributes:
+        name: of the directory, as `latest` gives it.
+        step: goes into the manifest.
+        root: None on ranks that publish nothing.
+        node: names the directory tree that this rank sees; the same on all ranks if they share one.
+    """
+
+    number: int
+    directory: Path
+    name: str
+    step: int
+    move_latest: bool
+    root: BundleRoot | None = None
+    node: str = ""
+    files: tuple[FileSave, ...] = ()
+
+    @property
+    def what(self) -> str:
+        return f"'{self.name}'"
+
+
+class BundleCommitter:
+    """See the module."""
+
+    def __init__(self, agreement: Agreement) -> None:
+        self._agreement = agreement
+        self._doubt: StorageError | None = None  # of the present ticket, as the next
+        self._is_empty = False
+
+    def commit(self, ticket: BundleTicket, error: BaseException | None) -> Path:
+        """
+        Args:
+            error: what has already gone wrong on this rank.
+
+        Returns:
+            The bundle's directory, which is a checkpoint now.
+
+        Raises:
+            PeerError: another rank failed, or does not answer. Or what went wrong here.
+        """
+        entries: tuple[FileEntry, ...] = ()
+        try:
+            if error is not None:
+                raise error
+            entries = tuple(self._entry(file) for file in ticket.files if file.target.parent == ticket.directory)
+            own = good_answer(ticket.what, node=ticket.node, files=[dataclasses.asdict(entry) for entry in entries])
+        except BaseException as caught:
+            error = caught.with_traceback(None)
+            own = failed_answer(ticket.what, error)
+        for file in ticket.files:
+            # Once rank 0 has our word, the manifest may name it, whatever we hear of that.
+            file.undecided = error is None and file.target.parent == ticket.directory
+        self._doubt = None
+        said, error = self._settle(ticket, "prepared", own, error, self._publish)
+        error = self._place(ticket, entries, said)
+        own = good_answer(ticket.what) if error is None else failed_answer(ticket.what, error)
+        self._settle(ticket, "placed", own, error, self._finish)
+        if self._agreement.rank != 0 and said["files"].get(ticket.node):
+            self._point_latest(ticket)
+        return ticket.directory
+
+    def _entry(self, file: FileSave) -> FileEntry:
+        return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._agreement.rank, file.temporary.name)
+
+    def _place(self, ticket: BundleTicket, entries: Sequence[FileEntry], said: Mapping[str, Any]) -> BaseException | None:
+        try:
+            if self._agreement.rank != 0 and ticket.root is not None:  # of a node with a directory of its own
+                files = _manifest.parse_files(said["files"].get(ticket.node, []))
+                if files:
+                    manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
+                    ticket.root.publish(ticket.directory, manifest)
+            _bundle_directory.place(ticket.directory, entries)
+            for file in ticket.files:
+                if file.target.parent != ticket.directory:
+                    _storage.rename_durably(file.temporary, file.target)
+        except Exception as caught:
+            return caught.with_traceback(None)
+        _storage.crash_point("placed")
+        return None
+
+    def _settle(
+        self, ticket: BundleTicket, phase: str, own: Mapping[str, Any], error: BaseException | None, act: Any
+    ) -> tuple[Mapping[str, Any], BaseException | None]:
+        """One round: rank 0 gathers, acts if all are well, and tells; returns what it told. Raises if anything failed."""
+        outcome: Mapping[str, Any]
+        if self._agreement.rank == 0:
+            failure, answers = self._agreement.collect(f"{ticket.number}-{phase}", own)
+            if phase == "prepared":
+                _storage.crash_point("prepared")
+            else:
+                _storage.crash_point("all-placed")
+            more: dict[str, Any] = {}
+            if failure is None:
+                failure, error, more = act(ticket, answers)
+            elif phase == "placed":
+                failure = dataclasses.replace(failure, stands=True)
+            self._agreement.tell_outcome(f"{ticket.number}-{phase}-verdict", failure, **more)
+            outcome = more
+        else:
+            try:
+                self._agreement.answer(f"{ticket.number}-{phase}", own)
+            except StorageError:  # rank 0 cannot publish without our word
+                for file in ticket.files:
+                    file.undecided &= phase != "prepared"
+                raise
+            if phase == "prepared":
+                _storage.crash_point("prepared")
+            outcome = self._agreement.hear(f"{ticket.number}-{phase}-verdict")
+            failure = outcome_of(outcome)
+        if failure is not None:
+            for file in ticket.files:
+                file.undecided &= failure.stands
+            raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory.parent}'")
+        return outcome, error
+
+    # ---- rank 0 ----------------------------------------------------------------------------------------------------
+
+    def _publish(
+        self, ticket: BundleTicket, answers: Sequence[Mapping[str, Any]]
+    ) -> tuple[Failure | None, BaseException | None, dict[str, Any]]:
+        assert ticket.root is not None
+        try:
+            files: dict[str, list[FileEntry]] = {}
+            for answer in answers:
+                files.setdefault(answer["node"], []).extend(_manifest.parse_files(answer["files"]))
+            _refuse_twins(files)
+            sequence = ticket.root.take_sequence()
+            self._is_empty = not any(files.values())
+            if own := files.pop(ticket.node, []):
+                manifest = Manifest(ticket.step, sequence, self._agreement.world_size, tuple(own))
+                self._publish_manifest(ticket, manifest)
+            _storage.crash_point("published")
+            elsewhere = {node: [dataclasses.asdict(file) for file in there] for node, there in files.items()}
+            return None, None, {"sequence": sequence, "files": elsewhere}
+        except Exception as caught:
+            error = caught.with_traceback(None)
+            return Failure(f"rank 0 could not publish it: {error}", (0,)), error, {}
+
+    def _publish_manifest(self, ticket: BundleTicket, manifest: Manifest) -> None:
+        assert ticket.root is not None
+        try:
+            ticket.root.publish(ticket.directory, manifest)
+        except StorageError as error:
+            found = _manifest.read_if_any(ticket.directory)
+            if found is None or found.sequence != manifest.sequence:
+                raise
+            self._doubt = error.with_traceback(None)  # it is decided, but may not last: the files get their names all the same
+
+    def _finish(
+        self, ticket: BundleTicket, answers: Sequence[Mapping[str, Any]]
+    ) -> tuple[Failure | None, BaseException | None, dict[str, Any]]:
+        if self._doubt is not None:
+            return Failure(f"it may not survive a crash of the system: {self._doubt}", (0,), stands=True), self._doubt, {}
+        try:
+            if not self._is_empty:
+                self._point_latest(ticket)
+        except Exception as caught:
+            error = caught.with_traceback(None)
+            return Failure(f"it is a checkpoint, but `latest` was not moved: {error}", (0,), stands=True), error, {}
+        return None, None, {}
+
+    def _point_latest(self, ticket: BundleTicket) -> None:
+        if ticket.move_latest and ticket.root is not None:
+            ticket.root.point_latest(ticket.name)
+
+
+def _refuse_twins(files: Mapping[str, Sequence[FileEntry]]) -> None:
+    for there in files.values():
+        writers: dict[str, int] = {}
+        for file in there:
+            if (other := writers.setdefault(file.name, file.rank)) != file.rank:
+                raise ValueError(f"ranks {other} and {file.rank} both write '{file.name}'")

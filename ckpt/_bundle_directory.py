@@ -1,0 +1,151 @@
+"""A directory of bundles: checkpoints whose directories and files have names that a framework gives them.
+
+    .lock                     held by the one job that writes here
+    latest                    the name of the newest complete bundle; written last, without a line's end
+    global_step42/
+        manifest.json         the commit record
+        <any name>            files of all ranks
+
+The names are fixed, so a bundle that is saved again replaces files that are in use: all of them or none. New files keep their
+temporary names until the manifest, which lists both names of each, is durable. That decides: from then on whoever finds a file
+under its temporary name gives it its own, see complete().
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from ckpt import _manifest, _storage
+from ckpt._lock import DirectoryLock
+from ckpt._manifest import FileEntry, Manifest
+from ckpt.errors import CheckpointError, StorageError
+
+logger = logging.getLogger("ckpt")
+
+LATEST = "latest"
+
+
+class BundleRoot:
+    """What the job's rank 0 (or the first rank of a node that has a directory of its own) does in the directory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = DirectoryLock(path)
+        self._next_sequence: int | None = None
+
+    def claim(self) -> None:
+        """Makes the directory ours, and removes what a crash left. Safe to call again.
+
+        Raises:
+            InUseError: another job is writing to it.
+            StorageError: the lock cannot be made.
+        """
+        self._lock.acquire()
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def remove_leftovers(self) -> None:
+        """Not while anything is being written here."""
+        complete_all(self.path)
+        try:
+            for directory in [self.path, *_subdirectories(self.path)]:
+                for path in directory.iterdir():
+                    behind = _storage.name_behind(path.name)
+                    # Beside the bundles, others may be saving files of their own.
+                    if behind is not None and path.is_file() and (directory != self.path or behind == LATEST):
+                        _storage.remove_file(path)
+        except OSError as error:
+            logger.warning("removing what a crash left in '%s' failed: %s", self.path, error)
+
+    def take_sequence(self) -> int:
+        """The number of the next commit."""
+        if self._next_sequence is None:
+            self._next_sequence = max((manifest.sequence for _, manifest in look(self.path)), default=0) + 1
+        self._next_sequence += 1
+        return self._next_sequence - 1
+
+    def publish(self, directory: Path, manifest: Manifest) -> None:
+        """Decides that the files, which are durable under their temporary names, are the bundle.
+
+        Raises:
+            StorageError: a system call failed.
+            InUseError: the directory is not ours any more.
+        """
+        self._lock.assert_held()
+        _storage.sync_directory(self.path)
+        _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+
+    def point_latest(self, name: str) -> None:
+        """Raises StorageError."""
+        self._lock.assert_held()
+        _storage.replace_durably(self.path / LATEST, name.encode(), "latest")
+
+
+def look(root: Path) -> list[tuple[Path, Manifest]]:
+    """The bundles that were published, newest first."""
+    found = [(path, manifest) for path in _subdirectories(root) if (manifest := _manifest.read_if_any(path)) is not None]
+    return sorted(found, key=lambda item: item[1].sequence, reverse=True)
+
+
+def place(directory: Path, files: Sequence[FileEntry]) -> None:
+    """Gives files their own names, durably.
+
+    Raises:
+        StorageError: a system call failed; complete() finishes it later.
+    """
+    for file in files:
+        try:
+            _storage.give_name(directory / file.temporary, directory / file.name)
+        except StorageError as error:
+            # Somebody who read the manifest may have been here before us.
+            if error.errno != errno.ENOENT or not _has_size(directory / file.name, file.bytes):
+                raise
+    if files:
+        _storage.sync_directory(directory)
+
+
+def complete(directory: Path, manifest: Manifest) -> None:
+    """Finishes what a crash interrupted after the manifest was published.
+
+    Raises:
+        StorageError: a system call failed.
+    """
+    left = [file for file in manifest.files if file.temporary and (directory / file.temporary).exists()]
+    if left:
+        logger.info("'%s' is completed: %d files get their names", directory, len(left))
+        place(directory, left)
+
+
+def complete_all(root: Path) -> None:
+    """Where it can be done: who only reads may not be allowed to."""
+    for directory, manifest in look(root):
+        try:
+            complete(directory, manifest)
+        except CheckpointError as error:
+            logger.warning("completing '%s' failed: %s", directory, error)
+
+
+def read_latest(root: Path) -> str | None:
+    try:
+        name = (root / LATEST).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return None
+    return name or None
+
+
+def _subdirectories(root: Path) -> list[Path]:
+    try:
+        return [path for path in root.iterdir() if path.is_dir()]
+    except OSError:
+        return []
+
+
+def _has_size(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False

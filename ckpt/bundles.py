@@ -1,0 +1,359 @@
+"""Checkpoints whose directories and files a training framework names, as one save of all ranks. For adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import weakref
+from pathlib import Path
+from typing import Any
+
+from ckpt import _bundle_directory, _manifest, _runtime, _storage
+from ckpt._agreement import Agreement
+from ckpt._bundle_commit import BundleCommitter, BundleTicket
+from ckpt._bundle_directory import BundleRoot
+from ckpt._choice import Candidate, Chooser
+from ckpt._file_save import FileSave
+from ckpt._restore import verify_files
+from ckpt._save import add_file, log_failure
+from ckpt.coordinator import Coordinator, make_coordinator
+from ckpt.errors import (
+    CheckpointError,
+    ClosedError,
+    CorruptError,
+    DeadlineError,
+    FailedSavesError,
+    ForkedError,
+    NotACheckpointError,
+    PeerError,
+    SkippedError,
+    StorageError,
+)
+from ckpt.options import Options
+from ckpt.pending import PendingSave, wait_all
+
+logger = logging.getLogger("ckpt")
+
+_UNVERIFIED = -1  # sequence of a directory that has no manifest
+_MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
+_streams = itertools.count()  # ranks make them in the same order
+
+
+class Bundle:
+    """One checkpoint that is being put together; made by BundleCheckpointer.begin()."""
+
+    def __init__(self, owner: BundleCheckpointer, ticket: BundleTicket, pending: PendingSave) -> None:
+        self._owner = owner
+        self._ticket = ticket
+        self._error: BaseException | None = None
+        self._admitted = False
+        self._committed = False
+        self.pending = pending
+
+    @property
+    def directory(self) -> Path:
+        return self._ticket.directory
+
+    def save(self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None) -> None:
+        """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
+
+        Never raises for what went wrong: the other ranks may be waiting in a barrier for this one. commit() says it to all.
+
+        Args:
+            path: where; a file that lies elsewhere than directly in the bundle's directory gets its name with the others, but
+                is not part of the checkpoint.
+            lazy: as in `ckpt.save`.
+        """
+        if self._committed:
+            raise ClosedError(f"the bundle '{self.directory}' was committed already")
+        if self._error is not None:
+            return
+        try:
+            file = FileSave(Path(os.path.abspath(os.fspath(path))))
+            _storage.make_directory(file.target.parent, durable=False)
+            add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
+            file.forget_structure()
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """The bundle will not be published: commit() tells all ranks why."""
+        if self._error is None:
+            self._error = error.with_traceback(None)  # whose frames would keep the state alive
+            self.pending._begin_error = self._error
+            for file in self.pending._files:
+                file.job.fail("another file of the same bundle could not be begun")
+
+    def commit(self) -> PendingSave:
+        """Ends it: in the background it becomes a checkpoint when the files of all ranks are durable. Safe to call again."""
+        if not self._committed:
+            self._committed = True
+            self._owner._commit(self)
+        return self.pending
+
+
+class BundleCheckpointer:
+    """Saves and finds bundles: checkpoints with directory and file names of somebody else's choosing.
+
+    In a job of several ranks each makes one, and all make the same calls in the same order. `latest` beside the bundles is
+    moved when the files of all ranks are durable and have their names; a bundle that is saved again is replaced as a whole.
+
+    Args:
+        options: see Options.
+        coordinator: as of Checkpointer, but "file".
+        node: None: all ranks see the same directories. Else: what names this rank's node, where nodes have directories of their
+            own under the same path.
+        leads_node: whether this rank is the one that writes manifest and `latest` on its node; used if `node` is given.
+
+    Raises:
+        ValueError, CheckpointError: as Checkpointer.
+    """
+
+    def __init__(
+        self,
+        *,
+        options: Options | None = None,
+        coordinator: str | Coordinator = "auto",
+        node: str | None = None,
+        leads_node: bool = False,
+    ) -> None:
+        self.options = options or Options()
+        self._coordinator = make_coordinator(coordinator)
+        self._owns_coordinator = self._coordinator is not coordinator
+        stream = f"bundles-{next(_streams)}"
+        self._claims = f"{stream}-claim"
+        self._committing = BundleCommitter(Agreement(self._coordinator, f"{stream}-save", self.options.commit_timeout_s))
+        self._chooser = Chooser(self._coordinator, f"{stream}-find", self.options.timeout_s)
+        self._node = node or ""
+        self._leads = self._coordinator.rank == 0 or (node is not None and leads_node)
+        self._runtime = _runtime.lease(self.options)
+        farewell = self._coordinator.close if self._owns_coordinator else None
+        self._committer = self._runtime.committer(self._coordinator.interrupt, farewell)
+        weakref.finalize(self, self._committer.retire).atexit = False
+        self._owner = os.getpid()
+        self._closed = False
+        self._bundles = 0
+        self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
+        self._cleaned: set[Path] = set()
+        self._pending: list[PendingSave] = []
+        self._unreported: BaseException | None = None
+        self._failed_in_a_row = 0
+        self._last_failed: BaseException | None = None
+
+    @property
+    def rank(self) -> int:
+        return self._coordinator.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._coordinator.world_size
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def begin(self, root: str | os.PathLike[str], name: str, *, step: int = 0, move_latest: bool = True) -> Bundle:
+        """Begins the bundle `name` in `root`, where `latest` lies too.
+
+        Args:
+            step: noted in the manifest.
+            move_latest: whether `latest` is to name it.
+
+        Raises:
+            FailedSavesError, ClosedError: as Checkpointer.save.
+            InUseError: another job is saving beside it; on the other ranks PeerError.
+        """
+        self._check_usable()
+        path = Path(os.path.abspath(os.fspath(root)))
+        number = self._bundles
+        self._bundles += 1  # whatever happens: all ranks count their calls
+        pending = PendingSave(path / name, step, on_done=self._note_done)
+        self._check_failures()
+        ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
+        bundle = Bundle(self, ticket, pending)
+        try:
+            self._committer.admit(pending, self.options)
+            bundle._admitted = True
+        except (SkippedError, StorageError, DeadlineError) as error:
+            bundle.fail(error)
+        return bundle
+
+    def _claim(self, root: Path, number: int) -> BundleRoot | None:
+        """Before anybody writes below `root`: rank 0, and who leads a node, locks it and cleans it."""
+        own, refusal = None, ""
+        if self._leads:
+            try:
+                own = self._own_root(root)
+            except CheckpointError as error:
+                if self.rank != 0:
+                    raise
+                self._coordinator.broadcast(
+                    f"{self._claims}/{number}", json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s
+                )
+                raise
+        said = json.dumps({"refusal": refusal}).encode()
+        answer = json.loads(self._coordinator.broadcast(f"{self._claims}/{number}", said, self.options.timeout_s))
+        if answer["refusal"]:
+            raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
+        return own
+
+    def _own_root(self, root: Path) -> BundleRoot:
+        own = self._roots.pop(root, None) or BundleRoot(root)
+        _storage.make_directory(root, durable=False)
+        own.claim()
+        self._roots[root] = own
+        if root not in self._cleaned:
+            self._cleaned.add(root)
+            own.remove_leftovers()
+        while len(self._roots) > _MOST_ROOTS and not any(not pending.done() for pending in self._pending):
+            self._roots.pop(next(iter(self._roots))).release()
+        return own
+
+    def _commit(self, bundle: Bundle) -> None:
+        pending = bundle.pending
+        ticket = bundle._ticket
+        error = bundle._error
+
+        def publish(failed: BaseException | None) -> Path:
+            files = pending._files
+            return self._committing.commit(dataclasses.replace(ticket, files=files), error or failed)
+
+        (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)
+        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
+
+    def _check_failures(self) -> None:
+        limit = self.options.max_failed_saves
+        if limit and self._failed_in_a_row >= limit:
+            cause, self._failed_in_a_row = self._last_failed, 0
+            raise FailedSavesError(
+                f"the last {limit} saves failed, the newest with: {cause}. Training would go on without checkpoints; mend the "
+                "cause, or set Options.max_failed_saves=0 to go on regardless"
+            ) from cause
+
+    def _note_done(self, pending: PendingSave, error: BaseException | None) -> None:
+        if error is None:
+            self._failed_in_a_row = 0
+            self._last_failed = None
+        elif not isinstance(error, SkippedError):
+            self._failed_in_a_row += 1
+            self._last_failed = self._unreported = error
+            log_failure(pending, error)
+
+    # ---- finding ---------------------------------------------------------------------------------------------------
+
+    def find(self, root: str | os.PathLike[str], name: str | None = None) -> str | None:
+        """The name of a bundle in `root` that is complete and good on all ranks; what is in flight is waited for.
+
+        Sizes and CRC-32s of all files are verified, each by the rank that wrote it. A directory that has no manifest was not
+        written by this library, and is taken as it is.
+
+        Args:
+            name: this one, and no other. None: the one that `latest` names, or, if that is not good, the newest that is.
+
+        Returns:
+            None if there is no bundle, or no directory `name`.
+
+        Raises:
+            CorruptError: `name`, or every one, is incomplete or damaged; the message says how, and names complete ones.
+        """
+        self._check_usable()
+        self._chooser.begin()
+        self._drain(self.options.drain_timeout_s)
+        path = Path(os.path.abspath(os.fspath(root)))
+
+        def verify(candidate: Candidate) -> str | None:
+            return self._verify(path / candidate.name, candidate.sequence)
+
+        if self._leads:
+            _bundle_directory.complete_all(path)
+        self._chooser.meet()  # nobody looks at files that are just getting their names
+        if self.rank == 0:
+            found, rejected = self._chooser.lead(self._candidates(path, name), [], verify)
+        else:
+            found, rejected = self._chooser.follow(verify)
+        if found is not None:
+            wanted = name or _bundle_directory.read_latest(path)
+            if wanted is not None and found.name != wanted:
+                logger.warning("'%s' is not a good checkpoint; '%s' is taken instead", path / wanted, found.name)
+            return found.name
+        if not rejected:
+            return None
+        others = [directory.name for directory, _ in _bundle_directory.look(path) if directory.name != name]
+        complete = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
+        raise CorruptError(f"no checkpoint to load from '{path}': {'; '.join(rejected)}{complete}")
+
+    def _candidates(self, root: Path, name: str | None) -> list[Candidate]:
+        published = {directory.name: manifest.sequence for directory, manifest in _bundle_directory.look(root)}
+        first = name or _bundle_directory.read_latest(root)
+        candidates = []
+        if first is not None and (root / first).is_dir():
+            candidates = [Candidate(first, published.pop(first, _UNVERIFIED))]
+        if name is None:
+            candidates += [Candidate(*item) for item in published.items()]
+        return candidates
+
+    def _verify(self, directory: Path, sequence: int) -> str | None:
+        if sequence != _UNVERIFIED:
+            return verify_files(directory, sequence, lambda file: file.rank % self.world_size == self.rank)
+        try:
+            _manifest.read(directory)
+        except NotACheckpointError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                return str(error)
+            files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
+            if all(_storage.is_temporary(file) for file in files):
+                return f"'{directory}' was never completed: it holds no finished file"
+        return None
+
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until every bundle that was committed is durable.
+
+        Raises:
+            DeadlineError: not within `timeout` (seconds).
+            CheckpointError: one has failed since the last wait(); the newest such error.
+        """
+        self._check_usable()
+        self._drain(timeout)
+        error, self._unreported = self._unreported, None
+        if error is not None:
+            raise error
+
+    def wait_quietly(self) -> None:
+        """The same, within `Options.drain_timeout_s`; failures stay for wait() to raise."""
+        self._check_usable()
+        self._drain(self.options.drain_timeout_s)
+
+    def _drain(self, timeout: float | None) -> None:
+        if not wait_all(self._pending, timeout):
+            raise DeadlineError(f"saves are still in flight after {timeout} s")
+        self._pending = []
+
+    def close(self) -> None:
+        """Waits for what is in flight, at most `Options.drain_timeout_s`, and ends. Safe to call twice.
+
+        Raises:
+            CheckpointError: the newest save did not become durable.
+        """
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        try:
+            self._drain(self.options.drain_timeout_s)
+        finally:
+            self._committer.close(0.0)  # what has not come by now is given up
+            _runtime.give_back(self._runtime, 0.0)
+            if self._owns_coordinator:
+                self._coordinator.close()
+            for root in self._roots.values():
+                root.release()
+        if self._last_failed is not None:
+            raise self._last_failed
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._owner:
+            raise ForkedError("this BundleCheckpointer belongs to the parent process; make one here")
+        if self._closed:
+            raise ClosedError("this BundleCheckpointer is closed")

@@ -1,0 +1,52 @@
+"""The section "datastates_ckpt" of a DeepSpeed config, as Options."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import ckpt
+
+SECTION = "datastates_ckpt"
+_CACHE = "host_cache_size"  # GiB, as the engine of that name has it
+_FIELDS = tuple(field.name for field in dataclasses.fields(ckpt.Options))
+
+
+def options_from(section: Any, base: ckpt.Options | None) -> ckpt.Options:
+    """
+    Args:
+        section: what stands in the config: None, a bool, or a mapping of "host_cache_size" (GiB of staging memory, a number)
+            and the fields of Options.
+        base: what holds for fields that the section does not name.
+
+    Raises:
+        ValueError, TypeError: it has an unknown key or an impossible value; the message lists the valid keys.
+    """
+    base = base or ckpt.Options()
+    if section is None or isinstance(section, bool):
+        return base
+    if not isinstance(section, Mapping):
+        raise TypeError(f'"{SECTION}" in the DeepSpeed config must be an object, not {section!r}; its keys are: {_valid()}')
+    unknown = sorted(set(section) - {_CACHE, *_FIELDS})
+    if unknown:
+        raise ValueError(f'"{SECTION}" in the DeepSpeed config has unknown keys: {", ".join(unknown)}; valid are: {_valid()}')
+    changes = {key: value for key, value in section.items() if key != _CACHE}
+    if _CACHE in section:
+        if "arena_bytes" in section:
+            raise ValueError(f'"{SECTION}" in the DeepSpeed config has both "{_CACHE}" and "arena_bytes": they mean the same')
+        changes["arena_bytes"] = _gibibytes(section[_CACHE])
+    try:
+        return dataclasses.replace(base, **changes)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f'"{SECTION}" in the DeepSpeed config: {error}; valid keys are: {_valid()}') from error
+
+
+def _gibibytes(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f'"{_CACHE}" in the section "{SECTION}" must be a number of GiB, but is {value!r}')
+    return int(value * 2**30)
+
+
+def _valid() -> str:
+    return f"{_CACHE} (GiB), {', '.join(_FIELDS)}"

@@ -1,0 +1,328 @@
+"""Trains and saves with DeepSpeed: many cases one after the other in the same processes, under torchrun or started one by one.
+
+    torchrun --nproc-per-node 2 deepspeed_training.py plan.json        # {"outcomes": directory, "cases": [fields of Case, ...]}
+
+Every rank writes `<case>.<rank>.json` into the directory of outcomes: what it found, or "error". The modes:
+
+    files   saves, trains on, and compares every file with what the stock engine would have written at that moment
+    train   resumes if it can and goes on to the given step, saving on the way; notes losses and digests of the whole state
+    tree    saves once and ends; what it leaves can be compared with what another engine leaves
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import enum
+import hashlib
+import io
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1]))
+import deepspeed
+import torch
+from deepspeed import comm
+from dist.deepspeed_models import Case, Training, build
+from support import assert_same
+
+from ckpt import Options, _native
+
+DEADLINE_S = 60.0
+OTHERS_S = 15.0  # how long a rank that has failed waits for the others before it takes all down
+SMALL: dict[str, Any] = {  # nearly everything is lazy, in many chunks
+    "chunk_bytes": "64KiB",
+    "writers": 2,
+    "eager_bytes": "1KiB",
+    "timeout_s": DEADLINE_S,
+    "drain_timeout_s": DEADLINE_S,
+    "commit_timeout_s": DEADLINE_S,
+}
+ARENA_MIB = 4
+
+
+class Recorder:
+    """Keeps, for each path that a checkpoint engine is given, what the stock engine would write there at that moment."""
+
+    def __init__(self, checkpoint_engine: Any) -> None:
+        self.expected: dict[str, bytes] = {}
+        self._save = checkpoint_engine.save
+        checkpoint_engine.save = self.save
+
+    def save(self, state_dict: Any, path: str) -> Any:
+        file = io.BytesIO()
+        torch.save(state_dict, file)
+        self.expected[path] = file.getvalue()
+        return self._save(state_dict, path)
+
+    def differences(self) -> list[str]:
+        return [text for path in self.expected if (text := self._difference(path))]
+
+    def _difference(self, path: str) -> str | None:
+        try:
+            expected = torch.load(io.BytesIO(self.expected[path]), weights_only=False)
+            assert_same(expected, torch.load(path, weights_only=False))
+        except Exception as error:  # of any kind: the file may be missing, or cut off
+            return f"{Path(path).name}: {type(error).__name__}: {error}"
+        return None
+
+
+def digest(value: Any) -> str:
+    """Of tensors, containers and plain objects, bit for bit."""
+    whole = hashlib.blake2b(digest_size=16)
+    feed(whole, value)
+    return whole.hexdigest()
+
+
+def feed(whole: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        whole.update(f"{value.dtype} {list(value.shape)}".encode())
+        whole.update(value.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            whole.update(repr(key).encode())
+            feed(whole, item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            feed(whole, item)
+    elif hasattr(value, "__dict__") and not isinstance(value, enum.Enum):
+        whole.update(type(value).__qualname__.encode())
+        feed(whole, vars(value))
+    else:
+        whole.update(repr(value).encode())
+
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+def start(case: Case) -> Training:
+    """With the checkpoint engine that the case asks for. "enable" holds for the life of the process: stock ones come before."""
+    if case.engine == "stock":
+        return Training(case, build(case, None))
+    import ckpt.integrations.deepspeed as lazy
+
+    if case.engine == "enable":
+        lazy.enable()
+        return Training(case, build(case, {"host_cache_size": ARENA_MIB / 1024, **SMALL, **case.options}))
+    assert case.engine == "attach"
+    engine = build(case, None)
+    lazy.attach(engine, Options(**({"arena_bytes": f"{ARENA_MIB}MiB"} | SMALL | case.options)))
+    return Training(case, engine)
+
+
+def wait(training: Training) -> None:
+    if training.case.engine != "stock":
+        import ckpt.integrations.deepspeed as lazy
+
+        lazy.wait(training.engine, timeout=DEADLINE_S)
+    comm.barrier()
+
+
+@contextmanager
+def faults(case: Case) -> Iterator[None]:
+    for fault in case.faults:
+        _native.set_fault(**fault)
+    try:
+        yield
+    finally:
+        if case.faults:
+            _native.clear_faults()
+
+
+# ---- modes -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class AtReturn:
+    """What was there when save_checkpoint() returned: new files under their final names, and `latest` on the new tag.
+
+    Saves that took as long as the files are held up say nothing about that.
+    """
+
+    files: list[str] = dataclasses.field(default_factory=list)
+    latest: list[str] = dataclasses.field(default_factory=list)
+
+    def save(self, training: Training, recorder: Recorder, directory: Path, tag: str) -> None:
+        before = {path for path in recorder.expected if Path(path).exists()}
+        begin = time.monotonic()
+        training.save(str(directory), tag)
+        if 0 < max((fault["delay_s"] for fault in training.case.faults), default=0.0) <= time.monotonic() - begin:
+            return
+        self.files += [Path(path).name for path in recorder.expected.keys() - before if Path(path).exists()]
+        self.latest += [tag] if read(directory / "latest") == tag else []
+
+
+def read(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def check_files(case: Case, directory: Path) -> dict[str, Any]:
+    training = start(case)
+    recorder = Recorder(training.engine.checkpoint_engine)
+    at_return, states = AtReturn(), {}
+    for _ in range(2):
+        training.advance()
+    with faults(case):
+        for tag in case.tags:
+            if case.in_the_middle:
+                training.backward(0)
+            states[tag] = digest(training.state())
+            at_return.save(training, recorder, directory, tag)
+            if case.half:
+                training.engine.save_16bit_model(str(directory / f"half-{tag}"))
+            if case.in_the_middle:
+                training.backward(1)
+            for _ in range(case.between):
+                training.advance()
+        training.advance()
+        wait(training)
+    outcome = {
+        "differences": recorder.differences(),
+        "files": sorted(str(Path(path).relative_to(directory)) for path in recorder.expected),
+        "at_return": dataclasses.asdict(at_return),
+        "latest": read(directory / "latest"),
+        "leftovers": sorted(str(path.relative_to(directory)) for path in directory.rglob(".tmp-*")),
+        "lost": [tag for tag in states if case.reload and not comes_back(training, directory, tag, states[tag])],
+    }
+    training.engine.destroy()
+    return outcome
+
+
+def comes_back(training: Training, directory: Path, tag: str, expected: str) -> bool:
+    assert training.load(str(directory), tag) is not None
+    return digest(training.state()) == expected
+
+
+def train(case: Case, directory: Path) -> dict[str, Any]:
+    training = start(case)
+    path = training.load(str(directory))
+    found = training.step
+    digests = {found: digest(training.state())}
+    say(f"found {found} {digests[found]}")
+    if path is not None:
+        training.change_client(-1.0)  # as the run did that has saved it
+    if case.crash_point and comm.get_rank() == case.crash_rank:
+        _native.set_crash_point(case.crash_point, case.crash_skip)
+    losses = {}
+    with faults(case):
+        while training.step < case.steps:
+            losses[training.step] = training.advance().hex()
+            _native.crash_point("deepspeed-stepped")
+            digests[training.step] = digest(training.state())
+            if training.step % case.every == 0:
+                training.save(str(directory), "tag" if case.one_tag else f"step{training.step}")
+                if case.wait:
+                    wait(training)
+                    say(f"durable {training.step}")
+        wait(training)
+    training.engine.destroy()
+    return {"path": path, "found": found, "losses": losses, "digests": digests, "latest": read(directory / "latest")}
+
+
+def leave_tree(case: Case, directory: Path) -> dict[str, Any]:
+    training = start(case)
+    for _ in range(2):
+        training.advance()
+    for tag in case.tags:
+        training.save(str(directory), tag)
+        if case.half:
+            training.engine.save_16bit_model(str(directory / f"half-{tag}"))
+        training.advance()
+    wait(training)
+    training.engine.destroy()
+    differences = compare_trees(directory.parent / case.like, directory) if case.like and comm.get_rank() == 0 else []
+    return {"differences": differences, "files": tree(directory)}
+
+
+def tree(directory: Path) -> list[str]:
+    """All files but what our engine adds to them."""
+    paths = [path for path in directory.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
+    return sorted(str(path.relative_to(directory)) for path in paths)
+
+
+def compare_trees(expected: Path, found: Path) -> list[str]:
+    differences = []
+    for name in tree(expected):
+        try:
+            assert_same(contents(expected / name), contents(found / name))
+        except Exception as error:
+            differences.append(f"{name}: {type(error).__name__}: {error}")
+    return differences
+
+
+def contents(path: Path) -> Any:
+    if path.suffix not in (".pt", ".bin"):
+        return path.read_bytes()
+    state = torch.load(path, weights_only=False)
+    state.get("ds_config", {}).pop("datastates_ckpt", None)
+    for flat in state.get("optimizer_state_dict", {}).get("fp32_flat_groups", []):
+        vars(flat).pop("ds_id", None)  # a number that ZeRO 3 gives once in the life of a process
+    return plain(state)
+
+
+def plain(value: Any) -> Any:
+    """Without what the stock engine loses where DeepSpeed clones state dicts for it: the versions of modules, the type of shapes."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [plain(item) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+MODES: dict[str, Callable[[Case, Path], dict[str, Any]]] = {"files": check_files, "train": train, "tree": leave_tree}
+
+
+def say(text: str) -> None:
+    os.write(1, f"{text}\n".encode())
+
+
+# ---- the processes ---------------------------------------------------------------------------------------------------
+
+
+def run(case: Case, outcomes: Path) -> None:
+    directory = Path(case.directory or outcomes / case.name)
+    begin = time.monotonic()
+    try:
+        outcome = MODES[case.mode](case, directory)
+    except Exception as error:
+        outcome = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+    outcome["seconds"] = time.monotonic() - begin
+    own = outcomes / f"{case.name}.{comm.get_rank()}.json"
+    own.with_suffix(".part").write_text(json.dumps(outcome, indent=1))
+    own.with_suffix(".part").rename(own)
+    if "error" in outcome:
+        give_up_unless_all_ended(case, outcomes)
+
+
+def give_up_unless_all_ended(case: Case, outcomes: Path) -> None:
+    """The others may be in a collective that this rank has left."""
+    deadline = time.monotonic() + OTHERS_S
+    others = [outcomes / f"{case.name}.{rank}.json" for rank in range(comm.get_world_size())]
+    while not all(path.exists() for path in others):
+        if time.monotonic() > deadline:
+            os._exit(1)
+        time.sleep(0.05)
+
+
+def main(plan: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # would be compiled, for minutes, and used instead of gloo
+    deepspeed.init_distributed("gloo", timeout=datetime.timedelta(seconds=DEADLINE_S), verbose=False)
+    for fields in plan["cases"]:
+        fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+        run(Case(**fields), Path(plan["outcomes"]))
+    comm.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))
