@@ -20,7 +20,7 @@ from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outc
 from ckpt._bundle_directory import BundleRoot
 from ckpt._file_save import FileSave
 from ckpt._manifest import RANK, FileEntry, Manifest
-from ckpt.errors import StorageError
+from ckpt.errors import CheckpointError, StorageError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,4 +198,4 @@ def _refuse_twins(files: Mapping[str, Sequence[FileEntry]]) -> None:
         writers: dict[str, int] = {}
         for file in there:
             if (other := writers.setdefault(file.name, file.rank)) != file.rank:
-                raise ValueError(f"ranks {other} and {file.rank} both write '{file.name}'")
+                raise CheckpointError(f"ranks {other} and {file.rank} both write '{file.name}'")

@@ -39,7 +39,8 @@ logger = logging.getLogger("ckpt")
 
 _UNVERIFIED = -1  # sequence of a directory that has no manifest
 _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
-_streams = itertools.count()  # ranks make them in the same order
+# For each coordinator that several of them use: their numbers. Ranks make them in the same order.
+_streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
 
 
 class Bundle:
@@ -82,6 +83,8 @@ class Bundle:
     def fail(self, error: BaseException) -> None:
         """The bundle will not be published: commit() tells all ranks why."""
         if self._error is None:
+            if not isinstance(error, CheckpointError):
+                error = CheckpointError(f"the bundle '{self.directory}' cannot be saved: {type(error).__name__}: {error}")
             self._error = error.with_traceback(None)  # whose frames would keep the state alive
             self.pending._begin_error = self._error
             for file in self.pending._files:
@@ -123,7 +126,8 @@ class BundleCheckpointer:
         self.options = options or Options()
         self._coordinator = make_coordinator(coordinator)
         self._owns_coordinator = self._coordinator is not coordinator
-        stream = f"bundles-{next(_streams)}"
+        number = 0 if self._owns_coordinator else next(_streams.setdefault(self._coordinator, itertools.count()))
+        stream = f"bundles-{number}"
         self._claims = f"{stream}-claim"
         self._committing = BundleCommitter(Agreement(self._coordinator, f"{stream}-save", self.options.commit_timeout_s))
         self._chooser = Chooser(self._coordinator, f"{stream}-find", self.options.timeout_s)
