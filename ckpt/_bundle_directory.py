@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,27 +30,48 @@ logger = logging.getLogger("ckpt")
 LATEST = "latest"
 
 
+_guard = threading.Lock()
+_roots: dict[tuple[int, Path], BundleRoot] = {}  # by process and path; guarded by _guard
+
+
 class BundleRoot:
-    """What the job's rank 0 (or the first rank of a node that has a directory of its own) does in the directory."""
+    """What the job's rank 0 (or the first rank of a node that has a directory of its own) does in the directory.
+
+    All of a process that save into one directory share it: a job may train several models.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = DirectoryLock(path)
+        self._users = 0  # guarded by _guard, as the next
         self._next_sequence: int | None = None
 
-    def claim(self) -> None:
-        """Makes the directory ours, and removes what a crash left. Safe to call again.
+    @staticmethod
+    def claim(path: Path) -> BundleRoot:
+        """Makes the directory ours, and removes what a crash left. Pair with release().
 
         Raises:
             InUseError: another job is writing to it.
-            StorageError: the lock cannot be made.
+            StorageError: it cannot be made or locked.
         """
-        self._lock.acquire()
+        with _guard:
+            root = _roots.get((os.getpid(), path)) or BundleRoot(path)
+            if root._users == 0:
+                _storage.make_directory(path, durable=False)
+                root._lock.acquire()
+                root._remove_leftovers()
+                _roots[os.getpid(), path] = root
+            root._users += 1
+            return root
 
     def release(self) -> None:
-        self._lock.release()
+        with _guard:
+            self._users -= 1
+            if self._users == 0:
+                self._lock.release()
+                _roots.pop((os.getpid(), self.path), None)
 
-    def remove_leftovers(self) -> None:
+    def _remove_leftovers(self) -> None:
         """Not while anything is being written here."""
         complete_all(self.path)
         try:
@@ -63,10 +86,11 @@ class BundleRoot:
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
-        if self._next_sequence is None:
-            self._next_sequence = max((manifest.sequence for _, manifest in look(self.path)), default=0) + 1
-        self._next_sequence += 1
-        return self._next_sequence - 1
+        with _guard:
+            if self._next_sequence is None:
+                self._next_sequence = max((manifest.sequence for _, manifest in look(self.path)), default=0) + 1
+            self._next_sequence += 1
+            return self._next_sequence - 1
 
     def publish(self, directory: Path, manifest: Manifest) -> None:
         """Decides that the files, which are durable under their temporary names, are the bundle.

@@ -141,7 +141,7 @@ class BundleCheckpointer:
         self._closed = False
         self._bundles = 0
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
-        self._cleaned: set[Path] = set()
+        weakref.finalize(self, _release_all, self._roots).atexit = False
         self._pending: list[PendingSave] = []
         self._unreported: BaseException | None = None
         self._failed_in_a_row = 0
@@ -203,13 +203,8 @@ class BundleCheckpointer:
         return own
 
     def _own_root(self, root: Path) -> BundleRoot:
-        own = self._roots.pop(root, None) or BundleRoot(root)
-        _storage.make_directory(root, durable=False)
-        own.claim()
+        own = self._roots.pop(root, None) or BundleRoot.claim(root)
         self._roots[root] = own
-        if root not in self._cleaned:
-            self._cleaned.add(root)
-            own.remove_leftovers()
         while len(self._roots) > _MOST_ROOTS and not any(not pending.done() for pending in self._pending):
             self._roots.pop(next(iter(self._roots))).release()
         return own
@@ -351,8 +346,7 @@ class BundleCheckpointer:
             _runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()
-            for root in self._roots.values():
-                root.release()
+            _release_all(self._roots)
         if self._last_failed is not None:
             raise self._last_failed
 
@@ -361,3 +355,8 @@ class BundleCheckpointer:
             raise ForkedError("this BundleCheckpointer belongs to the parent process; make one here")
         if self._closed:
             raise ClosedError("this BundleCheckpointer is closed")
+
+
+def _release_all(roots: dict[Path, BundleRoot]) -> None:
+    while roots:
+        roots.popitem()[1].release()

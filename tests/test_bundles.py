@@ -7,6 +7,8 @@ import contextlib
 import errno
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -309,12 +311,21 @@ def test_what_a_crash_left_is_removed_before_the_first_save(tmp_path: Path, nati
 
 
 def test_a_second_job_is_refused_on_all_ranks(job: Job) -> None:
-    assert job.save("a", 1.0) == [None, None]
-    other = Job(job.roots[0])
-    errors = other.save("a", 2.0)
-    assert isinstance(errors[0], InUseError) and isinstance(errors[1], PeerError) and "rank 0 may not save" in str(errors[1])
-    job.assert_found("a", 1.0)
-    other.close()
+    holding = f"""
+import ckpt, sys
+checkpointer = ckpt.BundleCheckpointer()
+checkpointer.begin({str(job.roots[0])!r}, "theirs").commit().result()
+print("saved", flush=True)
+sys.stdin.read()
+"""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", holding], stdin=pipe, stdout=pipe, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "saved\n"
+        errors = job.save("a", 2.0)
+        assert isinstance(errors[0], InUseError) and f"process {other.pid}" in str(errors[0])
+        assert isinstance(errors[1], PeerError) and "rank 0 may not save" in str(errors[1])
+    assert job.save("a", 3.0) == [None, None]
+    job.assert_found("a", 3.0)
 
 
 def test_nodes_with_directories_of_their_own(tmp_path: Path, native: Any) -> None:
@@ -328,3 +339,13 @@ def test_nodes_with_directories_of_their_own(tmp_path: Path, native: Any) -> Non
     job.assert_found("a", 2.0)
     assert not job.temporaries()
     job.close()
+
+
+def test_two_models_of_one_job_share_a_directory(job: Job) -> None:
+    other = Job(job.roots[0])
+    assert job.save("generator", 1.0) == [None, None]
+    assert other.save("critic", 2.0) == [None, None]
+    other.close()
+    assert job.save("generator", 3.0) == [None, None]
+    job.assert_found("generator", 3.0)
+    assert job.find("critic") == ["critic", "critic"]
