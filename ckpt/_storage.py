@@ -75,6 +75,27 @@ def sync_directory(path: Path) -> None:
     _native.sync_directory(os.fsencode(path))
 
 
+def sync_tree(path: Path) -> None:
+    """Makes files that somebody else has written durable: one, or all below a directory.
+
+    Raises:
+        StorageError: a file cannot be read, or the device failed.
+    """
+    if path.is_dir():
+        for entry in sorted(path.iterdir()):
+            sync_tree(entry)
+        sync_directory(path)
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"fsync failed on '{path}': {error.strerror}", str(path)) from error
+
+
 def give_name(temporary: Path, final: Path) -> None:
     """A rename; not durable before sync_directory()."""
     _native.rename_path(os.fsencode(temporary), os.fsencode(final))

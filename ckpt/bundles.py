@@ -52,6 +52,7 @@ class Bundle:
         self._error: BaseException | None = None
         self._admitted = False
         self._committed = False
+        self._included: list[Path] = []
         self.pending = pending
 
     @property
@@ -79,6 +80,10 @@ class Bundle:
             file.forget_structure()
         except Exception as error:
             self.fail(error)
+
+    def include(self, path: str | os.PathLike[str]) -> None:
+        """Makes what somebody else has written there, a file or a directory, durable before the bundle is published."""
+        self._included.append(Path(path))
 
     def fail(self, error: BaseException) -> None:
         """The bundle will not be published: commit() tells all ranks why."""
@@ -216,6 +221,11 @@ class BundleCheckpointer:
 
         def publish(failed: BaseException | None) -> Path:
             files = pending._files
+            try:
+                for path in bundle._included:
+                    _storage.sync_tree(path)
+            except StorageError as unsynced:
+                failed = failed or unsynced
             return self._committing.commit(dataclasses.replace(ticket, files=files), error or failed)
 
         (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)

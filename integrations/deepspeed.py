@@ -151,6 +151,11 @@ class LazyCheckpointEngine:
         bundle, self._bundle = self._bundle, None
         if bundle is None:
             return None
+        engine: Any = self._engine()
+        if _ask(engine, "zero_nvme_offload_optimizer"):
+            # DeepSpeed has copied them there itself, and fsynced nothing.
+            rank = engine.local_rank if _ask(engine, "use_node_local_storage") else engine.global_rank
+            bundle.include(bundle.directory / "offloaded_tensors" / f"rank{rank:02d}")
         if error is not None:
             bundle.fail(ckpt.CheckpointError(f"{type(error).__name__} in save_checkpoint: {error}"))
         return bundle.commit()

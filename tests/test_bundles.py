@@ -7,6 +7,7 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -233,6 +234,30 @@ def test_a_file_beside_the_bundle_comes_with_it(job: Job) -> None:
     assert job.both(act) == [None, None]
     assert_same(content(0, 1.0), torch.load(job.roots[0] / "weights.bin"))
     assert sorted(path.name for path in job.roots[0].iterdir()) == [".lock", "weights.bin"]
+
+
+def test_what_others_have_written_is_made_durable(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = job.roots[0] / "a" / "offloaded" / "rank01"
+    tree.mkdir(parents=True)
+    for name in ("x.swp", "y.swp"):
+        (tree / name).write_text(name)
+    synced: list[str] = []
+    fsync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(os.readlink(f"/proc/self/fd/{file}")), fsync(file))[1])
+
+    def act(rank: int) -> BaseException | None:
+        bundle = job.begin(rank, "a", 1.0)
+        if rank == 1:
+            bundle.include(job.roots[1] / "a" / "offloaded")
+        return bundle.commit().exception(20)
+
+    assert job.both(act) == [None, None]
+    assert {str(tree / "x.swp"), str(tree / "y.swp")} <= set(synced)
+    (tree / "x.swp").unlink()
+    (tree / "x.swp").symlink_to("nowhere")
+    errors = job.both(act)
+    assert isinstance(errors[1], StorageError) and "x.swp" in str(errors[1]) and isinstance(errors[0], PeerError)
+    job.assert_found("a", 1.0)
 
 
 def test_one_too_many_is_skipped(tmp_path: Path, native: Any) -> None:
