@@ -6,6 +6,8 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 ARGS   ?=
+# Test processes side by side. Most tests wait, for disks, deadlines and each other; a debugger wants JOBS=0.
+JOBS   ?= 2
 
 # The pin of torch is also spelled out on the command line, so that pip can never settle on another one.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -34,7 +36,7 @@ demo: $(NATIVE_STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(NATIVE_STAMP)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 bench: $(NATIVE_STAMP)
 	$(PY) bench/run.py $(ARGS)

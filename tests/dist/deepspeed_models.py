@@ -29,7 +29,7 @@ class Case:
     """One piece of work for all ranks.
 
     Attributes:
-        mode: "files", "train" or "tree": see deepspeed_training.py.
+        mode: "files", "train", "tree", "look" or "flight": see deepspeed_training.py.
         engine: who writes: "stock"; "enable": ours, by a section of the configuration; "attach": ours, put on one engine.
         variant: "plain", "pipeline" or "moe".
         offload, frozen, tied: the optimizer's state in host memory; a layer that does not learn; one weight in two places.
@@ -45,6 +45,9 @@ class Case:
         directory: where the checkpoints go; "": a directory of the case's name beside the outcomes.
         steps, every, wait: of "train": the last step, how often it saves, whether it waits for each save.
         one_tag: of "train": each save takes the place of the one before.
+        weights: of "train": also leaves the full fp32 weights of the last save, in "<name>.weights.pt" beside the outcomes.
+        load_tag: of "train": what it resumes from; "": what `latest` names.
+        universal: of "train": resumes from what `latest_universal` names.
         crash_point, crash_skip, crash_rank: of "train": where a rank is killed.
     """
 
@@ -73,6 +76,9 @@ class Case:
     every: int = 1
     wait: bool = False
     one_tag: bool = False
+    weights: bool = False
+    load_tag: str = ""
+    universal: bool = False
     crash_point: str = ""
     crash_skip: int = 0
     crash_rank: int = 0
@@ -183,6 +189,7 @@ def configuration(case: Case) -> dict[str, Any]:
         "scheduler": {"type": "WarmupLR", "params": rates},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
+        "checkpoint": {"load_universal": case.universal},
     } | precision
 
 

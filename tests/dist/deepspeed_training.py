@@ -7,6 +7,8 @@ Every rank writes `<case>.<rank>.json` into the directory of outcomes: what it f
     files   saves, trains on, and compares every file with what the stock engine would have written at that moment
     train   resumes if it can and goes on to the given step, saving on the way; notes losses and digests of the whole state
     tree    saves once and ends; what it leaves can be compared with what another engine leaves
+    look    notes what DeepSpeed's own functions find in the first of the tags in a directory
+    flight  the same before and while a tag is saved again
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import datetime
 import enum
 import hashlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -31,8 +34,10 @@ sys.path.append(str(Path(__file__).parents[1]))
 import deepspeed
 import torch
 from deepspeed import comm
-from dist.deepspeed_models import Case, Training, build
-from support import assert_same
+from deepspeed.checkpoint import DeepSpeedCheckpoint, constants, ds_to_universal, reshape_utils
+from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
+from dist.deepspeed_models import Case, Network, Training, build
+from support import assert_same, wait_until
 
 from ckpt import Options, _native
 
@@ -106,7 +111,9 @@ def feed(whole: Any, value: Any) -> None:
 def start(case: Case) -> Training:
     """With the checkpoint engine that the case asks for. "enable" holds for the life of the process: stock ones come before."""
     if case.engine == "stock":
-        return Training(case, build(case, None))
+        engine = build(case, None)
+        assert type(engine.checkpoint_engine).__module__.startswith("deepspeed.")
+        return Training(case, engine)
     import ckpt.integrations.deepspeed as lazy
 
     if case.engine == "enable":
@@ -203,7 +210,7 @@ def comes_back(training: Training, directory: Path, tag: str, expected: str) -> 
 
 def train(case: Case, directory: Path) -> dict[str, Any]:
     training = start(case)
-    path = training.load(str(directory))
+    path = training.load(str(directory), case.load_tag or None)
     found = training.step
     digests = {found: digest(training.state())}
     say(f"found {found} {digests[found]}")
@@ -219,12 +226,22 @@ def train(case: Case, directory: Path) -> dict[str, Any]:
             digests[training.step] = digest(training.state())
             if training.step % case.every == 0:
                 training.save(str(directory), "tag" if case.one_tag else f"step{training.step}")
+                if case.weights:
+                    leave_weights(training, directory.with_name(f"{case.name}.weights.pt"))
                 if case.wait:
                     wait(training)
                     say(f"durable {training.step}")
         wait(training)
     training.engine.destroy()
     return {"path": path, "found": found, "losses": losses, "digests": digests, "latest": read(directory / "latest")}
+
+
+def leave_weights(training: Training, path: Path) -> None:
+    """Of what learns, in full, as the optimizer keeps them."""
+    named = training.engine.module.named_parameters()
+    weights = {name: safe_get_full_fp32_param(parameter) for name, parameter in named if parameter.requires_grad}
+    if comm.get_rank() == 0:
+        torch.save({name: weight.detach().clone() for name, weight in weights.items()}, path)
 
 
 def leave_tree(case: Case, directory: Path) -> dict[str, Any]:
@@ -269,7 +286,7 @@ def contents(path: Path) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Without what the stock engine loses where DeepSpeed clones state dicts for it: the versions of modules, the type of shapes."""
+    """Without what the stock engine loses where DeepSpeed clones state dicts: the versions of modules, the type of shapes."""
     if isinstance(value, dict):
         return {key: plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -278,7 +295,89 @@ def plain(value: Any) -> Any:
     return value
 
 
-MODES: dict[str, Callable[[Case, Path], dict[str, Any]]] = {"files": check_files, "train": train, "tree": leave_tree}
+def look_at_tag(case: Case, directory: Path) -> dict[str, Any]:
+    return {"found": look(case, directory, case.tags[0])}
+
+
+def look_in_flight(case: Case, directory: Path) -> dict[str, Any]:
+    training, tag = start(case), case.tags[0]
+    training.advance()
+    training.save(str(directory), tag)
+    wait(training)
+    outcome = {"before": look(case, directory, tag)}
+    training.advance()
+    with faults(case):
+        training.save(str(directory), tag)
+        mine = f"-{os.getpid()}-"
+        wait_until(lambda: any(mine in path.name for path in (directory / tag).glob(".tmp-*")), DEADLINE_S, "a temporary file")
+        temporaries = sorted(path.name for path in (directory / tag).glob(".tmp-*"))
+        outcome |= {"during": look(case, directory, tag), "temporaries": temporaries}
+        outcome["still"] = [name for name in temporaries if (directory / tag / name).exists()]
+    wait(training)
+    outcome |= {"after": look(case, directory, tag), "latest": read(directory / "latest")}
+    training.engine.destroy()
+    return outcome
+
+
+def look(case: Case, directory: Path, tag: str) -> dict[str, Any]:
+    """What the functions that DeepSpeed's tools are made of find: names of files, layouts, and digests of values."""
+    at = directory / tag
+    files = reshape_utils.get_files(str(at))
+    prefixes = {value for name, value in vars(constants).items() if name.endswith("FILE_PREFIX")}
+    found: dict[str, Callable[[], Any]] = {
+        **{prefix: lambda prefix=prefix: names(reshape_utils.get_files_with_prefix(files, prefix)) for prefix in prefixes},
+        "zero": lambda: names(reshape_utils.get_zero_files(str(at))),
+        "optimizers": lambda: names(zero_to_fp32.get_optim_files(str(at))),
+        "models": lambda: names(zero_to_fp32.get_model_state_files(str(at))),
+        "to universal": lambda: names(ds_to_universal._get_optim_files(str(at))),
+        "to universal, ZeRO 3": lambda: names(ds_to_universal._get_zero3_model_state_files(str(at))),
+        "layout": lambda: layout(DeepSpeedCheckpoint(str(at))),
+        "weights": lambda: digest(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag)),
+        "of latest": lambda: digest(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory))),
+        "lazy": lambda: sorted(zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(str(directory), tag, lazy_mode=True)),
+        "model": lambda: digest(
+            zero_to_fp32.load_state_dict_from_zero_checkpoint(new_network(case), str(directory), tag).state_dict()
+        ),
+    }
+    return {name: attempt(function) for name, function in found.items()}
+
+
+def new_network(case: Case) -> Network:
+    torch.manual_seed(5)
+    return Network(case)
+
+
+def layout(checkpoint: DeepSpeedCheckpoint) -> dict[str, Any]:
+    places = list(itertools.product(*map(range, (checkpoint.pp_degree, checkpoint.tp_degree, checkpoint.dp_degree))))
+    return {
+        "degrees": [checkpoint.tp_degree, checkpoint.pp_degree, checkpoint.dp_degree, checkpoint.original_world_size],
+        "iteration": checkpoint.get_iteration(),
+        "files": [names(found) for found in (checkpoint.mp_rank_files, checkpoint.layer_files)],
+        "layers": checkpoint.layer_keys,
+        "zero files": [names(checkpoint.get_zero_files(*place)) for place in places],
+        "zero": [digest(checkpoint.get_zero_checkpoint_state(*place)["optimizer_state_dict"]) for place in places],
+    }
+
+
+def names(paths: list[str]) -> list[str]:
+    return [Path(path).name for path in paths]
+
+
+def attempt(function: Callable[[], Any]) -> Any:
+    """Its value, or what kind of error it raises: not every function is for every kind of training."""
+    try:
+        return function()
+    except Exception as error:
+        return {"raises": type(error).__name__}
+
+
+MODES: dict[str, Callable[[Case, Path], dict[str, Any]]] = {
+    "files": check_files,
+    "train": train,
+    "tree": leave_tree,
+    "look": look_at_tag,
+    "flight": look_in_flight,
+}
 
 
 def say(text: str) -> None:
