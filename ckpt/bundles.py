@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import functools
 import itertools
 import json
 import logging
@@ -150,6 +152,7 @@ class BundleCheckpointer:
         self._pending: list[PendingSave] = []
         self._unreported: BaseException | None = None
         self._failed_in_a_row = 0
+        self._raised_at = 0  # bundles before this one were in flight when so many failures were raised
         self._last_failed: BaseException | None = None
 
     @property
@@ -170,15 +173,14 @@ class BundleCheckpointer:
             move_latest: whether `latest` is to name it.
 
         Raises:
-            FailedSavesError, ClosedError: as Checkpointer.save.
+            FailedSavesError, ClosedError: as Checkpointer.save; the former on all ranks when rank 0 has seen so many failures.
             InUseError: another job is saving beside it; on the other ranks PeerError.
         """
         self._check_usable()
         path = Path(os.path.abspath(os.fspath(root)))
         number = self._bundles
         self._bundles += 1  # whatever happens: all ranks count their calls
-        pending = PendingSave(path / name, step, on_done=self._note_done)
-        self._check_failures()
+        pending = PendingSave(path / name, step, on_done=functools.partial(self._note_done, number))
         ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
         bundle = Bundle(self, ticket, pending)
         try:
@@ -189,29 +191,39 @@ class BundleCheckpointer:
         return bundle
 
     def _claim(self, root: Path, number: int) -> BundleRoot | None:
-        """Before anybody writes below `root`: rank 0, and who leads a node, locks it and cleans it."""
-        own, refusal = None, ""
-        if self._leads:
-            try:
+        """Before anybody writes below `root`: rank 0, and who leads a node, locks it. All ranks go on, or none."""
+        own, error = None, None
+        try:
+            if self.rank == 0:
+                self._check_failures()
+            if self._leads:
                 own = self._own_root(root)
-            except CheckpointError as error:
-                if self.rank != 0:
-                    raise
-                self._coordinator.broadcast(
-                    f"{self._claims}/{number}", json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s
-                )
-                raise
-        said = json.dumps({"refusal": refusal}).encode()
-        answer = json.loads(self._coordinator.broadcast(f"{self._claims}/{number}", said, self.options.timeout_s))
-        if answer["refusal"]:
-            raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
+        except CheckpointError as caught:
+            error = caught
+        refusal = self._agree_on_claim(number, error)
+        if error is not None:
+            raise error
+        if refusal is not None:
+            kind = FailedSavesError if refusal["kind"] == FailedSavesError.__name__ else PeerError
+            raise kind(f"rank {refusal['rank']} may not save: {refusal['text']}")
         return own
+
+    def _agree_on_claim(self, number: int, error: CheckpointError | None) -> dict[str, Any] | None:
+        """What keeps any rank from saving. Rank 0 speaks for all but where nodes have directories of their own."""
+        key, timeout_s = f"{self._claims}/{number}", self.options.timeout_s
+        own = None if error is None else {"rank": self.rank, "kind": type(error).__name__, "text": str(error)}
+        if self._node:
+            answers = self._coordinator.gather(f"{key}-nodes", json.dumps(own).encode(), timeout_s)
+            own = own or next((found for found in map(json.loads, answers or []) if found is not None), None)
+        return json.loads(self._coordinator.broadcast(key, json.dumps(own).encode(), timeout_s)) or None
 
     def _own_root(self, root: Path) -> BundleRoot:
         own = self._roots.pop(root, None) or BundleRoot.claim(root)
         self._roots[root] = own
-        while len(self._roots) > _MOST_ROOTS and not any(not pending.done() for pending in self._pending):
-            self._roots.pop(next(iter(self._roots))).release()
+        busy = [pending.path for pending in self._pending if not pending.done()]
+        idle = [path for path in self._roots if path != root and not any(each.is_relative_to(path) for each in busy)]
+        for path in idle[: max(0, len(self._roots) - _MOST_ROOTS)]:
+            self._roots.pop(path).release()
         return own
 
     def _commit(self, bundle: Bundle) -> None:
@@ -234,18 +246,21 @@ class BundleCheckpointer:
     def _check_failures(self) -> None:
         limit = self.options.max_failed_saves
         if limit and self._failed_in_a_row >= limit:
-            cause, self._failed_in_a_row = self._last_failed, 0
+            cause, self._failed_in_a_row, self._raised_at = self._last_failed, 0, self._bundles
             raise FailedSavesError(
                 f"the last {limit} saves failed, the newest with: {cause}. Training would go on without checkpoints; mend the "
                 "cause, or set Options.max_failed_saves=0 to go on regardless"
             ) from cause
 
-    def _note_done(self, pending: PendingSave, error: BaseException | None) -> None:
+    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
         if error is None:
             self._failed_in_a_row = 0
             self._last_failed = None
+        elif _has_vanished(pending.path, error):
+            self._unreported = error
+            logger.warning("'%s' was removed while it was being saved", pending.path)
         elif not isinstance(error, SkippedError):
-            self._failed_in_a_row += 1
+            self._failed_in_a_row += number >= self._raised_at
             self._last_failed = self._unreported = error
             log_failure(pending, error)
 
@@ -365,6 +380,12 @@ class BundleCheckpointer:
             raise ForkedError("this BundleCheckpointer belongs to the parent process; make one here")
         if self._closed:
             raise ClosedError("this BundleCheckpointer is closed")
+
+
+def _has_vanished(directory: Path, error: BaseException) -> bool:
+    """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
+    gone = isinstance(error, PeerError) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
+    return gone and not directory.exists()
 
 
 def _release_all(roots: dict[Path, BundleRoot]) -> None:

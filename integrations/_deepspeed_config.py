@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -43,7 +44,7 @@ def options_from(section: Any, base: ckpt.Options | None) -> ckpt.Options:
 
 
 def _gibibytes(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f'"{_CACHE}" in the section "{SECTION}" must be a number of GiB, but is {value!r}')
     return int(value * 2**30)
 
