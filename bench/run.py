@@ -5,6 +5,7 @@
     python bench/run.py --scale 0.01 --rounds 2           quickly, to see that all works; no bar is judged
     python bench/run.py --workload sweep                  writer threads x chunk sizes; not part of "all"
     python bench/run.py --workload coordination           how long many ranks need to agree; not part of "all"
+    python bench/run.py --workload deepspeed              beside DeepSpeed's own checkpoint engines; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -24,6 +25,7 @@ from typing import Any
 import fio
 from coordination import measure_coordination
 from crc import measure_crc
+from deepspeed_engines import measure_deepspeed
 from durable import measure_durable, measure_sweep
 from harness import Report, Settings, clock, note, table
 from machine import ROOT, describe_run
@@ -39,7 +41,7 @@ WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "many": measure_many,
     "crc": measure_crc,
 }
-ON_REQUEST = {"sweep": measure_sweep, "coordination": measure_coordination}
+ON_REQUEST = {"sweep": measure_sweep, "coordination": measure_coordination, "deepspeed": measure_deepspeed}
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle
 
@@ -48,7 +50,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     choices = [*WORKLOADS, *ON_REQUEST]
     parser.add_argument(
-        "--workload", action="append", choices=choices, help="may be repeated; default: all but sweep and coordination"
+        "--workload", action="append", choices=choices, help=f"may be repeated; default: all but {', '.join(ON_REQUEST)}"
     )
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all sizes; below 1 no bar is judged")
     parser.add_argument("--rounds", type=int, help="samples of each side; default: as the workload has it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 TINY = ["--scale=0.002", "--rest-s=0", "--iteration-s=0.02"]
 DEADLINE_S = 120.0
 IN_TURN = ("stall", "durable", "many", "crc")
+DEEPSPEED_ENGINES = {f"{name}CheckpointEngine" for name in ("Torch", "Fast", "Decoupled", "DataStates")}
 
 Line = dict[str, Any]
 Run = tuple[list[Line], str]  # the JSON lines, and what else was said
@@ -154,6 +156,33 @@ def test_memory_in_a_process_of_its_own(runs: tuple[Future[Run], ...], directory
     assert "crc" in {line["workload"] for line in lines}
     assert "workload" in said, "there is a table for the reader"
     assert os.listdir(directory / "apart" / "files") == []
+
+
+def test_the_engines_of_deepspeed(tmp_path: Path) -> None:
+    if importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    lines, said = run_bench(tmp_path, "--workload=deepspeed", "--rounds=1")
+    for line in lines:
+        check_line(line)
+    names = [(line["case"], line["quantity"]) for line in lines]
+    assert len(names) == len(set(names))
+    assert [line["bar"] for line in lines if line["bar"]] == ["<= 1.05", "<= 0.02083", "<= 0.4545"]
+    missing = {line["case"]: line["detail"]["error"] for line in lines if line["quantity"] == "runs_here"}
+    assert "DataStates" in missing["DataStatesCheckpointEngine"]
+    for case, error in missing.items():
+        assert f"{case} cannot run here: {error}" in said
+    alone = {line["case"]: line for line in lines if line["quantity"] == "durable_s"}
+    assert {"ckpt", "TorchCheckpointEngine"} <= alone.keys()
+    assert all(line["detail"]["file_holds_what_was_saved"] for line in alone.values())
+    engines = {line["case"] for line in lines if line["quantity"] in ("call_s", "runs_here")} - {"ckpt", "nothing written"}
+    assert {engine.partition(",")[0] for engine in engines} == DEEPSPEED_ENGINES, "each of them runs, or says why not"
+    assert only(lines, "deepspeed", "ckpt, memory", "extra_MiB")["n"] == 1
+    for case in alone:
+        for setting, length in (("compute-bound", 3), ("flush-bound", 5)):
+            blocked = only(lines, "deepspeed", f"{setting}: {case}", "blocked_s")
+            assert blocked["n"] == length
+            assert sum(blocked["samples"]) < only(lines, "deepspeed", f"{setting}: {case}", "total_s")["value"]
+    assert os.listdir(tmp_path / "files") == []
 
 
 def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -329,3 +330,30 @@ def test_cleanup_ends_it(engines: Engines, tmp_path: Path) -> None:
     assert (tmp_path / "latest").read_text() == "tag"
     with pytest.raises(ClosedError):
         begin(ours, tmp_path, "more")
+
+
+def test_recovery_scripts_are_not_copied_again_and_again(engines: Engines, tmp_path: Path) -> None:
+    """Overwriting one waits for the direct writes of the save."""
+
+    class Engine(engines.runtime.DeepSpeedEngine):  # type: ignore[misc, name-defined]
+        def __init__(self, checkpoint_engine: Any) -> None:
+            vars(self)["checkpoint_engine"] = checkpoint_engine
+
+        def __del__(self) -> None:
+            pass
+
+    def copied(checkpoint_engine: Any) -> bool:
+        for script in scripts:
+            os.utime(script, (1, 1))
+        Engine(checkpoint_engine)._copy_recovery_script(str(tmp_path))
+        return [script.stat().st_mtime > 1 for script in scripts] == [True, True]
+
+    lazy.enable()
+    ours = engines.make()
+    Engine(ours)._copy_recovery_script(str(tmp_path))
+    scripts = [tmp_path / "zero_to_fp32.py", tmp_path / "zero_to_torch.py"]
+    assert all(os.access(script, os.X_OK) for script in scripts)
+    assert not copied(ours)
+    assert copied("of another kind")
+    scripts[1].write_text("an older version")
+    assert copied(ours) and "an older version" not in scripts[1].read_text()
