@@ -84,9 +84,19 @@ class BundleCommitter:
         error = self._place(ticket, entries, said)
         own = good_answer(ticket.what) if error is None else failed_answer(ticket.what, error)
         self._settle(ticket, "placed", own, error, self._finish)
-        if self._agreement.rank != 0 and said["files"].get(ticket.node):
-            self._point_latest(ticket)
+        if ticket.node:
+            self._point_latest_on_nodes(ticket, said)
         return ticket.directory
+
+    def _point_latest_on_nodes(self, ticket: BundleTicket, said: Mapping[str, Any]) -> None:
+        error = None
+        if self._agreement.rank != 0 and said["files"].get(ticket.node):
+            try:
+                self._point_latest(ticket)
+            except CheckpointError as caught:
+                error = caught.with_traceback(None)
+        own = good_answer(ticket.what) if error is None else failed_answer(ticket.what, error)
+        self._settle(ticket, "pointed", own, error, lambda *_: (None, None, {}))
 
     def _entry(self, file: FileSave) -> FileEntry:
         return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._agreement.rank, file.temporary.name)
@@ -116,12 +126,12 @@ class BundleCommitter:
             failure, answers = self._agreement.collect(f"{ticket.number}-{phase}", own)
             if phase == "prepared":
                 _storage.crash_point("prepared")
-            else:
+            elif phase == "placed":
                 _storage.crash_point("all-placed")
             more: dict[str, Any] = {}
             if failure is None:
                 failure, error, more = act(ticket, answers)
-            elif phase == "placed":
+            elif phase != "prepared":
                 failure = dataclasses.replace(failure, stands=True)
             self._agreement.tell_outcome(f"{ticket.number}-{phase}-verdict", failure, **more)
             outcome = more

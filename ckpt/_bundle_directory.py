@@ -23,14 +23,14 @@ from pathlib import Path
 from ckpt import _manifest, _storage
 from ckpt._lock import DirectoryLock
 from ckpt._manifest import FileEntry, Manifest
-from ckpt.errors import CheckpointError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 
 logger = logging.getLogger("ckpt")
 
 LATEST = "latest"
 
 
-_guard = threading.Lock()
+_guard = threading.RLock()  # reentrant: a finalizer releases
 _roots: dict[tuple[int, Path], BundleRoot] = {}  # by process and path; guarded by _guard
 
 
@@ -55,9 +55,10 @@ class BundleRoot:
             StorageError: it cannot be made or locked.
         """
         with _guard:
+            _storage.make_directory(path, durable=False)
+            path = Path(os.path.realpath(path))  # it may have several names
             root = _roots.get((os.getpid(), path)) or BundleRoot(path)
             if root._users == 0:
-                _storage.make_directory(path, durable=False)
                 root._lock.acquire()
                 root._remove_leftovers()
                 _roots[os.getpid(), path] = root
@@ -72,17 +73,22 @@ class BundleRoot:
                 _roots.pop((os.getpid(), self.path), None)
 
     def _remove_leftovers(self) -> None:
-        """Not while anything is being written here."""
+        """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
         complete_all(self.path)
-        try:
-            for directory in [self.path, *_subdirectories(self.path)]:
-                for path in directory.iterdir():
-                    behind = _storage.name_behind(path.name)
-                    # Beside the bundles, others may be saving files of their own.
-                    if behind is not None and path.is_file() and (directory != self.path or behind == LATEST):
-                        _storage.remove_file(path)
-        except OSError as error:
-            logger.warning("removing what a crash left in '%s' failed: %s", self.path, error)
+        for directory in [self.path, *_subdirectories(self.path)]:
+            try:
+                self._remove_leftovers_in(directory)
+            except (OSError, NotACheckpointError) as error:
+                logger.warning("removing what a crash left in '%s' failed: %s", directory, error)
+
+    def _remove_leftovers_in(self, directory: Path) -> None:
+        wanted = _named_in(directory)
+        for path in directory.iterdir():
+            behind = _storage.name_behind(path.name)
+            if behind is None or path.name in wanted or _storage.may_be_in_use(path.name) or not path.is_file():
+                continue
+            if directory != self.path or behind == LATEST:  # beside the bundles, others save files of their own
+                _storage.remove_file(path)
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
@@ -96,10 +102,17 @@ class BundleRoot:
         """Decides that the files, which are durable under their temporary names, are the bundle.
 
         Raises:
+            CorruptError: one of the files is not there.
             StorageError: a system call failed.
             InUseError: the directory is not ours any more.
         """
         self._lock.assert_held()
+        for file in manifest.files:
+            if not _has_size(directory / file.temporary, file.bytes):
+                raise CorruptError(
+                    f"'{directory}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
+                    "it was removed meanwhile, or not all ranks see the same directory"
+                )
         _storage.sync_directory(self.path)
         _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
 
@@ -144,13 +157,34 @@ def complete(directory: Path, manifest: Manifest) -> None:
         place(directory, left)
 
 
-def complete_all(root: Path) -> None:
-    """Where it can be done: who only reads may not be allowed to."""
-    for directory, manifest in look(root):
+def complete_all(root: Path, name: str | None = None) -> None:
+    """Where it can be done: who only reads may not be allowed to.
+
+    Args:
+        name: of one more, which may lie deeper.
+    """
+    found = dict(look(root))
+    if name is not None and (manifest := _manifest.read_if_any(root / name)) is not None:
+        found[root / name] = manifest
+    for directory, manifest in found.items():
         try:
             complete(directory, manifest)
         except CheckpointError as error:
             logger.warning("completing '%s' failed: %s", directory, error)
+
+
+def _named_in(directory: Path) -> set[str]:
+    """The temporary names that its manifest gives.
+
+    Raises:
+        NotACheckpointError: there is one, and it cannot be read.
+    """
+    try:
+        return {file.temporary for file in _manifest.read(directory).files}
+    except NotACheckpointError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return set()
+        raise
 
 
 def read_latest(root: Path) -> str | None:

@@ -156,12 +156,17 @@ class Committer:
     # ---- the end ---------------------------------------------------------------------------------------------------
 
     @property
+    def is_current_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    @property
     def alive(self) -> bool:
         return not self._ended.is_set()
 
     def wait_idle(self, timeout_s: float) -> bool:
+        """Until all that was handed over has its outcome; what was only admitted may never come."""
         with self._changed:
-            return self._changed.wait_for(lambda: self._in_flight == 0 and self._owed == 0, timeout_s)
+            return self._changed.wait_for(lambda: self._owed == 0, timeout_s)
 
     def stop_admitting(self) -> None:
         with self._changed:

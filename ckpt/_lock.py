@@ -23,7 +23,7 @@ logger = logging.getLogger("ckpt")
 NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _held: set[tuple[int, int, int]] = set()  # (pid, device, inode); guarded by _guard
-_guard = threading.Lock()
+_guard = threading.RLock()  # reentrant: a finalizer releases
 
 
 class DirectoryLock:

@@ -84,7 +84,8 @@ class Runtime:
 
 # ---- the process-wide registry ---------------------------------------------------------------------------------------
 
-_registry_lock = threading.Lock()
+# Reentrant, as all locks that a finalizer takes: the collector may run it on the thread that holds the lock.
+_registry_lock = threading.RLock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
 _uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has to look after
@@ -194,7 +195,7 @@ def _drain_at_exit() -> None:
 def _forget_after_fork() -> None:
     """In a forked child: the parent's threads do not exist, its locks may be held for ever. Leave all of it alone."""
     global _registry_lock
-    _registry_lock = threading.Lock()
+    _registry_lock = threading.RLock()
     orphan((dict(_runtimes), dict(_uncaptured)))
     _runtimes.clear()
     _uncaptured.clear()

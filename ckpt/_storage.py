@@ -183,6 +183,12 @@ def remove_stale(target: Path) -> None:
                 remove_quietly(path)
 
 
+def may_be_in_use(name: str) -> bool:
+    """Whether a temporary file is one of a process of this host that lives, this one included."""
+    match = _TEMPORARY.fullmatch(name)
+    return match is not None and match["host"] == _host and not _is_abandoned(match)
+
+
 def _is_abandoned(match: re.Match[str]) -> bool:
     """Whether the process that chose this temporary name is gone for certain."""
     pid = int(match["pid"])

@@ -141,8 +141,8 @@ class BundleCheckpointer:
         self._node = node or ""
         self._leads = self._coordinator.rank == 0 or (node is not None and leads_node)
         self._runtime = _runtime.lease(self.options)
-        farewell = self._coordinator.close if self._owns_coordinator else None
-        self._committer = self._runtime.committer(self._coordinator.interrupt, farewell)
+        owned = self._coordinator if self._owns_coordinator else None  # interrupting it ends it for all
+        self._committer = self._runtime.committer(owned.interrupt, owned.close) if owned else self._runtime.committer()
         weakref.finalize(self, self._committer.retire).atexit = False
         self._owner = os.getpid()
         self._closed = False
@@ -165,12 +165,21 @@ class BundleCheckpointer:
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def begin(self, root: str | os.PathLike[str], name: str, *, step: int = 0, move_latest: bool = True) -> Bundle:
+    def begin(
+        self,
+        root: str | os.PathLike[str],
+        name: str,
+        *,
+        step: int = 0,
+        move_latest: bool = True,
+        may_skip: bool = True,
+    ) -> Bundle:
         """Begins the bundle `name` in `root`, where `latest` lies too.
 
         Args:
             step: noted in the manifest.
             move_latest: whether `latest` is to name it.
+            may_skip: whether `Options.when_busy` may skip it; else it waits.
 
         Raises:
             FailedSavesError, ClosedError: as Checkpointer.save; the former on all ranks when rank 0 has seen so many failures.
@@ -184,7 +193,8 @@ class BundleCheckpointer:
         ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
         bundle = Bundle(self, ticket, pending)
         try:
-            self._committer.admit(pending, self.options)
+            options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
+            self._committer.admit(pending, options)
             bundle._admitted = True
         except (SkippedError, StorageError, DeadlineError) as error:
             bundle.fail(error)
@@ -200,6 +210,8 @@ class BundleCheckpointer:
                 own = self._own_root(root)
         except CheckpointError as caught:
             error = caught
+        except OSError as caught:
+            error = StorageError(caught.errno or 0, f"cannot claim '{root}': {caught}", str(root))
         refusal = self._agree_on_claim(number, error)
         if error is not None:
             raise error
@@ -215,7 +227,8 @@ class BundleCheckpointer:
         if self._node:
             answers = self._coordinator.gather(f"{key}-nodes", json.dumps(own).encode(), timeout_s)
             own = own or next((found for found in map(json.loads, answers or []) if found is not None), None)
-        return json.loads(self._coordinator.broadcast(key, json.dumps(own).encode(), timeout_s)) or None
+        said = self._coordinator.broadcast(key, json.dumps(own).encode(), timeout_s + bool(self._node) * timeout_s)
+        return json.loads(said) or None
 
     def _own_root(self, root: Path) -> BundleRoot:
         own = self._roots.pop(root, None) or BundleRoot.claim(root)
@@ -236,7 +249,7 @@ class BundleCheckpointer:
             try:
                 for path in bundle._included:
                     _storage.sync_tree(path)
-            except StorageError as unsynced:
+            except OSError as unsynced:
                 failed = failed or unsynced
             return self._committing.commit(dataclasses.replace(ticket, files=files), error or failed)
 
@@ -256,7 +269,7 @@ class BundleCheckpointer:
         if error is None:
             self._failed_in_a_row = 0
             self._last_failed = None
-        elif _has_vanished(pending.path, error):
+        elif _has_vanished(pending, error):
             self._unreported = error
             logger.warning("'%s' was removed while it was being saved", pending.path)
         elif not isinstance(error, SkippedError):
@@ -290,7 +303,7 @@ class BundleCheckpointer:
             return self._verify(path / candidate.name, candidate.sequence)
 
         if self._leads:
-            _bundle_directory.complete_all(path)
+            _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
         self._chooser.meet()  # nobody looks at files that are just getting their names
         if self.rank == 0:
             found, rejected = self._chooser.lead(self._candidates(path, name), [], verify)
@@ -312,7 +325,9 @@ class BundleCheckpointer:
         first = name or _bundle_directory.read_latest(root)
         candidates = []
         if first is not None and (root / first).is_dir():
-            candidates = [Candidate(first, published.pop(first, _UNVERIFIED))]
+            manifest = _manifest.read_if_any(root / first)  # its name may have slashes
+            candidates = [Candidate(first, _UNVERIFIED if manifest is None else manifest.sequence)]
+            published.pop(first, None)
         if name is None:
             candidates += [Candidate(*item) for item in published.items()]
         return candidates
@@ -325,9 +340,11 @@ class BundleCheckpointer:
         except NotACheckpointError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 return str(error)
-            files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-            if all(_storage.is_temporary(file) for file in files):
-                return f"'{directory}' was never completed: it holds no finished file"
+        else:
+            return f"'{directory}' has a manifest here, and none on rank 0: all ranks must see the same directory"
+        files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
+        if all(_storage.is_temporary(file) for file in files):
+            return f"'{directory}' was never completed: it holds no finished file"
         return None
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
@@ -364,6 +381,9 @@ class BundleCheckpointer:
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
+        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
+            self._committer.retire()
+            return
         try:
             self._drain(self.options.drain_timeout_s)
         finally:
@@ -382,10 +402,11 @@ class BundleCheckpointer:
             raise ClosedError("this BundleCheckpointer is closed")
 
 
-def _has_vanished(directory: Path, error: BaseException) -> bool:
+def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
     gone = isinstance(error, PeerError) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
-    return gone and not directory.exists()
+    had_files = any(file.target.parent == pending.path for file in pending._planned)
+    return gone and had_files and not pending.path.exists()
 
 
 def _release_all(roots: dict[Path, BundleRoot]) -> None:

@@ -89,8 +89,8 @@ class Checkpointer:
         chooser = Chooser(self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
         self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser)
         self._runtime = _runtime.lease(self.options)
-        farewell = self._coordinator.close if self._owns_coordinator else None
-        self._committer = self._runtime.committer(self._coordinator.interrupt, farewell)
+        owned = self._coordinator if self._owns_coordinator else None  # interrupting it ends it for all
+        self._committer = self._runtime.committer(owned.interrupt, owned.close) if owned else self._runtime.committer()
         weakref.finalize(self, self._committer.retire).atexit = False
         self._owner = os.getpid()
         self._closed = False
@@ -326,6 +326,9 @@ class Checkpointer:
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
+        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
+            self._committer.retire()
+            return
         try:
             self._drain(self.options.drain_timeout_s)
         finally:

@@ -1,4 +1,9 @@
-"""Which tensors of DeepSpeed's state dicts change only in an optimizer's update."""
+"""Which tensors of DeepSpeed's state dicts change only in an optimizer's update.
+
+Two things are known to: the parameters that learn (for ZeRO, the flat buffers that they are views of), and all that stands in
+an optimizer's state dict. Anything else may be written by a forward, or by the user, at any time: buffers, frozen parameters
+(the teacher of a student), what a module saves by get_extra_state(), the client's state.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +12,34 @@ from typing import Any
 
 import torch
 
-# Of a file of model states. All else in it is small, or the user's own, which may change at any time.
-_LAZY_KEYS = ("module", "optimizer", "frozen_param_fragments")
+_OPTIMIZER_KEYS = ("optimizer", "optimizer_state_dict")
+_RENORMALISING = (torch.nn.Embedding, torch.nn.EmbeddingBag)  # with max_norm, their forward writes to the weight
 
 
-def lazy_tensors(state: Any, buffers: Iterable[torch.Tensor], client_keys: Iterable[str]) -> list[torch.Tensor]:
-    """What may leave lazily: all tensors but buffers, which the forward changes, and what the user has given.
+def lazy_tensors(state: Any, module: torch.nn.Module | None, client_keys: Iterable[str]) -> list[torch.Tensor]:
+    """What may leave lazily.
 
     Args:
-        buffers: of the module.
+        module: that is trained.
         client_keys: the keys of `client_state`, which DeepSpeed mixes into the file of model states.
     """
-    if isinstance(state, Mapping) and "module" in state and "ds_version" in state:
-        given = set(client_keys)
-        state = [state[key] for key in _LAZY_KEYS if key in state and key not in given]
-    changing = {storage for buffer in buffers if (storage := _storage_of(buffer)) is not None}
-    return [tensor for tensor in _tensors_in(state, set()) if _storage_of(tensor) not in changing]
+    found: list[torch.Tensor] = []
+    if isinstance(state, Mapping):
+        given = set(client_keys) if "ds_version" in state else set()
+        for key in _OPTIMIZER_KEYS:
+            if key in state and key not in given:
+                found += _tensors_in(state[key], set())
+    return found + list(_learning(module) if module is not None else ())
+
+
+def _learning(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    changing = list(module.buffers())
+    changing += [layer.weight for layer in module.modules() if isinstance(layer, _RENORMALISING) and layer.max_norm is not None]
+    # By storages: ZeRO makes views of one flat buffer of all parameters.
+    storages = {_storage_of(tensor) for tensor in changing}
+    for parameter in module.parameters():
+        if parameter.requires_grad and _storage_of(parameter) not in storages:
+            yield parameter
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:

@@ -12,7 +12,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
 "host_cache_size" is the staging memory in GiB; the other keys are the fields of `ckpt.Options`.
 
 * save_checkpoint() copies no parameters and no optimizer state. They are written in the background until the next update, which
-  waits for what has not left yet. Buffers, client_state and all Python values are captured before save_checkpoint() returns.
+  waits for what has not left yet. Buffers, frozen parameters, client_state and all Python values are captured before
+  save_checkpoint() returns; `exclude_frozen_parameters=True` leaves a large frozen model out.
 * `latest` is moved when the files of all ranks are durable, after save_checkpoint() has returned. A checkpoint that fails does
   not stop the training; it is logged, and `Options.max_failed_saves` in a row raise.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
@@ -73,6 +74,7 @@ class LazyCheckpointEngine:
         self._engine: weakref.ref[Any] = weakref.ref(self)  # of DeepSpeed, once bound
         self._bundle: Any = None  # that is being put together
         self._client_keys: tuple[str, ...] = ()
+        self._exporting = False  # in save_16bit_model(), which waits for its file
         self._is_lazy = True
 
     def bind(self, engine: Any) -> None:
@@ -87,7 +89,9 @@ class LazyCheckpointEngine:
         self.end_save()
         engine = self._engine()
         step = int(getattr(engine, "global_steps", 0))
-        self._bundle = self._checkpointer.begin(info.save_dir, str(info.tag), step=step, move_latest=bool(info.save_latest))
+        self._bundle = self._checkpointer.begin(
+            info.save_dir, str(info.tag), step=step, move_latest=bool(info.save_latest), may_skip=not self._exporting
+        )
 
     def save(self, state_dict: Any, path: str) -> None:
         """Captures all of a file but what is lazy."""
@@ -95,7 +99,8 @@ class LazyCheckpointEngine:
             raise ckpt.CheckpointError(f"save('{path}') without create(): DeepSpeed begins a checkpoint with create()")
         lazy: Any = False
         if self._is_lazy:
-            lazy = lazy_tensors(state_dict, self._buffers(), self._client_keys)
+            module = getattr(self._engine(), "module", None)
+            lazy = lazy_tensors(state_dict, module if isinstance(module, torch.nn.Module) else None, self._client_keys)
         self._bundle.save(state_dict, path, lazy=lazy)
 
     def commit(self, info: Any) -> bool:
@@ -145,8 +150,9 @@ class LazyCheckpointEngine:
 
     # ---- for the functions below -----------------------------------------------------------------------------------
 
-    def begin_save(self, client_keys: Iterable[str]) -> None:
+    def begin_save(self, client_keys: Iterable[str], exporting: bool = False) -> None:
         self._client_keys = tuple(client_keys)
+        self._exporting = exporting
 
     def end_save(self, error: BaseException | None = None) -> ckpt.PendingSave | None:
         """What has been put together goes to the background; safe to call at any time."""
@@ -175,10 +181,6 @@ class LazyCheckpointEngine:
         """See wait() of the module."""
         self.end_save()
         self._checkpointer.wait(timeout)
-
-    def _buffers(self) -> list[torch.Tensor]:
-        module = getattr(self._engine(), "module", None)
-        return list(module.buffers()) if isinstance(module, torch.nn.Module) else []
 
 
 # ---- the ways in -----------------------------------------------------------------------------------------------------
@@ -219,6 +221,8 @@ def attach(engine: Any, options: ckpt.Options | None = None) -> LazyCheckpointEn
     _patch()
     ours = LazyCheckpointEngine(getattr(engine, "_config", None), options)
     ours.bind(engine)
+    if (before := _ours(engine)) is not None:
+        before.cleanup()
     engine.checkpoint_engine = ours
     return ours
 
@@ -301,6 +305,18 @@ def _patch() -> None:
         ours.end_save()
         return saved
 
+    stock_export = engine_class.save_16bit_model
+
+    def save_16bit_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if (ours := _ours(self)) is None:
+            return stock_export(self, *args, **kwargs)
+        ours.begin_save((), exporting=True)
+        try:
+            return stock_export(self, *args, **kwargs)
+        except BaseException as error:
+            ours.end_save(error)
+            raise
+
     def load_checkpoint(self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
         if (ours := _ours(self)) is not None:
             ckpt.fence()  # what is loaded overwrites what may still be leaving
@@ -321,6 +337,7 @@ def _patch() -> None:
     runtime.create_checkpoint_engine = create_checkpoint_engine
     engine_class._configure_checkpointing = configure
     engine_class.save_checkpoint, engine_class.load_checkpoint = save_checkpoint, load_checkpoint
+    engine_class.save_16bit_model = save_16bit_model
     for name in ("offload_states", "reload_states"):
         if hasattr(engine_class, name):
             setattr(engine_class, name, _after_fence(getattr(engine_class, name)))

@@ -10,6 +10,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from support import assert_same, options
 from test_ranks_apart import Threaded, Wire
 
 import ckpt
+from ckpt._lock import DirectoryLock
 from ckpt.errors import CheckpointError, CorruptError, InUseError, PeerError, SkippedError, StorageError
 
 FILES = ("model_states.pt", "rank_{rank}_optim_states.pt")
@@ -374,3 +376,108 @@ def test_two_models_of_one_job_share_a_directory(job: Job) -> None:
     assert job.save("generator", 3.0) == [None, None]
     job.assert_found("generator", 3.0)
     assert job.find("critic") == ["critic", "critic"]
+
+
+def test_a_file_that_is_not_there_is_not_published(tmp_path: Path, native: Any) -> None:
+    """Nodes with disks of their own, and nobody has said so."""
+    job = Job(tmp_path)
+    job.roots = [tmp_path / f"disk-{rank}" for rank in range(2)]
+    errors = job.save("a", 1.0)
+    assert isinstance(errors[0], CorruptError) and "not all ranks see the same directory" in str(errors[0])
+    assert isinstance(errors[1], PeerError)
+    assert not (job.roots[0] / "latest").exists() and not (job.roots[0] / "a" / "manifest.json").exists()
+    job.close()
+
+
+def test_what_a_manifest_names_is_never_removed(tmp_path: Path, native: Any) -> None:
+    job = Job(tmp_path)
+    assert job.save("a", 1.0) == [None, None]
+    native.set_fault("rename", path_part="rank_1", count=1, error=errno.EIO)
+    assert all(job.save("b", 2.0))
+    job.close()
+    native.set_fault("rename", path_part="rank_1", count=1, error=errno.EIO)
+    after = Job(tmp_path)
+    assert after.save("c", 3.0) == [None, None], "the first save of a job cleans up"
+    native.clear_faults()
+    assert after.find("b") == ["b", "b"]
+    assert_same(content(1, 2.0), torch.load(tmp_path / "b" / "rank_1_optim_states.pt"))
+    after.close()
+
+
+def test_files_that_a_living_process_writes_are_left_alone(tmp_path: Path, native: Any) -> None:
+    (tmp_path / "b").mkdir()
+    native.set_fault("fdatasync", path_part="mine", delay_s=0.5)
+    mine = ckpt.save(content(0, 5.0), tmp_path / "b" / "mine.pt", options=options())
+    job = Job(tmp_path)
+    assert job.save("a", 1.0) == [None, None]
+    assert_same(content(0, 5.0), torch.load(mine.result(20)))
+    job.close()
+
+
+def test_a_name_with_slashes(job: Job, native: Any) -> None:
+    assert job.save("epoch/3", 1.0) == [None, None]
+    job.assert_found("epoch/3", 1.0)
+    native.set_fault("rename", path_part="rank_1", count=1, error=errno.EIO)
+    assert all(job.save("epoch/3", 2.0))
+    native.clear_faults()
+    job.assert_found("epoch/3", 2.0)
+    spoil(job.roots[0] / "epoch" / "3" / "model_states.pt")
+    assert all(isinstance(error, CorruptError) for error in job.find())
+
+
+def test_nodes_agree_on_latest(tmp_path: Path, native: Any) -> None:
+    job = Job(tmp_path, nodes=True)
+    assert job.save("a", 1.0) == [None, None]
+    native.set_fault("rename", path_part="node-1/latest", count=1, error=errno.EIO)
+    errors = job.save("b", 2.0)
+    assert isinstance(errors[1], StorageError) and isinstance(errors[0], PeerError) and "rank 1" in str(errors[0])
+    job.close()
+
+
+def test_a_directory_by_two_names(job: Job) -> None:
+    assert job.save("a", 1.0) == [None, None]
+    other = job.roots[0].with_name(job.roots[0].name + "-link")
+    other.symlink_to(job.roots[0])
+    job.roots = [other, other]
+    assert job.save("b", 2.0) == [None, None]
+    job.assert_found("b", 2.0)
+
+
+def test_a_rank_that_may_not_look_says_so(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DirectoryLock, "acquire", refuse)
+    errors = job.save("a", 1.0)
+    assert isinstance(errors[0], StorageError) and isinstance(errors[1], PeerError) and "Permission" in str(errors[1])
+    monkeypatch.undo()
+    assert job.save("a", 2.0) == [None, None]
+
+
+def refuse(lock: DirectoryLock) -> None:
+    raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_a_bundle_that_is_never_committed_does_not_hold_up_the_end(tmp_path: Path, native: Any) -> None:
+    checkpointer = ckpt.BundleCheckpointer(options=options(drain_timeout_s=30))
+    checkpointer.begin(tmp_path, "a").save(content(0, 1.0), tmp_path / "a" / "x.pt")
+    begin = time.monotonic()
+    checkpointer.close()
+    assert time.monotonic() - begin < 15
+
+
+def test_the_collector_may_close_one_at_any_moment(tmp_path: Path, native: Any) -> None:
+    """Also on a thread that holds a lock which the end needs, and on the committer's own."""
+    program = f"""
+import gc, ckpt
+class Cycle:
+    def __init__(self):
+        self.me, self.checkpointer = self, ckpt.BundleCheckpointer(options=ckpt.Options(arena_bytes="1MiB", writers=1))
+    def __del__(self):
+        self.checkpointer.close()
+gc.set_threshold(1, 1, 1)
+for number in range(30):
+    cycle = Cycle()
+    cycle.checkpointer.begin({str(tmp_path)!r} + f"/{{number % 3}}", "a").commit()
+    del cycle
+print("done")
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr

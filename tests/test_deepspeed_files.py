@@ -40,6 +40,7 @@ KINDS: list[Fields] = [
     *({"stage": stage, "precision": "bf16", "frozen": True} for stage in range(4)),
     *({"stage": stage, "precision": "bf16", "frozen": True, "exclude_frozen": True, "reload": False} for stage in range(4)),
     *({"stage": stage, "precision": "bf16", "tied": True} for stage in range(4)),
+    *({"stage": stage, "precision": "bf16", "restless": True} for stage in range(3)),
 ]
 # Ways of saving, each with a few kinds: between two backward passes, twice without a step between, a tag again, 16-bit weights.
 WAYS: list[Fields] = [

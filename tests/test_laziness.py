@@ -169,7 +169,11 @@ def test_what_may_be_declared() -> None:
     assert found(a[1:2]) == only(a), "a view declares its storage"
 
 
-@pytest.mark.parametrize("wrong", [1, 0, 1.5, "weights", b"weights", object(), [1], [None], {"a": "b"}, [["x"]]], ids=repr)
+@pytest.mark.parametrize(
+    "wrong",
+    [1, 0, 1.5, "weights", b"weights", object(), [1], [None], {"a": "b"}, [["x"]]],
+    ids=lambda wrong: type(wrong).__name__,
+)
 def test_what_may_not_be_declared(wrong: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="lazy="):
         ckpt.save([torch.ones(3)], tmp_path / "x.pt", lazy=wrong, options=options())

@@ -33,6 +33,7 @@ class Case:
         engine: who writes: "stock"; "enable": ours, by a section of the configuration; "attach": ours, put on one engine.
         variant: "plain", "pipeline" or "moe".
         offload, frozen, tied: the optimizer's state in host memory; a layer that does not learn; one weight in two places.
+        restless: some parameters are changed by forward.
         expert_ranks: over how many ranks the experts of a "moe" are spread.
         same_buffers: all ranks have the same values in their buffers, as resuming with ZeRO 0 to 2 needs: rank 0's are saved.
         tags: what is saved, in this order, `between` steps apart.
@@ -61,6 +62,7 @@ class Case:
     frozen: bool = False
     exclude_frozen: bool = False
     tied: bool = False
+    restless: bool = False
     expert_ranks: int = 1
     same_buffers: bool = False
     tags: tuple[str, ...] = ("first", "second")
@@ -136,9 +138,19 @@ class Network(nn.Module):
             self.leave.weight = self.enter.weight
         if case.frozen:
             self.blocks[0].linear.requires_grad_(False)
+        # What forward changes although it is a parameter: a teacher that follows, rows that are kept short.
+        self.teacher = self.rows = None
+        if case.restless and case.stage < 3:
+            self.teacher = nn.Linear(WIDTH, WIDTH, bias=False).requires_grad_(False)
+        if case.restless:
+            self.rows = nn.Embedding(WIDTH, WIDTH, max_norm=0.5)
 
     def forward(self, batch: torch.Tensor) -> torch.Tensor:
         x, extra = self.enter(batch), batch.new_zeros(())
+        if self.teacher is not None:
+            self.teacher.weight.data.mul_(0.9).add_(self.enter.weight.data, alpha=0.1)
+        if self.rows is not None:
+            x = x + self.rows(torch.arange(WIDTH)[: len(x)]).to(x.dtype)
         for block in self.blocks:
             x = block(x)
         if self.experts is not None:
