@@ -36,7 +36,7 @@ demo: $(NATIVE_STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(NATIVE_STAMP)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(NATIVE_STAMP)
 	$(PY) bench/run.py $(ARGS)

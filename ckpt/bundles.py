@@ -404,7 +404,7 @@ class BundleCheckpointer:
 
 def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
-    gone = isinstance(error, PeerError) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
+    gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
     had_files = any(file.target.parent == pending.path for file in pending._planned)
     return gone and had_files and not pending.path.exists()
 

@@ -14,6 +14,32 @@ if TYPE_CHECKING:
     import ckpt
 
 
+# Of two processes that share the files, none is to get a long one last.
+LONGEST = (
+    "test_packaging.py",
+    "test_crash.py",
+    "test_commit.py",
+    "test_deepspeed_behaviour.py",
+    "test_example_ranks.py",
+    "test_deepspeed_files.py",
+    "test_commit_mpi.py",
+    "test_deepspeed_tools.py",
+    "test_deepspeed_crash.py",
+    "test_exit.py",
+    "test_coordinator.py",
+    "test_callback.py",
+    "test_bench.py",
+    "test_leaks.py",
+    "test_ddp.py",
+    "test_ranks_apart.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
 @pytest.fixture(autouse=True)
 def clean_engine() -> Iterator[None]:
     """Ends faults that a test has set, and the engines that `ckpt.save` keeps for the life of the process."""

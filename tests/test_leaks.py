@@ -162,7 +162,7 @@ def test_memory_is_let_go_once_captured_although_the_flush_goes_on(tmp_path: Pat
 
 
 def test_memory_is_kept_until_captured_although_nobody_else_holds_it(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", delay_s=0.2)
+    native.set_fault("pwritev", delay_s=1.0)
     tensor, memory = watched_tensor()
     pending = ckpt.save({"weights": tensor}, tmp_path / "a.pt", lazy=True, options=options(writers=1))
     del tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import copy
 import errno
 import gc
 import pickletools
@@ -238,7 +239,8 @@ def test_a_slow_rank_holds_up_nobody_else(tmp_path: Path, native: Any) -> None:
         pair.close()
 
 
-def test_close_waits_no_longer_for_a_rank_than_it_may(tmp_path: Path, native: Any) -> None:
+def test_close_waits_no_longer_for_a_rank_than_it_may(tmp_path: Path, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ckpt.checkpointer, "make_coordinator", lambda given, directory: copy.copy(given))  # so that it is owned
     pair = Pair(tmp_path, commit_timeout_s=60.0, timeout_s=60.0, drain_timeout_s=0.5)
     assert pair.save_both(1) == [None, None]
     stuck = pair.save(0, 2)

@@ -1,0 +1,166 @@
+"""The checkpoint engine that DeepSpeed is given. What it calls, and when, is in its runtime/engine.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+import ckpt
+
+from ._deepspeed_config import options_from
+from ._deepspeed_state import lazy_tensors
+
+logger = logging.getLogger("ckpt")
+
+
+class LazyCheckpointEngine:
+    """A checkpoint engine of DeepSpeed; made by enable() or attach(). All ranks make it together.
+
+    Args:
+        config: a DeepSpeedConfig, or None.
+        options: for what the config does not say.
+
+    Raises:
+        ValueError, TypeError: the section in the config is wrong.
+        CheckpointError: the ranks cannot agree, see BundleCheckpointer.
+    """
+
+    def __init__(self, config: Any = None, options: ckpt.Options | None = None) -> None:
+        section = getattr(getattr(config, "datastates_config", None), "config", None)
+        self.name = "LazyCheckpointEngine"
+        self.options = options_from(section, options)
+        local = bool(getattr(config, "use_node_local_storage", False))
+        self._checkpointer = ckpt.BundleCheckpointer(
+            options=self.options,
+            node=os.environ.get("GROUP_RANK", socket.gethostname()) if local else None,
+            leads_node=os.environ.get("LOCAL_RANK", "0") == "0",
+        )
+        self._engine: weakref.ref[Any] = weakref.ref(self)  # of DeepSpeed, once bound
+        self._bundle: Any = None  # that is being put together
+        self._client_keys: tuple[str, ...] = ()
+        self._exporting = False  # in save_16bit_model(), which waits for its file
+        self._is_lazy = True
+
+    def bind(self, engine: Any) -> None:
+        """Lets it know the DeepSpeedEngine that it works for: its buffers, and how it updates."""
+        self._engine = weakref.ref(engine)
+        self._is_lazy = not (ask(engine, "super_offload") or getattr(engine, "zenflow", False))
+
+    # ---- what DeepSpeed calls --------------------------------------------------------------------------------------
+
+    def create(self, info: Any) -> None:
+        """Begins a checkpoint."""
+        self.end_save()
+        engine = self._engine()
+        step = int(getattr(engine, "global_steps", 0))
+        self._bundle = self._checkpointer.begin(
+            info.save_dir, str(info.tag), step=step, move_latest=bool(info.save_latest), may_skip=not self._exporting
+        )
+
+    def save(self, state_dict: Any, path: str) -> None:
+        """Captures all of a file but what is lazy."""
+        if self._bundle is None:
+            raise ckpt.CheckpointError(f"save('{path}') without create(): DeepSpeed begins a checkpoint with create()")
+        lazy: Any = False
+        if self._is_lazy:
+            module = getattr(self._engine(), "module", None)
+            lazy = lazy_tensors(state_dict, module if isinstance(module, torch.nn.Module) else None, self._client_keys)
+        self._bundle.save(state_dict, path, lazy=lazy)
+
+    def commit(self, info: Any) -> bool:
+        """Waits until the checkpoint is durable. DeepSpeed calls it for save_16bit_model() only."""
+        pending = self.end_save()
+        if pending is not None:
+            pending.result()
+        return True
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """Reads a file after verifying its checksums; what is in flight is waited for."""
+        self.drain()
+        return ckpt.load(path, map_location=map_location, weights_only=False)
+
+    def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+        from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+
+        CheckpointEngine.makedirs(self, path, exist_ok)
+
+    def is_data_parallel_writer(self, dp_rank: int) -> bool:
+        return dp_rank == 0
+
+    def is_decoupled(self) -> bool:
+        """True: DeepSpeed leaves commit and `latest` to us. It asks at the end of save_checkpoint(); so does our part end."""
+        self.end_save()
+        return True
+
+    def set_commit_info(self, info: Any) -> None:
+        pass
+
+    def get_commit_info(self) -> None:
+        """DeepSpeed asks before each update: the fence. None: nothing to commit, on any rank."""
+        self.end_save()
+        ckpt.fence()
+
+    def preserves_storage_sharing(self) -> bool:
+        """False: DeepSpeed need not clone what it gives us, each tensor's bytes are written once and no others."""
+        return False
+
+    def cleanup(self) -> None:
+        """Drains what is pending, and ends. Failures have been logged."""
+        self.end_save()
+        try:
+            self._checkpointer.close()
+        except ckpt.CheckpointError as error:
+            logger.error("the newest checkpoint did not become durable: %s", error)
+
+    # ---- for the functions below -----------------------------------------------------------------------------------
+
+    def begin_save(self, client_keys: Iterable[str], exporting: bool = False) -> None:
+        self._client_keys = tuple(client_keys)
+        self._exporting = exporting
+
+    def end_save(self, error: BaseException | None = None) -> ckpt.PendingSave | None:
+        """What has been put together goes to the background; safe to call at any time."""
+        bundle, self._bundle = self._bundle, None
+        if bundle is None:
+            return None
+        engine: Any = self._engine()
+        if ask(engine, "zero_nvme_offload_optimizer"):
+            # DeepSpeed has copied them there itself, and fsynced nothing.
+            rank = engine.local_rank if ask(engine, "use_node_local_storage") else engine.global_rank
+            bundle.include(bundle.directory / "offloaded_tensors" / f"rank{rank:02d}")
+        if error is not None:
+            bundle.fail(ckpt.CheckpointError(f"{type(error).__name__} in save_checkpoint: {error}"))
+        return bundle.commit()
+
+    def find(self, load_dir: Any, tag: Any) -> str | None:
+        self.end_save()
+        return self._checkpointer.find(load_dir, None if tag is None else str(tag))
+
+    def drain(self) -> None:
+        """Waits until nothing is in flight, whatever came of it."""
+        self.end_save()
+        self._checkpointer.wait_quietly()
+
+    def wait(self, timeout: float | None = None) -> None:
+        """See wait() of the module."""
+        self.end_save()
+        self._checkpointer.wait(timeout)
+
+
+def ours_of(engine: Any) -> LazyCheckpointEngine | None:
+    found = getattr(engine, "checkpoint_engine", None)
+    return found if isinstance(found, LazyCheckpointEngine) else None
+
+
+def ask(engine: Any, question: str) -> bool:
+    """A question that some engines cannot answer."""
+    try:
+        return bool(getattr(engine, question)())
+    except (AttributeError, TypeError):
+        return False
