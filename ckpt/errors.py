@@ -12,6 +12,7 @@
     ├── ClosedError         the Checkpointer, or the engine under it, is closed
     ├── ForkedError         a forked child touched the engine of its parent
     ├── CancelledError      the save was interrupted (Ctrl-C in a wait)
+    ├── DeviceError         the CUDA driver is missing, or one of its calls failed
     └── PeerError           ranks of the job did not answer in time (which: `ranks`)
 
 Each message says what was being done, on which path or step, the cause, and what to do about it.
@@ -82,6 +83,10 @@ class ForkedError(CheckpointError):
 
 class CancelledError(CheckpointError):
     """The save was interrupted before it was captured."""
+
+
+class DeviceError(CheckpointError):
+    """The CUDA driver is missing, or one of its calls failed; tensors in host memory can still be saved."""
 
 
 class PeerError(CheckpointError):

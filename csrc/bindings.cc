@@ -37,6 +37,7 @@ const char* class_of(ErrorKind kind) {
     case ErrorKind::kClosed: return "ClosedError";
     case ErrorKind::kForked: return "ForkedError";
     case ErrorKind::kCancelled: return "CancelledError";
+    case ErrorKind::kDevice: return "DeviceError";
   }
   return "CheckpointError";
 }

@@ -15,6 +15,7 @@ enum class ErrorKind {
   kClosed,     // the engine was closed
   kForked,     // the engine belongs to the parent of this process
   kCancelled,  // the caller gave the job up
+  kDevice,     // the CUDA driver is missing, or one of its calls failed; code() is its CUresult
 };
 
 class Error : public std::runtime_error {

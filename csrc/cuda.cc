@@ -1,0 +1,160 @@
+#include "cuda.h"
+
+#include <dlfcn.h>
+
+#include <utility>
+
+namespace lazyckpt::cuda {
+namespace {
+
+constexpr char kSystemLibrary[] = "libcuda.so.1";
+constexpr char kConsequence[] = "; so no CUDA tensor can be saved, while tensors in host memory can";
+
+Error no_driver(const std::string& library, const std::string& cause, const std::string& remedy) {
+  return Error(ErrorKind::kDevice, "the CUDA driver '" + library + "' cannot be used: " + cause + kConsequence + "; " + remedy);
+}
+
+const char* remedy_for(Result code) {
+  switch (code) {
+    case kOutOfMemory: return "free memory of the device or of the host, or choose a smaller arena_bytes";
+    case kNoDevice: return "see whether nvidia-smi shows a GPU and whether CUDA_VISIBLE_DEVICES hides it";
+    case kCaptureUnsupported:
+    case kCaptureImplicit: return "save outside of a graph capture, and call ckpt.fence() before each replay";
+    case kIllegalAddress: return "a kernel of this process broke its context: CUDA_LAUNCH_BLOCKING=1 shows which one";
+    default: return "see nvidia-smi and the kernel log for what is wrong with the device; the last checkpoint is untouched";
+  }
+}
+
+}  // namespace
+
+// ---- Driver ------------------------------------------------------------------------------------------------------
+
+Driver::Driver(const std::string& library) {
+  const std::string name = library.empty() ? kSystemLibrary : library;
+  void* handle = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) {
+    const char* cause = ::dlerror();
+    throw no_driver(name, cause != nullptr ? cause : "it cannot be loaded", "install the NVIDIA driver on this machine");
+  }
+  look_up(handle, name);
+  Result code = table_.init(0);
+  if (code == kSuccess) code = table_.device_get_count(&device_count_);
+  if (code != kSuccess) throw no_driver(name, "cuInit says " + text_of(code), remedy_for(code));
+  if (device_count_ == 0) throw no_driver(name, "it sees no device", remedy_for(kNoDevice));
+}
+
+void Driver::look_up(void* handle, const std::string& library) {
+  const auto find = [&](auto& field, const char* symbol) {
+    void* found = ::dlsym(handle, symbol);
+    if (found == nullptr) throw no_driver(library, std::string("it has no ") + symbol, "install a newer NVIDIA driver");
+    field = reinterpret_cast<std::decay_t<decltype(field)>>(found);
+  };
+#define LAZYCKPT_CUDA_LOOK_UP(field, symbol, arguments) find(table_.field, #symbol);
+  LAZYCKPT_CUDA_CALLS(LAZYCKPT_CUDA_LOOK_UP)
+#undef LAZYCKPT_CUDA_LOOK_UP
+}
+
+std::string Driver::text_of(Result code) const {
+  const char *name = nullptr, *text = nullptr;
+  table_.get_error_name(code, &name);
+  table_.get_error_string(code, &text);
+  return std::string(name != nullptr ? name : "an unknown error") + " (" + std::to_string(code) + ": " +
+         (text != nullptr ? text : "no text") + ")";
+}
+
+Error Driver::error(Result code, const std::string& call, int device) const {
+  const std::string where = device < 0 ? "" : " on CUDA device " + std::to_string(device);
+  return Error(ErrorKind::kDevice, call + where + " failed with " + text_of(code) + "; " + remedy_for(code), code);
+}
+
+void Driver::check(Result code, const char* call, int device) const {
+  if (code != kSuccess) throw error(code, call, device);
+}
+
+// ---- Context -----------------------------------------------------------------------------------------------------
+
+Context::Context(std::shared_ptr<const Driver> driver, int device) : driver_(std::move(driver)), device_(device) {
+  check(table().device_get(&device_handle_, device), "cuDeviceGet");
+  check(table().primary_ctx_retain(&handle_, device_handle_), "cuDevicePrimaryCtxRetain");
+}
+
+// Handles end in any thread, with their context current there. One that ends after the driver has, at the end of the
+// process, has nothing left to give back: errors mean nothing here.
+template <typename End>
+void in_context(const Context& context, End end) {
+  ContextHandle before = nullptr;
+  context.table().ctx_get_current(&before);
+  if (before != context.handle()) context.table().ctx_set_current(context.handle());
+  end(context.table());
+  if (before != context.handle()) context.table().ctx_set_current(before);
+}
+
+Context::~Context() { table().primary_ctx_release(device_handle_); }
+
+bool Context::is_capturing(StreamHandle stream) const {
+  int status = 0;
+  const Result code = table().stream_is_capturing(stream, &status);
+  if (code == kCaptureImplicit) return true;
+  check(code, "cuStreamIsCapturing");
+  return status != 0;
+}
+
+Current::Current(const Context& context) : context_(context) {
+  context.check(context.table().ctx_get_current(&before_), "cuCtxGetCurrent");
+  if (before_ != context.handle()) context.check(context.table().ctx_set_current(context.handle()), "cuCtxSetCurrent");
+}
+
+Current::~Current() {
+  if (before_ != context_.handle()) context_.table().ctx_set_current(before_);
+}
+
+void relax_capture_mode(const Driver& driver) {
+  int mode = kCaptureModeRelaxed;
+  driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
+}
+
+// ---- Stream, Event, HostRegistration -----------------------------------------------------------------------------
+
+Stream::Stream(std::shared_ptr<const Context> context) : context_(std::move(context)) {
+  int least = 0, greatest = 0;
+  context_->check(context_->table().ctx_get_stream_priority_range(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  context_->check(context_->table().stream_create(&handle_, kStreamNonBlocking, least), "cuStreamCreateWithPriority");
+}
+
+Stream::~Stream() {
+  in_context(*context_, [&](const Table& table) { table.stream_destroy(handle_); });
+}
+
+Event::Event(std::shared_ptr<const Context> context) : context_(std::move(context)) {
+  context_->check(context_->table().event_create(&handle_, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+}
+
+Event::~Event() {
+  in_context(*context_, [&](const Table& table) { table.event_destroy(handle_); });
+}
+
+void Event::record(StreamHandle stream) const {
+  context_->check(context_->table().event_record(handle_, stream), "cuEventRecord");
+}
+
+void Event::hold_back(StreamHandle stream) const {
+  context_->check(context_->table().stream_wait_event(stream, handle_, 0), "cuStreamWaitEvent");
+}
+
+bool Event::has_happened() const {
+  const Result code = context_->table().event_query(handle_);
+  if (code == kNotReady) return false;
+  context_->check(code, "a copy to the arena (seen by cuEventQuery)");
+  return true;
+}
+
+HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void* begin, size_t bytes)
+    : context_(std::move(context)), begin_(begin) {
+  context_->check(context_->table().mem_host_register(begin, bytes, kHostRegisterPortable), "cuMemHostRegister");
+}
+
+HostRegistration::~HostRegistration() {
+  in_context(*context_, [&](const Table& table) { table.mem_host_unregister(begin_); });
+}
+
+}  // namespace lazyckpt::cuda

@@ -1,0 +1,186 @@
+// The CUDA driver, found at run time: one table of function pointers, and owners for what it hands out. Nothing here is
+// linked, so one build runs with and without a GPU, and a library with the same symbols can stand in for the driver.
+//
+// Every type is the driver's own ABI, written out again; symbols carry the `_v2` where the ABI has one. A call works on
+// the context that is current in its thread: see Current.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "error.h"
+
+namespace lazyckpt::cuda {
+
+using Result = int;
+using DeviceHandle = int;
+using Address = unsigned long long;  // CUdeviceptr
+using ContextHandle = struct CUctx_st*;
+using StreamHandle = struct CUstream_st*;  // null is the default stream, which is what torch computes on
+using EventHandle = struct CUevent_st*;
+
+enum : Result {
+  kSuccess = 0,
+  kOutOfMemory = 2,
+  kNoDevice = 100,
+  kNotReady = 600,
+  kIllegalAddress = 700,
+  kCaptureUnsupported = 900,
+  kCaptureImplicit = 906,  // the default stream, while another stream of the context is being captured
+};
+
+constexpr unsigned kStreamNonBlocking = 1;      // no implicit order with the default stream
+constexpr unsigned kEventBlockingSync = 1;      // who waits for it sleeps
+constexpr unsigned kEventDisableTiming = 2;     // cheaper to record
+constexpr unsigned kHostRegisterPortable = 1;   // pinned for all contexts, not only the current one
+constexpr int kCaptureModeRelaxed = 2;
+
+// The calls that are used, as X(field, symbol, arguments).
+#define LAZYCKPT_CUDA_CALLS(X)                                                                       \
+  X(init, cuInit, (unsigned flags))                                                                  \
+  X(driver_get_version, cuDriverGetVersion, (int* version))                                          \
+  X(device_get, cuDeviceGet, (DeviceHandle * device, int ordinal))                                   \
+  X(device_get_count, cuDeviceGetCount, (int* count))                                                \
+  X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (ContextHandle * context, DeviceHandle device))    \
+  X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (DeviceHandle device))                        \
+  X(ctx_set_current, cuCtxSetCurrent, (ContextHandle context))                                       \
+  X(ctx_get_current, cuCtxGetCurrent, (ContextHandle * context))                                     \
+  X(ctx_get_stream_priority_range, cuCtxGetStreamPriorityRange, (int* least, int* greatest))         \
+  X(exchange_capture_mode, cuThreadExchangeStreamCaptureMode, (int* mode))                           \
+  X(stream_create, cuStreamCreateWithPriority, (StreamHandle * stream, unsigned flags, int priority)) \
+  X(stream_destroy, cuStreamDestroy_v2, (StreamHandle stream))                                       \
+  X(stream_query, cuStreamQuery, (StreamHandle stream))                                              \
+  X(stream_wait_event, cuStreamWaitEvent, (StreamHandle stream, EventHandle event, unsigned flags))  \
+  X(stream_is_capturing, cuStreamIsCapturing, (StreamHandle stream, int* status))                    \
+  X(event_create, cuEventCreate, (EventHandle * event, unsigned flags))                              \
+  X(event_destroy, cuEventDestroy_v2, (EventHandle event))                                           \
+  X(event_record, cuEventRecord, (EventHandle event, StreamHandle stream))                           \
+  X(event_query, cuEventQuery, (EventHandle event))                                                  \
+  X(event_synchronize, cuEventSynchronize, (EventHandle event))                                      \
+  X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void* to, Address from, size_t bytes, StreamHandle stream))       \
+  X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (Address to, const void* from, size_t bytes, StreamHandle stream)) \
+  X(memcpy_dtod_async, cuMemcpyDtoDAsync_v2, (Address to, Address from, size_t bytes, StreamHandle stream))     \
+  X(mem_alloc, cuMemAlloc_v2, (Address * address, size_t bytes))                                     \
+  X(mem_free, cuMemFree_v2, (Address address))                                                       \
+  X(mem_get_info, cuMemGetInfo_v2, (size_t * free, size_t* total))                                   \
+  X(mem_host_register, cuMemHostRegister_v2, (void* begin, size_t bytes, unsigned flags))            \
+  X(mem_host_unregister, cuMemHostUnregister, (void* begin))                                         \
+  X(pointer_get_attribute, cuPointerGetAttribute, (void* value, int attribute, Address address))     \
+  X(get_error_name, cuGetErrorName, (Result code, const char** name))                                \
+  X(get_error_string, cuGetErrorString, (Result code, const char** text))
+
+struct Table {
+#define LAZYCKPT_CUDA_FIELD(field, symbol, arguments) Result(*field) arguments = nullptr;
+  LAZYCKPT_CUDA_CALLS(LAZYCKPT_CUDA_FIELD)
+#undef LAZYCKPT_CUDA_FIELD
+};
+
+// The loaded and initialised driver. It is never unloaded: threads of its own may live on in it.
+class Driver {
+ public:
+  // `library`: empty for the one of the system. Throws an Error that says why no CUDA tensor can be saved.
+  explicit Driver(const std::string& library);
+
+  const Table& table() const { return table_; }
+  int device_count() const { return device_count_; }
+
+  // Throws if `code` is not kSuccess; `call` is the symbol, `device` -1 where there is none.
+  void check(Result code, const char* call, int device) const;
+  Error error(Result code, const std::string& call, int device) const;
+
+ private:
+  void look_up(void* handle, const std::string& library);
+  std::string text_of(Result code) const;
+
+  Table table_;
+  int device_count_ = 0;
+};
+
+// The primary context of a device, the one that torch uses.
+class Context {
+ public:
+  Context(std::shared_ptr<const Driver> driver, int device);
+  ~Context();
+  Context(const Context&) = delete;
+  Context& operator=(const Context&) = delete;
+
+  const Driver& driver() const { return *driver_; }
+  const Table& table() const { return driver_->table(); }
+  int device() const { return device_; }
+  ContextHandle handle() const { return handle_; }
+  void check(Result code, const char* call) const { driver_->check(code, call, device_); }
+
+  // True if work put on the stream now would become part of a graph instead of being done. Requires Current.
+  bool is_capturing(StreamHandle stream) const;
+
+ private:
+  const std::shared_ptr<const Driver> driver_;
+  const int device_;
+  DeviceHandle device_handle_ = 0;
+  ContextHandle handle_ = nullptr;
+};
+
+// Makes a context the calling thread's, and puts the one before back.
+class Current {
+ public:
+  explicit Current(const Context& context);
+  ~Current();
+  Current(const Current&) = delete;
+  Current& operator=(const Current&) = delete;
+
+ private:
+  const Context& context_;
+  ContextHandle before_ = nullptr;
+};
+
+// Lets the calling thread make calls that would otherwise break a graph capture going on in another thread.
+void relax_capture_mode(const Driver& driver);
+
+// A stream of the lowest priority, so that copies give way to what computes. Making one requires Current; ending it does not.
+class Stream {
+ public:
+  explicit Stream(std::shared_ptr<const Context> context);
+  ~Stream();
+  Stream(const Stream&) = delete;
+  Stream& operator=(const Stream&) = delete;
+  StreamHandle get() const { return handle_; }
+
+ private:
+  const std::shared_ptr<const Context> context_;
+  StreamHandle handle_ = nullptr;
+};
+
+class Event {
+ public:
+  // Requires Current.
+  explicit Event(std::shared_ptr<const Context> context);
+  ~Event();
+  Event(const Event&) = delete;
+  Event& operator=(const Event&) = delete;
+
+  const Context& context() const { return *context_; }
+  void record(StreamHandle stream) const;             // requires Current
+  void hold_back(StreamHandle stream) const;          // the stream goes on when this has happened
+  bool has_happened() const;                          // requires Current; throws what the work before it failed with
+
+ private:
+  const std::shared_ptr<const Context> context_;
+  EventHandle handle_ = nullptr;
+};
+
+// Host memory that devices copy to without the host's help. Making one requires Current.
+class HostRegistration {
+ public:
+  HostRegistration(std::shared_ptr<const Context> context, void* begin, size_t bytes);
+  ~HostRegistration();
+  HostRegistration(const HostRegistration&) = delete;
+  HostRegistration& operator=(const HostRegistration&) = delete;
+
+ private:
+  const std::shared_ptr<const Context> context_;
+  void* const begin_;
+};
+
+}  // namespace lazyckpt::cuda
