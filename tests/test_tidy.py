@@ -55,7 +55,8 @@ def parse(path: Path) -> ast.Module:
 
 LIBRARY = python_files("ckpt", "integrations")
 ALL_PYTHON = [ROOT / "setup.py", *LIBRARY, *python_files("bench", "examples", "tests")]
-ALL_CPP = [*core_files(".cc", ".h"), *sorted((ROOT / "tests" / "native").glob("*.[ch]*"))]
+TEST_CPP = [path for folder in ("native", "fake_cuda") for path in sorted((ROOT / "tests" / folder).glob("*.[ch]*"))]
+ALL_CPP = [*core_files(".cc", ".h"), *TEST_CPP]
 
 
 def each(paths: list[Path]) -> pytest.MarkDecorator:

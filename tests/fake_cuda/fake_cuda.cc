@@ -1,0 +1,310 @@
+// A CUDA driver for machines without a GPU, for the tests. "Device memory" is ordinary memory: any address counts. Each
+// stream is a thread that does its work in order, late (random, seeded delays); events order streams as the real ones do.
+//
+// It is stricter than the real one: the destination of a copy holds poison until the copy is done, and the source is read
+// at that moment; a call without a current context, or with a handle of another device, fails.
+//
+// What begins with `fake_` controls it.
+#include "streams.h"
+
+using namespace fake;
+
+#define FAKE_CALL(name)                                  \
+  const Fault fault = consult(name);                     \
+  if (fault.code != kSuccess && !fault.late) return fault.code
+
+// ---- The driver --------------------------------------------------------------------------------------------------
+
+extern "C" {
+
+int cuInit(unsigned) {
+  FAKE_CALL("cuInit");
+  return kSuccess;
+}
+
+int cuDriverGetVersion(int* version) {
+  FAKE_CALL("cuDriverGetVersion");
+  *version = 12040;
+  return kSuccess;
+}
+
+int cuDeviceGetCount(int* devices) {
+  FAKE_CALL("cuDeviceGetCount");
+  *devices = controls().devices;
+  return kSuccess;
+}
+
+int cuDeviceGet(int* device, int ordinal) {
+  FAKE_CALL("cuDeviceGet");
+  if (ordinal < 0 || ordinal >= controls().devices) return kInvalidDevice;
+  *device = ordinal;
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRetain(CUctx_st** context, int device) {
+  FAKE_CALL("cuDevicePrimaryCtxRetain");
+  *context = context_of(device);
+  ++(*context)->users;
+  count_live("contexts", 1);
+  return kSuccess;
+}
+
+int cuDevicePrimaryCtxRelease_v2(int device) {
+  FAKE_CALL("cuDevicePrimaryCtxRelease");
+  if (context_of(device)->users-- <= 0) return kInvalidContext;
+  count_live("contexts", -1);
+  return kSuccess;
+}
+
+int cuCtxSetCurrent(CUctx_st* context) {
+  FAKE_CALL("cuCtxSetCurrent");
+  current = context;
+  return kSuccess;
+}
+
+int cuCtxGetCurrent(CUctx_st** context) {
+  FAKE_CALL("cuCtxGetCurrent");
+  *context = current;
+  return kSuccess;
+}
+
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+  FAKE_CALL("cuCtxGetStreamPriorityRange");
+  if (current == nullptr) return kInvalidContext;
+  *least = kLeastPriority;
+  *greatest = kGreatestPriority;
+  return kSuccess;
+}
+
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  FAKE_CALL("cuThreadExchangeStreamCaptureMode");
+  thread_local int own = 0;
+  std::swap(*mode, own);
+  return kSuccess;
+}
+
+int cuStreamCreateWithPriority(Stream** stream, unsigned, int priority) {
+  FAKE_CALL("cuStreamCreate");
+  if (current == nullptr) return kInvalidContext;
+  {
+    std::lock_guard<std::mutex> lock(streams().mutex);
+    *stream = start_stream(current->device);
+  }
+  count_live("streams", 1);
+  count(priority == kLeastPriority ? "streams of the lowest priority" : "streams of another priority");
+  return kSuccess;
+}
+
+// What it still has to do is done.
+int cuStreamDestroy_v2(Stream* stream) {
+  FAKE_CALL("cuStreamDestroy");
+  if (current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(streams().mutex);
+  const auto it = streams().alive.find(stream);
+  if (it == streams().alive.end()) return kInvalidHandle;
+  {
+    std::lock_guard<std::mutex> inner(stream->mutex);
+    stream->end = true;
+    stream->changed.notify_all();
+  }
+  streams().alive.erase(it);
+  count_live("streams", -1);
+  return kSuccess;
+}
+
+int cuStreamQuery(Stream* handle) {
+  FAKE_CALL("cuStreamQuery");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  return stream->idle() ? kSuccess : kNotReady;
+}
+
+int cuStreamWaitEvent(Stream* handle, CUevent_st* event, unsigned) {
+  FAKE_CALL("cuStreamWaitEvent");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  const std::shared_ptr<Mark> mark = event->latest();
+  if (mark != nullptr) stream->add([mark](Stream&) { mark->wait(); });
+  return kSuccess;
+}
+
+int cuStreamIsCapturing(Stream* handle, int* status) {
+  FAKE_CALL("cuStreamIsCapturing");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  *status = stream->capturing;
+  return kSuccess;
+}
+
+int cuEventCreate(CUevent_st** event, unsigned flags) {
+  FAKE_CALL("cuEventCreate");
+  if (current == nullptr) return kInvalidContext;
+  if (flags != 3) return kInvalidValue;  // blocking, without timing: what the library means to ask for
+  *event = new CUevent_st;
+  (*event)->device = current->device;
+  count_live("events", 1);
+  return kSuccess;
+}
+
+int cuEventDestroy_v2(CUevent_st* event) {
+  FAKE_CALL("cuEventDestroy");
+  if (current == nullptr) return kInvalidContext;
+  delete event;
+  count_live("events", -1);
+  return kSuccess;
+}
+
+int cuEventRecord(CUevent_st* event, Stream* handle) {
+  FAKE_CALL("cuEventRecord");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr || event->device != stream->device) return kInvalidHandle;
+  const auto mark = std::make_shared<Mark>();
+  {
+    std::lock_guard<std::mutex> lock(event->mutex);
+    event->mark = mark;
+  }
+  stream->add([mark](Stream& self) { mark->finish(std::exchange(self.error, kSuccess)); });
+  return kSuccess;
+}
+
+int cuEventQuery(CUevent_st* event) {
+  FAKE_CALL("cuEventQuery");
+  if (current == nullptr) return kInvalidContext;
+  const std::shared_ptr<Mark> mark = event->latest();
+  return mark == nullptr ? kSuccess : mark->query();
+}
+
+int cuEventSynchronize(CUevent_st* event) {
+  FAKE_CALL("cuEventSynchronize");
+  if (current == nullptr) return kInvalidContext;
+  const std::shared_ptr<Mark> mark = event->latest();
+  return mark == nullptr ? kSuccess : mark->wait();
+}
+
+int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream* handle) {
+  FAKE_CALL("cuMemcpyDtoHAsync");
+  const bool pinned = is_registered(to, bytes);
+  count(pinned ? "pinned copies" : "pageable copies");
+  std::memset(to, kPoison, bytes);
+  const int code = enqueue_copy(handle, to, reinterpret_cast<const void*>(from), bytes, fault);
+  // As the real one: to pageable memory it returns when the copy is done.
+  return code == kSuccess && !pinned ? wait_for_all(find_stream(handle, current->device)) : code;
+}
+
+int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, Stream* handle) {
+  FAKE_CALL("cuMemcpyHtoDAsync");
+  return enqueue_copy(handle, reinterpret_cast<void*>(to), from, bytes, fault);
+}
+
+int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, Stream* handle) {
+  FAKE_CALL("cuMemcpyDtoDAsync");
+  return enqueue_copy(handle, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, fault);
+}
+
+int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
+  FAKE_CALL("cuMemAlloc");
+  *address = reinterpret_cast<uintptr_t>(::operator new(bytes));
+  count_live("allocations", 1);
+  return kSuccess;
+}
+
+int cuMemFree_v2(unsigned long long address) {
+  FAKE_CALL("cuMemFree");
+  ::operator delete(reinterpret_cast<void*>(address));
+  count_live("allocations", -1);
+  return kSuccess;
+}
+
+int cuMemGetInfo_v2(size_t* free, size_t* total) {
+  FAKE_CALL("cuMemGetInfo");
+  *free = *total = size_t{1} << 30;
+  return kSuccess;
+}
+
+int cuMemHostRegister_v2(void* begin, size_t bytes, unsigned) {
+  FAKE_CALL("cuMemHostRegister");
+  if (current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().registered[reinterpret_cast<uintptr_t>(begin)] = bytes;
+  controls().live["registrations"] += 1;
+  return kSuccess;
+}
+
+int cuMemHostUnregister(void* begin) {
+  FAKE_CALL("cuMemHostUnregister");
+  if (current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  if (controls().registered.erase(reinterpret_cast<uintptr_t>(begin)) == 0) return kInvalidValue;
+  controls().live["registrations"] -= 1;
+  return kSuccess;
+}
+
+int cuPointerGetAttribute(void*, int, unsigned long long) {
+  FAKE_CALL("cuPointerGetAttribute");
+  return kInvalidValue;
+}
+
+int cuGetErrorName(int code, const char** name) {
+  *name = code == 2 ? "CUDA_ERROR_OUT_OF_MEMORY" : code == 700 ? "CUDA_ERROR_ILLEGAL_ADDRESS" : "CUDA_ERROR_FAKE";
+  return kSuccess;
+}
+
+int cuGetErrorString(int code, const char** text) {
+  *text = code == 2 ? "out of memory" : "an error of the fake driver";
+  return kSuccess;
+}
+
+// ---- Controls ----------------------------------------------------------------------------------------------------
+
+// Faults, delays and counts begin anew; what is alive stays alive, and counted.
+void fake_configure(int devices, uint64_t seed, double most_delay_s) {
+  Controls& all = controls();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  all.devices = std::min(devices, kMostDevices);
+  all.random.seed(seed);
+  all.most_delay_s = most_delay_s;
+  all.hold = false;
+  all.faults.clear();
+  all.counts.clear();
+  all.changed.notify_all();
+}
+
+// The call of this name (without `_v2` and `WithPriority`) fails after `skip` more; `late`: the copy itself does.
+void fake_fail(const char* call, int64_t skip, int code, int late) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().faults[call].push_back({skip, code, late != 0});
+}
+
+void fake_hold_copies(int hold) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().hold = hold != 0;
+  controls().changed.notify_all();
+}
+
+int64_t fake_count(const char* what) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  return controls().counts[what];
+}
+
+int64_t fake_live(const char* what) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  return controls().live[what];
+}
+
+void fake_set_capturing(int device, Stream* handle, int capturing) { find_stream(handle, device)->capturing = capturing; }
+
+// Work on a stream, as a kernel of the training would do it.
+void fake_fill(int device, Stream* handle, void* begin, int value, size_t bytes) {
+  find_stream(handle, device)->add([=](Stream&) {
+    sleep_a_little();
+    std::memset(begin, value, bytes);
+  });
+}
+
+void fake_synchronize(int device, Stream* handle) { wait_for_all(find_stream(handle, device)); }
+
+}  // extern "C"

@@ -1,0 +1,261 @@
+// What the fake driver is made of: its controls, marks in streams, and streams that are threads.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace fake {
+
+constexpr int kMostDevices = 8;
+constexpr unsigned char kPoison = 0xA5;
+constexpr int kLeastPriority = 0, kGreatestPriority = -5;
+
+enum Code : int {
+  kSuccess = 0,
+  kInvalidValue = 1,
+  kNoDevice = 100,
+  kInvalidDevice = 101,
+  kInvalidContext = 201,
+  kInvalidHandle = 400,
+  kNotReady = 600,
+  kCaptureUnsupported = 900,
+};
+
+// What an event waits for: one recording of it.
+struct Mark {
+  std::mutex mutex;
+  std::condition_variable changed;
+  bool done = false;
+  int error = kSuccess;
+
+  void finish(int code) {
+    std::lock_guard<std::mutex> lock(mutex);
+    done = true;
+    error = code;
+    changed.notify_all();
+  }
+  int wait() {
+    std::unique_lock<std::mutex> lock(mutex);
+    changed.wait(lock, [&] { return done; });
+    return error;
+  }
+  int query() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return done ? error : kNotReady;
+  }
+};
+
+struct Fault {
+  int64_t skip;
+  int code;
+  bool late;  // the call succeeds, the work fails
+};
+
+// Whatever the tests set and count.
+struct Controls {
+  std::mutex mutex;
+  std::condition_variable changed;
+  int devices = 2;
+  double most_delay_s = 0;
+  bool hold = false;  // copies do not begin
+  std::mt19937_64 random{0};
+  std::map<std::string, std::vector<Fault>> faults;
+  std::map<std::string, int64_t> counts, live;
+  std::map<uintptr_t, size_t> registered;
+};
+
+inline Controls& controls() {
+  static auto* made = new Controls;  // streams may outlive the statics
+  return *made;
+}
+
+inline double random_delay() {
+  Controls& all = controls();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  return all.most_delay_s > 0 ? std::uniform_real_distribution<double>(0, all.most_delay_s)(all.random) : 0;
+}
+
+inline void count(const std::string& what) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  ++controls().counts[what];
+}
+
+inline void count_live(const std::string& what, int change) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().live[what] += change;
+}
+
+// The fault that strikes this call, if any; each call is counted.
+inline Fault consult(const std::string& call) {
+  Controls& all = controls();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  ++all.counts[call];
+  auto& faults = all.faults[call];
+  for (auto it = faults.begin(); it != faults.end(); ++it) {
+    if (it->skip-- > 0) continue;
+    const Fault found = *it;
+    faults.erase(it);
+    return found;
+  }
+  return {0, kSuccess, false};
+}
+
+}  // namespace fake
+
+// ---- Streams -----------------------------------------------------------------------------------------------------
+
+struct CUctx_st {
+  int device = 0;
+  std::atomic<int> users{0};
+};
+
+struct CUstream_st {
+  int device = 0;
+  std::mutex mutex;
+  std::condition_variable changed;
+  std::deque<std::function<void(CUstream_st&)>> work;
+  bool busy = false, end = false;
+  std::atomic<int> capturing{0};
+  int error = fake::kSuccess;  // of work that failed, until an event tells it; only the stream's thread touches it
+
+  void run() {
+    std::unique_lock<std::mutex> lock(mutex);
+    for (;;) {
+      changed.wait(lock, [&] { return !work.empty() || end; });
+      if (work.empty()) return;
+      const auto next = std::move(work.front());
+      work.pop_front();
+      busy = true;
+      lock.unlock();
+      next(*this);
+      lock.lock();
+      busy = false;
+      changed.notify_all();
+    }
+  }
+  void add(std::function<void(CUstream_st&)> next) {
+    std::lock_guard<std::mutex> lock(mutex);
+    work.push_back(std::move(next));
+    changed.notify_all();
+  }
+  bool idle() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return work.empty() && !busy;
+  }
+};
+
+struct CUevent_st {
+  int device = 0;
+  std::mutex mutex;
+  std::shared_ptr<fake::Mark> mark;  // guarded by mutex; none: never recorded
+  std::shared_ptr<fake::Mark> latest() {
+    std::lock_guard<std::mutex> lock(mutex);
+    return mark;
+  }
+};
+
+namespace fake {
+
+using Stream = CUstream_st;
+
+inline thread_local CUctx_st* current = nullptr;
+
+inline CUctx_st* context_of(int device) {
+  static auto* all = [] {
+    auto* made = new CUctx_st[kMostDevices];
+    for (int i = 0; i < kMostDevices; ++i) made[i].device = i;
+    return made;
+  }();
+  return &all[device];
+}
+
+struct Streams {
+  std::mutex mutex;
+  std::map<Stream*, std::shared_ptr<Stream>> alive;
+  Stream* of_device[kMostDevices] = {};  // the default ones
+};
+
+inline Streams& streams() {
+  static auto* made = new Streams;
+  return *made;
+}
+
+inline Stream* start_stream(int device) {  // requires the lock of streams()
+  auto stream = std::make_shared<Stream>();
+  stream->device = device;
+  streams().alive[stream.get()] = stream;
+  std::thread([stream] { stream->run(); }).detach();
+  return stream.get();
+}
+
+// The stream that a handle means for the calling thread; null if it means none.
+inline Stream* find_stream(Stream* handle, int device) {
+  std::lock_guard<std::mutex> lock(streams().mutex);
+  if (handle == nullptr) {
+    Stream*& mine = streams().of_device[device];
+    if (mine == nullptr) mine = start_stream(device);
+    return mine;
+  }
+  return streams().alive.count(handle) != 0 && handle->device == device ? handle : nullptr;
+}
+
+inline bool is_registered(const void* begin, size_t bytes) {
+  Controls& all = controls();
+  std::lock_guard<std::mutex> lock(all.mutex);
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  auto it = all.registered.upper_bound(at);
+  if (it == all.registered.begin()) return false;
+  --it;
+  return at >= it->first && at + bytes <= it->first + it->second;
+}
+
+inline void wait_while_held() {
+  Controls& all = controls();
+  std::unique_lock<std::mutex> lock(all.mutex);
+  all.changed.wait(lock, [&] { return !all.hold; });
+}
+
+inline void sleep_a_little() {
+  const double delay_s = random_delay();
+  if (delay_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(delay_s));
+}
+
+inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes, const Fault& fault) {
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  if (stream->capturing != 0) return kCaptureUnsupported;
+  stream->add([=](Stream& self) {
+    wait_while_held();
+    sleep_a_little();
+    if (fault.code != kSuccess) {
+      self.error = fault.code;
+    } else {
+      std::memcpy(to, from, bytes);
+    }
+  });
+  return kSuccess;
+}
+
+inline int wait_for_all(Stream* stream) {
+  std::unique_lock<std::mutex> lock(stream->mutex);
+  stream->changed.wait(lock, [&] { return stream->work.empty() && !stream->busy; });
+  return kSuccess;
+}
+
+}  // namespace fake

@@ -1,0 +1,142 @@
+"""The fake CUDA driver keeps the order of the real one: else what is tested with it would be tested for nothing."""
+
+from __future__ import annotations
+
+import ctypes
+import time
+from collections.abc import Iterator
+
+import pytest
+from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, NOT_READY, FakeCuda, cuda, fake_library
+
+__all__ = ["cuda", "fake_library"]
+
+POISON = b"\xa5"
+
+
+class Events:
+    def __init__(self, fake: FakeCuda) -> None:
+        self.fake, self.made = fake, list[ctypes.c_void_p]()
+
+    def make(self) -> ctypes.c_void_p:
+        event = ctypes.c_void_p()
+        self.fake.call("cuEventCreate", ctypes.byref(event), 3)
+        self.made.append(event)
+        return event
+
+    def record(self, stream: int) -> ctypes.c_void_p:
+        event = self.make()
+        self.fake.call("cuEventRecord", event, ctypes.c_void_p(stream))
+        return event
+
+
+@pytest.fixture
+def events(cuda: FakeCuda) -> Iterator[Events]:
+    made = Events(cuda)
+    yield made
+    for event in made.made:
+        cuda.call("cuEventDestroy_v2", event)
+
+
+def copy_out(cuda: FakeCuda, to: ctypes.Array, source: ctypes.Array, stream: int) -> None:
+    cuda.call(
+        "cuMemcpyDtoHAsync_v2", to, ctypes.c_ulonglong(ctypes.addressof(source)), ctypes.c_size_t(len(source)),
+        ctypes.c_void_p(stream),
+    )  # fmt: skip
+
+
+def register(cuda: FakeCuda, memory: ctypes.Array) -> None:
+    cuda.call("cuMemHostRegister_v2", memory, ctypes.c_size_t(len(memory)), 1)
+
+
+def test_a_copy_reads_when_its_turn_comes_and_leaves_poison_until_then(cuda: FakeCuda, events: Events) -> None:
+    source, target = (ctypes.c_char * 64)(*b"a" * 64), (ctypes.c_char * 64)()
+    register(cuda, target)
+    stream = cuda.stream()
+    cuda.hold_copies(True)
+    copy_out(cuda, target, source, stream)
+    done = events.record(stream)
+    assert target.raw == POISON * 64
+    assert cuda.cu.cuEventQuery(done) == NOT_READY
+    source[:] = b"b" * 64
+    cuda.hold_copies(False)
+    cuda.call("cuEventSynchronize", done)
+    assert target.raw == b"b" * 64
+    cuda.call("cuMemHostUnregister", target)
+    assert (cuda.count("pinned copies"), cuda.count("pageable copies")) == (1, 0)
+
+
+def test_a_copy_to_pageable_memory_is_waited_for(cuda: FakeCuda) -> None:
+    source, target = (ctypes.c_char * 8)(*b"12345678"), (ctypes.c_char * 8)()
+    cuda.configure(most_delay_s=0.01)
+    copy_out(cuda, target, source, cuda.stream())
+    assert target.raw == b"12345678"
+    assert (cuda.count("pinned copies"), cuda.count("pageable copies")) == (0, 1)
+
+
+def test_work_waits_for_the_event_of_another_stream(cuda: FakeCuda, events: Events) -> None:
+    source, target = (ctypes.c_char * 64)(*b"a" * 64), (ctypes.c_char * 64)()
+    register(cuda, target)
+    side, compute = cuda.stream(0), cuda.stream(1)
+    cuda.hold_copies(True)
+    copy_out(cuda, target, source, side)
+    copied = events.record(side)
+    cuda.make_current(1)
+    cuda.call("cuStreamWaitEvent", ctypes.c_void_p(compute), copied, 0)
+    cuda.make_current(0)
+    cuda.fill(1, compute, ctypes.addressof(source), ord("x"), 64)
+    time.sleep(0.02)
+    assert source.raw == b"a" * 64
+    cuda.hold_copies(False)
+    cuda.synchronize(1, compute)
+    assert (source.raw, target.raw) == (b"x" * 64, b"a" * 64)
+    cuda.call("cuMemHostUnregister", target)
+
+
+def test_work_without_an_event_does_not_wait(cuda: FakeCuda) -> None:
+    source, target = (ctypes.c_char * 64)(*b"a" * 64), (ctypes.c_char * 64)()
+    register(cuda, target)
+    side, compute = cuda.stream(), cuda.stream()
+    cuda.hold_copies(True)
+    copy_out(cuda, target, source, side)
+    cuda.fill(0, compute, ctypes.addressof(source), ord("x"), 64)
+    cuda.synchronize(0, compute)
+    cuda.hold_copies(False)
+    cuda.synchronize(0, side)
+    assert target.raw == b"x" * 64, "the fake would hide a missing wait"
+    cuda.call("cuMemHostUnregister", target)
+
+
+def test_a_failed_copy_is_told_by_the_next_event_alone(cuda: FakeCuda, events: Events) -> None:
+    source, target = (ctypes.c_char * 8)(), (ctypes.c_char * 8)()
+    cuda.fail("cuMemcpyDtoHAsync", skip=1, late=True)
+    stream = cuda.stream()
+    for expected in (0, ILLEGAL_ADDRESS, 0):
+        copy_out(cuda, target, source, stream)
+        assert cuda.cu.cuEventSynchronize(events.record(stream)) == expected
+
+
+def test_the_nth_call_fails(cuda: FakeCuda) -> None:
+    cuda.fail("cuDriverGetVersion", skip=1, code=2)
+    version = ctypes.c_int()
+    assert [cuda.cu.cuDriverGetVersion(ctypes.byref(version)) for _ in range(3)] == [0, 2, 0]
+    assert cuda.count("cuDriverGetVersion") == 3
+
+
+def test_handles_belong_to_a_device(cuda: FakeCuda, events: Events) -> None:
+    invalid_context, invalid_handle = 201, 400
+    other = cuda.stream(1)
+    event = events.make()
+    assert cuda.cu.cuEventRecord(event, ctypes.c_void_p(other)) == invalid_handle
+    cuda.call("cuCtxSetCurrent", None)
+    assert cuda.cu.cuEventRecord(event, ctypes.c_void_p(DEFAULT_STREAM)) == invalid_context
+    cuda.make_current(0)
+
+
+def test_capture_and_priority_are_seen(cuda: FakeCuda) -> None:
+    stream, status = cuda.stream(), ctypes.c_int()
+    cuda.set_capturing(0, stream, True)
+    cuda.call("cuStreamIsCapturing", ctypes.c_void_p(stream), ctypes.byref(status))
+    assert status.value == 1
+    cuda.set_capturing(0, stream, False)
+    assert (cuda.count("streams of the lowest priority"), cuda.count("streams of another priority")) == (0, 1)
