@@ -114,7 +114,7 @@ build/$(1)/%.o: %.cc Makefile
 	$$(CXX) $$(STRESS_FLAGS) -fsanitize=$(2) -c $$< -o $$@
 
 build/$(1)/stress: $$($(1)_OBJECTS)
-	$$(CXX) -fsanitize=$(2) -pthread $$^ -o $$@
+	$$(CXX) -fsanitize=$(2) -pthread $$^ -ldl -o $$@
 
 -include $$($(1)_OBJECTS:.o=.d)
 endef

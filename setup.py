@@ -53,7 +53,7 @@ native = Pybind11Extension(
     depends=HEADERS,
     cxx_std=17,
     extra_compile_args=["-pthread", *COMPILE_FLAGS[KIND]],
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-ldl"],  # dlopen: a library of its own before glibc 2.34
 )
 
 with ParallelCompile("LAZYCKPT_BUILD_JOBS", needs_recompile=is_stale):

@@ -48,6 +48,7 @@ class Arena {
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
+  std::byte* base() const { return base_; }
   size_t size() const { return size_; }
 
   // Makes [from, from + bytes) resident, so that no save pays for the first touch. Safe beside any other use.

@@ -1,13 +1,15 @@
 // The Python face of the core: (address, bytes) in, jobs out. No logic lives here.
 //
 // Lifetime contract: submit() reads kinds "copy" before it returns; the memory of kind "lazy" must stay allocated until
-// the job is captured or finished, that of kind "owned" until it is finished. The GIL is released in every call that can
+// the job is captured or finished, that of kind "owned" until it is finished; memory of a device, whatever its kind, until the
+// job is released. The GIL is released in every call that can
 // wait.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -108,17 +110,23 @@ std::vector<NamedBytes> to_named(const Blobs& blobs, size_t copy_at_most) {
 }
 
 std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, const std::vector<uint64_t>& sizes,
-                                      const py::bytes& kinds) {
+                                      const py::bytes& kinds, const std::vector<int>& devices) {
   const auto count = static_cast<size_t>(PyBytes_GET_SIZE(kinds.ptr()));
   if (addresses.size() != sizes.size() || count != sizes.size()) {
     throw py::value_error("addresses, sizes and kinds must have one entry for each storage");
+  }
+  if (!devices.empty() && devices.size() != sizes.size()) {
+    throw py::value_error("devices must have one entry for each storage, or none at all");
   }
   const char* kind = PyBytes_AS_STRING(kinds.ptr());
   std::vector<StorageBytes> storages;
   storages.reserve(count);
   for (size_t i = 0; i < count; ++i) {
     if (kind[i] < 0 || kind[i] > 2) throw py::value_error("a storage's kind is 0 (copy), 1 (lazy) or 2 (owned)");
-    storages.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i], static_cast<Source>(kind[i])});
+    const int device = devices.empty() || devices[i] < 0 ? kHost : devices[i];
+    const auto of_device = kind[i] == 0 ? Source::kDeviceCopy : Source::kDeviceLazy;
+    const auto source = device == kHost ? static_cast<Source>(kind[i]) : of_device;
+    storages.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i], source, device});
   }
   return storages;
 }
@@ -127,9 +135,10 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
                             const Blobs& head, const std::vector<uintptr_t>& addresses,
                             const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
                             size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
-                            uint32_t share_index, uint32_t share_count) {
+                            uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
+                            const Streams& streams) {
   usable(engine);
-  const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds),
+  const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
                        to_named(tail, copy_at_most), uniform_alignment};
   py::gil_scoped_release release;
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
@@ -143,7 +152,7 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
     target->discard();
     throw;
   }
-  auto job = engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals);
+  auto job = engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals, streams);
   if (!share.whole()) job->layout = std::make_unique<ZipLayout>(std::move(layout));
   return job;
 }
@@ -181,6 +190,8 @@ py::dict stats_of(const Job& job) {
   dict["captured_at"] = stats.captured_at;
   dict["flushed_at"] = stats.flushed_at;
   dict["direct_io"] = stats.direct_io;
+  dict["bytes_from_devices"] = stats.bytes_from_devices;
+  dict["arena_pinned"] = stats.arena_pinned;
   return dict;
 }
 
@@ -207,6 +218,7 @@ std::vector<uint32_t> checksums_of(const Job& job) {
 void bind_engine(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
+      .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
       .def_property_readonly("finished", [](const Job& job) { return locked(job, [&] { return job.finished(); }); })
       .def_property_readonly("error", error_of)
       .def_property_readonly("stats", stats_of)
@@ -224,6 +236,9 @@ void bind_engine(py::module_& module) {
       .def("wait_captured", [](const Job& job, double timeout_s) {
         return wait_for(job, timeout_s, [&] { return job.captured() || job.failed(); });
       })
+      .def("wait_released", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.released(); });
+      })
       .def("wait_finished", [](const Job& job, double timeout_s) {
         return wait_for(job, timeout_s, [&] { return job.finished(); });
       })
@@ -232,19 +247,28 @@ void bind_engine(py::module_& module) {
       });
 
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
-      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers) {
-             return std::unique_ptr<Engine, EngineDeleter>(new Engine({arena_bytes, chunk_bytes, writers}));
+      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library) {
+             const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or("")};
+             return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
            }),
-           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"))
+           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none())
       .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
-           py::arg("share_index") = 0, py::arg("share_count") = 1)
-      .def("fence", [](Engine& engine) {
+           py::arg("share_index") = 0, py::arg("share_count") = 1,
+           py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams())
+      .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;
-        engine.fence(check_signals);
-      })
+        engine.fence(check_signals, streams);
+      }, py::arg("streams") = Streams())
+      .def("open_devices", [](Engine& engine, const std::vector<int>& devices) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.open_devices(devices);
+      }, py::arg("devices"))
+      .def_property_readonly("arena_pinned", [](Engine& engine) { return usable(engine).arena_pinned(); })
+      .def_property_readonly("pin_failure", [](Engine& engine) { return usable(engine).pin_failure(); })
       .def("close", [](Engine& engine, double timeout_s) {
         usable(engine);
         py::gil_scoped_release release;

@@ -17,7 +17,7 @@ uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
 
 // The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
 ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
-  if (extent.kind == Source::kCopy) return {};
+  if (extent.kind == Source::kCopy || on_device(extent.kind)) return {};
   const size_t block = block_bytes(limits);
   const ByteRange whole{round_up(std::max(extent.offset, begin), block),
                     round_down(std::min(end_of(extent), end), block)};
@@ -31,6 +31,18 @@ void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source 
   if (kind == Source::kCopy) chunk.bounce_bytes += length;
   if (kind == Source::kLazy) chunk.lazy_bytes += length;
   chunk.segments.push_back({source, static_cast<size_t>(length), kind});
+}
+
+void add_device_bytes(Chunk& chunk, const Extent& extent, uint64_t length) {
+  if (!on_device(extent.kind) || length == 0) return;
+  if (extent.kind == Source::kDeviceCopy) {
+    chunk.device_copy_bytes += length;
+    return;
+  }
+  chunk.device_lazy_bytes += length;
+  auto& shares = chunk.device_shares;
+  const auto same = [&](const DeviceShare& share) { return share.device == extent.device; };
+  if (std::none_of(shares.begin(), shares.end(), same)) shares.push_back({extent.device, false});
 }
 
 void add_piece(Chunk& chunk, uint32_t record, uint64_t length) {
@@ -51,6 +63,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     const uint64_t from = std::max(extent.offset, begin), to = std::min(end_of(extent), content_end);
     add_piece(chunk, kStructure, from - piece_at);
     add_piece(chunk, extent.record, to - from);
+    add_device_bytes(chunk, extent, to - from);
     piece_at = to;
     const ByteRange direct = direct_part(extent, begin, content_end, limits);
     if (direct.begin >= direct.end) continue;
@@ -121,8 +134,10 @@ void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange
       chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, end - begin));
       chunk.first_extent = i;
       chunk.end_extent = i + 1;
-      const std::byte* source = extent.kind == Source::kCopy ? nullptr : extent.source + (begin - extent.offset);
-      add_segment(chunk, source, chunk.length, extent.kind);
+      const bool copied = extent.kind == Source::kCopy || on_device(extent.kind);
+      const std::byte* source = copied ? nullptr : extent.source + (begin - extent.offset);
+      add_segment(chunk, source, chunk.length, copied ? Source::kCopy : extent.kind);
+      add_device_bytes(chunk, extent, chunk.length);
       add_piece(chunk, extent.record, chunk.length);
       chunks.push_back(std::move(chunk));
     }
@@ -156,29 +171,116 @@ std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits,
   return chunks;
 }
 
-void fill_bounce(Chunk& chunk, const FileSpec& spec) {
-  std::byte* to = chunk.bounce.begin();
-  uint64_t at = chunk.offset;
+namespace {
+
+// Calls visit(at, extent, from, length) for each run of the kCopy segments: `at` in the chunk's bounce, `from` in the extent,
+// which is null where the file has zeros. Segments that the fence has staged are left out.
+template <typename Visit>
+void for_each_copied(const Chunk& chunk, const FileSpec& spec, Visit visit) {
+  size_t at = 0;
+  uint64_t begin = chunk.offset;
   size_t index = chunk.first_extent;
-  for (Segment& segment : chunk.segments) {
-    const uint64_t end = at + segment.length;
-    if (segment.kind == Source::kCopy) {
-      segment.source = to;
-      uint64_t cursor = at;
+  const std::byte* staged = chunk.staged.begin();
+  for (const Segment& segment : chunk.segments) {
+    const uint64_t end = begin + segment.length;
+    const bool is_staged = staged != nullptr && segment.source >= staged && segment.source < staged + chunk.staged.size();
+    if (segment.kind == Source::kCopy && !is_staged) {
+      uint64_t cursor = begin;
       for (size_t i = index; i < chunk.end_extent && spec.extents[i].offset < end; ++i) {
         const Extent& extent = spec.extents[i];
-        const uint64_t from = std::max(extent.offset, at), until = std::min(end_of(extent), end);
+        const uint64_t from = std::max(extent.offset, begin), until = std::min(end_of(extent), end);
         if (from >= until) continue;
-        std::memset(to + (cursor - at), 0, from - cursor);
-        std::memcpy(to + (from - at), extent.source + (from - extent.offset), until - from);
+        if (from > cursor) visit(at + (cursor - begin), nullptr, 0, from - cursor);
+        visit(at + (from - begin), &extent, from - extent.offset, until - from);
         cursor = until;
       }
-      std::memset(to + (cursor - at), 0, end - cursor);
-      to += segment.length;
+      if (end > cursor) visit(at + (cursor - begin), nullptr, 0, end - cursor);
+      at += segment.length;
     }
-    at = end;
-    while (index < chunk.end_extent && end_of(spec.extents[index]) <= at) ++index;
+    begin = end;
+    while (index < chunk.end_extent && end_of(spec.extents[index]) <= begin) ++index;
   }
+}
+
+void point_to_bounce(Chunk& chunk) {
+  std::byte* to = chunk.bounce.begin();
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind != Source::kCopy || segment.source != nullptr) continue;
+    segment.source = to;
+    to += segment.length;
+  }
+}
+
+void add_device_copy(std::vector<DeviceCopy>& copies, DeviceCopy next) {
+  if (!copies.empty()) {
+    DeviceCopy& last = copies.back();
+    const bool joins = last.source + last.length == next.source && last.at + last.length == next.at;
+    if (joins && last.device == next.device && last.lazy == next.lazy) {
+      last.length += next.length;
+      return;
+    }
+  }
+  copies.push_back(next);
+}
+
+}  // namespace
+
+void fill_bounce(Chunk& chunk, const FileSpec& spec) {
+  std::byte* bounce = chunk.bounce.begin();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t from, uint64_t length) {
+    if (extent == nullptr) {
+      std::memset(bounce + at, 0, length);
+    } else {
+      std::memcpy(bounce + at, extent->source + from, length);
+    }
+  });
+  point_to_bounce(chunk);
+}
+
+void keep_host_bytes(Chunk& chunk, const FileSpec& spec) {
+  size_t early = 0;
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t from, uint64_t length) {
+    if (extent == nullptr) return;
+    const std::byte* source = extent->source + from;
+    if (!on_device(extent->kind)) {
+      chunk.kept.insert(chunk.kept.end(), source, source + length);
+      return;
+    }
+    const bool lazy = extent->kind == Source::kDeviceLazy, apart = !lazy && chunk.has_early();
+    add_device_copy(chunk.device_copies, {source, length, apart ? early : at, extent->device, lazy});
+    if (apart) early += length;
+  });
+}
+
+void complete_bounce(Chunk& chunk, const FileSpec& spec) {
+  std::byte* bounce = chunk.bounce.begin();
+  const std::byte *kept = chunk.kept.data(), *early = chunk.early.begin();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
+    if (extent == nullptr) {
+      std::memset(bounce + at, 0, length);
+    } else if (!on_device(extent->kind)) {
+      std::memcpy(bounce + at, std::exchange(kept, kept + length), length);
+    } else if (extent->kind == Source::kDeviceCopy && chunk.has_early()) {
+      std::memcpy(bounce + at, std::exchange(early, early + length), length);
+    }
+  });
+  point_to_bounce(chunk);
+}
+
+bool Chunk::arrived() const {
+  const auto enqueued = [](const DeviceShare& share) { return share.enqueued; };
+  return flying == 0 && std::all_of(device_shares.begin(), device_shares.end(), enqueued);
+}
+
+void Chunk::settle() {
+  if (state == ChunkState::kArriving && !staging && arrived()) state = ChunkState::kPending;
+}
+
+void Chunk::release_memory() {
+  bounce.reset();
+  staged.reset();
+  early.reset();
+  std::vector<std::byte>().swap(kept);
 }
 
 void stage_lazy(Chunk& chunk, Span span) {

@@ -18,7 +18,14 @@ enum class Source : uint8_t {
   kCopy,   // may change as soon as submit() returns: copied to the arena before
   kLazy,   // may change after the next fence: written in place until then, copied to the arena by the fence
   kOwned,  // never changes: written in place at any time
+  // In the memory of a device, from where nothing is written in place:
+  kDeviceCopy,  // may change behind what its stream has been given by submit(): copied on that stream
+  kDeviceLazy,  // may change behind the next fence: copied on a stream of ours
 };
+
+inline bool on_device(Source kind) { return kind == Source::kDeviceCopy || kind == Source::kDeviceLazy; }
+
+constexpr int kHost = -1;
 
 constexpr uint32_t kStructure = std::numeric_limits<uint32_t>::max();  // an extent or piece that belongs to no record
 
@@ -28,6 +35,7 @@ struct Extent {
   uint64_t offset = 0;  // in the file
   Source kind = Source::kCopy;
   uint32_t record = kStructure;
+  int device = kHost;  // where `source` is an address of
 };
 
 // Which part of a file this process writes: the others, who hold the same bytes, write the rest. The parts are whole chunks,
@@ -65,8 +73,24 @@ struct Piece {
   uint32_t crc = 0;
 };
 
+// Device memory that goes to `at` bytes into a span.
+struct DeviceCopy {
+  const std::byte* source = nullptr;
+  size_t length = 0;
+  size_t at = 0;
+  int device = kHost;
+  bool lazy = true;
+};
+
+// What one device still has to put into a chunk: its lazy bytes.
+struct DeviceShare {
+  int device = kHost;
+  bool enqueued = false;
+};
+
 enum class ChunkState : uint8_t {
   kUnpublished,  // save() still copies into it
+  kArriving,     // some of its device bytes are not in the arena yet
   kPending,      // may be claimed; its lazy bytes are still in the tensors
   kStaging,      // the fence copies its lazy bytes
   kWriting,      // a writer has it
@@ -85,9 +109,24 @@ struct Chunk {
   std::vector<Segment> segments;
   std::vector<Piece> pieces;
   Span bounce;  // holds the kCopy segments
+  // Only where device bytes are among them. They come to `bounce` late, and need no room in the arena before.
+  size_t device_lazy_bytes = 0, device_copy_bytes = 0;
+  std::vector<DeviceShare> device_shares;
+  std::vector<DeviceCopy> device_copies;  // constant once published; eager ones go to `early`, where there is one
+  std::vector<std::byte> kept;  // the host's kCopy bytes, until the chunk is written
+  Span early;                   // the eager device bytes of a chunk that has lazy ones, too
+  size_t flying = 0;            // batches of copies that are enqueued and have not been seen to end
+  bool staging = false;         // the fence copies its host bytes while its device bytes arrive
   Span staged;  // holds what the fence copied
   ChunkState state = ChunkState::kUnpublished;
   uint32_t crc = 0;  // of `content` bytes, once written
+
+  bool has_device_bytes() const { return device_lazy_bytes + device_copy_bytes > 0; }
+  // Eager device bytes have a span of their own, rather than hold room for the lazy ones from save() on.
+  bool has_early() const { return device_lazy_bytes > 0 && device_copy_bytes > 0; }
+  bool arrived() const;
+  void settle();  // lets a writer have it if nothing is missing
+  void release_memory();
 };
 
 // The unit that must not be split: both limits are powers of two.
@@ -104,6 +143,11 @@ std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits,
 
 // Copies all that must leave the caller's memory at once into chunk.bounce, which must be allocated.
 void fill_bounce(Chunk& chunk, const FileSpec& spec);
+
+// For chunks with device bytes, instead of fill_bounce(). First: copies the host's part to chunk.kept, finds the copies.
+void keep_host_bytes(Chunk& chunk, const FileSpec& spec);
+// At last: the device bytes have arrived, in chunk.bounce and chunk.early; puts the others beside them.
+void complete_bounce(Chunk& chunk, const FileSpec& spec);
 
 // Copies the lazy segments into `span` and lets them point there.
 void stage_lazy(Chunk& chunk, Span span);

@@ -1,7 +1,6 @@
 #include "engine.h"
 
 #include <pthread.h>
-#include <signal.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -12,6 +11,7 @@
 
 #include "crc32.h"
 #include "fault.h"
+#include "signals.h"
 
 namespace lazyckpt {
 namespace {
@@ -26,22 +26,6 @@ size_t fit_chunk(const EngineOptions& options) {
   while (chunk > kSmallestChunk && chunk > options.arena_bytes / 4) chunk /= 2;
   return chunk;
 }
-
-// Python's signal handlers run on its main thread; ours must never be picked for delivery.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-  SignalsBlocked(const SignalsBlocked&) = delete;
-  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
-
- private:
-  sigset_t before_;
-};
 
 Error deadline_error(const Job& job, const std::string& what, double waited_s) {
   return Error(ErrorKind::kDeadline,
@@ -79,7 +63,8 @@ Error changed_error(const Job& job, uint32_t record) {
 
 Engine::Engine(const EngineOptions& options)
     : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
-      monitor_(std::make_shared<Monitor>()) {
+      monitor_(std::make_shared<Monitor>()),
+      stager_(monitor_, arena_, chunk_bytes_, options.cuda_library) {
   try {
     start_threads(std::max(options.writers, 1));
   } catch (const std::system_error& error) {
@@ -105,6 +90,7 @@ void Engine::stop_threads() {
   {
     Lock lock(monitor_->mutex);
     closed_ = stop_ = true;
+    stager_.stop();
     for (const auto& job : jobs_) {
       job->submitted = true;
       job->fail(Error(ErrorKind::kClosed, "the engine was closed before '" + job->file->path() + "' was durable"));
@@ -112,6 +98,7 @@ void Engine::stop_threads() {
     monitor_->changed.notify_all();
   }
   for (std::thread& thread : threads_) thread.join();
+  stager_.join();
 }
 
 bool Engine::forked() const { return ::getpid() != owner_; }
@@ -119,6 +106,16 @@ bool Engine::forked() const { return ::getpid() != owner_; }
 size_t Engine::in_flight() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return jobs_.size();
+}
+
+bool Engine::arena_pinned() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.pinned();
+}
+
+std::string Engine::pin_failure() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.pin_failure();
 }
 
 // Waits until done() or the deadline; true if done. Gives the caller's interrupt a chance a few times a second.
@@ -143,18 +140,25 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, Done 
 // ---- The caller's side -------------------------------------------------------------------------------------------
 
 std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
-                                    const Interrupt& interrupt) {
+                                    const Interrupt& interrupt, const Streams& streams) {
   const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
+  const bool has_device_bytes = !job->sides.empty();
   Lock lock(monitor_->mutex);
-  if (closed_) {
+  try {
+    if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
+    if (has_device_bytes) begin_on_devices(lock, *job, streams);
+  } catch (...) {
     job->file->discard();
-    throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
+    throw;
   }
   jobs_.push_back(job);
+  if (has_device_bytes) stager_.add(job);
   ++job->active;
   monitor_->changed.notify_all();
   try {
-    publish_chunks(lock, *job, monotonic_seconds() + timeout_s, interrupt);
+    const double deadline = monotonic_seconds() + timeout_s;
+    if (has_device_bytes) prepare_arena(lock, *job, deadline, interrupt);
+    publish_chunks(lock, job, deadline, interrupt);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
     job->fail(Error(ErrorKind::kCancelled, "the save to '" + job->file->path() + "' was interrupted"));
@@ -172,22 +176,50 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   return job;
 }
 
-void Engine::publish_chunks(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
-  for (Chunk& chunk : job.chunks) {
-    if (chunk.bounce_bytes > 0) {
-      chunk.bounce = allocate(lock, job, chunk.bounce_bytes, deadline, interrupt, [] { return true; });
+void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
+  lock.unlock();
+  stager_.begin(job, streams);
+  lock.lock();
+  if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
+}
+
+// Before the job takes any room: see the stager. Copies by submit() itself wait for pinned memory, once in an engine's life.
+void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
+  const double begin = monotonic_seconds();
+  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
+  const bool copies = std::any_of(job.chunks.begin(), job.chunks.end(), [](const Chunk& c) { return c.device_copy_bytes > 0; });
+  const bool in_time = wait(lock, deadline, interrupt, [&] {
+    return job.failed() || (stager_.keep_room(align) && (!copies || stager_.pinning_done()));
+  });
+  job.stats.arena_wait_s += monotonic_seconds() - begin;
+  if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
+}
+
+void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, double deadline, const Interrupt& interrupt) {
+  Job& job = *shared;
+  for (size_t index = 0; index < job.chunks.size(); ++index) {
+    Chunk& chunk = job.chunks[index];
+    if (job.failed()) return;
+    const size_t room = chunk.device_lazy_bytes > 0 ? chunk.device_copy_bytes : chunk.bounce_bytes;
+    if (room > 0) {
+      (chunk.has_early() ? chunk.early : chunk.bounce) = allocate(lock, job, room, deadline, interrupt, [] { return true; });
     }
     if (job.failed()) return;
-    job.stats.bytes_copied_in_save += chunk.bounce_bytes;
+    job.stats.bytes_copied_in_save += chunk.bounce_bytes - chunk.device_lazy_bytes;
     lock.unlock();
-    if (chunk.bounce_bytes > 0) fill_bounce(chunk, job.spec);
-    if (job.verify) checksum_pieces(chunk, true);
+    if (chunk.has_device_bytes()) {
+      keep_host_bytes(chunk, job.spec);
+      stager_.copy_eager(shared, index);
+    } else {
+      if (room > 0) fill_bounce(chunk, job.spec);
+      if (job.verify) checksum_pieces(chunk, true);
+    }
     lock.lock();
     if (job.failed()) {
-      chunk.bounce.reset();
+      if (chunk.flying == 0) chunk.release_memory();
       return;
     }
-    chunk.state = ChunkState::kPending;
+    chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
     ++job.published;
     monitor_->changed.notify_all();
   }
@@ -198,12 +230,14 @@ void Engine::publish_chunks(Lock& lock, Job& job, double deadline, const Interru
 Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
                       const std::function<bool()>& still_wanted) {
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
-  Span span = arena_.try_allocate(bytes, align);
+  Span span = stager_.try_allocate(bytes, align);
   if (span.valid()) return span;
+  job.waited_for_room = true;
+  monitor_->changed.notify_all();
   const double begin = monotonic_seconds();
   const bool in_time = wait(lock, deadline, interrupt, [&] {
     if (job.failed() || !still_wanted()) return true;
-    span = arena_.try_allocate(bytes, align);
+    span = stager_.try_allocate(bytes, align);
     return span.valid();
   });
   job.stats.arena_wait_s += monotonic_seconds() - begin;
@@ -212,8 +246,9 @@ Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const
   return span;
 }
 
-void Engine::fence(const Interrupt& interrupt) {
+void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
   Lock lock(monitor_->mutex);
+  if (!stager_.idle()) stager_.refuse_capture(lock, streams);
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
   for (const auto& job : targets) {
     if (job->captured()) continue;
@@ -231,6 +266,18 @@ void Engine::fence(const Interrupt& interrupt) {
     job->stats.fence_s += monotonic_seconds() - begin;
     monitor_->changed.notify_all();
   }
+  if (!stager_.idle()) fence_devices(lock, streams, interrupt);
+}
+
+// All copies are enqueued: what computes waits for them, the host only where nobody can be told to.
+void Engine::fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt) {
+  for (const auto& flight : stager_.order_behind_copies(lock, streams)) {
+    Job& job = *flight->job;
+    const double begin = monotonic_seconds();
+    const bool in_time = wait(lock, begin + job.timeout_s, interrupt, [&] { return flight->landed; });
+    job.stats.fence_s += monotonic_seconds() - begin;
+    if (!in_time) job.fail(deadline_error(job, "the copy from a device", job.timeout_s));
+  }
 }
 
 // From the last chunk backwards, while the writers come forward: where they meet, all is captured.
@@ -238,7 +285,10 @@ void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& int
   bool in_time = wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
   for (size_t index = job.chunks.size(); in_time && index-- > job.next && !job.failed();) {
     Chunk& chunk = job.chunks[index];
-    const auto uncaptured = [&] { return chunk.state == ChunkState::kPending && chunk.lazy_bytes > 0; };
+    const auto uncaptured = [&] {
+      const bool free = chunk.state == ChunkState::kPending || (chunk.state == ChunkState::kArriving && !chunk.staging);
+      return free && chunk.lazy_bytes > 0;
+    };
     if (!uncaptured()) continue;
     Span span = allocate(lock, job, chunk.lazy_bytes, deadline, interrupt, uncaptured);
     if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
@@ -248,18 +298,19 @@ void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& int
 }
 
 void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
-  chunk.state = ChunkState::kStaging;
+  chunk.staging = true;
+  if (chunk.state == ChunkState::kPending) chunk.state = ChunkState::kStaging;
   ++job.active;
   lock.unlock();
   stage_lazy(chunk, std::move(span));
   lock.lock();
   --job.active;
+  chunk.staging = false;
   if (job.failed()) {
     chunk.state = ChunkState::kDone;
-    chunk.bounce.reset();
-    chunk.staged.reset();
+    if (chunk.flying == 0) chunk.release_memory();
   } else {
-    chunk.state = ChunkState::kPending;
+    chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
     job.stats.bytes_copied_at_fence += std::exchange(chunk.lazy_bytes, 0);
     --job.uncaptured;
     job.note_captured();
@@ -351,7 +402,9 @@ void Engine::prepare(Job& job) {
 
 void Engine::write_chunk(Job& job, size_t index) {
   Chunk& chunk = job.chunks[index];
-  if (job.verify) {
+  const bool verify = job.verify && !chunk.has_device_bytes();  // these were never seen by submit()
+  if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
+  if (verify) {
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
   } else {
     checksum_pieces(chunk, true);
@@ -367,7 +420,7 @@ void Engine::write_chunk(Job& job, size_t index) {
     std::vector<iovec> pieces = to_iovecs(chunk);
     job.file->write_at(pieces, chunk.offset);
   }
-  if (job.verify && chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
+  if (verify && chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
   }
   fault::crash_point("chunk-written");
@@ -378,8 +431,7 @@ void Engine::write_chunk(Job& job, size_t index) {
 
 void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
   chunk.state = ChunkState::kDone;
-  chunk.bounce.reset();
-  chunk.staged.reset();
+  chunk.release_memory();
   ++job.done;
   job.stats.bytes_zero_copy += zero_copy;
   if (job.failed() || chunk.lazy_bytes == 0) return;
@@ -409,12 +461,13 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   for (const Chunk& chunk : job->chunks) {
     if (chunk.written) crc = crc32_combine(crc, chunk.crc, chunk.content);
   }
+  std::vector<DeviceSide> sides;  // their events end without the lock
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed
-    chunk.bounce.reset();
-    chunk.staged.reset();
+    chunk.release_memory();
   }
+  sides.swap(job->sides);
   job->stats.direct_io = job->file->wrote_direct();
   job->file_crc = crc;
   job->phase = Phase::kFinished;
@@ -423,6 +476,7 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   job->spec.crc_fields = {};
   if (!job->failed()) job->stats.flushed_at = monotonic_seconds();
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
+  stager_.remove(job);
 }
 
 }  // namespace lazyckpt

@@ -15,11 +15,13 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <string>
 #include <thread>
 #include <vector>
 
 #include "arena.h"
 #include "job.h"
+#include "stager.h"
 
 namespace lazyckpt {
 
@@ -27,6 +29,7 @@ struct EngineOptions {
   size_t arena_bytes = size_t{1} << 30;
   size_t chunk_bytes = size_t{4} << 20;  // a power of two; made smaller where the arena holds fewer than four
   int writers = 4;
+  std::string cuda_library = {};  // the CUDA driver, looked for when a device is first used; empty: the system's
 };
 
 // Called now and then by a waiting caller, without the lock; throws to give the wait up (a signal handler raised).
@@ -47,18 +50,25 @@ class Engine {
   // Returns once everything that may change before the fence has been copied. Waits for room in the arena at most until
   // the deadline. A failure in the background is the job's; one on the caller's side is thrown, and fails the job too.
   std::shared_ptr<Job> submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
-                              const Interrupt& interrupt);
+                              const Interrupt& interrupt, const Streams& streams = {});
 
   // Returns once every job submitted so far is captured or has failed; a job that cannot be captured within the timeout
-  // that it was submitted with is failed, which makes it safe to change its tensors too.
-  void fence(const Interrupt& interrupt);
+  // that it was submitted with is failed, which makes it safe to change its tensors too. Copies from devices are only known
+  // to be enqueued then: the streams wait for them, and for those of a device that is not named, the host.
+  void fence(const Interrupt& interrupt, const Streams& streams = {});
+
+  // Prepares for saves from these devices: else the first one does it.
+  void open_devices(const std::vector<int>& devices) { stager_.open(devices); }
 
   // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice. False if a
-  // writer is still inside a system call some seconds later: then joining it may take for ever, and the caller leaks.
+  // writer is still inside a system call, or a device inside a copy, some seconds later: then joining may take for ever, and
+  // the caller leaks.
   bool close(double timeout_s, const Interrupt& interrupt);
 
   size_t in_flight() const;
   const Arena& arena() const { return arena_; }
+  bool arena_pinned() const;
+  std::string pin_failure() const;  // why it is not, if that was tried
   size_t chunk_bytes() const { return chunk_bytes_; }
 
  private:
@@ -80,7 +90,10 @@ class Engine {
   void account_written(Job& job, Chunk& chunk, uint64_t zero_copy_bytes);  // requires the lock
   void finish(const std::shared_ptr<Job>& job);
 
-  void publish_chunks(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
+  void begin_on_devices(Lock& lock, Job& job, const Streams& streams);
+  void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
+  void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);
+  void fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt);
   void capture(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void stage(Lock& lock, Job& job, Chunk& chunk, Span span);
   Span allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
@@ -92,6 +105,7 @@ class Engine {
   const size_t chunk_bytes_;
   Arena arena_;
   const std::shared_ptr<Monitor> monitor_;
+  Stager stager_;
 
   // Guarded by monitor_->mutex:
   std::deque<std::shared_ptr<Job>> jobs_;  // in flight, oldest first

@@ -1,5 +1,6 @@
 #include "job.h"
 
+#include <algorithm>
 #include <chrono>
 #include <utility>
 
@@ -54,7 +55,19 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
       chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
   stats.bytes_total = range.end - range.begin;
   for (uint64_t i = fields.begin; i < fields.end; ++i) field_records.push_back(spec.crc_fields[i].record);
-  for (const Chunk& chunk : chunks) uncaptured += chunk.lazy_bytes > 0 ? 1 : 0;
+  for (const Chunk& chunk : chunks) {
+    uncaptured += (chunk.lazy_bytes > 0 ? 1 : 0) + chunk.device_shares.size();
+    stats.bytes_from_devices += chunk.device_lazy_bytes + chunk.device_copy_bytes;
+  }
+  for (const Extent& extent : spec.extents) {
+    if (!on_device(extent.kind) || has_side(extent.device)) continue;
+    sides.emplace_back();
+    sides.back().device = extent.device;
+  }
+}
+
+bool Job::has_side(int device) const {
+  return std::any_of(sides.begin(), sides.end(), [&](const DeviceSide& side) { return side.device == device; });
 }
 
 void Job::note_captured() {
@@ -70,8 +83,7 @@ void Job::fail(const Error& first_error) {
     Chunk& chunk = chunks[i];
     if (chunk.state != ChunkState::kPending) continue;
     chunk.state = ChunkState::kDone;
-    chunk.bounce.reset();
-    chunk.staged.reset();
+    chunk.release_memory();
   }
   crcs.give_up();
   monitor->changed.notify_all();

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "chunk.h"
+#include "cuda.h"
 #include "error.h"
 #include "file.h"
 
@@ -32,6 +33,8 @@ struct JobStats {
   double captured_at = 0;   // CLOCK_MONOTONIC seconds; 0: not yet
   double flushed_at = 0;    // data durable, under the temporary name
   bool direct_io = false;
+  uint64_t bytes_from_devices = 0;
+  bool arena_pinned = false;  // device copies went to pinned memory
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
@@ -56,6 +59,15 @@ class CrcChain {
   bool given_up_ = false;
 };
 
+// What a job has to do with one device. For the stager.
+struct DeviceSide {
+  int device = kHost;
+  cuda::StreamHandle stream = nullptr;  // of the caller, at submit()
+  std::unique_ptr<cuda::Event> before;  // what that stream had been given then: it wrote the lazy bytes
+  bool ordered = false;                 // our stream waits for that
+  size_t next = 0;  // chunks [0, next) need nothing more from the device; guarded by monitor->mutex
+};
+
 enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished };
 
 struct Job {
@@ -72,6 +84,7 @@ struct Job {
   const bool verify;
   const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;
+  std::vector<DeviceSide> sides;  // one for each device with bytes in the file; ascending; emptied at the end
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
 
   // Guarded by monitor->mutex:
@@ -80,15 +93,21 @@ struct Job {
   size_t next = 0;         // chunks [0, next) have been claimed, in file order
   size_t done = 0;         // chunks on disk
   size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
-  size_t uncaptured = 0;   // chunks whose lazy bytes are still only in the tensors
+  size_t uncaptured = 0;   // chunks whose lazy host bytes are still only in the tensors, and shares of devices not enqueued
+  size_t flying = 0;       // batches of device copies that have not been seen to end
   bool submitted = false;  // submit() has published its last chunk, or given up
+  bool waited_for_room = false;  // its chunks are more than the arena holds just now
   std::optional<Error> error;  // the first one
   uint32_t file_crc = 0;
   JobStats stats;
 
   // All of these require the lock.
   bool failed() const { return error.has_value(); }
+  bool has_side(int device) const;
+  // What the fences of the caller promise: work enqueued behind them may write to device memory, although copies from it may
+  // still be going on. Only when all is released may the memory be freed.
   bool captured() const { return submitted && uncaptured == 0; }
+  bool released() const { return captured() && flying == 0; }
   bool finished() const { return phase == Phase::kFinished; }
   void note_captured();
   void fail(const Error& first_error);

@@ -17,7 +17,7 @@ constexpr uint32_t kUsualRemainder = 64;
 ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, uint32_t uniform,
                 const IoLimits& limits, bool whole) {
   if (uniform != 0) return {std::move(name), length, uniform, 0};
-  if (kind == Source::kCopy || !limits.direct()) return {std::move(name), length, kSmallAlign, 0};
+  if (kind == Source::kCopy || on_device(kind) || !limits.direct()) return {std::move(name), length, kSmallAlign, 0};
   // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
   const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
   const uint64_t address = whole ? reinterpret_cast<uintptr_t>(bytes) : kUsualRemainder;
@@ -32,14 +32,14 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   std::vector<Extent> payloads;
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
-  const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind) {
+  const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
     records.push_back(place(std::move(name), bytes, length, kind, file.uniform_alignment, limits, share.whole()));
-    payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size())});
+    payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
   };
   for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);
   for (size_t i = 0; i < file.storages.size(); ++i) {
     const StorageBytes& storage = file.storages[i];
-    add("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind);
+    add("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind, storage.device);
   }
   for (const NamedBytes& blob : file.tail) add(blob.name, blob.bytes, blob.length, blob.kind);
 
@@ -53,7 +53,7 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   spec.extents.reserve(payloads.size() + layout.parts.size());
   const auto* structure = reinterpret_cast<const std::byte*>(layout.structure.data());
   for (const StructurePart& part : layout.parts) {
-    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure});
+    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure, kHost});
   }
   for (size_t i = 0; i < payloads.size(); ++i) {
     payloads[i].offset = layout.payload_offsets[i];

@@ -24,6 +24,7 @@ struct StorageBytes {
   const std::byte* bytes = nullptr;
   uint64_t length = 0;
   Source kind = Source::kCopy;
+  int device = kHost;
 };
 
 struct TorchFile {

@@ -1,0 +1,132 @@
+// The stager: carries the bytes of devices to the arena, one thread and one stream of the lowest priority for each device.
+//
+//     submit()   caller   eager bytes: copied on the caller's own stream, which puts them before whatever follows there
+//     enqueue    lane     lazy bytes, in file order: a span (back-pressure), the copies, an event behind them
+//     land       lane     looks whether events have happened; a chunk that has all its bytes may be written
+//     fence()    caller   the streams that compute wait for the events of what is in flight; the host does not
+//
+// A lane never blocks in the driver while it can help it: it asks (cuEventQuery) rather than waits, so that a device that
+// hangs leaves threads that can be told so, and jobs that fail at their deadline. The memory of a copy in flight, on both
+// sides, stays as it is until the copy has ended: a job that fails meanwhile ends after it.
+//
+// Room: fences and eager copies take spans for late chunks while early ones have none yet. So that these never starve, room
+// for one chunk is kept back while device jobs are in flight; only the first chunk of a job that has no span may take it. Its
+// predecessors have theirs and can be written, so that the room comes back; and lanes pass by a chunk that waits for room if
+// behind it there is one that has it.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "arena.h"
+#include "cuda.h"
+#include "job.h"
+
+namespace lazyckpt {
+
+using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which the caller computes just now
+
+// A batch of copies of one chunk on one stream.
+struct Flight {
+  std::shared_ptr<Job> job;
+  size_t chunk = 0;
+  bool lazy = true;
+  cuda::StreamHandle stream = nullptr;
+  std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
+  double deadline = 0;
+  bool landed = false;  // guarded by the monitor's mutex, as all of it once the lane has it
+};
+
+class Stager {
+ public:
+  using Lock = std::unique_lock<std::mutex>;
+
+  // `library` is the CUDA driver; empty: the system's. Nothing is loaded or started before the first use of a device.
+  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, size_t chunk_bytes, std::string library);
+  ~Stager();  // after stop() and join()
+  Stager(const Stager&) = delete;
+  Stager& operator=(const Stager&) = delete;
+
+  // ---- without the lock ----
+
+  // Starts the lanes of these devices and, in the background, the pinning of the arena.
+  void open(const std::vector<int>& devices);
+  // Before the job is published: what its streams have been given so far comes before its lazy copies.
+  void begin(Job& job, const Streams& streams);
+  // Enqueues the eager copies of a chunk, whose spans are there, on the caller's streams.
+  void copy_eager(const std::shared_ptr<Job>& job, size_t chunk);
+  void join();
+
+  // ---- these require the lock ----
+
+  void add(const std::shared_ptr<Job>& job);
+  void remove(const std::shared_ptr<Job>& job);
+  bool idle() const { return jobs_.empty(); }
+  void stop() { stop_ = true; }
+
+  // False as long as there is no room to keep back for a job whose spans are aligned so.
+  bool keep_room(size_t align);
+  // As Arena::try_allocate(), but for the room that is kept back.
+  Span try_allocate(size_t bytes, size_t align);
+
+  // Whether it is known if the arena could be pinned: until then copies to it would hold up the host.
+  bool pinning_done() const { return pinning_done_; }
+  bool pinned() const { return registration_ != nullptr; }
+  const std::string& pin_failure() const { return pin_failure_; }
+
+  // Throws if one of the streams is being captured into a graph. Gives the lock up meanwhile, as does the next one.
+  void refuse_capture(Lock& lock, const Streams& streams) const;
+  // Lets the streams wait for all copies in flight on their devices. Returns what the host must wait for instead: copies on
+  // a device that is not named, or without an event.
+  std::vector<std::shared_ptr<Flight>> order_behind_copies(Lock& lock, const Streams& streams) const;
+
+ private:
+  struct Lane {
+    std::shared_ptr<const cuda::Context> context;
+    std::unique_ptr<cuda::Stream> stream;
+    std::vector<std::shared_ptr<Flight>> flights;  // guarded by the monitor's mutex
+    std::optional<Error> failure;                  // guarded by it, too: its thread has ended
+    std::thread thread;
+  };
+
+  Lane& open_lane(int device);
+  Lane* find_lane(int device) const;  // requires the lock
+  void run(Lane& lane);
+  void carry(Lane& lane);
+  void pin_arena(Lane& lane);
+  bool land(Lock& lock, Lane& lane);
+  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock
+  bool find_room(Job& job, size_t index);                               // requires the lock
+  void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
+  void copy(Lane& lane, Flight& flight);                                // without it
+  void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
+  void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
+  void account_landed(Flight& flight, const std::optional<Error>& error);                           // requires the lock
+
+  const std::shared_ptr<Monitor> monitor_;
+  Arena& arena_;
+  const size_t chunk_bytes_;
+  const std::string library_;
+
+  std::mutex open_mutex_;  // guards driver_, and one opening at a time; taken before the monitor's
+  std::shared_ptr<const cuda::Driver> driver_;
+
+  // Guarded by monitor_->mutex:
+  std::deque<std::shared_ptr<Job>> jobs_;  // with device bytes, oldest first
+  bool keeps_room_ = false;
+  size_t room_align_ = Arena::kGranule;
+  Span room_;  // what is kept back, unless it is in use
+  bool pinning_begun_ = false, pinning_done_ = false, stop_ = false;
+  std::string pin_failure_;
+  std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
+  std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
+};
+
+}  // namespace lazyckpt
