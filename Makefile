@@ -116,15 +116,20 @@ build/$(1)/%.o: %.cc Makefile
 build/$(1)/stress: $$($(1)_OBJECTS)
 	$$(CXX) -fsanitize=$(2) -pthread $$^ -ldl -o $$@
 
+build/$(1)/libfake_cuda.so: tests/fake_cuda/fake_cuda.cc tests/fake_cuda/streams.h Makefile
+	@$$(CHECK_COMPILER)
+	@mkdir -p $$(@D)
+	$$(CXX) $$(STRESS_FLAGS) -fsanitize=$(2) -fPIC -shared $$< -o $$@
+
 -include $$($(1)_OBJECTS:.o=.d)
 endef
 
 $(eval $(call SANITIZER,asan,address$(comma)undefined))
 $(eval $(call SANITIZER,tsan,thread))
 
-asan: build/asan/stress
+asan: build/asan/stress build/asan/libfake_cuda.so
 	ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 $< $(ARGS)
 
 # The thread sanitizer wants its own parts of the address space: randomisation is switched off where that is allowed.
-tsan: build/tsan/stress
+tsan: build/tsan/stress build/tsan/libfake_cuda.so
 	TSAN_OPTIONS=halt_on_error=1 $$(setarch -R true 2>/dev/null && echo setarch -R) $< $(ARGS)

@@ -1,6 +1,7 @@
 // Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
 // short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold;
-// several ranks write one file together.
+// several ranks write one file together; and bytes come from devices, which a fake driver plays (libfake_cuda.so, beside
+// the program).
 //
 //     stress [seconds] [seed] [directory]
 //
@@ -22,6 +23,7 @@
 #include <vector>
 
 #include "checks.h"
+#include "devices.h"
 #include "engine.h"
 #include "error.h"
 #include "fault.h"
@@ -288,6 +290,10 @@ void fuzz(Random& random, const std::string& directory) {
   }
 }
 
+std::string library_beside(const std::string& program) {
+  return program.substr(0, program.rfind('/') + 1) + "libfake_cuda.so";
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -308,6 +314,7 @@ int main(int argc, char** argv) {
   while (std::chrono::steady_clock::now() < end && mismatches == 0) {
     Round(random.up_to(~uint64_t{0}), directory).run();
     write_together(random, directory);
+    carry_from_devices(random, directory, library_beside(argv[0]));
     if (rounds % 3 == 0) fuzz(random, directory);
     if (rounds % 5 == 0) call_off(random, directory);
   }
