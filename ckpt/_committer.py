@@ -131,6 +131,10 @@ class Committer:
                 self._await(file, file.job.wait_captured)
                 file.try_seal()
             for file in pending._files:
+                if file.devices:
+                    self._await(file, file.job.wait_released)
+                    file.free()
+            for file in pending._files:
                 self._await(file, file.job.wait_finished)
                 file.try_seal()
         except DeadlineError as given_up:

@@ -36,6 +36,7 @@ class FileSave:
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
+        self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
         self._lock = threading.Lock()  # guards what follows
         self._sealed = False
         self._until_captured: Any = None  # keeps the tensors' memory
@@ -82,13 +83,20 @@ class FileSave:
                     "published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
                 )
                 job.fail(str(self._seal_error))
-            self._until_captured = None
+            if not self.devices or job.released:  # else copies from a device are only ordered, see free()
+                self._until_captured = None
             if self._record_tensors is None:  # else the names are needed to the end
                 self._tripwire = None
             self._sealed = True
         if self._on_sealed is not None:
             self._on_sealed(self)
         return True
+
+    def free(self) -> None:
+        """When the job is released: nothing reads the tensors' memory any more."""
+        with self._lock:
+            if self._sealed:
+                self._until_captured = None
 
     def error(self) -> BaseException | None:
         """The job's error, with the tensor's name where the core only knows a record's number."""

@@ -24,7 +24,8 @@ from torch.nn.parameter import Parameter
 from torch.serialization import location_tag, normalize_storage_type
 from torch.storage import TypedStorage, UntypedStorage
 
-from ckpt import _native
+from ckpt import _devices, _native
+from ckpt._devices import HOST
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
 COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/chunk.h: enum class Source
@@ -100,6 +101,7 @@ class SavePlan:
     sizes: list[int]  # bytes
     kinds: bytearray  # COPY, LAZY or OWNED
     lazy: list[Place]  # where the lazy ones lie
+    devices: list[int] = dataclasses.field(default_factory=list)  # on which they lie, or HOST; empty: all on the host
 
 
 class Place(NamedTuple):
@@ -362,15 +364,20 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
 
 def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
     plan = SavePlan(data, records, [], [], bytearray(len(records)), [])
+    devices = [HOST] * len(records)
     for index, record in enumerate(records):
-        nbytes, address = record.nbytes, record.storage.data_ptr()
-        if record.location != "cpu":
-            record.storage, record.low = _copy_to_host(record.storage, record.low, nbytes), 0
-            address, record.tensor = record.storage.data_ptr(), None
-            plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
-        elif nbytes > eager_bytes and is_lazy(record.storage._cdata):
+        nbytes = record.nbytes
+        if record.location != "cpu" or _devices.pretended is not None:
+            devices[index] = _devices.index_of(record.storage) if nbytes else HOST
+            if devices[index] == HOST and record.location != "cpu":
+                record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, nbytes), 0, None
+                plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
+        address = record.storage.data_ptr()
+        if plan.kinds[index] == COPY and nbytes > eager_bytes and is_lazy(record.storage._cdata):
             plan.kinds[index] = LAZY
             plan.lazy.append(Place(record.storage, address, record.low + nbytes, record.tensor))
         plan.sizes.append(nbytes)
         plan.addresses.append(address + record.low if nbytes else 0)
+    if any(device != HOST for device in devices):
+        plan.devices = devices
     return plan

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ckpt import _laziness, _native
+from ckpt import _devices, _laziness, _native
 from ckpt._committer import Committer
 from ckpt._file_save import FileSave
 from ckpt.errors import CheckpointError, ClosedError
@@ -26,8 +26,13 @@ logger = logging.getLogger("ckpt")
 class Runtime:
     def __init__(self, options: Options) -> None:
         self._engine: Any = _native.Engine(
-            arena_bytes=options.size("arena_bytes"), chunk_bytes=options.size("chunk_bytes"), writers=options.writers
+            arena_bytes=options.size("arena_bytes"),
+            chunk_bytes=options.size("chunk_bytes"),
+            writers=options.writers,
+            cuda_library=_devices.library,
         )
+        if devices := _devices.at_work():
+            self._engine.open_devices(devices)
         self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept: Committer | None = None
         self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
@@ -53,10 +58,10 @@ class Runtime:
         """The native job for a planned file; see Engine.submit in csrc/bindings.cc."""
         return self._engine.submit(**arguments)
 
-    def fence(self) -> None:
+    def fence(self, streams: dict[int, int]) -> None:
         engine = self._engine
         if engine is not None:  # else it was closed: whatever was in flight is durable or has failed
-            engine.fence()
+            engine.fence(streams)
 
     def close(self, timeout_s: float) -> None:
         """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
@@ -165,8 +170,9 @@ def fence() -> None:
         KeyboardInterrupt: Ctrl-C during the wait; the tensors must not be changed then.
     """
     watched = list(_uncaptured.values())
+    streams = _devices.streams_of({device for file, _ in watched for device in file.devices})
     for runtime in {runtime for _, runtime in watched}:
-        runtime.fence()
+        runtime.fence(streams)
     for file, _ in watched:
         file.try_seal()
 

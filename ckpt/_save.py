@@ -14,8 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _runtime, _storage
+from ckpt import _devices, _runtime, _storage
 from ckpt._committer import Committer, Publish
+from ckpt._devices import HOST
 from ckpt._file_save import FileSave
 from ckpt._laziness import lazy_storages
 from ckpt._plan import OWNED, SavePlan, make_plan, outline
@@ -166,6 +167,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         # Says that every record is aligned alike, from which a reader may compute where records lie.
         head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
     head.append(("byteorder", sys.byteorder.encode()))
+    file.devices = frozenset(plan.devices) - {HOST}
     file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
     sharing = file.sharing
     serial = serialization_id(sharing.token if sharing else secrets.token_hex())
@@ -194,6 +196,8 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             timeout_s=options.timeout_s,
             share_index=sharing.index if sharing else 0,
             share_count=sharing.count if sharing else 1,
+            devices=plan.devices,
+            streams=_devices.streams_of(file.devices),
         )
     except BaseException as error:
         _runtime.unwatch(file)

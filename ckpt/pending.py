@@ -26,6 +26,7 @@ class SaveStats:
         bytes_zero_copy: bytes written straight from tensor memory.
         bytes_copied_in_save: bytes copied to the arena inside save().
         bytes_copied_at_fence: bytes copied to the arena by a fence.
+        bytes_from_devices: bytes fetched from CUDA devices.
         direct_io: whether the file was written past the page cache; None until it is known.
         started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
             change; data was fsynced; the checkpoint was published and fsynced. None until reached.
@@ -38,6 +39,7 @@ class SaveStats:
     bytes_zero_copy: int = 0
     bytes_copied_in_save: int = 0
     bytes_copied_at_fence: int = 0
+    bytes_from_devices: int = 0
     direct_io: bool | None = None
     started_at: float | None = None
     captured_at: float | None = None
@@ -45,7 +47,15 @@ class SaveStats:
     durable_at: float | None = None
 
 
-_SUMS = ("bytes_total", "bytes_zero_copy", "bytes_copied_in_save", "bytes_copied_at_fence", "arena_wait_s", "fence_s")
+_SUMS = (
+    "bytes_total",
+    "bytes_zero_copy",
+    "bytes_copied_in_save",
+    "bytes_copied_at_fence",
+    "bytes_from_devices",
+    "arena_wait_s",
+    "fence_s",
+)
 
 
 class PendingSave:

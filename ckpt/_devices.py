@@ -1,0 +1,38 @@
+"""CUDA devices as torch has them: what lies on which, and the streams on which it computes just now."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch.storage import UntypedStorage
+
+HOST = -1
+# The driver's library; None: the system's. Tests put one of their own here,
+library: str | None = None
+# and let host memory play a device's: the device of a storage, or HOST; and the stream of a device.
+pretended: Callable[[UntypedStorage], int] | None = None
+pretended_stream: Callable[[int], int] | None = None
+
+
+def index_of(storage: UntypedStorage) -> int:
+    """The device whose bytes the engine can fetch itself; HOST for all others."""
+    if pretended is not None:
+        return pretended(storage)
+    if storage.device.type != "cuda" or torch.version.cuda is None:  # ROCm calls its devices so, too
+        return HOST
+    return int(storage.device.index or 0)
+
+
+def streams_of(devices: Iterable[int]) -> dict[int, int]:
+    """For each device the handle of the stream that is current for this thread."""
+    if pretended_stream is not None:
+        return {device: pretended_stream(device) for device in devices}
+    return {device: int(torch.cuda.current_stream(device).cuda_stream) for device in devices}
+
+
+def at_work() -> list[int]:
+    """The device that this process has begun to use, if any: the engine gets ready for it before the first save."""
+    if pretended is None and torch.version.cuda is not None and torch.cuda.is_initialized():
+        return [torch.cuda.current_device()]
+    return []

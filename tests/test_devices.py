@@ -1,0 +1,156 @@
+"""Tensors on devices, on machines that have none: host memory plays theirs, and a fake driver carries it."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fake_driver import FakeCuda, cuda, fake_library
+from states import STATES
+from support import assert_same, close_engines, options
+
+import ckpt
+from ckpt import _devices
+from ckpt.errors import DeviceError
+
+__all__ = ["cuda", "fake_library"]
+
+
+class Training:
+    """Two devices, each with the stream on which it computes."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.streams = {device: cuda.stream(device) for device in (0, 1)}
+        self.on: Callable[[Any], int] = lambda storage: 0
+
+    def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
+        """What a kernel would do, in its turn."""
+        self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)
+
+    def synchronize(self) -> None:
+        for device, stream in self.streams.items():
+            self.cuda.synchronize(device, stream)
+
+
+@pytest.fixture
+def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
+    close_engines()
+    training = Training(cuda)
+    monkeypatch.setattr(_devices, "library", cuda.path)
+    monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
+    monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
+    yield training
+    cuda.hold_copies(False)
+    training.synchronize()
+    close_engines()
+
+
+def state(value: float = 1.0, count: int = 6) -> dict[str, Any]:
+    tensors = {f"layer {number}": torch.full((50_000 + number,), value) for number in range(count)}
+    return tensors | {"small": torch.full((7,), value), "note": f"of {value}"}
+
+
+@pytest.mark.parametrize("name", STATES)
+@pytest.mark.parametrize("lazy", [True, False])
+def test_states_come_back(name: str, lazy: bool, training: Training, tmp_path: Path) -> None:
+    obj = STATES[name]()
+    try:
+        torch.save(obj, tmp_path / "stock.pt")
+    except Exception:
+        pytest.skip("torch.save refuses this state, and so do we")
+    ckpt.save(obj, tmp_path / "a.pt", lazy=lazy, options=options()).result(30)
+    assert_same(torch.load(tmp_path / "stock.pt", weights_only=False), torch.load(tmp_path / "a.pt", weights_only=False))
+    assert_same(torch.load(tmp_path / "stock.pt", weights_only=False), ckpt.load(tmp_path / "a.pt", weights_only=False))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_what_computes_after_the_fence_never_reaches_the_file(seed: int, training: Training, tmp_path: Path) -> None:
+    training.cuda.configure(seed=seed, most_delay_s=0.01)
+    devices: dict[int, int] = {}
+    training.on = lambda storage: devices.get(storage.data_ptr(), 0)
+    with ckpt.Checkpointer(tmp_path, keep=None, options=options(arena_bytes="1MiB")) as checkpointer:
+        saved = []
+        for step in range(4):
+            current = state(float(step))
+            tensors = [value for value in current.values() if isinstance(value, torch.Tensor)]
+            devices.update({tensor.data_ptr(): number % 2 for number, tensor in enumerate(tensors)})
+            pending = checkpointer.save(step, current, lazy=True)
+            ckpt.fence()
+            assert pending.captured
+            for number, tensor in enumerate(tensors):
+                training.fill(tensor, 0xEE, number % 2)
+            saved.append((pending, current))
+        for step, (pending, _) in enumerate(saved):
+            assert_same(state(float(step)), torch.load(pending.result(30) / "state.pt"))
+            assert pending.stats.bytes_from_devices > 1_000_000
+    training.synchronize()
+
+
+def test_eager_tensors_are_in_order_with_the_stream(training: Training, tmp_path: Path) -> None:
+    """They may be overwritten by whatever is launched after save() has returned, without any fence."""
+    training.cuda.configure(seed=3, most_delay_s=0.02)
+    current = state()
+    pending = ckpt.save(current, tmp_path / "a.pt", lazy=False, options=options())
+    for value in current.values():
+        if isinstance(value, torch.Tensor):
+            training.fill(value, 0xEE)
+    assert_same(state(), torch.load(pending.result(30)))
+    training.synchronize()
+
+
+def test_memory_is_held_until_copies_have_ended(training: Training, tmp_path: Path) -> None:
+    """After the fence a tensor may change, in stream order; its memory must stay."""
+    memory = np.ones(400_000, dtype=np.float32)
+    alive = weakref.ref(memory)
+    current = {"weights": torch.from_numpy(memory)}
+    training.cuda.hold_copies(True)
+    pending = ckpt.save(current, tmp_path / "a.pt", lazy=True, options=options(arena_bytes="8MiB"))
+    ckpt.fence()
+    assert pending.captured and not pending.done()
+    del memory, current
+    gc.collect()
+    assert alive() is not None
+    training.cuda.hold_copies(False)
+    assert_same({"weights": torch.ones(400_000)}, torch.load(pending.result(30)))
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        training.cuda.fail("cuMemcpyDtoHAsync", skip=2)
+        error = checkpointer.save(1, state(), lazy=True).exception(30)
+        assert isinstance(error, DeviceError) and "ILLEGAL_ADDRESS" in str(error)
+        checkpointer.save(2, state(2.0), lazy=True).result(30)
+        found = checkpointer.restore()
+        assert found is not None and found.step == 2
+        assert_same(state(2.0), found.state)
+
+
+def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(_devices, "library", str(tmp_path / "libcuda-that-is-not-there.so"))
+    with pytest.raises(DeviceError, match="libcuda-that-is-not-there"):
+        ckpt.save(state(), tmp_path / "a.pt", options=options())
+    monkeypatch.setattr(_devices, "pretended", None)
+    ckpt.save(state(), tmp_path / "a.pt", options=options()).result(30)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
+
+
+def test_a_stream_that_is_being_captured(training: Training, tmp_path: Path) -> None:
+    pending = ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options())
+    training.cuda.hold_copies(True)
+    second = ckpt.save(state(), tmp_path / "b.pt", lazy=True, options=options())
+    training.cuda.set_capturing(0, training.streams[0], True)
+    with pytest.raises(DeviceError, match=r"ckpt\.fence\(\)"):
+        ckpt.fence()
+    training.cuda.set_capturing(0, training.streams[0], False)
+    training.cuda.hold_copies(False)
+    for each in (pending, second):
+        assert_same(state(), torch.load(each.result(30)))
