@@ -167,7 +167,10 @@ int cuEventRecord(CUevent_st* event, Stream* handle) {
     std::lock_guard<std::mutex> lock(event->mutex);
     event->mark = mark;
   }
-  stream->add([mark](Stream& self) { mark->finish(std::exchange(self.error, kSuccess)); });
+  stream->add([mark, recorded_by = std::this_thread::get_id()](Stream& self) {
+    const auto failed = self.errors.extract(recorded_by);
+    mark->finish(failed.empty() ? kSuccess : failed.mapped());
+  });
   return kSuccess;
 }
 

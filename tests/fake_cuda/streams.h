@@ -131,7 +131,9 @@ struct CUstream_st {
   std::deque<std::function<void(CUstream_st&)>> work;
   bool busy = false, end = false;
   std::atomic<int> capturing{0};
-  int error = fake::kSuccess;  // of work that failed, until an event tells it; only the stream's thread touches it
+  // Of work that failed, by the thread that enqueued it, until an event recorded by the same thread tells it: the real driver
+  // tells everybody for ever, which would leave nothing to test. Only the stream's thread touches it.
+  std::map<std::thread::id, int> errors;
 
   void run() {
     std::unique_lock<std::mutex> lock(mutex);
@@ -240,11 +242,11 @@ inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes
   Stream* stream = find_stream(handle, current->device);
   if (stream == nullptr) return kInvalidHandle;
   if (stream->capturing != 0) return kCaptureUnsupported;
-  stream->add([=](Stream& self) {
+  stream->add([=, enqueued_by = std::this_thread::get_id()](Stream& self) {
     wait_while_held();
     sleep_a_little();
     if (fault.code != kSuccess) {
-      self.error = fault.code;
+      self.errors[enqueued_by] = fault.code;
     } else {
       std::memcpy(to, from, bytes);
     }

@@ -56,6 +56,19 @@ struct Save {
   std::shared_ptr<Job> job;
 };
 
+// Where a file is wrong, and with what.
+std::string difference(const std::string& found, const Sample& sample) {
+  size_t at = 0;
+  while (at < found.size() && at < sample.expected.size() && found[at] == sample.expected[at]) ++at;
+  std::string text = ": first at " + std::to_string(at);
+  if (at < found.size()) text += ", where it has " + std::to_string(static_cast<unsigned char>(found[at]));
+  for (const Extent& extent : sample.spec.extents) {
+    if (at < extent.offset || at >= extent.offset + extent.length) continue;
+    text += ", in an extent of kind " + std::to_string(static_cast<int>(extent.kind));
+  }
+  return text;
+}
+
 class Training {
  public:
   Training(Random& random, std::string directory, std::string library)
@@ -177,7 +190,7 @@ class Training {
       return expect(!exists(save.path), save.path + " failed and was left behind");
     }
     const std::string found = read_back(save.path);
-    expect(found == save.sample.expected, save.path + " does not hold what it should");
+    expect(found == save.sample.expected, save.path + " does not hold what it should" + difference(found, save.sample));
     ++durable;
     bytes_verified += found.size();
     ::unlink(save.path.c_str());
