@@ -189,7 +189,10 @@ uint32_t join_shares(const SharedFile& file) {
 
 // The file as a reader sees it.
 void check_records(const SharedFile& file, const std::string& path, const std::string& found) {
-  expect(verify_torch_file(path, 2), path + " passes unchecked");
+  // Where all records are empty, all checksums are zero, and a reader cannot know that they are meant.
+  const auto empty = [](const std::string& content) { return content.empty(); };
+  const bool nothing_to_check = std::all_of(file.contents.begin(), file.contents.end(), empty);
+  expect(verify_torch_file(path, 2) != nothing_to_check, path + " passes unchecked");
   const std::vector<ZipEntry> entries = read_zip_directory(ReadableFile(path));
   expect(entries.size() == file.contents.size(), path + " has another number of records");
   for (size_t i = 0; i < std::min(entries.size(), file.contents.size()); ++i) {
