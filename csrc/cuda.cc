@@ -83,7 +83,11 @@ Context::Context(std::shared_ptr<const Driver> driver, int device) : driver_(std
 template <typename End>
 void in_context(const Context& context, End end) {
   ContextHandle before = nullptr;
-  if (context.table().ctx_get_current(&before) != kSuccess) return end(context.table());
+  // Where it cannot be known what was current, ours stays so.
+  if (context.table().ctx_get_current(&before) != kSuccess) {
+    context.table().ctx_set_current(context.handle());
+    return end(context.table());
+  }
   if (before != context.handle()) context.table().ctx_set_current(context.handle());
   end(context.table());
   if (before != context.handle()) context.table().ctx_set_current(before);
