@@ -133,6 +133,7 @@ class Committer:
             for file in pending._files:
                 if file.devices:
                     self._await(file, file.job.wait_released)
+                    file.try_seal()
                     file.free()
             for file in pending._files:
                 self._await(file, file.job.wait_finished)

@@ -64,14 +64,20 @@ class FileSave:
         """What a writer may still be reading."""
         return self._until_captured, self._until_durable
 
-    def try_seal(self) -> bool:
-        """If the job is captured: looks once whether a tensor was changed before, and lets go of the memory."""
+    def try_seal(self, ordered: bool = False) -> bool:
+        """If the job is captured: looks once whether a tensor was changed before, and lets go of the memory.
+
+        Args:
+            ordered: the streams on which training computes wait for the copies. Else those from a device must have ended.
+        """
         job = self.job
         if job is None or not job.captured:
             return False
         with self._lock:
             if self._sealed:
                 return True
+            if self.devices and not (ordered or job.released):
+                return False
             if job.error is not None:
                 # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
                 if not job.finished:

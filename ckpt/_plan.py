@@ -317,19 +317,20 @@ def _dump_in_python(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _Storag
     return buffer.getvalue(), table
 
 
-def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
+def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int, devices: bool = False) -> SavePlan:
     """Pickles `obj` and lists its storages.
 
     Args:
         is_lazy: whether the storage with this `_cdata` changes only behind a fence.
         eager_bytes: records of at most this many bytes are copied at once all the same.
+        devices: leave records on CUDA devices where they are; else they are copied to the host here.
 
     Raises:
         RuntimeError: some memory is referenced as several dtypes in a way that no file can express.
         whatever pickling `obj` raises.
     """
     data, records = _pickle(obj)
-    return _place(data, records, is_lazy, eager_bytes)
+    return _place(data, records, is_lazy, eager_bytes, devices)
 
 
 def outline(obj: Any) -> SavePlan:
@@ -362,13 +363,15 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
     return view.cpu().untyped_storage()
 
 
-def _place(data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int) -> SavePlan:
+def _place(
+    data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int, from_devices: bool
+) -> SavePlan:
     plan = SavePlan(data, records, [], [], bytearray(len(records)), [])
     devices = [HOST] * len(records)
     for index, record in enumerate(records):
         nbytes = record.nbytes
         if record.location != "cpu" or _devices.pretended is not None:
-            devices[index] = _devices.index_of(record.storage) if nbytes else HOST
+            devices[index] = _devices.index_of(record.storage) if nbytes and from_devices else HOST
             if devices[index] == HOST and record.location != "cpu":
                 record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, nbytes), 0, None
                 plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY

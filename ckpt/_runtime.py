@@ -31,7 +31,7 @@ class Runtime:
             writers=options.writers,
             cuda_library=_devices.library,
         )
-        if devices := _devices.at_work():
+        if options.device_lazy and (devices := _devices.at_work()):
             self._engine.open_devices(devices)
         self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept: Committer | None = None
@@ -174,7 +174,7 @@ def fence() -> None:
     for runtime in {runtime for _, runtime in watched}:
         runtime.fence(streams)
     for file, _ in watched:
-        file.try_seal()
+        file.try_seal(ordered=True)
 
 
 def _before_step() -> None:

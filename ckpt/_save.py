@@ -153,7 +153,9 @@ def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool] | None, options: Opti
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return make_plan(obj, is_lazy, options.size("eager_bytes")) if is_lazy is not None else outline(obj)
+        return (
+            make_plan(obj, is_lazy, options.size("eager_bytes"), options.device_lazy) if is_lazy is not None else outline(obj)
+        )
     finally:
         if was_enabled:
             gc.enable()

@@ -52,6 +52,8 @@ class Options:
             `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
         replicated_writers: who writes what is given to `Checkpointer.save(replicated=)` in a job of several ranks: "all"
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
+        device_lazy: fetch tensors from CUDA devices in the background, by a stream of the engine's own; default False: they
+            are copied to the host inside save(). New: tested with a simulated driver only, so far.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError.
@@ -78,6 +80,7 @@ class Options:
     direct_io: bool = True
     record_alignment: int | None = None
     replicated_writers: str = "all"
+    device_lazy: bool = False
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -95,7 +98,7 @@ class Options:
         self._need_int("writers", 1, 256)
         self._need_int("max_in_flight", 1, 1024)
         self._need_int("max_failed_saves", 0, None)
-        for name in ("direct_io", "verify_capture"):
+        for name in ("direct_io", "verify_capture", "device_lazy"):
             self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)

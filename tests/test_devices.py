@@ -10,16 +10,21 @@ from typing import Any
 
 import numpy as np
 import pytest
+import support
 import torch
 from fake_driver import FakeCuda, cuda, fake_library
 from states import STATES
-from support import assert_same, close_engines, options
+from support import assert_same, close_engines, wait_until
 
 import ckpt
 from ckpt import _devices
 from ckpt.errors import DeviceError
 
 __all__ = ["cuda", "fake_library"]
+
+
+def options(**how: Any) -> ckpt.Options:
+    return support.options(device_lazy=True, **how)
 
 
 class Training:
@@ -121,6 +126,24 @@ def test_memory_is_held_until_copies_have_ended(training: Training, tmp_path: Pa
     assert_same({"weights": torch.ones(400_000)}, torch.load(pending.result(30)))
     gc.collect()
     assert alive() is None
+
+
+def test_a_save_whose_copies_are_all_on_their_way_is_fenced_too(training: Training, tmp_path: Path) -> None:
+    """It has no more to enqueue, but nothing orders the training behind its copies yet."""
+    training.cuda.hold_copies(True)
+    current = state()
+    pending = ckpt.save(current, tmp_path / "a.pt", lazy=True, options=options(arena_bytes="8MiB"))
+    job = pending._files[0].job
+    wait_until(lambda: job.captured, what="all copies to be enqueued")
+    assert not pending.captured, "before a fence they may not be changed"
+    ckpt.fence()
+    assert pending.captured
+    for value in current.values():
+        if isinstance(value, torch.Tensor):
+            training.fill(value, 0xEE)
+    training.cuda.hold_copies(False)
+    assert_same(state(), torch.load(pending.result(30)))
+    training.synchronize()
 
 
 def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
