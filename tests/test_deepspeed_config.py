@@ -31,6 +31,7 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "writers": 3,
     "eager_bytes": 2048,
     "direct_io": False,
+    "device_lazy": True,
     "record_alignment": 512,
     "replicated_writers": "rank0",
     "max_in_flight": 5,
