@@ -8,8 +8,8 @@ import torch
 from torch.storage import UntypedStorage
 
 HOST = -1
-# The driver's library; None: the system's. Tests put one of their own here,
-library: str | None = None
+# The file of the CUDA driver; None: the system's. Tests put one of their own here,
+driver: str | None = None
 # and let host memory play a device's: the device of a storage, or HOST; and the stream of a device.
 pretended: Callable[[UntypedStorage], int] | None = None
 pretended_stream: Callable[[int], int] | None = None

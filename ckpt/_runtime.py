@@ -29,7 +29,7 @@ class Runtime:
             arena_bytes=options.size("arena_bytes"),
             chunk_bytes=options.size("chunk_bytes"),
             writers=options.writers,
-            cuda_library=_devices.library,
+            cuda_library=_devices.driver,
         )
         if options.device_lazy and (devices := _devices.at_work()):
             self._engine.open_devices(devices)

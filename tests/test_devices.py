@@ -48,7 +48,7 @@ class Training:
 def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
     close_engines()
     training = Training(cuda)
-    monkeypatch.setattr(_devices, "library", cuda.path)
+    monkeypatch.setattr(_devices, "driver", cuda.path)
     monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
     monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
     yield training
@@ -158,7 +158,7 @@ def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Pa
 
 
 def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_devices, "library", str(tmp_path / "libcuda-that-is-not-there.so"))
+    monkeypatch.setattr(_devices, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
     with pytest.raises(DeviceError, match="libcuda-that-is-not-there"):
         ckpt.save(state(), tmp_path / "a.pt", options=options())
     monkeypatch.setattr(_devices, "pretended", None)
