@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fault.test_disk_full import fill, mount_ext4, mount_tmpfs
+from fault.test_disk_full import fill, small_disk
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator._base import Coordinator
 from ckpt.coordinator._file import FOLDER, RESERVE_BYTES, FileCoordinator, world_of
 from ckpt.errors import PeerError, StorageError
 
+__all__ = ["small_disk"]
+
 TIMEOUT_S = 10.0
-
-
-@pytest.fixture(params=[mount_tmpfs, mount_ext4], ids=["tmpfs", "ext4"])
-def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = request.param(tmp_path)
-    try:
-        yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=60)
 
 
 def make_ranks(place: Path, size: int = 2) -> list[Coordinator]:

@@ -23,7 +23,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from dist.deepspeed_nursery import DeepSpeedNursery
-from dist.deepspeed_runs import TIMEOUT_S, Fields, Outcomes, environment
+from dist.deepspeed_runs import Fields, Outcomes
 from nursery import Ended
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -61,21 +61,7 @@ CASES = [
 
 
 class Behaviour(Outcomes):
-    """Of deepspeed_behaviour.py."""
-
-    def _run(self, cases: list[Fields]) -> None:
-        plan = self.directory / "plan.json"
-        plan.write_text(json.dumps({"outcomes": str(self.directory), "cases": cases}))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
-        ended = subprocess.run(
-            [*torchrun, f"--nproc-per-node={self.ranks}", str(SCRIPT), str(plan)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=TIMEOUT_S,
-            env=environment(),
-        )
-        self.log += ended.stdout
+    script = SCRIPT
 
 
 @pytest.fixture(scope="module")

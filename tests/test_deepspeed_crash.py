@@ -8,7 +8,6 @@ import json
 import random
 import re
 import signal
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-from dist.deepspeed_nursery import DeepSpeedNursery
+from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
 from nursery import Child, Ended
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -82,7 +81,7 @@ class Job:
         case = common | {"name": "case", "directory": str(self._where / "saved")} | self._kind | more
         plan = {"outcomes": str(outcomes), "cases": [case]}
         port = free_port()
-        return outcomes, [nursery.start(program(plan, rank, port)) for rank, nursery in enumerate(self._nurseries)]
+        return outcomes, [nursery.start(training_program(plan, rank, 2, port)) for rank, nursery in enumerate(self._nurseries)]
 
     def live(self, first: int = 0, kill_after_s: float | None = None, **more: Any) -> Life:
         """Until the end, or until rank `first` has been killed, by itself or after so long, and the other soon after."""
@@ -111,19 +110,6 @@ class Job:
         assert len(found) == 1 and min(found) >= at_least, f"resumed from {found}, not from {at_least} or later"
         assert not list((self._where / "saved").rglob(".tmp-*"))
         return min(found)
-
-
-def program(plan: dict[str, Any], rank: int, port: int) -> str:
-    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    place = ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    run = f"from dist import deepspeed_training; deepspeed_training.main({plan!r})"
-    return f"import os; os.environ.update({place!r}); {run}; os._exit(0)"  # all is durable
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

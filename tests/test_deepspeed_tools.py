@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-from dist.deepspeed_nursery import DeepSpeedNursery
+from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
 from dist.deepspeed_runs import TIMEOUT_S, Fields, Outcomes, environment
 from support import assert_same
 
@@ -59,16 +58,11 @@ class Jobs(Outcomes):
 
     def _run(self, cases: list[Fields]) -> None:
         plan = {"outcomes": str(self.directory), "cases": cases}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        children = []
-        for rank, nursery in enumerate(self._nurseries):
-            place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self.ranks, "LOCAL_WORLD_SIZE": self.ranks}
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            variables = {name: str(value) for name, value in place.items()}
-            run = f"from dist import deepspeed_training; deepspeed_training.main({plan!r})"
-            children.append(nursery.start(f"import os; os.environ.update({variables!r}); {run}; os._exit(0)"))
+        port = free_port()
+        children = [
+            nursery.start(training_program(plan, rank, self.ranks, port))
+            for rank, nursery in enumerate(self._nurseries[: self.ranks])
+        ]
         for child in children:
             ended = child.wait()
             self.log += ended.stdout + ended.stderr

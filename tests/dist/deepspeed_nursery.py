@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from nursery import DEADLINE_S, Nursery, freeze, serve, warm_up
 
@@ -25,6 +26,20 @@ class DeepSpeedNursery(Nursery):
             )
         self._lines = self.socket.makefile("rb", buffering=0)
         self.socket.settimeout(DEADLINE_S + 30)
+
+
+def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int) -> str:
+    """What runs a plan of deepspeed_training.py as this rank, in a child of a nursery."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
+    run = f"from dist import deepspeed_training; deepspeed_training.main({plan!r})"
+    return f"import os; os.environ.update({place!r}); {run}; os._exit(0)"  # all is durable
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 if __name__ == "__main__":

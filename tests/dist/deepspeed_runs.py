@@ -18,6 +18,8 @@ Fields = dict[str, Any]
 class Outcomes:
     """Of all cases of one plan, by name: for each rank what it has found."""
 
+    script = SCRIPT
+
     def __init__(self, directory: Path, ranks: int, cases: list[Fields]) -> None:
         self.directory, self.ranks = directory, ranks
         self.log = ""
@@ -32,7 +34,7 @@ class Outcomes:
         plan.write_text(json.dumps({"outcomes": str(self.directory), "cases": cases}))
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1"]
         ended = subprocess.run(
-            [*torchrun, f"--nproc-per-node={self.ranks}", str(SCRIPT), str(plan)],
+            [*torchrun, f"--nproc-per-node={self.ranks}", str(self.script), str(plan)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
