@@ -158,13 +158,15 @@ class AtReturn:
     latest: list[str] = dataclasses.field(default_factory=list)
 
     def save(self, training: Training, recorder: Recorder, directory: Path, tag: str) -> None:
-        before = {path for path in recorder.expected if Path(path).exists()}
+        known = set(recorder.expected)  # of earlier saves: these may be put in place at any time
         begin = time.monotonic()
         training.save(str(directory), tag)
+        files = [Path(path).name for path in recorder.expected.keys() - known if Path(path).exists()]
+        latest = [tag] if read(directory / "latest") == tag else []
         if 0 < max((fault["delay_s"] for fault in training.case.faults), default=0.0) <= time.monotonic() - begin:
             return
-        self.files += [Path(path).name for path in recorder.expected.keys() - before if Path(path).exists()]
-        self.latest += [tag] if read(directory / "latest") == tag else []
+        self.files += files
+        self.latest += latest
 
 
 def read(path: Path) -> str:
