@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import functools
-import itertools
 import json
 import logging
 import os
@@ -13,14 +12,15 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _manifest, _runtime, _storage
+from ckpt import _bundle_directory, _manifest, _storage
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
 from ckpt._choice import Candidate, Chooser
 from ckpt._file_save import FileSave
 from ckpt._restore import verify_files
-from ckpt._save import add_file, log_failure
+from ckpt._save import add_file
+from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.errors import (
     CheckpointError,
@@ -28,21 +28,18 @@ from ckpt.errors import (
     CorruptError,
     DeadlineError,
     FailedSavesError,
-    ForkedError,
     NotACheckpointError,
     PeerError,
     SkippedError,
     StorageError,
 )
 from ckpt.options import Options
-from ckpt.pending import PendingSave, wait_all
+from ckpt.pending import PendingSave
 
 logger = logging.getLogger("ckpt")
 
 _UNVERIFIED = -1  # sequence of a directory that has no manifest
 _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
-# For each coordinator that several of them use: their numbers. Ranks make them in the same order.
-_streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
 
 
 class Bundle:
@@ -105,7 +102,7 @@ class Bundle:
         return self.pending
 
 
-class BundleCheckpointer:
+class BundleCheckpointer(Saver):
     """Saves and finds bundles: checkpoints with directory and file names of somebody else's choosing.
 
     In a job of several ranks each makes one, and all make the same calls in the same order. `latest` beside the bundles is
@@ -130,38 +127,17 @@ class BundleCheckpointer:
         node: str | None = None,
         leads_node: bool = False,
     ) -> None:
-        self.options = options or Options()
-        self._coordinator = make_coordinator(coordinator)
-        self._owns_coordinator = self._coordinator is not coordinator
-        number = 0 if self._owns_coordinator else next(_streams.setdefault(self._coordinator, itertools.count()))
-        stream = f"bundles-{number}"
-        self._claims = f"{stream}-claim"
-        self._committing = BundleCommitter(Agreement(self._coordinator, f"{stream}-save", self.options.commit_timeout_s))
-        self._chooser = Chooser(self._coordinator, f"{stream}-find", self.options.timeout_s)
+        made = make_coordinator(coordinator)
+        super().__init__(
+            options or Options(), made, owned=made is not coordinator, what="this BundleCheckpointer", stream="bundles"
+        )
+        self._claims = f"{self._stream}-claim"
+        self._committing = BundleCommitter(Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s))
+        self._chooser = Chooser(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
-        self._leads = self._coordinator.rank == 0 or (node is not None and leads_node)
-        self._runtime = _runtime.lease(self.options)
-        owned = self._coordinator if self._owns_coordinator else None  # interrupting it ends it for all
-        self._committer = self._runtime.committer(owned.interrupt, owned.close) if owned else self._runtime.committer()
-        weakref.finalize(self, self._committer.retire).atexit = False
-        self._owner = os.getpid()
-        self._closed = False
-        self._bundles = 0
+        self._leads = self.rank == 0 or (node is not None and leads_node)
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
         weakref.finalize(self, _release_all, self._roots).atexit = False
-        self._pending: list[PendingSave] = []
-        self._unreported: BaseException | None = None
-        self._failed_in_a_row = 0
-        self._raised_at = 0  # bundles before this one were in flight when so many failures were raised
-        self._last_failed: BaseException | None = None
-
-    @property
-    def rank(self) -> int:
-        return self._coordinator.rank
-
-    @property
-    def world_size(self) -> int:
-        return self._coordinator.world_size
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -187,8 +163,8 @@ class BundleCheckpointer:
         """
         self._check_usable()
         path = Path(os.path.abspath(os.fspath(root)))
-        number = self._bundles
-        self._bundles += 1  # whatever happens: all ranks count their calls
+        number = self._saves
+        self._saves += 1  # whatever happens: all ranks count their calls
         pending = PendingSave(path / name, step, on_done=functools.partial(self._note_done, number))
         ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
         bundle = Bundle(self, ticket, pending)
@@ -254,28 +230,17 @@ class BundleCheckpointer:
             return self._committing.commit(dataclasses.replace(ticket, files=files), error or failed)
 
         (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)
-        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
-
-    def _check_failures(self) -> None:
-        limit = self.options.max_failed_saves
-        if limit and self._failed_in_a_row >= limit:
-            cause, self._failed_in_a_row, self._raised_at = self._last_failed, 0, self._bundles
-            raise FailedSavesError(
-                f"the last {limit} saves failed, the newest with: {cause}. Training would go on without checkpoints; mend the "
-                "cause, or set Options.max_failed_saves=0 to go on regardless"
-            ) from cause
+        self._remember(pending)
 
     def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
-        if error is None:
-            self._failed_in_a_row = 0
-            self._last_failed = None
-        elif _has_vanished(pending, error):
+        if error is not None and _has_vanished(pending, error):
             self._unreported = error
             logger.warning("'%s' was removed while it was being saved", pending.path)
-        elif not isinstance(error, SkippedError):
-            self._failed_in_a_row += number >= self._raised_at
-            self._last_failed = self._unreported = error
-            log_failure(pending, error)
+        else:
+            super()._note_done(number, pending, error)
+
+    def _release(self) -> None:
+        _release_all(self._roots)
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
@@ -349,57 +314,10 @@ class BundleCheckpointer:
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until every bundle that was committed is durable.
-
-        Raises:
-            DeadlineError: not within `timeout` (seconds).
-            CheckpointError: one has failed since the last wait(); the newest such error.
-        """
-        self._check_usable()
-        self._drain(timeout)
-        error, self._unreported = self._unreported, None
-        if error is not None:
-            raise error
-
     def wait_quietly(self) -> None:
-        """The same, within `Options.drain_timeout_s`; failures stay for wait() to raise."""
+        """Like wait(), within `Options.drain_timeout_s`; but failures stay for wait() to raise."""
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
-
-    def _drain(self, timeout: float | None) -> None:
-        if not wait_all(self._pending, timeout):
-            raise DeadlineError(f"saves are still in flight after {timeout} s")
-        self._pending = []
-
-    def close(self) -> None:
-        """Waits for what is in flight, at most `Options.drain_timeout_s`, and ends. Safe to call twice.
-
-        Raises:
-            CheckpointError: the newest save did not become durable.
-        """
-        if self._closed or os.getpid() != self._owner:
-            return
-        self._closed = True
-        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
-            self._committer.retire()
-            return
-        try:
-            self._drain(self.options.drain_timeout_s)
-        finally:
-            self._committer.close(0.0)  # what has not come by now is given up
-            _runtime.give_back(self._runtime, 0.0)
-            if self._owns_coordinator:
-                self._coordinator.close()
-            _release_all(self._roots)
-        if self._last_failed is not None:
-            raise self._last_failed
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._owner:
-            raise ForkedError("this BundleCheckpointer belongs to the parent process; make one here")
-        if self._closed:
-            raise ClosedError("this BundleCheckpointer is closed")
 
 
 def _has_vanished(pending: PendingSave, error: BaseException) -> bool:

@@ -2,46 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
-import logging
 import os
 import weakref
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from ckpt import _directory, _runtime, _storage
+from ckpt import _directory, _storage
 from ckpt._agreement import Agreement
 from ckpt._choice import Chooser
 from ckpt._commit import Part, StepCommitter, Ticket
 from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
 from ckpt._restore import Loading, Restored, Restorer
-from ckpt._save import log_failure, start
+from ckpt._save import start
+from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.errors import (
     CheckpointError,
-    ClosedError,
     DeadlineError,
-    FailedSavesError,
-    ForkedError,
     PeerError,
     SkippedError,
     StorageError,
 )
 from ckpt.options import Options
-from ckpt.pending import PendingSave, wait_all
+from ckpt.pending import PendingSave
 
-logger = logging.getLogger("ckpt")
-
-# For each coordinator that several Checkpointers use: their numbers. Ranks make them in the same order.
-_streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
 _tokens = itertools.count()
 
 
-class Checkpointer:
+class Checkpointer(Saver):
     """Saves a training job's state step by step, and finds the newest good one again.
 
     In a job of several ranks each makes one, on the same directory, and all make the same calls in the same order. A step is a
@@ -75,43 +68,19 @@ class Checkpointer:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
-        self.options = options or Options()
         _storage.make_directory(self.directory, durable=True)
-        self._coordinator = make_coordinator(coordinator, directory=self.directory)
-        self._owns_coordinator = self._coordinator is not coordinator
-        self._stream = (
-            "ckpt" if self._owns_coordinator else f"ckpt-{next(_streams.setdefault(self._coordinator, itertools.count()))}"
-        )
+        made = make_coordinator(coordinator, directory=self.directory)
+        what = f"the Checkpointer of '{self.directory}'"
+        super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt")
         self._directories = _directory.StepDirectories(self.directory, keep, shared=self.world_size > 1)
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
-        agreement = Agreement(self._coordinator, f"{self._stream}-save", self.options.commit_timeout_s)
+        agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._steps = StepCommitter(self._directories, agreement)
-        chooser = Chooser(self._coordinator, f"{self._stream}-restore", self.options.timeout_s)
+        chooser = Chooser(made, f"{self._stream}-restore", self.options.timeout_s)
         self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser)
-        self._runtime = _runtime.lease(self.options)
-        owned = self._coordinator if self._owns_coordinator else None  # interrupting it ends it for all
-        self._committer = self._runtime.committer(owned.interrupt, owned.close) if owned else self._runtime.committer()
-        weakref.finalize(self, self._committer.retire).atexit = False
-        self._owner = os.getpid()
-        self._closed = False
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
-        self._saves = 0
-        self._pending: list[PendingSave] = []
-        self._unreported: BaseException | None = None  # of the newest save that failed since the last wait()
-        self._failed_in_a_row = 0
-        self._last_failed: BaseException | None = None
-
-    @property
-    def rank(self) -> int:
-        """This process's number among those that save together, from 0."""
-        return self._coordinator.rank
-
-    @property
-    def world_size(self) -> int:
-        """How many processes save together."""
-        return self._coordinator.world_size
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -139,7 +108,7 @@ class Checkpointer:
         name = _directory.step_name(step)
         ticket = Ticket(self._saves, step, self.directory / name)
         self._saves += 1  # whatever happens: all ranks count their calls
-        pending = PendingSave(ticket.directory, step, on_done=self._note_done)
+        pending = PendingSave(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
         try:
             self._claim_directory(ticket.number)
             self._check_failures()
@@ -149,7 +118,7 @@ class Checkpointer:
             if not isinstance(error, (StorageError, DeadlineError)):
                 raise
             pending._fail(error.with_traceback(None))  # whose frames would keep the state alive
-        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
+        self._remember(pending)
         return pending
 
     def _claim_directory(self, number: int) -> None:
@@ -234,24 +203,12 @@ class Checkpointer:
             self._committer.attend(attended, publish)
             self._pending.append(attended)
 
-    def _check_failures(self) -> None:
-        limit = self.options.max_failed_saves
-        if limit and self._failed_in_a_row >= limit:
-            cause, self._failed_in_a_row = self._last_failed, 0
-            raise FailedSavesError(
-                f"the last {limit} saves to '{self.directory}' failed, the newest with: {cause}. Training would go on without "
-                "checkpoints; mend the cause, or set Options.max_failed_saves=0 to go on regardless"
-            ) from cause
+    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
+        self._succeeded |= error is None
+        super()._note_done(number, pending, error)
 
-    def _note_done(self, pending: PendingSave, error: BaseException | None) -> None:
-        if error is None:
-            self._failed_in_a_row = 0
-            self._last_failed = None
-            self._succeeded = True
-        elif not isinstance(error, SkippedError):
-            self._failed_in_a_row += 1
-            self._last_failed = self._unreported = error
-            log_failure(pending, error)
+    def _release(self) -> None:
+        self._directories.release()
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -293,66 +250,3 @@ class Checkpointer:
         """
         self._check_usable()
         return self._coordinator.broadcast(f"{self._stream}-agree/{key}", value, self.options.timeout_s)
-
-    # ---- waiting ---------------------------------------------------------------------------------------------------
-
-    def wait(self, timeout: float | None = None) -> None:
-        """Waits until every save is durable.
-
-        Args:
-            timeout: seconds; None waits as long as it takes.
-
-        Raises:
-            DeadlineError: not within `timeout`.
-            CheckpointError: a save has failed since the last wait(); the newest such error.
-        """
-        self._check_usable()
-        self._drain(timeout)
-        error, self._unreported = self._unreported, None
-        if error is not None:
-            raise error
-
-    def _drain(self, timeout: float | None) -> None:
-        if not wait_all(self._pending, timeout):
-            raise DeadlineError(f"saves to '{self.directory}' are still in flight after {timeout} s")
-        self._pending = []
-
-    def close(self) -> None:
-        """Waits for what is in flight, at most `Options.drain_timeout_s`, and ends. Safe to call twice.
-
-        Raises:
-            CheckpointError: the newest save did not become durable.
-        """
-        if self._closed or os.getpid() != self._owner:
-            return
-        self._closed = True
-        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
-            self._committer.retire()
-            return
-        try:
-            self._drain(self.options.drain_timeout_s)
-        finally:
-            self._committer.close(0.0)  # what has not come by now is given up
-            _runtime.give_back(self._runtime, 0.0)
-            if self._owns_coordinator:
-                self._coordinator.close()
-            self._directories.release()
-        if self._last_failed is not None:
-            raise self._last_failed
-
-    def __enter__(self) -> Checkpointer:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
-            self.close()
-        except CheckpointError:
-            if error is None:
-                raise
-            logger.exception("closing the checkpointer of '%s' failed while another error was on its way", self.directory)
-
-    def _check_usable(self) -> None:
-        if os.getpid() != self._owner:
-            raise ForkedError(f"the Checkpointer of '{self.directory}' belongs to the parent process; make one here")
-        if self._closed:
-            raise ClosedError(f"the Checkpointer of '{self.directory}' is closed")

@@ -1,0 +1,153 @@
+"""What Checkpointer and BundleCheckpointer have in common: who saves, what is in flight, what has failed, and the end."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from types import TracebackType
+from typing import TypeVar
+
+from ckpt import _runtime
+from ckpt._save import log_failure
+from ckpt.coordinator import Coordinator
+from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
+from ckpt.options import Options
+from ckpt.pending import PendingSave, wait_all
+
+logger = logging.getLogger("ckpt")
+
+_Self = TypeVar("_Self", bound="Saver")
+# For each coordinator that several savers use: their numbers. Ranks make them in the same order.
+_streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
+
+
+class Saver:
+    """
+    Args:
+        coordinator: by what the ranks agree.
+        owned: it was made for this saver: nobody else uses it, and it ends with it.
+        what: names this in messages.
+        stream: the beginning of the keys of its conversations.
+    """
+
+    def __init__(self, options: Options, coordinator: Coordinator, *, owned: bool, what: str, stream: str) -> None:
+        self.options = options
+        self._coordinator = coordinator
+        self._owns_coordinator = owned
+        self._what = what
+        self._stream = stream if owned else f"{stream}-{next(_streams.setdefault(coordinator, itertools.count()))}"
+        self._runtime = _runtime.lease(options)
+        # One that is not our own is not interrupted: that would end it for all.
+        self._committer = self._runtime.committer(*((coordinator.interrupt, coordinator.close) if owned else ()))
+        weakref.finalize(self, self._committer.retire).atexit = False
+        self._owner = os.getpid()
+        self._closed = False
+        self._saves = 0  # that were asked for, whatever came of them: all ranks count their calls
+        self._pending: list[PendingSave] = []
+        self._unreported: BaseException | None = None  # of the newest save that failed since the last wait()
+        self._failed_in_a_row = 0
+        self._raised_at = 0  # saves before this one were in flight when so many failures were raised
+        self._last_failed: BaseException | None = None
+
+    @property
+    def rank(self) -> int:
+        """This process's number among those that save together, from 0."""
+        return self._coordinator.rank
+
+    @property
+    def world_size(self) -> int:
+        """How many processes save together."""
+        return self._coordinator.world_size
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Waits until every save is durable.
+
+        Args:
+            timeout: seconds; None waits as long as it takes.
+
+        Raises:
+            DeadlineError: not within `timeout`.
+            CheckpointError: a save has failed since the last wait(); the newest such error.
+        """
+        self._check_usable()
+        self._drain(timeout)
+        error, self._unreported = self._unreported, None
+        if error is not None:
+            raise error
+
+    def close(self) -> None:
+        """Waits for what is in flight, at most `Options.drain_timeout_s`, and ends. Safe to call twice.
+
+        Raises:
+            CheckpointError: the newest save did not become durable.
+        """
+        if self._closed or os.getpid() != self._owner:
+            return
+        self._closed = True
+        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
+            self._committer.retire()
+            return
+        try:
+            self._drain(self.options.drain_timeout_s)
+        finally:
+            self._committer.close(0.0)  # what has not come by now is given up
+            _runtime.give_back(self._runtime, 0.0)
+            if self._owns_coordinator:
+                self._coordinator.close()
+            self._release()
+        if self._last_failed is not None:
+            raise self._last_failed
+
+    def __enter__(self: _Self) -> _Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        try:
+            self.close()
+        except CheckpointError:
+            if error is None:
+                raise
+            logger.exception("closing %s failed while another error was on its way", self._what)
+
+    # ---- for those who derive from it ------------------------------------------------------------------------------
+
+    def _release(self) -> None:
+        """Gives directories back."""
+
+    def _remember(self, pending: PendingSave) -> None:
+        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
+
+    def _drain(self, timeout: float | None) -> None:
+        if not wait_all(self._pending, timeout):
+            raise DeadlineError(f"saves of {self._what} are still in flight after {timeout} s")
+        self._pending = []
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._owner:
+            raise ForkedError(f"{self._what} belongs to the parent process; make one here")
+        if self._closed:
+            raise ClosedError(f"{self._what} is closed")
+
+    def _check_failures(self) -> None:
+        """Raises FailedSavesError after too many in a row; then the count begins anew, with the next save."""
+        limit = self.options.max_failed_saves
+        if limit and self._failed_in_a_row >= limit:
+            cause, self._failed_in_a_row, self._raised_at = self._last_failed, 0, self._saves
+            raise FailedSavesError(
+                f"the last {limit} saves of {self._what} failed, the newest with: {cause}. Training would go on without "
+                "checkpoints; mend the cause, or set Options.max_failed_saves=0 to go on regardless"
+            ) from cause
+
+    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
+        """The outcome of save `number`."""
+        if error is None:
+            self._failed_in_a_row = 0
+            self._last_failed = None
+        elif not isinstance(error, SkippedError):
+            self._failed_in_a_row += number >= self._raised_at
+            self._last_failed = self._unreported = error
+            log_failure(pending, error)
