@@ -52,6 +52,7 @@ class Plan:
     Attributes:
         directory, results: where checkpoints and JSON go.
         state_bytes: what one checkpoint holds, the files of all ranks together.
+        rivals: parts of the names of those to measure; empty: all.
         rest_s: rest before each sample, seconds.
         iteration_s: forward + backward of the compute-bound setting takes at least so long.
         alone_rounds, rounds: samples of each engine: saves by themselves, blocks of iterations.
@@ -62,6 +63,7 @@ class Plan:
     directory: str
     results: str
     state_bytes: int
+    rivals: list[str]
     rest_s: float
     iteration_s: float
     alone_rounds: int
@@ -243,7 +245,7 @@ class Measurement:
 
 
 def measure(plan: Plan) -> None:
-    with jobs(plan.state_bytes, sides()) as (found, errors):
+    with jobs(plan.state_bytes, sides(plan.rivals)) as (found, errors):
         measurement = Measurement(plan, found)
         results = measurement.all()
         results |= {"errors": errors | measurement.errors, "nbytes": found[NO_SAVING].nbytes}

@@ -75,6 +75,7 @@ def run_child(settings: Settings, directory: Path) -> Results:
         "directory": str(directory),
         "results": str(out),
         "state_bytes": settings.sized(STATE_BYTES),
+        "rivals": list(settings.rivals),
         "rest_s": settings.rest_s,
         "iteration_s": settings.iteration_s or ITERATION_S,
         "alone_rounds": rounds + 1 if settings.rounds is None else rounds,

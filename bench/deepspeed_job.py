@@ -39,8 +39,11 @@ KEEP = 2
 COLLECTIVE_TIMEOUT_S = 120.0
 
 
-def sides() -> list[str]:
-    return [NO_SAVING, *SECTIONS]
+def sides(rivals: list[str]) -> list[str]:
+    """Ours, what it is measured against, and the rivals in whose names one of these is found; no names: all."""
+    always = (NO_SAVING, FLOOR, OURS)
+    asked = [name for name in SECTIONS if name in always or not rivals or any(part in name for part in rivals)]
+    return [NO_SAVING, *asked]
 
 
 class Model(nn.Module):

@@ -37,6 +37,7 @@ class Settings:
         iteration_s: forward plus backward of the training workloads, seconds; None: long enough for a flush behind it.
         rest_s: rest before each sample, seconds: deletions trim the disk behind our back.
         fio_grid: configurations of fio, `engine:depth:block`; empty: use the direct-write loop of this program instead.
+        rivals: parts of the names of those to measure beside ours; empty: all that run here.
         writers, chunk_bytes: what a sweep tries.
     """
 
@@ -46,6 +47,7 @@ class Settings:
     iteration_s: float | None = None
     rest_s: float = 0.3
     fio_grid: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
     writers: tuple[int, ...] = (1, 2, 4, 8)
     chunk_bytes: tuple[int, ...] = (1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
 

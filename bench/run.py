@@ -60,6 +60,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rest-s", type=float, default=0.3, help="rest before each sample, seconds")
     parser.add_argument("--fio", metavar="GRID", help="configurations engine:depth:block, separated by commas; 'none': no fio")
+    parser.add_argument("--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (deepspeed)")
     parser.add_argument("--out", type=Path, help="where the JSON lines go; default: standard output, before the table")
     parser.add_argument("--one-process", action="store_true", help="run all workloads in this process, not each in its own")
     return parser.parse_args(arguments)
@@ -116,7 +117,8 @@ def main(arguments: list[str]) -> int:
         print(f"others are using this machine (load {load:.2f}): expect noise", file=sys.stderr)
     if asked.one_process or len(names) == 1:
         grid = fio_grid(asked.fio)
-        settings = Settings(asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid)
+        rivals = tuple(asked.rivals.split(",")) if asked.rivals else ()
+        settings = Settings(asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid, rivals)
         failed = run_here(names, settings, report)
     else:
         failed = run_apart(names, report, without_workloads(arguments))
