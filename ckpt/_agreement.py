@@ -135,6 +135,10 @@ def good_answer(what: str, **more: Any) -> dict[str, Any]:
     return {"what": what, "failure": None, "skipped": False, **more}
 
 
+def answer_for(what: str, error: BaseException | None) -> dict[str, Any]:
+    return good_answer(what) if error is None else failed_answer(what, error)
+
+
 def _pack(said: Mapping[str, Any]) -> bytes:
     return json.dumps(said).encode()
 

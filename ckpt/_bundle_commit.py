@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import _bundle_directory, _manifest, _storage
-from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
+from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
 from ckpt._bundle_directory import BundleRoot
 from ckpt._file_save import FileSave
 from ckpt._manifest import RANK, FileEntry, Manifest
@@ -82,7 +82,7 @@ class BundleCommitter:
         self._doubt = None
         said, error = self._settle(ticket, "prepared", own, error, self._publish)
         error = self._place(ticket, entries, said)
-        own = good_answer(ticket.what) if error is None else failed_answer(ticket.what, error)
+        own = answer_for(ticket.what, error)
         self._settle(ticket, "placed", own, error, self._finish)
         if ticket.node:
             self._point_latest_on_nodes(ticket, said)
@@ -95,7 +95,7 @@ class BundleCommitter:
                 self._point_latest(ticket)
             except CheckpointError as caught:
                 error = caught.with_traceback(None)
-        own = good_answer(ticket.what) if error is None else failed_answer(ticket.what, error)
+        own = answer_for(ticket.what, error)
         self._settle(ticket, "pointed", own, error, lambda *_: (None, None, {}))
 
     def _entry(self, file: FileSave) -> FileEntry:
@@ -180,8 +180,7 @@ class BundleCommitter:
         try:
             ticket.root.publish(ticket.directory, manifest)
         except StorageError as error:
-            found = _manifest.read_if_any(ticket.directory)
-            if found is None or found.sequence != manifest.sequence:
+            if not _manifest.stands(manifest, ticket.directory):
                 raise
             self._doubt = error.with_traceback(None)  # it is decided, but may not last: the files get their names all the same
 

@@ -148,7 +148,7 @@ class StepCommitter:
             except Exception as caught:
                 error = caught.with_traceback(None)
                 failure = Failure(f"rank 0 could not publish it: {error}", (0,))
-                if manifest is not None and _is_there(manifest, ticket.directory):
+                if manifest is not None and _manifest.stands(manifest, ticket.directory):
                     failure = Failure(f"it is a checkpoint, but not all of it is certain to last: {error}", (0,), stands=True)
         _storage.crash_point("published")
         if manifest is not None and failure is None:
@@ -215,8 +215,3 @@ def _digest(part: Part) -> Digest:
 
 def _replicated_pickle(ticket: Ticket) -> bytes:
     return b"".join(without_devices(part.file.pickle) for part in ticket.parts if part.kind == REPLICATED)
-
-
-def _is_there(manifest: Manifest, directory: Path) -> bool:
-    found = _manifest.read_if_any(directory)
-    return found is not None and found.sequence == manifest.sequence

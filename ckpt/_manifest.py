@@ -95,6 +95,12 @@ def read_if_any(directory: Path) -> Manifest | None:
         return None
 
 
+def stands(manifest: Manifest, directory: Path) -> bool:
+    """Whether this very one is what the directory holds: a publication that ended in an error may have come so far."""
+    found = read_if_any(directory)
+    return found is not None and found.sequence == manifest.sequence
+
+
 def _checksum(document: dict[str, Any]) -> int:
     """CRC-32 of what the document says, however it is laid out."""
     said = {key: value for key, value in document.items() if key != "crc32"}
