@@ -6,6 +6,8 @@ Training goes on while slow storage takes the files, and changes all that a chec
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -16,12 +18,13 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-from dist.deepspeed_runs import Fields, Outcomes
+from dist.deepspeed_runs import Fields, Outcomes, environment
 
 pytestmark = pytest.mark.usefixtures("native")
 
 # Long enough that no file can be in place when save_checkpoint() returns, nor all of it written when training goes on.
 SLOW = [{"call": "fallocate", "delay_s": 0.1}, {"call": "pwritev", "delay_s": 0.003}]
+BUILD_S = 300.0  # what takes a minute
 VERY_SLOW = [{"call": "fallocate", "delay_s": 3.0}]
 
 # What DeepSpeed 0.19 refuses, so that it is not here: MoE with ZeRO 3 ("Native DeepSpeed MoE is not supported with ZeRO Stage
@@ -54,6 +57,9 @@ TREES: list[Fields] = [
     {"variant": "moe", "stage": 2, "precision": "fp32", "expert_ranks": 2},
     {"variant": "pipeline", "stage": 1, "precision": "bf16", "tied": True},
     {"stage": 2, "precision": "fp32", "offload": True, "frozen": True},
+]
+OWN_ADAM: list[Fields] = [
+    {"stage": stage, "precision": "bf16", "own_adam": True} | more for stage in (1, 2, 3) for more in ({}, {"offload": True})
 ]
 ALONE: list[Fields] = [
     *({"stage": stage, "precision": "bf16"} for stage in range(4)),
@@ -96,6 +102,20 @@ def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return Outcomes(tmp_path_factory.mktemp("one"), 1, [files("enable", case) for case in ALONE])
 
 
+@pytest.fixture(scope="module")
+def own_adam(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    """By optimizers that DeepSpeed compiles when they are first used: here, once, before two ranks want them."""
+    command = [
+        sys.executable,
+        "-c",
+        "from deepspeed.ops.op_builder import *; CPUAdamBuilder().load(); FusedAdamBuilder().load()",
+    ]
+    built = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=BUILD_S)
+    if built.returncode != 0:
+        pytest.skip(f"DeepSpeed cannot compile its optimizers here: {built.stderr.strip()[-300:]}")
+    return Outcomes(tmp_path_factory.mktemp("adam"), 2, [files("enable", case) for case in OWN_ADAM])
+
+
 def assert_files(ranks: list[Fields], case: Fields) -> None:
     last = case.get("tags", ["first", "second"])[-1]
     assert any(rank["files"] for rank in ranks)
@@ -136,6 +156,15 @@ def test_an_engine_that_is_attached_to(two_ranks: Outcomes) -> None:
     ranks = two_ranks[f"attach {name_of(KINDS[0])}"]
     assert_files(ranks, KINDS[0])
     assert_later(ranks)
+
+
+@pytest.mark.parametrize("case", OWN_ADAM, ids=name_of)
+def test_optimizers_that_deepspeed_compiles(case: Fields, own_adam: Outcomes) -> None:
+    """They write to tensors behind torch's back: no version counter tells of it."""
+    ranks = own_adam[f"enable {name_of(case)}"]
+    assert_files(ranks, case)
+    assert_later(ranks)
+    assert ranks[0]["optimizer"] == ("DeepSpeedCPUAdam" if case.get("offload") else "FusedAdam")
 
 
 @pytest.mark.parametrize("case", ALONE, ids=name_of)

@@ -33,6 +33,7 @@ class Case:
         engine: who writes: "stock"; "enable": ours, by a section of the configuration; "attach": ours, put on one engine.
         variant: "plain", "pipeline" or "moe".
         offload, frozen, tied: the optimizer's state in host memory; a layer that does not learn; one weight in two places.
+        own_adam: by DeepSpeed's compiled Adam, CPUAdam with `offload` and FusedAdam without, not by torch's.
         restless: some parameters are changed by forward.
         expert_ranks: over how many ranks the experts of a "moe" are spread.
         same_buffers: all ranks have the same values in their buffers, as resuming with ZeRO 0 to 2 needs: rank 0's are saved.
@@ -59,6 +60,7 @@ class Case:
     stage: int = 0
     precision: str = "fp32"
     offload: bool = False
+    own_adam: bool = False
     frozen: bool = False
     exclude_frozen: bool = False
     tied: bool = False
@@ -197,7 +199,7 @@ def configuration(case: Case) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": ACCUMULATE,
         "steps_per_print": 1 << 30,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": True}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": not case.own_adam}},
         "scheduler": {"type": "WarmupLR", "params": rates},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,

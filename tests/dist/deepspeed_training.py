@@ -198,6 +198,7 @@ def check_files(case: Case, directory: Path) -> dict[str, Any]:
         "files": sorted(str(Path(path).relative_to(directory)) for path in recorder.expected),
         "at_return": dataclasses.asdict(at_return),
         "latest": read(directory / "latest"),
+        "optimizer": type(getattr(training.engine.optimizer, "optimizer", None)).__name__,
         "leftovers": sorted(str(path.relative_to(directory)) for path in directory.rglob(".tmp-*")),
         "lost": [tag for tag in states if case.reload and not comes_back(training, directory, tag, states[tag])],
     }
