@@ -7,9 +7,9 @@
 
 #include <atomic>
 #include <chrono>
+#include <condition_variable>
 #include <memory>
 #include <mutex>
-#include <thread>
 #include <vector>
 
 namespace lazyckpt::fault {
@@ -18,6 +18,8 @@ namespace {
 struct State {
   std::mutex mutex;  // guards what follows
   std::vector<Fault> faults;
+  uint64_t cleared = 0;  // how often
+  std::condition_variable clearing;
   std::string crash_name;
   int64_t crash_skip = 0;
 };
@@ -49,6 +51,8 @@ void clear() {
   all.faults.clear();
   all.crash_name.clear();
   armed = false;
+  ++all.cleared;
+  all.clearing.notify_all();
 }
 
 void set_crash_point(const std::string& name, int64_t skip) {
@@ -63,23 +67,24 @@ Verdict consult(const char* call, const std::string& path) {
   if (!armed) return {};
   Verdict verdict;
   double delay_s = 0;
-  {
-    State& all = state();
-    std::lock_guard<std::mutex> lock(all.mutex);
-    for (Fault& fault : all.faults) {
-      if (!matches(fault, call, path)) continue;
-      if (fault.skip > 0) {
-        --fault.skip;
-        continue;
-      }
-      if (fault.count == 0) continue;
-      if (fault.count > 0) --fault.count;
-      if (fault.error != 0) verdict.error = fault.error;
-      if (fault.short_bytes >= 0) verdict.short_bytes = fault.short_bytes;
-      delay_s += fault.delay_s;
+  State& all = state();
+  std::unique_lock<std::mutex> lock(all.mutex);
+  for (Fault& fault : all.faults) {
+    if (!matches(fault, call, path)) continue;
+    if (fault.skip > 0) {
+      --fault.skip;
+      continue;
     }
+    if (fault.count == 0) continue;
+    if (fault.count > 0) --fault.count;
+    if (fault.error != 0) verdict.error = fault.error;
+    if (fault.short_bytes >= 0) verdict.short_bytes = fault.short_bytes;
+    delay_s += fault.delay_s;
   }
-  if (delay_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(delay_s));
+  if (delay_s > 0) {
+    const uint64_t before = all.cleared;
+    all.clearing.wait_for(lock, std::chrono::duration<double>(delay_s), [&] { return all.cleared != before; });
+  }
   return verdict;
 }
 

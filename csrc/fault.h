@@ -26,7 +26,7 @@ struct Fault {
   int64_t count = -1;     // then strike this many of them; -1: all
   int error = 0;
   int64_t short_bytes = -1;
-  double delay_s = 0;  // sleep this long before the call
+  double delay_s = 0;  // sleep this long before the call, or until all faults are cleared
 };
 
 void add(const Fault& fault);

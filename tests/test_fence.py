@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from support import DEADLINE_S, as_bytes, assert_same, clear_faults, close_engines, options, wait_until
 
 import ckpt
-from ckpt import _native
+from ckpt import _native, _runtime
 from ckpt.errors import DeadlineError
 
 MIB = 1 << 20
@@ -313,20 +313,21 @@ def test_batch_norm_statistics_may_change_in_forward(native: Any, tmp_path: Path
 # ---- a fence in trouble ----------------------------------------------------------------------------------------------
 
 
-def test_a_fence_with_nothing_in_flight_is_free() -> None:
-    begin = time.perf_counter()
-    for _ in range(10_000):
-        ckpt.fence()
-    assert time.perf_counter() - begin < 0.1
+def test_a_fence_with_nothing_in_flight_starts_nothing() -> None:
+    close_engines()
+    threads = threading.active_count()
+    ckpt.fence()
+    assert not _runtime._runtimes and threading.active_count() == threads
 
 
 def test_a_fence_that_cannot_be_met_gives_the_save_up_not_the_training(native: Any, tmp_path: Path) -> None:
-    native.set_fault("pwritev", delay_s=1.5)
+    native.set_fault("pwritev", delay_s=DEADLINE_S)
     tensor = torch.zeros(8 * MIB, dtype=torch.uint8)
     pending = ckpt.save([tensor], tmp_path / "x.pt", lazy=True, options=options(arena_bytes="1MiB", timeout_s=0.3))
     begin = time.monotonic()
     ckpt.fence()
-    assert 0.2 < time.monotonic() - begin < 1.2
+    assert 0.2 < time.monotonic() - begin < DEADLINE_S / 2
+    native.clear_faults()
     with pytest.raises(DeadlineError, match="did not happen within"):
         pending.result(DEADLINE_S)
     assert list(tmp_path.iterdir()) == []
@@ -335,12 +336,13 @@ def test_a_fence_that_cannot_be_met_gives_the_save_up_not_the_training(native: A
 def test_the_timeout_is_that_of_the_save(native: Any, tmp_path: Path) -> None:
     """Also where an engine of the same size has served saves with a longer one."""
     ckpt.save([1], tmp_path / "first.pt", options=options(arena_bytes="1MiB")).result(DEADLINE_S)
-    native.set_fault("pwritev", path_part="second", count=2, delay_s=1.5)
+    native.set_fault("pwritev", path_part="second", count=2, delay_s=DEADLINE_S)
     tensor = torch.zeros(8 * MIB, dtype=torch.uint8)
     pending = ckpt.save([tensor], tmp_path / "second.pt", lazy=True, options=options(arena_bytes="1MiB", timeout_s=0.3))
     begin = time.monotonic()
     ckpt.fence()
-    assert time.monotonic() - begin < 1.2
+    assert time.monotonic() - begin < DEADLINE_S / 2
+    native.clear_faults()
     with pytest.raises(DeadlineError):
         pending.result(DEADLINE_S)
 
