@@ -3,37 +3,11 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
-#include <map>
-#include <mutex>
+#include <optional>
+
+#include "ranges.h"
 
 namespace lazyckpt {
-
-class Arena;
-
-// A piece of the arena, given back by its destructor.
-class Span {
- public:
-  Span() = default;
-  Span(Span&& other) noexcept;
-  Span& operator=(Span&& other) noexcept;
-  Span(const Span&) = delete;
-  Span& operator=(const Span&) = delete;
-  ~Span() { reset(); }
-
-  std::byte* begin() const { return begin_; }
-  size_t size() const { return size_; }
-  bool valid() const { return begin_ != nullptr; }
-  void reset();
-
- private:
-  friend class Arena;
-  Span(Arena* arena, std::byte* begin, size_t size) : arena_(arena), begin_(begin), size_(size) {}
-
-  Arena* arena_ = nullptr;
-  std::byte* begin_ = nullptr;
-  size_t size_ = 0;
-};
 
 class Arena {
  public:
@@ -54,24 +28,16 @@ class Arena {
   // Makes [from, from + bytes) resident, so that no save pays for the first touch. Safe beside any other use.
   void touch(size_t from, size_t bytes);
 
-  // A span of at least `bytes` whose start is a multiple of `align`; an invalid one if there is no room just now.
-  // First fit by address, so that a light load keeps using the same, cache-warm pages.
-  Span try_allocate(size_t bytes, size_t align = kGranule);
+  // See Ranges.
+  Span try_allocate(size_t bytes, size_t align = kGranule) { return ranges_->try_allocate(bytes, align); }
 
-  size_t used() const;
-  size_t peak() const;
+  size_t used() const { return ranges_->used(); }
+  size_t peak() const { return ranges_->peak(); }
 
  private:
-  friend class Span;
-  void release(std::byte* begin, size_t size);
-
   std::byte* base_ = nullptr;
   size_t size_ = 0;
-
-  mutable std::mutex mutex_;  // guards what follows
-  std::map<size_t, size_t> free_;  // offset -> length; neighbours are merged
-  size_t used_ = 0;
-  size_t peak_ = 0;
+  std::optional<Ranges> ranges_;  // set by the constructor
 };
 
 }  // namespace lazyckpt

@@ -21,7 +21,7 @@ MAX_FUNCTION_LINES = 70
 # Headers of the core from the bottom up: a file may include only headers of lower layers, and its own.
 CORE_LAYERS = (
     {"error", "opcodes"},
-    {"crc32", "cuda", "fault", "pickling", "signals"},
+    {"crc32", "cuda", "fault", "pickling", "ranges", "signals"},
     {"arena", "file", "zip_layout"},
     {"chunk", "verify", "zip_directory"},
     {"job", "torch_file"},
