@@ -15,7 +15,7 @@ SOURCES = Path(__file__).resolve().parent / "fake_cuda"
 DEFAULT_STREAM = 0
 ILLEGAL_ADDRESS = 700
 NOT_READY = 600
-ALIVE = ("contexts", "streams", "events", "registrations", "allocations")
+ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees of memory in use")
 
 
 def build(directory: Path) -> Path:
@@ -79,8 +79,13 @@ class FakeCuda:
     def fail(self, call: str, *, skip: int = 0, code: int = ILLEGAL_ADDRESS, late: bool = False) -> None:
         self.cu.fake_fail(call.encode(), ctypes.c_int64(skip), code, int(late))
 
-    def hold_copies(self, hold: bool) -> None:
-        self.cu.fake_hold_copies(int(hold))
+    def hold_copies(self, hold: bool, *, only_from_allocated: bool = False) -> None:
+        """All that have not begun, or only those out of memory that cuMemAlloc has given out."""
+        self.cu.fake_hold_copies(2 if hold and only_from_allocated else int(hold))
+
+    def set_memory(self, *, total: int, others: int = 0) -> None:
+        """Of each device, bytes; `others` have taken that much."""
+        self.cu.fake_set_memory(ctypes.c_uint64(total), ctypes.c_uint64(others))
 
     def set_capturing(self, device: int, stream: int, capturing: bool) -> None:
         self.cu.fake_set_capturing(device, ctypes.c_void_p(stream), int(capturing))

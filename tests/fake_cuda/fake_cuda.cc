@@ -205,26 +205,43 @@ int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, 
 
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, Stream* handle) {
   FAKE_CALL("cuMemcpyDtoDAsync");
+  std::memset(reinterpret_cast<void*>(to), kPoison, bytes);
   return enqueue_copy(handle, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, fault);
 }
 
 int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
   FAKE_CALL("cuMemAlloc");
-  *address = reinterpret_cast<uintptr_t>(::operator new(bytes));
-  count_live("allocations", 1);
+  if (current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  if (bytes > free_bytes(current->device)) return kOutOfMemory;
+  *address = reinterpret_cast<uintptr_t>(::operator new(bytes, kMemoryAlign));
+  controls().allocated[*address] = {current->device, bytes};
+  controls().live["allocations"] += 1;
   return kSuccess;
 }
 
+// The real one would wait for the copies; whoever frees under them has lost track of them all the same.
 int cuMemFree_v2(unsigned long long address) {
   FAKE_CALL("cuMemFree");
-  ::operator delete(reinterpret_cast<void*>(address));
-  count_live("allocations", -1);
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  const auto it = controls().allocated.find(address);
+  if (current == nullptr || it == controls().allocated.end()) return kInvalidValue;
+  if (is_being_copied(address, it->second.second)) {
+    controls().live["frees of memory in use"] += 1;
+    return kInvalidValue;
+  }
+  controls().allocated.erase(it);
+  ::operator delete(reinterpret_cast<void*>(address), kMemoryAlign);
+  controls().live["allocations"] -= 1;
   return kSuccess;
 }
 
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
   FAKE_CALL("cuMemGetInfo");
-  *free = *total = size_t{1} << 30;
+  if (current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  *total = controls().total_bytes;
+  *free = free_bytes(current->device);
   return kSuccess;
 }
 
@@ -270,7 +287,9 @@ void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   all.devices = std::min(devices, kMostDevices);
   all.random.seed(seed);
   all.most_delay_s = most_delay_s;
-  all.hold = false;
+  all.hold = Hold::kNone;
+  all.total_bytes = size_t{4} << 30;
+  all.others_bytes = 0;
   all.faults.clear();
   all.counts.clear();
   all.changed.notify_all();
@@ -282,10 +301,18 @@ void fake_fail(const char* call, int64_t skip, int code, int late) {
   controls().faults[call].push_back({skip, code, late != 0});
 }
 
+// 0: none, 1: all, 2: those out of memory of cuMemAlloc.
 void fake_hold_copies(int hold) {
   std::lock_guard<std::mutex> lock(controls().mutex);
-  controls().hold = hold != 0;
+  controls().hold = static_cast<Hold>(hold);
   controls().changed.notify_all();
+}
+
+// What cuMemGetInfo says, and cuMemAlloc keeps to: the size of each device, and what others have taken of it.
+void fake_set_memory(uint64_t total_bytes, uint64_t others_bytes) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().total_bytes = total_bytes;
+  controls().others_bytes = others_bytes;
 }
 
 int64_t fake_count(const char* what) {

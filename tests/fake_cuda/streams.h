@@ -10,9 +10,11 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <random>
 #include <string>
 #include <thread>
@@ -23,11 +25,13 @@ namespace fake {
 
 constexpr int kMostDevices = 8;
 constexpr unsigned char kPoison = 0xA5;
+constexpr std::align_val_t kMemoryAlign{512};
 constexpr int kLeastPriority = 0, kGreatestPriority = -5;
 
 enum Code : int {
   kSuccess = 0,
   kInvalidValue = 1,
+  kOutOfMemory = 2,
   kNoDevice = 100,
   kInvalidDevice = 101,
   kInvalidContext = 201,
@@ -66,22 +70,34 @@ struct Fault {
   bool late;  // the call succeeds, the work fails
 };
 
+// Copies that do not begin.
+enum class Hold : int { kNone, kAll, kFromAllocated };  // the last: out of memory of cuMemAlloc
+
 // Whatever the tests set and count.
 struct Controls {
   std::mutex mutex;
   std::condition_variable changed;
   int devices = 2;
   double most_delay_s = 0;
-  bool hold = false;  // copies do not begin
+  Hold hold = Hold::kNone;
   std::mt19937_64 random{0};
   std::map<std::string, std::vector<Fault>> faults;
   std::map<std::string, int64_t> counts, live;
   std::map<uintptr_t, size_t> registered;
+  size_t total_bytes = size_t{4} << 30, others_bytes = 0;  // of each device, and what others have taken of it
+  std::map<uintptr_t, std::pair<int, size_t>> allocated;   // address -> device, bytes
+  std::multimap<uintptr_t, size_t> copying;  // what copies that have not ended read and write
 };
 
 inline Controls& controls() {
   static auto* made = new Controls;  // streams may outlive the statics
   return *made;
+}
+
+inline size_t free_bytes(int device) {  // requires the lock of controls()
+  size_t used = controls().others_bytes;
+  for (const auto& [address, block] : controls().allocated) used += block.first == device ? block.second : 0;
+  return controls().total_bytes > used ? controls().total_bytes - used : 0;
 }
 
 inline double random_delay() {
@@ -226,10 +242,13 @@ inline bool is_registered(const void* begin, size_t bytes) {
   return at >= it->first && at + bytes <= it->first + it->second;
 }
 
-inline void wait_while_held() {
+inline void wait_while_held(const void* from) {
   Controls& all = controls();
   std::unique_lock<std::mutex> lock(all.mutex);
-  all.changed.wait(lock, [&] { return !all.hold; });
+  const auto at = reinterpret_cast<uintptr_t>(from);
+  const auto block = all.allocated.upper_bound(at);
+  const bool allocated = block != all.allocated.begin() && at < std::prev(block)->first + std::prev(block)->second.second;
+  all.changed.wait(lock, [&] { return all.hold == Hold::kNone || (all.hold == Hold::kFromAllocated && !allocated); });
 }
 
 inline void sleep_a_little() {
@@ -237,19 +256,42 @@ inline void sleep_a_little() {
   if (delay_s > 0) std::this_thread::sleep_for(std::chrono::duration<double>(delay_s));
 }
 
+// What a copy reads and writes, from the moment it is enqueued.
+inline void begin_copying(const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().copying.emplace(reinterpret_cast<uintptr_t>(begin), bytes);
+}
+
+inline void end_copying(const void* begin, size_t bytes) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  auto& copying = controls().copying;
+  const auto [first, last] = copying.equal_range(reinterpret_cast<uintptr_t>(begin));
+  copying.erase(std::find_if(first, last, [&](const auto& each) { return each.second == bytes; }));
+}
+
+inline bool is_being_copied(uintptr_t begin, size_t bytes) {  // requires the lock of controls()
+  const auto overlaps = [&](const auto& each) { return each.first < begin + bytes && begin < each.first + each.second; };
+  return std::any_of(controls().copying.begin(), controls().copying.end(), overlaps);
+}
+
 inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes, const Fault& fault) {
   if (current == nullptr) return kInvalidContext;
   Stream* stream = find_stream(handle, current->device);
   if (stream == nullptr) return kInvalidHandle;
   if (stream->capturing != 0) return kCaptureUnsupported;
+  begin_copying(to, bytes);
+  begin_copying(from, bytes);
   stream->add([=, enqueued_by = std::this_thread::get_id()](Stream& self) {
-    wait_while_held();
+    wait_while_held(from);
     sleep_a_little();
     if (fault.code != kSuccess) {
       self.errors[enqueued_by] = fault.code;
     } else {
       std::memcpy(to, from, bytes);
     }
+    end_copying(to, bytes);
+    end_copying(from, bytes);
+    count("copies that ended");
   });
   return kSuccess;
 }
