@@ -20,7 +20,15 @@ class Job:
     def fail(self, why: str) -> None: ...
 
 class Engine:
-    def __init__(self, arena_bytes: int, chunk_bytes: int, writers: int, cuda_library: str | None = None) -> None: ...
+    def __init__(
+        self,
+        arena_bytes: int,
+        chunk_bytes: int,
+        writers: int,
+        cuda_library: str | None = None,
+        device_cache_bytes: int = 0,
+        device_window_bytes: int = ...,
+    ) -> None: ...
     def submit(
         self,
         *,
@@ -51,6 +59,7 @@ class Engine:
     arena_peak: int
     arena_pinned: bool
     pin_failure: str
+    device_caches: dict[int, tuple[int, int, str]]  # device -> bytes of the block, of them in use, why there is none
 
 def write_small_file(path: bytes, bytes: bytes) -> None: ...
 def write_end(path: bytes, offset: int, bytes: bytes) -> None: ...

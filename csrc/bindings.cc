@@ -157,6 +157,15 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
   return job;
 }
 
+// {device: (bytes of the block, bytes of it in use, why there is none)}
+py::dict device_caches_of(Engine& engine) {
+  py::dict dict;
+  for (const Stager::CacheState& cache : usable(engine).device_caches()) {
+    dict[py::int_(cache.device)] = py::make_tuple(cache.bytes, cache.used, to_text(cache.failure));
+  }
+  return dict;
+}
+
 // ---- Job ---------------------------------------------------------------------------------------------------------
 
 template <typename Read>
@@ -191,6 +200,7 @@ py::dict stats_of(const Job& job) {
   dict["flushed_at"] = stats.flushed_at;
   dict["direct_io"] = stats.direct_io;
   dict["bytes_from_devices"] = stats.bytes_from_devices;
+  dict["device_cached_bytes"] = stats.device_cached_bytes;
   dict["arena_pinned"] = stats.arena_pinned;
   return dict;
 }
@@ -247,11 +257,14 @@ void bind_engine(py::module_& module) {
       });
 
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
-      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library) {
-             const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or("")};
+      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library,
+                       size_t device_cache_bytes, size_t device_window_bytes) {
+             const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or(""), device_cache_bytes,
+                                         device_window_bytes};
              return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
            }),
-           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none())
+           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none(),
+           py::arg("device_cache_bytes") = 0, py::arg("device_window_bytes") = EngineOptions().device_window_bytes)
       .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
@@ -269,6 +282,7 @@ void bind_engine(py::module_& module) {
       }, py::arg("devices"))
       .def_property_readonly("arena_pinned", [](Engine& engine) { return usable(engine).arena_pinned(); })
       .def_property_readonly("pin_failure", [](Engine& engine) { return usable(engine).pin_failure(); })
+      .def_property_readonly("device_caches", device_caches_of)
       .def("close", [](Engine& engine, double timeout_s) {
         usable(engine);
         py::gil_scoped_release release;

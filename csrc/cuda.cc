@@ -103,6 +103,12 @@ bool Context::is_capturing(StreamHandle stream) const {
   return status != 0;
 }
 
+MemoryLevel Context::memory_level() const {
+  MemoryLevel level;
+  check(table().mem_get_info(&level.free, &level.total), "cuMemGetInfo");
+  return level;
+}
+
 Current::Current(const Context& context) : context_(context) {
   context.check(context.table().ctx_get_current(&before_), "cuCtxGetCurrent");
   if (before_ != context.handle()) context.check(context.table().ctx_set_current(context.handle()), "cuCtxSetCurrent");
@@ -117,7 +123,7 @@ void relax_capture_mode(const Driver& driver) {
   driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
 }
 
-// ---- Stream, Event, HostRegistration -----------------------------------------------------------------------------
+// ---- Stream, Event, HostRegistration, Memory ---------------------------------------------------------------------
 
 Stream::Stream(std::shared_ptr<const Context> context) : context_(std::move(context)) {
   int least = 0, greatest = 0;
@@ -159,6 +165,14 @@ HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void*
 
 HostRegistration::~HostRegistration() {
   in_context(*context_, [&](const Table& table) { table.mem_host_unregister(begin_); });
+}
+
+Memory::Memory(std::shared_ptr<const Context> context, size_t bytes) : context_(std::move(context)), bytes_(bytes) {
+  context_->check(context_->table().mem_alloc(&address_, bytes), "cuMemAlloc");
+}
+
+Memory::~Memory() {
+  in_context(*context_, [&](const Table& table) { table.mem_free(address_); });
 }
 
 }  // namespace lazyckpt::cuda

@@ -98,6 +98,10 @@ class Driver {
   int device_count_ = 0;
 };
 
+struct MemoryLevel {
+  size_t free = 0, total = 0;
+};
+
 // The primary context of a device, the one that torch uses.
 class Context {
  public:
@@ -114,6 +118,7 @@ class Context {
 
   // True if work put on the stream now would become part of a graph instead of being done. Requires Current.
   bool is_capturing(StreamHandle stream) const;
+  MemoryLevel memory_level() const;  // requires Current
 
  private:
   const std::shared_ptr<const Driver> driver_;
@@ -181,6 +186,22 @@ class HostRegistration {
  private:
   const std::shared_ptr<const Context> context_;
   void* const begin_;
+};
+
+// Memory of a device. Making it requires Current; ending it does not, but waits for what the device is doing.
+class Memory {
+ public:
+  Memory(std::shared_ptr<const Context> context, size_t bytes);
+  ~Memory();
+  Memory(const Memory&) = delete;
+  Memory& operator=(const Memory&) = delete;
+  Address address() const { return address_; }
+  size_t size() const { return bytes_; }
+
+ private:
+  const std::shared_ptr<const Context> context_;
+  const size_t bytes_;
+  Address address_ = 0;
 };
 
 }  // namespace lazyckpt::cuda

@@ -64,7 +64,8 @@ Error changed_error(const Job& job, uint32_t record) {
 Engine::Engine(const EngineOptions& options)
     : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
       monitor_(std::make_shared<Monitor>()),
-      stager_(monitor_, arena_, chunk_bytes_, options.cuda_library) {
+      stager_(monitor_, arena_,
+              {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes}) {
   try {
     start_threads(std::max(options.writers, 1));
   } catch (const std::system_error& error) {
@@ -116,6 +117,11 @@ bool Engine::arena_pinned() const {
 std::string Engine::pin_failure() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
   return stager_.pin_failure();
+}
+
+std::vector<Stager::CacheState> Engine::device_caches() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.caches();
 }
 
 // Waits until done() or the deadline; true if done. Gives the caller's interrupt a chance a few times a second.
@@ -250,21 +256,15 @@ void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
   Lock lock(monitor_->mutex);
   if (!stager_.idle()) stager_.refuse_capture(lock, streams);
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
+  for (auto job = targets.rbegin(); job != targets.rend(); ++job) {  // lanes come to the newest last
+    if ((*job)->sides.empty() || (*job)->captured()) continue;
+    const Visit visit(lock, **job);
+    stager_.cache_rest(lock, *job, streams);
+  }
   for (const auto& job : targets) {
     if (job->captured()) continue;
-    const double begin = monotonic_seconds();
-    ++job->active;  // so that it cannot finish, and its chunks stay, while we look at them
-    try {
-      capture(lock, *job, begin + job->timeout_s, interrupt);
-    } catch (...) {
-      if (!lock.owns_lock()) lock.lock();
-      --job->active;
-      monitor_->changed.notify_all();
-      throw;
-    }
-    --job->active;
-    job->stats.fence_s += monotonic_seconds() - begin;
-    monitor_->changed.notify_all();
+    const Visit visit(lock, *job, 1);
+    capture(lock, job, monotonic_seconds() + job->timeout_s, interrupt, streams);
   }
   if (!stager_.idle()) fence_devices(lock, streams, interrupt);
 }
@@ -281,8 +281,14 @@ void Engine::fence_devices(Lock& lock, const Streams& streams, const Interrupt& 
 }
 
 // From the last chunk backwards, while the writers come forward: where they meet, all is captured.
-void Engine::capture(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
-  bool in_time = wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
+void Engine::capture(Lock& lock, const std::shared_ptr<Job>& shared, double deadline, const Interrupt& interrupt,
+                     const Streams& streams) {
+  Job& job = *shared;
+  if (!job.submitted) {
+    wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
+    stager_.cache_rest(lock, shared, streams);
+  }
+  bool in_time = job.submitted || job.failed();
   for (size_t index = job.chunks.size(); in_time && index-- > job.next && !job.failed();) {
     Chunk& chunk = job.chunks[index];
     const auto uncaptured = [&] {
@@ -443,10 +449,13 @@ void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
 // Every path to here has active == 1: nobody else touches the file any more.
 void Engine::finish(const std::shared_ptr<Job>& job) {
   bool failed = false;
+  std::vector<DeviceSide> sides;  // their events end without the lock
   {
     Lock lock(monitor_->mutex);
     failed = job->failed();
+    sides.swap(job->sides);
   }
+  sides.clear();
   if (!failed) {
     try {
       fault::crash_point("chunks-written");
@@ -461,13 +470,11 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   for (const Chunk& chunk : job->chunks) {
     if (chunk.written) crc = crc32_combine(crc, chunk.crc, chunk.content);
   }
-  std::vector<DeviceSide> sides;  // their events end without the lock
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed
     chunk.release_memory();
   }
-  sides.swap(job->sides);
   job->stats.direct_io = job->file->wrote_direct();
   job->file_crc = crc;
   job->phase = Phase::kFinished;

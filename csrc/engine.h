@@ -30,6 +30,8 @@ struct EngineOptions {
   size_t chunk_bytes = size_t{4} << 20;  // a power of two; made smaller where the arena holds fewer than four
   int writers = 4;
   std::string cuda_library = {};  // the CUDA driver, looked for when a device is first used; empty: the system's
+  size_t device_cache_bytes = 0;  // spare memory that a fence may use on each device; see DeviceCache
+  size_t device_window_bytes = size_t{32} << 20;  // with it, the copies that one device has to do before those of a fence
 };
 
 // Called now and then by a waiting caller, without the lock; throws to give the wait up (a signal handler raised).
@@ -69,6 +71,7 @@ class Engine {
   const Arena& arena() const { return arena_; }
   bool arena_pinned() const;
   std::string pin_failure() const;  // why it is not, if that was tried
+  std::vector<Stager::CacheState> device_caches() const;
   size_t chunk_bytes() const { return chunk_bytes_; }
 
  private:
@@ -94,7 +97,8 @@ class Engine {
   void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);
   void fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt);
-  void capture(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
+  void capture(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt,
+               const Streams& streams);
   void stage(Lock& lock, Job& job, Chunk& chunk, Span span);
   Span allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
                 const std::function<bool()>& still_wanted);

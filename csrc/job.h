@@ -3,6 +3,8 @@
 
 #include <condition_variable>
 #include <cstdint>
+#include <limits>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -34,6 +36,7 @@ struct JobStats {
   double flushed_at = 0;    // data durable, under the temporary name
   bool direct_io = false;
   uint64_t bytes_from_devices = 0;
+  uint64_t device_cached_bytes = 0;  // of them, through the cache of their device
   bool arena_pinned = false;  // device copies went to pinned memory
 };
 
@@ -59,13 +62,23 @@ class CrcChain {
   bool given_up_ = false;
 };
 
+// The lazy bytes of a chunk that the fence has put into the cache of their device.
+struct CachedShare {
+  Span span;
+  uint64_t first = 0;                    // span.begin() stands for this place in the chunk's bounce
+  std::shared_ptr<cuda::Event> written;  // behind the copies to it; none as long as the fence is enqueuing them
+};
+
 // What a job has to do with one device. For the stager.
 struct DeviceSide {
   int device = kHost;
   cuda::StreamHandle stream = nullptr;  // of the caller, at submit()
   std::unique_ptr<cuda::Event> before;  // what that stream had been given then: it wrote the lazy bytes
   bool ordered = false;                 // our stream waits for that
-  size_t next = 0;  // chunks [0, next) need nothing more from the device; guarded by monitor->mutex
+  // Guarded by monitor->mutex:
+  size_t next = 0;  // chunks [0, next) need nothing more from the device
+  size_t cached_from = std::numeric_limits<size_t>::max();  // the fence has put those from here on into the cache
+  std::map<size_t, CachedShare> cached;  // by chunk; until they have landed, or their job has ended
 };
 
 enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished };
@@ -94,7 +107,8 @@ struct Job {
   size_t done = 0;         // chunks on disk
   size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
   size_t uncaptured = 0;   // chunks whose lazy host bytes are still only in the tensors, and shares of devices not enqueued
-  size_t flying = 0;       // batches of device copies that have not been seen to end
+  size_t flying = 0;       // batches of copies from the caller's device memory that have not been seen to end
+  size_t fencing = 0;      // fences that wait for it
   bool submitted = false;  // submit() has published its last chunk, or given up
   bool waited_for_room = false;  // its chunks are more than the arena holds just now
   std::optional<Error> error;  // the first one
@@ -111,6 +125,33 @@ struct Job {
   bool finished() const { return phase == Phase::kFinished; }
   void note_captured();
   void fail(const Error& first_error);
+};
+
+// A fence looks at a job, which does not finish meanwhile, so that its chunks stay. Comes and goes with the lock; takes it
+// back where an interrupted wait has left it.
+class Visit {
+ public:
+  // `hurries` is 1 if lanes are to put off what this fence does not wait for.
+  Visit(std::unique_lock<std::mutex>& lock, Job& job, size_t hurries = 0) : lock_(lock), job_(job), hurries_(hurries) {
+    ++job_.active;
+    job_.fencing += hurries_;
+    job_.monitor->changed.notify_all();
+  }
+  ~Visit() {
+    if (!lock_.owns_lock()) lock_.lock();
+    --job_.active;
+    job_.fencing -= hurries_;
+    job_.stats.fence_s += monotonic_seconds() - begin_;
+    job_.monitor->changed.notify_all();
+  }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  std::unique_lock<std::mutex>& lock_;
+  Job& job_;
+  const size_t hurries_;
+  const double begin_ = monotonic_seconds();
 };
 
 }  // namespace lazyckpt

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <iterator>
 #include <system_error>
 #include <utility>
 
@@ -33,6 +34,19 @@ Error capture_refused(int device) {
                cuda::kCaptureUnsupported);
 }
 
+// True if it is over, in which case `error` is set if the copy failed. Without the lock.
+bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
+  if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
+  try {
+    return flight.event->has_happened();
+  } catch (const Error& caught) {
+    error = with_path(*flight.job, caught);
+    return true;
+  }
+}
+
+}  // namespace
+
 DeviceSide& side_of(Job& job, int device) {
   return *std::find_if(job.sides.begin(), job.sides.end(), [&](const DeviceSide& side) { return side.device == device; });
 }
@@ -44,21 +58,12 @@ DeviceShare* share_of(Chunk& chunk, int device) {
   return nullptr;
 }
 
-// True if it is over, in which case `error` is set if the copy failed. Without the lock.
-bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
-  if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
-  try {
-    return flight.event->has_happened();
-  } catch (const Error& caught) {
-    error = Error(caught.kind(), "'" + flight.job->file->path() + "': " + caught.what(), caught.code());
-    return true;
-  }
+Error with_path(const Job& job, const Error& error) {
+  return Error(error.kind(), "'" + job.file->path() + "': " + error.what(), error.code());
 }
 
-}  // namespace
-
-Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, size_t chunk_bytes, std::string library)
-    : monitor_(std::move(monitor)), arena_(arena), chunk_bytes_(chunk_bytes), library_(std::move(library)) {}
+Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options)
+    : monitor_(std::move(monitor)), arena_(arena), options_(std::move(options)) {}
 
 Stager::~Stager() = default;
 
@@ -85,9 +90,10 @@ Stager::Lane& Stager::open_lane(int device) {
       return *lane;
     }
   }
-  if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(library_);
+  if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.library);
   auto made = std::make_unique<Lane>();
   made->context = std::make_shared<const cuda::Context>(driver_, device);
+  made->cache = std::make_unique<DeviceCache>(options_.cache_bytes, options_.chunk_bytes);
   {
     const cuda::Current current(*made->context);
     made->stream = std::make_unique<cuda::Stream>(made->context);
@@ -155,7 +161,10 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
   if (job->error && job->error->kind() == ErrorKind::kDevice) throw *job->error;
 }
 
-void Stager::add(const std::shared_ptr<Job>& job) { jobs_.push_back(job); }
+void Stager::add(const std::shared_ptr<Job>& job) {
+  jobs_.push_back(job);
+  for (const DeviceSide& side : job->sides) find_lane(side.device)->review_cache = true;
+}
 
 void Stager::remove(const std::shared_ptr<Job>& job) {
   const auto found = std::find(jobs_.begin(), jobs_.end(), job);
@@ -172,7 +181,7 @@ bool Stager::keep_room(size_t align) {
     room_align_ = align;
     room_.reset();
   }
-  if (!room_.valid()) room_ = arena_.try_allocate(chunk_bytes_, room_align_);
+  if (!room_.valid()) room_ = arena_.try_allocate(options_.chunk_bytes, room_align_);
   return room_.valid();
 }
 
@@ -204,7 +213,8 @@ std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, con
     const auto stream = streams.find(lane.context->device());
     if (flights.empty()) continue;
     if (stream == streams.end()) {
-      left.insert(left.end(), flights.begin(), flights.end());
+      std::copy_if(flights.begin(), flights.end(), std::back_inserter(left),
+                   [](const auto& flight) { return flight->leg != Leg::kFromCache; });
       continue;
     }
     lock.unlock();
@@ -214,6 +224,7 @@ std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, con
       bool last_of_ours = true;  // on our stream, the last event stands for all
       for (auto it = flights.rbegin(); it != flights.rend(); ++it) {
         const Flight& flight = **it;
+        if (flight.leg == Leg::kFromCache) continue;
         if (flight.event == nullptr) {
           left.push_back(*it);
         } else if (!flight.lazy || std::exchange(last_of_ours, false)) {
@@ -280,6 +291,11 @@ void Stager::carry(Lane& lane) {
   double poll_s = kShortestPollS;
   Lock lock(monitor_->mutex);
   for (;;) {
+    if (std::exchange(lane.review_cache, false) && !stop_) {
+      lock.unlock();
+      lane.cache->review(lane.context);
+      lock.lock();
+    }
     if (land(lock, lane)) poll_s = kShortestPollS;
     if (const std::shared_ptr<Flight> flight = claim(lane); flight != nullptr) {
       lock.unlock();
@@ -315,7 +331,7 @@ bool Stager::land(Lock& lock, Lane& lane) {
   }
   lock.lock();
   for (const auto& [flight, error] : over) {
-    account_landed(*flight, error);
+    account_landed(lane, *flight, error);
     lane.flights.erase(std::find(lane.flights.begin(), lane.flights.end(), flight));
   }
   const double now = monotonic_seconds();
@@ -332,23 +348,41 @@ bool Stager::land(Lock& lock, Lane& lane) {
   return true;
 }
 
-void Stager::account_landed(Flight& flight, const std::optional<Error>& error) {
+void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error) {
   Job& job = *flight.job;
-  Chunk& chunk = job.chunks[flight.chunk];
   flight.landed = true;
-  --chunk.flying;
-  --job.flying;
+  lane.flying_bytes -= flight.bytes;
+  if (flight.leg != Leg::kFromCache) --job.flying;
   --job.active;
   if (error) job.fail(*error);
-  if (!job.failed()) chunk.settle();
+  if (flight.leg == Leg::kToCache) return;
+  Chunk& chunk = job.chunks[flight.chunk];
+  --chunk.flying;
+  if (job.failed()) return;
+  if (flight.leg == Leg::kFromCache) side_of(job, lane.context->device()).cached.erase(flight.chunk);
+  chunk.settle();
+}
+
+// As much as keeps the stream busy until we look again: with copies that take longer than the shortest pause between two
+// looks, a look comes at the latest when twice the time of one copy has gone by, and two or more are in the window.
+bool Stager::window_open(const Lane& lane) const {
+  const size_t most = std::max(options_.window_bytes, 2 * options_.chunk_bytes);
+  return lane.flying_bytes == 0 || lane.flying_bytes + options_.chunk_bytes <= most || lane.cache->size() == 0;
+}
+
+std::shared_ptr<Flight> Stager::claim(Lane& lane) {
+  std::shared_ptr<Flight> flight = claim(lane, true);
+  if (flight == nullptr && window_open(lane)) flight = claim(lane, false);
+  return flight;
 }
 
 // The next chunk in file order, of the oldest job; but rather one that has its span than one that must wait for it.
-std::shared_ptr<Flight> Stager::claim(Lane& lane) {
+// `urgent`: only what a fence waits for.
+std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
   const int device = lane.context->device();
   bool may_allocate = true;
   for (const auto& job : jobs_) {
-    if (job->failed() || !job->has_side(device)) continue;
+    if (job->failed() || !job->has_side(device) || (urgent && job->fencing == 0)) continue;
     // What submit() copies itself gets its room first, so that training goes on; if there is not enough, we make some.
     if (!job->submitted && !job->waited_for_room) continue;
     DeviceSide& side = side_of(*job, device);
@@ -357,6 +391,8 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane) {
       if (share != nullptr && !share->enqueued) break;
     }
     if (side.next == job->published) continue;
+    const auto cached = side.cached.find(side.next);
+    if (cached != side.cached.end() && (urgent || cached->second.written == nullptr)) continue;
     if (!job->chunks[side.next].bounce.valid() && !(may_allocate && find_room(*job, side.next))) {
       may_allocate = false;
       continue;
@@ -365,6 +401,13 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane) {
     flight->job = job;
     flight->chunk = side.next++;
     flight->stream = lane.stream->get();
+    flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
+    if (cached != side.cached.end()) {
+      flight->leg = Leg::kFromCache;
+      flight->cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
+      flight->after = cached->second.written;
+    }
+    lane.flying_bytes += flight->bytes;
     take_off(flight);
     return flight;
   }
@@ -387,8 +430,8 @@ bool Stager::find_room(Job& job, size_t index) {
 // From here on the job does not end before the flight has landed.
 void Stager::take_off(const std::shared_ptr<Flight>& flight) {
   ++flight->job->active;
-  ++flight->job->flying;
-  ++flight->job->chunks[flight->chunk].flying;
+  if (flight->leg != Leg::kFromCache) ++flight->job->flying;
+  if (flight->leg != Leg::kToCache) ++flight->job->chunks[flight->chunk].flying;
 }
 
 void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
@@ -396,7 +439,7 @@ void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
   try {
     copy(lane, *flight);
   } catch (const Error& caught) {
-    error = Error(caught.kind(), "'" + flight->job->file->path() + "': " + caught.what(), caught.code());
+    error = with_path(*flight->job, caught);
   }
   flight->deadline = monotonic_seconds() + flight->job->timeout_s;
   Lock lock(monitor_->mutex);
@@ -408,10 +451,12 @@ void Stager::copy(Lane& lane, Flight& flight) {
   const Chunk& chunk = job.chunks[flight.chunk];
   DeviceSide& side = side_of(job, lane.context->device());
   if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
+  if (flight.after != nullptr) flight.after->hold_back(flight.stream);
   std::byte* base = !flight.lazy && chunk.has_early() ? chunk.early.begin() : chunk.bounce.begin();
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (copy.lazy != flight.lazy || copy.device != side.device) continue;
-    const auto from = reinterpret_cast<cuda::Address>(copy.source);
+    const bool cached = flight.leg == Leg::kFromCache;
+    const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
     const cuda::Result code = lane.context->table().memcpy_dtoh_async(base + copy.at, from, copy.length, flight.stream);
     lane.context->check(code, "cuMemcpyDtoHAsync");
   }
@@ -428,7 +473,7 @@ void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::
   if (flight->lazy) share_of(chunk, lane.context->device())->enqueued = true;
   if (error) {
     job.fail(*error);
-  } else if (flight->lazy && !job.failed()) {
+  } else if (flight->lazy && flight->leg == Leg::kDirect && !job.failed()) {
     --job.uncaptured;
     job.note_captured();
   }

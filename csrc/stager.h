@@ -5,6 +5,14 @@
 //     land       lane     looks whether events have happened; a chunk that has all its bytes may be written
 //     fence()    caller   the streams that compute wait for the events of what is in flight; the host does not
 //
+// With a cache on the device (DeviceCache) the fence has less to wait for:
+//
+//     fence()    caller   what no lane has claimed yet is copied to the cache, from the last chunk on, on the stream that
+//                         computes, which puts it before whatever follows there
+//     enqueue    lane     the same chunks, from the cache, when their turn comes: nobody waits for them any more
+//
+// And the lane keeps only so much in its stream as keeps it busy, because the stream that computes waits for that.
+//
 // A lane never blocks in the driver while it can help it: it asks (cuEventQuery) rather than waits, so that a device that
 // hangs leaves threads that can be told so, and jobs that fail at their deadline. The memory of a copy in flight, on both
 // sides, stays as it is until the copy has ended: a job that fails meanwhile ends after it.
@@ -27,17 +35,35 @@
 
 #include "arena.h"
 #include "cuda.h"
+#include "device_cache.h"
 #include "job.h"
 
 namespace lazyckpt {
 
 using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which the caller computes just now
 
-// A batch of copies of one chunk on one stream.
+struct StagerOptions {
+  size_t chunk_bytes = 0;
+  std::string library;     // the CUDA driver; empty: the system's
+  size_t cache_bytes = 0;  // of each device, at most
+  size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
+};
+
+enum class Leg : uint8_t {
+  kDirect,     // from the caller's memory to the arena
+  kToCache,    // from there to the cache: those of several chunks
+  kFromCache,  // and on to the arena
+};
+
+// A batch of copies on one stream; of one chunk, but for those to the cache.
 struct Flight {
   std::shared_ptr<Job> job;
   size_t chunk = 0;
   bool lazy = true;
+  Leg leg = Leg::kDirect;
+  size_t bytes = 0;  // on a lane's stream
+  uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
+  std::shared_ptr<cuda::Event> after;  // and what the copies must come after
   cuda::StreamHandle stream = nullptr;
   std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
   double deadline = 0;
@@ -48,8 +74,8 @@ class Stager {
  public:
   using Lock = std::unique_lock<std::mutex>;
 
-  // `library` is the CUDA driver; empty: the system's. Nothing is loaded or started before the first use of a device.
-  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, size_t chunk_bytes, std::string library);
+  // Nothing is loaded or started before the first use of a device.
+  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options);
   ~Stager();  // after stop() and join()
   Stager(const Stager&) = delete;
   Stager& operator=(const Stager&) = delete;
@@ -81,8 +107,19 @@ class Stager {
   bool pinned() const { return registration_ != nullptr; }
   const std::string& pin_failure() const { return pin_failure_; }
 
-  // Throws if one of the streams is being captured into a graph. Gives the lock up meanwhile, as does the next one.
+  // The block of each device's cache, how much of it is in use, and why there is none.
+  struct CacheState {
+    int device = kHost;
+    size_t bytes = 0, used = 0;
+    std::string failure;
+  };
+  std::vector<CacheState> caches() const;
+
+  // Throws if one of the streams is being captured into a graph. Gives the lock up meanwhile, as do the next ones.
   void refuse_capture(Lock& lock, const Streams& streams) const;
+  // For a fence: puts what these devices still have to enqueue for the job into their caches, as far as there is room, by
+  // copies on these streams. A copy that fails is the job's failure. The caller keeps the job from ending.
+  void cache_rest(Lock& lock, const std::shared_ptr<Job>& job, const Streams& streams);
   // Lets the streams wait for all copies in flight on their devices. Returns what the host must wait for instead: copies on
   // a device that is not named, or without an event.
   std::vector<std::shared_ptr<Flight>> order_behind_copies(Lock& lock, const Streams& streams) const;
@@ -91,7 +128,10 @@ class Stager {
   struct Lane {
     std::shared_ptr<const cuda::Context> context;
     std::unique_ptr<cuda::Stream> stream;
-    std::vector<std::shared_ptr<Flight>> flights;  // guarded by the monitor's mutex
+    std::unique_ptr<DeviceCache> cache;
+    bool review_cache = false;  // a job has begun; guarded by the monitor's mutex, as the next two
+    size_t flying_bytes = 0;    // lazy ones in its stream
+    std::vector<std::shared_ptr<Flight>> flights;
     std::optional<Error> failure;                  // guarded by it, too: its thread has ended
     std::thread thread;
   };
@@ -102,18 +142,31 @@ class Stager {
   void carry(Lane& lane);
   void pin_arena(Lane& lane);
   bool land(Lock& lock, Lane& lane);
-  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock
+  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next two
+  std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
+  bool window_open(const Lane& lane) const;
   bool find_room(Job& job, size_t index);                               // requires the lock
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void copy(Lane& lane, Flight& flight);                                // without it
   void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
-  void account_landed(Flight& flight, const std::optional<Error>& error);                           // requires the lock
+  void account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error);               // requires the lock
+
+  // To the cache: see stager_cache.cc.
+  struct CachePlace {
+    size_t chunk = 0, bytes = 0;
+    uintptr_t base = 0;  // as Flight::cache
+  };
+  using CacheBatch = std::vector<CachePlace>;
+  bool cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job, cuda::StreamHandle stream);
+  CacheBatch reserve_cache(Lane& lane, Job& job);  // requires the lock
+  void copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch);  // without it
+  void book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,
+                   const std::optional<Error>& error);  // requires the lock
 
   const std::shared_ptr<Monitor> monitor_;
   Arena& arena_;
-  const size_t chunk_bytes_;
-  const std::string library_;
+  const StagerOptions options_;
 
   std::mutex open_mutex_;  // guards driver_, and one opening at a time; taken before the monitor's
   std::shared_ptr<const cuda::Driver> driver_;
@@ -128,5 +181,9 @@ class Stager {
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
   std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
 };
+
+DeviceSide& side_of(Job& job, int device);
+DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
+Error with_path(const Job& job, const Error& error);
 
 }  // namespace lazyckpt

@@ -22,10 +22,11 @@ MAX_FUNCTION_LINES = 70
 CORE_LAYERS = (
     {"error", "opcodes"},
     {"crc32", "cuda", "fault", "pickling", "ranges", "signals"},
-    {"arena", "file", "zip_layout"},
+    {"arena", "device_cache", "file", "zip_layout"},
     {"chunk", "verify", "zip_directory"},
     {"job", "torch_file"},
     {"stager"},
+    {"stager_cache"},
     {"engine"},
     {"bindings"},
 )

@@ -1,0 +1,128 @@
+// The stager's way to the cache of a device: what a fence does for the chunks that no lane has claimed.
+//
+// They are reserved and enqueued in batches, the last chunks first, while the lane still claims from the front. A batch has
+// one event behind it, which the lane's stream waits for before it reads the cache. A range of the cache is given back when
+// the copy to the arena has landed, or else with the job, which does not end before all its flights have.
+#include <algorithm>
+#include <utility>
+
+#include "stager.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr size_t kBatchBytes = size_t{64} << 20;
+
+// Where the lazy bytes of one device begin and end in the chunk's bounce.
+ByteRange range_of(const Chunk& chunk, int device) {
+  ByteRange range{chunk.bounce_bytes, 0};
+  for (const DeviceCopy& copy : chunk.device_copies) {
+    if (!copy.lazy || copy.device != device) continue;
+    range.begin = std::min<uint64_t>(range.begin, copy.at);
+    range.end = std::max<uint64_t>(range.end, copy.at + copy.length);
+  }
+  return range;
+}
+
+}  // namespace
+
+void Stager::cache_rest(Lock& lock, const std::shared_ptr<Job>& job, const Streams& streams) {
+  for (const auto& [device, handle] : streams) {
+    Lane* lane = find_lane(device);
+    if (lane == nullptr || lane->failure) continue;
+    while (cache_batch(lock, *lane, job, reinterpret_cast<cuda::StreamHandle>(handle))) {
+    }
+  }
+}
+
+// False if there is nothing left to do, or no room to do it.
+bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job, cuda::StreamHandle stream) {
+  if (!job->submitted || job->failed() || job->captured() || !job->has_side(lane.context->device())) return false;
+  const CacheBatch batch = reserve_cache(lane, *job);
+  if (batch.empty()) return false;
+  const auto flight = std::make_shared<Flight>();
+  flight->job = job;
+  flight->lazy = false;
+  flight->leg = Leg::kToCache;
+  flight->stream = stream;
+  take_off(flight);
+  lock.unlock();
+  std::optional<Error> error;
+  try {
+    copy_to_cache(lane, *flight, batch);
+  } catch (const Error& caught) {
+    error = with_path(*job, caught);
+  }
+  flight->deadline = monotonic_seconds() + job->timeout_s;
+  lock.lock();
+  book_cached(lane, flight, batch, error);
+  return !job->failed();
+}
+
+Stager::CacheBatch Stager::reserve_cache(Lane& lane, Job& job) {
+  const int device = lane.context->device();
+  DeviceSide& side = side_of(job, device);
+  CacheBatch batch;
+  size_t bytes = 0;
+  for (size_t index = std::min(side.cached_from, job.published); index > side.next && bytes < kBatchBytes; --index) {
+    Chunk& chunk = job.chunks[index - 1];
+    if (share_of(chunk, device) != nullptr) {
+      const ByteRange range = range_of(chunk, device);
+      Span span = lane.cache->try_allocate(range.end - range.begin);
+      if (!span.valid()) break;
+      const CachePlace place{index - 1, range.end - range.begin, reinterpret_cast<uintptr_t>(span.begin()) - range.begin};
+      side.cached.emplace(index - 1, CachedShare{std::move(span), range.begin, nullptr});
+      batch.push_back(place);
+      bytes += place.bytes;
+    }
+    side.cached_from = index - 1;
+  }
+  return batch;
+}
+
+void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) {
+  const Job& job = *flight.job;
+  const cuda::Current current(*lane.context);
+  const DeviceSide& side = side_of(*flight.job, lane.context->device());
+  auto event = std::make_shared<cuda::Event>(lane.context);
+  side.before->hold_back(flight.stream);  // it need not be the stream of save()
+  cuda::Result code = cuda::kSuccess;
+  for (const CachePlace& place : batch) {
+    for (const DeviceCopy& copy : job.chunks[place.chunk].device_copies) {
+      if (code != cuda::kSuccess || !copy.lazy || copy.device != side.device) continue;
+      const auto from = reinterpret_cast<cuda::Address>(copy.source);
+      code = lane.context->table().memcpy_dtod_async(place.base + copy.at, from, copy.length, flight.stream);
+    }
+  }
+  event->record(flight.stream);  // whatever the copies say: some of them may be on their way
+  flight.event = std::move(event);
+  lane.context->check(code, "cuMemcpyDtoDAsync");
+}
+
+void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,
+                         const std::optional<Error>& error) {
+  Job& job = *flight->job;
+  lane.flights.push_back(flight);
+  if (error) job.fail(*error);
+  if (!job.failed()) {
+    DeviceSide& side = side_of(job, lane.context->device());
+    for (const CachePlace& place : batch) {
+      side.cached.at(place.chunk).written = flight->event;
+      job.stats.device_cached_bytes += place.bytes;
+      --job.uncaptured;
+    }
+    job.note_captured();
+  }
+  monitor_->changed.notify_all();
+}
+
+std::vector<Stager::CacheState> Stager::caches() const {
+  std::vector<CacheState> states;
+  for (const auto& lane : lanes_) {
+    const DeviceCache& cache = *lane->cache;
+    states.push_back({lane->context->device(), cache.size(), cache.used(), cache.failure()});
+  }
+  return states;
+}
+
+}  // namespace lazyckpt
