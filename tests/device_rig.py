@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from fake_driver import FakeCuda, cuda, fake_library
-from support import DEADLINE_S
+from support import DEADLINE_S, wait_until
 
 from ckpt import _native
 
@@ -66,6 +66,17 @@ class Rig:
         )  # fmt: skip
         return Saved(path, job, tensors, kinds, devices, contents)
 
+    def warm_up(self) -> None:
+        """A first save from both devices, after which each has its cache, or does without."""
+        saved = self.save([10, 10], [LAZY, LAZY], [0, 1])
+        self.check(saved)
+        saved.path.unlink()
+        wait_until(lambda: all(size or failure for size, _, failure in self.engine.device_caches.values()), what="the caches")
+
+    def cached(self, device: int = 0) -> int:
+        """Bytes of the device's cache in use."""
+        return int(self.engine.device_caches[device][1])
+
     def overwrite(self, saved: Saved, kind: int, value: int = 0xEE) -> None:
         """As the training would: on the host at once, on a device when its stream comes to it."""
         for tensor, device in saved.of(kind):
@@ -89,6 +100,7 @@ class Rig:
             self.cuda.synchronize(device, stream)
         assert self.engine.close(DEADLINE_S)
         assert self.engine.arena_used == 0
+        assert [used for _, used, _ in self.engine.device_caches.values() if used] == []
         self.engine = None
         gc.collect()
         assert self.cuda.alive() == self.cuda.before

@@ -31,6 +31,8 @@ class Case:
     arena_bytes: int
     chunk_bytes: int
     writers: int
+    cache_bytes: int
+    window_bytes: int
     saves: int  # in flight at a fence
     rounds: int
     delay_s: float  # the longest, of each copy and of each kernel
@@ -50,6 +52,8 @@ CASES = st.builds(
     arena_bytes=st.sampled_from([256 * KIB, 260 * KIB, MIB, 8 * MIB]),
     chunk_bytes=st.sampled_from([1 << power for power in range(16, 21)]),
     writers=st.integers(1, 3),
+    cache_bytes=st.sampled_from([0, 256 * KIB, 300 * KIB, MIB, 32 * MIB]),
+    window_bytes=st.sampled_from([0, 0, 512 * KIB, 32 * MIB]),
     saves=st.integers(1, 3),
     rounds=st.integers(1, 2),
     delay_s=st.sampled_from([0.0, 0.0005, 0.002]),
@@ -63,17 +67,25 @@ CASES = st.builds(
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, seed=st.integers(0, 1 << 32))
-@example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 2, 2, 0.001, 0.001, 64, True, False, False), 1)
+@example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 0, 0, 2, 2, 0.001, 0.001, 64, True, False, False), 1)
 @example(
-    Case((90_000,) * 9, (LAZY, LAZY, EAGER), (1, 0, HOST, 0), 256 * KIB, 65536, 1, 3, 2, 0.001, 0.0, 0, True, True, True), 2
+    Case((90_000,) * 9, (LAZY, LAZY, EAGER), (1, 0, HOST, 0), 256 * KIB, 65536, 1, 0, 0, 3, 2, 0.001, 0.0, 0, True, True, True),
+    2,
 )
-@example(Case((300_000, 5) * 4, (EAGER,), (0, 0, 1), 256 * KIB, 65536, 2, 2, 1, 0.002, 0.001, 0, False, False, False), 3)
+@example(Case((300_000, 5) * 4, (EAGER,), (0, 0, 1), 256 * KIB, 65536, 2, 0, 0, 2, 1, 0.002, 0.001, 0, False, False, False), 3)
+@example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 8 * MIB, 0, 2, 2, 0.001, 0.001, 64, True, False, False), 4)
+@example(Case((90_000,) * 40, (LAZY,), (1, 0, HOST), 260 * KIB, 65536, 1, MIB, 0, 3, 2, 0.001, 0.001, 0, True, True, True), 5)
 @pytest.mark.usefixtures("native")
 def test_the_file_holds_the_bytes_of_the_call(cuda: FakeCuda, tmp_path: Path, case: Case, seed: int) -> None:
     cuda.configure(seed=seed, most_delay_s=case.delay_s)
     torch.manual_seed(seed)
     streams = {0: DEFAULT_STREAM, 1: DEFAULT_STREAM} if case.default_stream else None
-    rig = Rig(cuda, tmp_path, streams=streams, arena_bytes=case.arena_bytes, chunk_bytes=case.chunk_bytes, writers=case.writers)
+    rig = Rig(
+        cuda, tmp_path, streams=streams, arena_bytes=case.arena_bytes, chunk_bytes=case.chunk_bytes, writers=case.writers,
+        device_cache_bytes=case.cache_bytes, device_window_bytes=case.window_bytes,
+    )  # fmt: skip
+    if case.cache_bytes:
+        rig.warm_up()
     count = len(case.sizes)
     kinds = [case.kinds[i % len(case.kinds)] for i in range(count)]
     devices = [case.devices[i % len(case.devices)] for i in range(count)]
