@@ -34,6 +34,7 @@ struct Fake {
     find(fill, "fake_fill");
     find(synchronize, "fake_synchronize");
     find(live, "fake_live");
+    find(set_memory, "fake_set_memory");
   }
 
   template <typename Function>
@@ -48,6 +49,7 @@ struct Fake {
   void (*fill)(int device, cuda::StreamHandle stream, void* begin, int value, size_t bytes) = nullptr;
   void (*synchronize)(int device, cuda::StreamHandle stream) = nullptr;
   int64_t (*live)(const char* what) = nullptr;
+  void (*set_memory)(uint64_t total_bytes, uint64_t others_bytes) = nullptr;
 };
 
 struct Save {
@@ -80,7 +82,8 @@ class Training {
     if (random_.one_in(3)) {
       may_fail_ = true;
       static const std::vector<std::string> calls{"cuMemcpyDtoHAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventCreate",
-                                                  "cuStreamWaitEvent", "cuMemHostRegister", "cuCtxGetCurrent"};
+                                                  "cuStreamWaitEvent", "cuMemHostRegister", "cuCtxGetCurrent",
+                                                  "cuMemcpyDtoDAsync", "cuMemcpyDtoDAsync", "cuMemAlloc"};
       const std::string& call = random_.choose(calls);
       fake_.fail(call.c_str(), static_cast<int64_t>(random_.up_to(40)), cuda::kOutOfMemory, random_.one_in(2) ? 1 : 0);
     }
@@ -89,10 +92,12 @@ class Training {
     options.chunk_bytes = size_t{1} << (16 + random_.up_to(2));
     options.writers = 1 + static_cast<int>(random_.up_to(2));
     options.cuda_library = library_;
+    if (!random_.one_in(3)) options.device_cache_bytes = size_t{1} << (18 + random_.up_to(3));
+    options.device_window_bytes = random_.one_in(2) ? 0 : size_t{1} << (17 + random_.up_to(3));
     fly(options);
     end_weather();
     fake_.configure(kDevices, 0, 0);
-    for (const char* what : {"events", "streams", "registrations", "contexts"}) {
+    for (const char* what : {"events", "streams", "registrations", "contexts", "allocations", "frees of memory in use"}) {
       expect(fake_.live(what) == 0, std::string("the driver has not got back all ") + what);
     }
     ++rounds;
@@ -134,6 +139,7 @@ class Training {
         saves.push_back(std::move(save));
         continue;
       }
+      if (random.one_in(8)) fake_.set_memory(uint64_t{1} << 30, uint64_t{1} << 30);  // caches are given back
       save.sample.each(Source::kCopy, &Buffer::spoil);
       spoil_on_devices(save, Source::kDeviceCopy);
       if (random.one_in(2)) pass_fence(engine, random, save);
@@ -189,6 +195,7 @@ class Training {
       expect(may_fail_ || ended_early_, save.path + " failed without a reason: " + outcome.error);
       return expect(!exists(save.path), save.path + " failed and was left behind");
     }
+    bytes_cached += save.job->stats.device_cached_bytes;
     const std::string found = read_back(save.path);
     expect(found == save.sample.expected, save.path + " does not hold what it should" + difference(found, save.sample));
     ++durable;

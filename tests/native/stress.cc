@@ -318,10 +318,10 @@ int main(int argc, char** argv) {
     if (rounds % 3 == 0) fuzz(random, directory);
     if (rounds % 5 == 0) call_off(random, directory);
   }
-  std::printf("%d rounds: %d files durable and right (%.1f MiB), %d failed, %d called off, %d fences interrupted; "
+  std::printf("%d rounds: %d files durable and right (%.1f MiB, %.1f through caches), %d failed, %d called off, %d fences interrupted; "
               "%d damaged files, %d found; %d written together, %d with a share that failed; %d mismatches\n",
-              rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576, failed.load(),
-              cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
+              rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576,
+              static_cast<double>(bytes_cached) / 1048576, failed.load(), cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
               torn.load(), mismatches.load());
   if (mismatches == 0) {
     ::unlink((directory + "/fuzzed").c_str());
