@@ -30,6 +30,7 @@ class Runtime:
             chunk_bytes=options.size("chunk_bytes"),
             writers=options.writers,
             cuda_library=_devices.driver,
+            device_cache_bytes=options.size("device_cache"),
         )
         if options.device_lazy and (devices := _devices.at_work()):
             self._engine.open_devices(devices)
@@ -102,7 +103,7 @@ def lease(options: Options) -> Runtime:
     Raises:
         ClosedError: the interpreter is shutting down.
     """
-    key = (options.arena_bytes, options.chunk_bytes, options.writers)
+    key = (options.arena_bytes, options.chunk_bytes, options.writers, options.device_cache)
     with _registry_lock:
         if _exiting:
             raise ClosedError("the interpreter is shutting down: pending saves have been drained, and no more are taken")

@@ -27,6 +27,8 @@ class SaveStats:
         bytes_copied_in_save: bytes copied to the arena inside save().
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
+        device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
+        arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none.
         direct_io: whether the file was written past the page cache; None until it is known.
         started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
             change; data was fsynced; the checkpoint was published and fsynced. None until reached.
@@ -40,6 +42,8 @@ class SaveStats:
     bytes_copied_in_save: int = 0
     bytes_copied_at_fence: int = 0
     bytes_from_devices: int = 0
+    device_cached_bytes: int = 0
+    arena_pinned: bool = False
     direct_io: bool | None = None
     started_at: float | None = None
     captured_at: float | None = None
@@ -53,6 +57,7 @@ _SUMS = (
     "bytes_copied_in_save",
     "bytes_copied_at_fence",
     "bytes_from_devices",
+    "device_cached_bytes",
     "arena_wait_s",
     "fence_s",
 )
@@ -139,6 +144,8 @@ class PendingSave:
             return stats
         native = [dict(file.job.stats) for file in self._files]
         found: dict[str, Any] = {name: sum(each[name] for each in native) for name in _SUMS}
+        from_devices = [each for each in native if each["bytes_from_devices"]]
+        found["arena_pinned"] = bool(from_devices) and all(each["arena_pinned"] for each in from_devices)
         for name in ("captured_at", "flushed_at"):
             instants = [each[name] for each in native]
             found[name] = max(instants) if all(instants) else None

@@ -32,6 +32,7 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "eager_bytes": 2048,
     "direct_io": False,
     "device_lazy": True,
+    "device_cache": "16MiB",
     "record_alignment": 512,
     "replicated_writers": "rank0",
     "max_in_flight": 5,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -95,6 +96,30 @@ def test_what_computes_after_the_fence_never_reaches_the_file(seed: int, trainin
         for step, (pending, _) in enumerate(saved):
             assert_same(state(float(step)), torch.load(pending.result(30) / "state.pt"))
             assert pending.stats.bytes_from_devices > 1_000_000
+    training.synchronize()
+
+
+def test_what_has_not_left_at_the_fence_stays_on_the_device(training: Training, tmp_path: Path) -> None:
+    """In spare memory: the fence returns although the arena is full and nothing leaves it."""
+    sized = options(arena_bytes="1MiB", chunk_bytes="64KiB", device_cache="4MiB")
+    with ckpt.Checkpointer(tmp_path, keep=None, options=sized) as checkpointer:
+        first = checkpointer.save(1, state(), lazy=True)
+        first.result(30)
+        assert first.stats.arena_pinned
+        training.cuda.hold_copies(True)
+        current = state(2.0, count=12)
+        pending = checkpointer.save(2, current, lazy=True)
+        ckpt.fence()
+        assert pending.captured and not pending.done()
+        for value in current.values():
+            if isinstance(value, torch.Tensor):
+                training.fill(value, 0xEE)
+        training.cuda.hold_copies(False)
+        assert_same(state(2.0, count=12), torch.load(pending.result(30) / "state.pt"))
+        assert pending.stats.bytes_from_devices >= pending.stats.device_cached_bytes > 1 << 20
+    on_host = ckpt.save(state(), tmp_path / "host.pt", options=dataclasses.replace(sized, device_lazy=False))
+    on_host.result(30)
+    assert on_host.stats.device_cached_bytes == 0 and not on_host.stats.arena_pinned
     training.synchronize()
 
 
