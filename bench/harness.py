@@ -38,6 +38,8 @@ class Settings:
         rest_s: rest before each sample, seconds: deletions trim the disk behind our back.
         fio_grid: configurations of fio, `engine:depth:block`; empty: use the direct-write loop of this program instead.
         rivals: parts of the names of those to measure beside ours; empty: all that run here.
+        parts: of a workload that has several; empty: all.
+        pretended_cuda: a library that stands in for the CUDA driver where there is no GPU; host memory plays the device's then.
         writers, chunk_bytes: what a sweep tries.
     """
 
@@ -48,6 +50,8 @@ class Settings:
     rest_s: float = 0.3
     fio_grid: tuple[str, ...] = ()
     rivals: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
+    pretended_cuda: Path | None = None
     writers: tuple[int, ...] = (1, 2, 4, 8)
     chunk_bytes: tuple[int, ...] = (1 * MIB, 2 * MIB, 4 * MIB, 8 * MIB, 16 * MIB)
 
@@ -158,10 +162,12 @@ class Report:
     Args:
         common: fields that every line carries: machine, versions, commit, command.
         scale: below 1 no bar is judged: they are stated for the full sizes.
+        out: where flush() writes.
     """
 
-    def __init__(self, common: dict[str, Any], scale: float) -> None:
+    def __init__(self, common: dict[str, Any], scale: float, out: Path | None = None) -> None:
         self.lines: list[dict[str, Any]] = []
+        self._out = out
         self._common = common
         self._scale = scale
 
@@ -176,6 +182,7 @@ class Report:
         how: str,
         value: float | None = None,
         bar: Bar | None = None,
+        judged: bool = True,
         **detail: Any,
     ) -> dict[str, Any]:
         """Adds one line.
@@ -185,6 +192,7 @@ class Report:
             nbytes: how much one sample moves or holds.
             how: what the clock was put around, in words.
             value: what the bar judges; by default the median.
+            judged: False: the bar is named, but what was measured is not what it is stated for.
         """
         numbers = [sample.main for sample in samples]
         median = statistics.median(numbers)
@@ -192,7 +200,7 @@ class Report:
         value = median if value is None else value
         line = {"workload": workload, "case": case, "quantity": samples[0].quantity, "unit": unit, "value": value}
         line |= {"median": median, "min": min(numbers), "max": max(numbers), "p25": low, "p75": high, "n": len(numbers)}
-        judged = bar is not None and self._scale >= 1
+        judged = judged and self._scale >= 1
         line |= {"bar": None if bar is None else str(bar), "passed": bar.holds(value) if bar and judged else None}
         line |= {"bytes": nbytes, "how": how, "samples": numbers, "started_s": [sample.started_s for sample in samples]}
         line |= {"detail": detail, **self._common}
@@ -212,6 +220,11 @@ class Report:
     def extend(self, lines: Sequence[dict[str, Any]]) -> None:
         """Takes over the lines of another process; what was typed to get them is this one's command."""
         self.lines += [line | {"command": self._common["command"]} for line in lines]
+
+    def flush(self) -> None:
+        """Writes what there is, if it goes to a file: what comes later may take long, and fail."""
+        if self._out is not None:
+            self.write(self._out)
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@
     python bench/run.py --workload sweep                  writer threads x chunk sizes; not part of "all"
     python bench/run.py --workload coordination           how long many ranks need to agree; not part of "all"
     python bench/run.py --workload deepspeed              beside DeepSpeed's own checkpoint engines; not part of "all"
+    python bench/run.py --workload gpu                    saving from a GPU; needs one; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -33,6 +34,13 @@ from many import measure_many
 from memory import measure_memory
 from stall import measure_overhead, measure_stall
 
+
+def measure_gpu(settings: Settings, report: Report) -> None:
+    from gpu import measure_gpu  # with the rivals of torch.distributed, which the others need not import
+
+    measure_gpu(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -41,7 +49,12 @@ WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "many": measure_many,
     "crc": measure_crc,
 }
-ON_REQUEST = {"sweep": measure_sweep, "coordination": measure_coordination, "deepspeed": measure_deepspeed}
+ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
+    "sweep": measure_sweep,
+    "coordination": measure_coordination,
+    "deepspeed": measure_deepspeed,
+    "gpu": measure_gpu,
+}
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle
 
@@ -60,7 +73,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rest-s", type=float, default=0.3, help="rest before each sample, seconds")
     parser.add_argument("--fio", metavar="GRID", help="configurations engine:depth:block, separated by commas; 'none': no fio")
-    parser.add_argument("--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (deepspeed)")
+    parser.add_argument("--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (deepspeed, gpu)")
+    parser.add_argument("--parts", metavar="NAMES", help="some of blocked, early, rate, iterations, restore (gpu)")
+    parser.add_argument(
+        "--pretend-cuda", type=Path, metavar="LIBRARY", help="a stand-in for the CUDA driver, to see that gpu works without one"
+    )
     parser.add_argument("--out", type=Path, help="where the JSON lines go; default: standard output, before the table")
     parser.add_argument("--one-process", action="store_true", help="run all workloads in this process, not each in its own")
     return parser.parse_args(arguments)
@@ -75,6 +92,10 @@ def fio_grid(asked: str | None) -> tuple[str, ...]:
         print(text, file=sys.stderr)
         return ()
     return tuple(asked.split(",")) if asked else fio.GRID
+
+
+def listed(names: str | None) -> tuple[str, ...]:
+    return tuple(names.split(",")) if names else ()
 
 
 def run_here(names: list[str], settings: Settings, report: Report) -> list[str]:
@@ -111,19 +132,21 @@ def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[st
 def main(arguments: list[str]) -> int:
     asked = parse(arguments)
     names = asked.workload or list(WORKLOADS)
-    report = Report(describe_run(asked.directory, asked.scale), asked.scale)
+    report = Report(describe_run(asked.directory, asked.scale), asked.scale, asked.out)
     load = os.getloadavg()[0]
     if load > BUSY * (os.cpu_count() or 1) and not asked.one_process:
         print(f"others are using this machine (load {load:.2f}): expect noise", file=sys.stderr)
     if asked.one_process or len(names) == 1:
         grid = fio_grid(asked.fio)
-        rivals = tuple(asked.rivals.split(",")) if asked.rivals else ()
-        settings = Settings(asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid, rivals)
+        settings = Settings(
+            asked.directory, asked.scale, asked.rounds, asked.iteration_s, asked.rest_s, grid,
+            rivals=listed(asked.rivals), parts=listed(asked.parts), pretended_cuda=asked.pretend_cuda,
+        )  # fmt: skip
         failed = run_here(names, settings, report)
     else:
         failed = run_apart(names, report, without_workloads(arguments))
     if asked.out:
-        report.write(asked.out)
+        report.flush()
     else:
         for line in report.lines:
             print(json.dumps(line))
