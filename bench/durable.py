@@ -65,15 +65,6 @@ class Bench:
         self.path.unlink()
         return {"rate_GBps": self.nbytes / elapsed / 1e9}
 
-    def limits(self) -> dict[str, Limit]:
-        """What the disk's limit is looked for with."""
-        scratch = self.path.with_name("limit")
-        if self.settings.fio_grid:
-            configs = map(fio.Config.parse, self.settings.fio_grid)
-            return {str(config): partial(fio.run, config, scratch, self.nbytes) for config in configs}
-        loops = [DirectLoop(scratch, self.nbytes, threads, block) for threads, block in LOOP_GRID]
-        return {loop.name: loop.run for loop in loops}
-
     def check_file(self) -> None:
         """The file must hold the state; a fast write of something else is worth nothing."""
         self.ckpt_rate(ckpt.Options(), keep_file=True)
@@ -88,7 +79,7 @@ class Bench:
 def measure_durable(settings: Settings, report: Report) -> None:
     with settings.workspace() as directory:
         bench = Bench(settings, directory)
-        limits = bench.limits()
+        limits = disk_limits(settings, bench.path.with_name("limit"), bench.nbytes)
         screened, failed = screen(limits, settings)
         best = sorted(screened, key=lambda name: -screened[name])[:FINALISTS]
         sides = [Side("ckpt", partial(bench.ckpt_rate, ckpt.Options()))]
@@ -105,6 +96,15 @@ def measure_durable(settings: Settings, report: Report) -> None:
         samples = interleave(sides, settings.rounds_or(7), settings.settle)
         bench.check_file()
     add_durable(report, bench, samples, best, {"screened_GBps": screened, "failed": failed})
+
+
+def disk_limits(settings: Settings, scratch: Path, nbytes: int) -> dict[str, Limit]:
+    """What the disk's limit is looked for with."""
+    if settings.fio_grid:
+        configs = map(fio.Config.parse, settings.fio_grid)
+        return {str(config): partial(fio.run, config, scratch, nbytes) for config in configs}
+    loops = [DirectLoop(scratch, nbytes, threads, block) for threads, block in LOOP_GRID]
+    return {loop.name: loop.run for loop in loops}
 
 
 def limit_rate(limit: Limit) -> Values:
