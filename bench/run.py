@@ -7,6 +7,9 @@
     python bench/run.py --workload coordination           how long many ranks need to agree; not part of "all"
     python bench/run.py --workload deepspeed              beside DeepSpeed's own checkpoint engines; not part of "all"
     python bench/run.py --workload gpu                    saving from a GPU; needs one; not part of "all"
+    python bench/run.py --workload rivals                 beside every other way of saving that runs here; not part of "all"
+    python bench/run.py --workload frequency              a save every 10 to every iteration; not part of "all"
+    python bench/run.py --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -28,11 +31,14 @@ from coordination import measure_coordination
 from crc import measure_crc
 from deepspeed_engines import measure_deepspeed
 from durable import measure_durable, measure_sweep
+from frequency import measure_frequency
 from harness import Report, Settings, clock, note, table
 from machine import ROOT, describe_run
 from many import measure_many
 from memory import measure_memory
+from sizes import measure_sizes
 from stall import measure_overhead, measure_stall
+from versus import measure_rivals
 
 
 def measure_gpu(settings: Settings, report: Report) -> None:
@@ -54,6 +60,9 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "coordination": measure_coordination,
     "deepspeed": measure_deepspeed,
     "gpu": measure_gpu,
+    "rivals": measure_rivals,
+    "frequency": measure_frequency,
+    "sizes": measure_sizes,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle
@@ -73,7 +82,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--rest-s", type=float, default=0.3, help="rest before each sample, seconds")
     parser.add_argument("--fio", metavar="GRID", help="configurations engine:depth:block, separated by commas; 'none': no fio")
-    parser.add_argument("--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (deepspeed, gpu)")
+    parser.add_argument(
+        "--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (all workloads that have rivals)"
+    )
     parser.add_argument("--parts", metavar="NAMES", help="some of blocked, early, rate, iterations, restore (gpu)")
     parser.add_argument(
         "--pretend-cuda", type=Path, metavar="LIBRARY", help="a stand-in for the CUDA driver, to see that gpu works without one"

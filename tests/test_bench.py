@@ -26,11 +26,11 @@ Line = dict[str, Any]
 Run = tuple[list[Line], str]  # the JSON lines, and what else was said
 
 
-def run_bench(directory: Path, *arguments: str) -> Run:
+def run_bench(directory: Path, *arguments: str, deadline_s: float = DEADLINE_S) -> Run:
     out = directory / "lines.jsonl"
     command = [sys.executable, str(BENCH / "run.py"), *TINY, f"--directory={directory / 'files'}", f"--out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that spin for tiny work slow each other down
-    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=DEADLINE_S)
+    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=deadline_s)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()], done.stdout + done.stderr
 
