@@ -1,9 +1,12 @@
-"""The benchmarks beside other engines at tiny sizes: what they report. Speeds are not looked at."""
+"""The benchmarks beside other engines at tiny sizes: what they report, and the pictures of it. Speeds are not looked at."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ ENGINES = {
 }
 PART_OF_TORCH = {name for name in ENGINES if name.startswith(("ckpt", "torch.save", "DCP save", "DCP async_save, thread"))}
 FEW = {"ckpt", "torch.save + fsync", "DCP async_save, thread"}
+PNG = b"\x89PNG\r\n\x1a\n"
 
 Line = dict[str, Any]
 
@@ -165,3 +169,33 @@ def test_an_engine_whose_tensors_change_is_not_measured(tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match="no engine has 'nonesuch' in its name"):
         engines.chosen(["nonesuch"])
     assert engines.chosen(["CRC"], engines.FEW) == ["ckpt", "torch.save without CRC-32 + fsync"]
+
+
+def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    (tmp_path / "lines").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    (tmp_path / "none").write_text("", encoding="utf-8")
+    plot, pictures = [sys.executable, str(BENCH / "plot.py")], tmp_path / "pictures"
+    done = subprocess.run([*plot, str(tmp_path / "lines"), "--out", str(pictures)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    names = {"rivals-blocked", "rivals-durable", "rivals-restore-memory", "frequency", "sizes"}
+    assert {Path(line) for line in done.stdout.splitlines()} == {pictures / f"{name}.png" for name in names}
+    for name in names:
+        picture = (pictures / f"{name}.png").read_bytes()
+        assert picture.startswith(PNG)
+        assert len(picture) > 10_000, "more than an empty canvas"
+    done = subprocess.run([*plot, str(tmp_path / "none"), "--out", str(pictures)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "nothing that can be drawn" in done.stderr
+
+
+def test_a_caption_names_machine_date_and_command(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    monkeypatch.syspath_prepend(str(BENCH))
+    import plot
+
+    caption = plot.caption(lines).replace("\n", " ")
+    for text in (lines[0]["machine"]["cpu"], lines[0]["date"], lines[0]["commit"][:12], "--workload=sizes", "scale 0.002"):
+        assert text in caption
