@@ -90,7 +90,7 @@ def finish(axis: Axes, title: str, label: str, ticks: list[int]) -> None:
     if ticks:
         axis.set_yscale("log")
         axis.set_xticks(ticks)
-        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.xaxis.set_major_formatter(ScalarFormatter())
     axis.minorticks_off()

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from harness import Report, note
 from simulation_model import INFINITE, Cluster, Job, Outcome, Saving
 from simulation_rank import simulate
-from simulation_studies import ARENA_PER_NODE, POLARIS, PUBLISHED, SOURCES, add_line, saving_for
+from simulation_studies import ARENA_PER_NODE, POLARIS, PUBLISHED, add_line, saving_for
 
 BIGGEST = PUBLISHED[-1]
 CHECKPOINT = int(BIGGEST.checkpoint_gb * 1e9)
@@ -134,7 +134,8 @@ def study(report: Report, case: Case) -> Study:
     critical_s = {level: critical_interval(case, *alone(level, cluster, saving)) for level in LEVELS}
     critical_s[ALL] = critical_interval(case, cluster, saving)
     lost, by_arena = {}, {}
-    detail = {"gpus": case.gpus, "critical_interval_s": critical_s, "simulated_ranks": cluster.shown_ranks, "sources": SOURCES}
+    parameters = {"cluster": dataclasses.asdict(cluster), "saving": dataclasses.asdict(saving)}
+    detail = {"gpus": case.gpus, "critical_interval_s": critical_s, "parameters": parameters}
     for interval_s in INTERVALS_S:
         job, exactly_s = job_for(case, interval_s)
         outcome = simulate(cluster, job, saving)
