@@ -47,7 +47,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add(
         "--disk-rate",
         metavar="RATE",
-        default="300MB/s",
+        default="100MB/s",
         help="of 'validate': what the disk is limited to; 'none': the disk itself",
     )
     add("--scale", type=float, default=1.0, help="factor on the bytes that 'validate' saves")

@@ -23,7 +23,7 @@ TIMEOUT_S = 900.0
 COMPUTE_OVER_FLUSH = (2.0, 0.75, 0.4, 0.1)  # the first one calibrates
 ARENA_OVER_STATE = (2.0, 0.25)
 ITERATIONS = 5
-STATE_BYTES = 256 * MIB
+STATE_BYTES = 128 * MIB
 GUESSED_RATE = 1.5e9  # bytes per second of an unlimited disk, only to choose how long an iteration is
 
 

@@ -18,7 +18,7 @@ from ckpt import _native
 from ckpt._plan import make_plan
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.append(str(BENCH))
 pytest.importorskip("simpy", reason="the simulation needs simpy")
 
 import simulation_scale as scale  # noqa: E402
