@@ -63,4 +63,8 @@ LIMITED(pwrite, (int fd, const void* bytes, size_t count, off_t at), (fd, bytes,
 LIMITED(pwrite64, (int fd, const void* bytes, size_t count, off64_t at), (fd, bytes, count, at), (double)count)
 LIMITED(writev, (int fd, const struct iovec* pieces, int count), (fd, pieces, count), sum(pieces, count))
 LIMITED(pwritev, (int fd, const struct iovec* pieces, int count, off_t at), (fd, pieces, count, at), sum(pieces, count))
+LIMITED(pwritev2, (int fd, const struct iovec* pieces, int count, off_t at, int flags), (fd, pieces, count, at, flags),
+        sum(pieces, count))
+LIMITED(pwritev64v2, (int fd, const struct iovec* pieces, int count, off64_t at, int flags), (fd, pieces, count, at, flags),
+        sum(pieces, count))
 LIMITED(pwritev64, (int fd, const struct iovec* pieces, int count, off64_t at), (fd, pieces, count, at), sum(pieces, count))

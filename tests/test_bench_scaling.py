@@ -129,7 +129,7 @@ def test_jobs_of_mpirun(tmp_path: Path) -> None:
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     refused = scaling("--rank-rate=1MB/s")
     assert refused.returncode == 2 and "--ranks" in refused.stderr
-    failed = scaling("--ranks=1", "--kinds=weak", "--arena=1KiB", f"--directory={tmp_path}", "--rounds=1")
+    failed = scaling("--ranks=1", *TINY, "--kinds=weak", "--arena=1KiB", f"--directory={tmp_path}")
     assert failed.returncode != 0 and "arena_bytes" in failed.stderr, "a job that fails says why"
 
 

@@ -239,16 +239,31 @@ def test_beside_real_saves(native: Any, tmp_path: Path) -> None:
     assert (tmp_path / "validation.png").read_bytes().startswith(PNG)
 
 
-def test_the_published_setting_and_what_lies_beyond(tmp_path: Path) -> None:
+def test_the_published_setting_and_what_lies_beyond(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import simulate as program
+
+    for module, name, value in ((studies, "CHUNKS", 16), (scale, "CHUNKS", 16), (scale, "SAVES", 4), (scale, "PRECISION", 2.0)):
+        monkeypatch.setattr(module, name, value)
     out = tmp_path / "lines"
-    said = simulation("--study=published", "--study=scale", "--gpus=80", f"--out={out}", f"--plots={tmp_path}")
+    wanted = ["--study=published", "--study=scale", "--gpus=80", f"--out={out}", f"--plots={tmp_path}"]
+    assert program.main(wanted) == 0
+    said = capsys.readouterr().out
     lines = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
     published = {line["case"]: line for line in lines if line["case"].startswith("published")}
     assert len(published) == 2 * len(studies.PUBLISHED)
     line = published["published setting, 70B on 80 GPUs, copied in save()"]
     assert line["value"] == pytest.approx(1065 / 80 / 25 + studies.PLAN_S, rel=0.02)
     assert line["detail"]["published_GBps"] == 638
-    assert "638" in said and "D2H link" in said and "assumption" in said
     assert {"plan_s", "node_link"} <= line["detail"]["sources"].keys()
+    assert "638" in said and "D2H link" in said and "assumption" in said
+    further = [line for line in lines if line["case"].startswith(scale.GROWS)]
+    assert len(further) == len(scale.INTERVALS_S) + len(scale.ARENAS_GB)
+    for line in further:
+        assert line["detail"]["arena_peak_bytes"] <= max(scale.ARENAS_GB) * GB
+        assert set(line["detail"]["critical_interval_s"]) == {*scale.LEVELS, scale.ALL}
+    losses = [line["detail"]["steady_loss"] for line in further if "every" in line["case"]]
+    assert losses[0] > 1.0 > scale.FREE > losses[-1], "ten times a second is too much, every 1,000 s is not"
     for name in ("published.png", "scale.png"):
         assert (tmp_path / name).read_bytes().startswith(PNG)
