@@ -61,6 +61,22 @@ class Engine:
     pin_failure: str
     device_caches: dict[int, tuple[int, int, str]]  # device -> bytes of the block, of them in use, why there is none
 
+class RecordFile:
+    size: int
+    checksummed: bool
+    records: list[tuple[str, int, int]]  # name, offset, size
+    def __init__(self, path: bytes, direct: bool, threads: int, timeout_s: float) -> None: ...
+    def read(
+        self,
+        destinations: Sequence[tuple[int, int]],  # index of a record, address
+        *,
+        whole: bool,
+        threads: int,
+        timeout_s: float,
+        piece_bytes: int = 4194304,
+        keep: Any = None,
+    ) -> int | None: ...
+
 def write_small_file(path: bytes, bytes: bytes) -> None: ...
 def write_end(path: bytes, offset: int, bytes: bytes) -> None: ...
 def rename_path(from_: bytes, to: bytes) -> None: ...

@@ -20,6 +20,7 @@
 #include "fault.h"
 #include "file.h"
 #include "pickling.h"
+#include "reader.h"
 #include "torch_file.h"
 #include "verify.h"
 
@@ -312,15 +313,6 @@ void bind_files(py::module_& module) {
   module.def("make_directory", &make_directory, nogil);
   module.def("remove_file", &remove_file, nogil);
   module.def("remove_directory", &remove_directory, nogil);
-  module.def("verify_torch_file", &verify_torch_file, py::arg("path"), py::arg("threads"), nogil);
-  module.def("digest_file", [](const std::string& path, int threads) {
-    FileDigest digest;
-    {
-      py::gil_scoped_release release;
-      digest = digest_file(path, threads);
-    }
-    return py::make_tuple(digest.size, digest.crc);
-  }, py::arg("path"), py::arg("threads"));
   module.def("crc32", [](const py::buffer& buffer, uint32_t crc) {
     const py::buffer_info view = buffer.request();
     return crc32(crc, view.ptr, static_cast<size_t>(view.size * view.itemsize));
@@ -331,6 +323,78 @@ void bind_files(py::module_& module) {
   }, py::arg("bytes"), py::arg("crc") = 0);
   module.def("crc32_combine", &crc32_combine);
   module.def("crc32_kernel", &crc32_kernel);
+}
+
+// ---- Reading -----------------------------------------------------------------------------------------------------
+
+// `keep` is what owns the destinations: it is leaked if a thread hangs that may still write to them.
+ReadOptions reading(int threads, double timeout_s, size_t piece_bytes, const py::object& keep) {
+  ReadOptions options{threads, timeout_s, piece_bytes, check_signals, {}};
+  options.abandon = [kept = keep.ptr()] {
+    py::gil_scoped_acquire gil;
+    Py_INCREF(kept);
+  };
+  return options;
+}
+
+constexpr size_t kPieceBytes = size_t{4} << 20;
+
+using Destinations = std::vector<std::pair<size_t, uintptr_t>>;
+
+RecordFile::Wanted to_wanted(const RecordFile& file, const Destinations& destinations) {
+  RecordFile::Wanted wanted;
+  for (const auto& [index, address] : destinations) {
+    if (index >= file.entries().size()) throw py::index_error("there is no such record");
+    wanted.emplace_back(index, reinterpret_cast<std::byte*>(address));
+  }
+  return wanted;
+}
+
+py::list records_of(const RecordFile& file) {
+  py::list records;
+  for (const ZipEntry& entry : file.entries()) {
+    records.append(py::make_tuple(to_text(entry.name), entry.payload_offset, entry.size));
+  }
+  return records;
+}
+
+std::optional<uint32_t> read_records(const RecordFile& file, const Destinations& destinations, bool whole, int threads,
+                                     double timeout_s, size_t piece_bytes, const py::object& keep) {
+  const RecordFile::Wanted wanted = to_wanted(file, destinations);
+  const ReadOptions options = reading(threads, timeout_s, piece_bytes, keep);
+  py::gil_scoped_release release;
+  if (whole) return file.read_whole(wanted, options);
+  file.read(wanted, options);
+  return std::nullopt;
+}
+
+void bind_reading(py::module_& module) {
+  py::class_<RecordFile>(module, "RecordFile")
+      .def(py::init([](const std::string& path, bool direct, int threads, double timeout_s) {
+             const ReadOptions options = reading(threads, timeout_s, kPieceBytes, py::none());
+             py::gil_scoped_release release;
+             return std::make_unique<RecordFile>(path, direct, options);
+           }),
+           py::arg("path"), py::arg("direct"), py::arg("threads"), py::arg("timeout_s"))
+      .def_property_readonly("size", [](const RecordFile& file) { return file.file().size(); })
+      .def_property_readonly("checksummed", &RecordFile::checksummed)
+      .def_property_readonly("records", &records_of)
+      .def("read", &read_records, py::arg("destinations"), py::kw_only(), py::arg("whole"), py::arg("threads"),
+           py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none());
+  module.def("verify_torch_file", [](const std::string& path, int threads) {
+    const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
+    py::gil_scoped_release release;
+    return verify_torch_file(path, options);
+  }, py::arg("path"), py::arg("threads"));
+  module.def("digest_file", [](const std::string& path, int threads) {
+    const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
+    FileDigest digest;
+    {
+      py::gil_scoped_release release;
+      digest = digest_file(path, options);
+    }
+    return py::make_tuple(digest.size, digest.crc);
+  }, py::arg("path"), py::arg("threads"));
 }
 
 void bind_leak(py::module_& module) {
@@ -363,6 +427,7 @@ PYBIND11_MODULE(_native, module) {
   py::register_exception_translator(&translate);
   bind_engine(module);
   bind_files(module);
+  bind_reading(module);
   bind_pickling(module);
   bind_leak(module);
   bind_faults(module);

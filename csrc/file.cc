@@ -239,26 +239,71 @@ void WritableFile::discard() noexcept {
 
 // ---- ReadableFile ------------------------------------------------------------------------------------------------
 
-ReadableFile::ReadableFile(const std::string& path) : path_(path), fd_(open_file(path, O_RDONLY)) {
+ReadableFile::ReadableFile(const std::string& path, bool direct) : path_(path), fd_(open_file(path, O_RDONLY)) {
   if (!fd_.valid()) fail("open", path_, errno);
   struct stat stat {};
   if (invoke("fstat", path_, [&] { return ::fstat(fd_.get(), &stat); }) != 0) fail("fstat", path_, errno);
+  if (S_ISDIR(stat.st_mode)) fail("open", path_, EISDIR);
   size_ = static_cast<uint64_t>(stat.st_size);
+  if (direct) open_direct();
+}
+
+// A second description of the file, so that ragged ends can still be read through the page cache. Opened through the first
+// one: the path may name another file by now.
+void ReadableFile::open_direct() {
+  const IoLimits asked = ask_limits(fd_.get());
+  if (!asked.direct() || std::max(asked.memory_align, asked.offset_align) > kLargestAlign) return;
+  direct_fd_ = Descriptor(open_file("/proc/self/fd/" + std::to_string(fd_.get()), O_RDONLY | O_DIRECT));
+  if (direct_fd_.valid()) limits_ = asked;
+}
+
+// One read of at least one byte; 0 at the end of the file.
+size_t ReadableFile::read_some(bool direct, char* to, size_t bytes, uint64_t offset) const {
+  for (;;) {
+    const fault::Verdict verdict = fault::consult("pread", path_);
+    if (verdict.short_bytes > 0) bytes = std::min(bytes, static_cast<size_t>(verdict.short_bytes));
+    ssize_t got = -1;
+    if (verdict.error != 0) {
+      errno = verdict.error;
+    } else {
+      got = ::pread(direct ? direct_fd_.get() : fd_.get(), to, bytes, static_cast<off_t>(offset));
+    }
+    if (got >= 0) return static_cast<size_t>(got);
+    if (errno == EINTR) continue;
+    if (errno != EINVAL || !direct) fail("pread", path_, errno, static_cast<int64_t>(offset));
+    fell_back_ = true;  // granted at the open and refused now, as some stacked file systems do
+    direct = false;
+  }
 }
 
 void ReadableFile::read_at(void* to, size_t bytes, uint64_t offset) const {
   auto* at = static_cast<char*>(to);
   while (bytes > 0) {
-    const ssize_t got = invoke("pread", path_, [&] { return ::pread(fd_.get(), at, bytes, static_cast<off_t>(offset)); });
-    if (got < 0) fail("pread", path_, errno, static_cast<int64_t>(offset));
+    const size_t got = read_some(false, at, bytes, offset);
     if (got == 0) {
-      throw Error(ErrorKind::kCorrupt, "'" + path_ + "' ends at byte " + std::to_string(offset) +
-                                           ", inside a record: the file is truncated");
+      throw Error(ErrorKind::kCorrupt,
+                  "'" + path_ + "' ends at byte " + std::to_string(offset) + ", inside a record: the file is truncated", 0,
+                  path_);
     }
     at += got;
-    offset += static_cast<uint64_t>(got);
-    bytes -= static_cast<size_t>(got);
+    offset += got;
+    bytes -= got;
   }
+}
+
+size_t ReadableFile::read_blocks(void* to, size_t bytes, uint64_t offset) const {
+  auto* at = static_cast<char*>(to);
+  size_t done = 0;
+  while (done < bytes) {
+    // A short direct read may stop inside a block; what is left of this range then comes through the page cache.
+    const size_t block = std::max(limits_.memory_align, limits_.offset_align);
+    const bool direct = limits_.direct() && !fell_back_ && done % block == 0;
+    const size_t got = read_some(direct, at + done, bytes - done, offset + done);
+    if (got == 0) break;
+    done += got;
+    if (offset + done >= size_) break;  // no further call just to be told so
+  }
+  return done;
 }
 
 // ---- Publishing --------------------------------------------------------------------------------------------------

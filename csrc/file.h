@@ -76,17 +76,29 @@ class WritableFile {
   std::atomic<bool> fell_back_{false};
 };
 
-// A finished file, for checking it.
+// A finished file. Any number of threads may read it.
 class ReadableFile {
  public:
-  explicit ReadableFile(const std::string& path);
+  // `direct`: read_blocks() goes past the page cache, where the file system can.
+  explicit ReadableFile(const std::string& path, bool direct = false);
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
+  const IoLimits& limits() const { return limits_; }
+
   void read_at(void* to, size_t bytes, uint64_t offset) const;  // all of them, or an error
 
+  // With direct limits, address, length and offset obey them. Reads all, or up to the end of the file; returns how many bytes.
+  size_t read_blocks(void* to, size_t bytes, uint64_t offset) const;
+
  private:
+  void open_direct();
+  size_t read_some(bool direct, char* to, size_t bytes, uint64_t offset) const;
+
   std::string path_;
   Descriptor fd_;
+  Descriptor direct_fd_;  // of the same file, if it is to be had
+  IoLimits limits_;
+  mutable std::atomic<bool> fell_back_{false};
   uint64_t size_ = 0;
 };
 

@@ -1,82 +1,69 @@
 #include "verify.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
-#include <memory>
-#include <mutex>
-#include <thread>
-#include <vector>
+#include <numeric>
 
 #include "crc32.h"
 #include "error.h"
-#include "file.h"
-#include "zip_layout.h"
 
 namespace lazyckpt {
 namespace {
 
-constexpr uint64_t kPieceBytes = uint64_t{4} << 20;
 constexpr uint32_t kAnyAlign = 32768;
+// Bytes between records are kept for comparison up to this much in all; files of ours and torch's have far less.
+constexpr uint64_t kMostKept = uint64_t{64} << 20;
 
-struct Range {
-  uint64_t offset = 0, length = 0;
+std::string archive_of(const std::vector<ZipEntry>& entries) {
+  return entries.empty() ? std::string() : entries[0].name.substr(0, entries[0].name.find('/'));
+}
+
+bool is_pickle(const ZipEntry& entry) {
+  const size_t slash = entry.name.find('/');
+  return slash != std::string::npos && entry.name.compare(slash, std::string::npos, "/data.pkl") == 0;
+}
+
+// The stretches of a file between its records, with their bytes where these are kept.
+class Gaps {
+ public:
+  Gaps(const ReadableFile& file, const std::vector<ZipEntry>& entries, const std::vector<size_t>& order) : file_(file) {
+    uint64_t begin = 0, total = 0;
+    for (const size_t index : order) {
+      ranges.push_back({begin, entries[index].payload_offset - begin});
+      begin = entries[index].payload_offset + entries[index].size;
+    }
+    ranges.push_back({begin, file.size() - begin});
+    for (const ReadRange& range : ranges) total += range.length;
+    if (total > kMostKept) return;
+    bytes_.resize(static_cast<size_t>(total));
+    size_t at = 0;
+    for (ReadRange& range : ranges) {
+      range.to = reinterpret_cast<std::byte*>(bytes_.data()) + at;
+      at += static_cast<size_t>(range.length);
+    }
+  }
+  Gaps(const Gaps&) = delete;
+  Gaps& operator=(const Gaps&) = delete;
+
+  // `length` bytes at `offset` of the file.
+  std::string bytes_at(uint64_t offset, size_t length) const {
+    std::string found(length, '\0');
+    auto after = std::upper_bound(ranges.begin(), ranges.end(), offset,
+                                  [](uint64_t at, const ReadRange& range) { return at < range.offset; });
+    const ReadRange* const gap = after == ranges.begin() ? nullptr : &*std::prev(after);
+    if (gap != nullptr && gap->to != nullptr && offset + length <= gap->offset + gap->length) {
+      std::copy_n(reinterpret_cast<const char*>(gap->to) + (offset - gap->offset), length, found.begin());
+    } else {
+      file_.read_at(found.data(), length, offset);
+    }
+    return found;
+  }
+
+  std::vector<ReadRange> ranges;  // one before each record, and one behind the last
+
+ private:
+  const ReadableFile& file_;
+  std::string bytes_;
 };
-
-// The CRC-32 of each range; the ranges are cut into pieces that the threads take in turn.
-std::vector<uint32_t> checksum_ranges(const ReadableFile& file, const std::vector<Range>& ranges, int threads) {
-  struct Piece {
-    size_t range;
-    uint64_t offset, length;
-    uint32_t crc;
-  };
-  std::vector<Piece> pieces;
-  for (size_t i = 0; i < ranges.size(); ++i) {
-    for (uint64_t done = 0; done < ranges[i].length; done += kPieceBytes) {
-      pieces.push_back({i, ranges[i].offset + done, std::min(kPieceBytes, ranges[i].length - done), 0});
-    }
-  }
-  std::atomic<size_t> next{0};
-  std::mutex mutex;
-  std::exception_ptr first_error;
-  const auto work = [&] {
-    try {
-      const auto buffer = std::make_unique<char[]>(kPieceBytes);
-      for (size_t i = next++; i < pieces.size(); i = next++) {
-        file.read_at(buffer.get(), static_cast<size_t>(pieces[i].length), pieces[i].offset);
-        pieces[i].crc = crc32(0, buffer.get(), static_cast<size_t>(pieces[i].length));
-      }
-    } catch (...) {
-      std::lock_guard<std::mutex> lock(mutex);
-      if (!first_error) first_error = std::current_exception();
-      next = pieces.size();
-    }
-  };
-  std::vector<std::thread> helpers;
-  const size_t wanted = std::min<size_t>(static_cast<size_t>(std::max(threads, 1)), pieces.size());
-  for (size_t i = 1; i < wanted; ++i) helpers.emplace_back(work);
-  work();
-  for (std::thread& helper : helpers) helper.join();
-  if (first_error) std::rethrow_exception(first_error);
-  std::vector<uint32_t> crcs(ranges.size(), 0);
-  for (const Piece& piece : pieces) crcs[piece.range] = crc32_combine(crcs[piece.range], piece.crc, piece.length);
-  return crcs;
-}
-
-void check_records(const ReadableFile& file, const std::vector<ZipEntry>& entries, int threads) {
-  std::vector<Range> ranges;
-  ranges.reserve(entries.size());
-  for (const ZipEntry& entry : entries) ranges.push_back({entry.payload_offset, entry.size});
-  const std::vector<uint32_t> crcs = checksum_ranges(file, ranges, threads);
-  for (size_t i = 0; i < entries.size(); ++i) {
-    if (crcs[i] == entries[i].crc) continue;
-    throw Error(ErrorKind::kCorrupt,
-                "record '" + entries[i].name + "' of '" + file.path() + "' (" + std::to_string(entries[i].size) +
-                    " bytes at offset " + std::to_string(entries[i].payload_offset) +
-                    ") fails its CRC-32: the bytes on disk are not those that were written",
-                0, file.path());
-  }
-}
 
 // What the writer would have put around these records.
 ZipLayout expected_layout(const std::vector<ZipEntry>& entries, const std::string& archive) {
@@ -113,9 +100,9 @@ bool are_contiguous(const std::vector<ZipEntry>& entries) {
 
 // Compares the bytes between the records with what the writer puts there. A file by another zip writer agrees nowhere
 // and passes; one that agrees in some places and not in others is damaged.
-void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entries) {
+void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entries, const Gaps& gaps) {
   if (entries.empty() || !are_contiguous(entries)) return;
-  const std::string archive = entries[0].name.substr(0, entries[0].name.find('/'));
+  const std::string archive = archive_of(entries);
   for (const ZipEntry& entry : entries) {
     if (entry.name.compare(0, archive.size() + 1, archive + "/") != 0) return;
   }
@@ -123,10 +110,8 @@ void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entr
   size_t agreeing = 0;
   uint64_t first_damage = file.size();
   for (const StructurePart& part : layout.parts) {
-    std::string bytes(part.length, '\0');
     const bool inside = part.offset <= file.size() && part.length <= file.size() - part.offset;
-    if (inside) file.read_at(bytes.data(), bytes.size(), part.offset);
-    if (inside && layout.structure.compare(part.begin, part.length, bytes) == 0) {
+    if (inside && layout.structure.compare(part.begin, part.length, gaps.bytes_at(part.offset, part.length)) == 0) {
       ++agreeing;
     } else {
       first_damage = std::min(first_damage, part.offset);
@@ -139,29 +124,67 @@ void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entr
               0, file.path());
 }
 
-bool is_pickle(const ZipEntry& entry) {
-  const size_t slash = entry.name.find('/');
-  return slash != std::string::npos && entry.name.compare(slash, std::string::npos, "/data.pkl") == 0;
-}
-
 }  // namespace
 
-FileDigest digest_file(const std::string& path, int threads) {
-  const ReadableFile file(path);
-  return {file.size(), checksum_ranges(file, {{0, file.size()}}, threads)[0]};
+FileDigest digest_file(const std::string& path, const ReadOptions& options) {
+  const auto file = std::make_shared<ReadableFile>(path, true);
+  return {file->size(), read_ranges(file, {{0, file->size(), nullptr}}, options)[0]};
 }
 
-bool verify_torch_file(const std::string& path, int threads) {
-  const ReadableFile file(path);
-  const std::vector<ZipEntry> entries = read_zip_directory(file);
-  if (std::none_of(entries.begin(), entries.end(), is_pickle)) {
+RecordFile::RecordFile(const std::string& path, bool direct, const ReadOptions& options)
+    : file_(std::make_shared<ReadableFile>(path, direct)), entries_(read_zip_directory(file_, options)) {
+  checksummed_ = std::any_of(entries_.begin(), entries_.end(), [](const ZipEntry& entry) { return entry.crc != 0; });
+  if (std::none_of(entries_.begin(), entries_.end(), is_pickle)) {
     throw Error(ErrorKind::kCorrupt, "'" + path + "' is not a torch file: this zip has no record data.pkl", 0, path);
   }
-  const bool unchecked = std::all_of(entries.begin(), entries.end(), [](const ZipEntry& entry) { return entry.crc == 0; });
-  if (unchecked) return false;
-  check_records(file, entries, threads);
-  check_structure(file, entries);
-  return true;
+}
+
+void RecordFile::check_record(const ZipEntry& entry, uint32_t crc) const {
+  if (crc == entry.crc || !checksummed_) return;
+  throw Error(ErrorKind::kCorrupt,
+              "record '" + entry.name + "' of '" + file_->path() + "' (" + std::to_string(entry.size) +
+                  " bytes at offset " + std::to_string(entry.payload_offset) +
+                  ") fails its CRC-32: the bytes on disk are not those that were written",
+              0, file_->path());
+}
+
+void RecordFile::read(const Wanted& wanted, const ReadOptions& options) const {
+  std::vector<ReadRange> ranges;
+  for (const auto& [index, to] : wanted) {
+    const ZipEntry& entry = entries_.at(index);
+    ranges.push_back({entry.payload_offset, entry.size, to});
+  }
+  const std::vector<uint32_t> crcs = read_ranges(file_, ranges, options);
+  for (size_t i = 0; i < wanted.size(); ++i) check_record(entries_[wanted[i].first], crcs[i]);
+}
+
+uint32_t RecordFile::read_whole(const Wanted& wanted, const ReadOptions& options) const {
+  std::vector<size_t> order(entries_.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return entries_[a].payload_offset < entries_[b].payload_offset; });
+  std::vector<std::byte*> destinations(entries_.size(), nullptr);
+  for (const auto& [index, to] : wanted) destinations.at(index) = to;
+  const Gaps gaps(*file_, entries_, order);
+  std::vector<ReadRange> ranges;  // gap, record, gap, record, ..., gap
+  for (size_t i = 0; i < order.size(); ++i) {
+    const ZipEntry& entry = entries_[order[i]];
+    ranges.push_back(gaps.ranges[i]);
+    ranges.push_back({entry.payload_offset, entry.size, destinations[order[i]]});
+  }
+  ranges.push_back(gaps.ranges.back());
+  const std::vector<uint32_t> crcs = read_ranges(file_, ranges, options);
+  for (size_t i = 0; i < order.size(); ++i) check_record(entries_[order[i]], crcs[2 * i + 1]);
+  if (checksummed_) check_structure(*file_, entries_, gaps);
+  uint32_t whole = 0;
+  for (size_t i = 0; i < ranges.size(); ++i) whole = crc32_combine(whole, crcs[i], ranges[i].length);
+  return whole;
+}
+
+bool verify_torch_file(const std::string& path, const ReadOptions& options) {
+  const RecordFile file(path, true, options);
+  file.read_whole({}, options);
+  return file.checksummed();
 }
 
 }  // namespace lazyckpt

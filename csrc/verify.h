@@ -1,8 +1,16 @@
-// Checking finished files: CRC-32s, by several threads.
+// Reading and checking finished files: every byte is read once, for its CRC-32 and to its destination at the same time.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
+#include <utility>
+#include <vector>
+
+#include "file.h"
+#include "reader.h"
+#include "zip_layout.h"
 
 namespace lazyckpt {
 
@@ -12,11 +20,38 @@ struct FileDigest {
 };
 
 // Size and CRC-32 of a whole file.
-FileDigest digest_file(const std::string& path, int threads);
+FileDigest digest_file(const std::string& path, const ReadOptions& options);
 
-// Checks the CRC-32 of every record of a torch zip file, and, if the file was written by torch or by us, every byte
-// between the records too. Throws Error(kCorrupt) naming what is wrong. Returns false if the file carries no CRC-32s
-// (torch.serialization.set_crc32_options(False)), so that nothing could be checked.
-bool verify_torch_file(const std::string& path, int threads);
+// A torch zip file whose directory has been read and found consistent.
+class RecordFile {
+ public:
+  // Throws Error(kCorrupt) if it is damaged, or no torch zip file.
+  RecordFile(const std::string& path, bool direct, const ReadOptions& options);
+
+  const ReadableFile& file() const { return *file_; }
+  const std::vector<ZipEntry>& entries() const { return entries_; }
+  // False if it carries no CRC-32s (torch.serialization.set_crc32_options(False)), so that nothing can be checked.
+  bool checksummed() const { return checksummed_; }
+
+  // An entry by its index, and where its bytes are to go.
+  using Wanted = std::vector<std::pair<size_t, std::byte*>>;
+
+  // Reads entries and checks their CRC-32s.
+  void read(const Wanted& wanted, const ReadOptions& options) const;
+
+  // Reads the whole file, checks the CRC-32 of every record and, if it was written by torch or by us, every byte between
+  // the records too. Returns the CRC-32 of the file.
+  uint32_t read_whole(const Wanted& wanted, const ReadOptions& options) const;
+
+ private:
+  void check_record(const ZipEntry& entry, uint32_t crc) const;
+
+  std::shared_ptr<const ReadableFile> file_;
+  std::vector<ZipEntry> entries_;
+  bool checksummed_;
+};
+
+// Reads and checks the whole of a torch zip file. Returns whether it carries CRC-32s.
+bool verify_torch_file(const std::string& path, const ReadOptions& options);
 
 }  // namespace lazyckpt

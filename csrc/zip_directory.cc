@@ -1,9 +1,11 @@
 // Reading a zip's central directory. Every number in it is suspect: a checkpoint may be damaged, or not ours.
 #include <algorithm>
 #include <cstring>
+#include <unordered_set>
 
 #include "error.h"
 #include "file.h"
+#include "reader.h"
 #include "zip_layout.h"
 
 namespace lazyckpt {
@@ -20,6 +22,10 @@ constexpr uint64_t kMax16 = 0xFFFFu;
 
 [[noreturn]] void corrupt(const ReadableFile& file, const std::string& what) {
   throw Error(ErrorKind::kCorrupt, "'" + file.path() + "' is damaged or not a torch zip file: " + what, 0, file.path());
+}
+
+[[noreturn]] void refuse_compressed(const ReadableFile& file, const std::string& name) {
+  corrupt(file, "record '" + name + "' is compressed (if this is a TorchScript archive, torch.jit.load reads it)");
 }
 
 template <typename Bytes>
@@ -106,19 +112,44 @@ ZipEntry parse_entry(const ReadableFile& file, const std::string& bytes, size_t&
   entry.header_offset = number(bytes, at + 42, 4);
   read_zip64(file, bytes, fixed_end + name, fixed_end + name + extra, entry, stored_size);
   if ((flags & 1) != 0) corrupt(file, "record '" + entry.name + "' is encrypted");
-  if (method != 0 || stored_size != entry.size) corrupt(file, "record '" + entry.name + "' is compressed");
+  if (method != 0 || stored_size != entry.size) refuse_compressed(file, entry.name);
   at = fixed_end + name + extra + comment;
   return entry;
 }
 
-void find_payload(const ReadableFile& file, ZipEntry& entry) {
-  const std::string header = read(file, entry.header_offset, kLocalHeaderBytes);
+// Reads the local headers, which alone tell where the payloads begin, and their names.
+std::vector<std::string> read_headers(const std::shared_ptr<const ReadableFile>& file, const std::vector<ZipEntry>& entries,
+                                      const ReadOptions& options) {
+  std::vector<std::string> headers;
+  std::vector<ReadRange> ranges;
+  headers.reserve(entries.size());
+  for (const ZipEntry& entry : entries) {
+    const uint64_t length = kLocalHeaderBytes + entry.name.size();
+    if (entry.header_offset > file->size() || length > file->size() - entry.header_offset) {
+      corrupt(*file, "its directory points outside the file");
+    }
+    headers.emplace_back(static_cast<size_t>(length), '\0');
+    ranges.push_back({entry.header_offset, length, reinterpret_cast<std::byte*>(headers.back().data())});
+  }
+  read_ranges(file, ranges, options);
+  return headers;
+}
+
+void find_payload(const ReadableFile& file, const std::string& header, ZipEntry& entry) {
   if (!has_signature(header, 0, "PK\3\4")) corrupt(file, "the header of record '" + entry.name + "' is broken");
   const uint64_t name = number(header, 26, 2), extra = number(header, 28, 2);
-  if (read(file, entry.header_offset + kLocalHeaderBytes, name) != entry.name) {
+  if (name != entry.name.size() || header.compare(kLocalHeaderBytes, entry.name.size(), entry.name) != 0) {
     corrupt(file, "header and directory disagree on the name of record '" + entry.name + "'");
   }
+  if (number(header, 8, 2) != 0) refuse_compressed(file, entry.name);
   entry.payload_offset = entry.header_offset + kLocalHeaderBytes + name + extra;
+}
+
+void check_unique(const ReadableFile& file, const std::vector<ZipEntry>& entries) {
+  std::unordered_set<std::string> names;
+  for (const ZipEntry& entry : entries) {
+    if (!names.insert(entry.name).second) corrupt(file, "record '" + entry.name + "' stands in it twice");
+  }
 }
 
 void check_disjoint(const ReadableFile& file, std::vector<ZipEntry> entries, uint64_t directory_offset) {
@@ -135,7 +166,8 @@ void check_disjoint(const ReadableFile& file, std::vector<ZipEntry> entries, uin
 
 }  // namespace
 
-std::vector<ZipEntry> read_zip_directory(const ReadableFile& file) {
+std::vector<ZipEntry> read_zip_directory(const std::shared_ptr<const ReadableFile>& shared, const ReadOptions& options) {
+  const ReadableFile& file = *shared;
   const Directory directory = find_directory(file);
   const std::string bytes = read(file, directory.offset, directory.size);
   if (directory.count > bytes.size() / kDirectoryEntryBytes) corrupt(file, "its directory counts too many records");
@@ -144,7 +176,9 @@ std::vector<ZipEntry> read_zip_directory(const ReadableFile& file) {
   size_t at = 0;
   for (uint64_t i = 0; i < directory.count; ++i) entries.push_back(parse_entry(file, bytes, at));
   if (at != bytes.size()) corrupt(file, "its directory is longer than its records");
-  for (ZipEntry& entry : entries) find_payload(file, entry);
+  check_unique(file, entries);
+  const std::vector<std::string> headers = read_headers(shared, entries, options);
+  for (size_t i = 0; i < entries.size(); ++i) find_payload(file, headers[i], entries[i]);
   check_disjoint(file, entries, directory.offset);
   return entries;
 }

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -56,9 +57,10 @@ struct ZipEntry {
 };
 
 class ReadableFile;
+struct ReadOptions;
 
 // The central directory of a file of stored records. Throws Error(kCorrupt) on anything that is inconsistent, lies
-// outside the file, overlaps, or is compressed or encrypted.
-std::vector<ZipEntry> read_zip_directory(const ReadableFile& file);
+// outside the file, overlaps, stands there twice, or is compressed or encrypted. So a file never yields more bytes than it has.
+std::vector<ZipEntry> read_zip_directory(const std::shared_ptr<const ReadableFile>& file, const ReadOptions& options);
 
 }  // namespace lazyckpt

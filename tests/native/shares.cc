@@ -17,6 +17,7 @@
 #include "error.h"
 #include "fault.h"
 #include "file.h"
+#include "reader.h"
 #include "torch_file.h"
 #include "verify.h"
 
@@ -192,8 +193,8 @@ void check_records(const SharedFile& file, const std::string& path, const std::s
   // Where all records are empty, all checksums are zero, and a reader cannot know that they are meant.
   const auto empty = [](const std::string& content) { return content.empty(); };
   const bool nothing_to_check = std::all_of(file.contents.begin(), file.contents.end(), empty);
-  expect(verify_torch_file(path, 2) != nothing_to_check, path + " passes unchecked");
-  const std::vector<ZipEntry> entries = read_zip_directory(ReadableFile(path));
+  expect(verify_torch_file(path, {}) != nothing_to_check, path + " passes unchecked");
+  const std::vector<ZipEntry> entries = read_zip_directory(std::make_shared<ReadableFile>(path), ReadOptions());
   expect(entries.size() == file.contents.size(), path + " has another number of records");
   for (size_t i = 0; i < std::min(entries.size(), file.contents.size()); ++i) {
     const std::string& content = file.contents[i];
