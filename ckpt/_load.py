@@ -1,17 +1,21 @@
-"""load(): check every byte, then let torch read the file."""
+"""load(): every byte is read once, straight to where it is to stay, and checked on the way."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ckpt import _native
+from ckpt._archive import TIMEOUT_S, Archive
+from ckpt._outline import Outline, Selection
+from ckpt._unpickle import Contents, first_line, only_weights, raise_explained, read_whole
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 
 logger = logging.getLogger("ckpt")
@@ -19,60 +23,96 @@ logger = logging.getLogger("ckpt")
 _OLD_FORMAT = b"\x80\x02" + pickle.encode_long(0x1950A86A20F9469CFC6C).join([b"\x8a\x0a", b"."])  # a pickled magic number
 
 
-def checksum_threads() -> int:
-    return min(4, os.cpu_count() or 1)
+def load(
+    path: str | os.PathLike[str],
+    map_location: Any = None,
+    weights_only: bool = True,
+    *,
+    keys: str | Sequence[str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Any:
+    """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way.
 
-
-def load(path: str | os.PathLike[str], map_location: Any = None, weights_only: bool = True) -> Any:
-    """Loads a file written by save() or by `torch.save`, after verifying the CRC-32 of every record.
+    The result is that of `torch.load`. Several threads read straight into its memory, past the page cache where the file system
+    can; memory beside it is some MiB for each thread.
 
     Args:
         path: the file.
         map_location: as in `torch.load`.
         weights_only: as in `torch.load`. False unpickles arbitrary objects, which can run any code: only for files you trust.
+        keys: a pattern, or several, over dotted paths, as in "model.layers.0.*" ("*" matches dots too): only what matches one,
+            with what is below it, is read and returned, in containers without the rest; in lists and tuples None stands for
+            what is left out. Default: all.
+        timeout_s: longest that reading may take, seconds.
 
     Raises:
         CorruptError: the file is truncated, or a checksum is wrong; names the record.
         StorageError: it cannot be read.
-        CheckpointError: it holds objects that weights_only refuses.
+        DeadlineError: reading took longer than timeout_s.
+        CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches.
     """
     target = Path(os.fspath(path))
-    if not _is_zip(target):
-        return _load_old_format(target, map_location, weights_only)
-    if not _native.verify_torch_file(os.fsencode(target), checksum_threads()):
+    selection = None if keys is None else Selection(keys)
+    if not is_zip(target):
+        loaded = _load_old_format(target, map_location, weights_only)
+        return selection.prune(loaded, target) if selection else loaded
+    archive = open_archive(target, timeout_s)
+    if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
-    return torch_load(target, map_location, weights_only)
+    if selection:
+        return _load_part(archive, selection, map_location, weights_only)
+    return read_whole(archive, map_location)[0].unpickle(map_location, weights_only)
 
 
-def torch_load(path: Path, map_location: Any, weights_only: bool) -> Any:
-    """torch.load with errors that say what to do. For bytes that have been verified."""
-    try:
-        return torch.load(path, map_location=map_location, weights_only=weights_only)
-    except pickle.UnpicklingError as error:
-        if weights_only and "weights_only" in str(error).lower():
-            raise CheckpointError(
-                f"'{path}' holds objects that weights_only loading refuses ({_first_line(error)}); if you trust the file, pass "
-                "weights_only=False, which can run any code in it"
-            ) from error
-        raise CorruptError(f"'{path}' is not a torch file, or damaged: {_first_line(error)}") from error
-    except EOFError as error:
-        raise CorruptError(f"'{path}' is not a torch file, or cut off") from error
+def open_archive(path: Path, timeout_s: float) -> Archive:
+    """
+    Raises:
+        CheckpointError: it is not for unpickling.
+    """
+    archive = Archive(path, timeout_s)
+    if "constants.pkl" in archive.records:
+        raise CheckpointError(f"'{path}' is a TorchScript archive, which is a program: torch.jit.load reads it")
+    return archive
+
+
+def _load_part(archive: Archive, selection: Selection, map_location: Any, weights_only: bool) -> Any:
+    """Unpickles twice: first to see what is wanted, then over the bytes of that."""
+    outline = Outline(archive, weights_only)
+    needed = outline.records_of(selection.prune(outline.value, archive.path))
+    storages = archive.allocate(needed)
+    archive.fill(storages)
+    absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
+    outline.value = None
+    location = _LeaveAlone({storage._cdata for storage in absent.values()}, map_location) if absent else map_location
+    loaded = Contents(archive, outline.small, absent | storages).unpickle(location, weights_only)
+    return selection.prune(loaded, archive.path)
+
+
+class _LeaveAlone:
+    """A map_location that moves no storages which will not be returned."""
+
+    def __init__(self, alone: set[int], map_location: Any) -> None:
+        self._alone = alone
+        self._restore = torch.serialization._get_restore_location(map_location)
+
+    def __call__(self, storage: Any, location: str) -> Any:
+        return storage if storage._cdata in self._alone else self._restore(storage, location)
 
 
 def _load_old_format(path: Path, map_location: Any, weights_only: bool) -> Any:
     """Nothing tells damage in such a file from anything else that may go wrong."""
     try:
-        return torch_load(path, map_location, weights_only)
-    except CheckpointError:
-        raise
+        return torch.load(path, map_location=map_location, weights_only=weights_only)
     except Exception as error:
+        if isinstance(error, (pickle.UnpicklingError, EOFError)):
+            raise_explained(error, path, only_weights(weights_only))
         raise CheckpointError(
             f"'{path}' cannot be loaded; it is in torch's format of before 1.6, which has no checksums, and may be damaged: "
-            f"{type(error).__name__}: {_first_line(error)}"
+            f"{type(error).__name__}: {first_line(error)}"
         ) from error
 
 
-def _is_zip(path: Path) -> bool:
+def is_zip(path: Path) -> bool:
     """True for a zip, False for torch's format of before 1.6, which has no checksums.
 
     Raises:
@@ -82,14 +122,11 @@ def _is_zip(path: Path) -> bool:
     try:
         with open(path, "rb") as file:
             start = file.read(len(_OLD_FORMAT))
-            if start.startswith(b"PK\x03\x04") or zipfile.is_zipfile(file):
-                return True
+            with contextlib.suppress(zipfile.BadZipFile):
+                if start.startswith(b"PK\x03\x04") or zipfile.is_zipfile(file):
+                    return True
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot load '{path}': {error.strerror}", str(path)) from error
     if start == _OLD_FORMAT:
         return False
     raise CorruptError(f"'{path}' is not a torch file: it begins like neither of torch's formats")
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,6 +1,7 @@
 """Finding the newest checkpoint that every rank can read, and reading it.
 
-The ranks choose it together, see _choice.py.
+The ranks choose it together, see _choice.py. What a rank is going to load is read, and checked on the way, while the ranks
+choose: so its bytes are read once. It is unpickled when the choice has been made.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt import _manifest
+from ckpt._archive import Archive, reader_threads
 from ckpt._choice import Candidate, Chooser
 from ckpt._directory import StepDirectories
-from ckpt._load import checksum_threads, torch_load
 from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
 from ckpt._native import digest_file
-from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt._unpickle import Contents, read_whole
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, NotACheckpointError, StorageError
 
 logger = logging.getLogger("ckpt")
 
@@ -58,6 +60,7 @@ class Restorer:
         self._rank = rank
         self._world_size = world_size
         self._chooser = chooser
+        self._held: dict[Path, Contents] = {}  # of the candidate: what has been read, and found good
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
@@ -67,8 +70,14 @@ class Restorer:
         """See Checkpointer.restore()."""
 
         def verify(candidate: Candidate) -> str | None:
-            return self._verify(root / candidate.name, candidate.sequence)
+            return self._verify(root / candidate.name, candidate.sequence, loading)
 
+        try:
+            return self._choose_and_load(root, loading, verify)
+        finally:
+            self._held = {}
+
+    def _choose_and_load(self, root: Path, loading: Loading, verify: Callable[[Candidate], str | None]) -> Restored | None:
         if self._rank == 0:
             committed, damaged = self._directories.look()
             for error in damaged:
@@ -85,9 +94,24 @@ class Restorer:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def _verify(self, directory: Path, sequence: int) -> str | None:
+    def _verify(self, directory: Path, sequence: int, loading: Loading) -> str | None:
         """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong."""
-        return verify_files(directory, sequence, self._is_mine)
+        self._held = {}  # before there is memory for the next
+
+        def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
+            if self._will_load(manifest, file, loading):
+                self._held[directory / file.name] = _read_file(directory, file, loading.map_location)
+            else:
+                _verify_file(directory, manifest, file)
+
+        return verify_files(directory, sequence, self._is_mine, check)
+
+    def _will_load(self, manifest: Manifest, file: FileEntry, loading: Loading) -> bool:
+        if file.kind == REPLICATED:
+            return True
+        if manifest.world_size == self._world_size:
+            return file.rank == self._rank
+        return loading.merge is not None
 
     def _is_mine(self, file: FileEntry) -> bool:
         if file.kind == REPLICATED:
@@ -96,7 +120,9 @@ class Restorer:
 
     def _load(self, directory: Path, manifest: Manifest, loading: Loading) -> Restored:
         def load(file: FileEntry) -> Any:
-            return torch_load(directory / file.name, loading.map_location, loading.weights_only)
+            contents = self._held.pop(directory / file.name, None)  # another rank has checked the others of a merge
+            contents = contents or _read_file(directory, file, loading.map_location)
+            return contents.unpickle(loading.map_location, loading.weights_only)
 
         own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
         replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
@@ -114,7 +140,12 @@ class Restorer:
         return Restored(manifest.step, state, replicated[0] if replicated else None)
 
 
-def verify_files(directory: Path, sequence: int, is_mine: Callable[[FileEntry], bool]) -> str | None:
+def verify_files(
+    directory: Path,
+    sequence: int,
+    is_mine: Callable[[FileEntry], bool],
+    check: Callable[[Path, Manifest, FileEntry], None] | None = None,
+) -> str | None:
     """Compares files with their manifest; says what is wrong."""
     try:
         manifest = _manifest.read(directory)
@@ -122,15 +153,29 @@ def verify_files(directory: Path, sequence: int, is_mine: Callable[[FileEntry], 
             return f"'{directory}' is another checkpoint than on rank 0: all ranks must see the same directory"
         for file in manifest.files:
             if is_mine(file):
-                _verify_file(directory, file)
-    except (NotACheckpointError, CorruptError, StorageError) as error:
+                (check or _verify_file)(directory, manifest, file)
+    except (NotACheckpointError, CorruptError, StorageError, DeadlineError) as error:
         return str(error)
     return None
 
 
-def _verify_file(directory: Path, file: FileEntry) -> None:
+def _verify_file(directory: Path, manifest: Manifest, file: FileEntry) -> None:
     path = directory / file.name
-    size, crc = digest_file(os.fsencode(path), checksum_threads())
+    size, crc = digest_file(os.fsencode(path), reader_threads())
+    _compare(path, file, size, crc)
+
+
+def _read_file(directory: Path, file: FileEntry, map_location: Any) -> Contents:
+    """The file in memory, every byte of it compared with the manifest."""
+    path = directory / file.name
+    archive = Archive(path)
+    _compare(path, file, archive.size, file.crc32)
+    contents, crc = read_whole(archive, map_location)
+    _compare(path, file, archive.size, crc)
+    return contents
+
+
+def _compare(path: Path, file: FileEntry, size: int, crc: int) -> None:
     if size != file.bytes:
         raise CorruptError(f"'{path}' has {size} bytes; its manifest says {file.bytes}")
     if crc != file.crc32:

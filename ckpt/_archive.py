@@ -1,0 +1,181 @@
+"""A torch zip file: its records, and memory for them.
+
+The core reads the directory and the bytes (csrc/verify.h). Here they get memory, and torch's own loader gets an object that
+looks to it like its reader: so what a file means is decided by torch alone, and how its bytes come by us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import mmap
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt import _native
+from ckpt.errors import CorruptError
+
+# Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
+_LARGE = 256 * 1024
+_ALIGNMENT = 64  # of every storage, as torch's allocator has it
+_HUGE_PAGE = 2 << 20
+TIMEOUT_S = 1800.0
+
+
+def reader_threads() -> int:
+    return min(4, max(2, os.cpu_count() or 1))
+
+
+class Record(NamedTuple):
+    """One entry of the file: its number in the directory, and where its bytes are."""
+
+    number: int
+    offset: int
+    size: int
+
+
+class Archive:
+    """An open file whose directory is consistent: records lie inside it, uncompressed, and do not overlap.
+
+    Args:
+        timeout_s: longest that one call may read, seconds.
+
+    Attributes:
+        records: by their names without that of the archive, as in "data.pkl" and "data/0".
+        size: of the file, bytes.
+        checksummed: whether it carries CRC-32s.
+
+    Raises:
+        CorruptError: it is damaged, or no torch zip file.
+        StorageError: it cannot be read.
+        DeadlineError: reading took too long.
+    """
+
+    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+        self.path = path
+        self._timeout_s = timeout_s
+        self._file = _native.RecordFile(os.fsencode(path), True, reader_threads(), timeout_s)
+        self.size, self.checksummed = self._file.size, self._file.checksummed
+        entries = self._file.records
+        prefix = entries[0][0].partition("/")[0] + "/"  # as torch finds it
+        self.records = {
+            name.removeprefix(prefix): Record(index, offset, size)
+            for index, (name, offset, size) in enumerate(entries)
+            if name.startswith(prefix)
+        }
+
+    def byte_order(self) -> str | None:
+        """Of the numbers in it: "little", "big"; None if it does not say."""
+        if "byteorder" not in self.records:
+            return None
+        place = self.allocate(["byteorder"])
+        self.fill(place)
+        return bytes_of(place["byteorder"]).decode("ascii", "replace")
+
+    def storage_names(self) -> list[str]:
+        """Of the records that are the bytes of tensors."""
+        return [name for name in self.records if name.startswith("data/")]
+
+    def small_names(self) -> list[str]:
+        """Of all others: the pickle, and a few bytes each."""
+        return [name for name in self.records if not name.startswith("data/")]
+
+    def allocate(self, names: Iterable[str]) -> dict[str, torch.UntypedStorage]:
+        return {name: allocate(self.records[name].size, self.records[name].offset) for name in names}
+
+    def fill(self, destinations: Mapping[str, Any], *, whole: bool = False) -> int | None:
+        """Reads records and checks the CRC-32 of each.
+
+        Args:
+            destinations: what has a data_ptr() and room for the record, by name.
+            whole: check all of the file. Then its CRC-32 is returned.
+        """
+        wanted = [(self.records[name].number, place.data_ptr()) for name, place in destinations.items()]
+        return self._file.read(
+            wanted, whole=whole, threads=reader_threads(), timeout_s=self._timeout_s, keep=list(destinations.values())
+        )
+
+    def close(self) -> None:
+        """Lets go of the file. Nothing can be read after that."""
+        del self._file
+
+
+def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStorage:
+    """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet."""
+    if nbytes < large:
+        return torch.UntypedStorage(nbytes)
+    lead = offset % mmap.PAGESIZE
+    if lead % _ALIGNMENT:
+        lead = 0
+    try:
+        pages = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError:  # the kernel's limit on the number of mappings
+        return torch.UntypedStorage(nbytes)
+    if nbytes >= _HUGE_PAGE:
+        with contextlib.suppress(OSError):  # a kernel without them
+            pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=lead).untyped_storage()
+
+
+def bytes_of(storage: torch.UntypedStorage) -> bytes:
+    return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
+
+
+class TorchReader:
+    """What torch.serialization takes for its PyTorchFileReader: records that are in memory already.
+
+    Args:
+        small: the contents of all records but those of tensors.
+        storages: those, by name.
+    """
+
+    def __init__(self, archive: Archive, small: Mapping[str, bytes], storages: Mapping[str, torch.UntypedStorage]) -> None:
+        self._path = archive.path
+        self._records = archive.records
+        self._small = small
+        self._storages = storages
+
+    def has_record(self, name: str) -> bool:
+        # The version promises that offsets can be computed; they need not be: all are known.
+        return name in self._records and name != ".format_version"
+
+    def get_all_records(self) -> list[str]:
+        return list(self._records)
+
+    def get_record(self, name: str) -> bytes:
+        if name in self._small:
+            return self._small[name]
+        return bytes_of(self._storage(name))
+
+    def get_record_offset(self, name: str) -> int:
+        if name not in self._records:
+            raise CorruptError(f"'{self._path}' has no record '{name}', which its pickle asks for")
+        return self._records[name].offset
+
+    def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> Any:
+        """A storage, as something that torch asks for its `_typed_storage()._untyped_storage`."""
+        storage = self._storage(name)
+        if storage.nbytes() != nbytes:
+            raise CorruptError(f"record '{name}' of '{self._path}' has {storage.nbytes()} bytes, and its pickle says {nbytes}")
+        return _AsTyped(storage)
+
+    def serialization_id(self) -> str:
+        return self._small.get(".data/serialization_id", b"").decode("ascii", "replace")
+
+    def _storage(self, name: str) -> torch.UntypedStorage:
+        try:
+            return self._storages[name]
+        except KeyError:
+            raise CorruptError(f"'{self._path}' has no record '{name}', which its pickle asks for") from None
+
+
+class _AsTyped:
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self._untyped_storage = storage
+
+    def _typed_storage(self) -> _AsTyped:
+        return self
