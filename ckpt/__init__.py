@@ -12,10 +12,12 @@
 save() returns in milliseconds. The bytes leave in the background, straight from the tensors, until the next optimizer step,
 which waits just for what has not left yet. Files are ordinary torch files.
 
-For one file, `ckpt.save(obj, path)` and `ckpt.load(path)`. Errors are in `ckpt.errors`; all derive from CheckpointError.
+For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path, target)`. Errors are in `ckpt.errors`; all
+derive from CheckpointError.
 """
 
 from ckpt._load import load
+from ckpt._load_into import load_into
 from ckpt._runtime import fence
 from ckpt._save import save
 from ckpt.bundles import BundleCheckpointer
@@ -35,5 +37,6 @@ __all__ = [
     "SaveStats",
     "fence",
     "load",
+    "load_into",
     "save",
 ]

@@ -4,6 +4,7 @@
     ├── StorageError        a storage system call failed (also an OSError: errno, filename)
     ├── CaptureError        a tensor changed before its bytes were captured; nothing was published
     ├── CorruptError        a file, or every checkpoint of a directory, fails its checksums
+    ├── MismatchError       a file does not fit what it is to be loaded into; nothing was changed
     ├── NotACheckpointError a directory or manifest is not what it should be
     ├── DeadlineError       a wait outran its timeout (also a TimeoutError)
     ├── SkippedError        this save was not made: another was in flight and when_busy is "skip"
@@ -51,6 +52,21 @@ class CaptureError(CheckpointError):
 
 class CorruptError(CheckpointError):
     """Bytes on disk are not those that were written."""
+
+
+class MismatchError(CheckpointError):
+    """A file and what it was to be loaded into do not fit.
+
+    Attributes:
+        problems: what differs: a text for each place.
+    """
+
+    def __init__(self, message: str, problems: Iterable[str] = ()) -> None:
+        super().__init__(message)
+        self.problems = list(problems)
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
+        return type(self), (str(self), self.problems)
 
 
 class NotACheckpointError(CheckpointError):

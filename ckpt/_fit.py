@@ -1,0 +1,134 @@
+"""Laying what is in a file beside what it is to be loaded into, before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt._outline import PLAIN, Outline, is_plain_tensor
+
+
+class Pair(NamedTuple):
+    """A tensor of the outline, the tensor that gets its elements, and the record that they are in."""
+
+    source: torch.Tensor
+    target: torch.Tensor
+    record: str
+
+
+class Fit:
+    """What is to be done, and all that stands against it.
+
+    Attributes:
+        pairs: tensors to fill.
+        adopted: records of tensors that have no counterpart yet; these are given to the target as they come from the file.
+        last: to be called when all bytes are there: what puts values that are not tensors in their places.
+        problems: for people; empty if the two fit.
+    """
+
+    def __init__(self, outline: Outline, strict: bool) -> None:
+        self.pairs: list[Pair] = []
+        self.adopted: set[str] = set()
+        self.last: list[Callable[[], object]] = []
+        self.problems: list[str] = []
+        self._outline = outline
+        self._strict = strict
+
+    def lay(self, found: Any, target: Any, path: str = "") -> None:
+        """Goes through both; notes what to do and what is wrong."""
+        if isinstance(target, torch.nn.Module):
+            self._lay_module(found, target, path)
+        elif isinstance(target, torch.optim.Optimizer):
+            self._lay_optimizer(found, target, path)
+        elif isinstance(target, torch.Tensor):
+            self._lay_tensor(found, target, path)
+        elif isinstance(target, Mapping):
+            self._lay_mapping(found, target, path)
+        elif isinstance(target, (list, tuple)) and not isinstance(target, torch.Size):
+            self._lay_sequence(found, target, path)
+        elif not isinstance(found, PLAIN) or found != target:
+            self._problem(path, f"is {_kind(found)} in the file, and {_kind(target)} here, which cannot be changed in place")
+
+    def _problem(self, path: str, what: str) -> None:
+        self.problems.append(f"{path or 'the whole'} {what}")
+
+    def _lay_tensor(self, found: Any, target: torch.Tensor, path: str) -> None:
+        if not isinstance(found, torch.Tensor):
+            return self._problem(path, f"is {_kind(found)} in the file, and a tensor here")
+        record = self._outline.record_of(found)
+        if torch.nn.parameter.is_lazy(target) or target.is_meta:
+            return self._problem(path, "has no memory here")
+        if record is None or not is_plain_tensor(target.data):
+            return self._problem(path, "is no plain strided tensor: load() can load it")
+        if found.dtype != target.dtype:
+            self._problem(path, f"is {found.dtype} in the file, and {target.dtype} here")
+        if found.shape != target.shape:
+            self._problem(path, f"has shape {list(found.shape)} in the file, and {list(target.shape)} here")
+        if torch._debug_has_internal_overlap(target) == 1:
+            self._problem(path, "has elements here that lie on one another")
+        self.pairs.append(Pair(found, target.detach(), record))
+
+    def _lay_mapping(self, found: Any, target: Mapping[Any, Any], path: str) -> None:
+        if not isinstance(found, Mapping):
+            return self._problem(path, f"is {_kind(found)} in the file, and has keys here")
+        if self._strict:
+            for key in (key for key in target if key not in found):
+                self._problem(_join(path, key), "is missing in the file")
+            for key in (key for key in found if key not in target):
+                self._problem(_join(path, key), "is in the file, and not here")
+        for key in (key for key in found if key in target):
+            self._lay_part(found[key], target, key, _join(path, key))
+
+    def _lay_sequence(self, found: Any, target: Any, path: str) -> None:
+        if not isinstance(found, (list, tuple)) or len(found) != len(target):
+            length = len(found) if isinstance(found, (list, tuple)) else _kind(found)
+            return self._problem(path, f"has {len(target)} parts here, and in the file: {length}")
+        for index, part in enumerate(found):
+            self._lay_part(part, target, index, _join(path, index))
+
+    def _lay_part(self, found: Any, container: Any, key: Any, path: str) -> None:
+        """A value that is not a tensor takes its place in its container."""
+        replaceable = isinstance(found, PLAIN) and isinstance(container[key], PLAIN)
+        if replaceable and hasattr(container, "__setitem__"):
+            self.last.append(lambda: container.__setitem__(key, found))
+        else:
+            self.lay(found, container[key], path)
+
+    def _lay_module(self, found: Any, module: torch.nn.Module, path: str) -> None:
+        state = dict(module.state_dict())
+        self._lay_mapping(found, state, path)
+        extra = {key for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        if extra:  # get_extra_state(): values that the module takes back by itself
+            self.last.append(lambda: module.load_state_dict({key: state[key] for key in extra}, strict=False))
+
+    def _lay_optimizer(self, found: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
+        """Its tensors are filled; parameters that have no state yet, as before the first step, get that of the file."""
+        state = optimizer.state_dict()
+        if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):
+            return self._problem(path, f"is {_kind(found)} in the file, and the state of an optimizer here")
+        groups = [len(group["params"]) for group in state["param_groups"]]
+        theirs = [len(group["params"]) for group in found.get("param_groups", ())]
+        if groups != theirs:
+            return self._problem(path, f"has groups of {theirs} parameters in the file, and of {groups} here")
+        for key, value in found["state"].items():
+            if key not in state["state"] and key in range(sum(groups)):
+                self.adopted |= self._outline.records_of(value)
+                state["state"][key] = value
+        known = {key: value for key, value in state["state"].items() if value is not found["state"].get(key)}
+        theirs_known = {key: value for key, value in found["state"].items() if value is not state["state"].get(key)}
+        self._lay_mapping(theirs_known, known, _join(path, "state"))
+        self._lay_sequence(found["param_groups"], state["param_groups"], _join(path, "param_groups"))
+        self.last.append(lambda: optimizer.load_state_dict(state))
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, PLAIN):
+        text = repr(value)
+        return text if len(text) <= 60 else f"{text[:57]}..."
+    return f"a {type(value).__name__}"
