@@ -105,20 +105,29 @@ class Archive:
 
 
 def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStorage:
-    """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet."""
+    """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet.
+
+    It cannot be resized: torch would do so for a tensor that reaches beyond its end, which a forged pickle may ask for.
+    """
     if nbytes < large:
-        return torch.UntypedStorage(nbytes)
+        return fixed(torch.UntypedStorage(nbytes))
     lead = offset % mmap.PAGESIZE
     if lead % _ALIGNMENT:
         lead = 0
     try:
         pages = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # the kernel's limit on the number of mappings
-        return torch.UntypedStorage(nbytes)
+        return fixed(torch.UntypedStorage(nbytes))
     if nbytes >= _HUGE_PAGE:
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=lead).untyped_storage()
+
+
+def fixed(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The same memory, as a storage that cannot be resized."""
+    whole: torch.UntypedStorage = storage[0 : storage.nbytes()]
+    return whole
 
 
 def bytes_of(storage: torch.UntypedStorage) -> bytes:

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from ckpt._archive import Archive, Record, allocate
+from ckpt._archive import Archive, Record, allocate, fixed
 from ckpt._unpickle import Contents, read_small
 from ckpt.errors import CheckpointError
 
-_MOST_VISITS = 10_000_000  # of values: a small pickle can share containers so that its paths are without number
+_MOST_VISITS = 1_000_000  # of values: a small pickle can share containers so that its paths are without number
 _SHOWN_PATHS = 8
 PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.layout, torch.Size)
 
@@ -75,7 +75,7 @@ def _stay(storage: Any, location: str) -> Any:
 def _untouched(record: Record) -> torch.UntypedStorage:
     """Memory for it. What is small is cleared, because unpickling may look into it; the rest are pages that read as zeros."""
     if record.size < mmap.PAGESIZE:
-        return torch.zeros(record.size, dtype=torch.uint8).untyped_storage()
+        return fixed(torch.zeros(record.size, dtype=torch.uint8).untyped_storage())
     return allocate(record.size, record.offset, large=mmap.PAGESIZE)
 
 
