@@ -83,20 +83,9 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     archive.fill(storages)
     absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
     outline.value = None
-    location = _LeaveAlone({storage._cdata for storage in absent.values()}, map_location) if absent else map_location
-    loaded = Contents(archive, outline.small, absent | storages).unpickle(location, weights_only)
+    alone = {storage._cdata for storage in absent.values()}
+    loaded = Contents(archive, outline.small, absent | storages).unpickle(map_location, weights_only, alone)
     return selection.prune(loaded, archive.path)
-
-
-class _LeaveAlone:
-    """A map_location that moves no storages which will not be returned."""
-
-    def __init__(self, alone: set[int], map_location: Any) -> None:
-        self._alone = alone
-        self._restore = torch.serialization._get_restore_location(map_location)
-
-    def __call__(self, storage: Any, location: str) -> Any:
-        return storage if storage._cdata in self._alone else self._restore(storage, location)
 
 
 def _load_old_format(path: Path, map_location: Any, weights_only: bool) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ class Contents:
         self.storages = storages
         self._small = small
 
-    def unpickle(self, map_location: Any, weights_only: bool) -> Any:
+    def unpickle(self, map_location: Any, weights_only: bool, alone: Set[int] = frozenset()) -> Any:
         """As torch.load does it. Once only: the storages become those of the result.
+
+        Args:
+            alone: addresses (_cdata) of storages that are not to be moved, because they will not be returned.
 
         Raises:
             CheckpointError: it holds objects that weights_only refuses, or torch cannot make it.
             CorruptError: the pickle is none, or asks for what is not there.
         """
         reader = TorchReader(self.archive, self._small, self.storages)
-        return unpickle(reader, self.archive.path, map_location, weights_only)
+        return unpickle(reader, self.archive.path, map_location, weights_only, alone)
 
 
 def read_small(archive: Archive) -> dict[str, bytes]:
@@ -60,13 +63,13 @@ def only_weights(asked: bool) -> bool:
     return asked or forced
 
 
-def unpickle(reader: TorchReader, path: Path, map_location: Any, weights_only: bool) -> Any:
+def unpickle(reader: TorchReader, path: Path, map_location: Any, weights_only: bool, alone: Set[int] = frozenset()) -> Any:
     """What torch.load does once it has opened the file."""
     weights_only = only_weights(weights_only)
     module = torch._weights_only_unpickler if weights_only else pickle
     location = _Watched(map_location) if _is_called(map_location) else map_location
     try:
-        return torch.serialization._load(reader, location, module, encoding="utf-8")
+        return torch.serialization._load(reader, _LeaveAlone(alone, location) if alone else location, module, encoding="utf-8")
     except Exception as error:
         torch._utils._sparse_tensors_to_validate.clear()  # or the next load would trip over what this one has left there
         if isinstance(error, CheckpointError) or (isinstance(location, _Watched) and error is location.raised):
@@ -103,6 +106,17 @@ class _Watched:
         except Exception as error:
             self.raised = error
             raise
+
+
+class _LeaveAlone:
+    """A map_location that moves no storages which will not be returned."""
+
+    def __init__(self, alone: Set[int], map_location: Any) -> None:
+        self._alone = alone
+        self._restore = torch.serialization._get_restore_location(map_location)
+
+    def __call__(self, storage: Any, location: str) -> Any:
+        return storage if storage._cdata in self._alone else self._restore(storage, location)
 
 
 def _is_called(map_location: Any) -> bool:

@@ -181,6 +181,16 @@ def test_tensors_that_reach_beyond_their_storage(count: int, good: Path, load: C
         load(good)
 
 
+def test_devices_that_there_are_none_of(good: Path, load: Callable[[Path], Any]) -> None:
+    pickled = records_of(good)["file/data.pkl"]
+    forge(good, pickled.replace(b"X\3\0\0\0cpu", b"X\3\0\0\0csu"))
+    if load is WAYS["load_into"]:  # where the bytes came from does not matter to it
+        load(good)
+        return
+    with pytest.raises(CheckpointError, match=r"cannot be loaded.*restore data location"):
+        load(good)
+
+
 def test_tensors_over_a_storage_of_nothing(good: Path, load: Callable[[Path], Any]) -> None:
     torch.save({"a": torch.empty(0)}, good)
     pickled = records_of(good)["file/data.pkl"]

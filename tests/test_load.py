@@ -7,6 +7,7 @@ import errno
 import signal
 import threading
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,6 +128,27 @@ def test_large_tensors_lie_as_in_the_file(sized_file: Path) -> None:
         if record.size >= 256 << 10 and record.offset % 64 == 0:
             assert (tensor.data_ptr() - record.offset) % 4096 == 0
         assert tensor.nbytes() == record.size
+
+
+def test_restore_reads_every_byte_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pass that checks the file against its manifest is the one that fills the storages."""
+    state = {"a": torch.randn(300_000), "b": torch.arange(9)}
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(3, state).result(60)
+        read: list[tuple[int, bool]] = []
+        fill = _archive.Archive.fill
+
+        def spy(self: _archive.Archive, destinations: Any, *, whole: bool = False) -> Any:
+            read.append((len(destinations), whole))
+            return fill(self, destinations, whole=whole)
+
+        monkeypatch.setattr(_archive.Archive, "fill", spy)
+        monkeypatch.setattr("ckpt._restore.digest_file", None)  # it would read it all again
+        found = checkpointer.restore()
+        assert found is not None and found.step == 3
+        assert_same(state, found.state)
+        with zipfile.ZipFile(next(tmp_path.glob("step-*/*.pt"))) as archive:
+            assert read == [(len(archive.namelist()), True)]
 
 
 # ---- as torch.load ---------------------------------------------------------------------------------------------------
