@@ -14,6 +14,7 @@ GRID = tuple(
     f"{engine}:{depth}:{block}" for engine in ("psync", "io_uring") for depth in (1, 2, 4, 8) for block in ("1m", "4m", "8m")
 )
 TIMEOUT_S = 300
+PIECE = 8 << 20
 UNITS = {"k": 1 << 10, "m": 1 << 20}
 
 
@@ -63,6 +64,31 @@ def command(config: Config, path: Path, nbytes: int) -> list[str]:
     return ["fio", "--name=limit", *flags, "--output-format=json"]
 
 
+def read_command(config: Config, path: Path, nbytes: int) -> list[str]:
+    """The same job as a load: the whole of a file that is there, once, past the page cache."""
+    kept = [flag for flag in command(config, path, nbytes) if flag not in ("--rw=write", "--fallocate=native", "--end_fsync=1")]
+    return [*kept, "--rw=read"]
+
+
+def run_read(config: Config, path: Path, nbytes: int) -> float:
+    """Bytes per second as fio reports them. The file is written first if it is not there in its size, and stays.
+
+    Raises:
+        FioError: with fio's own words.
+    """
+    if not path.exists() or path.stat().st_size < nbytes:
+        with path.open("wb") as file:
+            for begin in range(0, nbytes, PIECE):
+                file.write(os.urandom(min(PIECE, nbytes - begin)))
+            file.flush()
+            os.fsync(file.fileno())
+    try:
+        done = subprocess.run(read_command(config, path, nbytes), capture_output=True, text=True, timeout=TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise FioError(str(error)) from error
+    return parse(done.stdout, done.stderr, "read")
+
+
 # glibc's malloc, from which fio has its buffers, then asks for huge pages where it maps memory.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -86,11 +112,11 @@ def run(config: Config, path: Path, nbytes: int, huge_pages: bool = False) -> fl
         path.unlink(missing_ok=True)
 
 
-def parse(output: str, errors: str) -> float:
+def parse(output: str, errors: str, direction: str = "write") -> float:
     try:
         job = json.loads(output[output.index("{") :])["jobs"][0]
     except (ValueError, LookupError) as error:
         raise FioError(f"fio gave no result: {errors.strip() or output.strip()}") from error
-    if job["error"] or not job["write"]["bw_bytes"]:
+    if job["error"] or not job[direction]["bw_bytes"]:
         raise FioError(f"fio failed with error {job['error']}: {errors.strip()}")
-    return float(job["write"]["bw_bytes"])
+    return float(job[direction]["bw_bytes"])

@@ -10,6 +10,7 @@
     python bench/run.py --workload rivals                 beside every other way of saving that runs here; not part of "all"
     python bench/run.py --workload frequency              a save every 10 to every iteration; not part of "all"
     python bench/run.py --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
+    python bench/run.py --workload restore                how fast a state comes back, beside others; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -36,6 +37,7 @@ from harness import Report, Settings, clock, note, table
 from machine import ROOT, describe_run
 from many import measure_many
 from memory import measure_memory
+from restore import measure_restore
 from sizes import measure_sizes
 from stall import measure_overhead, measure_stall
 from versus import measure_rivals
@@ -63,6 +65,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "rivals": measure_rivals,
     "frequency": measure_frequency,
     "sizes": measure_sizes,
+    "restore": measure_restore,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle

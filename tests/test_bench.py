@@ -185,6 +185,21 @@ def test_the_engines_of_deepspeed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "files") == []
 
 
+def test_ways_of_restoring(tmp_path: Path) -> None:
+    lines, _ = run_bench(tmp_path, "--workload=restore", "--rounds=1", "--fio=none")
+    for line in lines:
+        check_line(line)
+    times = {line["case"]: line["value"] for line in lines if line["quantity"] == "load_s"}
+    peaks = {line["case"]: line for line in lines if line["quantity"] == "extra_MiB"}
+    assert times.keys() == peaks.keys() and len(times) == 7
+    for line in (line for line in lines if line["quantity"] == "ratio"):
+        ours, other = line["case"].split(" / ")
+        assert line["value"] == pytest.approx(times[ours] / times[other])
+    assert [line["bar"] for line in lines if line["quantity"] == "ratio"] == ["<= 0.5", "<= 1", "<= 1", "<= 1"]
+    assert peaks["ckpt.load_into"]["bar"] == "<= 64"
+    assert os.listdir(tmp_path / "files") == []
+
+
 def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     from harness import Bar, Report, Sample
@@ -215,3 +230,20 @@ def test_fio_is_asked_for_a_new_file_made_durable(tmp_path: Path, monkeypatch: p
         else:
             assert rate > 0
         assert not (tmp_path / "f").exists()
+
+
+def test_fio_reads_a_file_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCH))
+    import fio
+
+    config = fio.Config.parse("psync:2:1m")
+    command = fio.read_command(config, tmp_path / "f", 8 << 20)
+    assert {"--direct=1", "--rw=read", "--numjobs=2", f"--size={4 << 20}"} <= {*command}
+    assert "--rw=write" not in command
+    if not shutil.which("fio"):
+        pytest.skip("fio is not installed")
+    try:
+        assert fio.run_read(config, tmp_path / "f", 4 << 20) > 0
+    except fio.FioError as error:
+        assert str(error)  # no direct I/O here: it must say so
+    assert (tmp_path / "f").stat().st_size == 4 << 20
