@@ -50,6 +50,7 @@ def load(
         StorageError: it cannot be read.
         DeadlineError: reading took longer than timeout_s.
         CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches.
+        TypeError, ValueError: keys are no patterns.
     """
     target = Path(os.fspath(path))
     selection = None if keys is None else Selection(keys)
