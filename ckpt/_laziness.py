@@ -48,7 +48,7 @@ def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
 
 
 class _Found:
-    """Looks through the optimizers only when the first record asks: a state of small tensors never does."""
+    """Looks through the optimizers only when the first record asks: a state of small tensors on the host never does."""
 
     def __init__(self, found: set[int]) -> None:
         self._found = found

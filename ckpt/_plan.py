@@ -322,7 +322,7 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int, device
 
     Args:
         is_lazy: whether the storage with this `_cdata` changes only behind a fence.
-        eager_bytes: records of at most this many bytes are copied at once all the same.
+        eager_bytes: records on the host of at most this many bytes are copied at once all the same.
         devices: leave records on CUDA devices where they are; else they are copied to the host here.
 
     Raises:
@@ -376,7 +376,9 @@ def _place(
                 record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, nbytes), 0, None
                 plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
         address = record.storage.data_ptr()
-        if plan.kinds[index] == COPY and nbytes > eager_bytes and is_lazy(record.storage._cdata):
+        # A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
+        worthwhile = nbytes > eager_bytes or devices[index] != HOST
+        if plan.kinds[index] == COPY and worthwhile and is_lazy(record.storage._cdata):
             plan.kinds[index] = LAZY
             plan.lazy.append(Place(record.storage, address, record.low + nbytes, record.tensor))
         plan.sizes.append(nbytes)

@@ -37,7 +37,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     Returns within milliseconds. Python values are pickled, and tensors that anything may write to are copied, before it
     returns. Lazy tensors are not copied: they must not change before the next fence, which comes by itself before every step
     of a `torch.optim.Optimizer`. Lazy are the parameters and the state of optimizers that have stepped, and what `lazy`
-    declares, unless they are small (`Options.eager_bytes`).
+    declares, unless they are small and in host memory (`Options.eager_bytes`).
 
     Args:
         obj: anything that `torch.save` can save.

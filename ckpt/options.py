@@ -43,8 +43,9 @@ class Options:
         chunk_bytes: unit of a write, bytes, a power of two from "64KiB"; default "4MiB". Smaller: shorter waits for writes
             in progress at a fence. Larger: fewer system calls. Cut down to a quarter of the arena.
         writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy.
-        eager_bytes: tensors of at most this many bytes are copied inside save(), lazy or not; default "64KiB". Each larger
-            lazy tensor costs up to a page of padding in the file.
+        eager_bytes: tensors in host memory of at most this many bytes are copied inside save(), lazy or not; default "64KiB".
+            Each larger lazy one costs up to a page of padding in the file. Of tensors that are fetched from devices
+            (device_lazy), a lazy one is never copied inside save(), whatever its size, and costs no padding.
         direct_io: write past the page cache where the file system can; default True. False: through the page cache, which
             costs a copy and memory bandwidth, and leaves the file cached.
         record_alignment: alignment of every record in the file, bytes, a power of two up to 32768; default None: large lazy

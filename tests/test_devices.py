@@ -135,6 +135,23 @@ def test_eager_tensors_are_in_order_with_the_stream(training: Training, tmp_path
     training.synchronize()
 
 
+def test_small_lazy_tensors_cost_save_no_copies(training: Training, tmp_path: Path) -> None:
+    """Each copy is a call of the driver, and state dicts have thousands of small tensors."""
+    tensors = {str(number): torch.full((number % 50 + 1,), float(number)) for number in range(2000)}
+    nbytes = sum(tensor.nbytes for tensor in tensors.values())
+    copied, sizes = {}, set[int]()
+    for lazy in (True, False):
+        pending = ckpt.save(tensors, tmp_path / "a.pt", lazy=lazy, options=options(eager_bytes="1MiB"))
+        ckpt.fence()
+        assert_same(tensors, torch.load(pending.result(30)))
+        copied[lazy] = pending.stats.bytes_copied_in_save
+        assert pending.stats.bytes_total == (tmp_path / "a.pt").stat().st_size
+        sizes.add(pending.stats.bytes_total)
+        assert pending.stats.bytes_from_devices == nbytes
+    assert copied[False] - copied[True] == nbytes
+    assert len(sizes) == 1, "laziness costs no padding here"
+
+
 def test_memory_is_held_until_copies_have_ended(training: Training, tmp_path: Path) -> None:
     """After the fence a tensor may change, in stream order; its memory must stay."""
     memory = np.ones(400_000, dtype=np.float32)
