@@ -65,7 +65,8 @@ class Options:
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError.
         verify_capture: checksum every lazy tensor inside save() and again when its bytes are captured, and fail the save if
-            they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more.
+            they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more, and
+            copies what lies on devices (device_lazy) to the host, while save() waits.
         max_failed_saves: a Checkpointer raises FailedSavesError from save() after this many failures in a row; default 3. A
             failed save never stops training before that. 0: never.
         timeout_s: longest wait, seconds, inside save() and the fence; default 1800. A save that cannot be captured in this

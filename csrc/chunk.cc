@@ -45,12 +45,12 @@ void add_device_bytes(Chunk& chunk, const Extent& extent, uint64_t length) {
   if (std::none_of(shares.begin(), shares.end(), same)) shares.push_back({extent.device, false});
 }
 
-void add_piece(Chunk& chunk, uint32_t record, uint64_t length) {
+void add_piece(Chunk& chunk, uint32_t record, uint64_t length, Source kind = Source::kCopy) {
   if (length == 0) return;
   if (!chunk.pieces.empty() && chunk.pieces.back().record == record) {
     chunk.pieces.back().length += length;
   } else {
-    chunk.pieces.push_back({record, static_cast<size_t>(length), 0});
+    chunk.pieces.push_back({record, static_cast<size_t>(length), 0, kind != Source::kDeviceCopy});
   }
 }
 
@@ -62,7 +62,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     const Extent& extent = spec.extents[i];
     const uint64_t from = std::max(extent.offset, begin), to = std::min(end_of(extent), content_end);
     add_piece(chunk, kStructure, from - piece_at);
-    add_piece(chunk, extent.record, to - from);
+    add_piece(chunk, extent.record, to - from, extent.kind);
     add_device_bytes(chunk, extent, to - from);
     piece_at = to;
     const ByteRange direct = direct_part(extent, begin, content_end, limits);
@@ -138,7 +138,7 @@ void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange
       const std::byte* source = copied ? nullptr : extent.source + (begin - extent.offset);
       add_segment(chunk, source, chunk.length, copied ? Source::kCopy : extent.kind);
       add_device_bytes(chunk, extent, chunk.length);
-      add_piece(chunk, extent.record, chunk.length);
+      add_piece(chunk, extent.record, chunk.length, extent.kind);
       chunks.push_back(std::move(chunk));
     }
   }
@@ -202,8 +202,7 @@ void for_each_copied(const Chunk& chunk, const FileSpec& spec, Visit visit) {
   }
 }
 
-void point_to_bounce(Chunk& chunk) {
-  std::byte* to = chunk.bounce.begin();
+void point_to(Chunk& chunk, std::byte* to) {
   for (Segment& segment : chunk.segments) {
     if (segment.kind != Source::kCopy || segment.source != nullptr) continue;
     segment.source = to;
@@ -234,7 +233,7 @@ void fill_bounce(Chunk& chunk, const FileSpec& spec) {
       std::memcpy(bounce + at, extent->source + from, length);
     }
   });
-  point_to_bounce(chunk);
+  point_to(chunk, bounce);
 }
 
 void keep_host_bytes(Chunk& chunk, const FileSpec& spec) {
@@ -252,6 +251,22 @@ void keep_host_bytes(Chunk& chunk, const FileSpec& spec) {
   });
 }
 
+void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched) {
+  const std::byte* kept = chunk.kept.data();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
+    if (extent == nullptr || extent->kind == Source::kDeviceCopy) {
+      std::memset(fetched + at, 0, length);
+    } else if (!on_device(extent->kind)) {
+      std::memcpy(fetched + at, std::exchange(kept, kept + length), length);
+    }
+  });
+  point_to(chunk, fetched);
+  checksum_pieces(chunk, true);
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind == Source::kCopy) segment.source = nullptr;
+  }
+}
+
 void complete_bounce(Chunk& chunk, const FileSpec& spec) {
   std::byte* bounce = chunk.bounce.begin();
   const std::byte *kept = chunk.kept.data(), *early = chunk.early.begin();
@@ -264,7 +279,7 @@ void complete_bounce(Chunk& chunk, const FileSpec& spec) {
       std::memcpy(bounce + at, std::exchange(early, early + length), length);
     }
   });
-  point_to_bounce(chunk);
+  point_to(chunk, bounce);
 }
 
 bool Chunk::arrived() const {
@@ -322,6 +337,16 @@ uint32_t find_changed(const Chunk& chunk) {
   });
   close();
   return changed;
+}
+
+uint32_t find_changed_since(Chunk& chunk) {
+  const std::vector<Piece> before = chunk.pieces;
+  checksum_pieces(chunk, true);
+  for (size_t i = 0; i < before.size(); ++i) {
+    const Piece& now = chunk.pieces[i];
+    if (now.record != kStructure && now.seen && now.crc != before[i].crc) return now.record;
+  }
+  return kStructure;
 }
 
 void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs) {

@@ -71,6 +71,7 @@ struct Piece {
   uint32_t record = kStructure;
   size_t length = 0;
   uint32_t crc = 0;
+  bool seen = true;  // submit() can look at it: not so eager bytes of devices, which are on their way then
 };
 
 // Device memory that goes to `at` bytes into a span.
@@ -146,6 +147,9 @@ void fill_bounce(Chunk& chunk, const FileSpec& spec);
 
 // For chunks with device bytes, instead of fill_bounce(). First: copies the host's part to chunk.kept, finds the copies.
 void keep_host_bytes(Chunk& chunk, const FileSpec& spec);
+// Then, to find changes: the checksums of what lies in the tensors now. `fetched` has chunk.bounce_bytes, and the lazy device
+// bytes where they will come to lie in chunk.bounce; the host's are put beside them.
+void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched);
 // At last: the device bytes have arrived, in chunk.bounce and chunk.early; puts the others beside them.
 void complete_bounce(Chunk& chunk, const FileSpec& spec);
 
@@ -158,6 +162,9 @@ void checksum_pieces(Chunk& chunk, bool of_records);
 // The record of the first record piece whose bytes no longer have the checksum that checksum_pieces() found;
 // kStructure if there is none.
 uint32_t find_changed(const Chunk& chunk);
+
+// As checksum_pieces() of records; then the first record whose checksum, as far as there was one, is not the one of before.
+uint32_t find_changed_since(Chunk& chunk);
 
 // Writes the CRC-32 fields that lie in the chunk; `record_crcs` must be final for their records.
 void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs);

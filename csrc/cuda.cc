@@ -158,6 +158,8 @@ bool Event::has_happened() const {
   return true;
 }
 
+void Event::wait() const { context_->check(context_->table().event_synchronize(handle_), "a copy to the host"); }
+
 HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void* begin, size_t bytes)
     : context_(std::move(context)), begin_(begin) {
   context_->check(context_->table().mem_host_register(begin, bytes, kHostRegisterPortable), "cuMemHostRegister");

@@ -169,6 +169,7 @@ class Event {
   void record(StreamHandle stream) const;             // requires Current
   void hold_back(StreamHandle stream) const;          // the stream goes on when this has happened
   bool has_happened() const;                          // requires Current; throws what the work before it failed with
+  void wait() const;                                  // as has_happened(), but blocks
 
  private:
   const std::shared_ptr<const Context> context_;

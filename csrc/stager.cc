@@ -134,6 +134,32 @@ void Stager::begin(Job& job, const Streams& streams) {
   }
 }
 
+void Stager::fetch_lazy(const Job& job, const Chunk& chunk, std::byte* to) {
+  for (const DeviceShare& share : chunk.device_shares) {
+    const Lane* lane = nullptr;
+    {
+      Lock lock(monitor_->mutex);
+      lane = find_lane(share.device);
+    }
+    const cuda::Current current(*lane->context);
+    const auto side = std::find_if(job.sides.begin(), job.sides.end(), [&](const auto& s) { return s.device == share.device; });
+    try {
+      const cuda::Event there(lane->context);
+      for (const DeviceCopy& copy : chunk.device_copies) {
+        if (!copy.lazy || copy.device != share.device) continue;
+        const auto from = reinterpret_cast<cuda::Address>(copy.source);
+        // To memory that is not pinned: the call returns when the bytes are there, even if a later one fails.
+        const cuda::Result code = lane->context->table().memcpy_dtoh_async(to + copy.at, from, copy.length, side->stream);
+        lane->context->check(code, "cuMemcpyDtoHAsync");
+      }
+      there.record(side->stream);
+      there.wait();
+    } catch (const Error& error) {
+      throw with_path(job, error);
+    }
+  }
+}
+
 void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
   const Chunk& chunk = job->chunks[index];
   if (chunk.device_copy_bytes == 0) return;

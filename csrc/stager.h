@@ -86,6 +86,9 @@ class Stager {
   void open(const std::vector<int>& devices);
   // Before the job is published: what its streams have been given so far comes before its lazy copies.
   void begin(Job& job, const Streams& streams);
+  // Copies the lazy bytes of a chunk to where they lie in its bounce, but for `to` instead of that; waits for the device. Behind
+  // what the caller's streams have been given so far. For submit() in its caller's thread; blocks in the driver.
+  void fetch_lazy(const Job& job, const Chunk& chunk, std::byte* to);
   // Enqueues the eager copies of a chunk, whose spans are there, on the caller's streams.
   void copy_eager(const std::shared_ptr<Job>& job, size_t chunk);
   void join();
