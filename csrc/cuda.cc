@@ -52,6 +52,10 @@ void Driver::look_up(void* handle, const std::string& library) {
 #define LAZYCKPT_CUDA_LOOK_UP(field, symbol, arguments) find(table_.field, #symbol);
   LAZYCKPT_CUDA_CALLS(LAZYCKPT_CUDA_LOOK_UP)
 #undef LAZYCKPT_CUDA_LOOK_UP
+#define LAZYCKPT_CUDA_LOOK_FOR(field, symbol, arguments) \
+  table_.field = reinterpret_cast<decltype(table_.field)>(::dlsym(handle, #symbol));
+  LAZYCKPT_CUDA_OPTIONAL_CALLS(LAZYCKPT_CUDA_LOOK_FOR)
+#undef LAZYCKPT_CUDA_LOOK_FOR
 }
 
 std::string Driver::text_of(Result code) const {
@@ -175,6 +179,42 @@ Memory::Memory(std::shared_ptr<const Context> context, size_t bytes) : context_(
 
 Memory::~Memory() {
   in_context(*context_, [&](const Table& table) { table.mem_free(address_); });
+}
+
+// ---- Copies ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// The default stream, by either of its names: batches are refused there.
+bool is_legacy(StreamHandle stream) { return reinterpret_cast<uintptr_t>(stream) <= 1; }
+
+bool copy_in_one_call(const Table& table, const std::vector<HostCopy>& copies, StreamHandle stream) {
+  std::vector<Address> to, from;
+  std::vector<size_t> sizes;
+  for (const HostCopy& copy : copies) {
+    to.push_back(reinterpret_cast<uintptr_t>(copy.to));
+    from.push_back(copy.from);
+    sizes.push_back(copy.bytes);
+  }
+  CopyAttributes attributes;
+  size_t first = 0, failed = 0;
+  const size_t count = copies.size();
+  return table.memcpy_batch_async(to.data(), from.data(), sizes.data(), count, &attributes, &first, 1, &failed, stream) ==
+         kSuccess;
+}
+
+}  // namespace
+
+void copy_to_host(const Context& context, const std::vector<HostCopy>& copies, StreamHandle stream,
+                  std::atomic<bool>& in_batches) {
+  const Table& table = context.table();
+  if (in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
+    if (copy_in_one_call(table, copies, stream)) return;
+    in_batches = false;
+  }
+  for (const HostCopy& copy : copies) {
+    context.check(table.memcpy_dtoh_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
+  }
 }
 
 }  // namespace lazyckpt::cuda

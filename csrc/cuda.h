@@ -5,10 +5,12 @@
 // the context that is current in its thread: see Current.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "error.h"
 
@@ -36,6 +38,17 @@ constexpr unsigned kEventBlockingSync = 1;      // who waits for it sleeps
 constexpr unsigned kEventDisableTiming = 2;     // cheaper to record
 constexpr unsigned kHostRegisterPortable = 1;   // pinned for all contexts, not only the current one
 constexpr int kCaptureModeRelaxed = 2;
+
+// Of a batch of copies, CUmemcpyAttributes. The hints are for managed memory; type 0 is none.
+struct CopyLocation {
+  int type = 0, id = 0;
+};
+struct CopyAttributes {
+  int source_order = 1;  // read in the order of the stream
+  CopyLocation source_hint, target_hint;
+  unsigned flags = 0;
+};
+static_assert(sizeof(CopyAttributes) == 24);
 
 // The calls that are used, as X(field, symbol, arguments).
 #define LAZYCKPT_CUDA_CALLS(X)                                                                       \
@@ -71,9 +84,16 @@ constexpr int kCaptureModeRelaxed = 2;
   X(get_error_name, cuGetErrorName, (Result code, const char** name))                                \
   X(get_error_string, cuGetErrorString, (Result code, const char** text))
 
+// Those that older drivers lack. The first came with 12.8; the symbol without a suffix keeps the arguments of then.
+#define LAZYCKPT_CUDA_OPTIONAL_CALLS(X)                                                                             \
+  X(memcpy_batch_async, cuMemcpyBatchAsync,                                                                         \
+    (Address * to, Address * from, size_t * sizes, size_t count, CopyAttributes * attributes, size_t * first_copies, \
+     size_t attribute_count, size_t * failed_copy, StreamHandle stream))
+
 struct Table {
 #define LAZYCKPT_CUDA_FIELD(field, symbol, arguments) Result(*field) arguments = nullptr;
   LAZYCKPT_CUDA_CALLS(LAZYCKPT_CUDA_FIELD)
+  LAZYCKPT_CUDA_OPTIONAL_CALLS(LAZYCKPT_CUDA_FIELD)  // null if there is none
 #undef LAZYCKPT_CUDA_FIELD
 };
 
@@ -204,5 +224,17 @@ class Memory {
   const size_t bytes_;
   Address address_ = 0;
 };
+
+// From a device to pinned memory of the host.
+struct HostCopy {
+  std::byte* to = nullptr;
+  Address from = 0;
+  size_t bytes = 0;
+};
+
+// Enqueues copies whose order does not matter: by one call for all where the driver can, else by one for each. A call for all
+// that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Requires Current.
+void copy_to_host(const Context& context, const std::vector<HostCopy>& copies, StreamHandle stream,
+                  std::atomic<bool>& in_batches);
 
 }  // namespace lazyckpt::cuda

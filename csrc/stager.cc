@@ -479,16 +479,24 @@ void Stager::copy(Lane& lane, Flight& flight) {
   if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
   if (flight.after != nullptr) flight.after->hold_back(flight.stream);
   std::byte* base = !flight.lazy && chunk.has_early() ? chunk.early.begin() : chunk.bounce.begin();
+  std::vector<cuda::HostCopy> copies;
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (copy.lazy != flight.lazy || copy.device != side.device) continue;
     const bool cached = flight.leg == Leg::kFromCache;
     const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
-    const cuda::Result code = lane.context->table().memcpy_dtoh_async(base + copy.at, from, copy.length, flight.stream);
-    lane.context->check(code, "cuMemcpyDtoHAsync");
+    copies.push_back({base + copy.at, from, copy.length});
   }
+  // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
+  std::atomic<bool> one_by_one{false};
+  cuda::copy_to_host(*lane.context, copies, flight.stream, is_pinned() ? lane.in_batches : one_by_one);
   auto event = std::make_shared<cuda::Event>(lane.context);
   event->record(flight.stream);
   flight.event = std::move(event);
+}
+
+bool Stager::is_pinned() const {
+  Lock lock(monitor_->mutex);
+  return pinned();
 }
 
 void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {

@@ -23,6 +23,7 @@
 // behind it there is one that has it.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <map>
@@ -136,6 +137,7 @@ class Stager {
     size_t flying_bytes = 0;    // lazy ones in its stream
     std::vector<std::shared_ptr<Flight>> flights;
     std::optional<Error> failure;                  // guarded by it, too: its thread has ended
+    std::atomic<bool> in_batches{true};            // until the driver refuses a batch of copies
     std::thread thread;
   };
 
@@ -151,6 +153,7 @@ class Stager {
   bool find_room(Job& job, size_t index);                               // requires the lock
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void copy(Lane& lane, Flight& flight);                                // without it
+  bool is_pinned() const;                                               // without it
   void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
   void account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error);               // requires the lock

@@ -191,7 +191,7 @@ def test_a_save_whose_copies_are_all_on_their_way_is_fenced_too(training: Traini
 
 def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
-        training.cuda.fail("cuMemcpyDtoHAsync", skip=2)
+        training.cuda.fail("batched copies", skip=2, late=True)
         error = checkpointer.save(1, state(), lazy=True).exception(30)
         assert isinstance(error, DeviceError) and "ILLEGAL_ADDRESS" in str(error)
         checkpointer.save(2, state(2.0), lazy=True).result(30)

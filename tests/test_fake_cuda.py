@@ -116,6 +116,41 @@ def test_a_failed_copy_is_told_by_the_next_event_alone(cuda: FakeCuda, events: E
         assert cuda.cu.cuEventSynchronize(events.record(stream)) == expected
 
 
+def batch(cuda: FakeCuda, targets: list[ctypes.Array], sources: list[ctypes.Array], stream: int) -> tuple[int, int]:
+    """What the call returns, and which copy it names."""
+    count, first, failed = len(targets), ctypes.c_size_t(0), ctypes.c_size_t(99)
+    addresses = [(ctypes.c_ulonglong * count)(*map(ctypes.addressof, each)) for each in (targets, sources)]
+    sizes = (ctypes.c_size_t * count)(*map(len, targets))
+    attributes = (ctypes.c_int * 6)(1)
+    code = cuda.cu.cuMemcpyBatchAsync(
+        *addresses, sizes, ctypes.c_size_t(count), attributes, ctypes.byref(first), ctypes.c_size_t(1), ctypes.byref(failed),
+        ctypes.c_void_p(stream),
+    )  # fmt: skip
+    return code, failed.value
+
+
+def test_a_batch_of_copies(cuda: FakeCuda) -> None:
+    sources = [(ctypes.c_char * 8)(*bytes([97 + i] * 8)) for i in range(3)]
+    memory = (ctypes.c_char * 24)()
+    targets = [(ctypes.c_char * 8).from_buffer(memory, 8 * i) for i in range(3)]
+    stream = cuda.stream()
+    assert batch(cuda, targets, sources, stream) == (1, 0), "not registered"
+    register(cuda, memory)
+    assert batch(cuda, targets, sources, DEFAULT_STREAM)[0] == 1
+    cuda.hold_copies(True)
+    assert batch(cuda, targets, sources, stream)[0] == 0
+    assert memory.raw == POISON * 24
+    cuda.hold_copies(False)
+    cuda.synchronize(0, stream)
+    assert memory.raw == b"aaaaaaaabbbbbbbbcccccccc"
+    memory[:] = bytes(24)
+    cuda.fail("batched copies", skip=2, code=801)
+    assert batch(cuda, targets, sources, stream) == (801, 2)
+    cuda.synchronize(0, stream)
+    assert memory.raw == b"aaaaaaaabbbbbbbb" + bytes(8)
+    cuda.call("cuMemHostUnregister", memory)
+
+
 def test_the_nth_call_fails(cuda: FakeCuda) -> None:
     cuda.fail("cuDriverGetVersion", skip=1, code=2)
     version = ctypes.c_int()

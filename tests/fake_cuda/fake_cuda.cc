@@ -24,7 +24,11 @@ int cuInit(unsigned) {
 
 int cuDriverGetVersion(int* version) {
   FAKE_CALL("cuDriverGetVersion");
+#ifdef FAKE_WITHOUT_BATCHES
   *version = 12040;
+#else
+  *version = 12080;
+#endif
   return kSuccess;
 }
 
@@ -197,6 +201,35 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream
   // As the real one: to pageable memory it returns when the copy is done.
   return code == kSuccess && !pinned ? wait_for_all(find_stream(handle, current->device)) : code;
 }
+
+#ifndef FAKE_WITHOUT_BATCHES
+// Two locations, of a kind and a number each, in the middle.
+struct CopyAttributes {
+  int source_order, locations[4];
+  unsigned flags;
+};
+
+// The k-th copy of a batch can fail: a fault of "batched copies". Those before it are enqueued, as the real one may have done.
+int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t* sizes, size_t copies, CopyAttributes* attributes,
+                       size_t* first_copies, size_t attribute_count, size_t* failed_copy, Stream* handle) {
+  FAKE_CALL("cuMemcpyBatchAsync");
+  if (handle == nullptr || copies == 0 || attribute_count != 1 || first_copies[0] != 0) return kInvalidValue;
+  if (attributes->source_order != 1 || attributes->flags != 0) return kInvalidValue;
+  for (size_t i = 0; i < copies; ++i) {
+    const Fault own = consult("batched copies");
+    void* target = reinterpret_cast<void*>(to[i]);
+    *failed_copy = i;
+    if (own.code != kSuccess && !own.late) return own.code;
+    if (!is_registered(target, sizes[i])) return kInvalidValue;
+    count("pinned copies");
+    std::memset(target, kPoison, sizes[i]);
+    const Fault& last = own.code != kSuccess ? own : fault;
+    const int code = enqueue_copy(handle, target, reinterpret_cast<const void*>(from[i]), sizes[i], last);
+    if (code != kSuccess) return code;
+  }
+  return kSuccess;
+}
+#endif
 
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, Stream* handle) {
   FAKE_CALL("cuMemcpyHtoDAsync");

@@ -81,9 +81,9 @@ class Training {
     choose_weather(random_);
     if (random_.one_in(3)) {
       may_fail_ = true;
-      static const std::vector<std::string> calls{"cuMemcpyDtoHAsync", "cuMemcpyDtoHAsync", "cuEventRecord", "cuEventCreate",
-                                                  "cuStreamWaitEvent", "cuMemHostRegister", "cuCtxGetCurrent",
-                                                  "cuMemcpyDtoDAsync", "cuMemcpyDtoDAsync", "cuMemAlloc"};
+      static const std::vector<std::string> calls{"cuMemcpyDtoHAsync", "cuMemcpyBatchAsync", "batched copies", "cuEventRecord",
+                                                  "cuEventCreate",     "cuStreamWaitEvent",  "cuMemHostRegister",
+                                                  "cuCtxGetCurrent",   "cuMemcpyDtoDAsync",  "cuMemcpyDtoDAsync", "cuMemAlloc"};
       const std::string& call = random_.choose(calls);
       fake_.fail(call.c_str(), static_cast<int64_t>(random_.up_to(40)), cuda::kOutOfMemory, random_.one_in(2) ? 1 : 0);
     }

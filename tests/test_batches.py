@@ -1,0 +1,135 @@
+"""Copies from devices: those that continue each other are one, and many small ones take one call of the driver."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import fake_driver
+import pytest
+import torch
+from device_rig import EAGER, KIB, LAZY, Make, Rig, cuda, fake_library, make
+from fake_driver import DEFAULT_STREAM, FakeCuda
+from support import DEADLINE_S, wait_until
+
+from ckpt.errors import DeviceError
+
+__all__ = ["cuda", "fake_library", "make"]
+
+SMALL = [1 + number % 300 for number in range(400)]
+DEVICES = [number % 2 for number in range(400)]
+MANY = 4 * 64 * KIB  # what fits a chunk of the rigs here
+
+
+@pytest.fixture(scope="module")
+def old_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A driver of before batches."""
+    return fake_driver.build(tmp_path_factory.mktemp("old_cuda"), "-DFAKE_WITHOUT_BATCHES")
+
+
+@pytest.fixture
+def old_cuda(old_library: Path) -> Iterator[FakeCuda]:
+    fake = FakeCuda(old_library)
+    fake.make_current(0)
+    fake.before = fake.alive()
+    yield fake
+    fake.configure()
+    fake.end_streams()
+
+
+def calls(cuda: FakeCuda) -> tuple[int, int, int]:
+    """Calls for one copy, calls for many, and the copies of these."""
+    return cuda.count("cuMemcpyDtoHAsync"), cuda.count("cuMemcpyBatchAsync"), cuda.count("batched copies")
+
+
+def save_small(rig: Rig, kind: int = LAZY, devices: list[int] = DEVICES) -> None:
+    """Two rounds; what computes writes to the tensors as soon as it may."""
+    for _ in range(2):
+        saved = rig.save(SMALL, [kind] * 400, devices)
+        if kind == LAZY:
+            rig.engine.fence(rig.streams)
+        rig.overwrite(saved, kind)
+        rig.check(saved)
+
+
+def ready(rig: Rig) -> Rig:
+    """Copies to memory that is not pinned yet are made one by one."""
+    rig.engine.open_devices([0, 1])
+    wait_until(lambda: rig.engine.arena_pinned)
+    return rig
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [LAZY, EAGER])
+def test_small_tensors_of_a_chunk_take_one_call(make: Make, cuda: FakeCuda, kind: int, seed: int) -> None:
+    cuda.configure(seed=seed, most_delay_s=0.0001)
+    rig = ready(make(chunk_bytes=MANY))
+    save_small(rig, kind)
+    assert calls(cuda) == (0, 4, 800), "one for each save and device"
+
+
+@pytest.mark.parametrize("kind", [LAZY, EAGER])
+def test_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path, kind: int) -> None:
+    rig = ready(Rig(old_cuda, tmp_path, chunk_bytes=MANY))
+    save_small(rig, kind)
+    assert not hasattr(old_cuda.cu, "cuMemcpyBatchAsync")
+    assert calls(old_cuda) == (800, 0, 0)
+    rig.end()
+
+
+@pytest.mark.parametrize("kind", [LAZY, EAGER])
+@pytest.mark.parametrize("enqueued", [0, 1, 177, 399])
+def test_a_batch_that_is_refused_is_copied_one_by_one(make: Make, cuda: FakeCuda, enqueued: int, kind: int) -> None:
+    """Whatever of it had been enqueued. That device's later copies are not tried in batches again."""
+    rig = ready(make(chunk_bytes=MANY))
+    cuda.fail("batched copies", skip=enqueued, code=801)
+    save_small(rig, kind, [0] * 400)
+    assert calls(cuda) == (800, 1, enqueued + 1)
+    save_small(rig, kind, [1] * 400)
+    assert calls(cuda) == (800, 3, enqueued + 1 + 800), "the other device goes on with them"
+
+
+def test_a_driver_that_refuses_all_batches(make: Make, cuda: FakeCuda) -> None:
+    rig = ready(make(chunk_bytes=MANY))
+    for _ in range(3):
+        cuda.fail("cuMemcpyBatchAsync", code=801)
+    save_small(rig)
+    assert calls(cuda) == (800, 2, 0), "each device asks once"
+
+
+def test_a_batch_that_fails_on_its_way_fails_its_job(make: Make, cuda: FakeCuda) -> None:
+    rig = ready(make(chunk_bytes=MANY))
+    cuda.fail("batched copies", skip=50, late=True)
+    bad = rig.save(SMALL, [LAZY] * 400, DEVICES)
+    assert bad.job.wait_finished(DEADLINE_S)
+    assert isinstance(bad.job.error, DeviceError) and "ILLEGAL_ADDRESS" in str(bad.job.error)
+    save_small(rig)
+    assert cuda.count("cuMemcpyDtoHAsync") == 0
+
+
+def test_eager_copies_on_the_default_stream_are_made_one_by_one(make: Make, cuda: FakeCuda) -> None:
+    """Batches are refused there; those on the engine's own streams go on."""
+    rig = ready(make(chunk_bytes=MANY, streams={0: DEFAULT_STREAM, 1: DEFAULT_STREAM}))
+    save_small(rig, EAGER)
+    assert calls(cuda) == (800, 0, 0)
+    save_small(rig, LAZY)
+    assert calls(cuda) == (800, 4, 800)
+
+
+def test_no_batches_to_memory_that_is_not_pinned(make: Make, cuda: FakeCuda) -> None:
+    cuda.fail("cuMemHostRegister", code=2)
+    save_small(make(chunk_bytes=MANY))
+    assert calls(cuda) == (800, 0, 0)
+
+
+def test_neighbours_are_one_copy(make: Make, cuda: FakeCuda) -> None:
+    """Eager bytes that share a chunk with lazy ones lie close together: parts of one buffer are one copy."""
+    rig = ready(make(chunk_bytes=MANY))
+    buffer = torch.randint(0, 256, (5000,), dtype=torch.uint8)
+    tensors = [*buffer.split(100), torch.randint(0, 256, (3000,), dtype=torch.uint8)]
+    saved = rig.save([], [EAGER] * 50 + [LAZY], [0] * 51, tensors=tensors)
+    rig.overwrite(saved, EAGER)
+    rig.engine.fence(rig.streams)
+    rig.overwrite(saved, LAZY)
+    rig.check(saved)
+    assert calls(cuda) == (2, 0, 0)
