@@ -146,6 +146,7 @@ class Committer:
         for file in pending._files:
             file.let_go()
             _note_buffered(file)
+            _note_pageable(file)
         if errors and self._given_up_at is not None:
             return DeadlineError(f"the save to '{pending.path}' was given up: it was not durable at the deadline of the drain")
         return pending._begin_error or (errors[0] if errors else None)
@@ -213,6 +214,22 @@ class Committer:
         """The same, without waiting for it."""
         self.stop_admitting()
         self._queue.put(None)
+
+
+_noted_pageable: set[str] = set()
+
+
+def _note_pageable(file: FileSave) -> None:
+    """Says once that the arena is not pinned, and why."""
+    cause = file.job.stats["pin_failure"]
+    if not cause or cause in _noted_pageable:
+        return
+    _noted_pageable.add(cause)
+    logger.warning(
+        "the arena could not be pinned: copies from devices hold up whoever enqueues them, save() and the fence among them; "
+        "raise the limit of locked memory (ulimit -l) or choose a smaller arena_bytes: %s",
+        cause,
+    )
 
 
 _noted_buffered: set[int] = set()

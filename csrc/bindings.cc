@@ -203,6 +203,7 @@ py::dict stats_of(const Job& job) {
   dict["bytes_from_devices"] = stats.bytes_from_devices;
   dict["device_cached_bytes"] = stats.device_cached_bytes;
   dict["arena_pinned"] = stats.arena_pinned;
+  dict["pin_failure"] = to_text(stats.pin_failure);
   return dict;
 }
 

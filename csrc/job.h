@@ -8,6 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "chunk.h"
@@ -38,6 +39,7 @@ struct JobStats {
   uint64_t bytes_from_devices = 0;
   uint64_t device_cached_bytes = 0;  // of them, through the cache of their device
   bool arena_pinned = false;  // device copies went to pinned memory
+  std::string pin_failure;    // why not
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.

@@ -29,8 +29,8 @@ Error landing_deadline(const Flight& flight) {
 Error capture_refused(int device) {
   return Error(ErrorKind::kDevice,
                "the current stream of " + place_of(device) +
-                   " is being captured into a graph, where a copy would be recorded instead of made; save and step outside of "
-                   "the capture, and call ckpt.fence() before each replay",
+                   " is being captured into a graph, where a copy would be recorded instead of made; save outside of captures, "
+                   "and call ckpt.fence() before a capture begins and before each replay",
                cuda::kCaptureUnsupported);
 }
 
@@ -504,6 +504,7 @@ void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::
   Chunk& chunk = job.chunks[flight->chunk];
   lane.flights.push_back(flight);
   job.stats.arena_pinned = pinned();
+  job.stats.pin_failure = pin_failure_;
   if (flight->lazy) share_of(chunk, lane.context->device())->enqueued = true;
   if (error) {
     job.fail(*error);

@@ -5,63 +5,22 @@ from __future__ import annotations
 import dataclasses
 import gc
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import support
 import torch
-from fake_driver import FakeCuda, cuda, fake_library
+from device_training import Training, cuda, fake_library, options, state, training
 from states import STATES
-from support import assert_same, close_engines, wait_until
+from support import assert_same, wait_until
 
 import ckpt
-from ckpt import _devices
+from ckpt import _committer, _devices
 from ckpt._devices import HOST
 from ckpt.errors import CaptureError, DeviceError
 
-__all__ = ["cuda", "fake_library"]
-
-
-def options(**how: Any) -> ckpt.Options:
-    return support.options(device_lazy=True, **how)
-
-
-class Training:
-    """Two devices, each with the stream on which it computes."""
-
-    def __init__(self, cuda: FakeCuda) -> None:
-        self.cuda = cuda
-        self.streams = {device: cuda.stream(device) for device in (0, 1)}
-        self.on: Callable[[Any], int] = lambda storage: 0
-
-    def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
-        """What a kernel would do, in its turn."""
-        self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)
-
-    def synchronize(self) -> None:
-        for device, stream in self.streams.items():
-            self.cuda.synchronize(device, stream)
-
-
-@pytest.fixture
-def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
-    close_engines()
-    training = Training(cuda)
-    monkeypatch.setattr(_devices, "driver", cuda.path)
-    monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
-    monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
-    yield training
-    cuda.hold_copies(False)
-    training.synchronize()
-    close_engines()
-
-
-def state(value: float = 1.0, count: int = 6) -> dict[str, Any]:
-    tensors = {f"layer {number}": torch.full((50_000 + number,), value) for number in range(count)}
-    return tensors | {"small": torch.full((7,), value), "note": f"of {value}"}
+__all__ = ["cuda", "fake_library", "training"]
 
 
 @pytest.mark.parametrize("name", STATES)
@@ -200,6 +159,19 @@ def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Pa
         assert_same(state(2.0), found.state)
 
 
+def test_an_arena_that_is_not_pinned_is_told_once(
+    training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_committer, "_noted_pageable", set())
+    training.cuda.fail("cuMemHostRegister", code=2)
+    for value in (1.0, 2.0):
+        ckpt.save(state(value), tmp_path / "a.pt", lazy=True, options=options()).result(30)
+        assert_same(state(value), torch.load(tmp_path / "a.pt"))
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "ulimit -l" in record.getMessage() and "cuMemHostRegister on CUDA device 0 failed" in record.getMessage()
+
+
 def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(_devices, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
     with pytest.raises(DeviceError, match="libcuda-that-is-not-there"):
@@ -207,19 +179,6 @@ def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(_devices, "pretended", None)
     ckpt.save(state(), tmp_path / "a.pt", options=options()).result(30)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
-
-
-def test_a_stream_that_is_being_captured(training: Training, tmp_path: Path) -> None:
-    pending = ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options())
-    training.cuda.hold_copies(True)
-    second = ckpt.save(state(), tmp_path / "b.pt", lazy=True, options=options())
-    training.cuda.set_capturing(0, training.streams[0], True)
-    with pytest.raises(DeviceError, match=r"ckpt\.fence\(\)"):
-        ckpt.fence()
-    training.cuda.set_capturing(0, training.streams[0], False)
-    training.cuda.hold_copies(False)
-    for each in (pending, second):
-        assert_same(state(), torch.load(each.result(30)))
 
 
 # ---- changes before the fence ----------------------------------------------------------------------------------------

@@ -1,0 +1,56 @@
+"""Training on devices, on machines that have none: host memory plays theirs, and a fake driver carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import support
+import torch
+from fake_driver import FakeCuda, cuda, fake_library
+from support import close_engines
+
+import ckpt
+from ckpt import _devices
+
+__all__ = ["cuda", "fake_library"]
+
+
+def options(**how: Any) -> ckpt.Options:
+    return support.options(device_lazy=True, **how)
+
+
+class Training:
+    """Two devices, each with the stream on which it computes."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+        self.streams = {device: cuda.stream(device) for device in (0, 1)}
+        self.on: Callable[[Any], int] = lambda storage: 0
+
+    def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
+        """What a kernel would do, in its turn."""
+        self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)
+
+    def synchronize(self) -> None:
+        for device, stream in self.streams.items():
+            self.cuda.synchronize(device, stream)
+
+
+@pytest.fixture
+def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
+    close_engines()
+    training = Training(cuda)
+    monkeypatch.setattr(_devices, "driver", cuda.path)
+    monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
+    monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
+    yield training
+    cuda.hold_copies(False)
+    training.synchronize()
+    close_engines()
+
+
+def state(value: float = 1.0, count: int = 6) -> dict[str, Any]:
+    tensors = {f"layer {number}": torch.full((50_000 + number,), value) for number in range(count)}
+    return tensors | {"small": torch.full((7,), value), "note": f"of {value}"}
