@@ -164,11 +164,16 @@ def fence() -> None:
     Not for memory that goes away: `share_memory_()`, `resize_()` and the like free what a background write may still be
     reading. Wait with `result()`, or save such tensors with `lazy=False`.
 
+    Of tensors on devices (`Options.device_lazy`) it only enqueues the copies, and lets the stream that is current for each of
+    these devices wait for them: other streams that are to write must wait for that one. It cannot be called while a stream is
+    being captured into a graph: call it before the capture begins, and before each replay.
+
     A save that cannot be captured within `Options.timeout_s` fails instead, so that training goes on; so does one whose
     tensors were found changed.
 
     Raises:
         KeyboardInterrupt: Ctrl-C during the wait; the tensors must not be changed then.
+        DeviceError: a current stream is being captured into a graph, or the CUDA driver failed; nothing may be changed then.
     """
     watched = list(_uncaptured.values())
     streams = _devices.streams_of({device for file, _ in watched for device in file.devices})

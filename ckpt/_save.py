@@ -52,6 +52,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
 
     Raises:
         StorageError: the file cannot be created. Later errors are raised by `result()`, and logged.
+        DeviceError: with `Options.device_lazy`: the CUDA driver is missing or fails, or a current stream is being captured
+            into a graph. Later errors are the result's.
         FailedSavesError, ClosedError: no more saves are taken.
         TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
     """

@@ -53,8 +53,10 @@ class Options:
             `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
         replicated_writers: who writes what is given to `Checkpointer.save(replicated=)` in a job of several ranks: "all"
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
-        device_lazy: fetch tensors from CUDA devices in the background, by a stream of the engine's own; default False: they
-            are copied to the host inside save(). New: tested with a simulated driver only, so far.
+        device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
+            which is pinned for it; others are copied on the current stream, and save() does not wait for that. Fences let the
+            current stream of each device wait. Default False: all are copied to the host inside save(). New: tested with a
+            simulated driver only, so far.
         device_cache: spare memory, bytes, that a fence may use on each CUDA device, with device_lazy; default 0: none. What
             has not left for the host at the fence is copied there, which takes the stream that computes a small part of
             the time of waiting for it, and needs no room in the arena. Taken in the background when the first save
@@ -65,8 +67,8 @@ class Options:
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError.
         verify_capture: checksum every lazy tensor inside save() and again when its bytes are captured, and fail the save if
-            they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more, and
-            copies what lies on devices (device_lazy) to the host, while save() waits.
+            they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more,
+            and copies what lies on devices (device_lazy) to the host, while save() waits.
         max_failed_saves: a Checkpointer raises FailedSavesError from save() after this many failures in a row; default 3. A
             failed save never stops training before that. 0: never.
         timeout_s: longest wait, seconds, inside save() and the fence; default 1800. A save that cannot be captured in this

@@ -19,7 +19,7 @@ const char* remedy_for(Result code) {
     case kOutOfMemory: return "free memory of the device or of the host, or choose a smaller arena_bytes";
     case kNoDevice: return "see whether nvidia-smi shows a GPU and whether CUDA_VISIBLE_DEVICES hides it";
     case kCaptureUnsupported:
-    case kCaptureImplicit: return "save outside of a graph capture, and call ckpt.fence() before each replay";
+    case kCaptureImplicit: return "save outside of graph captures, and call ckpt.fence() before a capture begins and before each replay";
     case kIllegalAddress: return "a kernel of this process broke its context: CUDA_LAUNCH_BLOCKING=1 shows which one";
     default: return "see nvidia-smi and the kernel log for what is wrong with the device; the last checkpoint is untouched";
   }

@@ -100,7 +100,9 @@ def test_a_stream_under_capture_is_refused(make: Make, cuda: FakeCuda) -> None:
     cuda.hold_copies(True)
     saved = rig.save([100_000], [LAZY], [0])
     cuda.set_capturing(0, stream, True)
-    with pytest.raises(DeviceError, match=r"captured into a graph.*ckpt\.fence\(\) before each replay"):
+    with pytest.raises(
+        DeviceError, match=r"captured into a graph.*ckpt\.fence\(\) before a capture begins and before each replay"
+    ):
         rig.save([100_000], [LAZY], [0])
     with pytest.raises(DeviceError, match=r"ckpt\.fence\(\)"):
         rig.engine.fence(rig.streams)
