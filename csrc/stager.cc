@@ -13,7 +13,6 @@
 namespace lazyckpt {
 namespace {
 
-constexpr size_t kTouchStep = size_t{16} << 20;
 constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
 
 std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
@@ -283,36 +282,6 @@ void Stager::run(Lane& lane) {
   }
 }
 
-// Once, by the first lane: it is the same memory for all devices. Without it copies are right, but hold up who enqueues them.
-void Stager::pin_arena(Lane& lane) {
-  {
-    Lock lock(monitor_->mutex);
-    if (std::exchange(pinning_begun_, true)) {
-      monitor_->changed.wait(lock, [&] { return pinning_done_ || stop_; });
-      return;
-    }
-  }
-  for (size_t from = 0; from < arena_.size(); from += kTouchStep) {
-    {
-      Lock lock(monitor_->mutex);
-      if (stop_) return;
-    }
-    arena_.touch(from, kTouchStep);
-  }
-  std::unique_ptr<cuda::HostRegistration> made;
-  std::string failure;
-  try {
-    made = std::make_unique<cuda::HostRegistration>(lane.context, arena_.base(), arena_.size());
-  } catch (const Error& error) {
-    failure = error.what();
-  }
-  Lock lock(monitor_->mutex);
-  registration_ = std::move(made);
-  pin_failure_ = std::move(failure);
-  pinning_done_ = true;
-  monitor_->changed.notify_all();
-}
-
 void Stager::carry(Lane& lane) {
   double poll_s = kShortestPollS;
   Lock lock(monitor_->mutex);
@@ -492,11 +461,6 @@ void Stager::copy(Lane& lane, Flight& flight) {
   auto event = std::make_shared<cuda::Event>(lane.context);
   event->record(flight.stream);
   flight.event = std::move(event);
-}
-
-bool Stager::is_pinned() const {
-  Lock lock(monitor_->mutex);
-  return pinned();
 }
 
 void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {

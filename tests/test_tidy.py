@@ -26,7 +26,7 @@ CORE_LAYERS = (
     {"chunk", "reader"},
     {"job", "torch_file", "zip_directory"},
     {"stager", "verify"},
-    {"stager_cache"},
+    {"stager_cache", "stager_pinning"},
     {"engine"},
     {"bindings"},
 )
