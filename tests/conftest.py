@@ -26,6 +26,10 @@ LONGEST = (
     "test_commit.py",
     "test_deepspeed_behaviour.py",
     "test_example_ranks.py",
+    "test_bench_rivals.py",
+    "test_bench_gpu.py",
+    "test_bench_scaling.py",
+    "test_bench_simulate.py",
     "test_deepspeed_files.py",
     "test_commit_mpi.py",
     "test_deepspeed_tools.py",
@@ -37,6 +41,7 @@ LONGEST = (
     "test_leaks.py",
     "test_ddp.py",
     "test_ranks_apart.py",
+    "test_hostile.py",
 )
 
 
