@@ -1,6 +1,9 @@
 #include "arena.h"
 
+#include <linux/mempolicy.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -15,6 +18,8 @@
 
 namespace lazyckpt {
 namespace {
+
+constexpr size_t kMostNodes = 1024;  // of the kernel
 
 size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 
@@ -35,6 +40,15 @@ Arena::Arena(size_t bytes) : size_(round_up(bytes, kGranule)) {
 }
 
 Arena::~Arena() { ::munmap(base_, size_); }
+
+bool Arena::prefer_node(int node) {
+  constexpr size_t kBits = 8 * sizeof(unsigned long);
+  unsigned long nodes[kMostNodes / kBits] = {};
+  if (node < 0 || static_cast<size_t>(node) >= kMostNodes) return false;
+  nodes[node / kBits] = 1UL << (node % kBits);
+  // The kernel takes one bit less than it is told.
+  return ::syscall(SYS_mbind, base_, size_, MPOL_PREFERRED, nodes, kMostNodes + 1, MPOL_MF_MOVE) == 0;
+}
 
 void Arena::touch(size_t from, size_t bytes) {
   // Populating writes nothing, so spans in use are not disturbed. A kernel without it (before 5.14) faults later.

@@ -25,6 +25,11 @@ class Arena {
   std::byte* base() const { return base_; }
   size_t size() const { return size_; }
 
+  // From now on its pages are taken from this memory node while it has free ones. What has been touched already is moved there:
+  // the touch begins with the engine, before it is known which device it will work for, and pinned pages stay for ever.
+  // Pages that a write is reading just now stay where they are. False if the kernel refuses.
+  bool prefer_node(int node);
+
   // Makes [from, from + bytes) resident, so that no save pays for the first touch. Safe beside any other use.
   void touch(size_t from, size_t bytes);
 

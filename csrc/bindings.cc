@@ -19,6 +19,7 @@
 #include "error.h"
 #include "fault.h"
 #include "file.h"
+#include "numa.h"
 #include "pickling.h"
 #include "reader.h"
 #include "torch_file.h"
@@ -415,6 +416,8 @@ void bind_faults(py::module_& module) {
     override_limits({0, 0});
   });
   module.def("set_crash_point", &fault::set_crash_point, py::arg("name"), py::arg("skip") = 0);
+  module.def("override_sysfs", &override_sysfs);
+  module.def("numa_node_of", &numa_node_of, py::arg("sysfs"), py::arg("pci_id"));
   module.def("override_io_limits", [](uint32_t memory_align, uint32_t offset_align) {
     override_limits({memory_align, offset_align});
   });

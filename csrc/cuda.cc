@@ -99,6 +99,11 @@ void in_context(const Context& context, End end) {
 
 Context::~Context() { table().primary_ctx_release(device_handle_); }
 
+std::string Context::pci_id() const {
+  char text[32] = {};
+  return table().device_get_pci_bus_id(text, sizeof text, device_handle_) == kSuccess ? text : "";
+}
+
 bool Context::is_capturing(StreamHandle stream) const {
   int status = 0;
   const Result code = table().stream_is_capturing(stream, &status);

@@ -55,6 +55,7 @@ static_assert(sizeof(CopyAttributes) == 24);
   X(init, cuInit, (unsigned flags))                                                                  \
   X(driver_get_version, cuDriverGetVersion, (int* version))                                          \
   X(device_get, cuDeviceGet, (DeviceHandle * device, int ordinal))                                   \
+  X(device_get_pci_bus_id, cuDeviceGetPCIBusId, (char* text, int length, DeviceHandle device))       \
   X(device_get_count, cuDeviceGetCount, (int* count))                                                \
   X(primary_ctx_retain, cuDevicePrimaryCtxRetain, (ContextHandle * context, DeviceHandle device))    \
   X(primary_ctx_release, cuDevicePrimaryCtxRelease_v2, (DeviceHandle device))                        \
@@ -133,6 +134,7 @@ class Context {
   const Driver& driver() const { return *driver_; }
   const Table& table() const { return driver_->table(); }
   int device() const { return device_; }
+  std::string pci_id() const;  // as "0000:3B:00.0"; empty if the driver does not tell
   ContextHandle handle() const { return handle_; }
   void check(Result code, const char* call) const { driver_->check(code, call, device_); }
 

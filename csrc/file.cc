@@ -327,6 +327,16 @@ void write_end(const std::string& path, uint64_t offset, const std::string& byte
   close_file(fd, path);
 }
 
+std::string read_some(const std::string& path, size_t most_bytes) {
+  const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (descriptor < 0) return {};
+  std::string bytes(most_bytes, '\0');
+  const ssize_t length = ::read(descriptor, bytes.data(), bytes.size());
+  ::close(descriptor);
+  bytes.resize(length < 0 ? 0 : static_cast<size_t>(length));
+  return bytes;
+}
+
 void rename_path(const std::string& from, const std::string& to) {
   if (invoke("rename", to, [&] { return ::rename(from.c_str(), to.c_str()); }) != 0) fail("rename", to, errno);
 }

@@ -105,6 +105,8 @@ class ReadableFile {
 // The steps of a publish. Paths are in the encoding of the file system.
 void write_small_file(const std::string& path, const std::string& bytes);  // create or replace content, fsync, close
 void write_end(const std::string& path, uint64_t offset, const std::string& bytes);  // of a shared file; cut, fdatasync
+// At most `most_bytes` from the beginning of a file that a kernel or a user keeps small; empty if there is none.
+std::string read_some(const std::string& path, size_t most_bytes);
 void rename_path(const std::string& from, const std::string& to);
 void sync_directory(const std::string& path);  // makes renames and removals in it durable
 void make_directory(const std::string& path, bool durable);  // with missing parents; durable: each fsynced into its own

@@ -99,6 +99,7 @@ Stager::Lane& Stager::open_lane(int device) {
   }
   Lane& lane = *made;
   Lock lock(monitor_->mutex);
+  lane.pins_arena = lanes_.empty();
   try {
     const SignalsBlocked blocked;
     lane.thread = std::thread([this, &lane] { run(lane); });

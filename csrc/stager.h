@@ -137,6 +137,7 @@ class Stager {
     size_t flying_bytes = 0;    // lazy ones in its stream
     std::vector<std::shared_ptr<Flight>> flights;
     std::optional<Error> failure;                  // guarded by it, too: its thread has ended
+    bool pins_arena = false;                       // the first to be opened does; constant in its thread
     std::atomic<bool> in_batches{true};            // until the driver refuses a batch of copies
     std::thread thread;
   };
@@ -182,7 +183,7 @@ class Stager {
   bool keeps_room_ = false;
   size_t room_align_ = Arena::kGranule;
   Span room_;  // what is kept back, unless it is in use
-  bool pinning_begun_ = false, pinning_done_ = false, stop_ = false;
+  bool pinning_done_ = false, stop_ = false;
   std::string pin_failure_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
   std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts

@@ -1,9 +1,10 @@
-// The stager's pinning of the arena, once, by the first lane: it is the same memory for all devices. Without it copies are
-// right, but hold up who enqueues them.
+// The stager's pinning of the arena, once, by the first lane: it is the same memory for all devices, near the first of them.
+// Without it copies are right, but hold up who enqueues them.
 #include <memory>
 #include <string>
 #include <utility>
 
+#include "numa.h"
 #include "stager.h"
 
 namespace lazyckpt {
@@ -14,13 +15,13 @@ constexpr size_t kTouchStep = size_t{16} << 20;
 }  // namespace
 
 void Stager::pin_arena(Lane& lane) {
-  {
+  if (!lane.pins_arena) {
     Lock lock(monitor_->mutex);
-    if (std::exchange(pinning_begun_, true)) {
-      monitor_->changed.wait(lock, [&] { return pinning_done_ || stop_; });
-      return;
-    }
+    monitor_->changed.wait(lock, [&] { return pinning_done_ || stop_; });
+    return;
   }
+  const int node = numa_node_of(sysfs(), lane.context->pci_id());
+  if (node != kNoNode) arena_.prefer_node(node);  // refused, as in some containers: it is only slower
   for (size_t from = 0; from < arena_.size(); from += kTouchStep) {
     {
       Lock lock(monitor_->mutex);

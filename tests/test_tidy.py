@@ -23,7 +23,7 @@ CORE_LAYERS = (
     {"error", "opcodes"},
     {"crc32", "cuda", "fault", "pickling", "ranges", "signals"},
     {"arena", "device_cache", "file", "zip_layout"},
-    {"chunk", "reader"},
+    {"chunk", "numa", "reader"},
     {"job", "torch_file", "zip_directory"},
     {"stager", "verify"},
     {"stager_cache", "stager_pinning"},

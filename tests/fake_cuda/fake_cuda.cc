@@ -45,6 +45,12 @@ int cuDeviceGet(int* device, int ordinal) {
   return kSuccess;
 }
 
+int cuDeviceGetPCIBusId(char* text, int length, int device) {
+  FAKE_CALL("cuDeviceGetPCIBusId");
+  std::snprintf(text, static_cast<size_t>(length), "0000:%X:00.0", 0x3A + device);
+  return kSuccess;
+}
+
 int cuDevicePrimaryCtxRetain(CUctx_st** context, int device) {
   FAKE_CALL("cuDevicePrimaryCtxRetain");
   *context = context_of(device);
