@@ -46,16 +46,16 @@ class Bench:
         return not self.settings.rivals or any(part in name for part in self.settings.rivals)
 
     def variants(self) -> dict[str, ckpt.Options]:
-        """ckpt with room for the whole state in its arena; with less; and with a cache on the device, where there is one."""
+        """ckpt with room for the whole state in its arena; with less; and with a cache on the device besides."""
         full = math.ceil(ARENA_OVER_STATE * self.nbytes) + 64 * MIB
         small = max(MIB, self.nbytes // 4)
+        full_options = ckpt.Options(device_lazy=True, arena_bytes=full)
         found = {
-            OURS: ckpt.Options(device_lazy=True, arena_bytes=full),
+            OURS: full_options,
             "ckpt, small arena": ckpt.Options(device_lazy=True, arena_bytes=small),
         }
-        if "device_cache" in {field.name for field in dataclasses.fields(ckpt.Options)}:
-            more: dict[str, Any] = {"device_cache": self.nbytes // 2}
-            found["ckpt, small arena, device cache"] = dataclasses.replace(found["ckpt, small arena"], **more)
+        cache = max(self.nbytes // 2, 4 * full_options.size("chunk_bytes"))
+        found["ckpt, small arena, device cache"] = dataclasses.replace(found["ckpt, small arena"], device_cache=cache)
         return {name: options for name, options in found.items() if name == OURS or self.chosen(name)}
 
     def savers(self) -> list[Ckpt]:
