@@ -13,15 +13,20 @@ namespace {
 
 constexpr size_t kBatchBytes = size_t{64} << 20;
 
-// Where the lazy bytes of one device begin and end in the chunk's bounce.
-ByteRange range_of(const Chunk& chunk, int device) {
-  ByteRange range{chunk.bounce_bytes, 0};
+// The lazy bytes of one device: where they begin and end in the chunk's bounce, with what lies between them, and their number.
+struct LazyPart {
+  size_t begin = 0, end = 0, bytes = 0;
+};
+
+LazyPart lazy_part(const Chunk& chunk, int device) {
+  LazyPart part{chunk.bounce_bytes, 0, 0};
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (!copy.lazy || copy.device != device) continue;
-    range.begin = std::min<uint64_t>(range.begin, copy.at);
-    range.end = std::max<uint64_t>(range.end, copy.at + copy.length);
+    part.begin = std::min(part.begin, copy.at);
+    part.end = std::max(part.end, copy.at + copy.length);
+    part.bytes += copy.length;
   }
-  return range;
+  return part;
 }
 
 }  // namespace
@@ -67,13 +72,12 @@ Stager::CacheBatch Stager::reserve_cache(Lane& lane, Job& job) {
   for (size_t index = std::min(side.cached_from, job.published); index > side.next && bytes < kBatchBytes; --index) {
     Chunk& chunk = job.chunks[index - 1];
     if (share_of(chunk, device) != nullptr) {
-      const ByteRange range = range_of(chunk, device);
-      Span span = lane.cache->try_allocate(range.end - range.begin);
+      const LazyPart part = lazy_part(chunk, device);
+      Span span = lane.cache->try_allocate(part.end - part.begin);
       if (!span.valid()) break;
-      const CachePlace place{index - 1, range.end - range.begin, reinterpret_cast<uintptr_t>(span.begin()) - range.begin};
-      side.cached.emplace(index - 1, CachedShare{std::move(span), range.begin, nullptr});
-      batch.push_back(place);
-      bytes += place.bytes;
+      batch.push_back({index - 1, part.bytes, reinterpret_cast<uintptr_t>(span.begin()) - part.begin});
+      side.cached.emplace(index - 1, CachedShare{std::move(span), part.begin, nullptr});
+      bytes += part.bytes;
     }
     side.cached_from = index - 1;
   }

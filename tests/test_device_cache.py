@@ -73,6 +73,18 @@ def test_the_fence_needs_no_room_in_the_arena(make: Make, cuda: FakeCuda) -> Non
     rig.check(saved)
 
 
+def test_what_is_counted_is_bytes_of_tensors(make: Make, cuda: FakeCuda) -> None:
+    """Not what lies between them, which here is more."""
+    rig = with_cache(make)
+    cuda.hold_copies(True)
+    saved = rig.save([65] * 2000, [LAZY] * 2000, [0] * 2000)
+    rig.engine.fence(rig.streams)
+    assert rig.cached() > 65 * 2000 > cached(saved) > 0
+    cuda.hold_copies(False)
+    rig.check(saved)
+    assert cached(saved) < saved.job.stats["bytes_from_devices"] == 65 * 2000
+
+
 def test_neither_host_nor_stream_waits_for_what_is_in_the_cache(make: Make, cuda: FakeCuda) -> None:
     """The disk hangs, then the way to the host does; the training computes all the same."""
     rig = with_cache(make, writers=1, device_window_bytes=32 * MIB)

@@ -76,8 +76,7 @@ def test_what_has_not_left_at_the_fence_stays_on_the_device(training: Training, 
                 training.fill(value, 0xEE)
         training.cuda.hold_copies(False)
         assert_same(state(2.0, count=12), torch.load(pending.result(30) / "state.pt"))
-        # Ranges of chunks, with the gaps between records, so up to a chunk more than bytes of tensors.
-        assert pending.stats.bytes_from_devices + (64 << 10) >= pending.stats.device_cached_bytes > 1 << 20
+        assert pending.stats.bytes_from_devices >= pending.stats.device_cached_bytes > 1 << 20
     on_host = ckpt.save(state(), tmp_path / "host.pt", options=dataclasses.replace(sized, device_lazy=False))
     on_host.result(30)
     assert on_host.stats.device_cached_bytes == 0 and not on_host.stats.arena_pinned
