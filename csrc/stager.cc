@@ -89,7 +89,7 @@ Stager::Lane& Stager::open_lane(int device) {
       return *lane;
     }
   }
-  if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.library);
+  if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
   auto made = std::make_unique<Lane>();
   made->context = std::make_shared<const cuda::Context>(driver_, device);
   made->cache = std::make_unique<DeviceCache>(options_.cache_bytes, options_.chunk_bytes);

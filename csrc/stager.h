@@ -45,7 +45,7 @@ using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which th
 
 struct StagerOptions {
   size_t chunk_bytes = 0;
-  std::string library;     // the CUDA driver; empty: the system's
+  std::string driver;      // the path of libcuda; empty: the system's
   size_t cache_bytes = 0;  // of each device, at most
   size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
 };
