@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import logging
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from deepspeed import comm
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
+from disk_pages import fsync_path
 from harness import Values, clock
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -199,11 +199,11 @@ class Job:
             comm.barrier()
             paths = sorted(path for path in (directory / tag).iterdir() if path.is_file())
             for path in paths[comm.get_rank() :: comm.get_world_size()]:
-                sync_path(path)
+                fsync_path(path)
             comm.barrier()
             if comm.get_rank() == 0:
                 for path in (directory / tag, directory / "latest", directory):
-                    sync_path(path)
+                    fsync_path(path)
             comm.barrier()
         if (directory / "latest").read_text() != tag:
             raise AssertionError(f"{side}: 'latest' is not {tag}")
@@ -227,14 +227,6 @@ def need_libaio() -> None:
         raise RuntimeError(
             "the writer of type 'fast' needs DeepSpeed's async_io, which needs libaio and its headers (libaio-dev)"
         )
-
-
-def sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def prune(directory: Path) -> None:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import os
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from disk_pages import make_durable
 from rivals import torch_save_durable
 from torch import Tensor
 
@@ -269,31 +269,6 @@ def copy(source: Any, into: Any) -> None:
         for name, tensor in names_of(into):
             if found[name].data_ptr() != tensor.data_ptr():
                 tensor.copy_(found[name])
-
-
-def files_of(path: Path) -> list[Path]:
-    return [path] if path.is_file() else [found for found in path.rglob("*") if found.is_file()]
-
-
-def make_durable(path: Path) -> None:
-    """fsync of a file, or of a directory with all that is in it, and of the directory where it has its name."""
-    directories = [found for found in path.rglob("*") if found.is_dir()] if path.is_dir() else []
-    for found in [*files_of(path), *directories, *([path] if path.is_dir() else []), path.parent]:
-        descriptor = os.open(found, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def evict(path: Path) -> None:
-    """Lets go of what the page cache holds of the (durable) files, so that they are read from the disk."""
-    for found in files_of(path):
-        descriptor = os.open(found, os.O_RDONLY)
-        try:
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)
 
 
 def remove(path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from disk_pages import forget_pages
 from gpu_bench import Bench, check_file, tensors_of
 from gpu_device import Device
 from gpu_rivals import DCP, TORCH
@@ -77,13 +77,3 @@ def empty_like(state: Any) -> Any:
     if isinstance(state, dict):
         return {key: empty_like(value) for key, value in state.items()}
     return [empty_like(value) for value in state] if isinstance(state, list) else state
-
-
-def forget_pages(path: Path) -> None:
-    for file in path.iterdir() if path.is_dir() else (path,):
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # only clean pages are dropped
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        finally:
-            os.close(descriptor)

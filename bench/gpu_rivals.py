@@ -16,6 +16,7 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from disk_pages import fsync_path
 from gpu_device import Device
 from harness import GIB, clock
 from rivals import torch_save_durable
@@ -182,11 +183,7 @@ class DataStates(Saver):
 
     def finish(self) -> float:
         self._engine.wait(persist=True)
-        descriptor = os.open(self._path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync_path(self._path)
         return clock()
 
 

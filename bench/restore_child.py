@@ -19,6 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
+from disk_pages import forget_pages
 from harness import clock
 from memory_child import MIB, forget_the_past, high_water_mark, make_state
 from restore import CASES, DCP, FOREIGN, INTO, MAPPED, OURS, SAFETENSORS, TORCH
@@ -91,10 +92,7 @@ def way(case: str, directory: Path) -> Callable[[], State]:
 
 def drop_from_cache(directory: Path) -> None:
     """The files' pages; all that is cached, too, where that is allowed."""
-    for path in (path for path in directory.rglob("*") if path.is_file()):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+    forget_pages(directory)
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a container: the files' own pages have been dropped
             Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import engines
+from disk_pages import forget_pages
 from durable import FINALISTS, disk_limits, how_measured, limit_rate, screen
 from engine_memory import HOW as HOW_MEMORY
 from engine_memory import extra_memory
@@ -72,7 +73,7 @@ class Bench:
         return {"durable_s": durable_s, "rate_GBps": self.nbytes / durable_s / 1e9, "restore_s": self._restore(engine)}
 
     def _restore(self, engine: Engine) -> float:
-        engines.evict(engine.directory)
+        forget_pages(engine.directory)
         started = clock()
         engine.load(self.landing)
         return clock() - started
