@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -104,13 +105,19 @@ def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build(tmp_path_factory.mktemp("fake_cuda"))
 
 
-@pytest.fixture
-def cuda(fake_library: Path) -> Iterator[FakeCuda]:
+@contextlib.contextmanager
+def loaded(library: Path) -> Iterator[FakeCuda]:
     """Two devices, no delays, no faults; afterwards nothing of the driver may be left."""
-    fake = FakeCuda(fake_library)
+    fake = FakeCuda(library)
     fake.make_current(0)
     fake.before = fake.alive()
     yield fake
     fake.configure()
     fake.end_streams()
     assert fake.alive() == fake.before
+
+
+@pytest.fixture
+def cuda(fake_library: Path) -> Iterator[FakeCuda]:
+    with loaded(fake_library) as fake:
+        yield fake

@@ -29,12 +29,8 @@ def old_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def old_cuda(old_library: Path) -> Iterator[FakeCuda]:
-    fake = FakeCuda(old_library)
-    fake.make_current(0)
-    fake.before = fake.alive()
-    yield fake
-    fake.configure()
-    fake.end_streams()
+    with fake_driver.loaded(old_library) as fake:
+        yield fake
 
 
 def calls(cuda: FakeCuda) -> tuple[int, int, int]:

@@ -46,7 +46,7 @@ ENDINGS = {
     "sys.exit": ("sys.exit(3)", 3),
     "an uncaught error": ("raise ValueError('on purpose')", 1),
     "an error in a loop": ("for step in range(3): 1 / step", 1),
-    "an interrupt": ("os.kill(os.getpid(), signal.SIGINT); time.sleep(40)", -signal.SIGINT),
+    "an interrupt": ("signal.raise_signal(signal.SIGINT); os._exit(41)", -signal.SIGINT),
     "an atexit call": ("import atexit; atexit.register(lambda: time.sleep(0.1))", 0),
     "everything deleted": ("del state, pending; import gc; gc.collect()", 0),
     "a thread still running": ("threading.Thread(target=time.sleep, args=(0.5,)).start()", 0),

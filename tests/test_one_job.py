@@ -59,14 +59,15 @@ except ckpt.errors.InUseError as error:
 
 def test_a_killed_process_is_in_nobodys_way(tmp_path: Path, native: Any) -> None:
     program = f"""
-import ckpt, time, torch.multiprocessing
+import ckpt, sys, time, torch.multiprocessing
 checkpointer = ckpt.Checkpointer({str(tmp_path)!r})
 checkpointer.save(1, {{}}).result()
 torch.multiprocessing.get_context("fork").Process(target=time.sleep, args=(20,), daemon=True).start()
 print("saved", flush=True)
-time.sleep(60)
+sys.stdin.read()
 """
-    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stdout.readline() == "saved\n"
         with make(tmp_path) as checkpointer:
             with pytest.raises(InUseError):
