@@ -44,6 +44,7 @@ class Committer:
         self.farewell = farewell
         self._changed = threading.Condition()
         self._in_flight = 0  # guarded by _changed: the places that are taken
+        self._ending = 0  # guarded by _changed: those of saves that have their outcome, and clear up
         self._owed = 0  # guarded by _changed: what has been handed over, and has no outcome yet
         self._stopping = False  # guarded by _changed
         self._given_up_at: float | None = None  # the drain's deadline has passed: nothing is waited for any more
@@ -62,10 +63,9 @@ class Committer:
             ClosedError: this is closed.
         """
         with self._changed:
-            if self._in_flight >= options.max_in_flight and options.when_busy == "skip":
-                raise SkippedError(
-                    f"the save to '{pending.path}' was skipped: {self._in_flight} earlier ones are still in flight"
-                )
+            busy = self._in_flight - self._ending
+            if busy >= options.max_in_flight and options.when_busy == "skip":
+                raise SkippedError(f"the save to '{pending.path}' was skipped: {busy} earlier ones are still in flight")
             free = self._changed.wait_for(lambda: self._in_flight < options.max_in_flight or self._stopping, options.timeout_s)
             if self._stopping:
                 raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
@@ -114,14 +114,19 @@ class Committer:
                 error = caught.with_traceback(None)  # whose frames would keep the state alive
                 pending._discard()
             pending._let_go()
-            with self._changed:  # first, so that whoever waits for the outcome finds the place free
+            with self._changed:  # first, so that whoever waits for the outcome finds the place free, or as good as that
                 self._owed -= 1
-                self._in_flight -= admitted
+                self._ending += admitted
                 self._changed.notify_all()
             if published is not None:
                 pending._succeed(published)
             elif error is not None:
                 pending._fail(error)
+            pending._clear_up()
+            with self._changed:  # not before: the next save may need the space
+                self._ending -= admitted
+                self._in_flight -= admitted
+                self._changed.notify_all()
             del item, pending, publish, published, error  # else the last save would live until the next
 
     def _finish(self, pending: PendingSave) -> BaseException | None:

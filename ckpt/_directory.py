@@ -70,6 +70,7 @@ class StepDirectories:
         self._lock = threading.Lock()  # guards what follows
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
         self._next_sequence: int | None = None
+        self._retired: list[Path] = []  # of the committer's thread: no steps any more, but still there
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -217,6 +218,18 @@ class StepDirectories:
         except (CheckpointError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
 
+    def sweep(self) -> None:
+        """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
+        retired, self._retired = self._retired, []
+        if not retired:
+            return
+        try:
+            with self._still_ours():
+                for path in retired:
+                    _storage.remove_tree(path)
+        except (CheckpointError, OSError) as error:  # the next tidy() tries again
+            logger.warning("removing old steps from '%s' failed, the checkpoint is good: %s", self._directory, error)
+
     def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         self._remove_retired()
         if not self._shared:
@@ -264,9 +277,9 @@ class StepDirectories:
             if directory.name in self._in_flight:
                 return
             retired = _storage.retire_directory(directory)
+        self._retired.append(retired)
         _storage.sync_directory(self._directory)
         _storage.crash_point("removal-begun")
-        _storage.remove_tree(retired)
 
 
 _FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")

@@ -71,6 +71,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         if error is not None:
             raise error
         _storage.crash_point("before-rename")
+        pending._afterwards = _storage.keep_space(target)
         _storage.rename_durably(file.temporary, target)
         _storage.crash_point("renamed")
         return target

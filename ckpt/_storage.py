@@ -18,6 +18,7 @@ import re
 import secrets
 import socket
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import _native
@@ -29,6 +30,7 @@ _host = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _process = secrets.token_hex(4)
 _numbers = itertools.count()
 _looked_after: set[Path] = set()  # by remove_stale()
+_kept: set[int] = set()  # descriptors, by keep_space()
 _TEMPORARY = re.compile(
     re.escape(TEMPORARY_PREFIX) + r"(?P<name>.+)-(?P<host>[0-9a-f]{8})-(?P<pid>\d+)-(?P<process>[0-9a-f]{8})[0-9a-f]+",
     re.DOTALL,
@@ -152,6 +154,31 @@ def sign_lock_file(descriptor: int, owner: str) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
+
+
+def keep_space(path: Path) -> Callable[[], None]:
+    """Lets a file that is about to be replaced keep its space until the returned function is called: freeing takes long."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return lambda: None
+    _kept.add(descriptor)
+
+    def free() -> None:
+        if descriptor in _kept:
+            _kept.remove(descriptor)
+            os.close(descriptor)
+
+    return free
+
+
+def _free_in_child() -> None:
+    """Else a process that lives on would keep the space."""
+    while _kept:
+        os.close(_kept.pop())
+
+
+os.register_at_fork(after_in_child=_free_in_child)
 
 
 def remove_file(path: Path) -> None:

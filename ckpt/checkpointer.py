@@ -157,6 +157,7 @@ class Checkpointer(Saver):
                 raise
             finally:
                 self._directories.abandon(ticket.directory, targets)
+                pending._afterwards = self._directories.sweep
                 for part in parts:
                     part.file.forget_structure()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Callable, Iterable
@@ -12,6 +13,8 @@ from typing import Any
 
 from ckpt._file_save import FileSave
 from ckpt.errors import DeadlineError, ForkedError
+
+logger = logging.getLogger("ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ class PendingSave:
         self._begin_error: BaseException | None = None  # not all files could be submitted
         self._handed_over = False  # the committer has it
         self._skipped: BaseException | None = None
+        self._afterwards: Callable[[], object] | None = None  # once whoever waits has the outcome: gives space back
         self._started_at = time.monotonic()
         self._save_s = 0.0
         self._durable_at: float | None = None
@@ -187,6 +191,14 @@ class PendingSave:
         if on_done is not None:
             on_done(self, error)
         self._future.set_exception(error)
+
+    def _clear_up(self) -> None:
+        call, self._afterwards = self._afterwards, None
+        try:
+            if call is not None:
+                call()
+        except Exception as error:
+            logger.warning("clearing up behind the save to '%s' failed, its outcome stands: %s", self.path, error)
 
     def _check_owner(self) -> None:
         if os.getpid() != self._owner and not self._future.done():
