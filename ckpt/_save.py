@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import hashlib
@@ -10,7 +11,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,14 +110,15 @@ def start(
         return
     pending._planned = tuple(file for file, _, _ in contents)
     try:
-        is_lazy = lazy_storages(lazy)
-        # All of them before the first is submitted: what cannot be pickled is found here.
-        plans = [_plan_quietly(obj, is_lazy if written else None, options) for _, obj, written in contents]
-        for (file, obj, written), plan in zip(contents, plans, strict=True):
-            file.pickle, file.sizes = plan.pickle, plan.sizes
-            if written:
-                _submit(runtime, file, obj, plan, options)
-                pending._files += (file,)
+        with _without_collector():
+            is_lazy = lazy_storages(lazy)
+            # All of them before the first is submitted: what cannot be pickled is found here.
+            plans = [_plan(obj, is_lazy if written else None, options) for _, obj, written in contents]
+            for (file, obj, written), plan in zip(contents, plans, strict=True):
+                file.pickle, file.sizes = plan.pickle, plan.sizes
+                if written:
+                    _submit(runtime, file, obj, plan, options)
+                    pending._files += (file,)
     except BaseException as error:
         if pending._files:  # those in flight are the committer's to clean up
             pending._begin_error = error
@@ -140,28 +142,34 @@ def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, ob
     began = time.monotonic()
     pending._planned += (file,)
     try:
-        plan = _plan_quietly(obj, lazy_storages(lazy), options)
-        _submit(runtime, file, obj, plan, options)
+        with _without_collector():
+            plan = _plan(obj, lazy_storages(lazy), options)
+            _submit(runtime, file, obj, plan, options)
         pending._files += (file,)
     finally:
         pending._save_s += time.monotonic() - began
 
 
-def _plan_quietly(obj: Any, is_lazy: Callable[[int], bool] | None, options: Options) -> SavePlan:
-    """Plans with the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage.
-
-    Args:
-        is_lazy: None: only pickle it, for its structure.
-    """
+@contextlib.contextmanager
+def _without_collector() -> Iterator[None]:
+    """With the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        return (
-            make_plan(obj, is_lazy, options.size("eager_bytes"), options.device_lazy) if is_lazy is not None else outline(obj)
-        )
+        yield
     finally:
         if was_enabled:
             gc.enable()
+
+
+def _plan(obj: Any, is_lazy: Callable[[int], bool] | None, options: Options) -> SavePlan:
+    """
+    Args:
+        is_lazy: None: only pickle it, for its structure.
+    """
+    if is_lazy is None:
+        return outline(obj)
+    return make_plan(obj, is_lazy, options.size("eager_bytes"), options.device_lazy)
 
 
 def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
