@@ -8,6 +8,7 @@ import functools
 import json
 import logging
 import os
+import time
 import weakref
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from ckpt.pending import PendingSave
 logger = logging.getLogger("ckpt")
 
 _UNVERIFIED = -1  # sequence of a directory that has no manifest
+_REMOVAL_S = 1.0
 _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
 
 
@@ -322,9 +324,21 @@ class BundleCheckpointer(Saver):
 
 def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
-    gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
-    had_files = any(file.target.parent == pending.path for file in pending._planned)
-    return gone and had_files and not pending.path.exists()
+    if not any(file.target.parent == pending.path for file in pending._planned):
+        return False
+    if isinstance(error, StorageError):
+        return error.errno == errno.ENOENT  # of files that were there
+    return isinstance(error, (PeerError, CorruptError)) and _is_gone(pending.path)
+
+
+def _is_gone(path: Path) -> bool:
+    """Or going: a removal that has taken the first file takes a moment for the last."""
+    end = time.monotonic() + _REMOVAL_S
+    while path.exists():
+        if time.monotonic() > end:
+            return False
+        time.sleep(_REMOVAL_S / 20)
+    return True
 
 
 def _release_all(roots: dict[Path, BundleRoot]) -> None:

@@ -39,7 +39,7 @@ class Job:
         self.roots = [root / f"node-{rank}" if nodes else root for rank in range(2)]
         self.ranks = [
             ckpt.BundleCheckpointer(
-                options=options(max_failed_saves=0, **({"commit_timeout_s": 1.0, "timeout_s": 2.0} | how)),
+                options=options(**({"max_failed_saves": 0, "commit_timeout_s": 1.0, "timeout_s": 2.0} | how)),
                 coordinator=Threaded(wire, rank),
                 node=f"node-{rank}" if nodes else None,
                 leads_node=nodes,

@@ -1,0 +1,30 @@
+"""Users remove old checkpoints while others are being saved, and now and then one that is."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from support import clear_faults, wait_until
+from test_bundles import Job
+
+from ckpt.errors import CheckpointError
+
+
+def test_a_bundle_that_is_being_removed_is_no_failure(tmp_path: Path, native: Any) -> None:
+    """Its files are gone already, the directory is not yet."""
+    job = Job(tmp_path, max_failed_saves=1)
+    native.set_fault("fdatasync", delay_s=20.0)
+    pending = job.both(lambda rank: job.begin(rank, "a", 1.0).commit())
+    wait_until(lambda: len(job.temporaries()) == 3)
+    for path in job.temporaries():
+        path.unlink()
+    clear_faults()
+    removal = threading.Timer(0.1, (tmp_path / "a").rmdir)
+    removal.start()
+    errors = [each.exception(20) for each in pending]
+    removal.join()
+    assert [isinstance(error, CheckpointError) for error in errors] == [True, True], errors
+    assert job.save("b", 2.0) == [None, None]
+    job.close()
