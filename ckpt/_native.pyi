@@ -76,6 +76,20 @@ class RecordFile:
         piece_bytes: int = 4194304,
         keep: Any = None,
     ) -> int | None: ...
+    def read_share(
+        self,
+        destinations: Sequence[tuple[int, int]],
+        begin: int,
+        end: int,
+        *,
+        threads: int,
+        timeout_s: float,
+        piece_bytes: int = 4194304,
+        keep: Any = None,
+    ) -> int: ...
+    def check(self, in_memory: Sequence[tuple[int, int]], threads: int) -> None: ...
+    directory_crc32: int
+    bytes_read: int
 
 def write_small_file(path: bytes, bytes: bytes) -> None: ...
 def write_end(path: bytes, offset: int, bytes: bytes) -> None: ...

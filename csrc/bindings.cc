@@ -370,6 +370,15 @@ std::optional<uint32_t> read_records(const RecordFile& file, const Destinations&
   return std::nullopt;
 }
 
+uint32_t read_share(const RecordFile& file, const Destinations& destinations, uint64_t begin, uint64_t end, int threads,
+                    double timeout_s, size_t piece_bytes, const py::object& keep) {
+  if (begin > end) throw py::value_error("a share ends before it begins");
+  const RecordFile::Wanted wanted = to_wanted(file, destinations);
+  const ReadOptions options = reading(threads, timeout_s, piece_bytes, keep);
+  py::gil_scoped_release release;
+  return file.read_share(wanted, begin, end, options);
+}
+
 void bind_reading(py::module_& module) {
   py::class_<RecordFile>(module, "RecordFile")
       .def(py::init([](const std::string& path, bool direct, int threads, double timeout_s) {
@@ -382,7 +391,16 @@ void bind_reading(py::module_& module) {
       .def_property_readonly("checksummed", &RecordFile::checksummed)
       .def_property_readonly("records", &records_of)
       .def("read", &read_records, py::arg("destinations"), py::kw_only(), py::arg("whole"), py::arg("threads"),
-           py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none());
+           py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none())
+      .def("read_share", &read_share, py::arg("destinations"), py::arg("begin"), py::arg("end"), py::kw_only(),
+           py::arg("threads"), py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none())
+      .def("check", [](const RecordFile& file, const Destinations& in_memory, int threads) {
+        const RecordFile::Wanted wanted = to_wanted(file, in_memory);
+        py::gil_scoped_release release;
+        file.check(wanted, threads);
+      }, py::arg("in_memory"), py::arg("threads"))
+      .def_property_readonly("directory_crc32", &RecordFile::directory_crc)
+      .def_property_readonly("bytes_read", [](const RecordFile& file) { return file.file().bytes_read(); });
   module.def("verify_torch_file", [](const std::string& path, int threads) {
     const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
     py::gil_scoped_release release;

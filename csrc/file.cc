@@ -268,7 +268,10 @@ size_t ReadableFile::read_some(bool direct, char* to, size_t bytes, uint64_t off
     } else {
       got = ::pread(direct ? direct_fd_.get() : fd_.get(), to, bytes, static_cast<off_t>(offset));
     }
-    if (got >= 0) return static_cast<size_t>(got);
+    if (got >= 0) {
+      bytes_read_ += static_cast<uint64_t>(got);
+      return static_cast<size_t>(got);
+    }
     if (errno == EINTR) continue;
     if (errno != EINVAL || !direct) fail("pread", path_, errno, static_cast<int64_t>(offset));
     fell_back_ = true;  // granted at the open and refused now, as some stacked file systems do

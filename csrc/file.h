@@ -84,6 +84,7 @@ class ReadableFile {
   const std::string& path() const { return path_; }
   uint64_t size() const { return size_; }
   const IoLimits& limits() const { return limits_; }
+  uint64_t bytes_read() const { return bytes_read_; }  // that the kernel has delivered so far, by all calls
 
   void read_at(void* to, size_t bytes, uint64_t offset) const;  // all of them, or an error
 
@@ -99,6 +100,7 @@ class ReadableFile {
   Descriptor direct_fd_;  // of the same file, if it is to be had
   IoLimits limits_;
   mutable std::atomic<bool> fell_back_{false};
+  mutable std::atomic<uint64_t> bytes_read_{0};
   uint64_t size_ = 0;
 };
 

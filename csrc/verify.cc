@@ -1,17 +1,37 @@
 #include "verify.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
+#include <system_error>
+#include <thread>
 
 #include "crc32.h"
 #include "error.h"
+#include "signals.h"
 
 namespace lazyckpt {
 namespace {
 
 constexpr uint32_t kAnyAlign = 32768;
+constexpr uint64_t kCheckedAtOnce = uint64_t{4} << 20;
 // Bytes between records are kept for comparison up to this much in all; files of ours and torch's have far less.
 constexpr uint64_t kMostKept = uint64_t{64} << 20;
+
+std::vector<size_t> in_file_order(const std::vector<ZipEntry>& entries) {
+  std::vector<size_t> order(entries.size());
+  std::iota(order.begin(), order.end(), size_t{0});
+  std::sort(order.begin(), order.end(),
+            [&](size_t a, size_t b) { return entries[a].payload_offset < entries[b].payload_offset; });
+  return order;
+}
+
+// The CRC-32 of ranges that follow each other.
+uint32_t join(const std::vector<ReadRange>& ranges, const std::vector<uint32_t>& crcs) {
+  uint32_t whole = 0;
+  for (size_t i = 0; i < ranges.size(); ++i) whole = crc32_combine(whole, crcs[i], ranges[i].length);
+  return whole;
+}
 
 std::string archive_of(const std::vector<ZipEntry>& entries) {
   return entries.empty() ? std::string() : entries[0].name.substr(0, entries[0].name.find('/'));
@@ -124,6 +144,40 @@ void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entr
               0, file.path());
 }
 
+// A part of a record in memory.
+struct Piece {
+  size_t entry;
+  const std::byte* from;
+  size_t length;
+  uint32_t crc;
+};
+
+void cut_pieces(size_t entry, const std::byte* from, uint64_t length, std::vector<Piece>& pieces) {
+  for (uint64_t done = 0; done < length; done += kCheckedAtOnce) {
+    pieces.push_back({entry, from + done, static_cast<size_t>(std::min(kCheckedAtOnce, length - done)), 0});
+  }
+}
+
+// By threads of its own and the caller's.
+void checksum(std::vector<Piece>& pieces, int threads) {
+  std::atomic<size_t> next{0};
+  const auto work = [&] {
+    for (size_t i; (i = next++) < pieces.size();) pieces[i].crc = crc32(0, pieces[i].from, pieces[i].length);
+  };
+  std::vector<std::thread> others;
+  others.reserve(static_cast<size_t>(std::max(threads, 1)));
+  {
+    const SignalsBlocked blocked;
+    try {
+      for (int i = 1; i < threads && static_cast<size_t>(i) < pieces.size(); ++i) others.emplace_back(work);
+    } catch (const std::system_error&) {
+      // As many as the system allows: the caller's own is there.
+    }
+  }
+  work();
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 FileDigest digest_file(const std::string& path, const ReadOptions& options) {
@@ -148,6 +202,12 @@ void RecordFile::check_record(const ZipEntry& entry, uint32_t crc) const {
               0, file_->path());
 }
 
+std::vector<std::byte*> RecordFile::places_of(const Wanted& wanted) const {
+  std::vector<std::byte*> places(entries_.size(), nullptr);
+  for (const auto& [index, to] : wanted) places.at(index) = to;
+  return places;
+}
+
 void RecordFile::read(const Wanted& wanted, const ReadOptions& options) const {
   std::vector<ReadRange> ranges;
   for (const auto& [index, to] : wanted) {
@@ -159,26 +219,57 @@ void RecordFile::read(const Wanted& wanted, const ReadOptions& options) const {
 }
 
 uint32_t RecordFile::read_whole(const Wanted& wanted, const ReadOptions& options) const {
-  std::vector<size_t> order(entries_.size());
-  std::iota(order.begin(), order.end(), size_t{0});
-  std::sort(order.begin(), order.end(),
-            [&](size_t a, size_t b) { return entries_[a].payload_offset < entries_[b].payload_offset; });
-  std::vector<std::byte*> destinations(entries_.size(), nullptr);
-  for (const auto& [index, to] : wanted) destinations.at(index) = to;
+  const std::vector<size_t> order = in_file_order(entries_);
+  const std::vector<std::byte*> places = places_of(wanted);
   const Gaps gaps(*file_, entries_, order);
   std::vector<ReadRange> ranges;  // gap, record, gap, record, ..., gap
   for (size_t i = 0; i < order.size(); ++i) {
     const ZipEntry& entry = entries_[order[i]];
     ranges.push_back(gaps.ranges[i]);
-    ranges.push_back({entry.payload_offset, entry.size, destinations[order[i]]});
+    ranges.push_back({entry.payload_offset, entry.size, places[order[i]]});
   }
   ranges.push_back(gaps.ranges.back());
   const std::vector<uint32_t> crcs = read_ranges(file_, ranges, options);
   for (size_t i = 0; i < order.size(); ++i) check_record(entries_[order[i]], crcs[2 * i + 1]);
   if (checksummed_) check_structure(*file_, entries_, gaps);
-  uint32_t whole = 0;
-  for (size_t i = 0; i < ranges.size(); ++i) whole = crc32_combine(whole, crcs[i], ranges[i].length);
-  return whole;
+  return join(ranges, crcs);
+}
+
+uint32_t RecordFile::read_share(const Wanted& wanted, uint64_t begin, uint64_t end, const ReadOptions& options) const {
+  const std::vector<std::byte*> places = places_of(wanted);
+  std::vector<ReadRange> ranges;
+  uint64_t done = begin;
+  for (const size_t index : in_file_order(entries_)) {
+    const ZipEntry& entry = entries_[index];
+    const uint64_t first = std::max(entry.payload_offset, begin), last = std::min(entry.payload_offset + entry.size, end);
+    if (first >= last) continue;
+    if (done < first) ranges.push_back({done, first - done, nullptr});
+    std::byte* const to = places[index];
+    ranges.push_back({first, last - first, to == nullptr ? nullptr : to + (first - entry.payload_offset)});
+    done = last;
+  }
+  if (done < end) ranges.push_back({done, end - done, nullptr});
+  return join(ranges, read_ranges(file_, ranges, options));
+}
+
+void RecordFile::check(const Wanted& in_memory, int threads) const {
+  if (!checksummed_) return;
+  std::vector<Piece> pieces;
+  for (const auto& [index, from] : in_memory) cut_pieces(index, from, entries_.at(index).size, pieces);
+  checksum(pieces, threads);
+  std::vector<uint32_t> crcs(entries_.size(), 0);
+  for (const Piece& piece : pieces) crcs[piece.entry] = crc32_combine(crcs[piece.entry], piece.crc, piece.length);
+  for (const auto& wanted : in_memory) check_record(entries_[wanted.first], crcs[wanted.first]);
+}
+
+uint32_t RecordFile::directory_crc() const {
+  uint32_t crc = 0;
+  for (const ZipEntry& entry : entries_) {
+    const uint64_t numbers[] = {entry.payload_offset, entry.size, entry.crc};
+    crc = crc32(crc, entry.name.data(), entry.name.size());
+    crc = crc32(crc, numbers, sizeof numbers);
+  }
+  return crc;
 }
 
 bool verify_torch_file(const std::string& path, const ReadOptions& options) {

@@ -43,8 +43,20 @@ class RecordFile {
   // the records too. Returns the CRC-32 of the file.
   uint32_t read_whole(const Wanted& wanted, const ReadOptions& options) const;
 
+  // Reads the bytes begin..end of the file, each once, and puts those of wanted records to their places; a destination is
+  // that of a whole record, whatever part of it is read. Returns the CRC-32 of begin..end: those of neighbours join to
+  // that of the file. Records are not checked: one may reach into another share.
+  uint32_t read_share(const Wanted& wanted, uint64_t begin, uint64_t end, const ReadOptions& options) const;
+
+  // Checks the CRC-32s of records that are in memory already, by so many threads.
+  void check(const Wanted& in_memory, int threads) const;
+
+  // CRC-32 of what the directory says: the same for two files of the same records, whatever the bytes around these.
+  uint32_t directory_crc() const;
+
  private:
   void check_record(const ZipEntry& entry, uint32_t crc) const;
+  std::vector<std::byte*> places_of(const Wanted& wanted) const;  // by entry; null: not wanted
 
   std::shared_ptr<const ReadableFile> file_;
   std::vector<ZipEntry> entries_;
