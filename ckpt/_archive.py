@@ -94,10 +94,49 @@ class Archive:
             destinations: what has a data_ptr() and room for the record, by name.
             whole: check all of the file. Then its CRC-32 is returned.
         """
-        wanted = [(self.records[name].number, place.data_ptr()) for name, place in destinations.items()]
         return self._file.read(
-            wanted, whole=whole, threads=reader_threads(), timeout_s=self._timeout_s, keep=list(destinations.values())
+            self._wanted(destinations),
+            whole=whole,
+            threads=reader_threads(),
+            timeout_s=self._timeout_s,
+            keep=list(destinations.values()),
         )
+
+    def fill_share(self, destinations: Mapping[str, Any], begin: int, end: int) -> int:
+        """Reads bytes begin..end of the file, with what lies there of the records, and returns the CRC-32 of these bytes.
+
+        Args:
+            destinations: as for fill(): room for whole records. Their CRC-32s are not checked here, see check().
+        """
+        return self._file.read_share(
+            self._wanted(destinations),
+            begin,
+            end,
+            threads=reader_threads(),
+            timeout_s=self._timeout_s,
+            keep=list(destinations.values()),
+        )
+
+    def check(self, filled: Mapping[str, Any]) -> None:
+        """Checks the CRC-32s of records that are in memory.
+
+        Raises:
+            CorruptError: names the first that is wrong.
+        """
+        self._file.check(self._wanted(filled), reader_threads())
+
+    @property
+    def directory_crc32(self) -> int:
+        """Of names, places, sizes and CRC-32s of all records: what tells two files of the same layout apart."""
+        return self._file.directory_crc32
+
+    @property
+    def bytes_read(self) -> int:
+        """From storage, so far."""
+        return self._file.bytes_read
+
+    def _wanted(self, places: Mapping[str, Any]) -> list[tuple[int, int]]:
+        return [(self.records[name].number, place.data_ptr()) for name, place in places.items()]
 
     def close(self) -> None:
         """Lets go of the file. Nothing can be read after that."""
