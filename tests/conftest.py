@@ -40,6 +40,7 @@ LONGEST = (
     "test_bench.py",
     "test_leaks.py",
     "test_ddp.py",
+    "test_spread.py",
     "test_ranks_apart.py",
     "test_hostile.py",
 )

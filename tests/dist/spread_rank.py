@@ -1,0 +1,120 @@
+"""One of several ranks that read files together: does what each line of its input says, and answers with a line.
+
+Arguments: rank, number of ranks, a file by which they find each other, how long collectives may take in seconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from support import assert_same
+
+import ckpt
+from ckpt import _native
+from ckpt._archive import Archive
+from ckpt._spread import Place, fill_spread, read_spread
+
+RANK, SIZE = int(sys.argv[1]), int(sys.argv[2])
+
+
+class Counted(Archive):
+    """Knows at its end how much it has read; may pass on other bytes than it has read."""
+
+    counted = 0
+    tampers = False
+
+    def fill_share(self, destinations: Mapping[str, Any], begin: int, end: int) -> int:
+        crc = super().fill_share(destinations, begin, end)
+        if self.tampers:
+            largest = max(destinations.values(), key=lambda place: place.nbytes())
+            largest[(begin + end) // 2 - self.records["data/0"].offset] ^= 1
+        return crc
+
+    def close(self) -> None:
+        self.counted = self.bytes_read
+        super().close()
+
+
+def load(
+    path: str,
+    fault: dict[str, Any] | None = None,
+    truncate: int | None = None,
+    map_location: Any = None,
+    ranks: list[int] | None = None,
+    compare: bool = True,
+    tamper: bool = False,
+) -> Any:
+    """Compares with what this rank reads by itself.
+
+    Args:
+        fault, truncate: what happens to the file once it is open.
+        tamper: one bit in the middle of this rank's share changes on the way.
+    """
+
+    def open_archive() -> Archive:
+        archive = Counted(Path(path))
+        archive.tampers = tamper
+        if fault:
+            _native.set_fault(**fault)
+        if truncate is not None:
+            os.truncate(path, truncate)
+        return archive
+
+    group = dist.new_group(ranks) if ranks else None
+    try:
+        contents, crc = read_spread(open_archive, map_location, group)
+    finally:
+        if fault:
+            _native.clear_faults()
+    assert isinstance(contents.archive, Counted)
+    if compare:
+        assert_same(ckpt.load(path, map_location, weights_only=False), contents.unpickle(map_location, weights_only=False))
+    return {"crc": crc, "bytes_read": contents.archive.counted}
+
+
+def fill(path: str, staged: bool = False) -> Any:
+    """Into tensors that exist: each is a part of a larger one, whose other elements have to stay as they are."""
+    expected = ckpt.load(path)
+    around = {name: torch.full((tensor.numel() + 5,), 7, dtype=tensor.dtype) for name, tensor in expected.items()}
+    targets = {name: around[name][2:-3].view(tensor.shape) for name, tensor in expected.items()}
+
+    def prepare() -> tuple[Archive, Mapping[str, Place]]:
+        archive = Archive(Path(path))
+        return archive, {f"data/{index}": target for index, target in enumerate(targets.values())}
+
+    filled = fill_spread(prepare, device=torch.device("cpu") if staged else None)
+    for name, tensor in expected.items():
+        assert torch.equal(targets[name], tensor), name
+        assert around[name][:2].tolist() == [7, 7] and around[name][-3:].tolist() == [7, 7, 7], name
+    return {"crc": filled.crc32}
+
+
+def sleep(seconds: float) -> Any:
+    time.sleep(seconds)
+    return {}
+
+
+def answer(line: str) -> dict[str, Any]:
+    asked = json.loads(line)
+    try:
+        return dict(globals()[asked.pop("call")](**asked))
+    except Exception as error:
+        return {"error": type(error).__name__, "text": str(error), "ranks": list(getattr(error, "ranks", []))}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=float(sys.argv[4]))
+    dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=RANK, world_size=SIZE, timeout=timeout)
+    for line in sys.stdin:
+        sys.stdout.write(json.dumps(answer(line)) + "\n")
+        sys.stdout.flush()
