@@ -45,7 +45,9 @@ class Filled(NamedTuple):
     crc32: int
 
 
-def read_spread(open_archive: Callable[[], Archive], map_location: Any = None, group: Any = None) -> tuple[Contents, int]:
+def read_spread(
+    open_archive: Callable[[], Archive], map_location: Any = None, group: Any = None, device: torch.device | None = None
+) -> tuple[Contents, int]:
     """All records of a file, as read_whole() gives them, and the CRC-32 of the file. A collective.
 
     Args:
@@ -53,6 +55,7 @@ def read_spread(open_archive: Callable[[], Archive], map_location: Any = None, g
             of them before this call can be raised here.
         map_location: as in `torch.load`; nothing is unpickled yet.
         group: of torch.distributed; default: its default group.
+        device: see Group.
 
     Raises:
         as fill_spread().
@@ -63,7 +66,7 @@ def read_spread(open_archive: Callable[[], Archive], map_location: Any = None, g
         tensors = [] if str(map_location) == "meta" else archive.storage_names()
         return archive, archive.allocate([*archive.small_names(), *tensors])
 
-    archive, filled, crc = fill_spread(prepare, group)
+    archive, filled, crc = fill_spread(prepare, group, device)
     storages = {name: place for name, place in filled.items() if isinstance(place, torch.UntypedStorage)}
     small = {name: bytes_of(storages.pop(name)) for name in archive.small_names()}
     archive.close()

@@ -158,6 +158,12 @@ def test_into_tensors_that_exist(ranks: Ranks, staged: bool, tmp_path: Path) -> 
     assert answers == [{"crc": crc_of(path)}] * ranks.size
 
 
+def test_through_buffers_alone(ranks: Ranks, tmp_path: Path) -> None:
+    path = save(uneven(), tmp_path / "state.pt")
+    answers = ranks.load(path, staged=True)
+    assert [answer.get("crc") for answer in answers] == [crc_of(path)] * ranks.size, answers
+
+
 def test_some_of_the_ranks(three: Ranks, tmp_path: Path) -> None:
     path = save(uneven(), tmp_path / "state.pt")
     answers = three.load(path, ranks=[1, 2])

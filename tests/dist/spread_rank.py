@@ -52,6 +52,7 @@ def load(
     ranks: list[int] | None = None,
     compare: bool = True,
     tamper: bool = False,
+    staged: bool = False,
 ) -> Any:
     """Compares with what this rank reads by itself.
 
@@ -71,7 +72,7 @@ def load(
 
     group = dist.new_group(ranks) if ranks else None
     try:
-        contents, crc = read_spread(open_archive, map_location, group)
+        contents, crc = read_spread(open_archive, map_location, group, torch.device("cpu") if staged else None)
     finally:
         if fault:
             _native.clear_faults()
