@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt._outline import PLAIN, Outline, is_plain_tensor
+from ckpt.errors import MismatchError
+
+_SHOWN_PROBLEMS = 20
 
 
 class Pair(NamedTuple):
@@ -50,6 +53,14 @@ class Fit:
             self._lay_sequence(found, target, path)
         elif not isinstance(found, PLAIN) or found != target:
             self._problem(path, f"is {_kind(found)} in the file, and {_kind(target)} here, which cannot be changed in place")
+
+    def mismatch(self) -> MismatchError:
+        """The error that lists the problems."""
+        shown = "; ".join(self.problems[:_SHOWN_PROBLEMS])
+        if len(self.problems) > _SHOWN_PROBLEMS:
+            shown += f"; and {len(self.problems) - _SHOWN_PROBLEMS} more"
+        text = f"'{self._outline.archive.path}' does not fit what it is to be loaded into: {shown}. Nothing was changed"
+        return MismatchError(text, self.problems)
 
     def _problem(self, path: str, what: str) -> None:
         self.problems.append(f"{path or 'the whole'} {what}")
