@@ -32,7 +32,7 @@ class Filling:
         self._direct: dict[str, Any] = dict(adopted)
         taken = Intervals()
         for name, (first, *_) in self._by_record.items():
-            if name not in self._direct and _takes_whole(first, archive.records[name].size) and taken.add(first.target):
+            if name not in self._direct and takes_whole(first, archive.records[name].size) and taken.add(first.target):
                 self._direct[name] = first.target
 
     def read(self, *, whole: bool = False) -> int | None:
@@ -51,7 +51,7 @@ class Filling:
             _fill_the_rest(self._archive, rest)
 
 
-def _takes_whole(pair: Pair, nbytes: int) -> bool:
+def takes_whole(pair: Pair, nbytes: int) -> bool:
     """Whether the record's bytes, as they are, are those of the target."""
     source, target = pair.source, pair.target
     span = sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) + 1

@@ -54,12 +54,13 @@ class Fit:
         elif not isinstance(found, PLAIN) or found != target:
             self._problem(path, f"is {_kind(found)} in the file, and {_kind(target)} here, which cannot be changed in place")
 
-    def mismatch(self) -> MismatchError:
-        """The error that lists the problems."""
+    def mismatch(self, touched: bool = False) -> MismatchError:
+        """The error that lists the problems. `touched`: the target holds parts of another file already."""
         shown = "; ".join(self.problems[:_SHOWN_PROBLEMS])
         if len(self.problems) > _SHOWN_PROBLEMS:
             shown += f"; and {len(self.problems) - _SHOWN_PROBLEMS} more"
-        text = f"'{self._outline.archive.path}' does not fit what it is to be loaded into: {shown}. Nothing was changed"
+        after = "It holds parts of a damaged checkpoint that came before" if touched else "Nothing was changed"
+        text = f"'{self._outline.archive.path}' does not fit what it is to be loaded into: {shown}. {after}"
         return MismatchError(text, self.problems)
 
     def _problem(self, path: str, what: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import mmap
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +59,7 @@ class Outline:
             seen.add(id(part))
             if isinstance(part, torch.Tensor) and (name := self.record_of(part)) is not None:
                 needed.add(name)
-            elif type(part) in (dict, OrderedDict):
+            elif type(part) in (dict, OrderedDict, Counter):
                 waiting += [*part.keys(), *part.values(), vars(part) if type(part) is OrderedDict else None]
             elif type(part) in (list, tuple, set, frozenset):
                 waiting += part

@@ -1,24 +1,24 @@
 """Finding the newest checkpoint that every rank can read, and reading it.
 
 The ranks choose it together, see _choice.py. What a rank is going to load is read, and checked on the way, while the ranks
-choose: so its bytes are read once. It is unpickled when the choice has been made.
+choose: so its bytes are read once. It is unpickled when the choice has been made. If there is a target, its tensors are filled
+while the ranks choose, and all else is put there afterwards: see _held.py.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt import _manifest
-from ckpt._archive import Archive, reader_threads
+import torch
+
+from ckpt import _held, _manifest
 from ckpt._choice import Candidate, Chooser
 from ckpt._directory import StepDirectories
+from ckpt._held import Into, Lent
 from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
-from ckpt._native import digest_file
-from ckpt._unpickle import Contents, read_whole
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, NotACheckpointError, StorageError
 
 logger = logging.getLogger("ckpt")
@@ -47,9 +47,30 @@ class Restored(_Pair):
 class Loading(NamedTuple):
     """How to load, as given to restore()."""
 
-    map_location: Any
-    weights_only: bool
-    merge: Callable[[list[Any]], Any] | None
+    map_location: Any = None
+    weights_only: bool = True
+    merge: Callable[[list[Any]], Any] | None = None
+    into: Any = None
+    replicated_into: Any = None
+    strict: bool = True
+
+    def target_of(self, file: FileEntry) -> Any:
+        return self.replicated_into if file.kind == REPLICATED else self.into
+
+    def read(self, path: Path, file: FileEntry) -> Callable[[], Any]:
+        """To new memory."""
+        return _held.to_memory(path, file, self.map_location, self.weights_only)
+
+    def place(self, path: Path, file: FileEntry, touched: bool) -> Into | Lent:
+        """Beside its target, which is not None. `touched`: that holds parts of another checkpoint already."""
+        target = self.target_of(file)
+        if _lends(target):
+            return Lent(path, file, target, self.map_location, self.weights_only)
+        return Into(path, file, target, self.strict, self.weights_only, touched)
+
+
+def _lends(target: Any) -> bool:
+    return callable(target) and not isinstance(target, torch.nn.Module)
 
 
 class Restorer:
@@ -60,7 +81,10 @@ class Restorer:
         self._rank = rank
         self._world_size = world_size
         self._chooser = chooser
-        self._held: dict[Path, Contents] = {}  # of the candidate: what has been read, and found good
+        # Of the candidate: what has been read, and found good; and why it cannot be loaded as asked, although it may be good.
+        self._held: dict[Path, Callable[[], Any]] = {}
+        self._refusal: Exception | None = None
+        self._touched = False  # whether a target holds parts of a checkpoint
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
@@ -72,10 +96,11 @@ class Restorer:
         def verify(candidate: Candidate) -> str | None:
             return self._verify(root / candidate.name, candidate.sequence, loading)
 
+        self._touched = False
         try:
             return self._choose_and_load(root, loading, verify)
         finally:
-            self._held = {}
+            self._held, self._refusal = {}, None
 
     def _choose_and_load(self, root: Path, loading: Loading, verify: Callable[[Candidate], str | None]) -> Restored | None:
         if self._rank == 0:
@@ -89,22 +114,65 @@ class Restorer:
         if found is not None:
             return self._load(root / found.name, _manifest.read(root / found.name), loading)
         if rejected:
-            raise CorruptError(f"no checkpoint in '{root}' is good: " + "; ".join(rejected))
+            after = ". What was to be loaded into holds parts of them now" if self._touched else ""
+            raise CorruptError(f"no checkpoint in '{root}' is good: " + "; ".join(rejected) + after)
         return None
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
     def _verify(self, directory: Path, sequence: int, loading: Loading) -> str | None:
-        """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong."""
-        self._held = {}  # before there is memory for the next
+        """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong.
+
+        Nothing is written to a target before all targets have been found to fit.
+        """
+        self._held, self._refusal = {}, None  # before there is memory for the next
+        beside: dict[Path, Into | Lent] = {}
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
-            if self._will_load(manifest, file, loading):
-                self._held[directory / file.name] = _read_file(directory, file, loading.map_location)
+            path = directory / file.name
+            if not self._will_load(manifest, file, loading):
+                _held.verify(path, file)
+            elif loading.target_of(file) is None:
+                self._held[path] = loading.read(path, file)
             else:
-                _verify_file(directory, manifest, file)
+                beside[path] = loading.place(path, file, self._touched)
 
-        return verify_files(directory, sequence, self._is_mine, check)
+        def finish(manifest: Manifest) -> None:
+            self._fill(beside, self._why_not(directory, manifest, loading))
+
+        return verify_files(directory, sequence, self._is_mine, check, finish)
+
+    def _fill(self, beside: dict[Path, Into | Lent], refusal: Exception | None) -> None:
+        self._refusal = next((each.refusal for each in beside.values() if each.refusal), refusal)
+        for path, each in beside.items():
+            if self._refusal:
+                each.check()
+                continue
+            self._touched = True
+            each.fill()
+            self._refusal = each.refusal
+            self._held[path] = each.take
+
+    def _why_not(self, directory: Path, manifest: Manifest, loading: Loading) -> CheckpointError | None:
+        """What the checkpoint has not that is asked for."""
+        own = [file.rank for file in manifest.files if file.kind == RANK]
+        common = any(file.kind == REPLICATED for file in manifest.files)
+        if own and manifest.world_size != self._world_size and loading.merge is None:
+            return CheckpointError(
+                f"'{directory}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job has "
+                f"{self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
+                "many ranks"
+            )
+        has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
+        has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)
+        for name, target, found in (
+            ("into", loading.into, self._rank in own),
+            ("replicated_into", loading.replicated_into, common),
+        ):
+            if target is not None and not found and not _lends(target):
+                what = " and ".join(has) or "no state at all"
+                return CheckpointError(f"'{directory}' has nothing for {name}= on rank {self._rank}; it has {what}")
+        return None
 
     def _will_load(self, manifest: Manifest, file: FileEntry, loading: Loading) -> bool:
         if file.kind == REPLICATED:
@@ -119,10 +187,13 @@ class Restorer:
         return file.rank % self._world_size == self._rank
 
     def _load(self, directory: Path, manifest: Manifest, loading: Loading) -> Restored:
+        if self._refusal is not None:
+            raise self._refusal
+
         def load(file: FileEntry) -> Any:
-            contents = self._held.pop(directory / file.name, None)  # another rank has checked the others of a merge
-            contents = contents or _read_file(directory, file, loading.map_location)
-            return contents.unpickle(loading.map_location, loading.weights_only)
+            path = directory / file.name
+            make = self._held.pop(path, None) or loading.read(path, file)  # another rank has checked the others of a merge
+            return make()
 
         own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
         replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
@@ -131,12 +202,6 @@ class Restorer:
             state = next((load(file) for file in own if file.rank == self._rank), None)
         elif own and loading.merge is not None:
             state = loading.merge([load(file) for file in own])
-        elif own:
-            raise CheckpointError(
-                f"'{directory}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job has "
-                f"{self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
-                "many ranks"
-            )
         return Restored(manifest.step, state, replicated[0] if replicated else None)
 
 
@@ -145,8 +210,14 @@ def verify_files(
     sequence: int,
     is_mine: Callable[[FileEntry], bool],
     check: Callable[[Path, Manifest, FileEntry], None] | None = None,
+    finish: Callable[[Manifest], None] | None = None,
 ) -> str | None:
-    """Compares files with their manifest; says what is wrong."""
+    """Compares files with their manifest; says what is wrong.
+
+    Args:
+        check: called for each file that is mine, in place of comparing it.
+        finish: called after that.
+    """
     try:
         manifest = _manifest.read(directory)
         if manifest.sequence != sequence:
@@ -154,29 +225,12 @@ def verify_files(
         for file in manifest.files:
             if is_mine(file):
                 (check or _verify_file)(directory, manifest, file)
+        if finish is not None:
+            finish(manifest)
     except (NotACheckpointError, CorruptError, StorageError, DeadlineError) as error:
         return str(error)
     return None
 
 
 def _verify_file(directory: Path, manifest: Manifest, file: FileEntry) -> None:
-    path = directory / file.name
-    size, crc = digest_file(os.fsencode(path), reader_threads())
-    _compare(path, file, size, crc)
-
-
-def _read_file(directory: Path, file: FileEntry, map_location: Any) -> Contents:
-    """The file in memory, every byte of it compared with the manifest."""
-    path = directory / file.name
-    archive = Archive(path)
-    _compare(path, file, archive.size, file.crc32)
-    contents, crc = read_whole(archive, map_location)
-    _compare(path, file, archive.size, crc)
-    return contents
-
-
-def _compare(path: Path, file: FileEntry, size: int, crc: int) -> None:
-    if size != file.bytes:
-        raise CorruptError(f"'{path}' has {size} bytes; its manifest says {file.bytes}")
-    if crc != file.crc32:
-        raise CorruptError(f"'{path}' fails the CRC-32 of its manifest: its bytes have changed")
+    _held.verify(directory / file.name, file)

@@ -18,6 +18,7 @@ from ckpt._commit import Part, StepCommitter, Ticket
 from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
 from ckpt._restore import Loading, Restored, Restorer
+from ckpt._runtime import fence
 from ckpt._save import start
 from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
@@ -218,27 +219,55 @@ class Checkpointer(Saver):
         return sorted(manifest.step for _, manifest in self._directories.look()[0])
 
     def restore(
-        self, *, map_location: Any = None, weights_only: bool = True, merge: Callable[[list[Any]], Any] | None = None
+        self,
+        *,
+        map_location: Any = None,
+        weights_only: bool = True,
+        merge: Callable[[list[Any]], Any] | None = None,
+        into: Any = None,
+        replicated_into: Any = None,
+        strict: bool = True,
     ) -> Restored | None:
         """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
 
         Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
         next older one. Waits for saves of this Checkpointer that are in flight.
 
+        With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
+        verified, as load_into() does it, and it stands in the result. All that is in flight is fenced before. If a checkpoint
+        fails then, the next older one fills the target again; if restore() raises, the target may hold parts of any of them.
+
         Args:
-            map_location, weights_only: as in `torch.load`.
+            map_location, weights_only: as in `torch.load`. What has a target stays on the target's devices.
             merge: called if the checkpoint was saved by another number of ranks than there are now, with what each of those
                 gave for itself, in the order of ranks; returns this rank's state. Not needed if all was replicated.
+            into: what this rank's own state is to be loaded into, a target as for load_into(): nested dicts, lists and tuples
+                of tensors, modules and optimizers. Not with `merge`.
+            replicated_into: the same for what was saved as replicated.
+                Either may also be a function that lends memory: it is called with what the file holds, whose tensors have no
+                contents yet, and returns a dict of tensors by their paths in that, such as ("model", "weight"). Those that
+                are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
+                may be called for several checkpoints, one after the other.
+            strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
-            CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`.
+            MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here. The
+                others have restored it.
+            CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`, or has no state of
+                the kind that there is a target for.
             PeerError: a rank does not answer.
+            ValueError: into and merge are both given.
         """
         self._check_usable()
         self._restorer.begin()
+        if into is not None and merge is not None:
+            raise ValueError("restore() takes into= or merge=, not both: what merge() returns is loaded to new memory")
         self._drain(self.options.drain_timeout_s)
-        return self._restorer.restore(self.directory, Loading(map_location, weights_only, merge))
+        if into is not None or replicated_into is not None:
+            fence()
+        loading = Loading(map_location, weights_only, merge, into, replicated_into, strict)
+        return self._restorer.restore(self.directory, loading)
 
     def agree(self, key: str, value: bytes) -> bytes:
         """Rank 0's value, on every rank. Waits for rank 0, a round trip; no collective of the training is used.

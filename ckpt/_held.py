@@ -1,0 +1,217 @@
+"""Files of a checkpoint that ranks are choosing: read, and compared with the manifest; made objects of after the choice.
+
+There are three ways to read a file, each in one pass that checks every byte of it:
+
+    to_memory   to new memory, the default
+    Into        into tensors that are there, a target as for load_into()
+    Lent        to new memory, but for tensors that are lent to it
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt._archive import Archive, reader_threads
+from ckpt._filling import Filling, Intervals, takes_whole
+from ckpt._fit import Fit, Pair
+from ckpt._manifest import FileEntry
+from ckpt._native import digest_file
+from ckpt._outline import Outline
+from ckpt._unpickle import Contents, read_whole
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
+
+DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
+
+# Given the object of a file, whose tensors have no contents yet: tensors that may get these, by their paths in it.
+Lend = Callable[[Any], "Mapping[tuple[Any, ...], torch.Tensor]"]
+
+
+def compare(path: Path, file: FileEntry, size: int, crc: int) -> None:
+    """
+    Raises:
+        CorruptError: the manifest says otherwise.
+    """
+    if size != file.bytes:
+        raise CorruptError(f"'{path}' has {size} bytes; its manifest says {file.bytes}")
+    if crc != file.crc32:
+        raise CorruptError(f"'{path}' fails the CRC-32 of its manifest: its bytes have changed")
+
+
+def verify(path: Path, file: FileEntry) -> None:
+    """Of a file that is not to be loaded."""
+    size, crc = digest_file(os.fsencode(path), reader_threads())
+    compare(path, file, size, crc)
+
+
+def to_memory(path: Path, file: FileEntry, map_location: Any, weights_only: bool) -> Callable[[], Any]:
+    """The file in memory, and what makes an object of that, once."""
+    return _read(_open(path, file), path, file, map_location, weights_only)
+
+
+def _open(path: Path, file: FileEntry) -> Archive:
+    archive = Archive(path)
+    compare(path, file, archive.size, file.crc32)
+    return archive
+
+
+def _read(archive: Archive, path: Path, file: FileEntry, map_location: Any, weights_only: bool) -> Callable[[], Any]:
+    contents, crc = read_whole(archive, map_location)
+    compare(path, file, archive.size, crc)
+    return functools.partial(contents.unpickle, map_location, weights_only)
+
+
+class _Beside:
+    """A file beside memory that it is to be read into. Making one writes nothing.
+
+    Attributes:
+        refusal: why it cannot be loaded so, though the file may be good. Then only check() may be called.
+    """
+
+    def __init__(self, path: Path, file: FileEntry) -> None:
+        self._path, self._file = path, file
+        self.archive = _open(path, file)
+        if not self.archive.checksummed:  # nothing is unpickled whose bytes have not been checked
+            verify(path, file)
+        self.refusal: Exception | None = None
+
+    def check(self) -> None:
+        """Reads the file for its checksums alone."""
+        self._compare(self.archive.fill({}, whole=True))
+
+    def _compare(self, crc: int | None) -> None:
+        assert crc is not None
+        compare(self._path, self._file, self.archive.size, crc)
+
+    def _fill(self, pairs: list[Pair], adopted: Mapping[str, torch.UntypedStorage]) -> None:
+        filling = Filling(self.archive, pairs, adopted)
+        self._compare(filling.read(whole=True))
+        try:
+            filling.finish()
+        except DAMAGE:
+            raise
+        except Exception as error:  # as of a device without memory
+            self.refusal = error
+        self.archive.close()
+
+
+class Into(_Beside):
+    """
+    Args:
+        target, strict, weights_only: as for load_into().
+        touched: the target holds parts of another checkpoint already.
+
+    Raises:
+        CorruptError, StorageError, DeadlineError: the file is damaged, or cannot be read.
+    """
+
+    def __init__(self, path: Path, file: FileEntry, target: Any, strict: bool, weights_only: bool, touched: bool) -> None:
+        super().__init__(path, file)
+        self._target = target
+        try:
+            self._lay(strict, weights_only, touched)
+        except DAMAGE:
+            raise
+        except Exception as error:  # the others are not to wait for this rank because of it
+            self.refusal = error
+
+    def _lay(self, strict: bool, weights_only: bool, touched: bool) -> None:
+        if self.archive.byte_order() not in (None, "little"):
+            raise CheckpointError(f"'{self._path}' is from a machine of another byte order: restore() it without a target")
+        self._outline = Outline(self.archive, weights_only)
+        self._fit = Fit(self._outline, strict)
+        self._fit.lay(self._outline.value, self._target)
+        if self._fit.problems:
+            self.refusal = self._fit.mismatch(touched)
+
+    def fill(self) -> None:
+        """Reads the tensors into the target."""
+        self._fill(self._fit.pairs, {name: self._outline.storages[name] for name in self._fit.adopted})
+
+    def take(self) -> Any:
+        """Puts the rest into the target, and returns it."""
+        for put in self._fit.last:
+            put()
+        return self._target
+
+
+class Lent(_Beside):
+    """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice.
+
+    Raises:
+        CorruptError, StorageError, DeadlineError: as Into.
+    """
+
+    def __init__(self, path: Path, file: FileEntry, lend: Lend, map_location: Any, weights_only: bool) -> None:
+        super().__init__(path, file)
+        self._how = (map_location, weights_only)
+        self._make: Callable[[], Any]
+        self._lent: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._pairs: list[Pair] = []
+        try:
+            if self.archive.byte_order() in (None, "little"):
+                self._choose(lend)
+        except DAMAGE:
+            raise
+        except CheckpointError:  # it has no outline: then nothing can be lent to it
+            self._lent, self._pairs = {}, []
+        except Exception as error:
+            self.refusal = error
+
+    def _choose(self, lend: Lend) -> None:
+        self._outline = Outline(self.archive, self._how[1])
+        fit, taken, known = Fit(self._outline, strict=True), Intervals(), set()
+        for path, tensor in lend(self._outline.value).items():
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"only tensors can be lent, and {path} is a {type(tensor).__name__}")
+            source = _at(self._outline.value, path)
+            before = len(fit.problems)
+            fit.lay(source, tensor)
+            if len(fit.problems) > before:
+                continue
+            pair = fit.pairs[-1]
+            place = (pair.record, tensor.data_ptr(), source.storage_offset())
+            if takes_whole(pair, self.archive.records[pair.record].size) and (place in known or taken.add(tensor)):
+                known.add(place)
+                self._pairs.append(pair)
+                self._lent[path] = tensor
+
+    def fill(self) -> None:
+        """Reads all of it."""
+        if not self._lent:
+            self._make = _read(self.archive, self._path, self._file, *self._how)
+            return
+        for path in self._lent:
+            _put(self._outline.value, path, None)
+        needed = self._outline.records_of(self._outline.value)
+        self._outline.value = None
+        self._storages = self.archive.allocate(needed)
+        self._make = self._unpickle
+        self._fill(self._pairs, self._storages)
+
+    def take(self) -> Any:
+        """What the file holds, with what was lent in its places."""
+        return self._make()
+
+    def _unpickle(self) -> Any:
+        absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._storages}
+        alone = {storage._cdata for storage in absent.values()}
+        loaded = Contents(self.archive, self._outline.small, absent | self._storages).unpickle(*self._how, alone)
+        for path, tensor in self._lent.items():
+            _put(loaded, path, tensor)
+        return loaded
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def _put(value: Any, path: tuple[Any, ...], part: Any) -> None:
+    _at(value, path[:-1])[path[-1]] = part
