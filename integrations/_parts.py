@@ -6,6 +6,7 @@ Modules are saved bare: without the prefixes of DistributedDataParallel and torc
 from __future__ import annotations
 
 import collections
+import itertools
 import pickle
 from collections.abc import Mapping
 from typing import Any, Protocol, cast, runtime_checkable
@@ -88,6 +89,59 @@ def take_state(part: Any, split: bool) -> tuple[Any, dict[str, Any] | None]:
     metadata = getattr(state, "_metadata", {})
     shared._metadata = {_bare(prefix): dict(value) for prefix, value in metadata.items()}  # type: ignore[attr-defined]
     return shared, own if split else None
+
+
+def lend_memory(part: Any, shared: Any, strict: bool) -> dict[tuple[Any, ...], torch.Tensor] | None:
+    """Tensors of a part into which those of its state in a file can be read before load_state(), by their paths in that state.
+
+    They are those that load_state() would just copy to. Parts that have ways of their own to load a state lend nothing.
+
+    Returns:
+        None if load_state() is going to complain.
+    """
+    if isinstance(part, nn.Module):
+        return _lend_module(part, shared, strict)
+    return _lend_optimizer(part, shared) if isinstance(part, torch.optim.Optimizer) else {}
+
+
+def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any, ...], torch.Tensor] | None:
+    if not isinstance(shared, Mapping):
+        return None
+    parameters = {_bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
+    if strict and not parameters.keys() <= shared.keys() <= {_bare(key) for key in module.state_dict()}:
+        return None
+    here = parameters | {_bare(name): tensor for name, tensor in module.named_buffers(remove_duplicate=False)}
+    common = {key: (found, here[key]) for key, found in shared.items() if key in here}
+    if not all(isinstance(found, torch.Tensor) and found.shape == tensor.shape for found, tensor in common.values()):
+        return None
+    return {(key,): tensor for key, (_, tensor) in common.items()} if _loads_plainly(module) else {}
+
+
+def _loads_plainly(module: nn.Module) -> bool:
+    """Whether nothing but torch decides what becomes of a state dict."""
+    plain = getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
+    return plain and all(
+        not part._load_state_dict_pre_hooks and type(part)._load_from_state_dict.__module__.partition(".")[0] == "torch"
+        for part in module.modules()
+    )
+
+
+def _lend_optimizer(optimizer: torch.optim.Optimizer, shared: Any) -> dict[tuple[Any, ...], torch.Tensor] | None:
+    """What it has from steps that it has made; one that has made none takes up what is in the file as it is."""
+    plain = getattr(optimizer.load_state_dict, "__func__", None) is torch.optim.Optimizer.load_state_dict
+    if not plain or optimizer._optimizer_load_state_dict_pre_hooks:
+        return {}
+    if not isinstance(shared, Mapping) or not {"state", "param_groups"} <= shared.keys():
+        return None
+    theirs = [group["params"] for group in shared["param_groups"]]
+    ours = [group["params"] for group in optimizer.param_groups]
+    if list(map(len, theirs)) != list(map(len, ours)):
+        return None
+    lent: dict[tuple[Any, ...], torch.Tensor] = {}
+    for index, parameter in zip(itertools.chain(*theirs), itertools.chain(*ours), strict=True):
+        found, state = shared["state"].get(index, {}), optimizer.state.get(parameter, {})
+        lent |= {("state", index, key): state[key] for key in found if isinstance(state.get(key), torch.Tensor)}
+    return lent
 
 
 def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool) -> list[str]:

@@ -25,6 +25,7 @@ gradients in another order in the first iteration of a process: run one forward 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Callable, Mapping
@@ -38,7 +39,7 @@ import ckpt
 
 from . import _interval
 from ._interval import Auto, Duration, Every
-from ._parts import Stateful, load_state, name_parts, same, take_state
+from ._parts import Stateful, lend_memory, load_state, name_parts, same, take_state
 from ._preemption import Preempted, Preemption
 from ._rng import rng_state, set_rng_state
 
@@ -202,6 +203,10 @@ class CheckpointCallback:
         To be called on every rank, before the loop and before iterators are made of the data. Another number of ranks may
         resume: then rank r gets rank 0's buffers and the random numbers of rank r modulo the old number, and logs that.
 
+        Parameters in host memory, and what an optimizer has there from earlier steps, are filled as the file is read, without a
+        second copy. A part that loads its state in a way of its own (load hooks, an overridden load_state_dict()), and one on
+        a device, gets it by load_state_dict() from a copy in host memory.
+
         Args:
             strict: False: what only one side has (a scheduler, an EMA copy, single weights) is passed over with a warning in
                 the log rather than refused.
@@ -212,9 +217,12 @@ class CheckpointCallback:
 
         Raises:
             ckpt.CheckpointError: the checkpoint does not fit, and the message says which part of it; the objects may have been
-                loaded in part. Also what `ckpt.Checkpointer.restore` raises.
+                loaded in part. Also what `ckpt.Checkpointer.restore` raises; then, too, for instance if no checkpoint is good.
         """
-        found = self._checkpointer.restore(merge=self._merge, map_location="cpu", weights_only=weights_only)
+        lend = functools.partial(self._lend, strict=strict)
+        found = self._checkpointer.restore(
+            merge=self._merge, map_location="cpu", weights_only=weights_only, replicated_into=lend
+        )
         step = 0
         if found is not None:
             step = found.step
@@ -223,6 +231,19 @@ class CheckpointCallback:
         self._step = step
         self._interval.note_start(step)
         return step
+
+    def _lend(self, replicated: Any, *, strict: bool) -> dict[tuple[Any, ...], torch.Tensor]:
+        """Tensors of the parts into which a checkpoint can be read, by their paths in it; none if not all of it fits."""
+        lent: dict[tuple[Any, ...], torch.Tensor] = {}
+        if not isinstance(replicated, Mapping) or (strict and replicated.keys() != self._parts.keys()):
+            return {}
+        for name, part in self._parts.items():
+            if name in replicated:
+                tensors = lend_memory(part, replicated[name], strict)
+                if tensors is None:
+                    return {}
+                lent.update(((name, *path), tensor) for path, tensor in tensors.items())
+        return lent
 
     def _load(self, step: int, replicated: State, state: State, strict: bool) -> None:
         self._check_parts(step, replicated, self._parts, strict)
