@@ -128,14 +128,17 @@ def test_what_only_one_side_has(job: ckpt.Checkpointer) -> None:
     assert torch.equal(target["large"], own(2)["large"]) and target["more"].tolist() == [1.0, 1.0]
 
 
-def test_saves_in_flight_have_the_old_bytes(job: ckpt.Checkpointer, tmp_path: Path, native: Any) -> None:
-    target = zeros_like(common(1))
-    native.set_fault("write", path_part="alone", delay_s=0.5, count=1)
-    pending = ckpt.save(target["weights"], tmp_path / "alone.pt", lazy=True, options=options(writers=1))
-    assert job.restore(replicated_into=target) is not None
-    pending.result(DEADLINE_S)
-    assert torch.count_nonzero(ckpt.load(tmp_path / "alone.pt")) == 0
-    assert torch.equal(target["weights"], common(2)["weights"])
+def test_saves_in_flight_have_the_old_bytes(tmp_path: Path, native: Any) -> None:
+    target = {"weights": torch.zeros(1_000_000)}
+    with ckpt.Checkpointer(tmp_path / "job", options=options()) as checkpointer:
+        checkpointer.save(1, {"weights": torch.ones(1_000_000)}).result(DEADLINE_S)
+        native.set_fault("pwritev", delay_s=0.05)
+        pending = ckpt.save(target, tmp_path / "alone.pt", lazy=True, options=options())
+        assert checkpointer.restore(into=target) is not None
+        native.clear_faults()
+        pending.result(DEADLINE_S)
+    assert torch.count_nonzero(ckpt.load(tmp_path / "alone.pt")["weights"]) == 0
+    assert torch.count_nonzero(target["weights"]) == 1_000_000
 
 
 def test_a_file_without_checksums_of_its_own(tmp_path: Path) -> None:
@@ -199,6 +202,16 @@ def test_a_flip_anywhere_leaves_no_trace(job: ckpt.Checkpointer, tmp_path: Path)
         assert found is not None and found.step == 1, place
         assert_same(common(1), target)
         path.write_bytes(content)
+
+
+def test_a_whole_file_of_another_checkpoint(job: ckpt.Checkpointer, tmp_path: Path) -> None:
+    """Nothing is wrong with it but that the manifest names another."""
+    content = file_of(tmp_path, 1, "replicated").read_bytes()
+    assert len(content) == file_of(tmp_path, 2, "replicated").stat().st_size
+    file_of(tmp_path, 2, "replicated").write_bytes(content)
+    found = job.restore(into=(target := zeros_like(own(0))), replicated_into=zeros_like(common(0)))
+    assert found is not None and found.step == 1
+    assert_same([own(1), common(1)], [target, found.replicated])
 
 
 def test_none_is_good(job: ckpt.Checkpointer, tmp_path: Path) -> None:
