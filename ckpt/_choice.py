@@ -13,10 +13,11 @@ logger = logging.getLogger("ckpt")
 
 
 class Candidate(NamedTuple):
-    """A directory name, and the sequence number of its manifest."""
+    """A directory name, the sequence number of its manifest, and whether the ranks read a file of it together."""
 
     name: str
     sequence: int
+    together: bool = False
 
 
 # Looks at a candidate on this rank; says what is wrong with it, or None.
@@ -76,7 +77,7 @@ class Chooser:
             said = self._hear()
             if "rejected" in said:
                 return None, list(said["rejected"])
-            candidate = Candidate(said["name"], said["sequence"])
+            candidate = Candidate(**said)
             cause = verify(candidate)
             self._collect(cause)
             if self._hear()["good"] and cause is None:

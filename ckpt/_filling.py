@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,12 +35,12 @@ class Filling:
             if name not in self._direct and takes_whole(first, archive.records[name].size) and taken.add(first.target):
                 self._direct[name] = first.target
 
-    def read(self, *, whole: bool = False) -> int | None:
-        """What can be read straight to its place. `whole` as for Archive.fill(): then the CRC-32 of the file is returned."""
+    def read(self, fill: Callable[[Mapping[str, Any]], int | None]) -> int | None:
+        """What can be read straight to its place. `fill` does so, as Archive.fill(); what it returns is returned."""
         for pair in self._pairs:  # also if reading fails: then there are parts of the file
             if not pair.target.is_inference():
                 torch.autograd.graph.increment_version(pair.target)
-        return self._archive.fill(self._direct, whole=whole)
+        return fill(self._direct)
 
     def finish(self) -> None:
         """All else, after read()."""

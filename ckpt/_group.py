@@ -17,6 +17,7 @@ from ckpt._unpickle import first_line
 from ckpt.errors import CheckpointError, PeerError
 
 _MESSAGE_BYTES = 8192  # of one rank; as much is sent whatever the message is, so that one collective does
+TEXT = 600  # characters of an error that the others are told
 
 
 class Group:
@@ -88,6 +89,43 @@ class Group:
                 "A rank has died or hangs, or makes another collective call than the others: look for its own error, and "
                 "start the job again; if ranks are only slow, give init_process_group() a longer timeout"
             ) from error
+
+
+class Readiness:
+    """Whether all ranks can begin to read a file together, which they have to say before they do; nothing for a rank alone."""
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._settled = world_size == 1
+
+    def settle(self, obstacle: object) -> CheckpointError | None:
+        """The first call is a collective, later ones do nothing.
+
+        Args:
+            obstacle: why this rank cannot; None: it can.
+
+        Returns:
+            Why there is no going on if that lies with another rank.
+
+        Raises:
+            PeerError: the collective failed.
+            CheckpointError: the process group is another than the ranks that restore.
+        """
+        if self._settled:
+            return None
+        self._settled = True
+        group = Group()
+        if (group.rank, group.size) != (self._rank, self._world_size):
+            raise CheckpointError(
+                f"rank {self._rank} of {self._world_size} is rank {group.rank} of {group.size} in torch.distributed: ranks can "
+                "read together only if the two agree; set Options.replicated_readers='each'"
+            )
+        answers = group.gather({"obstacle": None if obstacle is None else str(obstacle)[:TEXT]})
+        found = [(rank, said["obstacle"]) for rank, said in enumerate(answers) if said["obstacle"] is not None]
+        if not found or obstacle is not None:
+            return None
+        rank, text = found[0]
+        return PeerError(f"rank {rank} cannot load what all ranks read together: {text}", [rank for rank, _ in found])
 
 
 def _sends_from_host(group: Any) -> bool:

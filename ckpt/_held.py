@@ -2,9 +2,11 @@
 
 There are three ways to read a file, each in one pass that checks every byte of it:
 
-    to_memory   to new memory, the default
+    Fresh       to new memory, the default
     Into        into tensors that are there, a target as for load_into()
     Lent        to new memory, but for tensors that are lent to it
+
+A file that all ranks need they may read together, see _spread.py. Then that pass is a collective.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from ckpt._fit import Fit, Pair
 from ckpt._manifest import FileEntry
 from ckpt._native import digest_file
 from ckpt._outline import Outline
+from ckpt._spread import fill_spread, read_spread
 from ckpt._unpickle import Contents, read_whole
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
 
@@ -49,40 +52,51 @@ def verify(path: Path, file: FileEntry) -> None:
     compare(path, file, size, crc)
 
 
-def to_memory(path: Path, file: FileEntry, map_location: Any, weights_only: bool) -> Callable[[], Any]:
-    """The file in memory, and what makes an object of that, once."""
-    return _read(_open(path, file), path, file, map_location, weights_only)
+class Fresh:
+    """A file to new memory. Making one reads no more than the directory.
 
-
-def _open(path: Path, file: FileEntry) -> Archive:
-    archive = Archive(path)
-    compare(path, file, archive.size, file.crc32)
-    return archive
-
-
-def _read(archive: Archive, path: Path, file: FileEntry, map_location: Any, weights_only: bool) -> Callable[[], Any]:
-    contents, crc = read_whole(archive, map_location)
-    compare(path, file, archive.size, crc)
-    return functools.partial(contents.unpickle, map_location, weights_only)
-
-
-class _Beside:
-    """A file beside memory that it is to be read into. Making one writes nothing.
+    Args:
+        together: all ranks read it together.
 
     Attributes:
-        refusal: why it cannot be loaded so, though the file may be good. Then only check() may be called.
+        has_target: whether reading it changes what the caller has.
+        refusal: why it cannot be loaded as asked, though the file may be good. Then only check() may be called.
+
+    Raises:
+        CorruptError, StorageError, DeadlineError: the file is damaged, or cannot be read.
     """
 
-    def __init__(self, path: Path, file: FileEntry) -> None:
-        self._path, self._file = path, file
-        self.archive = _open(path, file)
-        if not self.archive.checksummed:  # nothing is unpickled whose bytes have not been checked
-            verify(path, file)
+    has_target = False
+
+    def __init__(self, path: Path, file: FileEntry, map_location: Any, weights_only: bool, together: bool = False) -> None:
+        self._path, self._file, self.together = path, file, together
+        self._how = (map_location, weights_only)
+        self._make: Callable[[], Any]
+        self.archive = Archive(path)
+        compare(path, file, self.archive.size, file.crc32)
         self.refusal: Exception | None = None
+
+    def fill(self) -> None:
+        """Reads all of it. A collective, if that is done together."""
+        if self.together:
+            contents, crc = read_spread(lambda: self.archive, self._how[0])
+        else:
+            contents, crc = read_whole(self.archive, self._how[0])
+        self._compare(crc)
+        self._make = functools.partial(contents.unpickle, *self._how)
+
+    def take(self) -> Any:
+        """What the file holds. Once."""
+        return self._make()
 
     def check(self) -> None:
         """Reads the file for its checksums alone."""
         self._compare(self.archive.fill({}, whole=True))
+
+    def _check_first(self) -> None:
+        """Nothing is unpickled whose bytes have not been checked."""
+        if not self.archive.checksummed:
+            verify(self._path, self._file)
 
     def _compare(self, crc: int | None) -> None:
         assert crc is not None
@@ -90,7 +104,7 @@ class _Beside:
 
     def _fill(self, pairs: list[Pair], adopted: Mapping[str, torch.UntypedStorage]) -> None:
         filling = Filling(self.archive, pairs, adopted)
-        self._compare(filling.read(whole=True))
+        self._compare(filling.read(self._read_together if self.together else functools.partial(self.archive.fill, whole=True)))
         try:
             filling.finish()
         except DAMAGE:
@@ -99,19 +113,24 @@ class _Beside:
             self.refusal = error
         self.archive.close()
 
+    def _read_together(self, places: Mapping[str, Any]) -> int:
+        return fill_spread(lambda: (self.archive, places)).crc32
 
-class Into(_Beside):
+
+class Into(Fresh):
     """
     Args:
         target, strict, weights_only: as for load_into().
         touched: the target holds parts of another checkpoint already.
-
-    Raises:
-        CorruptError, StorageError, DeadlineError: the file is damaged, or cannot be read.
     """
 
-    def __init__(self, path: Path, file: FileEntry, target: Any, strict: bool, weights_only: bool, touched: bool) -> None:
-        super().__init__(path, file)
+    has_target = True
+
+    def __init__(
+        self, path: Path, file: FileEntry, target: Any, strict: bool, weights_only: bool, touched: bool, together: bool = False
+    ) -> None:
+        super().__init__(path, file, None, weights_only, together)
+        self._check_first()
         self._target = target
         try:
             self._lay(strict, weights_only, touched)
@@ -140,17 +159,16 @@ class Into(_Beside):
         return self._target
 
 
-class Lent(_Beside):
-    """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice.
+class Lent(Fresh):
+    """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice."""
 
-    Raises:
-        CorruptError, StorageError, DeadlineError: as Into.
-    """
+    has_target = True
 
-    def __init__(self, path: Path, file: FileEntry, lend: Lend, map_location: Any, weights_only: bool) -> None:
-        super().__init__(path, file)
-        self._how = (map_location, weights_only)
-        self._make: Callable[[], Any]
+    def __init__(
+        self, path: Path, file: FileEntry, lend: Lend, map_location: Any, weights_only: bool, together: bool = False
+    ) -> None:
+        super().__init__(path, file, map_location, weights_only, together)
+        self._check_first()
         self._lent: dict[tuple[Any, ...], torch.Tensor] = {}
         self._pairs: list[Pair] = []
         try:
@@ -182,10 +200,8 @@ class Lent(_Beside):
                 self._lent[path] = tensor
 
     def fill(self) -> None:
-        """Reads all of it."""
         if not self._lent:
-            self._make = _read(self.archive, self._path, self._file, *self._how)
-            return
+            return super().fill()
         for path in self._lent:
             _put(self._outline.value, path, None)
         needed = self._outline.records_of(self._outline.value)
@@ -193,10 +209,6 @@ class Lent(_Beside):
         self._storages = self.archive.allocate(needed)
         self._make = self._unpickle
         self._fill(self._pairs, self._storages)
-
-    def take(self) -> Any:
-        """What the file holds, with what was lent in its places."""
-        return self._make()
 
     def _unpickle(self) -> Any:
         absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._storages}

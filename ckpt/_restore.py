@@ -17,9 +17,10 @@ import torch
 from ckpt import _held, _manifest
 from ckpt._choice import Candidate, Chooser
 from ckpt._directory import StepDirectories
-from ckpt._held import Into, Lent
+from ckpt._group import Readiness
+from ckpt._held import Fresh, Into, Lent
 from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
-from ckpt.errors import CheckpointError, CorruptError, DeadlineError, NotACheckpointError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, NotACheckpointError, PeerError, StorageError
 
 logger = logging.getLogger("ckpt")
 
@@ -57,16 +58,25 @@ class Loading(NamedTuple):
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into
 
-    def read(self, path: Path, file: FileEntry) -> Callable[[], Any]:
+    def read(self, path: Path, file: FileEntry) -> Any:
         """To new memory."""
-        return _held.to_memory(path, file, self.map_location, self.weights_only)
+        fresh = Fresh(path, file, self.map_location, self.weights_only)
+        fresh.fill()
+        return fresh.take()
 
-    def place(self, path: Path, file: FileEntry, touched: bool) -> Into | Lent:
-        """Beside its target, which is not None. `touched`: that holds parts of another checkpoint already."""
+    def place(self, path: Path, file: FileEntry, touched: bool, together: bool) -> Fresh:
+        """Beside its target.
+
+        Args:
+            touched: that holds parts of another checkpoint already.
+            together: all ranks read it together.
+        """
         target = self.target_of(file)
+        if target is None:
+            return Fresh(path, file, self.map_location, self.weights_only, together)
         if _lends(target):
-            return Lent(path, file, target, self.map_location, self.weights_only)
-        return Into(path, file, target, self.strict, self.weights_only, touched)
+            return Lent(path, file, target, self.map_location, self.weights_only, together)
+        return Into(path, file, target, self.strict, self.weights_only, touched, together)
 
 
 def _lends(target: Any) -> bool:
@@ -76,11 +86,12 @@ def _lends(target: Any) -> bool:
 class Restorer:
     """See the module."""
 
-    def __init__(self, directories: StepDirectories, rank: int, world_size: int, chooser: Chooser) -> None:
+    def __init__(self, directories: StepDirectories, rank: int, world_size: int, chooser: Chooser, together: bool) -> None:
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
         self._chooser = chooser
+        self._together = together and world_size > 1
         # Of the candidate: what has been read, and found good; and why it cannot be loaded as asked, although it may be good.
         self._held: dict[Path, Callable[[], Any]] = {}
         self._refusal: Exception | None = None
@@ -94,7 +105,7 @@ class Restorer:
         """See Checkpointer.restore()."""
 
         def verify(candidate: Candidate) -> str | None:
-            return self._verify(root / candidate.name, candidate.sequence, loading)
+            return self._verify(root / candidate.name, candidate, loading)
 
         self._touched = False
         try:
@@ -107,7 +118,7 @@ class Restorer:
             committed, damaged = self._directories.look()
             for error in damaged:
                 logger.warning("a damaged checkpoint is passed over: %s", error)
-            candidates = [Candidate(directory.name, manifest.sequence) for directory, manifest in committed]
+            candidates = [self._candidate(directory, manifest) for directory, manifest in committed]
             found, rejected = self._chooser.lead(candidates, [str(error) for error in damaged], verify)
         else:
             found, rejected = self._chooser.follow(verify)
@@ -118,37 +129,51 @@ class Restorer:
             raise CorruptError(f"no checkpoint in '{root}' is good: " + "; ".join(rejected) + after)
         return None
 
+    def _candidate(self, directory: Path, manifest: Manifest) -> Candidate:
+        together = self._together and any(file.kind == REPLICATED for file in manifest.files)
+        return Candidate(directory.name, manifest.sequence, together)
+
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def _verify(self, directory: Path, sequence: int, loading: Loading) -> str | None:
+    def _verify(self, directory: Path, candidate: Candidate, loading: Loading) -> str | None:
         """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong.
 
         Nothing is written to a target before all targets have been found to fit.
         """
         self._held, self._refusal = {}, None  # before there is memory for the next
-        beside: dict[Path, Into | Lent] = {}
+        beside: dict[Path, Fresh] = {}
+        readiness = Readiness(self._rank, self._world_size if candidate.together else 1)
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
             path = directory / file.name
-            if not self._will_load(manifest, file, loading):
-                _held.verify(path, file)
-            elif loading.target_of(file) is None:
-                self._held[path] = loading.read(path, file)
+            if self._will_load(manifest, file, loading):
+                beside[path] = loading.place(path, file, self._touched, candidate.together and file.kind == REPLICATED)
             else:
-                beside[path] = loading.place(path, file, self._touched)
+                _held.verify(path, file)
 
         def finish(manifest: Manifest) -> None:
-            self._fill(beside, self._why_not(directory, manifest, loading))
+            refusal = next(
+                (each.refusal for each in beside.values() if each.refusal), self._why_not(directory, manifest, loading)
+            )
+            others = readiness.settle(refusal)
+            self._refusal = refusal or others
+            self._fill(beside)
 
-        return verify_files(directory, sequence, self._is_mine, check, finish)
+        try:
+            cause = verify_files(directory, candidate.sequence, self._is_mine, check, finish)
+        except Exception as error:
+            readiness.settle(error)
+            raise
+        readiness.settle(cause)
+        return cause
 
-    def _fill(self, beside: dict[Path, Into | Lent], refusal: Exception | None) -> None:
-        self._refusal = next((each.refusal for each in beside.values() if each.refusal), refusal)
-        for path, each in beside.items():
+    def _fill(self, beside: dict[Path, Fresh]) -> None:
+        # What all read together comes first: nothing may fail on this rank alone before that.
+        for path, each in sorted(beside.items(), key=lambda item: not item[1].together):
             if self._refusal:
                 each.check()
                 continue
-            self._touched = True
+            self._touched |= each.has_target
             each.fill()
             self._refusal = each.refusal
             self._held[path] = each.take
@@ -192,8 +217,8 @@ class Restorer:
 
         def load(file: FileEntry) -> Any:
             path = directory / file.name
-            make = self._held.pop(path, None) or loading.read(path, file)  # another rank has checked the others of a merge
-            return make()
+            make = self._held.pop(path, None)
+            return loading.read(path, file) if make is None else make()  # another rank has checked the others of a merge
 
         own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
         replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
@@ -228,6 +253,10 @@ def verify_files(
         if finish is not None:
             finish(manifest)
     except (NotACheckpointError, CorruptError, StorageError, DeadlineError) as error:
+        return str(error)
+    except PeerError as error:
+        if not error.ranks:  # the ranks have lost each other
+            raise
         return str(error)
     return None
 

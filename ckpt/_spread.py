@@ -23,7 +23,7 @@ import torch
 
 from ckpt import _native
 from ckpt._archive import Archive, bytes_of
-from ckpt._group import Group
+from ckpt._group import TEXT, Group
 from ckpt._unpickle import Contents
 from ckpt.errors import CheckpointError, CorruptError, PeerError
 
@@ -34,7 +34,6 @@ _PAGE = 4096  # shares begin at multiples of it, so that no block is read twice
 _BATCH_BYTES = 16 << 20  # of one broadcast
 _IN_FLIGHT = 4  # broadcasts at a time: the links of one rank are busy while another packs
 _LARGE = 1 << 20  # parts from this size are sent from where they lie
-_TEXT = 600  # characters of an error that the others are told
 
 
 class Filled(NamedTuple):
@@ -141,7 +140,7 @@ def cut(size: int, ranks: int) -> list[tuple[int, int]]:
 def _tell_failure(ranks: Group, error: Exception) -> None:
     text = str(error) or type(error).__name__
     try:
-        ranks.gather({"failure": text[:_TEXT]})
+        ranks.gather({"failure": text[:TEXT]})
     except PeerError as silence:  # the error itself says more
         error.__context__ = silence
 

@@ -78,7 +78,8 @@ class Checkpointer(Saver):
         agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._steps = StepCommitter(self._directories, agreement)
         chooser = Chooser(made, f"{self._stream}-restore", self.options.timeout_s)
-        self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser)
+        together = self.options.replicated_readers == "all"
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser, together)
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together

@@ -53,6 +53,10 @@ class Options:
             `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
         replicated_writers: who writes what is given to `Checkpointer.save(replicated=)` in a job of several ranks: "all"
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
+        replicated_readers: how a job of several ranks restores that file: "each" (default): every rank reads it whole; "all":
+            each rank reads its share, and the rest comes from the other ranks, through the default process group of
+            torch.distributed, whose ranks must be those that restore. `Checkpointer.restore()` makes collective calls then:
+            on all ranks, in the thread that trains.
         device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
             which is pinned for it; others are copied on the current stream, and save() does not wait for that. Fences let the
             current stream of each device wait. Default False: all are copied to the host inside save(). New: tested with a
@@ -90,6 +94,7 @@ class Options:
     direct_io: bool = True
     record_alignment: int | None = None
     replicated_writers: str = "all"
+    replicated_readers: str = "each"
     device_lazy: bool = False
     device_cache: int | str = 0
     max_in_flight: int = 2
@@ -117,6 +122,7 @@ class Options:
             self._need_int("record_alignment", 1, 32768)
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
         self._need(self.replicated_writers in ("all", "rank0"), "replicated_writers", "must be 'all' or 'rank0'")
+        self._need(self.replicated_readers in ("each", "all"), "replicated_readers", "must be 'each' or 'all'")
         self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
         for name in ("timeout_s", "drain_timeout_s", "commit_timeout_s"):
             value = getattr(self, name)

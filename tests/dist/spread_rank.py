@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import assert_same
+from support import DEADLINE_S, assert_same, options
 
 import ckpt
 from ckpt import _native
@@ -97,6 +97,60 @@ def fill(path: str, staged: bool = False) -> Any:
         assert torch.equal(targets[name], tensor), name
         assert around[name][:2].tolist() == [7, 7] and around[name][-3:].tolist() == [7, 7, 7], name
     return {"crc": filled.crc32}
+
+
+def common(step: int) -> dict[str, Any]:
+    return {"weights": torch.arange(3 << 20, dtype=torch.float32) + step, "bias": torch.full((5,), step), "note": f"of {step}"}
+
+
+def own(step: int) -> dict[str, Any]:
+    return {"rank": RANK, "values": torch.full((300_000,), RANK + step)}
+
+
+def checkpointer(directory: str, **how: Any) -> ckpt.Checkpointer:
+    return ckpt.Checkpointer(directory, keep=None, options=options(**how), coordinator="torch")
+
+
+def save_steps(directory: str, steps: int) -> Any:
+    with checkpointer(directory) as made:
+        for step in range(steps):
+            made.save(step, own(step), replicated=common(step)).result(DEADLINE_S)
+    return {}
+
+
+def bytes_read() -> int:
+    """By this process so far, from the page cache or the disk."""
+    counters = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counters["rchar"])
+
+
+def restore(
+    directory: str, way: str = "fresh", misfit: bool = False, fault: dict[str, Any] | None = None, readers: str = "all"
+) -> Any:
+    """
+    Args:
+        way: to "fresh" memory, "into" tensors, or to memory that is "lent".
+    """
+    target = {"weights": torch.zeros((3 << 20) + misfit), "bias": torch.zeros(5, dtype=torch.int64), "note": ""}
+
+    def lend(_: Any) -> dict[tuple[str], torch.Tensor]:
+        return {("weights",): target["weights"]}
+
+    how = {"fresh": {}, "into": {"replicated_into": target}, "lent": {"replicated_into": lend}}[way]
+    with checkpointer(directory, replicated_readers=readers) as made:
+        if fault:
+            _native.set_fault(**fault)
+        before = bytes_read()
+        try:
+            found = made.restore(**how)
+        finally:
+            _native.clear_faults()
+        read = bytes_read() - before
+    assert found is not None
+    assert_same(common(found.step), found.replicated)
+    assert_same(own(found.step), found.state)
+    assert way == "fresh" or found.replicated["weights"].data_ptr() == target["weights"].data_ptr()
+    return {"step": found.step, "bytes_read": read}
 
 
 def sleep(seconds: float) -> Any:
