@@ -7,10 +7,12 @@ saves to their end.
 from __future__ import annotations
 
 import atexit
+import functools
 import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -95,6 +97,7 @@ _registry_lock = threading.RLock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
 _uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has to look after
+_fetched: dict[int, weakref.ref[FileSave]] = {}  # by id; with bytes of devices, which may still be on their way behind a fence
 
 
 def lease(options: Options) -> Runtime:
@@ -143,10 +146,22 @@ def give_back(runtime: Runtime, timeout_s: float) -> None:
 def watch(file: FileSave, runtime: Runtime) -> None:
     """From now on fences look after it, until it is sealed."""
     _uncaptured[id(file)] = file, runtime
+    if file.devices:
+        _fetched[id(file)] = weakref.ref(file, functools.partial(_forget, id(file)))
 
 
 def unwatch(file: FileSave) -> None:
     _uncaptured.pop(id(file), None)
+
+
+def _forget(key: int, _: object) -> None:
+    _fetched.pop(key, None)
+
+
+def _devices_at_work() -> set[int]:
+    """From which copies may be going on. All of them are named to a fence: for those that are not, the host would wait."""
+    files = [file for reference in list(_fetched.values()) if (file := reference()) is not None]
+    return {device for file in files if file.job is None or not file.job.released for device in file.devices}
 
 
 def orphan(memory: Any) -> None:
@@ -176,7 +191,7 @@ def fence() -> None:
         DeviceError: a current stream is being captured into a graph, or the CUDA driver failed; nothing may be changed then.
     """
     watched = list(_uncaptured.values())
-    streams = _devices.streams_of({device for file, _ in watched for device in file.devices})
+    streams = _devices.streams_of(_devices_at_work())
     for runtime in {runtime for _, runtime in watched}:
         runtime.fence(streams)
     for file, _ in watched:
@@ -211,6 +226,7 @@ def _forget_after_fork() -> None:
     orphan((dict(_runtimes), dict(_uncaptured)))
     _runtimes.clear()
     _uncaptured.clear()
+    _fetched.clear()
 
 
 _laziness.install_hook(_before_step)

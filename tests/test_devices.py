@@ -148,6 +148,26 @@ def test_a_save_whose_copies_are_all_on_their_way_is_fenced_too(training: Traini
     training.synchronize()
 
 
+@pytest.mark.parametrize("device", [1, HOST])
+def test_a_fence_does_not_wait_for_what_an_earlier_one_has_put_in_order(
+    device: int, training: Training, tmp_path: Path
+) -> None:
+    """What it is to look after lies elsewhere; the copies that are still going on are no concern of the host's."""
+    second = state(2.0)
+    others = {value.data_ptr() for value in second.values() if isinstance(value, torch.Tensor)}
+    training.on = lambda storage: device if storage.data_ptr() in others else 0
+    training.cuda.hold_copies(True)
+    before = ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options(timeout_s=20.0))
+    ckpt.fence()
+    after = ckpt.save(second, tmp_path / "b.pt", lazy=True, options=options(timeout_s=20.0))
+    ckpt.fence()
+    assert before.captured and after.captured and not before.done()
+    training.cuda.hold_copies(False)
+    assert_same(state(), torch.load(before.result(30)))
+    assert_same(second, torch.load(after.result(30)))
+    training.synchronize()
+
+
 def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         training.cuda.fail("batched copies", skip=2, late=True)
