@@ -76,7 +76,7 @@ class FileSave:
         with self._lock:
             if self._sealed:
                 return True
-            if self.devices and not (ordered or job.released):
+            if self.devices and not (ordered or job.released or job.error is not None):
                 return False
             if job.error is not None:
                 # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
