@@ -47,10 +47,11 @@ void add_device_bytes(Chunk& chunk, const Extent& extent, uint64_t length) {
 
 void add_piece(Chunk& chunk, uint32_t record, uint64_t length, Source kind = Source::kCopy) {
   if (length == 0) return;
-  if (!chunk.pieces.empty() && chunk.pieces.back().record == record) {
+  const bool seen = kind != Source::kDeviceCopy;
+  if (!chunk.pieces.empty() && chunk.pieces.back().record == record && chunk.pieces.back().seen == seen) {
     chunk.pieces.back().length += length;
   } else {
-    chunk.pieces.push_back({record, static_cast<size_t>(length), 0, kind != Source::kDeviceCopy});
+    chunk.pieces.push_back({record, static_cast<size_t>(length), 0, seen});
   }
 }
 
