@@ -299,6 +299,12 @@ void Chunk::release_memory() {
   std::vector<std::byte>().swap(kept);
 }
 
+uint64_t zero_copy_bytes(const Chunk& chunk) {
+  uint64_t bytes = 0;
+  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
+  return bytes;
+}
+
 void stage_lazy(Chunk& chunk, Span span) {
   std::byte* to = span.begin();
   for (Segment& segment : chunk.segments) {

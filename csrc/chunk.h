@@ -156,6 +156,9 @@ void complete_bounce(Chunk& chunk, const FileSpec& spec);
 // Copies the lazy segments into `span` and lets them point there.
 void stage_lazy(Chunk& chunk, Span span);
 
+// Bytes that are not in the arena.
+uint64_t zero_copy_bytes(const Chunk& chunk);
+
 // CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
 void checksum_pieces(Chunk& chunk, bool of_records);
 

@@ -8,6 +8,7 @@ namespace lazyckpt::cuda {
 namespace {
 
 constexpr char kSystemLibrary[] = "libcuda.so.1";
+constexpr size_t kPage = 4096;  // what is registered shares none with anything else: no page can be registered twice
 constexpr char kConsequence[] = "; so no CUDA tensor can be saved, while tensors in host memory can";
 
 Error no_driver(const std::string& library, const std::string& cause, const std::string& remedy) {
@@ -132,7 +133,7 @@ void relax_capture_mode(const Driver& driver) {
   driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
 }
 
-// ---- Stream, Event, HostRegistration, Memory ---------------------------------------------------------------------
+// ---- Stream, Event, HostRegistration, HostMemory, Memory ---------------------------------------------------------
 
 Stream::Stream(std::shared_ptr<const Context> context) : context_(std::move(context)) {
   int least = 0, greatest = 0;
@@ -167,8 +168,6 @@ bool Event::has_happened() const {
   return true;
 }
 
-void Event::wait() const { context_->check(context_->table().event_synchronize(handle_), "a copy to the host"); }
-
 HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void* begin, size_t bytes)
     : context_(std::move(context)), begin_(begin) {
   context_->check(context_->table().mem_host_register(begin, bytes, kHostRegisterPortable), "cuMemHostRegister");
@@ -176,6 +175,15 @@ HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void*
 
 HostRegistration::~HostRegistration() {
   in_context(*context_, [&](const Table& table) { table.mem_host_unregister(begin_); });
+}
+
+HostMemory::HostMemory(const std::shared_ptr<const Context>& context, size_t bytes) : storage_(bytes + 2 * kPage) {
+  const auto address = reinterpret_cast<uintptr_t>(storage_.data());
+  begin_ = storage_.data() + ((address + kPage - 1) / kPage * kPage - address);
+  try {
+    registration_ = std::make_unique<HostRegistration>(context, begin_, (bytes + kPage - 1) / kPage * kPage);
+  } catch (const Error&) {  // then copies to it hold up whoever enqueues them
+  }
 }
 
 Memory::Memory(std::shared_ptr<const Context> context, size_t bytes) : context_(std::move(context)), bytes_(bytes) {
@@ -193,11 +201,11 @@ namespace {
 // The default stream, by either of its names: batches are refused there.
 bool is_legacy(StreamHandle stream) { return reinterpret_cast<uintptr_t>(stream) <= 1; }
 
-bool copy_in_one_call(const Table& table, const std::vector<HostCopy>& copies, StreamHandle stream) {
+bool copy_in_one_call(const Table& table, const std::vector<Copy>& copies, StreamHandle stream) {
   std::vector<Address> to, from;
   std::vector<size_t> sizes;
-  for (const HostCopy& copy : copies) {
-    to.push_back(reinterpret_cast<uintptr_t>(copy.to));
+  for (const Copy& copy : copies) {
+    to.push_back(copy.to);
     from.push_back(copy.from);
     sizes.push_back(copy.bytes);
   }
@@ -210,15 +218,20 @@ bool copy_in_one_call(const Table& table, const std::vector<HostCopy>& copies, S
 
 }  // namespace
 
-void copy_to_host(const Context& context, const std::vector<HostCopy>& copies, StreamHandle stream,
-                  std::atomic<bool>& in_batches) {
+void enqueue_copies(const Context& context, Target target, const std::vector<Copy>& copies, StreamHandle stream,
+                    std::atomic<bool>& in_batches) {
   const Table& table = context.table();
   if (in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
     if (copy_in_one_call(table, copies, stream)) return;
     in_batches = false;
   }
-  for (const HostCopy& copy : copies) {
-    context.check(table.memcpy_dtoh_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
+  for (const Copy& copy : copies) {
+    if (target == Target::kHost) {
+      auto* to = reinterpret_cast<void*>(copy.to);
+      context.check(table.memcpy_dtoh_async(to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
+    } else {
+      context.check(table.memcpy_dtod_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoDAsync");
+    }
   }
 }
 

@@ -72,7 +72,6 @@ static_assert(sizeof(CopyAttributes) == 24);
   X(event_destroy, cuEventDestroy_v2, (EventHandle event))                                           \
   X(event_record, cuEventRecord, (EventHandle event, StreamHandle stream))                           \
   X(event_query, cuEventQuery, (EventHandle event))                                                  \
-  X(event_synchronize, cuEventSynchronize, (EventHandle event))                                      \
   X(memcpy_dtoh_async, cuMemcpyDtoHAsync_v2, (void* to, Address from, size_t bytes, StreamHandle stream))       \
   X(memcpy_htod_async, cuMemcpyHtoDAsync_v2, (Address to, const void* from, size_t bytes, StreamHandle stream)) \
   X(memcpy_dtod_async, cuMemcpyDtoDAsync_v2, (Address to, Address from, size_t bytes, StreamHandle stream))     \
@@ -191,7 +190,6 @@ class Event {
   void record(StreamHandle stream) const;             // requires Current
   void hold_back(StreamHandle stream) const;          // the stream goes on when this has happened
   bool has_happened() const;                          // requires Current; throws what the work before it failed with
-  void wait() const;                                  // as has_happened(), but blocks
 
  private:
   const std::shared_ptr<const Context> context_;
@@ -227,16 +225,30 @@ class Memory {
   Address address_ = 0;
 };
 
-// From a device to pinned memory of the host.
-struct HostCopy {
-  std::byte* to = nullptr;
-  Address from = 0;
-  size_t bytes = 0;
+// Host memory of its own, for copies from devices: pinned, unless that is refused. Making it requires Current.
+class HostMemory {
+ public:
+  HostMemory(const std::shared_ptr<const Context>& context, size_t bytes);
+  std::byte* begin() const { return begin_; }
+  bool pinned() const { return registration_ != nullptr; }
+
+ private:
+  std::vector<std::byte> storage_;
+  std::byte* begin_ = nullptr;  // of whole pages in it
+  std::unique_ptr<HostRegistration> registration_;  // last: it goes first
 };
 
+// From a device to where `Target` says.
+struct Copy {
+  Address to = 0, from = 0;
+  size_t bytes = 0;
+};
+enum class Target { kHost, kDevice };
+
 // Enqueues copies whose order does not matter: by one call for all where the driver can, else by one for each. A call for all
-// that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Requires Current.
-void copy_to_host(const Context& context, const std::vector<HostCopy>& copies, StreamHandle stream,
-                  std::atomic<bool>& in_batches);
+// that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Host memory must be
+// pinned for a call for all. Requires Current.
+void enqueue_copies(const Context& context, Target target, const std::vector<Copy>& copies, StreamHandle stream,
+                    std::atomic<bool>& in_batches);
 
 }  // namespace lazyckpt::cuda

@@ -48,12 +48,6 @@ std::vector<iovec> to_iovecs(const Chunk& chunk) {
   return pieces;
 }
 
-uint64_t zero_copy_bytes(const Chunk& chunk) {
-  uint64_t bytes = 0;
-  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
-  return bytes;
-}
-
 Error changed_error(const Job& job, uint32_t record) {
   return Error(ErrorKind::kChanged, "the bytes of record " + std::to_string(record) + " changed before they were captured",
                static_cast<int>(record), job.file->path());
@@ -215,8 +209,7 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     lock.unlock();
     if (chunk.has_device_bytes()) {
       keep_host_bytes(chunk, job.spec);
-      if (job.verify) checksum_on_devices(job, chunk);
-      stager_.copy_eager(shared, index);
+      if (!job.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
     } else {
       if (room > 0) fill_bounce(chunk, job.spec);
       if (job.verify) checksum_pieces(chunk, true);
@@ -232,11 +225,20 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
   }
 }
 
-// Not through the arena, which may be full of bytes that leave only after this job: for debugging this may cost memory.
-void Engine::checksum_on_devices(Job& job, Chunk& chunk) {
-  std::vector<std::byte> fetched(chunk.bounce_bytes);
-  stager_.fetch_lazy(job, chunk, fetched.data());
-  checksum_before(chunk, job.spec, fetched.data());
+// Not through the arena, which may be full of bytes that leave only after this job: for debugging this may cost memory. False
+// if the job has failed: then copies may be on their way yet, and it ends after them.
+bool Engine::checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt) {
+  std::shared_ptr<cuda::HostMemory> memory = stager_.lend_memory(job->sides.front().device);
+  for (const auto& flight : stager_.fetch_lazy(job, index, memory)) {
+    Lock lock(monitor_->mutex);
+    if (!wait(lock, deadline, interrupt, [&] { return flight->landed || job->failed(); })) job->fail(landing_deadline(*flight));
+    if (!job->failed()) continue;
+    if (job->error->kind() == ErrorKind::kDevice) throw job->error->apart();
+    return false;
+  }
+  checksum_before(job->chunks[index], job->spec, memory->begin());
+  stager_.take_back(std::move(memory));
+  return true;
 }
 
 // A span for the job, or an invalid one if it failed or still_wanted() turned false while waiting; fails the job at the
@@ -284,7 +286,7 @@ void Engine::fence_devices(Lock& lock, const Streams& streams, const Interrupt& 
     const double begin = monotonic_seconds();
     const bool in_time = wait(lock, begin + job.timeout_s, interrupt, [&] { return flight->landed; });
     job.stats.fence_s += monotonic_seconds() - begin;
-    if (!in_time) job.fail(deadline_error(job, "the copy from a device", job.timeout_s));
+    if (!in_time) job.fail(landing_deadline(*flight));
   }
 }
 

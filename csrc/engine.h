@@ -96,7 +96,7 @@ class Engine {
   void begin_on_devices(Lock& lock, Job& job, const Streams& streams);
   void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);
-  void checksum_on_devices(Job& job, Chunk& chunk);
+  bool checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt);
   void fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt);
   void capture(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt,
                const Streams& streams);

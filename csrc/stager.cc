@@ -17,14 +17,6 @@ constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
 
 std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
 
-Error landing_deadline(const Flight& flight) {
-  return Error(ErrorKind::kDeadline,
-               "a copy to '" + flight.job->file->path() + "' from " + place_of(flight.event->context().device()) +
-                   " did not end within " + std::to_string(flight.job->timeout_s) +
-                   " s; the device hangs, or is busy with what was enqueued before: raise the timeout, or see nvidia-smi",
-               0, flight.job->file->path());
-}
-
 Error capture_refused(int device) {
   return Error(ErrorKind::kDevice,
                "the current stream of " + place_of(device) +
@@ -61,6 +53,14 @@ Error with_path(const Job& job, const Error& error) {
   return Error(error.kind(), "'" + job.file->path() + "': " + error.what(), error.code());
 }
 
+Error landing_deadline(const Flight& flight) {
+  return Error(ErrorKind::kDeadline,
+               "a copy to '" + flight.job->file->path() + "' from " + place_of(flight.device) + " did not end within " +
+                   std::to_string(flight.job->timeout_s) +
+                   " s; the device hangs, or is busy with what was enqueued before: raise the timeout, or see nvidia-smi",
+               0, flight.job->file->path());
+}
+
 Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options)
     : monitor_(std::move(monitor)), arena_(arena), options_(std::move(options)) {}
 
@@ -85,7 +85,7 @@ Stager::Lane& Stager::open_lane(int device) {
   {
     Lock lock(monitor_->mutex);
     if (Lane* lane = find_lane(device); lane != nullptr) {
-      if (lane->failure) throw *lane->failure;
+      if (lane->failure) throw lane->failure->apart();
       return *lane;
     }
   }
@@ -134,32 +134,6 @@ void Stager::begin(Job& job, const Streams& streams) {
   }
 }
 
-void Stager::fetch_lazy(const Job& job, const Chunk& chunk, std::byte* to) {
-  for (const DeviceShare& share : chunk.device_shares) {
-    const Lane* lane = nullptr;
-    {
-      Lock lock(monitor_->mutex);
-      lane = find_lane(share.device);
-    }
-    const cuda::Current current(*lane->context);
-    const auto side = std::find_if(job.sides.begin(), job.sides.end(), [&](const auto& s) { return s.device == share.device; });
-    try {
-      const cuda::Event there(lane->context);
-      for (const DeviceCopy& copy : chunk.device_copies) {
-        if (!copy.lazy || copy.device != share.device) continue;
-        const auto from = reinterpret_cast<cuda::Address>(copy.source);
-        // To memory that is not pinned: the call returns when the bytes are there, even if a later one fails.
-        const cuda::Result code = lane->context->table().memcpy_dtoh_async(to + copy.at, from, copy.length, side->stream);
-        lane->context->check(code, "cuMemcpyDtoHAsync");
-      }
-      there.record(side->stream);
-      there.wait();
-    } catch (const Error& error) {
-      throw with_path(job, error);
-    }
-  }
-}
-
 void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
   const Chunk& chunk = job->chunks[index];
   if (chunk.device_copy_bytes == 0) return;
@@ -168,6 +142,7 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
     if (std::none_of(chunk.device_copies.begin(), chunk.device_copies.end(), ours)) continue;
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
+    flight->device = side.device;
     flight->chunk = index;
     flight->lazy = false;
     flight->stream = side.stream;
@@ -184,7 +159,7 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
     enqueue(*lane, flight);
   }
   Lock lock(monitor_->mutex);
-  if (job->error && job->error->kind() == ErrorKind::kDevice) throw *job->error;
+  if (job->error && job->error->kind() == ErrorKind::kDevice) throw job->error->apart();
 }
 
 void Stager::add(const std::shared_ptr<Job>& job) {
@@ -332,8 +307,7 @@ bool Stager::land(Lock& lock, Lane& lane) {
   }
   const double now = monotonic_seconds();
   for (const auto& flight : lane.flights) {
-    const bool late = now > flight->deadline && flight->event != nullptr;
-    if (late && !flight->job->failed()) flight->job->fail(landing_deadline(*flight));
+    if (now > flight->deadline && !flight->job->failed()) flight->job->fail(landing_deadline(*flight));
   }
   if (over.empty()) return false;
   monitor_->changed.notify_all();
@@ -351,7 +325,7 @@ void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Erro
   if (flight.leg != Leg::kFromCache) --job.flying;
   --job.active;
   if (error) job.fail(*error);
-  if (flight.leg == Leg::kToCache) return;
+  if (!flight.is_for_chunk()) return;
   Chunk& chunk = job.chunks[flight.chunk];
   --chunk.flying;
   if (job.failed()) return;
@@ -395,6 +369,7 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
     }
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
+    flight->device = device;
     flight->chunk = side.next++;
     flight->stream = lane.stream->get();
     flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
@@ -427,7 +402,7 @@ bool Stager::find_room(Job& job, size_t index) {
 void Stager::take_off(const std::shared_ptr<Flight>& flight) {
   ++flight->job->active;
   if (flight->leg != Leg::kFromCache) ++flight->job->flying;
-  if (flight->leg != Leg::kToCache) ++flight->job->chunks[flight->chunk].flying;
+  if (flight->is_for_chunk()) ++flight->job->chunks[flight->chunk].flying;
 }
 
 void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
@@ -449,19 +424,30 @@ void Stager::copy(Lane& lane, Flight& flight) {
   if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
   if (flight.after != nullptr) flight.after->hold_back(flight.stream);
   std::byte* base = !flight.lazy && chunk.has_early() ? chunk.early.begin() : chunk.bounce.begin();
-  std::vector<cuda::HostCopy> copies;
+  std::vector<cuda::Copy> copies;
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (copy.lazy != flight.lazy || copy.device != side.device) continue;
     const bool cached = flight.leg == Leg::kFromCache;
     const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
-    copies.push_back({base + copy.at, from, copy.length});
+    copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
   }
   // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
   std::atomic<bool> one_by_one{false};
-  cuda::copy_to_host(*lane.context, copies, flight.stream, is_pinned() ? lane.in_batches : one_by_one);
+  launch(lane, flight, cuda::Target::kHost, copies, is_pinned() ? lane.in_batches : one_by_one);
+}
+
+void Stager::launch(const Lane& lane, Flight& flight, cuda::Target target, const std::vector<cuda::Copy>& copies,
+                    std::atomic<bool>& in_batches) {
   auto event = std::make_shared<cuda::Event>(lane.context);
+  std::optional<Error> refused;
+  try {
+    cuda::enqueue_copies(*lane.context, target, copies, flight.stream, in_batches);
+  } catch (const Error& error) {
+    refused = error;
+  }
   event->record(flight.stream);
   flight.event = std::move(event);
+  if (refused) throw *refused;
 }
 
 void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {

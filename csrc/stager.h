@@ -53,18 +53,23 @@ struct StagerOptions {
 enum class Leg : uint8_t {
   kDirect,     // from the caller's memory to the arena
   kToCache,    // from there to the cache: those of several chunks
+  kToLook,     // from there to memory of the host's, where submit() looks at it
   kFromCache,  // and on to the arena
 };
 
 // A batch of copies on one stream; of one chunk, but for those to the cache.
 struct Flight {
+  bool is_for_chunk() const { return leg == Leg::kDirect || leg == Leg::kFromCache; }
+
   std::shared_ptr<Job> job;
+  int device = kHost;
   size_t chunk = 0;
   bool lazy = true;
   Leg leg = Leg::kDirect;
   size_t bytes = 0;  // on a lane's stream
   uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
   std::shared_ptr<cuda::Event> after;  // and what the copies must come after
+  std::shared_ptr<cuda::HostMemory> memory;  // kToLook: where they go; stays until they have landed
   cuda::StreamHandle stream = nullptr;
   std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
   double deadline = 0;
@@ -87,9 +92,13 @@ class Stager {
   void open(const std::vector<int>& devices);
   // Before the job is published: what its streams have been given so far comes before its lazy copies.
   void begin(Job& job, const Streams& streams);
-  // Copies the lazy bytes of a chunk to where they lie in its bounce, but for `to` instead of that; waits for the device. Behind
-  // what the caller's streams have been given so far. For submit() in its caller's thread; blocks in the driver.
-  void fetch_lazy(const Job& job, const Chunk& chunk, std::byte* to);
+  // For submit(), so that it can look at lazy bytes: enqueues copies of a chunk's to where they lie in its bounce, but in
+  // `memory` instead of that, on the caller's streams. Returns what must land; the memory stays as long.
+  std::vector<std::shared_ptr<Flight>> fetch_lazy(const std::shared_ptr<Job>& job, size_t chunk,
+                                                  const std::shared_ptr<cuda::HostMemory>& memory);
+  // Memory for that, of the chunk size; to be given back when all has landed.
+  std::shared_ptr<cuda::HostMemory> lend_memory(int device);
+  void take_back(std::shared_ptr<cuda::HostMemory> memory);
   // Enqueues the eager copies of a chunk, whose spans are there, on the caller's streams.
   void copy_eager(const std::shared_ptr<Job>& job, size_t chunk);
   void join();
@@ -154,7 +163,11 @@ class Stager {
   bool find_room(Job& job, size_t index);                               // requires the lock
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void copy(Lane& lane, Flight& flight);                                // without it
+  // Without it, too: the copies, and an event behind them, even if one is refused: others may be on their way.
+  void launch(const Lane& lane, Flight& flight, cuda::Target target, const std::vector<cuda::Copy>& copies,
+              std::atomic<bool>& in_batches);
   bool is_pinned() const;                                               // without it
+  void look(const std::shared_ptr<Flight>& flight);                     // without it
   void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
   void account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error);               // requires the lock
@@ -186,11 +199,13 @@ class Stager {
   bool pinning_done_ = false, stop_ = false;
   std::string pin_failure_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
+  std::vector<std::shared_ptr<cuda::HostMemory>> spare_;  // to lend
   std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
 };
 
 DeviceSide& side_of(Job& job, int device);
 DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
 Error with_path(const Job& job, const Error& error);
+Error landing_deadline(const Flight& flight);  // it has not landed in time
 
 }  // namespace lazyckpt

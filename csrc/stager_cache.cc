@@ -47,6 +47,7 @@ bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job
   if (batch.empty()) return false;
   const auto flight = std::make_shared<Flight>();
   flight->job = job;
+  flight->device = lane.context->device();
   flight->lazy = false;
   flight->leg = Leg::kToCache;
   flight->stream = stream;
@@ -88,19 +89,15 @@ void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) 
   const Job& job = *flight.job;
   const cuda::Current current(*lane.context);
   const DeviceSide& side = side_of(*flight.job, lane.context->device());
-  auto event = std::make_shared<cuda::Event>(lane.context);
   side.before->hold_back(flight.stream);  // it need not be the stream of save()
-  cuda::Result code = cuda::kSuccess;
+  std::vector<cuda::Copy> copies;
   for (const CachePlace& place : batch) {
     for (const DeviceCopy& copy : job.chunks[place.chunk].device_copies) {
-      if (code != cuda::kSuccess || !copy.lazy || copy.device != side.device) continue;
-      const auto from = reinterpret_cast<cuda::Address>(copy.source);
-      code = lane.context->table().memcpy_dtod_async(place.base + copy.at, from, copy.length, flight.stream);
+      if (!copy.lazy || copy.device != side.device) continue;
+      copies.push_back({place.base + copy.at, reinterpret_cast<cuda::Address>(copy.source), copy.length});
     }
   }
-  event->record(flight.stream);  // whatever the copies say: some of them may be on their way
-  flight.event = std::move(event);
-  lane.context->check(code, "cuMemcpyDtoDAsync");
+  launch(lane, flight, cuda::Target::kDevice, copies, lane.in_batches);
 }
 
 void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,

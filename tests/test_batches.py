@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fake_driver
 import pytest
@@ -129,3 +130,74 @@ def test_neighbours_are_one_copy(make: Make, cuda: FakeCuda) -> None:
     rig.overwrite(saved, LAZY)
     rig.check(saved)
     assert calls(cuda) == (2, 0, 0)
+
+
+# ---- to the cache of a device ----------------------------------------------------------------------------------------
+
+
+def with_cache(rig: Rig) -> Rig:
+    """Of which the lane has two chunks under way when the fence comes: the rest waits in the cache."""
+    rig = ready(rig)
+    rig.warm_up()
+    return rig
+
+
+def save_through_cache(rig: Rig, cuda: FakeCuda, device: int = 0) -> tuple[int, int]:
+    """A fence with copies of the lane held up. Returns how many calls it took for one copy, and for many."""
+    calls = ("cuMemcpyDtoDAsync", "cuMemcpyBatchAsync")
+    cuda.hold_copies(True)
+    saved = rig.save([3 * MANY, *SMALL], [LAZY] * 401, [device] * 401)
+    wait_until(lambda: rig.engine.arena_used >= 2 * MANY, what="two chunks under way")
+    before = [cuda.count(call) for call in calls]
+    rig.engine.fence(rig.streams)
+    single, many = [cuda.count(call) - was for call, was in zip(calls, before, strict=True)]
+    assert saved.job.captured and saved.job.stats["device_cached_bytes"] > sum(SMALL)
+    rig.overwrite(saved, LAZY)
+    cuda.hold_copies(False)
+    rig.check(saved)
+    return single, many
+
+
+CACHE: dict[str, Any] = {"chunk_bytes": MANY, "device_cache_bytes": 16 * MANY, "device_window_bytes": 0}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_tensors_go_to_the_cache_in_one_call(make: Make, cuda: FakeCuda, seed: int) -> None:
+    cuda.configure(seed=seed, most_delay_s=0.0001)
+    rig = with_cache(make(**CACHE))
+    for device in (0, 1, 0):
+        assert save_through_cache(rig, cuda, device) == (0, 1)
+    assert cuda.count("cuMemcpyDtoHAsync") + cuda.count("cuMemcpyBatchAsync") < 40, "out of it, too"
+
+
+@pytest.mark.parametrize("enqueued", [0, 1, 177])
+def test_a_batch_to_the_cache_that_is_refused_is_copied_one_by_one(make: Make, cuda: FakeCuda, enqueued: int) -> None:
+    rig = with_cache(make(**CACHE))
+    cuda.fail("batched copies", skip=enqueued, code=801)
+    single, many = save_through_cache(rig, cuda)
+    assert single > 400 and many == 1
+    single, many = save_through_cache(rig, cuda)
+    assert single > 400 and many == 0, "it is not tried again"
+    assert save_through_cache(rig, cuda, 1) == (0, 1), "the other device goes on with them"
+
+
+def test_the_cache_with_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path) -> None:
+    rig = with_cache(Rig(old_cuda, tmp_path, **CACHE))
+    single, many = save_through_cache(rig, old_cuda)
+    assert single > 400 and many == 0
+    rig.end()
+
+
+def test_a_batch_to_the_cache_that_fails_on_its_way_fails_its_job(make: Make, cuda: FakeCuda) -> None:
+    rig = with_cache(make(**CACHE))
+    cuda.hold_copies(True)
+    bad = rig.save([3 * MANY, *SMALL], [LAZY] * 401, [0] * 401)
+    wait_until(lambda: rig.engine.arena_used >= 2 * MANY, what="two chunks under way")
+    cuda.fail("batched copies", skip=50, late=True)
+    rig.engine.fence(rig.streams)
+    assert bad.job.captured and rig.cached() > 0
+    cuda.hold_copies(False)
+    assert bad.job.wait_finished(DEADLINE_S)
+    assert isinstance(bad.job.error, DeviceError) and "ILLEGAL_ADDRESS" in str(bad.job.error)
+    assert rig.cached() == 0
+    assert save_through_cache(rig, cuda) == (0, 1)

@@ -114,7 +114,7 @@ def test_a_later_fence_does_not_wait_for_what_leaves_the_cache(make: Make, cuda:
     rig.engine.fence(rig.streams)
     assert cached(saved) > 0
     wait_until(lambda: saved.job.released)
-    copies = ("cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync")
+    copies = ("cuMemcpyDtoHAsync", "cuMemcpyDtoDAsync", "batched copies")
     wait_until(lambda: sum(map(cuda.count, copies)) > cuda.count("copies that ended"), what="copies out of the cache")
     rig.engine.fence(rig.streams)
     rig.overwrite(saved, LAZY)
@@ -318,6 +318,7 @@ def test_a_copy_to_the_cache_that_fails_fails_its_save_only(make: Make, cuda: Fa
     rig = with_cache(make)
     cuda.hold_copies(True)
     before = rig.save([10_000], [LAZY], [0])
+    cuda.fail("cuMemcpyBatchAsync", code=801)  # else there are no single copies
     cuda.fail("cuMemcpyDtoDAsync", skip=skip, late=late)
     bad = rig.save([MIB], [LAZY], [0])
     rig.engine.fence(rig.streams)
@@ -353,6 +354,8 @@ def test_any_call_may_fail(make: Make, cuda: FakeCuda, call: str) -> None:
     struck = 0
     for skip in range(12):
         saved = rig.save([MIB, 150_000], [LAZY, LAZY], [0, 1])
+        if call == "cuMemcpyDtoDAsync":
+            cuda.fail("cuMemcpyBatchAsync", code=801)
         cuda.fail(call, skip=skip, code=2)
         try:
             rig.engine.fence(rig.streams)

@@ -159,6 +159,67 @@ def test_a_copy_that_hangs_fails_its_job_at_the_deadline(make: Make, cuda: FakeC
     assert not saved.path.exists()
 
 
+@pytest.mark.parametrize("hangs", [0, 1])
+def test_looking_at_bytes_of_a_device_that_hangs_ends_at_the_deadline(make: Make, cuda: FakeCuda, hangs: int) -> None:
+    """What verify_capture copies first. submit() returns, and the memory that is still being written to stays."""
+    rig = make()
+    rig.engine.open_devices([0, 1])
+    wait_until(lambda: rig.engine.arena_pinned)
+    rig.check(rig.save([10, 10], [LAZY, LAZY], [0, 1], verify=True))
+    cuda.hold_copies(True)
+    saved = rig.save([200_000, 50], [LAZY, LAZY], [hangs, HOST], verify=True, timeout_s=0.2)
+    assert isinstance(saved.job.error, DeadlineError)
+    for part in (str(saved.path), f"CUDA device {hangs} did not end within 0.2", "nvidia-smi"):
+        assert part in str(saved.job.error)
+    assert saved.job.captured and not saved.job.released and not saved.job.finished
+    other = rig.save([100_000], [LAZY], [1 - hangs], timeout_s=DEADLINE_S)
+    cuda.hold_copies(False)
+    assert saved.job.wait_finished(DEADLINE_S) and saved.job.released
+    assert not saved.path.exists()
+    rig.check(other)
+    again = rig.save([200_000, 50_000, 3], [LAZY, LAZY, EAGER], [hangs, 1 - hangs, hangs], verify=True)
+    rig.engine.fence(rig.streams)
+    rig.overwrite(again, LAZY)
+    rig.check(again)
+
+
+def test_an_engine_whose_look_hangs_is_left_alone(cuda: FakeCuda, tmp_path: Path) -> None:
+    """The memory of the copies leaks with the engine, and stays pinned."""
+    rig = Rig(cuda, tmp_path)
+    rig.check(rig.save([10], [LAZY], [0], verify=True))
+    cuda.hold_copies(True)
+    saved = rig.save([100_000], [LAZY], [0], verify=True, timeout_s=0.1)
+    assert isinstance(saved.job.error, DeadlineError)
+    rig.engine = None
+    gc.collect()
+    assert cuda.alive()["registrations"] == cuda.before["registrations"] + 2
+    cuda.hold_copies(False)
+    assert saved.job.wait_finished(DEADLINE_S)
+    cuda.synchronize(0, rig.streams[0])
+    cuda.before = cuda.alive()
+
+
+def test_what_is_looked_at_need_not_be_pinned(make: Make, cuda: FakeCuda) -> None:
+    rig = make()
+    rig.check(rig.save([10], [LAZY], [0]))
+    cuda.fail("cuMemHostRegister", code=2)
+    saved = rig.save([90_000] * 5, [LAZY] * 5, [0, 1, 0, 1, 0], verify=True)
+    assert cuda.count("pageable copies") > 0
+    rig.engine.fence(rig.streams)
+    rig.overwrite(saved, LAZY)
+    rig.check(saved)
+
+
+def test_a_fence_gives_up_on_a_device_that_it_was_not_named(make: Make, cuda: FakeCuda) -> None:
+    rig = make()
+    rig.check(rig.save([10, 10], [LAZY, LAZY], [0, 1]))
+    cuda.hold_copies(True)
+    saved = rig.save([100_000], [LAZY], [1], timeout_s=0.2)
+    rig.engine.fence({0: rig.streams[0]})
+    assert isinstance(saved.job.error, DeadlineError) and "CUDA device 1 did not end within 0.2" in str(saved.job.error)
+    cuda.hold_copies(False)
+
+
 def test_close_gives_up_on_copies_that_hang(make: Make, cuda: FakeCuda) -> None:
     rig = make()
     rig.engine.open_devices([0])

@@ -18,7 +18,7 @@ from support import assert_same, wait_until
 import ckpt
 from ckpt import _committer, _devices
 from ckpt._devices import HOST
-from ckpt.errors import CaptureError, DeviceError
+from ckpt.errors import CaptureError, DeadlineError, DeviceError
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -253,9 +253,25 @@ def test_verify_capture_passes_what_is_fenced(seed: int, training: Training, tmp
 
 
 def test_what_cannot_be_verified_is_not_saved(training: Training, tmp_path: Path) -> None:
+    training.cuda.fail("cuMemcpyBatchAsync", code=801)
     training.cuda.fail("cuMemcpyDtoHAsync", skip=2)
     with pytest.raises(DeviceError, match=r"a\.pt.*ILLEGAL_ADDRESS"):
         ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options(verify_capture=True))
     ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options(verify_capture=True)).result(30)
     assert_same(state(), torch.load(tmp_path / "a.pt"))
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
+def test_save_does_not_hang_with_a_device_that_it_looks_at(training: Training, tmp_path: Path) -> None:
+    how = options(verify_capture=True, timeout_s=0.3)
+    ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=how).result(30)
+    training.cuda.hold_copies(True)
+    pending = ckpt.save(state(2.0), tmp_path / "a.pt", lazy=True, options=how)
+    ckpt.fence()
+    assert pending.captured and not pending.done()
+    training.cuda.hold_copies(False)
+    with pytest.raises(DeadlineError, match=r"a\.pt.*CUDA device 0 did not end within 0\.3"):
+        pending.result(30)
+    assert_same(state(), torch.load(tmp_path / "a.pt"))
+    ckpt.save(state(3.0), tmp_path / "a.pt", lazy=True, options=how).result(30)
+    assert_same(state(3.0), torch.load(tmp_path / "a.pt"))

@@ -26,7 +26,7 @@ CORE_LAYERS = (
     {"chunk", "numa", "reader"},
     {"job", "torch_file", "zip_directory"},
     {"stager", "verify"},
-    {"stager_cache", "stager_pinning"},
+    {"stager_cache", "stager_look", "stager_pinning"},
     {"engine"},
     {"bindings"},
 )

@@ -215,6 +215,11 @@ struct CopyAttributes {
   unsigned flags;
 };
 
+static bool is_of_device(const void* memory) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  return is_allocated(memory);
+}
+
 // The k-th copy of a batch can fail: a fault of "batched copies". Those before it are enqueued, as the real one may have done.
 int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t* sizes, size_t copies, CopyAttributes* attributes,
                        size_t* first_copies, size_t attribute_count, size_t* failed_copy, Stream* handle) {
@@ -226,8 +231,10 @@ int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t*
     void* target = reinterpret_cast<void*>(to[i]);
     *failed_copy = i;
     if (own.code != kSuccess && !own.late) return own.code;
-    if (!is_registered(target, sizes[i])) return kInvalidValue;
-    count("pinned copies");
+    if (!is_of_device(target)) {
+      if (!is_registered(target, sizes[i])) return kInvalidValue;
+      count("pinned copies");
+    }
     std::memset(target, kPoison, sizes[i]);
     const Fault& last = own.code != kSuccess ? own : fault;
     const int code = enqueue_copy(handle, target, reinterpret_cast<const void*>(from[i]), sizes[i], last);
@@ -297,7 +304,10 @@ int cuMemHostUnregister(void* begin) {
   FAKE_CALL("cuMemHostUnregister");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(controls().mutex);
-  if (controls().registered.erase(reinterpret_cast<uintptr_t>(begin)) == 0) return kInvalidValue;
+  const auto it = controls().registered.find(reinterpret_cast<uintptr_t>(begin));
+  if (it == controls().registered.end()) return kInvalidValue;
+  if (is_being_copied(it->first, it->second)) controls().live["frees of memory in use"] += 1;
+  controls().registered.erase(it);
   controls().live["registrations"] -= 1;
   return kSuccess;
 }

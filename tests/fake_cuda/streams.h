@@ -243,12 +243,17 @@ inline bool is_registered(const void* begin, size_t bytes) {
   return at >= it->first && at + bytes <= it->first + it->second;
 }
 
+// In memory of cuMemAlloc.
+inline bool is_allocated(const void* begin) {  // requires the lock of controls()
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  const auto block = controls().allocated.upper_bound(at);
+  return block != controls().allocated.begin() && at < std::prev(block)->first + std::prev(block)->second.second;
+}
+
 inline void wait_while_held(const void* from) {
   Controls& all = controls();
   std::unique_lock<std::mutex> lock(all.mutex);
-  const auto at = reinterpret_cast<uintptr_t>(from);
-  const auto block = all.allocated.upper_bound(at);
-  const bool allocated = block != all.allocated.begin() && at < std::prev(block)->first + std::prev(block)->second.second;
+  const bool allocated = is_allocated(from);
   all.changed.wait(lock, [&] { return all.hold == Hold::kNone || (all.hold == Hold::kFromAllocated && !allocated); });
 }
 
