@@ -251,14 +251,18 @@ def test_ranks_write_one_file_from_their_devices(
 def test_shares_wait_in_the_caches_of_their_devices(training: Training, places: dict[int, int], tmp_path: Path) -> None:
     """Nothing reaches the host before both ranks are past their fences."""
     job = Job(training, places, 2)
-    sized = options(**SMALL, device_cache="8MiB")
-    checkpointers = [ckpt.Checkpointer(tmp_path, keep=None, options=sized, coordinator=each) for each in job.coordinators()]
+    # An engine for each, as in processes of their own: save() may have to wait for room that the other's copies hold.
+    sized = [options(**(SMALL | {"arena_bytes": size}), device_cache="8MiB") for size in ("1MiB", "1088KiB")]
+    checkpointers = [
+        ckpt.Checkpointer(tmp_path, keep=None, options=sized[number], coordinator=each)
+        for number, each in enumerate(job.coordinators())
+    ]
     shared = [state(1.0, count=20) for _ in range(2)]
     for number in range(2):
         places.update({tensor.data_ptr(): number for tensor in tensors_in(shared[number])})
     job.all(lambda number: checkpointers[number].save(1, replicated=shared[number], lazy=True).result(DEADLINE_S))
-    caches = checkpointers[0]._runtime._engine
-    wait_until(lambda: all(size for size, _, _ in caches.device_caches.values()), what="the caches")
+    engines = [each._runtime._engine for each in checkpointers]
+    wait_until(lambda: all(size for engine in engines for size, _, _ in engine.device_caches.values()), what="the caches")
     training.cuda.hold_copies(True)
 
     pair = job.all(lambda number: checkpointers[number].save(2, replicated=shared[number], lazy=True))
@@ -272,7 +276,7 @@ def test_shares_wait_in_the_caches_of_their_devices(training: Training, places: 
     assert all(pending.captured and not pending.done() for pending in pair)
     training.cuda.hold_copies(False)
     assert_same(state(1.0, count=20), torch.load(pair[0].result(DEADLINE_S) / "replicated.pt"))
-    assert sum(pending.stats.device_cached_bytes for pending in pair) > 2 << 20
+    assert sum(pending.stats.device_cached_bytes for pending in pair) > 1 << 20, "the rest is in the arenas"
     training.synchronize()
     assert bytes_of(shared) == {SPOILT}
     job.all(lambda number: checkpointers[number].close())
