@@ -66,12 +66,15 @@ class Committer:
             busy = self._in_flight - self._ending
             if busy >= options.max_in_flight and options.when_busy == "skip":
                 raise SkippedError(f"the save to '{pending.path}' was skipped: {busy} earlier ones are still in flight")
-            free = self._changed.wait_for(lambda: self._in_flight < options.max_in_flight or self._stopping, options.timeout_s)
+            own = self._ending if self.is_current_thread else 0  # what it would clear up itself, after this call
+            free = self._changed.wait_for(
+                lambda: self._in_flight - own < options.max_in_flight or self._stopping, options.timeout_s
+            )
             if self._stopping:
                 raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
             if not free:
                 raise DeadlineError(
-                    f"no earlier save became durable within {options.timeout_s} s, so the one to '{pending.path}' was not "
+                    f"no earlier save ended within {options.timeout_s} s, so the one to '{pending.path}' was not "
                     "begun; the storage is too slow or hangs"
                 )
             self._in_flight += 1

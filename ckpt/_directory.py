@@ -65,12 +65,12 @@ class StepDirectories:
         self._keep = keep
         self._shared = shared
         self._file_lock = DirectoryLock(directory)
-        self._changing = threading.Lock()  # held while something is published or removed
+        self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
         self._lock = threading.Lock()  # guards what follows
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
         self._next_sequence: int | None = None
-        self._retired: list[Path] = []  # of the committer's thread: no steps any more, but still there
+        self._retired: list[Path] = []  # no steps any more, but still there; of the committer's thread once there is a save
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -220,15 +220,13 @@ class StepDirectories:
 
     def sweep(self) -> None:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
-        retired, self._retired = self._retired, []
-        if not retired:
-            return
-        try:
-            with self._still_ours():
-                for path in retired:
+        while self._retired:
+            path = self._retired.pop()
+            try:
+                with self._still_ours():
                     _storage.remove_tree(path)
-        except (CheckpointError, OSError) as error:  # the next tidy() tries again
-            logger.warning("removing old steps from '%s' failed, the checkpoint is good: %s", self._directory, error)
+            except (CheckpointError, OSError) as error:  # the next tidy() tries again
+                logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
 
     def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         self._remove_retired()
@@ -254,6 +252,8 @@ class StepDirectories:
                 except NotACheckpointError as error:
                     if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
                         self._remove_step(path)
+            while self._retired:
+                _storage.remove_tree(self._retired.pop())
         except OSError as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
 

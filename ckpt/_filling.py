@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -35,15 +35,15 @@ class Filling:
             if name not in self._direct and takes_whole(first, archive.records[name].size) and taken.add(first.target):
                 self._direct[name] = first.target
 
-    def read(self, fill: Callable[[Mapping[str, Any]], int | None]) -> int | None:
-        """What can be read straight to its place. `fill` does so, as Archive.fill(); what it returns is returned."""
+    def begin(self) -> Mapping[str, Any]:
+        """What can be read straight to its place: the records and the places, for Archive.fill()."""
         for pair in self._pairs:  # also if reading fails: then there are parts of the file
             if not pair.target.is_inference():
                 torch.autograd.graph.increment_version(pair.target)
-        return fill(self._direct)
+        return self._direct
 
     def finish(self) -> None:
-        """All else, after read()."""
+        """All else, after that."""
         with torch.no_grad():
             for name in self._by_record.keys() & self._direct.keys():
                 _copy_to_others(self._by_record[name], self._direct[name])

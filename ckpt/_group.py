@@ -67,7 +67,10 @@ class Group:
             own = torch.frombuffer(bytearray(text.ljust(_MESSAGE_BYTES)), dtype=torch.uint8).to(self.device)
             every = [torch.empty_like(own) for _ in range(self.size)]
             self._dist.all_gather(every, own, group=self._group)
-            return [json.loads(bytes_of(message.cpu().untyped_storage())) for message in every]
+            answers = [dict(json.loads(bytes_of(message.cpu().untyped_storage()))) for message in every]
+            if any(answer.keys().isdisjoint(said) for answer in answers):
+                raise ValueError("another rank is at another point of its restore")
+            return answers
 
     def start_broadcast(self, tensor: torch.Tensor, root: int) -> Any:
         """From the rank `root` of the group; returns what has a wait(). A collective."""
@@ -115,12 +118,18 @@ class Readiness:
             return None
         self._settled = True
         group = Group()
+        stray: CheckpointError | None = None
         if (group.rank, group.size) != (self._rank, self._world_size):
-            raise CheckpointError(
+            stray = CheckpointError(
                 f"rank {self._rank} of {self._world_size} is rank {group.rank} of {group.size} in torch.distributed: ranks can "
                 "read together only if the two agree; set Options.replicated_readers='each'"
             )
+        if stray is not None and group.size != self._world_size:
+            raise stray  # as on all ranks
+        obstacle = stray or obstacle
         answers = group.gather({"obstacle": None if obstacle is None else str(obstacle)[:TEXT]})
+        if stray is not None:
+            raise stray
         found = [(rank, said["obstacle"]) for rank, said in enumerate(answers) if said["obstacle"] is not None]
         if not found or obstacle is not None:
             return None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,11 @@ class Fresh:
         together: all ranks read it together.
 
     Attributes:
-        has_target: whether reading it changes what the caller has.
         refusal: why it cannot be loaded as asked, though the file may be good. Then only check() may be called.
 
     Raises:
         CorruptError, StorageError, DeadlineError: the file is damaged, or cannot be read.
     """
-
-    has_target = False
 
     def __init__(self, path: Path, file: FileEntry, map_location: Any, weights_only: bool, together: bool = False) -> None:
         self._path, self._file, self.together = path, file, together
@@ -75,6 +72,15 @@ class Fresh:
         self.archive = Archive(path)
         compare(path, file, self.archive.size, file.crc32)
         self.refusal: Exception | None = None
+
+    @property
+    def has_target(self) -> bool:
+        """Whether reading it changes what the caller has."""
+        return False
+
+    def lent(self) -> set[int]:
+        """Addresses of the tensors that were lent to it."""
+        return set()
 
     def fill(self) -> None:
         """Reads all of it. A collective, if that is done together."""
@@ -102,19 +108,27 @@ class Fresh:
         assert crc is not None
         compare(self._path, self._file, self.archive.size, crc)
 
-    def _fill(self, pairs: list[Pair], adopted: Mapping[str, torch.UntypedStorage]) -> None:
-        filling = Filling(self.archive, pairs, adopted)
-        self._compare(filling.read(self._read_together if self.together else functools.partial(self.archive.fill, whole=True)))
+    def _fill(self, pairs: list[Pair], adopt: Callable[[], Mapping[str, torch.UntypedStorage]]) -> None:
+        fillings: list[Filling] = []
+
+        def prepare() -> tuple[Archive, Mapping[str, Any]]:
+            fillings.append(Filling(self.archive, pairs, adopt()))
+            return self.archive, fillings[0].begin()
+
+        if self.together:
+            self._compare(fill_spread(prepare).crc32)
+        else:
+            archive, places = prepare()
+            self._compare(archive.fill(places, whole=True))
+        filling = fillings.pop()
         try:
             filling.finish()
         except DAMAGE:
             raise
         except Exception as error:  # as of a device without memory
-            self.refusal = error
+            self.refusal = error.with_traceback(None)
+        del filling
         self.archive.close()
-
-    def _read_together(self, places: Mapping[str, Any]) -> int:
-        return fill_spread(lambda: (self.archive, places)).crc32
 
 
 class Into(Fresh):
@@ -123,8 +137,6 @@ class Into(Fresh):
         target, strict, weights_only: as for load_into().
         touched: the target holds parts of another checkpoint already.
     """
-
-    has_target = True
 
     def __init__(
         self, path: Path, file: FileEntry, target: Any, strict: bool, weights_only: bool, touched: bool, together: bool = False
@@ -137,7 +149,7 @@ class Into(Fresh):
         except DAMAGE:
             raise
         except Exception as error:  # the others are not to wait for this rank because of it
-            self.refusal = error
+            self.refusal = error.with_traceback(None)
 
     def _lay(self, strict: bool, weights_only: bool, touched: bool) -> None:
         if self.archive.byte_order() not in (None, "little"):
@@ -148,9 +160,13 @@ class Into(Fresh):
         if self._fit.problems:
             self.refusal = self._fit.mismatch(touched)
 
+    @property
+    def has_target(self) -> bool:
+        return True
+
     def fill(self) -> None:
         """Reads the tensors into the target."""
-        self._fill(self._fit.pairs, {name: self._outline.storages[name] for name in self._fit.adopted})
+        self._fill(self._fit.pairs, lambda: {name: self._outline.storages[name] for name in self._fit.adopted})
 
     def take(self) -> Any:
         """Puts the rest into the target, and returns it."""
@@ -161,8 +177,6 @@ class Into(Fresh):
 
 class Lent(Fresh):
     """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice."""
-
-    has_target = True
 
     def __init__(
         self, path: Path, file: FileEntry, lend: Lend, map_location: Any, weights_only: bool, together: bool = False
@@ -179,7 +193,7 @@ class Lent(Fresh):
         except CheckpointError:  # it has no outline: then nothing can be lent to it
             self._lent, self._pairs = {}, []
         except Exception as error:
-            self.refusal = error
+            self.refusal = error.with_traceback(None)
 
     def _choose(self, lend: Lend) -> None:
         self._outline = Outline(self.archive, self._how[1])
@@ -188,6 +202,8 @@ class Lent(Fresh):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"only tensors can be lent, and {path} is a {type(tensor).__name__}")
             source = _at(self._outline.value, path)
+            if not isinstance(_at(self._outline.value, path[:-1]), (MutableMapping, list)):
+                continue  # nothing can be put there
             before = len(fit.problems)
             fit.lay(source, tensor)
             if len(fit.problems) > before:
@@ -206,9 +222,21 @@ class Lent(Fresh):
             _put(self._outline.value, path, None)
         needed = self._outline.records_of(self._outline.value)
         self._outline.value = None
-        self._storages = self.archive.allocate(needed)
-        self._make = self._unpickle
-        self._fill(self._pairs, self._storages)
+        self._fill(self._pairs, functools.partial(self._allocate, needed))
+
+    def _allocate(self, names: set[str]) -> dict[str, torch.UntypedStorage]:
+        self._storages = self.archive.allocate(names)
+        return self._storages
+
+    @property
+    def has_target(self) -> bool:
+        return bool(self._lent)
+
+    def lent(self) -> set[int]:
+        return {tensor.data_ptr() for tensor in self._lent.values()}
+
+    def take(self) -> Any:
+        return self._unpickle() if self._lent else super().take()
 
     def _unpickle(self) -> Any:
         absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._storages}

@@ -52,7 +52,7 @@ def load_into(
         raise fit.mismatch()
     fence()
     filling = Filling(archive, fit.pairs, {name: outline.storages[name] for name in fit.adopted})
-    filling.read(archive.fill)
+    archive.fill(filling.begin())
     filling.finish()
     for put in fit.last:
         put()

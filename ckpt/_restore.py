@@ -76,7 +76,8 @@ class Loading(NamedTuple):
             return Fresh(path, file, self.map_location, self.weights_only, together)
         if _lends(target):
             return Lent(path, file, target, self.map_location, self.weights_only, together)
-        return Into(path, file, target, self.strict, self.weights_only, touched, together)
+        strict = self.strict or touched  # else what it lacks would keep the parts of the other
+        return Into(path, file, target, strict, self.weights_only, touched, together)
 
 
 def _lends(target: Any) -> bool:
@@ -96,6 +97,8 @@ class Restorer:
         self._held: dict[Path, Callable[[], Any]] = {}
         self._refusal: Exception | None = None
         self._touched = False  # whether a target holds parts of a checkpoint
+        self._owed: set[int] = set()  # addresses of lent tensors that hold parts of one
+        self._lost: CheckpointError | None = None  # why targets must not be used any more, whatever is chosen
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
@@ -107,7 +110,7 @@ class Restorer:
         def verify(candidate: Candidate) -> str | None:
             return self._verify(root / candidate.name, candidate, loading)
 
-        self._touched = False
+        self._touched, self._owed, self._lost = False, set(), None
         try:
             return self._choose_and_load(root, loading, verify)
         finally:
@@ -126,6 +129,7 @@ class Restorer:
             return self._load(root / found.name, _manifest.read(root / found.name), loading)
         if rejected:
             after = ". What was to be loaded into holds parts of them now" if self._touched else ""
+            after += f". {self._lost}" if self._lost else ""
             raise CorruptError(f"no checkpoint in '{root}' is good: " + "; ".join(rejected) + after)
         return None
 
@@ -152,9 +156,9 @@ class Restorer:
                 _held.verify(path, file)
 
         def finish(manifest: Manifest) -> None:
-            refusal = next(
-                (each.refusal for each in beside.values() if each.refusal), self._why_not(directory, manifest, loading)
-            )
+            refusal: Exception | None = self._lost or self._why_not_filled(directory, beside)
+            refusal = refusal or next((each.refusal for each in beside.values() if each.refusal), None)
+            refusal = refusal or self._why_not(directory, manifest, loading)
             others = readiness.settle(refusal)
             self._refusal = refusal or others
             self._fill(beside)
@@ -174,9 +178,28 @@ class Restorer:
                 each.check()
                 continue
             self._touched |= each.has_target
-            each.fill()
+            self._owed |= each.lent()
+            try:
+                each.fill()
+            except DeadlineError as error:
+                if not each.has_target:
+                    raise
+                self._lost = self._refusal = CheckpointError(
+                    f"{error}. A read that hangs may still write to what was to be loaded into, at any time: make that anew"
+                )
+                continue
             self._refusal = each.refusal
             self._held[path] = each.take
+
+    def _why_not_filled(self, directory: Path, beside: dict[Path, Fresh]) -> CheckpointError | None:
+        """Whether memory that was lent to a checkpoint that was passed over is not filled by this one."""
+        left = self._owed.difference(*(each.lent() for each in beside.values()))
+        if not left:
+            return None
+        return CheckpointError(
+            f"'{directory}' has nothing for {len(left)} tensors that hold parts of a damaged checkpoint now, which was passed "
+            "over: make what is to be loaded into anew"
+        )
 
     def _why_not(self, directory: Path, manifest: Manifest, loading: Loading) -> CheckpointError | None:
         """What the checkpoint has not that is asked for."""

@@ -114,11 +114,11 @@ def start(
             is_lazy = lazy_storages(lazy)
             # All of them before the first is submitted: what cannot be pickled is found here.
             plans = [_plan(obj, is_lazy if written else None, options) for _, obj, written in contents]
-            for (file, obj, written), plan in zip(contents, plans, strict=True):
-                file.pickle, file.sizes = plan.pickle, plan.sizes
-                if written:
-                    _submit(runtime, file, obj, plan, options)
-                    pending._files += (file,)
+        for (file, obj, written), plan in zip(contents, plans, strict=True):
+            file.pickle, file.sizes = plan.pickle, plan.sizes
+            if written:
+                _submit(runtime, file, obj, plan, options)
+                pending._files += (file,)
     except BaseException as error:
         if pending._files:  # those in flight are the committer's to clean up
             pending._begin_error = error
@@ -144,7 +144,7 @@ def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, ob
     try:
         with _without_collector():
             plan = _plan(obj, lazy_storages(lazy), options)
-            _submit(runtime, file, obj, plan, options)
+        _submit(runtime, file, obj, plan, options)
         pending._files += (file,)
     finally:
         pending._save_s += time.monotonic() - began

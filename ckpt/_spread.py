@@ -75,8 +75,8 @@ def read_spread(
 def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None = None) -> Filled:
     """Fills memory of this rank with records of a file, of which it reads only its share. A collective.
 
-    The bytes of all records that are wanted are checked on every rank. What lies between records is not: for that, compare the
-    CRC-32 of the file.
+    The bytes of all records that are wanted are checked on every rank, if the file has checksums of its own. What lies between
+    records is not: for that, compare the CRC-32 of the file, which tells what was read, not what has arrived.
 
     Args:
         prepare: opens the file and says where its records are to go: storages or dense tensors on the host with room for
@@ -162,7 +162,7 @@ def _compare(archive: Archive, answers: list[dict[str, Any]]) -> None:
     if strays := _differing(answers, "wanted"):
         raise CheckpointError(
             f"rank {strays} wants other records of '{archive.path}' than rank 0: ranks that read a file together must load "
-            "the same parts of it"
+            "the same parts of it, into targets of the same kind; or set Options.replicated_readers='each'"
         )
 
 

@@ -159,15 +159,15 @@ def sign_lock_file(descriptor: int, owner: str) -> None:
 def keep_space(path: Path) -> Callable[[], None]:
     """Lets a file that is about to be replaced keep its space until the returned function is called: freeing takes long."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a FIFO
     except OSError:
         return lambda: None
     _kept.add(descriptor)
 
     def free() -> None:
         if descriptor in _kept:
-            _kept.remove(descriptor)
-            os.close(descriptor)
+            os.close(descriptor)  # first: a child that is forked just now must not keep it
+            _kept.discard(descriptor)
 
     return free
 
@@ -175,7 +175,8 @@ def keep_space(path: Path) -> Callable[[], None]:
 def _free_in_child() -> None:
     """Else a process that lives on would keep the space."""
     while _kept:
-        os.close(_kept.pop())
+        with contextlib.suppress(OSError):
+            os.close(_kept.pop())
 
 
 os.register_at_fork(after_in_child=_free_in_child)

@@ -326,9 +326,8 @@ def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
     if not any(file.target.parent == pending.path for file in pending._planned):
         return False
-    if isinstance(error, StorageError):
-        return error.errno == errno.ENOENT  # of files that were there
-    return isinstance(error, (PeerError, CorruptError)) and _is_gone(pending.path)
+    gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
+    return gone and _is_gone(pending.path)
 
 
 def _is_gone(path: Path) -> bool:

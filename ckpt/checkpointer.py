@@ -250,15 +250,18 @@ class Checkpointer(Saver):
                 contents yet, and returns a dict of tensors by their paths in that, such as ("model", "weight"). Those that
                 are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
                 may be called for several checkpoints, one after the other.
-            strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has.
+            strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
+                damaged checkpoint has been passed over, whose parts these tensors may hold.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
             MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here. The
-                others have restored it.
+                others have restored it; or, with `Options.replicated_readers="all"`, they raise PeerError.
             CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`, or has no state of
-                the kind that there is a target for.
-            PeerError: a rank does not answer.
+                the kind that there is a target for; the target must not be used any more (a read that hangs may still
+                write to it, or it holds parts that the chosen one does not fill); with `replicated_readers="all"`:
+                torch.distributed is not initialised, has other ranks, or the ranks want different parts.
+            PeerError: a rank does not answer, or cannot load what all read together.
             ValueError: into and merge are both given.
         """
         self._check_usable()

@@ -106,10 +106,10 @@ class DeviceError(CheckpointError):
 
 
 class PeerError(CheckpointError):
-    """Ranks of the job did not answer in time.
+    """Other ranks of the job have failed, or did not answer in time.
 
     Attributes:
-        ranks: those that did not answer, in order.
+        ranks: those that did not answer, or have failed, in order; empty if that is not known.
         payloads: what the others sent, by rank, where it is known; else empty.
     """
 

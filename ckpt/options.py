@@ -55,8 +55,10 @@ class Options:
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
         replicated_readers: how a job of several ranks restores that file: "each" (default): every rank reads it whole; "all":
             each rank reads its share, and the rest comes from the other ranks, through the default process group of
-            torch.distributed, whose ranks must be those that restore. `Checkpointer.restore()` makes collective calls then:
-            on all ranks, in the thread that trains.
+            torch.distributed, whose ranks must be those that restore, into targets of the same kind. What cannot be read
+            straight to its place (a target on a device, or strided otherwise than in the file) each rank reads once more
+            by itself. `Checkpointer.restore()` makes collective calls then: on all ranks, in the thread that trains. With
+            NCCL alone a rank that is lost ends the others by torch's watchdog; the backend "cpu:gloo,cuda:nccl" reports it.
         device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
             which is pinned for it; others are copied on the current stream, and save() does not wait for that. Fences let the
             current stream of each device wait. Default False: all are copied to the host inside save(). New: tested with a
@@ -69,7 +71,8 @@ class Options:
             for. 0 or at least four chunks.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
-            PendingSave whose result() raises SkippedError.
+            PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back
+            the space of what it has replaced.
         verify_capture: checksum every lazy tensor inside save() and again when its bytes are captured, and fail the save if
             they differ; default False. For finding code that writes to tensors before the fence: reads all memory once more,
             and copies what lies on devices (device_lazy) to the host, while save() waits.

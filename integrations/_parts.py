@@ -108,9 +108,11 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
     if not isinstance(shared, Mapping):
         return None
     parameters = {_bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
-    if strict and not parameters.keys() <= shared.keys() <= {_bare(key) for key in module.state_dict()}:
+    persistent = {_bare(key) for key in module.state_dict()}
+    if strict and not parameters.keys() <= shared.keys() <= persistent:
         return None
-    here = parameters | {_bare(name): tensor for name, tensor in module.named_buffers(remove_duplicate=False)}
+    buffers = {_bare(name): tensor for name, tensor in module.named_buffers(remove_duplicate=False)}
+    here = {key: tensor for key, tensor in (parameters | buffers).items() if key in persistent}
     common = {key: (found, here[key]) for key, found in shared.items() if key in here}
     if not all(isinstance(found, torch.Tensor) and found.shape == tensor.shape for found, tensor in common.values()):
         return None

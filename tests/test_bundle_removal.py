@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from support import clear_faults, wait_until
 from test_bundles import Job
 
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, FailedSavesError
 
 
 def test_a_bundle_that_is_being_removed_is_no_failure(tmp_path: Path, native: Any) -> None:
@@ -27,4 +28,13 @@ def test_a_bundle_that_is_being_removed_is_no_failure(tmp_path: Path, native: An
     removal.join()
     assert [isinstance(error, CheckpointError) for error in errors] == [True, True], errors
     assert job.save("b", 2.0) == [None, None]
+    job.close()
+
+
+def test_a_failing_storage_is_not_taken_for_a_removal(tmp_path: Path, native: Any) -> None:
+    job = Job(tmp_path, max_failed_saves=1)
+    native.set_fault("rename", error=errno.ENOENT)
+    assert not any(each is None for each in job.save("a", 1.0))
+    clear_faults()
+    assert isinstance(job.save("b", 2.0)[0], FailedSavesError)
     job.close()

@@ -232,3 +232,10 @@ def test_a_damaged_checkpoint_is_overwritten_by_the_older(tmp_path: Path) -> Non
         path.write_bytes(content)
         assert callback.resume() == 1
     assert_equal(expected, states(setup))
+
+
+def test_buffers_that_no_state_holds_are_not_lent() -> None:
+    model = nn.Linear(4, 4)
+    model.register_buffer("scratch", torch.zeros(4), persistent=False)
+    lent = _parts.lend_memory(model, {**nn.Linear(4, 4).state_dict(), "scratch": torch.ones(4)}, strict=False)
+    assert lent is not None and set(lent) == {("weight",), ("bias",)}

@@ -83,3 +83,29 @@ def test_nobody_waits_for_the_space_of_a_file_that_is_replaced(tmp_path: Path, n
     wait_until(lambda: len(seen) == 2)
     assert seen == [1, 0], "a child does not keep it"
     wait_until(lambda: not replaced(path))
+
+
+def test_a_callback_may_save(tmp_path: Path, native: Any) -> None:
+    """On the thread that would give the place free."""
+    one = options(max_in_flight=1)
+    second: list[ckpt.PendingSave] = []
+    native.set_fault("fdatasync", delay_s=DEADLINE_S)
+    pending = ckpt.save(STATE, tmp_path / "a.pt", options=one)
+    pending.add_done_callback(lambda _: second.append(ckpt.save(STATE, tmp_path / "b.pt", options=one)))
+    clear_faults()
+    wait_until(lambda: bool(second), 10)
+    assert second[0].result(DEADLINE_S) == tmp_path / "b.pt"
+
+
+def test_what_a_crash_left_gives_its_space_back_before_a_byte_is_written(
+    tmp_path: Path, native: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    left = tmp_path / "step-000000000007"
+    left.mkdir()
+    (left / "state.pt").write_bytes(b"half")
+    native.set_fault("fallocate", delay_s=DEADLINE_S)
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(1, STATE)
+        assert step_names(tmp_path) == ["step-000000000001"]
+        clear_faults()
+    assert not caplog.records
