@@ -27,7 +27,8 @@ TIMEOUT_S = 1800.0
 
 
 def reader_threads() -> int:
-    return min(4, max(2, os.cpu_count() or 1))
+    """They wait for the disk, and for the kernel to clear fresh pages: while some do the one, others do the other."""
+    return 8
 
 
 class Record(NamedTuple):
@@ -146,6 +147,9 @@ class Archive:
 def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStorage:
     """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet.
 
+    In huge pages if torch is told to have such for its own (THP_MEM_ALLOC_ENABLE=1), and not of our own accord: where the host
+    of a virtual machine takes free ones back, the first touch of one costs several times as much as those of 512 small ones.
+
     It cannot be resized: torch would do so for a tensor that reaches beyond its end, which a forged pickle may ask for.
     """
     if nbytes < large:
@@ -157,7 +161,7 @@ def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStor
         pages = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     except OSError:  # the kernel's limit on the number of mappings
         return fixed(torch.UntypedStorage(nbytes))
-    if nbytes >= _HUGE_PAGE:
+    if nbytes >= _HUGE_PAGE and os.getenv("THP_MEM_ALLOC_ENABLE") == "1":
         with contextlib.suppress(OSError):  # a kernel without them
             pages.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=lead).untyped_storage()

@@ -143,7 +143,7 @@ def test_restore_reads_every_byte_once(tmp_path: Path, monkeypatch: pytest.Monke
             return fill(self, destinations, whole=whole)
 
         monkeypatch.setattr(_archive.Archive, "fill", spy)
-        monkeypatch.setattr("ckpt._restore.digest_file", None)  # it would read it all again
+        monkeypatch.setattr("ckpt._held.digest_file", None)  # it would read it all again
         found = checkpointer.restore()
         assert found is not None and found.step == 3
         assert_same(state, found.state)
