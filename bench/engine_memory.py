@@ -9,6 +9,7 @@ import ctypes
 import gc
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -32,6 +33,11 @@ def extra_memory(name: str, nbytes: int, directory: Path) -> float:
     Raises:
         RuntimeError: the measured process failed, or took longer than `TIMEOUT_S`; the message says what it said.
     """
+    with tempfile.TemporaryDirectory(prefix="memory-", dir=directory) as own:  # its checkpoints go before the next one's come
+        return _measure(name, nbytes, Path(own))
+
+
+def _measure(name: str, nbytes: int, directory: Path) -> float:
     log = directory / "memory.log"
     command = [sys.executable, __file__, name, str(nbytes), str(directory)]
     with log.open("w+", encoding="utf-8") as said:
@@ -86,7 +92,7 @@ def main() -> None:
     ctypes.CDLL(None).malloc_trim(0)
     print("ready", flush=True)
     sys.stdin.readline()
-    field = engines.start([name], directory / f"memory-{time.monotonic_ns()}", lazy=True)
+    field = engines.start([name], directory / "checkpoints", lazy=True)
     if field.errors:
         raise RuntimeError(field.errors[name])
     engine = field.engines[name]

@@ -149,8 +149,11 @@ def measure_memory(settings: Settings, bench: Bench, directory: Path) -> Samples
         for name in names:
             note(f"memory: {name}")
             started = clock()
-            found[name].append(Sample(started, {"extra_MiB": extra_memory(name, bench.nbytes, directory)}))
-    return found
+            try:
+                found[name].append(Sample(started, {"extra_MiB": extra_memory(name, bench.nbytes, directory)}))
+            except RuntimeError as error:  # all else that has been measured is worth keeping
+                print(f"\nthe memory of {name} could not be measured: {error}", file=sys.stderr)
+    return {name: samples for name, samples in found.items() if samples}
 
 
 # ---- lines -----------------------------------------------------------------------------------------------------------
