@@ -158,6 +158,7 @@ def test_memory_in_a_process_of_its_own(runs: tuple[Future[Run], ...], directory
     assert os.listdir(directory / "apart" / "files") == []
 
 
+@pytest.mark.slow
 def test_the_engines_of_deepspeed(tmp_path: Path) -> None:
     if importlib.util.find_spec("deepspeed") is None:
         pytest.skip("deepspeed is not installed")
@@ -185,6 +186,7 @@ def test_the_engines_of_deepspeed(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "files") == []
 
 
+@pytest.mark.slow
 def test_ways_of_restoring(tmp_path: Path) -> None:
     lines, _ = run_bench(tmp_path, "--workload=restore", "--rounds=1", "--fio=none")
     for line in lines:

@@ -33,6 +33,8 @@ BROKEN_ENGINE = """
 import sys
 import torch
 
+pytestmark = pytest.mark.slow
+
 class CheckpointEngine:
     def __init__(self, config, rank):
         assert config["host_cache_size"] >= 1

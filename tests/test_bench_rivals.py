@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from test_bench import BENCH, check_line, only, run_bench
 
+pytestmark = pytest.mark.slow
+
 DEADLINE_S = 300.0  # three processes, two of them Python's, start and stop for some of the engines
 ENGINES = {
     *("ckpt", "torch.save + fsync", "torch.save without CRC-32 + fsync", "safetensors", "DCP save"),

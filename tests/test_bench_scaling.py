@@ -28,7 +28,7 @@ EVERY_SIDE = {"rate_GBps", "durable_s", "blocked_s"}
 
 Line = dict[str, Any]
 
-pytestmark = pytest.mark.usefixtures("native")
+pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.slow]
 
 
 def scaling(*arguments: str) -> subprocess.CompletedProcess[str]:

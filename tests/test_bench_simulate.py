@@ -225,6 +225,7 @@ def simulation(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_beside_real_saves(native: Any, tmp_path: Path) -> None:
     out = tmp_path / "lines"
     where = [f"--directory={tmp_path / 'files'}", f"--out={out}", f"--plots={tmp_path}"]
@@ -239,6 +240,7 @@ def test_beside_real_saves(native: Any, tmp_path: Path) -> None:
     assert (tmp_path / "validation.png").read_bytes().startswith(PNG)
 
 
+@pytest.mark.slow
 def test_the_published_setting_and_what_lies_beyond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

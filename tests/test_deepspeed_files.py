@@ -158,6 +158,7 @@ def test_an_engine_that_is_attached_to(two_ranks: Outcomes) -> None:
     assert_later(ranks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", OWN_ADAM, ids=name_of)
 def test_optimizers_that_deepspeed_compiles(case: Fields, own_adam: Outcomes) -> None:
     """They write to tensors behind torch's back: no version counter tells of it."""

@@ -79,10 +79,10 @@ def test_what_is_counted_is_bytes_of_tensors(make: Make, cuda: FakeCuda) -> None
     cuda.hold_copies(True)
     saved = rig.save([65] * 2000, [LAZY] * 2000, [0] * 2000)
     rig.engine.fence(rig.streams)
-    assert rig.cached() > 65 * 2000 > cached(saved) > 0
+    assert rig.cached() > 65 * 2000 >= cached(saved) > 0
     cuda.hold_copies(False)
     rig.check(saved)
-    assert cached(saved) < saved.job.stats["bytes_from_devices"] == 65 * 2000
+    assert cached(saved) <= saved.job.stats["bytes_from_devices"] == 65 * 2000
 
 
 def test_neither_host_nor_stream_waits_for_what_is_in_the_cache(make: Make, cuda: FakeCuda) -> None:
