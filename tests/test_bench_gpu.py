@@ -21,6 +21,8 @@ from test_bench import BENCH, DEADLINE_S, TINY, Line, check_line, only, run_benc
 
 import ckpt
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["fake_library"]
 
 GPU = "gpu, STAND-IN"
@@ -32,8 +34,6 @@ ROUNDS = 2
 BROKEN_ENGINE = """
 import sys
 import torch
-
-pytestmark = pytest.mark.slow
 
 class CheckpointEngine:
     def __init__(self, config, rank):
