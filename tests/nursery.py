@@ -39,6 +39,10 @@ class Child:
         if not select.select([self._nursery.socket], [], [], delay_s)[0]:
             os.kill(self.pid, signal.SIGKILL)
 
+    def said(self) -> str:
+        """Its standard output so far. The file's position is the child's own: it is left where it is."""
+        return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace")
+
     def wait(self) -> Ended:
         """Kills it at the deadline."""
         self.kill_after(DEADLINE_S)

@@ -20,6 +20,7 @@ import pytest
 import torch
 from dist import commit_worker
 from nursery import Child, Ended, Nursery
+from support import wait_until
 
 MOST_RANKS = 3
 # Where a rank can be killed while a step is saved; tests/crash compares these with the source.
@@ -371,12 +372,12 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
     """The others miss it and train on; when it comes back, saves work again."""
     slowly = {str(step): {"sleep_s": 0.25} for step in range(16)}
     job = start(steps=16, plan=slowly, options=IMPATIENT["options"])
-    deadline = time.monotonic() + 30
-    while not committed(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.005)
+    wait_until(lambda: bool(committed(tmp_path)), what="the first checkpoint")
     os.kill(job.children[victim].pid, signal.SIGSTOP)
-    time.sleep(3 * commit_worker.SHORT_S + 1)
-    os.kill(job.children[victim].pid, signal.SIGCONT)
+    try:
+        wait_until(lambda: "failed " in job.children[1 - victim].said(), what="a save that the other gives up")
+    finally:
+        os.kill(job.children[victim].pid, signal.SIGCONT)
     told = job.end()
     other = told[1 - victim]
     assert other.failed and all(f"rank {victim}" in text for _, text in other.failed.values()), other.failed
