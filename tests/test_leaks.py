@@ -51,7 +51,8 @@ def test_many_steps(tmp_path: Path) -> None:
         checkpointer.wait()
         assert checkpointer.steps() == [WARM_UP + SAVES - 2, WARM_UP + SAVES - 1]
         assert checkpointer._runtime._engine.arena_used == 0
-        assert len(list(tmp_path.iterdir())) == 4, "the lock, latest, and the two that are kept"
+    # Old ones are removed behind what is waited for, and all of them when it is closed.
+    assert len(list(tmp_path.iterdir())) == 4, "the lock, latest, and the two that are kept"
 
 
 def test_many_files(tmp_path: Path) -> None:
