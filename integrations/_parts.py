@@ -135,14 +135,18 @@ def _lend_optimizer(optimizer: torch.optim.Optimizer, shared: Any) -> dict[tuple
         return {}
     if not isinstance(shared, Mapping) or not {"state", "param_groups"} <= shared.keys():
         return None
-    theirs = [group["params"] for group in shared["param_groups"]]
+    states, groups = shared["state"], shared["param_groups"]
+    if not isinstance(states, Mapping) or not isinstance(groups, list):
+        return None
+    theirs: list[Any] = [group.get("params") if isinstance(group, Mapping) else None for group in groups]
     ours = [group["params"] for group in optimizer.param_groups]
-    if list(map(len, theirs)) != list(map(len, ours)):
+    if not all(isinstance(params, list) for params in theirs) or list(map(len, theirs)) != list(map(len, ours)):
         return None
     lent: dict[tuple[Any, ...], torch.Tensor] = {}
     for index, parameter in zip(itertools.chain(*theirs), itertools.chain(*ours), strict=True):
-        found, state = shared["state"].get(index, {}), optimizer.state.get(parameter, {})
-        lent |= {("state", index, key): state[key] for key in found if isinstance(state.get(key), torch.Tensor)}
+        found, state = states.get(index), optimizer.state.get(parameter, {})
+        if isinstance(found, Mapping):
+            lent |= {("state", index, key): state[key] for key in found if isinstance(state.get(key), torch.Tensor)}
     return lent
 
 

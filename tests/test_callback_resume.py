@@ -211,6 +211,15 @@ def test_shapes_and_names_are_looked_at_first() -> None:
     assert _parts.lend_memory(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), {"state": {}}, strict=True) is None
 
 
+@pytest.mark.parametrize("groups", [None, 3, [None], [{}], [{"params": 1}], [{"params": [0, 1]}]], ids=str)
+def test_states_that_are_none_of_an_optimizer_lend_nothing(groups: Any) -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
+    assert _parts.lend_memory(optimizer, {"state": {}, "param_groups": groups}, strict=True) is None
+    fits = [{"params": [0]}]
+    assert _parts.lend_memory(optimizer, {"state": [], "param_groups": fits}, strict=True) is None
+    assert _parts.lend_memory(optimizer, {"state": {0: 7}, "param_groups": fits}, strict=True) == {}
+
+
 def test_another_dtype_is_cast(tmp_path: Path, lent: list[tuple[Any, ...]]) -> None:
     expected = saved(tmp_path).model.state_dict()
     other = make_model().double()
