@@ -70,11 +70,13 @@ class Bench:
         self._files += 1
         return directory / f"{self._files}.pt"
 
-    def pinned_rate(self) -> Values:
+    def pinned_rate(self, to_device: bool = False) -> Values:
         """What the link gives to a program that does nothing else."""
         block = min(self.nbytes, PINNED_BYTES)
         source = torch.ones(block, dtype=torch.uint8, device=self.device.torch_device)
         target = self.device.pinned(block)
+        if to_device:
+            source, target = target, source
         blocks = math.ceil(self.nbytes / block)
         self.device.synchronize()
         begin = self.device.mark()

@@ -27,11 +27,13 @@ ASKED_OF_SMI = "driver_version,pcie.link.gen.current,pcie.link.width.current,clo
 class Device(Protocol):
     """Attributes:
     torch_device: where the job's tensors lie.
+    map_location: what ckpt.load() is told to load to there.
     name: for the reader.
     stand_in: nothing measured on it means anything.
     """
 
     torch_device: torch.device
+    map_location: Any
     name: str
     stand_in: bool
 
@@ -69,6 +71,7 @@ class Gpu:
                 f"this workload needs an NVIDIA GPU and a torch built for CUDA; torch {torch.__version__} sees none here"
             )
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        self.map_location = self.torch_device
         self.name = torch.cuda.get_device_name(self.torch_device)
 
     def synchronize(self) -> None:
@@ -118,12 +121,14 @@ class StandIn:
 
     def __init__(self, library: Path) -> None:
         self.torch_device = torch.device("cpu")
+        self.map_location = "cuda:0"
         self.name = "no GPU: host memory and a fake driver stand in for it"
         self._library = ctypes.CDLL(str(library))
         self._library.fake_configure(1, ctypes.c_uint64(0), ctypes.c_double(0.0))
         _devices.driver = str(library)
         _devices.pretended = lambda storage: 0
         _devices.pretended_stream = lambda device: 0
+        _devices.pretended_memory = lambda nbytes, device: torch.UntypedStorage(nbytes)
 
     def synchronize(self) -> None:
         self._library.fake_synchronize(0, ctypes.c_void_p(None))

@@ -12,11 +12,13 @@ import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 
-from ckpt import _native
+from ckpt import _devices, _native
+from ckpt._devices import HOST
 from ckpt.errors import CorruptError
 
 # Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
@@ -24,6 +26,7 @@ _LARGE = 256 * 1024
 _ALIGNMENT = 64  # of every storage, as torch's allocator has it
 _HUGE_PAGE = 2 << 20
 TIMEOUT_S = 1800.0
+_NONE: Mapping[str, int] = MappingProxyType({})  # of the records is on a device
 
 
 def reader_threads() -> int:
@@ -85,29 +88,48 @@ class Archive:
         """Of all others: the pickle, and a few bytes each."""
         return [name for name in self.records if not name.startswith("data/")]
 
-    def allocate(self, names: Iterable[str]) -> dict[str, torch.UntypedStorage]:
-        return {name: allocate(self.records[name].size, self.records[name].offset) for name in names}
+    def allocate(self, names: Iterable[str], devices: Mapping[str, int] = _NONE) -> dict[str, torch.UntypedStorage]:
+        """
+        Args:
+            devices: of the records that are to lie on one, by name.
 
-    def fill(self, destinations: Mapping[str, Any], *, whole: bool = False) -> int | None:
+        Raises:
+            RuntimeError: a device has not enough memory.
+        """
+        return {
+            name: _devices.allocate(self.records[name].size, devices[name])
+            if name in devices
+            else allocate(self.records[name].size, self.records[name].offset)
+            for name in names
+        }
+
+    def fill(self, destinations: Mapping[str, Any], *, whole: bool = False, devices: Mapping[str, int] = _NONE) -> int | None:
         """Reads records and checks the CRC-32 of each.
 
         Args:
             destinations: what has a data_ptr() and room for the record, by name.
             whole: check all of the file. Then its CRC-32 is returned.
+            devices: of those destinations that lie on one, by name. They get their bytes behind what the current stream of
+                the device has been given so far, and have them when this returns.
+
+        Raises:
+            DeviceError: their driver failed, or a current stream is being captured into a graph.
         """
         return self._file.read(
-            self._wanted(destinations),
+            self._wanted(destinations, devices),
             whole=whole,
             threads=reader_threads(),
             timeout_s=self._timeout_s,
             keep=list(destinations.values()),
+            driver=_devices.driver,
+            streams=_devices.streams_of(set(devices.values())),
         )
 
     def fill_share(self, destinations: Mapping[str, Any], begin: int, end: int) -> int:
         """Reads bytes begin..end of the file, with what lies there of the records, and returns the CRC-32 of these bytes.
 
         Args:
-            destinations: as for fill(): room for whole records. Their CRC-32s are not checked here, see check().
+            destinations: as for fill(), on the host: room for whole records. Their CRC-32s are not checked here, see check().
         """
         return self._file.read_share(
             self._wanted(destinations),
@@ -119,7 +141,7 @@ class Archive:
         )
 
     def check(self, filled: Mapping[str, Any]) -> None:
-        """Checks the CRC-32s of records that are in memory.
+        """Checks the CRC-32s of records that are in memory of the host.
 
         Raises:
             CorruptError: names the first that is wrong.
@@ -136,8 +158,8 @@ class Archive:
         """From storage, so far."""
         return self._file.bytes_read
 
-    def _wanted(self, places: Mapping[str, Any]) -> list[tuple[int, int]]:
-        return [(self.records[name].number, place.data_ptr()) for name, place in places.items()]
+    def _wanted(self, places: Mapping[str, Any], devices: Mapping[str, int] = _NONE) -> list[tuple[int, int, int]]:
+        return [(self.records[name].number, place.data_ptr(), devices.get(name, HOST)) for name, place in places.items()]
 
     def close(self) -> None:
         """Lets go of the file. Nothing can be read after that."""

@@ -13,6 +13,8 @@ driver: str | None = None
 # and let host memory play a device's: the device of a storage, or HOST; and the stream of a device.
 pretended: Callable[[UntypedStorage], int] | None = None
 pretended_stream: Callable[[int], int] | None = None
+# and give it out.
+pretended_memory: Callable[[int, int], UntypedStorage] | None = None
 
 
 def index_of(storage: UntypedStorage) -> int:
@@ -36,3 +38,40 @@ def at_work() -> list[int]:
     if pretended is None and torch.version.cuda is not None and torch.cuda.is_initialized():
         return [torch.cuda.current_device()]
     return []
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+def are_present() -> bool:
+    """Whether this process could put tensors on any."""
+    return pretended_memory is not None or (torch.version.cuda is not None and torch.cuda.is_available())
+
+
+def index_named(location: str) -> int:
+    """The device that files and map_location name so, as in "cuda:1"; HOST for what is none of this process."""
+    name, _, number = location.partition(":")
+    if name != "cuda":
+        return HOST
+    if pretended_memory is not None:
+        return int(number or 0)
+    if not are_present():
+        return HOST
+    index = int(torch.cuda._utils._get_device_index(location, optional=True))
+    return index if index < torch.cuda.device_count() else HOST
+
+
+def allocate(nbytes: int, device: int) -> UntypedStorage:
+    """Memory of the device, of torch's own allocator.
+
+    Raises:
+        RuntimeError: there is not enough.
+    """
+    if pretended_memory is not None:
+        return pretended_memory(nbytes, device)
+    return UntypedStorage(nbytes, device=f"cuda:{device}")
+
+
+def strangers(storages: Iterable[UntypedStorage]) -> set[int]:
+    """Addresses (_cdata) of storages on devices that torch takes for host memory: where that plays a device's."""
+    return set() if pretended_memory is None else {storage._cdata for storage in storages}

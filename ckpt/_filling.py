@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from ckpt import _devices
 from ckpt._archive import Archive, allocate
+from ckpt._devices import HOST
 from ckpt._fit import Pair
+from ckpt._memory import Memory
+from ckpt._outline import view_of
 
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
 
@@ -19,44 +23,69 @@ class Filling:
 
     Args:
         pairs: tensors to fill.
-        adopted: memory for whole records, by their names, which is filled too.
+        memory: for whole records, which is filled too.
+        devices: whether what is read can be sent to devices; else targets there are filled from temporaries.
+
+    Attributes:
+        places, devices: what can be read straight to its place, see Places.
     """
 
-    def __init__(self, archive: Archive, pairs: Iterable[Pair], adopted: Mapping[str, torch.UntypedStorage]) -> None:
+    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: Memory, devices: bool = True) -> None:
         self._archive = archive
         self._pairs = list(pairs)
+        self._memory = memory
         self._by_record: dict[str, list[Pair]] = {}
         for pair in self._pairs:
             if pair.source.numel():
                 self._by_record.setdefault(pair.record, []).append(pair)
-        self._direct: dict[str, Any] = dict(adopted)
+        self._choose(devices)
+
+    def _choose(self, devices: bool) -> None:
+        self.places: dict[str, Any] = dict(self._memory.places)
+        self.devices = dict(self._memory.devices)
         taken = Intervals()
         for name, (first, *_) in self._by_record.items():
-            if name not in self._direct and takes_whole(first, archive.records[name].size) and taken.add(first.target):
-                self._direct[name] = first.target
+            direct = name not in self.places and takes_whole(first, self._archive.records[name].size, devices)
+            if direct and taken.add(first.target):
+                self.places[name] = first.target
+                if (device := device_of(first.target)) != HOST:
+                    self.devices[name] = device
 
-    def begin(self) -> Mapping[str, Any]:
-        """What can be read straight to its place: the records and the places, for Archive.fill()."""
+    def retreat(self) -> None:
+        self._memory.retreat()
+        self._choose(devices=False)
+
+    def begin(self) -> None:
+        """Before places are written to."""
         for pair in self._pairs:  # also if reading fails: then there are parts of the file
             if not pair.target.is_inference():
                 torch.autograd.graph.increment_version(pair.target)
-        return self._direct
 
     def finish(self) -> None:
         """All else, after that."""
         with torch.no_grad():
-            for name in self._by_record.keys() & self._direct.keys():
-                _copy_to_others(self._by_record[name], self._direct[name])
-            rest = {name: pairs for name, pairs in self._by_record.items() if name not in self._direct}
+            for name in self._by_record.keys() & self.places.keys():
+                _copy_to_others(self._by_record[name], self.places[name])
+            rest = {name: pairs for name, pairs in self._by_record.items() if name not in self.places}
             _fill_the_rest(self._archive, rest)
 
 
-def takes_whole(pair: Pair, nbytes: int) -> bool:
-    """Whether the record's bytes, as they are, are those of the target."""
+def device_of(target: torch.Tensor) -> int:
+    """The device that can be sent bytes for it; HOST for all others."""
+    return _devices.index_of(target.untyped_storage())
+
+
+def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
+    """Whether the record's bytes, as they are, are those of the target, and can be read to there.
+
+    Args:
+        devices: whether devices can be sent bytes.
+    """
     source, target = pair.source, pair.target
+    within_reach = target.device.type == "cpu" if device_of(target) == HOST else devices
     span = sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) + 1
     return (
-        target.device.type == "cpu"
+        within_reach
         and source.stride() == target.stride()
         and source.storage_offset() == 0
         and source.numel() == span  # dense: no gaps, nothing twice
@@ -85,7 +114,7 @@ class Intervals:
 def _copy_to_others(pairs: list[Pair], filled: torch.Tensor | torch.UntypedStorage) -> None:
     """What shares the record with a tensor that has got it: from there, unless it shares memory here too."""
     for pair in pairs:
-        source = _view(pair.source, filled)
+        source = view_of(pair.source, filled)
         here = (source.data_ptr(), source.stride()) == (pair.target.data_ptr(), pair.target.stride())
         if not (here and source.device == pair.target.device):
             pair.target.copy_(source)
@@ -108,16 +137,4 @@ def _fill_batch(archive: Archive, by_record: dict[str, list[Pair]], batch: dict[
     archive.fill(batch)
     for name, storage in batch.items():
         for pair in by_record[name]:
-            pair.target.copy_(_view(pair.source, storage))
-
-
-def _view(source: torch.Tensor, filled: torch.Tensor | torch.UntypedStorage) -> torch.Tensor:
-    """The tensor that `source` is in the outline, over memory that holds the record."""
-    whole, rest = 0, 0
-    if isinstance(filled, torch.Tensor):
-        whole, rest = divmod(int(filled.storage_offset()) * filled.itemsize, source.itemsize)
-    if rest:  # a record of several dtypes, filled into a tensor that stands askew for this one
-        assert isinstance(filled, torch.Tensor)
-        filled, whole = filled.clone(memory_format=torch.preserve_format), 0
-    storage = filled.untyped_storage() if isinstance(filled, torch.Tensor) else filled
-    return torch.empty(0, dtype=source.dtype).set_(storage, whole + source.storage_offset(), source.shape, source.stride())
+            pair.target.copy_(view_of(pair.source, storage))

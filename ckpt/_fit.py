@@ -7,7 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt._outline import PLAIN, Outline, is_plain_tensor
+from ckpt import _devices
+from ckpt._devices import HOST
+from ckpt._memory import Memory, allocate_on
+from ckpt._outline import PLAIN, Outline, is_plain_tensor, view_of
 from ckpt.errors import MismatchError
 
 _SHOWN_PROBLEMS = 20
@@ -26,18 +29,20 @@ class Fit:
 
     Attributes:
         pairs: tensors to fill.
-        adopted: records of tensors that have no counterpart yet; these are given to the target as they come from the file.
+        adopted: records of tensors that have no counterpart yet; these are given to the target as they come from the file. With
+            the device on which it wants them, or HOST.
         last: to be called when all bytes are there: what puts values that are not tensors in their places.
         problems: for people; empty if the two fit.
     """
 
     def __init__(self, outline: Outline, strict: bool) -> None:
         self.pairs: list[Pair] = []
-        self.adopted: set[str] = set()
+        self.adopted: dict[str, int] = {}
         self.last: list[Callable[[], object]] = []
         self.problems: list[str] = []
         self._outline = outline
         self._strict = strict
+        self._memory: Memory | None = None
 
     def lay(self, found: Any, target: Any, path: str = "") -> None:
         """Goes through both; notes what to do and what is wrong."""
@@ -53,6 +58,18 @@ class Fit:
             self._lay_sequence(found, target, path)
         elif not isinstance(found, PLAIN) or found != target:
             self._problem(path, f"is {_kind(found)} in the file, and {_kind(target)} here, which cannot be changed in place")
+
+    def memory(self, devices: bool = True) -> Memory:
+        """For what is adopted; to be filled before the last calls.
+
+        Args:
+            devices: whether what is read can be sent to them.
+        """
+        elsewhere = {name: device for name, device in self.adopted.items() if devices and device != HOST}
+        here = {name: self._outline.storages[name] for name in self.adopted if name not in elsewhere}
+        made, elsewhere_now = allocate_on(self._outline.archive, elsewhere, elsewhere)
+        self._memory = Memory(self._outline.archive, here | made, elsewhere_now)
+        return self._memory
 
     def mismatch(self, touched: bool = False) -> MismatchError:
         """The error that lists the problems. `touched`: the target holds parts of another file already."""
@@ -124,15 +141,37 @@ class Fit:
         theirs = [len(group["params"]) for group in found.get("param_groups", ())]
         if groups != theirs:
             return self._problem(path, f"has groups of {theirs} parameters in the file, and of {groups} here")
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for key, value in found["state"].items():
             if key not in state["state"] and key in range(sum(groups)):
-                self.adopted |= self._outline.records_of(value)
+                self._adopt(value, parameters[key])
                 state["state"][key] = value
         known = {key: value for key, value in state["state"].items() if value is not found["state"].get(key)}
         theirs_known = {key: value for key, value in found["state"].items() if value is not state["state"].get(key)}
         self._lay_mapping(theirs_known, known, _join(path, "state"))
         self._lay_sequence(found["param_groups"], state["param_groups"], _join(path, "param_groups"))
-        self.last.append(lambda: optimizer.load_state_dict(state))
+        self.last.append(lambda: optimizer.load_state_dict(state | {"state": self._where_read(state["state"])}))
+
+    def _adopt(self, value: Any, parameter: torch.Tensor) -> None:
+        """The state of a parameter that has none. Optimizer.load_state_dict() moves it to its device, but for the step."""
+        self.adopted |= {name: HOST for name in self._outline.records_of(value) if name not in self.adopted}
+        for name, part in value.items() if isinstance(value, Mapping) else ():
+            if isinstance(part, torch.Tensor) and name != "step" and (record := self._outline.record_of(part)) is not None:
+                self.adopted[record] = _devices.index_of(parameter.untyped_storage())
+
+    def _where_read(self, states: Mapping[Any, Any]) -> dict[Any, Any]:
+        """The same, with the tensors that were read to other memory than the outline's."""
+        return {
+            key: {name: self._moved(part) for name, part in value.items()} if isinstance(value, Mapping) else value
+            for key, value in states.items()
+        }
+
+    def _moved(self, part: Any) -> Any:
+        record = self._outline.record_of(part) if isinstance(part, torch.Tensor) else None
+        if record is None or self._memory is None or record not in self._memory.places:
+            return part
+        place = self._memory.places[record]
+        return part if place is self._outline.storages[record] else view_of(part, place)
 
 
 def _join(path: str, key: object) -> str:

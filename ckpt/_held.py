@@ -23,10 +23,10 @@ from ckpt._archive import Archive, reader_threads
 from ckpt._filling import Filling, Intervals, takes_whole
 from ckpt._fit import Fit, Pair
 from ckpt._manifest import FileEntry
+from ckpt._memory import Memory, fill, read_whole
 from ckpt._native import digest_file
 from ckpt._outline import Outline
 from ckpt._spread import fill_spread, read_spread
-from ckpt._unpickle import Contents, read_whole
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
@@ -108,18 +108,19 @@ class Fresh:
         assert crc is not None
         compare(self._path, self._file, self.archive.size, crc)
 
-    def _fill(self, pairs: list[Pair], adopt: Callable[[], Mapping[str, torch.UntypedStorage]]) -> None:
+    def _fill(self, pairs: list[Pair], make: Callable[[], Memory]) -> None:
         fillings: list[Filling] = []
 
         def prepare() -> tuple[Archive, Mapping[str, Any]]:
-            fillings.append(Filling(self.archive, pairs, adopt()))
-            return self.archive, fillings[0].begin()
+            fillings.append(Filling(self.archive, pairs, make(), devices=not self.together))
+            fillings[0].begin()
+            return self.archive, fillings[0].places
 
         if self.together:
             self._compare(fill_spread(prepare).crc32)
         else:
-            archive, places = prepare()
-            self._compare(archive.fill(places, whole=True))
+            prepare()
+            self._compare(fill(self.archive, fillings[0], whole=True))
         filling = fillings.pop()
         try:
             filling.finish()
@@ -166,7 +167,7 @@ class Into(Fresh):
 
     def fill(self) -> None:
         """Reads the tensors into the target."""
-        self._fill(self._fit.pairs, lambda: {name: self._outline.storages[name] for name in self._fit.adopted})
+        self._fill(self._fit.pairs, lambda: self._fit.memory(devices=not self.together))
 
     def take(self) -> Any:
         """Puts the rest into the target, and returns it."""
@@ -210,7 +211,8 @@ class Lent(Fresh):
                 continue
             pair = fit.pairs[-1]
             place = (pair.record, tensor.data_ptr(), source.storage_offset())
-            if takes_whole(pair, self.archive.records[pair.record].size) and (place in known or taken.add(tensor)):
+            size = self.archive.records[pair.record].size
+            if takes_whole(pair, size, devices=not self.together) and (place in known or taken.add(tensor)):
                 known.add(place)
                 self._pairs.append(pair)
                 self._lent[path] = tensor
@@ -224,9 +226,12 @@ class Lent(Fresh):
         self._outline.value = None
         self._fill(self._pairs, functools.partial(self._allocate, needed))
 
-    def _allocate(self, names: set[str]) -> dict[str, torch.UntypedStorage]:
-        self._storages = self.archive.allocate(names)
-        return self._storages
+    def _allocate(self, names: set[str]) -> Memory:
+        if self.together:  # ranks send each other what lies on the host
+            self._memory = Memory(self.archive, self.archive.allocate(names))
+        else:
+            self._memory = Memory.where_loaded(self.archive, names, self._how[0])
+        return self._memory
 
     @property
     def has_target(self) -> bool:
@@ -239,9 +244,8 @@ class Lent(Fresh):
         return self._unpickle() if self._lent else super().take()
 
     def _unpickle(self) -> Any:
-        absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._storages}
-        alone = {storage._cdata for storage in absent.values()}
-        loaded = Contents(self.archive, self._outline.small, absent | self._storages).unpickle(*self._how, alone)
+        absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._memory.places}
+        loaded = self._memory.contents(self._outline.small, absent).unpickle(*self._how)
         for path, tensor in self._lent.items():
             _put(loaded, path, tensor)
         return loaded

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ckpt._archive import TIMEOUT_S, Archive
+from ckpt._memory import Memory, fill, read_whole
 from ckpt._outline import Outline, Selection
-from ckpt._unpickle import Contents, first_line, only_weights, raise_explained, read_whole
+from ckpt._unpickle import first_line, only_weights, raise_explained
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 
 logger = logging.getLogger("ckpt")
@@ -34,7 +35,8 @@ def load(
     """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way.
 
     The result is that of `torch.load`. Several threads read straight into its memory, past the page cache where the file system
-    can; memory beside it is some MiB for each thread.
+    can; memory beside it is some MiB for each thread. What belongs on a CUDA device goes there by way of pinned buffers,
+    without a copy of it on the host, unless map_location is a function.
 
     Args:
         path: the file.
@@ -80,12 +82,11 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     """Unpickles twice: first to see what is wanted, then over the bytes of that."""
     outline = Outline(archive, weights_only)
     needed = outline.records_of(selection.prune(outline.value, archive.path))
-    storages = archive.allocate(needed)
-    archive.fill(storages)
+    memory = Memory.where_loaded(archive, needed, map_location)
+    fill(archive, memory)
     absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
     outline.value = None
-    alone = {storage._cdata for storage in absent.values()}
-    loaded = Contents(archive, outline.small, absent | storages).unpickle(map_location, weights_only, alone)
+    loaded = memory.contents(outline.small, absent).unpickle(map_location, weights_only)
     return selection.prune(loaded, archive.path)
 
 

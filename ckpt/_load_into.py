@@ -10,6 +10,7 @@ from ckpt._archive import TIMEOUT_S, Archive
 from ckpt._filling import Filling
 from ckpt._fit import Fit
 from ckpt._load import is_zip, open_archive
+from ckpt._memory import fill
 from ckpt._outline import Outline
 from ckpt._runtime import fence
 from ckpt.errors import CheckpointError
@@ -25,9 +26,9 @@ def load_into(
 ) -> None:
     """Loads a file written by save() or by `torch.save` into tensors that exist: no second copy of the state is made.
 
-    Everything is compared before a byte is written. Then records are read straight into the memory of CPU tensors that are laid
-    out as in the file; for each other tensor (strided otherwise, on a device, a part of a record) through a temporary of its
-    size. Saves in flight are fenced first. Version counters move, as for any change in place.
+    Everything is compared before a byte is written. Then records are read straight into the memory of tensors on the CPU or a
+    CUDA device that are laid out as in the file; for each other tensor (strided otherwise, a part of a record) through a
+    temporary of its size. Saves in flight are fenced first. Version counters move, as for any change in place.
 
     Args:
         path: the file.
@@ -51,8 +52,9 @@ def load_into(
     if fit.problems:
         raise fit.mismatch()
     fence()
-    filling = Filling(archive, fit.pairs, {name: outline.storages[name] for name in fit.adopted})
-    archive.fill(filling.begin())
+    filling = Filling(archive, fit.pairs, fit.memory())
+    filling.begin()
+    fill(archive, filling)
     filling.finish()
     for put in fit.last:
         put()

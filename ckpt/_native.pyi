@@ -68,17 +68,19 @@ class RecordFile:
     def __init__(self, path: bytes, direct: bool, threads: int, timeout_s: float) -> None: ...
     def read(
         self,
-        destinations: Sequence[tuple[int, int]],  # index of a record, address
+        destinations: Sequence[tuple[int, int, int]],  # index of a record, address, device or -1
         *,
         whole: bool,
         threads: int,
         timeout_s: float,
         piece_bytes: int = 4194304,
         keep: Any = None,
+        driver: str | None = None,
+        streams: Mapping[int, int] = {},
     ) -> int | None: ...
     def read_share(
         self,
-        destinations: Sequence[tuple[int, int]],
+        destinations: Sequence[tuple[int, int, int]],
         begin: int,
         end: int,
         *,
@@ -87,7 +89,7 @@ class RecordFile:
         piece_bytes: int = 4194304,
         keep: Any = None,
     ) -> int: ...
-    def check(self, in_memory: Sequence[tuple[int, int]], threads: int) -> None: ...
+    def check(self, in_memory: Sequence[tuple[int, int, int]], threads: int) -> None: ...
     directory_crc32: int
     bytes_read: int
 

@@ -79,6 +79,20 @@ def _untouched(record: Record) -> torch.UntypedStorage:
     return allocate(record.size, record.offset, large=mmap.PAGESIZE)
 
 
+def view_of(source: torch.Tensor, filled: torch.Tensor | torch.UntypedStorage) -> torch.Tensor:
+    """The tensor that `source` is in the outline, over memory that holds the record."""
+    whole, rest = 0, 0
+    if isinstance(filled, torch.Tensor):
+        whole, rest = divmod(int(filled.storage_offset()) * filled.itemsize, source.itemsize)
+    if rest:  # a record of several dtypes, filled into a tensor that stands askew for this one
+        assert isinstance(filled, torch.Tensor)
+        filled, whole = filled.clone(memory_format=torch.preserve_format), 0
+    storage = filled.untyped_storage() if isinstance(filled, torch.Tensor) else filled
+    return torch.empty(0, dtype=source.dtype, device=storage.device).set_(
+        storage, whole + source.storage_offset(), source.shape, source.stride()
+    )
+
+
 def is_plain_tensor(value: Any) -> bool:
     """One whose elements are bytes of one storage, and nothing else."""
     return (

@@ -17,27 +17,34 @@ from ckpt.errors import CheckpointError, CorruptError
 class Contents:
     """All of an archive that unpickling needs, in memory and checked.
 
+    Args:
+        alone: addresses (_cdata) of storages that torch is not to move.
+
     Attributes:
         storages: the bytes of tensors, by the names of their records. May be memory that is not filled yet.
     """
 
-    def __init__(self, archive: Archive, small: dict[str, bytes], storages: dict[str, torch.UntypedStorage]) -> None:
+    def __init__(
+        self,
+        archive: Archive,
+        small: dict[str, bytes],
+        storages: dict[str, torch.UntypedStorage],
+        alone: Set[int] = frozenset(),
+    ) -> None:
         self.archive = archive
         self.storages = storages
         self._small = small
+        self._alone = alone
 
-    def unpickle(self, map_location: Any, weights_only: bool, alone: Set[int] = frozenset()) -> Any:
+    def unpickle(self, map_location: Any, weights_only: bool) -> Any:
         """As torch.load does it. Once only: the storages become those of the result.
-
-        Args:
-            alone: addresses (_cdata) of storages that are not to be moved, because they will not be returned.
 
         Raises:
             CheckpointError: it holds objects that weights_only refuses, or torch cannot make it.
             CorruptError: the pickle is none, or asks for what is not there.
         """
         reader = TorchReader(self.archive, self._small, self.storages)
-        return unpickle(reader, self.archive.path, map_location, weights_only, alone)
+        return unpickle(reader, self.archive.path, map_location, weights_only, self._alone)
 
 
 def read_small(archive: Archive) -> dict[str, bytes]:
@@ -45,16 +52,6 @@ def read_small(archive: Archive) -> dict[str, bytes]:
     places = archive.allocate(archive.small_names())
     archive.fill(places)
     return {name: bytes_of(storage) for name, storage in places.items()}
-
-
-def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:
-    """All records, in one pass that checks every byte; and the CRC-32 of the file."""
-    names = [] if str(map_location) == "meta" else archive.storage_names()
-    small, storages = archive.allocate(archive.small_names()), archive.allocate(names)
-    crc = archive.fill(small | storages, whole=True)
-    assert crc is not None
-    archive.close()
-    return Contents(archive, {name: bytes_of(storage) for name, storage in small.items()}, storages), crc
 
 
 def only_weights(asked: bool) -> bool:

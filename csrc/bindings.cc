@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -330,8 +331,9 @@ void bind_files(py::module_& module) {
 // ---- Reading -----------------------------------------------------------------------------------------------------
 
 // `keep` is what owns the destinations: it is leaked if a thread hangs that may still write to them.
-ReadOptions reading(int threads, double timeout_s, size_t piece_bytes, const py::object& keep) {
-  ReadOptions options{threads, timeout_s, piece_bytes, check_signals, {}};
+ReadOptions reading(int threads, double timeout_s, size_t piece_bytes, const py::object& keep,
+                    const std::optional<std::string>& driver = {}, const Streams& streams = {}) {
+  ReadOptions options{threads, timeout_s, piece_bytes, check_signals, {}, driver.value_or(""), streams};
   options.abandon = [kept = keep.ptr()] {
     py::gil_scoped_acquire gil;
     Py_INCREF(kept);
@@ -341,13 +343,13 @@ ReadOptions reading(int threads, double timeout_s, size_t piece_bytes, const py:
 
 constexpr size_t kPieceBytes = size_t{4} << 20;
 
-using Destinations = std::vector<std::pair<size_t, uintptr_t>>;
+using Destinations = std::vector<std::tuple<size_t, uintptr_t, int>>;
 
 RecordFile::Wanted to_wanted(const RecordFile& file, const Destinations& destinations) {
   RecordFile::Wanted wanted;
-  for (const auto& [index, address] : destinations) {
+  for (const auto& [index, address, device] : destinations) {
     if (index >= file.entries().size()) throw py::index_error("there is no such record");
-    wanted.emplace_back(index, reinterpret_cast<std::byte*>(address));
+    wanted.push_back({index, reinterpret_cast<std::byte*>(address), device < 0 ? kHost : device});
   }
   return wanted;
 }
@@ -361,9 +363,10 @@ py::list records_of(const RecordFile& file) {
 }
 
 std::optional<uint32_t> read_records(const RecordFile& file, const Destinations& destinations, bool whole, int threads,
-                                     double timeout_s, size_t piece_bytes, const py::object& keep) {
+                                     double timeout_s, size_t piece_bytes, const py::object& keep,
+                                     const std::optional<std::string>& driver, const Streams& streams) {
   const RecordFile::Wanted wanted = to_wanted(file, destinations);
-  const ReadOptions options = reading(threads, timeout_s, piece_bytes, keep);
+  const ReadOptions options = reading(threads, timeout_s, piece_bytes, keep, driver, streams);
   py::gil_scoped_release release;
   if (whole) return file.read_whole(wanted, options);
   file.read(wanted, options);
@@ -391,7 +394,8 @@ void bind_reading(py::module_& module) {
       .def_property_readonly("checksummed", &RecordFile::checksummed)
       .def_property_readonly("records", &records_of)
       .def("read", &read_records, py::arg("destinations"), py::kw_only(), py::arg("whole"), py::arg("threads"),
-           py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none())
+           py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none(),
+           py::arg("driver") = py::none(), py::arg("streams") = Streams())
       .def("read_share", &read_share, py::arg("destinations"), py::arg("begin"), py::arg("end"), py::kw_only(),
            py::arg("threads"), py::arg("timeout_s"), py::arg("piece_bytes") = kPieceBytes, py::arg("keep") = py::none())
       .def("check", [](const RecordFile& file, const Destinations& in_memory, int threads) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "arena.h"
+#include "cuda.h"
 #include "file.h"
 #include "zip_layout.h"
 
@@ -24,8 +25,6 @@ enum class Source : uint8_t {
 };
 
 inline bool on_device(Source kind) { return kind == Source::kDeviceCopy || kind == Source::kDeviceLazy; }
-
-constexpr int kHost = -1;
 
 constexpr uint32_t kStructure = std::numeric_limits<uint32_t>::max();  // an extent or piece that belongs to no record
 

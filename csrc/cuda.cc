@@ -164,7 +164,7 @@ void Event::hold_back(StreamHandle stream) const {
 bool Event::has_happened() const {
   const Result code = context_->table().event_query(handle_);
   if (code == kNotReady) return false;
-  context_->check(code, "a copy to the arena (seen by cuEventQuery)");
+  context_->check(code, "a copy (seen by cuEventQuery)");
   return true;
 }
 
@@ -218,7 +218,7 @@ bool copy_in_one_call(const Table& table, const std::vector<Copy>& copies, Strea
 
 }  // namespace
 
-void enqueue_copies(const Context& context, Target target, const std::vector<Copy>& copies, StreamHandle stream,
+void enqueue_copies(const Context& context, Route route, const std::vector<Copy>& copies, StreamHandle stream,
                     std::atomic<bool>& in_batches) {
   const Table& table = context.table();
   if (in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
@@ -226,11 +226,20 @@ void enqueue_copies(const Context& context, Target target, const std::vector<Cop
     in_batches = false;
   }
   for (const Copy& copy : copies) {
-    if (target == Target::kHost) {
-      auto* to = reinterpret_cast<void*>(copy.to);
-      context.check(table.memcpy_dtoh_async(to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
-    } else {
-      context.check(table.memcpy_dtod_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoDAsync");
+    switch (route) {
+      case Route::kToHost: {
+        auto* const to = reinterpret_cast<void*>(copy.to);
+        context.check(table.memcpy_dtoh_async(to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
+        break;
+      }
+      case Route::kOnDevice:
+        context.check(table.memcpy_dtod_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoDAsync");
+        break;
+      case Route::kFromHost: {
+        const auto* const from = reinterpret_cast<const void*>(copy.from);
+        context.check(table.memcpy_htod_async(copy.to, from, copy.bytes, stream), "cuMemcpyHtoDAsync");
+        break;
+      }
     }
   }
 }

@@ -8,11 +8,20 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
 #include "error.h"
+
+namespace lazyckpt {
+
+constexpr int kHost = -1;  // in place of a device: ordinary memory
+
+using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which the caller computes just now
+
+}  // namespace lazyckpt
 
 namespace lazyckpt::cuda {
 
@@ -238,17 +247,16 @@ class HostMemory {
   std::unique_ptr<HostRegistration> registration_;  // last: it goes first
 };
 
-// From a device to where `Target` says.
 struct Copy {
   Address to = 0, from = 0;
   size_t bytes = 0;
 };
-enum class Target { kHost, kDevice };
+enum class Route { kToHost, kOnDevice, kFromHost };
 
 // Enqueues copies whose order does not matter: by one call for all where the driver can, else by one for each. A call for all
 // that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Host memory must be
 // pinned for a call for all. Requires Current.
-void enqueue_copies(const Context& context, Target target, const std::vector<Copy>& copies, StreamHandle stream,
+void enqueue_copies(const Context& context, Route route, const std::vector<Copy>& copies, StreamHandle stream,
                     std::atomic<bool>& in_batches);
 
 }  // namespace lazyckpt::cuda

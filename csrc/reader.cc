@@ -10,8 +10,9 @@
 #include <exception>
 #include <mutex>
 #include <numeric>
+#include <optional>
+#include <set>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <utility>
 
@@ -19,6 +20,7 @@
 #include "error.h"
 #include "file.h"
 #include "signals.h"
+#include "upload.h"
 
 namespace lazyckpt {
 namespace {
@@ -37,6 +39,7 @@ struct Segment {
   size_t range;
   uint64_t offset, length;
   std::byte* to;  // null: only checksummed
+  int device;
   uint32_t crc;
 };
 
@@ -45,6 +48,7 @@ struct Piece {
   uint64_t begin, end;
   size_t first, last;  // segments
   bool straight;
+  bool uploads;  // some of it goes to a device
 };
 
 struct FreeDeleter {
@@ -91,14 +95,14 @@ class Cutter {
 
   void cut_range(size_t index, const ReadRange& range) {
     const auto address = reinterpret_cast<uintptr_t>(range.to);
-    const bool congruent = range.to != nullptr && address % align_ == range.offset % align_;
+    const bool congruent = range.to != nullptr && range.device == kHost && address % align_ == range.offset % align_;
     if (!congruent || range.length < kShortestStraight) return bounce(index, range, 0, range.length);
     const uint64_t begin = up(range.offset) - range.offset, end = down(range.offset + range.length) - range.offset;
     bounce(index, range, 0, begin);
     for (uint64_t done = begin; done < end; done += piece_bytes_) {
       const uint64_t length = std::min<uint64_t>(piece_bytes_, end - done);
-      segments.push_back({index, range.offset + done, length, range.to + done, 0});
-      pieces.push_back({range.offset + done, range.offset + done + length, segments.size() - 1, segments.size(), true});
+      segments.push_back({index, range.offset + done, length, range.to + done, kHost, 0});
+      pieces.push_back({range.offset + done, range.offset + done + length, segments.size() - 1, segments.size(), true, false});
     }
     bounce(index, range, end, range.length);
   }
@@ -107,12 +111,14 @@ class Cutter {
   void bounce(size_t index, const ReadRange& range, uint64_t begin, uint64_t end) {
     while (begin < end) {
       const uint64_t offset = range.offset + begin;
-      const bool joins = !pieces.empty() && !pieces.back().straight && offset <= pieces.back().end + kSmallGap &&
-                         offset < down(pieces.back().begin) + piece_bytes_;
-      if (!joins) pieces.push_back({offset, offset, segments.size(), segments.size(), false});
+      // One that begins before it overlaps with a range whose end that piece is.
+      const bool joins = !pieces.empty() && !pieces.back().straight && offset >= pieces.back().begin &&
+                         offset <= pieces.back().end + kSmallGap && offset < down(pieces.back().begin) + piece_bytes_;
+      if (!joins) pieces.push_back({offset, offset, segments.size(), segments.size(), false, false});
       Piece& piece = pieces.back();
       const uint64_t length = std::min(end - begin, down(piece.begin) + piece_bytes_ - offset);
-      segments.push_back({index, offset, length, range.to == nullptr ? nullptr : range.to + begin, 0});
+      segments.push_back({index, offset, length, range.to == nullptr ? nullptr : range.to + begin, range.device, 0});
+      piece.uploads |= range.to != nullptr && range.device != kHost;
       piece.end = std::max(piece.end, offset + length);
       piece.last = segments.size();
       begin += length;
@@ -135,6 +141,7 @@ struct Reading {
   const uint64_t align;
   std::vector<Segment> segments;
   std::vector<Piece> pieces;
+  std::shared_ptr<Uplinks> uplinks;  // if some are on devices
 
   std::mutex mutex;  // guards what follows
   std::condition_variable changed;
@@ -145,8 +152,14 @@ struct Reading {
   void read_pieces() noexcept;  // until there are none left
 
  private:
+  // Of one thread: where pieces go that are not read straight to their place.
+  struct Bounce {
+    Buffer buffer;
+    std::optional<UploadRing> ring;
+  };
   bool take(size_t& index);
-  void read(const Piece& piece, Buffer& buffer);
+  std::byte* place_for(const Piece& piece, Bounce& bounce);
+  void read(const Piece& piece, Bounce& bounce);
 };
 
 bool Reading::take(size_t& index) {
@@ -156,11 +169,20 @@ bool Reading::take(size_t& index) {
   return true;
 }
 
-void Reading::read(const Piece& piece, Buffer& buffer) {
+std::byte* Reading::place_for(const Piece& piece, Bounce& bounce) {
+  if (piece.straight) return segments[piece.first].to;
+  if (piece.uploads) {
+    if (!bounce.ring) bounce.ring.emplace(uplinks, buffer_bytes, align);
+    return bounce.ring->next();
+  }
+  if (!bounce.buffer) bounce.buffer = make_buffer(align, buffer_bytes);
+  return bounce.buffer.get();
+}
+
+void Reading::read(const Piece& piece, Bounce& bounce) {
   const uint64_t begin = piece.begin / align * align;
   const uint64_t wanted = (piece.end + align - 1) / align * align - begin;
-  if (!piece.straight && !buffer) buffer = make_buffer(align, buffer_bytes);
-  std::byte* const to = piece.straight ? segments[piece.first].to : buffer.get();
+  std::byte* const to = place_for(piece, bounce);
   const size_t got = file->read_blocks(to, static_cast<size_t>(wanted), begin);
   if (got < piece.end - begin) {
     throw Error(ErrorKind::kCorrupt,
@@ -172,14 +194,21 @@ void Reading::read(const Piece& piece, Buffer& buffer) {
     Segment& segment = segments[i];
     const std::byte* const bytes = to + (segment.offset - begin);
     segment.crc = crc32(0, bytes, static_cast<size_t>(segment.length));
-    if (!piece.straight && segment.to != nullptr) std::memcpy(segment.to, bytes, static_cast<size_t>(segment.length));
+    if (piece.straight || segment.to == nullptr) continue;
+    if (segment.device != kHost) {
+      bounce.ring->add(segment.device, segment.to, bytes, static_cast<size_t>(segment.length));
+    } else {
+      std::memcpy(segment.to, bytes, static_cast<size_t>(segment.length));
+    }
   }
+  if (piece.uploads) bounce.ring->send();
 }
 
 void Reading::read_pieces() noexcept {
+  Bounce bounce;  // goes when no copy out of it is under way, which counts as running
   try {
-    Buffer buffer;
-    for (size_t index = 0; take(index);) read(pieces[index], buffer);
+    for (size_t index = 0; take(index);) read(pieces[index], bounce);
+    if (bounce.ring) bounce.ring->finish();
   } catch (...) {
     std::lock_guard<std::mutex> lock(mutex);
     if (!error) error = std::current_exception();
@@ -206,7 +235,7 @@ std::vector<std::thread> start_threads(const std::shared_ptr<Reading>& reading, 
       threads.emplace_back([reading] { run_thread(reading); });
       pthread_setname_np(threads.back().native_handle(), ("ckpt-reader-" + std::to_string(i)).c_str());
     }
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     std::lock_guard<std::mutex> lock(reading->mutex);
     --reading->running;
   }
@@ -237,10 +266,20 @@ void wait_for(Reading& reading, const ReadOptions& options) {
       lock.lock();
     }
     if (!cause) continue;
-    if (!reading.error) reading.error = cause;
+    // Whatever some thread has failed with: another still has its place to write to, which who catches this must know.
+    reading.error = cause;
     reading.changed.wait_for(lock, kGrace, done);
     return;
   }
+}
+
+std::shared_ptr<Uplinks> uplinks_of(const std::vector<ReadRange>& ranges, const ReadOptions& options) {
+  std::set<int> devices;
+  for (const ReadRange& range : ranges) {
+    if (range.to != nullptr && range.length > 0 && range.device != kHost) devices.insert(range.device);
+  }
+  if (devices.empty()) return nullptr;
+  return std::make_shared<Uplinks>(options.driver, std::vector<int>(devices.begin(), devices.end()), options.streams);
 }
 
 }  // namespace
@@ -253,8 +292,13 @@ std::vector<uint32_t> read_ranges(const std::shared_ptr<const ReadableFile>& fil
   reading->segments = std::move(cutter.segments);
   reading->pieces = std::move(cutter.pieces);
   const auto wanted = std::min<size_t>(static_cast<size_t>(std::max(options.threads, 1)), reading->pieces.size());
+  reading->uplinks = uplinks_of(ranges, options);
+  const bool alone = wanted <= 1 && reading->uplinks == nullptr;  // a device may hang, which a thread can be left to wait for
   std::vector<std::thread> threads;
-  if (wanted > 1) threads = start_threads(reading, static_cast<int>(wanted));
+  if (!alone) threads = start_threads(reading, static_cast<int>(wanted));
+  if (threads.empty() && reading->uplinks != nullptr) {
+    throw Error(ErrorKind::kDevice, "cannot start a thread that reads '" + file->path() + "'; raise the limit of processes (ulimit -u)");
+  }
   if (threads.empty()) {
     reading->read_pieces();
   } else {

@@ -3,14 +3,18 @@
 //
 // What is long, and lies in the file as it is to lie in memory (congruent modulo the alignment of direct I/O), is read
 // straight to its place. Ragged ends, short ranges and all others come through a bounce buffer, one for each thread;
-// neighbours share a read. So memory beside the destinations is bounded by threads x piece_bytes.
+// neighbours share a read. So memory beside the destinations is bounded by threads x piece_bytes; by twice that if some are on
+// devices, to which copies go on while the next piece is read.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
+
+#include "cuda.h"
 
 namespace lazyckpt {
 
@@ -20,6 +24,7 @@ struct ReadRange {
   uint64_t offset = 0;
   uint64_t length = 0;
   std::byte* to = nullptr;  // null: the bytes are only checksummed
+  int device = kHost;       // where that is an address of
 };
 
 struct ReadOptions {
@@ -31,10 +36,13 @@ struct ReadOptions {
   // Called before read_ranges() throws if a thread hangs in the kernel: it may write to its destination at any time later, so
   // the destinations must never be freed.
   std::function<void()> abandon;
+  std::string driver;  // that of devices: its path; empty: the system's
+  Streams streams;     // of each device with destinations; what they have been given so far comes before what is written there
 };
 
 // Fills the destinations and returns the CRC-32 of each range, in their order. Ranges may lie in any order, and overlap in the
-// file. Throws Error: kCorrupt if the file ends before a range does, kStorage, kDeadline; destinations are then in any state.
+// file. Throws Error: kCorrupt if the file ends before a range does, kStorage, kDeadline, kDevice; destinations are then in any
+// state. When it returns, bytes for devices have arrived.
 std::vector<uint32_t> read_ranges(const std::shared_ptr<const ReadableFile>& file, const std::vector<ReadRange>& ranges,
                                   const ReadOptions& options);
 

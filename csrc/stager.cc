@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <exception>
 #include <iterator>
 #include <system_error>
 #include <utility>
@@ -51,6 +52,11 @@ DeviceShare* share_of(Chunk& chunk, int device) {
 
 Error with_path(const Job& job, const Error& error) {
   return Error(error.kind(), "'" + job.file->path() + "': " + error.what(), error.code());
+}
+
+Error error_of(const Job& job, const std::exception& caught) {
+  if (const auto* error = dynamic_cast<const Error*>(&caught)) return with_path(job, *error);
+  return with_path(job, Error(ErrorKind::kDevice, std::string("copying from a device failed: ") + caught.what()));
 }
 
 Error landing_deadline(const Flight& flight) {
@@ -409,8 +415,8 @@ void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
   std::optional<Error> error;
   try {
     copy(lane, *flight);
-  } catch (const Error& caught) {
-    error = with_path(*flight->job, caught);
+  } catch (const std::exception& caught) {
+    error = error_of(*flight->job, caught);
   }
   flight->deadline = monotonic_seconds() + flight->job->timeout_s;
   Lock lock(monitor_->mutex);
@@ -433,20 +439,24 @@ void Stager::copy(Lane& lane, Flight& flight) {
   }
   // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
   std::atomic<bool> one_by_one{false};
-  launch(lane, flight, cuda::Target::kHost, copies, is_pinned() ? lane.in_batches : one_by_one);
+  launch(lane, flight, cuda::Route::kToHost, copies, is_pinned() ? lane.in_batches : one_by_one);
 }
 
-void Stager::launch(const Lane& lane, Flight& flight, cuda::Target target, const std::vector<cuda::Copy>& copies,
+void Stager::launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
                     std::atomic<bool>& in_batches) {
   auto event = std::make_shared<cuda::Event>(lane.context);
   std::optional<Error> refused;
   try {
-    cuda::enqueue_copies(*lane.context, target, copies, flight.stream, in_batches);
+    cuda::enqueue_copies(*lane.context, route, copies, flight.stream, in_batches);
   } catch (const Error& error) {
     refused = error;
   }
-  event->record(flight.stream);
-  flight.event = std::move(event);
+  try {
+    event->record(flight.stream);
+    flight.event = std::move(event);
+  } catch (const Error&) {  // then the stream is looked at
+    if (!refused) throw;
+  }
   if (refused) throw *refused;
 }
 

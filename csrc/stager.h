@@ -26,6 +26,7 @@
 #include <atomic>
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -40,8 +41,6 @@
 #include "job.h"
 
 namespace lazyckpt {
-
-using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which the caller computes just now
 
 struct StagerOptions {
   size_t chunk_bytes = 0;
@@ -164,7 +163,7 @@ class Stager {
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void copy(Lane& lane, Flight& flight);                                // without it
   // Without it, too: the copies, and an event behind them, even if one is refused: others may be on their way.
-  void launch(const Lane& lane, Flight& flight, cuda::Target target, const std::vector<cuda::Copy>& copies,
+  void launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
               std::atomic<bool>& in_batches);
   bool is_pinned() const;                                               // without it
   void look(const std::shared_ptr<Flight>& flight);                     // without it
@@ -206,6 +205,7 @@ class Stager {
 DeviceSide& side_of(Job& job, int device);
 DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
 Error with_path(const Job& job, const Error& error);
+Error error_of(const Job& job, const std::exception& caught);  // of one of ours, or of want of memory
 Error landing_deadline(const Flight& flight);  // it has not landed in time
 
 }  // namespace lazyckpt

@@ -56,8 +56,8 @@ bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job
   std::optional<Error> error;
   try {
     copy_to_cache(lane, *flight, batch);
-  } catch (const Error& caught) {
-    error = with_path(*job, caught);
+  } catch (const std::exception& caught) {
+    error = error_of(*job, caught);
   }
   flight->deadline = monotonic_seconds() + job->timeout_s;
   lock.lock();
@@ -97,7 +97,7 @@ void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) 
       copies.push_back({place.base + copy.at, reinterpret_cast<cuda::Address>(copy.source), copy.length});
     }
   }
-  launch(lane, flight, cuda::Target::kDevice, copies, lane.in_batches);
+  launch(lane, flight, cuda::Route::kOnDevice, copies, lane.in_batches);
 }
 
 void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,

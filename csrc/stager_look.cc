@@ -45,9 +45,9 @@ void Stager::look(const std::shared_ptr<Flight>& flight) {
   std::optional<Error> error;
   std::atomic<bool> one_by_one{false};  // where pinning was refused: then the driver waits for each copy, without a deadline
   try {
-    launch(lane, *flight, cuda::Target::kHost, copies, flight->memory->pinned() ? lane.in_batches : one_by_one);
-  } catch (const Error& caught) {
-    error = with_path(job, caught);
+    launch(lane, *flight, cuda::Route::kToHost, copies, flight->memory->pinned() ? lane.in_batches : one_by_one);
+  } catch (const std::exception& caught) {
+    error = error_of(job, caught);
   }
   flight->deadline = monotonic_seconds() + job.timeout_s;
   lock.lock();

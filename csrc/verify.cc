@@ -2,8 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <numeric>
-#include <system_error>
 #include <thread>
 
 #include "crc32.h"
@@ -170,7 +170,7 @@ void checksum(std::vector<Piece>& pieces, int threads) {
     const SignalsBlocked blocked;
     try {
       for (int i = 1; i < threads && static_cast<size_t>(i) < pieces.size(); ++i) others.emplace_back(work);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {
       // As many as the system allows: the caller's own is there.
     }
   }
@@ -202,31 +202,32 @@ void RecordFile::check_record(const ZipEntry& entry, uint32_t crc) const {
               0, file_->path());
 }
 
-std::vector<std::byte*> RecordFile::places_of(const Wanted& wanted) const {
-  std::vector<std::byte*> places(entries_.size(), nullptr);
-  for (const auto& [index, to] : wanted) places.at(index) = to;
+std::vector<RecordFile::Place> RecordFile::places_of(const Wanted& wanted) const {
+  std::vector<Place> places(entries_.size());
+  for (const Place& place : wanted) places.at(place.entry) = place;
   return places;
 }
 
 void RecordFile::read(const Wanted& wanted, const ReadOptions& options) const {
   std::vector<ReadRange> ranges;
-  for (const auto& [index, to] : wanted) {
-    const ZipEntry& entry = entries_.at(index);
-    ranges.push_back({entry.payload_offset, entry.size, to});
+  for (const Place& place : wanted) {
+    const ZipEntry& entry = entries_.at(place.entry);
+    ranges.push_back({entry.payload_offset, entry.size, place.to, place.device});
   }
   const std::vector<uint32_t> crcs = read_ranges(file_, ranges, options);
-  for (size_t i = 0; i < wanted.size(); ++i) check_record(entries_[wanted[i].first], crcs[i]);
+  for (size_t i = 0; i < wanted.size(); ++i) check_record(entries_[wanted[i].entry], crcs[i]);
 }
 
 uint32_t RecordFile::read_whole(const Wanted& wanted, const ReadOptions& options) const {
   const std::vector<size_t> order = in_file_order(entries_);
-  const std::vector<std::byte*> places = places_of(wanted);
+  const std::vector<Place> places = places_of(wanted);
   const Gaps gaps(*file_, entries_, order);
   std::vector<ReadRange> ranges;  // gap, record, gap, record, ..., gap
   for (size_t i = 0; i < order.size(); ++i) {
     const ZipEntry& entry = entries_[order[i]];
     ranges.push_back(gaps.ranges[i]);
-    ranges.push_back({entry.payload_offset, entry.size, places[order[i]]});
+    const Place& place = places[order[i]];
+    ranges.push_back({entry.payload_offset, entry.size, place.to, place.device});
   }
   ranges.push_back(gaps.ranges.back());
   const std::vector<uint32_t> crcs = read_ranges(file_, ranges, options);
@@ -236,7 +237,7 @@ uint32_t RecordFile::read_whole(const Wanted& wanted, const ReadOptions& options
 }
 
 uint32_t RecordFile::read_share(const Wanted& wanted, uint64_t begin, uint64_t end, const ReadOptions& options) const {
-  const std::vector<std::byte*> places = places_of(wanted);
+  const std::vector<Place> places = places_of(wanted);
   std::vector<ReadRange> ranges;
   uint64_t done = begin;
   for (const size_t index : in_file_order(entries_)) {
@@ -244,8 +245,9 @@ uint32_t RecordFile::read_share(const Wanted& wanted, uint64_t begin, uint64_t e
     const uint64_t first = std::max(entry.payload_offset, begin), last = std::min(entry.payload_offset + entry.size, end);
     if (first >= last) continue;
     if (done < first) ranges.push_back({done, first - done, nullptr});
-    std::byte* const to = places[index];
-    ranges.push_back({first, last - first, to == nullptr ? nullptr : to + (first - entry.payload_offset)});
+    const Place& place = places[index];
+    std::byte* const to = place.to == nullptr ? nullptr : place.to + (first - entry.payload_offset);
+    ranges.push_back({first, last - first, to, place.device});
     done = last;
   }
   if (done < end) ranges.push_back({done, end - done, nullptr});
@@ -255,11 +257,11 @@ uint32_t RecordFile::read_share(const Wanted& wanted, uint64_t begin, uint64_t e
 void RecordFile::check(const Wanted& in_memory, int threads) const {
   if (!checksummed_) return;
   std::vector<Piece> pieces;
-  for (const auto& [index, from] : in_memory) cut_pieces(index, from, entries_.at(index).size, pieces);
+  for (const Place& place : in_memory) cut_pieces(place.entry, place.to, entries_.at(place.entry).size, pieces);
   checksum(pieces, threads);
   std::vector<uint32_t> crcs(entries_.size(), 0);
   for (const Piece& piece : pieces) crcs[piece.entry] = crc32_combine(crcs[piece.entry], piece.crc, piece.length);
-  for (const auto& wanted : in_memory) check_record(entries_[wanted.first], crcs[wanted.first]);
+  for (const Place& place : in_memory) check_record(entries_[place.entry], crcs[place.entry]);
 }
 
 uint32_t RecordFile::directory_crc() const {

@@ -5,9 +5,9 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <utility>
 #include <vector>
 
+#include "cuda.h"
 #include "file.h"
 #include "reader.h"
 #include "zip_layout.h"
@@ -34,7 +34,12 @@ class RecordFile {
   bool checksummed() const { return checksummed_; }
 
   // An entry by its index, and where its bytes are to go.
-  using Wanted = std::vector<std::pair<size_t, std::byte*>>;
+  struct Place {
+    size_t entry = 0;
+    std::byte* to = nullptr;
+    int device = kHost;  // where that is an address of
+  };
+  using Wanted = std::vector<Place>;
 
   // Reads entries and checks their CRC-32s.
   void read(const Wanted& wanted, const ReadOptions& options) const;
@@ -48,7 +53,7 @@ class RecordFile {
   // that of the file. Records are not checked: one may reach into another share.
   uint32_t read_share(const Wanted& wanted, uint64_t begin, uint64_t end, const ReadOptions& options) const;
 
-  // Checks the CRC-32s of records that are in memory already, by so many threads.
+  // Checks the CRC-32s of records that are in memory of the host already, by so many threads.
   void check(const Wanted& in_memory, int threads) const;
 
   // CRC-32 of what the directory says: the same for two files of the same records, whatever the bytes around these.
@@ -56,7 +61,7 @@ class RecordFile {
 
  private:
   void check_record(const ZipEntry& entry, uint32_t crc) const;
-  std::vector<std::byte*> places_of(const Wanted& wanted) const;  // by entry; null: not wanted
+  std::vector<Place> places_of(const Wanted& wanted) const;  // by entry; null: not wanted
 
   std::shared_ptr<const ReadableFile> file_;
   std::vector<ZipEntry> entries_;

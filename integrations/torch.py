@@ -203,9 +203,10 @@ class CheckpointCallback:
         To be called on every rank, before the loop and before iterators are made of the data. Another number of ranks may
         resume: then rank r gets rank 0's buffers and the random numbers of rank r modulo the old number, and logs that.
 
-        Parameters in host memory, and what an optimizer has there from earlier steps, are filled as the file is read, without a
-        second copy. A part that loads its state in a way of its own (load hooks, an overridden load_state_dict()), and one on
-        a device, gets it by load_state_dict() from a copy in host memory.
+        Parameters, and what an optimizer has from earlier steps, are filled as the file is read, without a second copy, in host
+        memory and on CUDA devices. A part that loads its state in a way of its own (load hooks, an overridden
+        load_state_dict()), and an optimizer on a device that has not stepped yet, gets it by load_state_dict() from a copy in
+        host memory.
 
         Args:
             strict: False: what only one side has (a scheduler, an EMA copy, single weights) is passed over with a warning in

@@ -28,10 +28,24 @@ class Training:
         self.cuda = cuda
         self.streams = {device: cuda.stream(device) for device in (0, 1)}
         self.on: Callable[[Any], int] = lambda storage: 0
+        self.given: list[tuple[torch.UntypedStorage, int]] = []  # to loads, and of which device
 
     def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
         """What a kernel would do, in its turn."""
         self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)
+
+    def allocate(self, nbytes: int, device: int) -> torch.UntypedStorage:
+        """What torch would give a load; kernels of before may still be writing to it."""
+        storage = torch.UntypedStorage(nbytes)
+        if nbytes:
+            self.cuda.fill(device, self.streams[device], storage.data_ptr(), 0xDD, nbytes)
+        self.given.append((storage, device))
+        return storage
+
+    def placed(self, tensor: torch.Tensor) -> int | None:
+        """The device on which a load has put it; None: the host."""
+        address = tensor.untyped_storage().data_ptr()
+        return next((device for storage, device in self.given if storage.data_ptr() == address), None)
 
     def synchronize(self) -> None:
         for device, stream in self.streams.items():
@@ -45,6 +59,7 @@ def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> It
     monkeypatch.setattr(_devices, "driver", cuda.path)
     monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
     monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
+    monkeypatch.setattr(_devices, "pretended_memory", training.allocate)
     yield training
     cuda.hold_copies(False)
     training.synchronize()

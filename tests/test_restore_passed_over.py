@@ -58,10 +58,10 @@ def test_a_read_that_hangs_may_come_back_later(job: ckpt.Checkpointer, lends: bo
     """So the memory that it was to fill must not be used, however good the older checkpoint is."""
 
     class Hanging(_held.Archive):
-        def fill(self, destinations: Any, *, whole: bool = False) -> int | None:
+        def fill(self, destinations: Any, *, whole: bool = False, **how: Any) -> int | None:
             if whole and "step-000000000002" in str(self.path):
                 raise DeadlineError("reading took too long")
-            return super().fill(destinations, whole=whole)
+            return super().fill(destinations, whole=whole, **how)
 
     monkeypatch.setattr(_held, "Archive", Hanging)
     memory = target()

@@ -22,7 +22,7 @@ MAX_FUNCTION_LINES = 70
 CORE_LAYERS = (
     {"error", "opcodes"},
     {"crc32", "cuda", "fault", "pickling", "ranges", "signals"},
-    {"arena", "device_cache", "file", "zip_layout"},
+    {"arena", "device_cache", "file", "upload", "zip_layout"},
     {"chunk", "numa", "reader"},
     {"job", "torch_file", "zip_directory"},
     {"stager", "verify"},

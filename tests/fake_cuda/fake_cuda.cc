@@ -231,13 +231,19 @@ int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t*
     void* target = reinterpret_cast<void*>(to[i]);
     *failed_copy = i;
     if (own.code != kSuccess && !own.late) return own.code;
+    const void* source = reinterpret_cast<const void*>(from[i]);
     if (!is_of_device(target)) {
-      if (!is_registered(target, sizes[i])) return kInvalidValue;
+      // Memory of training plays a device's without being allocated here: one side must be pinned.
+      if (!is_registered(target, sizes[i]) && !is_registered(source, sizes[i])) return kInvalidValue;
       count("pinned copies");
     }
-    std::memset(target, kPoison, sizes[i]);
+    if (is_registered(source, sizes[i])) {
+      poison_in_turn(handle, target, sizes[i]);
+    } else {
+      std::memset(target, kPoison, sizes[i]);
+    }
     const Fault& last = own.code != kSuccess ? own : fault;
-    const int code = enqueue_copy(handle, target, reinterpret_cast<const void*>(from[i]), sizes[i], last);
+    const int code = enqueue_copy(handle, target, source, sizes[i], last);
     if (code != kSuccess) return code;
   }
   return kSuccess;
@@ -246,7 +252,12 @@ int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t*
 
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, Stream* handle) {
   FAKE_CALL("cuMemcpyHtoDAsync");
-  return enqueue_copy(handle, reinterpret_cast<void*>(to), from, bytes, fault);
+  const bool pinned = is_registered(from, bytes);
+  count(pinned ? "pinned copies" : "pageable copies");
+  poison_in_turn(handle, reinterpret_cast<void*>(to), bytes);
+  const int code = enqueue_copy(handle, reinterpret_cast<void*>(to), from, bytes, fault);
+  // As the real one: from pageable memory it returns when that has been read.
+  return code == kSuccess && !pinned ? wait_for_all(find_stream(handle, current->device)) : code;
 }
 
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, Stream* handle) {

@@ -302,6 +302,14 @@ inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes
   return kSuccess;
 }
 
+// For memory that kernels before the copy may still write to.
+inline void poison_in_turn(Stream* handle, void* to, size_t bytes) {
+  if (current == nullptr) return;
+  if (Stream* stream = find_stream(handle, current->device); stream != nullptr) {
+    stream->add([=](Stream&) { std::memset(to, kPoison, bytes); });
+  }
+}
+
 inline int wait_for_all(Stream* stream) {
   std::unique_lock<std::mutex> lock(stream->mutex);
   stream->changed.wait(lock, [&] { return stream->work.empty() && !stream->busy; });

@@ -1,7 +1,7 @@
 // Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
 // short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold;
-// several ranks write one file together; and bytes come from devices, which a fake driver plays (libfake_cuda.so, beside
-// the program).
+// several ranks write one file together; and bytes come from devices and go to them, which a fake driver plays
+// (libfake_cuda.so, beside the program).
 //
 //     stress [seconds] [seed] [directory]
 //
@@ -28,6 +28,7 @@
 #include "error.h"
 #include "fault.h"
 #include "file.h"
+#include "loads.h"
 #include "sample.h"
 #include "shares.h"
 #include "torch_file.h"
@@ -315,14 +316,15 @@ int main(int argc, char** argv) {
     Round(random.up_to(~uint64_t{0}), directory).run();
     write_together(random, directory);
     carry_from_devices(random, directory, library_beside(argv[0]));
+    load_to_devices(random, directory, library_beside(argv[0]));
     if (rounds % 3 == 0) fuzz(random, directory);
     if (rounds % 5 == 0) call_off(random, directory);
   }
   std::printf("%d rounds: %d files durable and right (%.1f MiB, %.1f through caches), %d failed, %d called off, %d fences interrupted; "
-              "%d damaged files, %d found; %d written together, %d with a share that failed; %d mismatches\n",
+              "%d damaged files, %d found; %d written together, %d with a share that failed; %.1f MiB loaded; %d mismatches\n",
               rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576,
               static_cast<double>(bytes_cached) / 1048576, failed.load(), cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
-              torn.load(), mismatches.load());
+              torn.load(), static_cast<double>(bytes_loaded) / 1048576, mismatches.load());
   if (mismatches == 0) {
     ::unlink((directory + "/fuzzed").c_str());
     if (::rmdir(directory.c_str()) != 0) mismatch("files were left behind in " + directory);

@@ -1,0 +1,111 @@
+"""Where records go when they are read: new memory, on the host or straight on the device where torch would put them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+
+from ckpt import _devices, _placing
+from ckpt._archive import Archive, bytes_of
+from ckpt._unpickle import Contents, read_small
+from ckpt.errors import DeviceError
+
+logger = logging.getLogger("ckpt")
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class Places(Protocol):
+    """
+    Attributes:
+        places: what has a data_ptr() and room, by the names of records.
+        devices: of those that lie on one.
+    """
+
+    @property
+    def places(self) -> Mapping[str, Any]: ...
+    @property
+    def devices(self) -> Mapping[str, int]: ...
+
+    def retreat(self) -> None:
+        """From now on all of them lie on the host."""
+
+
+def fill(archive: Archive, wanted: Places, more: Mapping[str, Any] = _NOTHING, *, whole: bool = False) -> int | None:
+    """As Archive.fill(). If the driver of devices fails, all goes by way of the host, as torch would have it."""
+    try:
+        return archive.fill({**wanted.places, **more}, whole=whole, devices=wanted.devices)
+    except DeviceError as error:
+        if not wanted.devices:
+            raise
+        logger.warning("'%s' is loaded by way of host memory: %s", archive.path, error)
+    wanted.retreat()
+    return archive.fill({**wanted.places, **more}, whole=whole)
+
+
+class Memory:
+    """New memory for records of tensors.
+
+    Args:
+        places, devices: see Places.
+    """
+
+    def __init__(
+        self, archive: Archive, places: Mapping[str, torch.UntypedStorage], devices: Mapping[str, int] = _NOTHING
+    ) -> None:
+        self._archive = archive
+        self.places = dict(places)
+        self.devices = dict(devices)
+
+    @classmethod
+    def where_loaded(cls, archive: Archive, names: Iterable[str], map_location: Any) -> Memory:
+        """Each record where torch.load would put it in the end, as far as that can be known.
+
+        Args:
+            names: of the records.
+            map_location: as in `torch.load`.
+        """
+        names = list(names)
+        if not _devices.are_present():
+            return cls(archive, archive.allocate(names))
+        devices = _placing.devices_of(names, read_small(archive), map_location)
+        return cls(archive, *allocate_on(archive, names, devices))
+
+    def retreat(self) -> None:
+        self.places |= self._archive.allocate(self.devices)
+        self.devices = {}
+
+    def contents(self, small: dict[str, bytes], absent: Mapping[str, torch.UntypedStorage] = _NOTHING) -> Contents:
+        """What can be unpickled.
+
+        Args:
+            absent: storages of other records, which will not be returned.
+        """
+        alone = _devices.strangers(self.places[name] for name in self.devices)
+        alone |= {storage._cdata for storage in absent.values()}
+        return Contents(self._archive, small, {**absent, **self.places}, alone)
+
+
+def allocate_on(
+    archive: Archive, names: Iterable[str], devices: Mapping[str, int]
+) -> tuple[dict[str, torch.UntypedStorage], Mapping[str, int]]:
+    """Memory for records, and on which devices it is: on none if one has not enough, of which torch is to tell later."""
+    names = list(names)
+    try:
+        return archive.allocate(names, devices), devices
+    except RuntimeError:
+        return archive.allocate(names), _NOTHING
+
+
+def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:
+    """All records, in one pass that checks every byte; and the CRC-32 of the file."""
+    memory = Memory.where_loaded(archive, [] if str(map_location) == "meta" else archive.storage_names(), map_location)
+    small = archive.allocate(archive.small_names())
+    crc = fill(archive, memory, small, whole=True)
+    assert crc is not None
+    archive.close()
+    return memory.contents({name: bytes_of(storage) for name, storage in small.items()}), crc

@@ -1,0 +1,343 @@
+"""Loading to devices, on machines that have none: straight there, in the order of their streams, or else as torch would."""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from device_training import Training, cuda, fake_library, training
+from states import STATES
+from support import DEADLINE_S, assert_same, wait_until
+from support import options as host_options
+from test_load_into import mixed_state, network, train, zeros_like
+from test_restore_into import common, file_of, flip, own
+
+import ckpt
+from ckpt import _archive, _placing
+from ckpt._devices import HOST
+from ckpt.errors import CorruptError, DeadlineError
+
+__all__ = ["cuda", "fake_library", "training"]
+
+NOT_SUPPORTED = 801
+
+
+def layers(value: float = 1.0) -> dict[str, Any]:
+    """Both sides of what is worth a read of its own, and more than fits into the buffers of all threads at once."""
+    large = {f"layer {number}": torch.randn(1_500_000 + number) + value for number in range(3)}
+    small = {f"bias {number}": torch.full((number % 60 + 1,), value + number) for number in range(2000)}
+    return large | small | {"step": 3}
+
+
+def torch_saved(state: Any, path: Path) -> Path:
+    torch.save(state, path)
+    return path
+
+
+def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def carried(training: Training) -> int:
+    """Copies to devices, in calls of their own and in batches."""
+    return training.cuda.count("cuMemcpyHtoDAsync") + training.cuda.count("batched copies")
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# ---- load ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["cuda:1", torch.device("cuda:1"), {"cpu": "cuda:1"}], ids=str)
+@pytest.mark.parametrize("writer", ["ours", "torch"])
+def test_goes_where_map_location_says(where: Any, writer: str, training: Training, tmp_path: Path) -> None:
+    training.cuda.configure(seed=1, most_delay_s=0.0005)
+    state, path = layers(), tmp_path / "state.pt"
+    if writer == "ours":
+        ckpt.save(state, path, options=host_options()).result(DEADLINE_S)
+    else:
+        torch.save(state, path)
+    found = ckpt.load(path, map_location=where)
+    assert_same(state, found)
+    assert {training.placed(tensor) for tensor in tensors_of(found)} == {1}
+    assert training.cuda.count("pageable copies") == 0
+    assert carried(training) < 2100, "few more than there are tensors: none twice"
+
+
+def test_small_tensors_go_in_batches(training: Training, tmp_path: Path) -> None:
+    path = torch_saved(layers(), tmp_path / "state.pt")
+    ckpt.load(path, map_location="cuda:0")
+    calls = training.cuda.count("cuMemcpyHtoDAsync") + training.cuda.count("cuMemcpyBatchAsync")
+    assert calls < 50 < 2000 < training.cuda.count("batched copies")
+
+
+def test_goes_where_it_was_saved(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"a": torch.randn(300_000), "b": torch.randn(70_000), "c": torch.arange(9)}
+    tags = {state["a"].data_ptr(): "cuda:1", state["b"].data_ptr(): "cuda:0"}
+    registry = torch.serialization._package_registry
+    mine = (0, lambda storage: tags.get(storage.data_ptr()), lambda storage, location: None)
+    monkeypatch.setattr(torch.serialization, "_package_registry", [mine, *registry])
+    path = torch_saved(state, tmp_path / "state.pt")
+    monkeypatch.setattr(torch.serialization, "_package_registry", registry)
+    for where, places in ((None, [1, 0, None]), ({"cuda:1": "cuda:0"}, [0, 0, None]), ({"cuda:0": "cpu"}, [1, None, None])):
+        found = ckpt.load(path, map_location=where)
+        assert_same(state, found)
+        assert [training.placed(found[name]) for name in "abc"] == places
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_every_state(name: str, training: Training, tmp_path: Path) -> None:
+    try:
+        torch.save(STATES[name](), tmp_path / "state.pt")
+    except Exception:
+        pytest.skip("torch.save refuses this state")
+    expected = torch.load(tmp_path / "state.pt", weights_only=False)
+    try:
+        found = ckpt.load(tmp_path / "state.pt", map_location="cuda:0", weights_only=False)
+    except RuntimeError as error:
+        # Of a device that is one, torch is given the name of the place, and not a function.
+        assert "Callable map_location not supported" in str(error)
+        return
+    assert_same(expected, found)
+
+
+def test_keys_go_there_alone(training: Training, tmp_path: Path) -> None:
+    state = {"a": torch.randn(300_000), "b": torch.randn(200_000)}
+    found = ckpt.load(torch_saved(state, tmp_path / "state.pt"), "cuda:1", keys="b")
+    assert_same({"b": state["b"]}, found)
+    assert [(storage.nbytes(), device) for storage, device in training.given] == [(800_000, 1)]
+
+
+def test_a_function_is_given_host_memory(training: Training, tmp_path: Path) -> None:
+    state = layers()
+    assert_same(state, ckpt.load(torch_saved(state, tmp_path / "state.pt"), lambda storage, location: storage))
+    assert not training.given and not carried(training)
+
+
+def test_bytes_of_another_order_are_swapped_on_the_host(training: Training, tmp_path: Path) -> None:
+    state = {"a": torch.randn(1000)}
+    torch.save(state, tmp_path / "state.pt")
+    with zipfile.ZipFile(tmp_path / "state.pt") as old, zipfile.ZipFile(tmp_path / "big.pt", "w") as new:
+        for name in old.namelist():
+            content = old.read(name)
+            if name.endswith("byteorder"):
+                content = b"big"
+            elif name.endswith("data/0"):
+                content = bytes(torch.frombuffer(bytearray(content), dtype=torch.uint8).view(-1, 4).flip(1).flatten().tolist())
+            new.writestr(name, content)
+    with pytest.raises(Exception, match=r"cuda|CUDA"):  # by torch: there is no device that it knows
+        ckpt.load(tmp_path / "big.pt", map_location="cuda:0")
+    assert not training.given
+    assert_same(state, ckpt.load(tmp_path / "big.pt"))
+
+
+def test_memory_beside_it_is_bounded(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two buffers for each thread, and none of the size of the state on the host."""
+    path = torch_saved(layers(), tmp_path / "state.pt")
+    made: list[int] = []
+    allocate = _archive.allocate
+    monkeypatch.setattr(_archive, "allocate", lambda nbytes, *how: made.append(nbytes) or allocate(nbytes, *how))
+    ckpt.load(path, map_location="cuda:0")
+    assert max(made) < 1 << 20, "the pickle"
+    assert 0 < training.cuda.count("cuMemHostRegister") <= 2 * _archive.reader_threads()
+
+
+def test_a_device_without_memory_is_left_to_torch(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = torch_saved(layers(), tmp_path / "state.pt")
+
+    def refuse(nbytes: int, device: int) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("ckpt._devices.pretended_memory", refuse)
+    with pytest.raises(Exception, match="CUDA"):  # what torch says, which sees no device here
+        ckpt.load(path, map_location="cuda:0")
+    assert not carried(training)
+
+
+@pytest.mark.parametrize("content", [b"", b"cuda", b"\x80\x02", pickle.dumps({"cuda": [1, {2}, (3,), object]}, 2)])
+def test_pickles_that_are_not_understood_place_nothing(content: bytes) -> None:
+    assert _placing.devices_of(["data/0"], {"data.pkl": content}, None) == {}
+
+
+class Runs:
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> Any:
+        return os.system, (self.command,)
+
+
+def test_looking_for_places_runs_no_code(tmp_path: Path) -> None:
+    content = pickle.dumps(["cuda", Runs(f"touch {tmp_path / 'ran'}")], 2)
+    assert _placing.devices_of(["data/0"], {"data.pkl": content}, None) == {}
+    assert not os.listdir(tmp_path)
+
+
+# ---- into what is there ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_fills_tensors_on_devices(seed: int, training: Training, tmp_path: Path) -> None:
+    """Behind what computes on them: a kernel that was launched before must not write over what was loaded."""
+    training.cuda.configure(seed=seed, most_delay_s=0.02)
+    state = mixed_state() | {"more": torch.randn(2_000_000), "on the host": torch.randn(200_000)}
+    ckpt.save(state, tmp_path / "state.pt", options=host_options()).result(DEADLINE_S)
+    target = zeros_like(state)
+    target["turned"] = torch.zeros(500, 300)  # laid out otherwise than in the file
+    devices = {target[name].data_ptr(): number for name, number in (("large", 0), ("more", 1), ("half", 1), ("turned", 0))}
+    training.on = lambda storage: devices.get(storage.data_ptr(), HOST)
+    for name in ("large", "more", "half"):
+        training.fill(target[name], 0xEE, devices[target[name].data_ptr()])
+    version = target["more"]._version
+    ckpt.load_into(tmp_path / "state.pt", target)
+    state["turned"] = state["turned"].contiguous()
+    assert_same(state, target)
+    assert target["more"]._version > version
+    assert carried(training) > 0 and training.cuda.count("pageable copies") == 0
+    training.synchronize()
+    assert_same(state, target)
+
+
+@pytest.mark.parametrize("stepped", [False, True], ids=["fresh", "stepped"])
+def test_modules_and_optimizers(stepped: bool, training: Training, tmp_path: Path) -> None:
+    model, optimizer = network()
+    train(model, optimizer)
+    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+    training.on = lambda storage: HOST
+    ckpt.save(state, tmp_path / "state.pt", options=host_options()).result(DEADLINE_S)
+    other_model, other_optimizer = network()
+    if stepped:
+        train(other_model, other_optimizer, 1)
+    parameters = {parameter.data_ptr() for parameter in other_model.parameters()}
+    training.on = lambda storage: 1 if storage.data_ptr() in parameters else HOST
+    ckpt.load_into(tmp_path / "state.pt", {"model": other_model, "optimizer": other_optimizer})
+    for parameter, found in other_optimizer.state.items():
+        for name, part in found.items():
+            on_device = training.placed(part) == 1
+            assert on_device == (not stepped and name != "step" and parameter.numel() > 0), name
+    training.on = lambda storage: HOST
+    train(model, optimizer)
+    train(other_model, other_optimizer)
+    assert_same(model.state_dict(), other_model.state_dict())
+    assert_same(optimizer.state_dict(), other_optimizer.state_dict())
+
+
+def test_restore_reads_every_byte_once(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: dict[Path, int] = {}
+    close = _archive.Archive.close
+
+    def spy(self: _archive.Archive) -> None:
+        read[self.path] = self.bytes_read
+        close(self)
+
+    training.on = lambda storage: HOST
+    with ckpt.Checkpointer(tmp_path, options=host_options()) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, own(step), replicated=common(step)).result(DEADLINE_S)
+        monkeypatch.setattr(_archive.Archive, "close", spy)
+        target, replicated = zeros_like(own(1)), zeros_like(common(1))
+        devices = {target["large"].data_ptr(): 0, replicated["weights"].data_ptr(): 1}
+        training.on = lambda storage: devices.get(storage.data_ptr(), HOST)
+        found = checkpointer.restore(into=target, replicated_into=replicated)
+        assert found is not None and found.step == 2
+        assert_same([own(2), common(2)], [target, replicated])
+        assert carried(training) > 0
+        weights = file_of(tmp_path, 2, "replicated")
+        again = read[weights] - weights.stat().st_size
+        assert again < replicated["weights"].nbytes / 2, "the directory and the pickle, which are read first"
+        flip(weights, weights.stat().st_size // 2)
+        found = checkpointer.restore(into=target, replicated_into=replicated)
+        assert found is not None and found.step == 1
+        assert_same([own(1), common(1)], [target, replicated])
+        fresh = checkpointer.restore(map_location="cuda:1")
+        assert fresh is not None
+        assert_same([own(1), common(1)], [fresh.state, fresh.replicated])
+        assert training.placed(fresh.replicated["weights"]) == 1
+
+
+def test_damage_is_found(training: Training, tmp_path: Path) -> None:
+    path = torch_saved(layers(), tmp_path / "state.pt")
+    flip(path, path.stat().st_size // 2)
+    with pytest.raises(CorruptError, match="CRC-32"):
+        ckpt.load(path, map_location="cuda:0")
+
+
+# ---- when the driver fails -------------------------------------------------------------------------------------------
+
+FAILURES: dict[str, dict[str, Any]] = {
+    "a copy": {"call": "cuMemcpyHtoDAsync", "skip": 1},
+    "a copy, late": {"call": "cuMemcpyHtoDAsync", "skip": 1, "late": True},
+    "the second of a batch": {"call": "batched copies", "skip": 1, "late": True},
+    "a stream": {"call": "cuStreamCreate"},
+    "an event": {"call": "cuEventCreate", "skip": 1},
+    "marking": {"call": "cuEventRecord", "skip": 2},
+    "the context": {"call": "cuDevicePrimaryCtxRetain"},
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+@pytest.mark.parametrize("how", ["load", "into"])
+def test_then_it_goes_by_way_of_the_host(
+    failure: str, how: str, training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = layers()
+    path = torch_saved(state, tmp_path / "state.pt")
+    training.cuda.configure(seed=5, most_delay_s=0.0005)
+    training.cuda.fail(**FAILURES[failure])
+    if how == "into":
+        target = zeros_like(state)
+        ckpt.load_into(path, target)
+        assert_same(state, target)
+    else:
+        with pytest.raises(Exception, match=r"CUDA|cuda"):  # by torch, which is to move it and sees no device here
+            ckpt.load(path, map_location="cuda:0")
+    assert len(warnings_of(caplog)) == 1 and "by way of host memory" in warnings_of(caplog)[0]
+
+
+def test_a_batch_that_is_refused_goes_one_by_one(training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    state = layers()
+    training.cuda.fail("cuMemcpyBatchAsync", code=NOT_SUPPORTED)
+    assert_same(state, ckpt.load(torch_saved(state, tmp_path / "state.pt"), "cuda:0"))
+    assert not warnings_of(caplog)
+
+
+def test_memory_that_cannot_be_pinned_serves_all_the_same(
+    training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = layers()
+    training.cuda.configure(seed=7, most_delay_s=0.001)
+    for _ in range(2 * _archive.reader_threads()):
+        training.cuda.fail("cuMemHostRegister")
+    assert_same(state, ckpt.load(torch_saved(state, tmp_path / "state.pt"), "cuda:0"))
+    assert training.cuda.count("pageable copies") > 0 and not warnings_of(caplog)
+
+
+def test_a_capture_is_not_disturbed(training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A copy on a stream that waits for one that is being captured would become part of the graph."""
+    state = layers()
+    path = torch_saved(state, tmp_path / "state.pt")
+    training.cuda.set_capturing(0, training.streams[0], True)
+    target = zeros_like(state)
+    ckpt.load_into(path, target)
+    training.cuda.set_capturing(0, training.streams[0], False)
+    assert_same(state, target)
+    assert not carried(training) and "captured into a graph" in warnings_of(caplog)[0]
+
+
+def test_a_device_that_hangs_meets_the_deadline(training: Training, tmp_path: Path) -> None:
+    """And what it may still write to and read from stays."""
+    path = torch_saved({"a": torch.randn(1_000_000)}, tmp_path / "state.pt")
+    training.cuda.hold_copies(True)
+    with pytest.raises(DeadlineError, match="longer than"):
+        ckpt.load(path, map_location="cuda:0", timeout_s=0.2)
+    assert training.cuda.alive()["registrations"] > training.cuda.before["registrations"]
+    training.cuda.hold_copies(False)
+    wait_until(lambda: training.cuda.alive() == training.cuda.before, what="the end of the copies")
