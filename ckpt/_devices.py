@@ -43,19 +43,33 @@ def at_work() -> list[int]:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 
-def are_present() -> bool:
-    """Whether this process could put tensors on any."""
-    return pretended_memory is not None or (torch.version.cuda is not None and torch.cuda.is_available())
+def holding(tensor: torch.Tensor) -> int:
+    """The device that can be sent bytes for the tensor; HOST for all others."""
+    if pretended is None and tensor.device.type != "cuda":
+        return HOST
+    try:
+        return index_of(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError, ValueError):  # it has no memory of its own, or not yet
+        return HOST
+
+
+def are_possible() -> bool:
+    """Whether this process may have any. Asks no driver: a process that has asked can fork none that computes on devices."""
+    return pretended_memory is not None or torch.version.cuda is not None
 
 
 def index_named(location: str) -> int:
-    """The device that files and map_location name so, as in "cuda:1"; HOST for what is none of this process."""
+    """The device that files and map_location name so, as in "cuda:1"; HOST for what is none of this process.
+
+    Raises:
+        whatever torch says of such a name.
+    """
     name, _, number = location.partition(":")
-    if name != "cuda":
+    if name != "cuda" or not are_possible():
         return HOST
     if pretended_memory is not None:
         return int(number or 0)
-    if not are_present():
+    if not torch.cuda.is_available():
         return HOST
     index = int(torch.cuda._utils._get_device_index(location, optional=True))
     return index if index < torch.cuda.device_count() else HOST
@@ -65,7 +79,7 @@ def allocate(nbytes: int, device: int) -> UntypedStorage:
     """Memory of the device, of torch's own allocator.
 
     Raises:
-        RuntimeError: there is not enough.
+        Exception: there is not enough, or the device cannot be used.
     """
     if pretended_memory is not None:
         return pretended_memory(nbytes, device)

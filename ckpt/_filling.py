@@ -48,7 +48,7 @@ class Filling:
             direct = name not in self.places and takes_whole(first, self._archive.records[name].size, devices)
             if direct and taken.add(first.target):
                 self.places[name] = first.target
-                if (device := device_of(first.target)) != HOST:
+                if (device := _devices.holding(first.target)) != HOST:
                     self.devices[name] = device
 
     def retreat(self) -> None:
@@ -70,11 +70,6 @@ class Filling:
             _fill_the_rest(self._archive, rest)
 
 
-def device_of(target: torch.Tensor) -> int:
-    """The device that can be sent bytes for it; HOST for all others."""
-    return _devices.index_of(target.untyped_storage())
-
-
 def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
     """Whether the record's bytes, as they are, are those of the target, and can be read to there.
 
@@ -82,7 +77,7 @@ def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
         devices: whether devices can be sent bytes.
     """
     source, target = pair.source, pair.target
-    within_reach = target.device.type == "cpu" if device_of(target) == HOST else devices
+    within_reach = target.device.type == "cpu" if _devices.holding(target) == HOST else devices
     span = sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) + 1
     return (
         within_reach

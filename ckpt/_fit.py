@@ -30,14 +30,14 @@ class Fit:
     Attributes:
         pairs: tensors to fill.
         adopted: records of tensors that have no counterpart yet; these are given to the target as they come from the file. With
-            the device on which it wants them, or HOST.
+            the devices on which it wants them, HOST among them.
         last: to be called when all bytes are there: what puts values that are not tensors in their places.
         problems: for people; empty if the two fit.
     """
 
     def __init__(self, outline: Outline, strict: bool) -> None:
         self.pairs: list[Pair] = []
-        self.adopted: dict[str, int] = {}
+        self.adopted: dict[str, set[int]] = {}
         self.last: list[Callable[[], object]] = []
         self.problems: list[str] = []
         self._outline = outline
@@ -65,7 +65,8 @@ class Fit:
         Args:
             devices: whether what is read can be sent to them.
         """
-        elsewhere = {name: device for name, device in self.adopted.items() if devices and device != HOST}
+        unanimous = {name: next(iter(wanted)) for name, wanted in self.adopted.items() if len(wanted) == 1}
+        elsewhere = {name: device for name, device in unanimous.items() if devices and device != HOST}
         here = {name: self._outline.storages[name] for name in self.adopted if name not in elsewhere}
         made, elsewhere_now = allocate_on(self._outline.archive, elsewhere, elsewhere)
         self._memory = Memory(self._outline.archive, here | made, elsewhere_now)
@@ -143,7 +144,7 @@ class Fit:
             return self._problem(path, f"has groups of {theirs} parameters in the file, and of {groups} here")
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         for key, value in found["state"].items():
-            if key not in state["state"] and key in range(sum(groups)):
+            if key not in state["state"] and type(key) is int and key in range(sum(groups)):
                 self._adopt(value, parameters[key])
                 state["state"][key] = value
         known = {key: value for key, value in state["state"].items() if value is not found["state"].get(key)}
@@ -154,10 +155,13 @@ class Fit:
 
     def _adopt(self, value: Any, parameter: torch.Tensor) -> None:
         """The state of a parameter that has none. Optimizer.load_state_dict() moves it to its device, but for the step."""
-        self.adopted |= {name: HOST for name in self._outline.records_of(value) if name not in self.adopted}
-        for name, part in value.items() if isinstance(value, Mapping) else ():
-            if isinstance(part, torch.Tensor) and name != "step" and (record := self._outline.record_of(part)) is not None:
-                self.adopted[record] = _devices.index_of(parameter.untyped_storage())
+        for name, part in value.items() if isinstance(value, Mapping) else [(None, value)]:
+            device = HOST
+            if name != "step" and isinstance(part, torch.Tensor) and self._outline.record_of(part) is not None:
+                cast = parameter.is_floating_point() and part.dtype != parameter.dtype
+                device = HOST if cast else _devices.holding(parameter)
+            for record in self._outline.records_of(part):
+                self.adopted.setdefault(record, set()).add(device)
 
     def _where_read(self, states: Mapping[Any, Any]) -> dict[Any, Any]:
         """The same, with the tensors that were read to other memory than the outline's."""

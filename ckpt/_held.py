@@ -27,7 +27,7 @@ from ckpt._memory import Memory, fill, read_whole
 from ckpt._native import digest_file
 from ckpt._outline import Outline
 from ckpt._spread import fill_spread, read_spread
-from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, StorageError
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
 
@@ -84,6 +84,13 @@ class Fresh:
 
     def fill(self) -> None:
         """Reads all of it. A collective, if that is done together."""
+        try:
+            self._read()
+        except DeviceError as error:  # the others are not to wait for this rank because of it
+            self.refusal = error.with_traceback(None)
+            self.check()
+
+    def _read(self) -> None:
         if self.together:
             contents, crc = read_spread(lambda: self.archive, self._how[0])
         else:
@@ -165,8 +172,7 @@ class Into(Fresh):
     def has_target(self) -> bool:
         return True
 
-    def fill(self) -> None:
-        """Reads the tensors into the target."""
+    def _read(self) -> None:
         self._fill(self._fit.pairs, lambda: self._fit.memory(devices=not self.together))
 
     def take(self) -> Any:
@@ -217,9 +223,9 @@ class Lent(Fresh):
                 self._pairs.append(pair)
                 self._lent[path] = tensor
 
-    def fill(self) -> None:
+    def _read(self) -> None:
         if not self._lent:
-            return super().fill()
+            return super()._read()
         for path in self._lent:
             _put(self._outline.value, path, None)
         needed = self._outline.records_of(self._outline.value)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -36,11 +38,15 @@ class Places(Protocol):
 
 
 def fill(archive: Archive, wanted: Places, more: Mapping[str, Any] = _NOTHING, *, whole: bool = False) -> int | None:
-    """As Archive.fill(). If the driver of devices fails, all goes by way of the host, as torch would have it."""
+    """As Archive.fill(). If the driver of devices fails, all goes by way of the host, as torch would have it.
+
+    Raises:
+        DeviceError: a current stream is being captured into a graph: a copy by torch would break that. Nothing was written.
+    """
     try:
         return archive.fill({**wanted.places, **more}, whole=whole, devices=wanted.devices)
     except DeviceError as error:
-        if not wanted.devices:
+        if not wanted.devices or error.capturing:
             raise
         logger.warning("'%s' is loaded by way of host memory: %s", archive.path, error)
     wanted.retreat()
@@ -70,9 +76,7 @@ class Memory:
             map_location: as in `torch.load`.
         """
         names = list(names)
-        if not _devices.are_present():
-            return cls(archive, archive.allocate(names))
-        devices = _placing.devices_of(names, read_small(archive), map_location)
+        devices = _placing.devices_of(names, functools.partial(read_small, archive), map_location)
         return cls(archive, *allocate_on(archive, names, devices))
 
     def retreat(self) -> None:
@@ -85,9 +89,9 @@ class Memory:
         Args:
             absent: storages of other records, which will not be returned.
         """
-        alone = _devices.strangers(self.places[name] for name in self.devices)
-        alone |= {storage._cdata for storage in absent.values()}
-        return Contents(self._archive, small, {**absent, **self.places}, alone)
+        on_devices = {name: self.places[name] for name in self.devices}
+        alone = _devices.strangers(on_devices.values()) | {storage._cdata for storage in absent.values()}
+        return Contents(self._archive, small, {**absent, **self.places}, alone, on_devices)
 
 
 def allocate_on(
@@ -95,10 +99,10 @@ def allocate_on(
 ) -> tuple[dict[str, torch.UntypedStorage], Mapping[str, int]]:
     """Memory for records, and on which devices it is: on none if one has not enough, of which torch is to tell later."""
     names = list(names)
-    try:
-        return archive.allocate(names, devices), devices
-    except RuntimeError:
-        return archive.allocate(names), _NOTHING
+    if devices:
+        with contextlib.suppress(Exception):
+            return archive.allocate(names, devices), devices
+    return archive.allocate(names), _NOTHING
 
 
 def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:

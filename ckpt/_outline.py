@@ -75,7 +75,7 @@ def _stay(storage: Any, location: str) -> Any:
 def _untouched(record: Record) -> torch.UntypedStorage:
     """Memory for it. What is small is cleared, because unpickling may look into it; the rest are pages that read as zeros."""
     if record.size < mmap.PAGESIZE:
-        return fixed(torch.zeros(record.size, dtype=torch.uint8).untyped_storage())
+        return fixed(torch.zeros(record.size, dtype=torch.uint8, device="cpu").untyped_storage())
     return allocate(record.size, record.offset, large=mmap.PAGESIZE)
 
 

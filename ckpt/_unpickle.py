@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ class Contents:
 
     Args:
         alone: addresses (_cdata) of storages that torch is not to move.
+        resizable: those that a forged pickle could make larger.
 
     Attributes:
         storages: the bytes of tensors, by the names of their records. May be memory that is not filled yet.
@@ -30,11 +32,13 @@ class Contents:
         small: dict[str, bytes],
         storages: dict[str, torch.UntypedStorage],
         alone: Set[int] = frozenset(),
+        resizable: Mapping[str, torch.UntypedStorage] = MappingProxyType({}),
     ) -> None:
         self.archive = archive
         self.storages = storages
         self._small = small
         self._alone = alone
+        self._resizable = resizable
 
     def unpickle(self, map_location: Any, weights_only: bool) -> Any:
         """As torch.load does it. Once only: the storages become those of the result.
@@ -44,7 +48,11 @@ class Contents:
             CorruptError: the pickle is none, or asks for what is not there.
         """
         reader = TorchReader(self.archive, self._small, self.storages)
-        return unpickle(reader, self.archive.path, map_location, weights_only, self._alone)
+        loaded = unpickle(reader, self.archive.path, map_location, weights_only, self._alone)
+        for name, storage in self._resizable.items():
+            if storage.nbytes() != self.archive.records[name].size:
+                raise CorruptError(f"a tensor in '{self.archive.path}' reaches beyond the end of record '{name}'")
+        return loaded
 
 
 def read_small(archive: Archive) -> dict[str, bytes]:

@@ -235,9 +235,10 @@ class Checkpointer(Saver):
         next older one. Waits for saves of this Checkpointer that are in flight.
 
         With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
-        verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors on a
-        device, are read a second time for it. All that is in flight is fenced before. If a checkpoint fails, the next older one
-        fills the target again; so if none is good, or a rank does not answer, the target may hold parts of any of them.
+        verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors that
+        are strided otherwise, are read a second time for it. All that is in flight is fenced before. If a checkpoint fails, the
+        next older one fills the target again; so if none is good, or a rank does not answer, the target may hold parts of any
+        of them.
 
         Args:
             map_location, weights_only: as in `torch.load`. What has a target stays on the target's devices.

@@ -102,7 +102,18 @@ class CancelledError(CheckpointError):
 
 
 class DeviceError(CheckpointError):
-    """The CUDA driver is missing, or one of its calls failed; tensors in host memory can still be saved."""
+    """The CUDA driver is missing, or one of its calls failed; tensors in host memory can still be saved.
+
+    Attributes:
+        code: the driver's result code (CUresult); 0 if there is none.
+    """
+
+    code = 0
+
+    @property
+    def capturing(self) -> bool:
+        """Whether it was refused because a stream is being captured into a graph."""
+        return self.code in (900, 906)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, _IMPLICIT
 
 
 class PeerError(CheckpointError):

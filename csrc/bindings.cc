@@ -58,6 +58,7 @@ py::object to_python(const Error& error) {
   if (error.kind() == ErrorKind::kStorage) return type(error.code(), to_text(error.what()), to_text(error.path()));
   const py::object exception = type(to_text(error.what()));
   if (error.kind() == ErrorKind::kChanged) exception.attr("record") = error.code();
+  if (error.kind() == ErrorKind::kDevice) exception.attr("code") = error.code();
   return exception;
 }
 

@@ -1,7 +1,9 @@
 #include "cuda.h"
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
+#include <new>
 #include <utility>
 
 namespace lazyckpt::cuda {
@@ -20,7 +22,7 @@ const char* remedy_for(Result code) {
     case kOutOfMemory: return "free memory of the device or of the host, or choose a smaller arena_bytes";
     case kNoDevice: return "see whether nvidia-smi shows a GPU and whether CUDA_VISIBLE_DEVICES hides it";
     case kCaptureUnsupported:
-    case kCaptureImplicit: return "save outside of graph captures, and call ckpt.fence() before a capture begins and before each replay";
+    case kCaptureImplicit: return "save and load outside of graph captures, and call ckpt.fence() before a capture begins and before each replay";
     case kIllegalAddress: return "a kernel of this process broke its context: CUDA_LAUNCH_BLOCKING=1 shows which one";
     default: return "see nvidia-smi and the kernel log for what is wrong with the device; the last checkpoint is untouched";
   }
@@ -177,13 +179,24 @@ HostRegistration::~HostRegistration() {
   in_context(*context_, [&](const Table& table) { table.mem_host_unregister(begin_); });
 }
 
-HostMemory::HostMemory(const std::shared_ptr<const Context>& context, size_t bytes) : storage_(bytes + 2 * kPage) {
-  const auto address = reinterpret_cast<uintptr_t>(storage_.data());
-  begin_ = storage_.data() + ((address + kPage - 1) / kPage * kPage - address);
+HostMemory::HostMemory(const std::shared_ptr<const Context>& context, size_t bytes)
+    : bytes_((bytes + kPage - 1) / kPage * kPage) {
+  void* const mapped = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  ::madvise(mapped, bytes_, MADV_DONTFORK);
+  begin_ = static_cast<std::byte*>(mapped);
   try {
-    registration_ = std::make_unique<HostRegistration>(context, begin_, (bytes + kPage - 1) / kPage * kPage);
+    registration_ = std::make_unique<HostRegistration>(context, begin_, bytes_);
   } catch (const Error&) {  // then copies to it hold up whoever enqueues them
+  } catch (...) {
+    ::munmap(begin_, bytes_);
+    throw;
   }
+}
+
+HostMemory::~HostMemory() {
+  registration_.reset();
+  ::munmap(begin_, bytes_);
 }
 
 Memory::Memory(std::shared_ptr<const Context> context, size_t bytes) : context_(std::move(context)), bytes_(bytes) {

@@ -234,17 +234,21 @@ class Memory {
   Address address_ = 0;
 };
 
-// Host memory of its own, for copies from devices: pinned, unless that is refused. Making it requires Current.
+// Host memory of its own, of whole pages, for copies from and to devices: pinned, unless that is refused. Forked children do not
+// inherit it: a fork must not make pages change places under a copy. Making it requires Current.
 class HostMemory {
  public:
   HostMemory(const std::shared_ptr<const Context>& context, size_t bytes);
+  ~HostMemory();
+  HostMemory(const HostMemory&) = delete;
+  HostMemory& operator=(const HostMemory&) = delete;
   std::byte* begin() const { return begin_; }
   bool pinned() const { return registration_ != nullptr; }
 
  private:
-  std::vector<std::byte> storage_;
-  std::byte* begin_ = nullptr;  // of whole pages in it
-  std::unique_ptr<HostRegistration> registration_;  // last: it goes first
+  const size_t bytes_;
+  std::byte* begin_ = nullptr;
+  std::unique_ptr<HostRegistration> registration_;
 };
 
 struct Copy {

@@ -3,8 +3,8 @@
 //
 // What is long, and lies in the file as it is to lie in memory (congruent modulo the alignment of direct I/O), is read
 // straight to its place. Ragged ends, short ranges and all others come through a bounce buffer, one for each thread;
-// neighbours share a read. So memory beside the destinations is bounded by threads x piece_bytes; by twice that if some are on
-// devices, to which copies go on while the next piece is read.
+// neighbours share a read. So memory beside the destinations is bounded by threads x piece_bytes; by three times that if some are
+// on devices, to which copies go on out of one pinned buffer while the next piece is read into another.
 #pragma once
 
 #include <cstddef>

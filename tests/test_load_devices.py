@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,9 @@ from test_load_into import mixed_state, network, train, zeros_like
 from test_restore_into import common, file_of, flip, own
 
 import ckpt
-from ckpt import _archive, _placing
+from ckpt import _archive, _devices, _placing
 from ckpt._devices import HOST
-from ckpt.errors import CorruptError, DeadlineError
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, MismatchError
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -153,18 +155,51 @@ def test_memory_beside_it_is_bounded(training: Training, tmp_path: Path, monkeyp
 def test_a_device_without_memory_is_left_to_torch(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = torch_saved(layers(), tmp_path / "state.pt")
 
-    def refuse(nbytes: int, device: int) -> Any:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    asked: list[int] = []
 
-    monkeypatch.setattr("ckpt._devices.pretended_memory", refuse)
+    def refuse(nbytes: int, device: int) -> Any:
+        asked.append(nbytes)
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(_devices, "pretended_memory", refuse)
     with pytest.raises(Exception, match="CUDA"):  # what torch says, which sees no device here
         ckpt.load(path, map_location="cuda:0")
-    assert not carried(training)
+    assert asked and not carried(training)
 
 
-@pytest.mark.parametrize("content", [b"", b"cuda", b"\x80\x02", pickle.dumps({"cuda": [1, {2}, (3,), object]}, 2)])
-def test_pickles_that_are_not_understood_place_nothing(content: bytes) -> None:
-    assert _placing.devices_of(["data/0"], {"data.pkl": content}, None) == {}
+HUGE_MEMO = b"\x80\x02N" + pickle.LONG_BINPUT + b"\xff\xff\xff\xff" + pickle.BINUNICODE + b"\x04\x00\x00\x00cuda."
+HUGE_BUFFER = b"\x80\x05" + pickle.BYTEARRAY8 + (1 << 40).to_bytes(8, "little") + b"cuda."
+
+
+def place(content: bytes, map_location: Any = None) -> dict[str, int]:
+    small = {"data.pkl": content, "byteorder": b"little"}
+    return _placing.devices_of(["data/0"], lambda: small, map_location)
+
+
+def named(key: Any, location: Any) -> bytes:
+    """A pickle that names one storage."""
+    stream = io.BytesIO()
+    pickler = pickle.Pickler(stream, 2)
+    pickler.persistent_id = lambda obj: ("storage", None, key, location, 3) if obj is place else None  # type: ignore[method-assign]
+    pickler.dump(["cuda", place])
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"cuda", b"\x80\x02", pickle.dumps({"cuda": [1, {2}, (3,), object]}, 2), HUGE_MEMO, HUGE_BUFFER]
+    + [named("0", location) for location in ("cuda:x", "cuda:1:2", ["cuda"], 3)]
+    + [named(["0"], "cuda:1")],
+)
+def test_pickles_that_are_not_understood_place_nothing(content: bytes, training: Training) -> None:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert place(content) == place(content, {"cuda:7": "cpu"}) == {}
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 << 10
+
+
+def test_pickles_that_are_understood_place_what_they_name(training: Training) -> None:
+    assert place(named("0", "cuda:1")) == place(named("0", "cpu"), {"cpu": "cuda:1"}) == {"data/0": 1}
+    assert place(named("0", "cpu")) == place(named("0", "cuda:1"), {"cuda:1": "cpu"}) == {}
 
 
 class Runs:
@@ -176,9 +211,57 @@ class Runs:
 
 
 def test_looking_for_places_runs_no_code(tmp_path: Path) -> None:
-    content = pickle.dumps(["cuda", Runs(f"touch {tmp_path / 'ran'}")], 2)
-    assert _placing.devices_of(["data/0"], {"data.pkl": content}, None) == {}
+    assert place(pickle.dumps(["cuda", Runs(f"touch {tmp_path / 'ran'}")], 2)) == {}
     assert not os.listdir(tmp_path)
+
+
+def test_a_shape_that_reaches_beyond_its_record_is_damage(training: Training, tmp_path: Path) -> None:
+    """Memory of a device can be resized: torch would make it larger, and leave what is new as it finds it."""
+    path = torch_saved({"a": torch.ones(40_000)}, tmp_path / "state.pt")
+    content = path.read_bytes()
+    shape, larger = b"K\x00M\x40\x9c\x85", b"K\x00M\x41\x9c\x85"  # an offset, and a tuple of one
+    assert content.count(shape) == 1
+    forged = tmp_path / "forged.pt"
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(forged, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name).replace(shape, larger))
+    with pytest.raises(CheckpointError):
+        ckpt.load(forged, map_location="cuda:0")
+
+
+def test_a_load_to_the_host_asks_no_driver(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that has asked cannot fork one that computes on devices."""
+
+    def ask(*_: Any) -> Any:
+        raise AssertionError("the driver was asked")
+
+    state = {"a": torch.randn(300_000)}
+    path = torch_saved(state, tmp_path / "state.pt")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    for name in ("is_available", "device_count", "current_device", "current_stream", "_lazy_init"):
+        monkeypatch.setattr(torch.cuda, name, ask)
+    target = zeros_like(state)
+    ckpt.load_into(path, target)
+    for where in (None, "cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, location: storage):
+        assert_same(state, ckpt.load(path, where))
+    with ckpt.Checkpointer(tmp_path / "steps", options=host_options()) as checkpointer:
+        checkpointer.save(1, state).result(DEADLINE_S)
+        found = checkpointer.restore()
+        assert found is not None and checkpointer.restore(into=target) is not None
+    assert_same(state, found.state)
+    assert_same(state, target)
+
+
+def test_devices_are_those_that_torch_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda._utils, "_get_current_device_index", lambda: 1, raising=False)
+    monkeypatch.setattr(torch._utils, "_get_current_device_index", lambda: 1)
+    names = ("cpu", "cuda:0", "cuda:1", "cuda", "cuda:2", "meta", "xpu:0")
+    assert [_devices.index_named(name) for name in names] == [HOST, 0, 1, 1, HOST, HOST, HOST]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _devices.index_named("cuda:0") == HOST
 
 
 # ---- into what is there ----------------------------------------------------------------------------------------------
@@ -228,6 +311,55 @@ def test_modules_and_optimizers(stepped: bool, training: Training, tmp_path: Pat
     train(other_model, other_optimizer)
     assert_same(model.state_dict(), other_model.state_dict())
     assert_same(optimizer.state_dict(), other_optimizer.state_dict())
+
+
+class Sharing(torch.optim.SGD):
+    """Its state holds a tensor twice: by itself, and in a list; and one of another dtype."""
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                seen = torch.full_like(parameter, 3.0)
+                self.state[parameter] = {"seen": seen, "history": [seen], "wide": seen.double(), "step": torch.tensor(1.0)}
+
+
+def test_state_that_is_shared_is_read_where_all_of_it_finds_it(training: Training, tmp_path: Path) -> None:
+    training.on = lambda storage: HOST
+    model = torch.nn.Linear(300, 300)
+    optimizer = Sharing(model.parameters())
+    optimizer.step()
+    ckpt.save(optimizer.state_dict(), tmp_path / "state.pt", options=host_options()).result(DEADLINE_S)
+    other = Sharing(torch.nn.Linear(300, 300).parameters())
+    training.on = lambda storage: 1
+    ckpt.load_into(tmp_path / "state.pt", other)
+    stock = Sharing(torch.nn.Linear(300, 300).parameters())
+    stock.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert_same(stock.state_dict(), other.state_dict())
+    assert not training.given
+
+
+def test_parameters_without_memory_are_told(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(3)).sum().backward()
+    optimizer.step()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
+    lazy = torch.nn.LazyLinear(3)
+    with pytest.raises(MismatchError, match="no memory"):
+        ckpt.load_into(tmp_path / "state.pt", {"model": lazy, "optimizer": torch.optim.Adam(lazy.parameters())})
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_whatever_the_default_device_is(device: str, tmp_path: Path) -> None:
+    model = torch.nn.Linear(30, 30)
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(30)).sum().backward()
+    optimizer.step()
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    other = torch.optim.Adam(torch.nn.Linear(30, 30).parameters())
+    with torch.device(device):
+        ckpt.load_into(tmp_path / "state.pt", other)
+    assert_same(optimizer.state_dict(), other.state_dict())
 
 
 def test_restore_reads_every_byte_once(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,10 +458,31 @@ def test_a_capture_is_not_disturbed(training: Training, tmp_path: Path, caplog: 
     path = torch_saved(state, tmp_path / "state.pt")
     training.cuda.set_capturing(0, training.streams[0], True)
     target = zeros_like(state)
-    ckpt.load_into(path, target)
+    with pytest.raises(DeviceError, match="captured into a graph") as caught:
+        ckpt.load_into(path, target)
+    assert caught.value.capturing and caught.value.code == 900
+    assert not any(tensor.any() for tensor in tensors_of(target)), "nothing has been written"
+    with pytest.raises(DeviceError, match="captured into a graph"):
+        ckpt.load(path, map_location="cuda:0")
     training.cuda.set_capturing(0, training.streams[0], False)
-    assert_same(state, target)
-    assert not carried(training) and "captured into a graph" in warnings_of(caplog)[0]
+    assert not carried(training) and not warnings_of(caplog)
+
+
+def test_a_restore_during_a_capture_leaves_no_rank_waiting(training: Training, tmp_path: Path) -> None:
+    """The checkpoint is good, and the others are told so; this rank raises when all have chosen."""
+    training.on = lambda storage: HOST
+    with ckpt.Checkpointer(tmp_path, options=host_options()) as checkpointer:
+        for step in (1, 2):
+            checkpointer.save(step, own(step)).result(DEADLINE_S)
+        training.cuda.set_capturing(0, training.streams[0], True)
+        target = zeros_like(own(2))
+        training.on = lambda storage: 0
+        for how in ({"map_location": "cuda:0"}, {"into": target}):
+            with pytest.raises(DeviceError, match="captured into a graph"):
+                checkpointer.restore(**how)
+        training.cuda.set_capturing(0, training.streams[0], False)
+        found = checkpointer.restore(into=target)
+        assert found is not None and found.step == 2
 
 
 def test_a_device_that_hangs_meets_the_deadline(training: Training, tmp_path: Path) -> None:

@@ -202,7 +202,7 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream
   FAKE_CALL("cuMemcpyDtoHAsync");
   const bool pinned = is_registered(to, bytes);
   count(pinned ? "pinned copies" : "pageable copies");
-  std::memset(to, kPoison, bytes);
+  poison(handle, to, bytes);
   const int code = enqueue_copy(handle, to, reinterpret_cast<const void*>(from), bytes, fault);
   // As the real one: to pageable memory it returns when the copy is done.
   return code == kSuccess && !pinned ? wait_for_all(find_stream(handle, current->device)) : code;
@@ -240,7 +240,7 @@ int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t*
     if (is_registered(source, sizes[i])) {
       poison_in_turn(handle, target, sizes[i]);
     } else {
-      std::memset(target, kPoison, sizes[i]);
+      poison(handle, target, sizes[i]);
     }
     const Fault& last = own.code != kSuccess ? own : fault;
     const int code = enqueue_copy(handle, target, source, sizes[i], last);
@@ -262,7 +262,7 @@ int cuMemcpyHtoDAsync_v2(unsigned long long to, const void* from, size_t bytes, 
 
 int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t bytes, Stream* handle) {
   FAKE_CALL("cuMemcpyDtoDAsync");
-  std::memset(reinterpret_cast<void*>(to), kPoison, bytes);
+  poison(handle, reinterpret_cast<void*>(to), bytes);
   return enqueue_copy(handle, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, fault);
 }
 

@@ -302,12 +302,24 @@ inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes
   return kSuccess;
 }
 
-// For memory that kernels before the copy may still write to.
+// For memory that something before the copy may still write to.
 inline void poison_in_turn(Stream* handle, void* to, size_t bytes) {
   if (current == nullptr) return;
   if (Stream* stream = find_stream(handle, current->device); stream != nullptr) {
     stream->add([=](Stream&) { std::memset(to, kPoison, bytes); });
   }
+}
+
+// At once, so that nobody reads it before the copy has ended; but not under a copy of a batch that has failed, which its caller
+// makes again.
+inline void poison(Stream* handle, void* to, size_t bytes) {
+  bool busy = false;
+  {
+    std::lock_guard<std::mutex> lock(controls().mutex);
+    busy = is_being_copied(reinterpret_cast<uintptr_t>(to), bytes);
+  }
+  if (busy) return poison_in_turn(handle, to, bytes);
+  std::memset(to, kPoison, bytes);
 }
 
 inline int wait_for_all(Stream* stream) {
