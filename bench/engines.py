@@ -126,10 +126,9 @@ class Ckpt(Engine):
     def synchronise(self) -> None:
         """Nothing: what it calls complete is durable."""
 
-    def _load(self, path: Path, into: dict[str, Any]) -> Any:
-        found = self._checkpointer.restore()
+    def load(self, into: dict[str, Any]) -> None:
+        found = self._checkpointer.restore(into=into)
         assert found is not None and found.step == self._saves
-        return found.state
 
     def prune(self) -> None:
         """Nothing: it has done so itself, behind the save."""

@@ -64,6 +64,10 @@ def whiskers(lines: Sequence[Line], scale: float = 1.0) -> list[list[float]]:
     ]
 
 
+def short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def bars(axes: Axes, lines: Sequence[Line], title: str, unit: str, scale: float = 1.0) -> None:
     """A horizontal bar for each engine, the first at the top, its median written beside it."""
     names = [line["case"] for line in lines]
@@ -74,7 +78,7 @@ def bars(axes: Axes, lines: Sequence[Line], title: str, unit: str, scale: float 
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(unit)
     for place, (line, value) in enumerate(zip(lines, values, strict=True)):
-        axes.annotate(f" {value:.3g}", (line["max"] * scale, place), va="center", fontsize=7)
+        axes.annotate(f" {short(value)}", (line["max"] * scale, place), va="center", fontsize=7)
     axes.margins(x=0.15)
     axes.grid(axis="x", alpha=0.3)
 
@@ -90,6 +94,7 @@ def blocked(lines: list[Line]) -> Picture | None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
     bars(left, held, "training held up by a save (log)", "ms", 1000)
     left.set_xscale("log")
+    left.set_xlim(right=4 * left.get_xlim()[1])  # for what is written beside the longest
     bars(right, [line for line in iterations if line["case"] != NO_SAVING], "iteration with a save in it", "s")
     for line in iterations:
         if line["case"] == NO_SAVING:
@@ -98,7 +103,7 @@ def blocked(lines: list[Line]) -> Picture | None:
 
 
 def limit(axes: Axes, value: float, label: str, style: str = "--") -> None:
-    axes.axvline(value, color="black", lw=1, ls=style, label=f"{label}: {value:.3g}")
+    axes.axvline(value, color="black", lw=1, ls=style, label=f"{label}: {short(value)}")
     axes.legend(fontsize=7, loc="lower right")
 
 

@@ -24,13 +24,14 @@ class Filling:
     Args:
         pairs: tensors to fill.
         memory: for whole records, which is filled too.
-        devices: whether what is read can be sent to devices; else targets there are filled from temporaries.
+        together: ranks send each other what they read, from host to host. What cannot be read straight to its place is then
+            among that, in memory of the host; else it is read afterwards, to temporaries.
 
     Attributes:
         places, devices: what can be read straight to its place, see Places.
     """
 
-    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: Memory, devices: bool = True) -> None:
+    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: Memory, together: bool = False) -> None:
         self._archive = archive
         self._pairs = list(pairs)
         self._memory = memory
@@ -38,7 +39,8 @@ class Filling:
         for pair in self._pairs:
             if pair.source.numel():
                 self._by_record.setdefault(pair.record, []).append(pair)
-        self._choose(devices)
+        self._together = together
+        self._choose(devices=not together)
 
     def _choose(self, devices: bool) -> None:
         self.places: dict[str, Any] = dict(self._memory.places)
@@ -50,6 +52,8 @@ class Filling:
                 self.places[name] = first.target
                 if (device := _devices.holding(first.target)) != HOST:
                     self.devices[name] = device
+        if self._together:
+            self.places |= self._archive.allocate([name for name in self._by_record if name not in self.places])
 
     def retreat(self) -> None:
         self._memory.retreat()

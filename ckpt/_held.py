@@ -119,7 +119,7 @@ class Fresh:
         fillings: list[Filling] = []
 
         def prepare() -> tuple[Archive, Mapping[str, Any]]:
-            fillings.append(Filling(self.archive, pairs, make(), devices=not self.together))
+            fillings.append(Filling(self.archive, pairs, make(), self.together))
             fillings[0].begin()
             return self.archive, fillings[0].places
 

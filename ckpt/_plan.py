@@ -367,22 +367,31 @@ def _place(
     data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int, from_devices: bool
 ) -> SavePlan:
     plan = SavePlan(data, records, [], [], bytearray(len(records)), [])
-    devices = [HOST] * len(records)
-    for index, record in enumerate(records):
-        nbytes = record.nbytes
-        if record.location != "cpu" or _devices.pretended is not None:
-            devices[index] = _devices.index_of(record.storage) if nbytes and from_devices else HOST
-            if devices[index] == HOST and record.location != "cpu":
-                record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, nbytes), 0, None
-                plan.kinds[index] = OWNED if nbytes > eager_bytes else COPY
-        address = record.storage.data_ptr()
+    plan.devices = _find_devices(plan, eager_bytes, from_devices)
+    devices, kinds, lazy = plan.devices, plan.kinds, plan.lazy
+    for index, record in enumerate(records):  # by the ten thousand, in the caller's time
+        nbytes, low, storage = record.nbytes, record.low, record.storage
+        address = storage.data_ptr()
         # A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
-        worthwhile = nbytes > eager_bytes or devices[index] != HOST
-        if plan.kinds[index] == COPY and worthwhile and is_lazy(record.storage._cdata):
-            plan.kinds[index] = LAZY
-            plan.lazy.append(Place(record.storage, address, record.low + nbytes, record.tensor))
+        worthwhile = nbytes > eager_bytes or (devices and devices[index] != HOST)
+        if worthwhile and kinds[index] == COPY and is_lazy(storage._cdata):
+            kinds[index] = LAZY
+            lazy.append(Place(storage, address, low + nbytes, record.tensor))
         plan.sizes.append(nbytes)
-        plan.addresses.append(address + record.low if nbytes else 0)
-    if any(device != HOST for device in devices):
-        plan.devices = devices
+        plan.addresses.append(address + low if nbytes else 0)
     return plan
+
+
+def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[int]:
+    """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay."""
+    records = plan.records
+    elsewhere = [index for index, record in enumerate(records) if record.location != "cpu" or _devices.pretended is not None]
+    devices = [HOST] * len(records) if elsewhere else []
+    for index in elsewhere:
+        record = records[index]
+        if record.nbytes and from_devices:
+            devices[index] = _devices.index_of(record.storage)
+        if devices[index] == HOST and record.location != "cpu":
+            record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, record.nbytes), 0, None
+            plan.kinds[index] = OWNED if record.nbytes > eager_bytes else COPY
+    return devices if any(device != HOST for device in devices) else []

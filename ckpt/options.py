@@ -55,9 +55,9 @@ class Options:
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.
         replicated_readers: how a job of several ranks restores that file: "each" (default): every rank reads it whole; "all":
             each rank reads its share, and the rest comes from the other ranks, through the default process group of
-            torch.distributed, whose ranks must be those that restore, into targets of the same kind. What cannot be read
-            straight to its place (a target on a device, or strided otherwise than in the file) each rank reads once more
-            by itself. `Checkpointer.restore()` makes collective calls then: on all ranks, in the thread that trains. With
+            torch.distributed, whose ranks must be those that restore, into targets of the same kind. What does not lie in host
+            memory as in the file (a target on a device, or strided otherwise) goes through a temporary of its size there.
+            `Checkpointer.restore()` makes collective calls then: on all ranks, in the thread that trains. With
             NCCL alone a rank that is lost ends the others by torch's watchdog; the backend "cpu:gloo,cuda:nccl" reports it.
         device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
             which is pinned for it; others are copied on the current stream, and save() does not wait for that. Fences let the

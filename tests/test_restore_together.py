@@ -43,7 +43,7 @@ def steps(answers: list[dict[str, Any]]) -> list[Any]:
     return [answer.get("step", answer) for answer in answers]
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, "askew"])
 def test_each_rank_reads_its_share(ranks: Ranks, saved: Path, way: str) -> None:
     alone = ranks.ask("restore", directory=str(saved), way=way, readers="each")
     together = ranks.ask("restore", directory=str(saved), way=way)

@@ -129,14 +129,16 @@ def restore(
 ) -> Any:
     """
     Args:
-        way: to "fresh" memory, "into" tensors, or to memory that is "lent".
+        way: to "fresh" memory, "into" tensors, into such as lie "askew", or to memory that is "lent".
     """
-    target = {"weights": torch.zeros((3 << 20) + misfit), "bias": torch.zeros(5, dtype=torch.int64), "note": ""}
+    stride = 2 if way == "askew" else 1
+    target = {"weights": torch.zeros(stride * ((3 << 20) + misfit))[::stride], "bias": torch.zeros(5, dtype=torch.int64), "note": ""}
 
     def lend(_: Any) -> dict[tuple[str], torch.Tensor]:
         return {("weights",): target["weights"]}
 
-    how = {"fresh": {}, "into": {"replicated_into": target}, "lent": {"replicated_into": lend}}[way]
+    into = {"replicated_into": target}
+    how = {"fresh": {}, "into": into, "askew": into, "lent": {"replicated_into": lend}}[way]
     with checkpointer(directory, replicated_readers=readers) as made:
         if fault:
             _native.set_fault(**fault)
@@ -147,7 +149,8 @@ def restore(
             _native.clear_faults()
         read = bytes_read() - before
     assert found is not None
-    assert_same(common(found.step), found.replicated)
+    assert way != "askew" or found.replicated["weights"].stride() == (2,)
+    assert_same(common(found.step), found.replicated | {"weights": found.replicated["weights"].contiguous()})
     assert_same(own(found.step), found.state)
     assert way == "fresh" or found.replicated["weights"].data_ptr() == target["weights"].data_ptr()
     return {"step": found.step, "bytes_read": read}
