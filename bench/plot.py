@@ -37,7 +37,9 @@ CAPTION_WIDTH, CAPTION_SIZE = 150, 6.5  # characters, points
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
-    return [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
+    """Of what was measured several times the last, where it stood first."""
+    found = [json.loads(line) for path in paths for line in path.read_text(encoding="utf-8").splitlines() if line]
+    return list({(line["workload"], line["case"], line["quantity"]): line for line in found}.values())
 
 
 def pick(lines: Sequence[Line], workload: str, quantity: str) -> list[Line]:
