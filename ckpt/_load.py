@@ -51,6 +51,7 @@ def load(
         CorruptError: the file is truncated, or a checksum is wrong; names the record.
         StorageError: it cannot be read.
         DeadlineError: reading took longer than timeout_s.
+        DeviceError: some of it goes to a CUDA device whose current stream is being captured into a graph.
         CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches.
         TypeError, ValueError: keys are no patterns.
     """

@@ -43,6 +43,7 @@ def load_into(
         MismatchError: the two do not fit; lists all keys, dtypes and shapes that differ. Nothing has been written.
         CorruptError, StorageError, DeadlineError: as from load(). If that is found while reading, the target holds parts of the
             file: load another one into it.
+        DeviceError: the current stream of a CUDA device is being captured into a graph. Nothing has been written.
         CheckpointError: the file holds objects that weights_only refuses, or is in torch's format of before 1.6.
     """
     archive = _open(Path(os.fspath(path)), timeout_s)

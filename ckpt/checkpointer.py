@@ -263,6 +263,7 @@ class Checkpointer(Saver):
                 write to it, or it holds parts that the chosen one does not fill); with `replicated_readers="all"`:
                 torch.distributed is not initialised, has other ranks, or the ranks want different parts.
             PeerError: a rank does not answer, or cannot load what all read together.
+            DeviceError: the current stream of a CUDA device is being captured into a graph.
             ValueError: into and merge are both given.
         """
         self._check_usable()
