@@ -106,7 +106,7 @@ def blocked(lines: list[Line]) -> Picture | None:
 
 def limit(axes: Axes, value: float, label: str, style: str = "--") -> None:
     axes.axvline(value, color="black", lw=1, ls=style, label=f"{label}: {short(value)}")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7, loc="upper right")
 
 
 def durable(lines: list[Line]) -> Picture | None:
