@@ -77,7 +77,7 @@ def bars(axes: Axes, lines: Sequence[Line], title: str, unit: str, scale: float 
     colours = [OUR_COLOUR if name == OURS else THEIR_COLOUR for name in names]
     axes.barh(names, values, xerr=whiskers(lines, scale), color=colours, error_kw={"lw": 0.8, "capsize": 2})
     axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_title(title, fontsize=9)
+    axes.set_title(title, fontsize=9, loc="left")
     axes.set_xlabel(unit)
     for place, (line, value) in enumerate(zip(lines, values, strict=True)):
         axes.annotate(f" {short(value)}", (line["max"] * scale, place), va="center", fontsize=7)
@@ -106,7 +106,7 @@ def blocked(lines: list[Line]) -> Picture | None:
 
 def limit(axes: Axes, value: float, label: str, style: str = "--") -> None:
     axes.axvline(value, color="black", lw=1, ls=style, label=f"{label}: {short(value)}")
-    axes.legend(fontsize=7, loc="upper right")
+    axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), frameon=False)  # above: no bar is there
 
 
 def durable(lines: list[Line]) -> Picture | None:
