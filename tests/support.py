@@ -7,6 +7,7 @@ import gc
 import time
 import types
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -76,6 +77,21 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S, wha
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
         time.sleep(0.001)
+
+
+def stop(pid: int) -> None:
+    """SIGSTOP, and waits until none of its threads runs any more: each goes on until it sees the signal."""
+    process = psutil.Process(pid)
+    process.suspend()
+    threads = [Path(f"/proc/{pid}/task/{thread.id}/stat") for thread in process.threads()]
+    wait_until(lambda: all(_is_stopped(thread) for thread in threads), what="the stop")
+
+
+def _is_stopped(thread: Path) -> bool:
+    try:
+        return thread.read_text().rpartition(")")[2].split()[0] == "T"
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return True
 
 
 def assert_no_leak(before: Resources, *, memory_bytes: int | None = None, timeout_s: float = 10.0) -> None:

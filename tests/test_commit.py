@@ -20,7 +20,7 @@ import pytest
 import torch
 from dist import commit_worker
 from nursery import Child, Ended, Nursery
-from support import wait_until
+from support import stop, wait_until
 
 MOST_RANKS = 3
 # Where a rank can be killed while a step is saved; tests/crash compares these with the source.
@@ -373,7 +373,7 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
     slowly = {str(step): {"sleep_s": 0.25} for step in range(16)}
     job = start(steps=16, plan=slowly, options=IMPATIENT["options"])
     wait_until(lambda: bool(committed(tmp_path)), what="the first checkpoint")
-    os.kill(job.children[victim].pid, signal.SIGSTOP)
+    stop(job.children[victim].pid)
     try:
         wait_until(lambda: "failed " in job.children[1 - victim].said(), what="a save that the other gives up")
     finally:

@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed
-from support import wait_until
+from support import stop, wait_until
 from test_coordinator import WORKER, free_port, make_together, without_ranks
 
 from ckpt.coordinator import _base
@@ -111,7 +111,7 @@ def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: p
         waits = [timed.call(lambda: zero.gather("gathered/1", b"", LONG_S))]
         waits += [timed.call(lambda: one.broadcast("told/1", None, LONG_S))]
         time.sleep(0.2)  # both wait in the server
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             waits += [timed.call(lambda: zero.gather("gathered-late/1", b"", LONG_S))]
             posts = [timed.call(lambda: one.gather("posted/1", b"", LONG_S))]
@@ -147,7 +147,7 @@ def test_the_threads_of_waits_that_were_given_up_end(server: tuple[int, int]) ->
         waits = [timed.call(lambda: zero.gather("gathered/1", b"", LONG_S))]
         waits += [timed.call(lambda: one.broadcast("told/1", None, LONG_S))]
         time.sleep(0.2)
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         try:
             timed.started = time.monotonic()
             zero.interrupt()
@@ -167,7 +167,7 @@ def test_what_is_posted_in_time_after_a_stop_arrives(server: tuple[int, int]) ->
     store = torch.distributed.TCPStore("127.0.0.1", port, timeout=CONNECTING, wait_for_workers=False)
     zero, one = make_together([lambda rank=rank: StoreCoordinator(store, rank, 2, timeout_s=10) for rank in range(2)])
     with ThreadPoolExecutor(4) as pool:
-        os.kill(pid, signal.SIGSTOP)
+        stop(pid)
         post = pool.submit(one.gather, "posted/1", b"one", LONG_S)
         word = pool.submit(zero.broadcast, "word/1", b"zero", LONG_S)
         time.sleep(0.2)
