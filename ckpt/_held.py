@@ -236,7 +236,7 @@ class Lent(Fresh):
         if self.together:  # ranks send each other what lies on the host
             self._memory = Memory(self.archive, self.archive.allocate(names))
         else:
-            self._memory = Memory.where_loaded(self.archive, names, self._how[0])
+            self._memory = Memory.where_loaded(self.archive, names, self._how[0], self._outline.small)
         return self._memory
 
     @property

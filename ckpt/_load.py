@@ -83,7 +83,7 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     """Unpickles twice: first to see what is wanted, then over the bytes of that."""
     outline = Outline(archive, weights_only)
     needed = outline.records_of(selection.prune(outline.value, archive.path))
-    memory = Memory.where_loaded(archive, needed, map_location)
+    memory = Memory.where_loaded(archive, needed, map_location, outline.small)
     fill(archive, memory)
     absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
     outline.value = None

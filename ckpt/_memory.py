@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
@@ -68,15 +67,18 @@ class Memory:
         self.devices = dict(devices)
 
     @classmethod
-    def where_loaded(cls, archive: Archive, names: Iterable[str], map_location: Any) -> Memory:
+    def where_loaded(
+        cls, archive: Archive, names: Iterable[str], map_location: Any, small: Mapping[str, bytes] | None = None
+    ) -> Memory:
         """Each record where torch.load would put it in the end, as far as that can be known.
 
         Args:
             names: of the records.
             map_location: as in `torch.load`.
+            small: the records that are not of tensors, if they have been read.
         """
         names = list(names)
-        devices = _placing.devices_of(names, functools.partial(read_small, archive), map_location)
+        devices = _placing.devices_of(names, lambda: read_small(archive) if small is None else small, map_location)
         return cls(archive, *allocate_on(archive, names, devices))
 
     def retreat(self) -> None:

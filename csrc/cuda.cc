@@ -130,6 +130,15 @@ Current::~Current() {
   if (before_ != context_.handle()) context_.table().ctx_set_current(before_);
 }
 
+std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
+
+Error capture_refused(int device, const std::string& advice) {
+  return Error(ErrorKind::kDevice,
+               "the current stream of " + place_of(device) +
+                   " is being captured into a graph, where a copy would be recorded instead of made; " + advice,
+               kCaptureUnsupported);
+}
+
 void relax_capture_mode(const Driver& driver) {
   int mode = kCaptureModeRelaxed;
   driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);

@@ -170,6 +170,10 @@ class Current {
   ContextHandle before_ = nullptr;
 };
 
+std::string place_of(int device);  // for messages
+// That a copy was asked for on such a stream; `advice` says what to do.
+Error capture_refused(int device, const std::string& advice);
+
 // Lets the calling thread make calls that would otherwise break a graph capture going on in another thread.
 void relax_capture_mode(const Driver& driver);
 

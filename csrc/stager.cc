@@ -16,14 +16,10 @@ namespace {
 
 constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
 
-std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
+using cuda::place_of;
 
 Error capture_refused(int device) {
-  return Error(ErrorKind::kDevice,
-               "the current stream of " + place_of(device) +
-                   " is being captured into a graph, where a copy would be recorded instead of made; save outside of captures, "
-                   "and call ckpt.fence() before a capture begins and before each replay",
-               cuda::kCaptureUnsupported);
+  return cuda::capture_refused(device, "save outside of captures, and call ckpt.fence() before a capture begins and before each replay");
 }
 
 // True if it is over, in which case `error` is set if the copy failed. Without the lock.

@@ -13,8 +13,6 @@ namespace {
 
 constexpr auto kShortestPoll = std::chrono::microseconds(20), kLongestPoll = std::chrono::microseconds(500);
 
-std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
-
 }  // namespace
 
 // ---- Uplinks -----------------------------------------------------------------------------------------------------
@@ -24,18 +22,13 @@ Uplinks::Uplinks(const std::string& driver, const std::vector<int>& devices, con
   for (const int device : devices) {
     const auto stream = streams.find(device);
     if (stream == streams.end()) {
-      throw Error(ErrorKind::kDevice, "no stream was given for " + place_of(device) + "; give its current stream");
+      throw Error(ErrorKind::kDevice, "no stream was given for " + cuda::place_of(device) + "; give its current stream");
     }
     const auto handle = reinterpret_cast<cuda::StreamHandle>(stream->second);
     auto link = std::make_unique<Link>();
     link->context = std::make_shared<const cuda::Context>(loaded, device);
     const cuda::Current current(*link->context);
-    if (link->context->is_capturing(handle)) {
-      throw Error(ErrorKind::kDevice,
-                  "the current stream of " + place_of(device) +
-                      " is being captured into a graph, where a copy would be recorded instead of made; load outside of captures",
-                  cuda::kCaptureUnsupported);
-    }
+    if (link->context->is_capturing(handle)) throw cuda::capture_refused(device, "load outside of captures");
     link->stream = std::make_unique<cuda::Stream>(link->context);
     const cuda::Event before(link->context);
     before.record(handle);
