@@ -58,11 +58,13 @@ class StepDirectories:
         keep: how many committed steps stay; None: all.
         shared: ranks of one job write here together. Rank 0 alone publishes and removes; it cannot know what the others are
             writing just now, so it removes less.
+        max_in_flight: how many steps may be on their way at once.
     """
 
-    def __init__(self, directory: Path, keep: int | None, shared: bool) -> None:
+    def __init__(self, directory: Path, keep: int | None, shared: bool, max_in_flight: int) -> None:
         self._directory = directory
         self._keep = keep
+        self._max_in_flight = max_in_flight
         self._shared = shared
         self._file_lock = DirectoryLock(directory)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
@@ -235,9 +237,14 @@ class StepDirectories:
         elif before is not None:
             for name in _manifest.names(before.files) - _manifest.names(manifest.files):
                 _storage.remove_file(directory / name)
-        if self._keep is not None:
-            for path, _ in self.look()[0][self._keep :]:
-                self._remove_step(path)
+        if self._keep is None:
+            return
+        largest = _manifest.bytes_of(manifest)
+        for path, old in self.look()[0][self._keep :]:
+            self._remove_step(path)
+            largest = max(largest, _manifest.bytes_of(old))
+        if self._retired and not _storage.has_room(self._directory, self._max_in_flight * largest):
+            self.sweep()  # before the outcome: the next save of any rank needs the space
 
     def _remove_leftovers(self) -> None:
         """What a crash left behind."""

@@ -158,5 +158,9 @@ def _count(fields: Any, key: str) -> int:
     return value
 
 
+def bytes_of(manifest: Manifest) -> int:
+    return sum(file.bytes for file in manifest.files)
+
+
 def names(files: Sequence[FileEntry]) -> set[str]:
     return {file.name for file in files}

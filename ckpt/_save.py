@@ -72,7 +72,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         if error is not None:
             raise error
         _storage.crash_point("before-rename")
-        pending._afterwards = _storage.keep_space(target)
+        if _storage.has_room(target.parent, options.max_in_flight * file.job.size):
+            pending._afterwards = _storage.keep_space(target)
         _storage.rename_durably(file.temporary, target)
         _storage.crash_point("renamed")
         return target

@@ -172,6 +172,15 @@ def keep_space(path: Path) -> Callable[[], None]:
     return free
 
 
+def has_room(directory: Path, size: int) -> bool:
+    """Whether its file system has this many bytes to give. No, if that cannot be told."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize >= size
+
+
 def _free_in_child() -> None:
     """Else a process that lives on would keep the space."""
     while _kept:

@@ -73,7 +73,9 @@ class Checkpointer(Saver):
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt")
-        self._directories = _directory.StepDirectories(self.directory, keep, shared=self.world_size > 1)
+        self._directories = _directory.StepDirectories(
+            self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
+        )
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
         agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._steps = StepCommitter(self._directories, agreement)

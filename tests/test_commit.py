@@ -380,7 +380,9 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
         os.kill(job.children[victim].pid, signal.SIGCONT)
     told = job.end()
     other = told[1 - victim]
-    assert other.failed and all(f"rank {victim}" in text for _, text in other.failed.values()), other.failed
+    assert other.failed
+    first = min(other.failed)
+    assert f"rank {victim}" in other.failed[first][1], other.failed
     for each in told:
-        assert each.ended.returncode == 0 and each.durable and each.durable[-1] == 15, each.ended
-    assert assert_whole(tmp_path, 2, *told) == 15
+        assert each.ended.returncode == 0 and each.durable and each.durable[-1] > first, each.ended
+    assert assert_whole(tmp_path, 2, *told) > first

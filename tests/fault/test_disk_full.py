@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -116,6 +118,24 @@ def test_a_run_that_outgrows_the_disk_keeps_what_fits(small_disk: Path) -> None:
         checkpointer.save(8, {"small": torch.ones(4)}).result(30)
         assert checkpointer.steps() == [8]
         checkpointer.save(9, make_state(9)).result(30)
+
+
+def test_what_is_removed_makes_room_for_the_next_save(small_disk: Path, native: Any) -> None:
+    """Though removing takes long, and may go on behind the outcome of a save: here there is no room for that."""
+    with ckpt.Checkpointer(small_disk / "run", keep=1, options=options()) as checkpointer:
+        for step in range(4):
+            native.set_fault("unlink", delay_s=0.3)
+            checkpointer.save(step, make_state(step, mebibytes=3)).result(30)
+            assert checkpointer.steps() == [step]
+
+
+def test_what_is_replaced_makes_room_for_the_next_save(small_disk: Path, native: Any) -> None:
+    path = small_disk / "model.pt"
+    for step in range(4):
+        pending = ckpt.save(make_state(step, mebibytes=3), path, options=options())
+        pending.add_done_callback(lambda _: time.sleep(0.3))  # what is done behind the outcome comes after this
+        pending.result(30)
+    assert_same(make_state(3, mebibytes=3), ckpt.load(path))
 
 
 def test_a_single_file_is_replaced_or_left_alone(small_disk: Path) -> None:
