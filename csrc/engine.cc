@@ -19,6 +19,7 @@ namespace {
 constexpr size_t kSmallestChunk = size_t{64} << 10;
 constexpr size_t kTouchStep = size_t{16} << 20;
 constexpr double kInterruptIntervalS = 0.1;
+constexpr double kPublishIntervalS = 0.005;  // between calls to the writers while chunks are published
 constexpr double kGiveUpS = 2.0;  // for failed jobs to come back from their system calls
 
 size_t fit_chunk(const EngineOptions& options) {
@@ -197,6 +198,7 @@ void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrup
 
 void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, double deadline, const Interrupt& interrupt) {
   Job& job = *shared;
+  double next_call = monotonic_seconds() + kPublishIntervalS;
   for (size_t index = 0; index < job.chunks.size(); ++index) {
     Chunk& chunk = job.chunks[index];
     if (job.failed()) return;
@@ -221,7 +223,9 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     }
     chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
     ++job.published;
+    if (monotonic_seconds() < next_call) continue;  // to be woken by each would cost the caller more than they gain
     monitor_->changed.notify_all();
+    next_call = monotonic_seconds() + kPublishIntervalS;
   }
 }
 
@@ -476,14 +480,10 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     }
   }
   uint32_t crc = 0;
-  for (const Chunk& chunk : job->chunks) {
-    if (chunk.written) crc = crc32_combine(crc, chunk.crc, chunk.content);
-  }
+  for (const Chunk& chunk : job->chunks) crc = chunk.written ? crc32_combine(crc, chunk.crc, chunk.content) : crc;
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
-  for (Chunk& chunk : job->chunks) {  // chunks that were claimed when their job failed
-    chunk.release_memory();
-  }
+  for (Chunk& chunk : job->chunks) chunk.release_memory();  // of chunks that were claimed when their job failed
   job->stats.direct_io = job->file->wrote_direct();
   job->file_crc = crc;
   job->phase = Phase::kFinished;
