@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ckpt import _native
+from ckpt._native import StorageIndex
+
 _stepped: dict[int, weakref.ref[Optimizer]] = {}
 
 
@@ -30,8 +33,12 @@ def install_hook(before_step: Callable[[], None]) -> None:
     register_optimizer_step_pre_hook(hook)
 
 
-def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
-    """A predicate on a storage's `_cdata`.
+# Gives the `_cdata` of those storages; or True: all of them, False: none. It is told what is saved, which helps to find them.
+LazyStorages = Callable[[StorageIndex | None], set[int] | bool]
+
+
+def lazy_storages(declared: Any = None) -> LazyStorages:
+    """What gives them. It looks through the optimizers when it is first asked: for a state of small tensors it never is.
 
     Args:
         declared: True (all), False (none, whatever optimizers own), or a tensor, module, optimizer, or an iterable of these.
@@ -48,28 +55,26 @@ def lazy_storages(declared: Any = None) -> Callable[[int], bool]:
 
 
 class _Found:
-    """Looks through the optimizers only when the first record asks: a state of small tensors on the host never does."""
-
     def __init__(self, found: set[int]) -> None:
         self._found = found
         self._complete = False
 
-    def __call__(self, cdata: int) -> bool:
+    def __call__(self, index: StorageIndex | None) -> set[int]:
         if not self._complete:
             self._complete = True
             for reference in list(_stepped.values()):
                 optimizer = reference()
                 if optimizer is not None:
-                    _add_optimizer(self._found, optimizer)
-        return cdata in self._found
+                    _add_optimizer(self._found, optimizer, index)
+        return self._found
 
 
 def _add_declared(found: set[int], declared: Any) -> None:
     if isinstance(declared, torch.Tensor):
-        _add_tensor(found, declared)
+        _add_tensors(found, declared)
     elif isinstance(declared, torch.nn.Module):
         for parameter in declared.parameters():  # not the buffers: a forward may write them before the fence
-            _add_tensor(found, parameter)
+            _add_tensors(found, parameter)
     elif isinstance(declared, Optimizer):
         _add_optimizer(found, declared)
     elif isinstance(declared, Iterable) and not isinstance(declared, (str, bytes)):
@@ -81,27 +86,15 @@ def _add_declared(found: set[int], declared: Any) -> None:
         )
 
 
-def _add_optimizer(found: set[int], optimizer: Optimizer) -> None:
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            _add_tensor(found, parameter)
-    for state in list(optimizer.state.values()):
-        _add_nested(found, state)
+def _add_optimizer(found: set[int], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
+    _add_tensors(found, [group["params"] for group in optimizer.param_groups], index)
+    _add_tensors(found, list(optimizer.state.values()), index)
 
 
-def _add_nested(found: set[int], value: Any) -> None:
-    if isinstance(value, torch.Tensor):
-        _add_tensor(found, value)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            _add_nested(found, item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _add_nested(found, item)
+def _add_tensors(found: set[int], value: Any, index: StorageIndex | None = None) -> None:
+    """However deep they lie; those without a storage of their own (sparse and the like) are captured inside save()."""
+    _native.add_storages(found, value, index, torch.Tensor, _values)
 
 
-def _add_tensor(found: set[int], tensor: torch.Tensor) -> None:
-    try:
-        found.add(tensor.untyped_storage()._cdata)
-    except (NotImplementedError, RuntimeError):
-        return  # sparse and the like have no storage of their own: they are captured inside save()
+def _values(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, Mapping) else []

@@ -1,6 +1,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
+
 class Job:
     captured: bool
     released: bool
@@ -107,6 +109,20 @@ def crc32_table(bytes: Any, crc: int = 0) -> int: ...
 def crc32_combine(crc_a: int, crc_b: int, length_b: int) -> int: ...
 def crc32_kernel() -> str: ...
 def type_filter(types: tuple[type, ...], call: Callable[[Any], Any]) -> Callable[[Any], Any]: ...
+def place(
+    records: list[Record],
+    lazy_storages: Callable[[StorageIndex], set[int] | bool],
+    eager_bytes: int,
+    devices: list[int],
+    kinds: bytearray,
+) -> tuple[list[int], list[Record]]: ...
+def find_changed(records: list[Record]) -> tuple[torch.Tensor | None, bool]: ...
+def add_storages(
+    found: set[int], value: Any, index: StorageIndex | None, tensor_type: type, values: Callable[[Any], list[Any]]
+) -> None: ...
+
+class StorageIndex: ...
+
 def leak(object: Any) -> None: ...
 def crash_point(name: str) -> None: ...
 
@@ -124,20 +140,57 @@ def clear_faults() -> None: ...
 def set_crash_point(name: str, skip: int = 0) -> None: ...
 def override_io_limits(memory_align: int, offset_align: int) -> None: ...
 
+class Record:
+    """One storage, or one run of it, on its way to the file as `data/<key>`.
+
+    In the pickle it stands for the storage; `persistent_id` turns it into the tuple that torch writes.
+    """
+
+    storage: torch.UntypedStorage
+    location: str
+    tensor: torch.Tensor | None  # one that views it, for its version counter and its name
+    type: Any  # the class that names it in the pickle
+    views: list[Any] | None  # the byte intervals that are recorded of it
+    address: int  # of the storage; 0: not known yet
+    low: int  # the first byte of the storage that is written
+    nbytes: int
+    numel: int  # of that class
+    whole: bool  # must be written whole: a bare storage, or a tensor that covers it
+    typed: bool  # named as its dtype by a pickling that we cannot change
+
+    def __new__(
+        cls,
+        storage: torch.UntypedStorage,
+        key: str,
+        dtype: torch.dtype | None,  # as torch tells storages apart: None for untyped
+        tensor: torch.Tensor | None,
+        nbytes: int,
+        type: Any = None,
+        numel: int = 0,
+        /,
+    ) -> Record: ...
+    @property
+    def key(self) -> str: ...
+    @property
+    def dtype(self) -> torch.dtype | None: ...
+
 class StatePickler:
     def __init__(
         self,
         *,
         globals: dict[Any, bytes],
         classes: dict[Any, Any],
-        record_type: type,
         tensor_type: type,
         parameter_type: type,
         ordered_dict: type,
         dtype_type: type,
         strided: Any,
         rebuild_tensor: Any,
+        location_tag: Callable[[torch.UntypedStorage], str],
+        probe: torch.Tensor | None,
     ) -> None: ...
+    @property
+    def exchanges(self) -> bool: ...
     def dump(
         self, root: Any, *, records: dict[Any, Any], order: list[Any], remaps: dict[int, Any], reduce: Callable[[Any], Any]
     ) -> bytes | None: ...

@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import operator
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable
 from types import FunctionType, NoneType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn.parameter import Parameter
@@ -26,6 +26,8 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from ckpt import _devices, _native
 from ckpt._devices import HOST
+from ckpt._laziness import LazyStorages
+from ckpt._native import Record
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
 COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/chunk.h: enum class Source
@@ -50,67 +52,17 @@ def _storage_classes() -> dict[torch.dtype, tuple[Any, int]]:
 _CLASSES = _storage_classes()
 
 
-class Record:
-    """One storage, or one run of it, on its way to the file as `data/<index>`.
-
-    In the pickle it stands for the storage; `persistent_id` turns it into the tuple that torch writes.
-    """
-
-    __slots__ = ("dtype", "key", "location", "low", "nbytes", "numel", "storage", "tensor", "type", "typed", "views", "whole")
-
-    def __init__(
-        self,
-        storage: UntypedStorage,
-        key: str,
-        dtype: Any,
-        tensor: torch.Tensor | None,
-        nbytes: int,
-        type: Any = None,
-        numel: int = 0,
-    ) -> None:
-        self.storage = storage
-        self.key = key
-        self.location = "cpu"
-        self.dtype = dtype  # as torch tells them apart: None for untyped
-        self.tensor = tensor  # one that views it, for its version counter and its name
-        self.low = 0  # the first byte of the storage that is written
-        self.nbytes = nbytes
-        self.whole = type is not None  # must be written whole: a bare storage, or a tensor that covers it
-        self.views: list[ByteInterval] | None = None
-        self.type = type  # the class that names it in the pickle
-        self.numel = numel  # of that class
-        self.typed = False  # named as its dtype by a pickling that we cannot change
-
-    def see(self, interval: ByteInterval) -> None:
-        """A view that does not cover the storage."""
-        if interval.high > self.nbytes:  # the storage was shrunk below its tensor (FSDP): there is nothing but all of it
-            self.whole = True
-        elif self.views is None:
-            self.views = [interval]
-        else:
-            self.views.append(interval)
-
-
 @dataclasses.dataclass(slots=True)
 class SavePlan:
     """What submit() needs. The lists have one entry for each record."""
 
     pickle: bytes
     records: list[Record]
-    addresses: list[int]
     sizes: list[int]  # bytes
     kinds: bytearray  # COPY, LAZY or OWNED
-    lazy: list[Place]  # where the lazy ones lie
+    addresses: list[int] = dataclasses.field(default_factory=list)
+    lazy: list[Record] = dataclasses.field(default_factory=list)  # the records of kind LAZY
     devices: list[int] = dataclasses.field(default_factory=list)  # on which they lie, or HOST; empty: all on the host
-
-
-class Place(NamedTuple):
-    """Memory that must stay where it is until it is captured."""
-
-    storage: UntypedStorage
-    address: int
-    nbytes: int  # at least
-    tensor: torch.Tensor | None  # one that views it
 
 
 @dataclasses.dataclass(slots=True)
@@ -129,6 +81,9 @@ _TWO_DTYPES = (
     "cannot save tensors or storages that view the same data as different types, if one of them is not a plain strided tensor "
     "or is made anew by each pickling (torch.save cannot either); save a clone of one of them"
 )
+
+
+_is_whole, _nbytes, _location = (operator.attrgetter(name) for name in ("whole", "nbytes", "location"))
 
 
 class _UnstableError(Exception):
@@ -175,7 +130,7 @@ class _StorageTable:
                 if offset == 0 and tensor.numel() * itemsize == record.nbytes:
                     record.whole = True
                 else:
-                    record.see(byte_interval(offset, size, stride, itemsize))
+                    _see(record, byte_interval(offset, size, stride, itemsize))
         else:
             if remap.untyped:
                 named = None
@@ -261,9 +216,21 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
+def _see(record: Record, interval: ByteInterval) -> None:
+    """A view that does not cover the storage."""
+    if interval.high > record.nbytes:  # the storage was shrunk below its tensor (FSDP): there is nothing but all of it
+        record.whole = True
+    elif record.views is None:
+        record.views = [interval]
+    else:
+        record.views.append(interval)
+
+
 def _find_remaps(table: _StorageTable) -> dict[int, _Remap]:
     """What a second pass must do differently; empty if nothing."""
-    remaps = {}
+    remaps: dict[int, _Remap] = {}
+    if not table.conflicts and all(map(_is_whole, table.order)):
+        return remaps  # as nearly always
     for cdata, record in table.records.items():
         untyped = cdata in table.conflicts
         if untyped and record.typed:
@@ -284,20 +251,27 @@ def _opcodes_of(named: Any) -> bytes:
     return data[data.index(b"c") : data.rindex(b"\n") + 1]
 
 
-def _make_state_pickler() -> _native.StatePickler:
+def _make_state_pickler(exchange: bool = True) -> _native.StatePickler:
+    """
+    Args:
+        exchange: ask tensors by the exchange API of DLPack where this torch has it.
+    """
     named = [_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter, OrderedDict, UntypedStorage, *_CLASSES]
     named += [storage_class for storage_class, _ in _CLASSES.values() if storage_class is not None]
     return _native.StatePickler(
         globals={each: _opcodes_of(each) for each in named},
         # Tensors may have names in older torch, which the pickler in Python refuses.
         classes=_CLASSES if _has_names is None else {},
-        record_type=Record,
         tensor_type=torch.Tensor,
         parameter_type=Parameter,
         ordered_dict=OrderedDict,
         dtype_type=torch.dtype,
         strided=_strided,
         rebuild_tensor=_rebuild_tensor_v2,
+        location_tag=location_tag,
+        probe=torch.empty_strided((2, 1, 3), (9, 7, 2), device="cpu")
+        if exchange
+        else None,  # whether it tells strides as they are
     )
 
 
@@ -317,11 +291,11 @@ def _dump_in_python(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _Storag
     return buffer.getvalue(), table
 
 
-def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int, devices: bool = False) -> SavePlan:
+def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = False) -> SavePlan:
     """Pickles `obj` and lists its storages.
 
     Args:
-        is_lazy: whether the storage with this `_cdata` changes only behind a fence.
+        lazy: gives the `_cdata` of the storages that change only behind a fence; True: all are such, False: none.
         eager_bytes: records on the host of at most this many bytes are copied at once all the same.
         devices: leave records on CUDA devices where they are; else they are copied to the host here.
 
@@ -330,7 +304,7 @@ def make_plan(obj: Any, is_lazy: Callable[[int], bool], eager_bytes: int, device
         whatever pickling `obj` raises.
     """
     data, records = _pickle(obj)
-    return _place(data, records, is_lazy, eager_bytes, devices)
+    return _place(data, records, lazy, eager_bytes, devices)
 
 
 def outline(obj: Any) -> SavePlan:
@@ -340,7 +314,7 @@ def outline(obj: Any) -> SavePlan:
         as make_plan().
     """
     data, records = _pickle(obj)
-    return SavePlan(data, [], [], [record.nbytes for record in records], bytearray(), [])
+    return SavePlan(data, [], list(map(_nbytes, records)), bytearray())
 
 
 def _pickle(obj: Any) -> tuple[bytes, list[Record]]:
@@ -363,29 +337,21 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
     return view.cpu().untyped_storage()
 
 
-def _place(
-    data: bytes, records: list[Record], is_lazy: Callable[[int], bool], eager_bytes: int, from_devices: bool
-) -> SavePlan:
-    plan = SavePlan(data, records, [], [], bytearray(len(records)), [])
+def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
+    plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
-    devices, kinds, lazy = plan.devices, plan.kinds, plan.lazy
-    for index, record in enumerate(records):  # by the ten thousand, in the caller's time
-        nbytes, low, storage = record.nbytes, record.low, record.storage
-        address = storage.data_ptr()
-        # A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
-        worthwhile = nbytes > eager_bytes or (devices and devices[index] != HOST)
-        if worthwhile and kinds[index] == COPY and is_lazy(storage._cdata):
-            kinds[index] = LAZY
-            lazy.append(Place(storage, address, low + nbytes, record.tensor))
-        plan.sizes.append(nbytes)
-        plan.addresses.append(address + low if nbytes else 0)
+    plan.addresses, plan.lazy = _native.place(records, lazy, eager_bytes, plan.devices, plan.kinds)
+    plan.sizes = list(map(_nbytes, records))
     return plan
 
 
 def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[int]:
     """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay."""
     records = plan.records
-    elsewhere = [index for index, record in enumerate(records) if record.location != "cpu" or _devices.pretended is not None]
+    if _devices.pretended is not None:
+        elsewhere = list(range(len(records)))
+    else:
+        elsewhere = [index for index, location in enumerate(map(_location, records)) if location != "cpu"]
     devices = [HOST] * len(records) if elsewhere else []
     for index in elsewhere:
         record = records[index]
@@ -393,5 +359,6 @@ def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[
             devices[index] = _devices.index_of(record.storage)
         if devices[index] == HOST and record.location != "cpu":
             record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, record.nbytes), 0, None
+            record.address = 0
             plan.kinds[index] = OWNED if record.nbytes > eager_bytes else COPY
     return devices if any(device != HOST for device in devices) else []

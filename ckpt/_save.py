@@ -11,7 +11,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from ckpt import _devices, _runtime, _storage
 from ckpt._committer import Committer, Publish
 from ckpt._devices import HOST
 from ckpt._file_save import FileSave
-from ckpt._laziness import lazy_storages
+from ckpt._laziness import LazyStorages, lazy_storages
 from ckpt._plan import OWNED, SavePlan, make_plan, outline
 from ckpt._tripwire import Tripwire
 from ckpt.errors import SkippedError, StorageError
@@ -112,9 +112,9 @@ def start(
     pending._planned = tuple(file for file, _, _ in contents)
     try:
         with _without_collector():
-            is_lazy = lazy_storages(lazy)
+            storages = lazy_storages(lazy)
             # All of them before the first is submitted: what cannot be pickled is found here.
-            plans = [_plan(obj, is_lazy if written else None, options) for _, obj, written in contents]
+            plans = [_plan(obj, storages if written else None, options) for _, obj, written in contents]
         for (file, obj, written), plan in zip(contents, plans, strict=True):
             file.pickle, file.sizes = plan.pickle, plan.sizes
             if written:
@@ -163,14 +163,14 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(obj: Any, is_lazy: Callable[[int], bool] | None, options: Options) -> SavePlan:
+def _plan(obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
     """
     Args:
-        is_lazy: None: only pickle it, for its structure.
+        lazy: None: only pickle it, for its structure.
     """
-    if is_lazy is None:
+    if lazy is None:
         return outline(obj)
-    return make_plan(obj, is_lazy, options.size("eager_bytes"), options.device_lazy)
+    return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
 
 
 def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
@@ -189,7 +189,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
     file.hold(
         Tripwire(obj, plan.lazy),
         until_captured=records,
-        until_durable=(head, tail, [r.storage for r, kind in zip(records, plan.kinds, strict=True) if kind == OWNED]),
+        until_durable=(head, tail, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
         record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
         on_sealed=_runtime.unwatch,
     )

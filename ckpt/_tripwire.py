@@ -7,32 +7,28 @@ numpy: a tripwire, not a proof. `Options.verify_capture` compares checksums inst
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from ckpt._plan import Place
+from ckpt import _native
+from ckpt._native import Record
 
 
 class Tripwire:
     """Looks at lazy tensors once when they are planned, and once when they are captured."""
 
-    def __init__(self, root: Any, places: Sequence[Place]) -> None:
+    def __init__(self, root: Any, records: list[Record]) -> None:
         self._root = root
-        self._places = places
-        tensors = [place.tensor for place in places]
-        self._versions = [(tensor, tensor._version) for tensor in tensors if tensor is not None and not tensor.is_inference()]
+        self._records = records  # each with the counter that it had when it was placed
 
     def changed(self) -> str | None:
         """What has changed since, for an error's text; None if nothing has."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
-                return f"{self.describe(tensor)} was changed"
-        for storage, address, nbytes, _ in self._places:
-            if storage.data_ptr() != address or storage.nbytes() < nbytes:
-                return "the memory of a tensor was taken away (share_memory_, resize_)"
-        return None
+        tensor, taken = _native.find_changed(self._records)
+        if taken:
+            return "the memory of a tensor was taken away (share_memory_, resize_)"
+        return f"{self.describe(tensor)} was changed" if tensor is not None else None
 
     def describe(self, tensor: torch.Tensor | None) -> str:
         try:

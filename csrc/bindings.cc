@@ -23,6 +23,7 @@
 #include "numa.h"
 #include "pickling.h"
 #include "reader.h"
+#include "record.h"
 #include "torch_file.h"
 #include "verify.h"
 
@@ -455,6 +456,7 @@ PYBIND11_MODULE(_native, module) {
   bind_engine(module);
   bind_files(module);
   bind_reading(module);
+  bind_records(module);
   bind_pickling(module);
   bind_leak(module);
   bind_faults(module);

@@ -1,11 +1,15 @@
 #include "pickling.h"
 
+#include <map>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "dlpack.h"
 #include "opcodes.h"
+#include "python.h"
+#include "record.h"
 
 namespace py = pybind11;
 
@@ -26,49 +30,13 @@ PyObject* filter_by_type(PyObject* self, PyObject* object) {
 
 PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
 
-// ---- Helpers -----------------------------------------------------------------------------------------------------
-
-py::object owned(PyObject* result) {
-  if (result == nullptr) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
-
-bool is_true(const py::object& object) {
-  const int truth = PyObject_IsTrue(object.ptr());
-  if (truth < 0) throw py::error_already_set();
-  return truth != 0;
-}
-
-Py_ssize_t to_size(PyObject* number) {
-  const Py_ssize_t value = PyLong_AsSsize_t(number);
-  if (value == -1 && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
-}
-
-// The entry of a dict, borrowed; null if there is none.
-PyObject* find(const py::dict& dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict.ptr(), key);
-  if (value == nullptr && PyErr_Occurred() != nullptr) throw py::error_already_set();
-  return value;
-}
-
-// An attribute's name, interned once; never destroyed, because the interpreter may be gone before static objects.
-class Name {
- public:
-  explicit Name(const char* text) : name_(PyUnicode_InternFromString(text)) {}
-  PyObject* text() const { return name_; }
-  py::object of(PyObject* object) const { return owned(PyObject_GetAttr(object, name_)); }
-  py::object call_on(PyObject* object) const { return owned(PyObject_CallMethodNoArgs(object, name_)); }
-
- private:
-  PyObject* name_;
-};
+// ---- Names ---------------------------------------------------------------------------------------------------------
 
 struct Names {
   Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, is_cpu{"is_cpu"}, layout{"layout"}, dtype{"dtype"}, is_neg{"is_neg"},
-      is_conj{"is_conj"}, is_nested{"is_nested"}, backward_hooks{"_backward_hooks"}, untyped_storage{"untyped_storage"},
-      cdata{"_cdata"}, nbytes{"nbytes"}, storage_offset{"storage_offset"}, numel{"numel"}, size{"size"}, stride{"stride"},
-      requires_grad{"requires_grad"}, type{"type"}, key{"key"}, location{"location"}, storage{"storage"}, cpu{"cpu"};
+      is_complex{"is_complex"}, is_conj{"is_conj"}, is_nested{"is_nested"}, backward_hooks{"_backward_hooks"}, untyped_storage{"untyped_storage"},
+      cdata{"_cdata"}, nbytes{"nbytes"}, storage_offset{"storage_offset"}, size{"size"}, stride{"stride"},
+      requires_grad{"requires_grad"}, storage{"storage"};
 };
 
 const Names& names() {
@@ -85,8 +53,8 @@ struct Unsupported {};
 struct Vocabulary {
   py::dict globals;        // function, class or dtype -> the opcodes that name it
   py::dict classes;        // dtype -> (class of its storages or None, bytes per element)
-  py::object record_type;  // Record(storage, key, dtype, tensor, nbytes, type, numel)
-  py::object tensor_type, parameter_type, ordered_dict, dtype_type, strided, rebuild_tensor;
+  py::object tensor_type, parameter_type, ordered_dict, dtype_type, strided, rebuild_tensor, location_tag;
+  const DlExchange* exchange;  // null: a tensor is asked by its methods
 };
 
 // What is new for each save.
@@ -116,7 +84,7 @@ class StatePickler {
     if (type == &PyBool_Type) return out_.put_bool(object == Py_True);
     if (type == &PyLong_Type) return save_int(object);
     if (type == &PyFloat_Type) return out_.put_float(PyFloat_AS_DOUBLE(object));
-    if (is(type, words_.record_type)) return save_record(object);
+    if (is_record(type)) return put_record(py::reinterpret_borrow<py::object>(object));
     if (out_.put_again(object)) return;
     if (type == &PyUnicode_Type) return save_text(object);
     if (Py_EnterRecursiveCall(" while pickling an object") != 0) throw py::error_already_set();
@@ -289,27 +257,27 @@ class StatePickler {
     memoize(tensor);
   }
 
-  // A plain tensor on the CPU that covers its storage and is the first to do so: nearly all that there are, and the
-  // reason for this file. False for any other; then nothing has been written.
+  // A plain tensor that covers its storage and is the first to do so: nearly all that there are, and the reason for this file.
+  // False for any other; then nothing has been written.
   bool save_simple_tensor(PyObject* tensor) {
     const Names& name = names();
-    if (!is_true(name.is_cpu.of(tensor)) || !name.layout.of(tensor).is(words_.strided)) return false;
+    if (!name.layout.of(tensor).is(words_.strided)) return false;
     const py::object dtype = name.dtype.of(tensor);
     PyObject* known = find(words_.classes, dtype.ptr());
-    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor)) return false;
+    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
     const py::object storage = name.untyped_storage.call_on(tensor), cdata = name.cdata.of(storage.ptr());
     if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
-    const py::object nbytes = name.nbytes.call_on(storage.ptr()), numel = name.numel.call_on(tensor);
-    const Py_ssize_t bytes = to_size(numel.ptr()) * to_size(PyTuple_GET_ITEM(known, 1));
-    if (bytes != to_size(nbytes.ptr()) || to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
+    if (!look(tensor) || to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
+    const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
+    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
 
+    const py::object record = add_record(storage, cdata, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
     save_global(words_.rebuild_tensor.ptr());
     out_.begin_tuple(6);
-    put_record(add_record(storage, cdata, dtype, tensor, nbytes, PyTuple_GET_ITEM(known, 0), numel).ptr(),
-               PyTuple_GET_ITEM(known, 0), name.cpu.text(), numel.ptr());
+    put_record(record);
     out_.put_int(0);
-    put_sizes(name.size.call_on(tensor).ptr());
-    put_sizes(name.stride.call_on(tensor).ptr());
+    put_numbers(shape_.sizes);
+    put_numbers(shape_.strides);
     out_.put_bool(is_true(name.requires_grad.of(tensor)));
     save_empty_ordered_dict(nullptr);
     out_.end_tuple(6, nullptr);
@@ -319,48 +287,79 @@ class StatePickler {
   }
 
   // As _is_plain() in _plan.py.
-  static bool is_bare(PyObject* tensor) {
+  static bool is_bare(PyObject* tensor, PyObject* dtype) {
     const Names& name = names();
-    return !is_true(name.is_neg.call_on(tensor)) && !is_true(name.is_conj.call_on(tensor)) &&
+    return !is_true(name.is_neg.call_on(tensor)) &&
+           !(is_true(name.is_complex.of(dtype)) && is_true(name.is_conj.call_on(tensor))) &&
            !is_true(name.is_nested.of(tensor)) && !is_true(name.dict.of(tensor)) &&
            !is_true(name.backward_hooks.of(tensor));
   }
 
+  // Fills shape_. False if the tensor is neither on the CPU nor on a CUDA device.
+  bool look(PyObject* tensor) {
+    shape_ = {std::move(shape_.sizes), std::move(shape_.strides), 1, 0, kDlCpu, 0};
+    if (words_.exchange != nullptr) {
+      DlTensor seen{};
+      if (words_.exchange->look(tensor, &seen) != 0) {
+        PyErr_Clear();
+        return false;
+      }
+      shape_.sizes.assign(seen.shape, seen.shape + seen.dimensions);
+      shape_.strides.assign(seen.strides, seen.strides + seen.dimensions);
+      shape_.address = reinterpret_cast<uintptr_t>(seen.data);
+      shape_.device_type = seen.device_type;
+      shape_.device_id = seen.device_id;
+    } else {
+      if (!is_true(names().is_cpu.of(tensor))) return false;
+      copy_numbers(names().size.call_on(tensor).ptr(), shape_.sizes);
+      copy_numbers(names().stride.call_on(tensor).ptr(), shape_.strides);
+    }
+    for (const int64_t size : shape_.sizes) shape_.numel *= size;
+    return shape_.device_type == kDlCpu || shape_.device_type == kDlCuda;
+  }
+
+  static void copy_numbers(PyObject* tuple, std::vector<int64_t>& numbers) {
+    numbers.clear();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) numbers.push_back(to_size(PyTuple_GET_ITEM(tuple, i)));
+  }
+
+  // For the tensor in shape_.
   py::object add_record(const py::object& storage, const py::object& cdata, const py::object& dtype, PyObject* tensor,
-                        const py::object& nbytes, PyObject* type, const py::object& numel) {
+                        Py_ssize_t bytes, PyObject* type) {
     const py::object number = owned(PyLong_FromSsize_t(PyList_GET_SIZE(tables_.order.ptr())));
     const py::object key = owned(PyObject_Str(number.ptr()));
-    PyObject* arguments[] = {storage.ptr(), key.ptr(), dtype.ptr(), tensor, nbytes.ptr(), type, numel.ptr()};
-    py::object record = owned(PyObject_Vectorcall(words_.record_type.ptr(), arguments, std::size(arguments), nullptr));
-    if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), record.ptr()) != 0 ||
-        PyList_Append(tables_.order.ptr(), record.ptr()) != 0) {
+    py::object made = make_record(storage.ptr(), key.ptr(), dtype.ptr(), tensor, bytes, type, shape_.numel);
+    Record& record = *reinterpret_cast<Record*>(made.ptr());
+    record.address = shape_.address;
+    if (shape_.device_type == kDlCuda) {
+      py::object& tag = device_tags_[shape_.device_id];
+      if (!tag) tag = words_.location_tag(storage);
+      Py_SETREF(record.location, py::object(tag).release().ptr());
+    }
+    if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), made.ptr()) != 0 ||
+        PyList_Append(tables_.order.ptr(), made.ptr()) != 0) {
       throw py::error_already_set();
     }
-    return record;
+    return made;
   }
 
-  void put_sizes(PyObject* sizes) {
-    const Py_ssize_t count = PyTuple_GET_SIZE(sizes);
-    if (count == 0) return out_.put(')');
-    out_.begin_tuple(count);
-    for (Py_ssize_t i = 0; i < count; ++i) out_.put_int(to_size(PyTuple_GET_ITEM(sizes, i)));
-    out_.end_tuple(count, nullptr);
-  }
-
-  void save_record(PyObject* record) {
-    const Names& name = names();
-    const py::object type = name.type.of(record), location = name.location.of(record), numel = name.numel.of(record);
-    put_record(record, type.ptr(), location.ptr(), numel.ptr());
+  void put_numbers(const std::vector<int64_t>& numbers) {
+    if (numbers.empty()) return out_.put(')');
+    out_.begin_tuple(numbers.size());
+    for (const int64_t number : numbers) out_.put_int(number);
+    out_.end_tuple(numbers.size(), nullptr);
   }
 
   // ("storage", class, key, location, number of elements), by which the reader finds the storage.
-  void put_record(PyObject* record, PyObject* type, PyObject* location, PyObject* numel) {
+  void put_record(const py::object& object) {
+    const Record& record = *reinterpret_cast<const Record*>(object.ptr());
+    if (record.type == nullptr) throw Unsupported();
     out_.begin_tuple(5);
     save_text(names().storage.text());
-    save_global(type);
-    save_text(names().key.of(record).ptr());
-    save_text(location);
-    save_int(numel);
+    save_global(record.type);
+    save_text(record.key);
+    save_text(record.location);
+    out_.put_int(record.numel);
     out_.end_tuple(5, nullptr);
     out_.put('Q');
   }
@@ -375,9 +374,19 @@ class StatePickler {
     memoize(parameter);
   }
 
+  // Of the tensor at hand.
+  struct Shape {
+    std::vector<int64_t> sizes, strides;
+    int64_t numel = 1;
+    unsigned long long address = 0;  // where it is told for nothing
+    int32_t device_type = kDlCpu, device_id = 0;
+  };
+
   const Vocabulary& words_;
   const Tables& tables_;
   OpcodeWriter out_;
+  Shape shape_;
+  std::map<int32_t, py::object> device_tags_;  // by the number of a CUDA device
   std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
 };
 
@@ -398,16 +407,18 @@ void bind_pickling(py::module_& module) {
     return owned(PyCFunction_New(&filter_method, py::make_tuple(types, call).ptr()));
   });
   py::class_<Vocabulary>(module, "StatePickler")
-      .def(py::init([](py::dict globals, py::dict classes, py::object record_type, py::object tensor_type,
-                       py::object parameter_type, py::object ordered_dict, py::object dtype_type, py::object strided,
-                       py::object rebuild_tensor) {
-             return Vocabulary{std::move(globals),        std::move(classes),      std::move(record_type),
-                               std::move(tensor_type),    std::move(parameter_type), std::move(ordered_dict),
-                               std::move(dtype_type),     std::move(strided),      std::move(rebuild_tensor)};
+      .def(py::init([](py::dict globals, py::dict classes, py::object tensor_type, py::object parameter_type,
+                       py::object ordered_dict, py::object dtype_type, py::object strided, py::object rebuild_tensor,
+                       py::object location_tag, const py::object& probe) {
+             const DlExchange* exchange = probe.is_none() ? nullptr : find_dl_exchange(tensor_type, probe);
+             return Vocabulary{std::move(globals),        std::move(classes),      std::move(tensor_type),
+                               std::move(parameter_type), std::move(ordered_dict), std::move(dtype_type),
+                               std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange};
            }),
-           py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("record_type"), py::arg("tensor_type"),
-           py::arg("parameter_type"), py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"),
-           py::arg("rebuild_tensor"))
+           py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("tensor_type"), py::arg("parameter_type"),
+           py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"), py::arg("rebuild_tensor"),
+           py::arg("location_tag"), py::arg("probe"))
+      .def_property_readonly("exchanges", [](const Vocabulary& words) { return words.exchange != nullptr; })
       .def("dump", &dump, py::arg("root"), py::kw_only(), py::arg("records"), py::arg("order"), py::arg("remaps"),
            py::arg("reduce"));
 }

@@ -20,7 +20,12 @@ from ckpt._plan import LAZY, make_plan
 
 
 def is_lazy(tensor: torch.Tensor, declared: Any = None) -> bool:
-    return lazy_storages(declared)(tensor.untyped_storage()._cdata)
+    return are_lazy([tensor], declared)[0]
+
+
+def are_lazy(tensors: list[torch.Tensor], declared: Any = None) -> list[bool]:
+    found = lazy_storages(declared)(None)
+    return [found if isinstance(found, bool) else tensor.untyped_storage()._cdata in found for tensor in tensors]
 
 
 def lazy_names(state: dict[str, torch.Tensor], declared: Any = None) -> list[str]:
@@ -151,8 +156,7 @@ def test_what_may_be_declared() -> None:
     everything = [*tensors, model.weight, model.bias, owned]
 
     def found(declared: Any) -> list[bool]:
-        lazy = lazy_storages(declared)
-        return [lazy(tensor.untyped_storage()._cdata) for tensor in everything]
+        return are_lazy(everything, declared)
 
     def only(*wanted: torch.Tensor) -> list[bool]:
         return [any(tensor is one for one in wanted) for tensor in everything]

@@ -19,15 +19,16 @@ from states import ALL_STATES, PARTIAL_STATES, Net
 from support import as_bytes
 
 import ckpt
-from ckpt import _plan
+from ckpt import _native, _plan
+from ckpt._laziness import LazyStorages
 from ckpt._plan import COPY, LAZY, SavePlan, make_plan
 
 # What torch's weights_only unpickler, or any protocol 2 reader, knows.
 LATER_OPCODES = {"FRAME", "MEMOIZE", "SHORT_BINUNICODE", "BINUNICODE8", "STACK_GLOBAL", "NEWOBJ_EX", "BYTEARRAY8", "POP"}
 
 
-def plan_of(obj: Any, is_lazy: Callable[[int], bool] = lambda _: False, eager_bytes: int = 0) -> SavePlan:
-    return make_plan(obj, is_lazy, eager_bytes)
+def plan_of(obj: Any, lazy: LazyStorages = lambda _: False, eager_bytes: int = 0) -> SavePlan:
+    return make_plan(obj, lazy, eager_bytes)
 
 
 def bytes_of(plan: SavePlan, index: int) -> bytes:
@@ -71,11 +72,11 @@ def test_a_storage_is_planned_once() -> None:
 def test_only_what_is_lazy_and_large_is_lazy() -> None:
     large, small, other = torch.zeros(100), torch.zeros(4), torch.zeros(100)
     lazy = {tensor.untyped_storage()._cdata for tensor in (large, small)}
-    plan = plan_of([large, small, other], lazy.__contains__, eager_bytes=16)
+    plan = plan_of([large, small, other], lambda _: lazy, eager_bytes=16)
     assert list(plan.kinds) == [LAZY, COPY, COPY]
-    plan = plan_of([large, small, other], lazy.__contains__, eager_bytes=15)
+    plan = plan_of([large, small, other], lambda _: lazy, eager_bytes=15)
     assert list(plan.kinds) == [LAZY, LAZY, COPY]
-    plan = plan_of([large, small, other], lazy.__contains__, eager_bytes=400)
+    plan = plan_of([large, small, other], lambda _: lazy, eager_bytes=400)
     assert list(plan.kinds) == [COPY, COPY, COPY]
 
 
@@ -175,6 +176,16 @@ def test_planning_needs_time_in_proportion_to_the_tensors() -> None:
 # ---- the native pickler, beside Python's own -------------------------------------------------------------------------
 
 
+@pytest.fixture(params=[True, False], ids=["dlpack", "methods"])
+def pickler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors are asked by the exchange API of DLPack, and by their methods, as in a torch that has none."""
+    made = _plan._make_state_pickler(exchange=request.param)
+    if request.param and not made.exchanges:
+        pytest.skip(f"torch {torch.__version__} has no exchange API that tells strides as they are")
+    assert made.exchanges == request.param
+    monkeypatch.setattr(_plan, "_state_pickler", made)
+
+
 def pickled_twice(obj: Any, remaps: dict[int, Any] | None = None) -> tuple[bytes | None, bytes]:
     table = _plan._StorageTable(remaps or {})
     records = {"records": table.records, "order": table.order}
@@ -187,6 +198,7 @@ def assert_native(obj: Any) -> None:
     assert native == reference
 
 
+@pytest.mark.usefixtures("pickler")
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ALL_STATES | PARTIAL_STATES)
 def test_the_native_pickler_writes_the_same_opcodes_or_declines(name: str) -> None:
@@ -204,6 +216,7 @@ def state_of_a_training() -> dict[str, Any]:
     return state | {"step": 70_000, "rng": torch.get_rng_state(), "loss": 0.1, "parameters": list(net.parameters())}
 
 
+@pytest.mark.usefixtures("pickler")
 def test_what_a_training_saves_is_pickled_natively() -> None:
     assert_native(state_of_a_training())
 
@@ -236,6 +249,7 @@ def test_plain_values_are_pickled_natively(obj: Any) -> None:
     assert_native(obj)
 
 
+@pytest.mark.usefixtures("pickler")
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 255, 256, 257, 999, 1000, 1001, 2000, 2001, 3000])
 def test_containers_of_every_size_are_pickled_natively(count: int) -> None:
     texts = [f"{i}" for i in range(count)]
@@ -249,6 +263,7 @@ def test_containers_of_every_size_are_pickled_natively(count: int) -> None:
     assert_native([texts, tuple(texts), dict(ordered), ordered, with_attribute, reordered, texts, tensors, tuple(tensors[:4])])
 
 
+@pytest.mark.usefixtures("pickler")
 def test_what_is_shared_or_holds_itself_is_pickled_natively_or_declined() -> None:
     shared = ["a", {"b": ("c", 1)}, torch.ones(3)]
     assert_native([shared, shared, shared[1], shared[2], shared[2].view(3), shared[2].detach()])
@@ -273,6 +288,44 @@ def test_what_the_native_pickler_declines_is_planned_all_the_same(decline: Calla
     assert native in (None, reference) and plan.pickle
 
 
+@pytest.mark.usefixtures("pickler")
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.ones(3, dtype=torch.complex64).conj(), torch._neg_view(torch.ones(3)), torch.ones(3, device="meta")],
+    ids=["conjugate", "negative", "meta"],
+)
+def test_what_its_bytes_do_not_tell_is_not_pickled_natively(tensor: torch.Tensor) -> None:
+    native, _ = pickled_twice([tensor])
+    assert native is None
+
+
+@pytest.mark.usefixtures("pickler")
+def test_a_tensor_beyond_the_end_of_its_storage_keeps_its_offset() -> None:
+    """As FSDP leaves them: here the storage has as many bytes as the tensor, but not its bytes."""
+    tensor = torch.arange(10, dtype=torch.float32)[3:5]
+    tensor.untyped_storage().resize_(8)
+    plan = plan_of([tensor])
+    assert plan.sizes == [8] and plan.addresses == [tensor.untyped_storage().data_ptr()]
+    assert_native([tensor])
+
+
+@pytest.mark.usefixtures("pickler")
+def test_a_lazy_clone_is_planned_where_its_bytes_are() -> None:
+    clone = torch._lazy_clone(torch.arange(9))
+    plan = plan_of([clone], lambda _: True)
+    assert plan.addresses == [clone.data_ptr()] and _native.find_changed(plan.lazy) == (None, False)
+    assert bytes_of(plan, 0) == torch.arange(9).numpy().tobytes()
+
+
+def test_tensors_without_a_version_counter_are_looked_at_for_their_memory_alone() -> None:
+    with torch.inference_mode():
+        tensor = torch.arange(10)
+    plan = plan_of([tensor], lambda _: True)
+    assert list(plan.kinds) == [LAZY] and _native.find_changed(plan.lazy) == (None, False)
+    tensor.untyped_storage().resize_(10_000)
+    assert _native.find_changed(plan.lazy) == (None, True)
+
+
 def test_too_deep_an_object_is_an_error_not_a_crash() -> None:
     deep: list[Any] = []
     for _ in range(200_000):
@@ -283,6 +336,7 @@ def test_too_deep_an_object_is_an_error_not_a_crash() -> None:
         deep = deep.pop()
 
 
+@pytest.mark.usefixtures("pickler")
 @pytest.mark.parametrize("seed", range(200))
 def test_random_states_are_pickled_alike(seed: int) -> None:
     random, shared = Random(seed), [torch.randn(20), "shared", {"x": 1}]
@@ -299,6 +353,8 @@ def test_random_states_are_pickled_alike(seed: int) -> None:
             ),
             lambda: torch.nn.Parameter(torch.zeros(random.randrange(3)), random.random() < 0.5),
             lambda: torch.empty(4, 4).t(),
+            lambda: torch.empty_strided((1, 5), (7, 1)),
+            lambda: torch.arange(4)[2:3].expand(4),
         ]
         if depth == 0 or random.random() < 0.3:
             return random.choice(leaves)()

@@ -1,0 +1,287 @@
+#include "record.h"
+
+#include <pybind11/stl.h>
+#include <structmember.h>
+
+#include <cstddef>
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace lazyckpt {
+namespace {
+
+struct Names {
+  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, cdata{"_cdata"}, version{"_version"},
+      untyped_storage{"untyped_storage"}, cpu{"cpu"};
+};
+
+const Names& names() {
+  static const Names& kept = *std::make_unique<Names>().release();
+  return kept;
+}
+
+// ---- The type ----------------------------------------------------------------------------------------------------
+
+PyTypeObject* record_type = nullptr;  // as long as the process
+
+PyObject* held(PyObject* object) {
+  if (object == Py_None) return nullptr;
+  Py_XINCREF(object);
+  return object;
+}
+
+PyObject* make(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
+               Py_ssize_t numel) {
+  PyObject* object = PyType_GenericAlloc(record_type, 0);
+  if (object == nullptr) return nullptr;
+  auto& record = *reinterpret_cast<Record*>(object);
+  record.storage = held(storage);
+  record.key = held(key);
+  record.location = held(names().cpu.text());
+  record.dtype = held(dtype);
+  record.tensor = held(tensor);
+  record.type = held(type);
+  record.nbytes = nbytes;
+  record.numel = numel;
+  record.version = -1;
+  record.whole = record.type != nullptr;
+  return object;
+}
+
+// Record(storage, key, dtype, tensor, nbytes, type=None, numel=0)
+PyObject* record_new(PyTypeObject*, PyObject* args, PyObject*) {
+  PyObject *storage = nullptr, *key = nullptr, *dtype = nullptr, *tensor = nullptr, *type = nullptr;
+  Py_ssize_t nbytes = 0, numel = 0;
+  if (PyArg_ParseTuple(args, "OOOOn|On", &storage, &key, &dtype, &tensor, &nbytes, &type, &numel) == 0) return nullptr;
+  return make(storage, key, dtype, tensor, nbytes, type, numel);
+}
+
+void record_dealloc(PyObject* self) {
+  auto& record = *reinterpret_cast<Record*>(self);
+  for (PyObject* each : {record.storage, record.key, record.location, record.dtype, record.tensor, record.type, record.views}) {
+    Py_XDECREF(each);
+  }
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef record_members[] = {
+    {"storage", T_OBJECT, offsetof(Record, storage), 0, nullptr},
+    {"key", T_OBJECT, offsetof(Record, key), READONLY, nullptr},
+    {"location", T_OBJECT, offsetof(Record, location), 0, nullptr},
+    {"dtype", T_OBJECT, offsetof(Record, dtype), READONLY, nullptr},
+    {"tensor", T_OBJECT, offsetof(Record, tensor), 0, nullptr},
+    {"type", T_OBJECT, offsetof(Record, type), 0, nullptr},
+    {"views", T_OBJECT, offsetof(Record, views), 0, nullptr},
+    {"address", T_ULONGLONG, offsetof(Record, address), 0, nullptr},
+    {"low", T_PYSSIZET, offsetof(Record, low), 0, nullptr},
+    {"nbytes", T_PYSSIZET, offsetof(Record, nbytes), 0, nullptr},
+    {"numel", T_PYSSIZET, offsetof(Record, numel), 0, nullptr},
+    {"whole", T_BOOL, offsetof(Record, whole), 0, nullptr},
+    {"typed", T_BOOL, offsetof(Record, typed), 0, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyType_Slot record_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(record_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(record_dealloc)},
+    {Py_tp_members, record_members},
+    {0, nullptr},
+};
+
+PyType_Spec record_spec = {"ckpt._native.Record", sizeof(Record), 0, Py_TPFLAGS_DEFAULT, record_slots};
+
+bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
+
+Record& to_record(PyObject* object) {
+  if (!is_record(Py_TYPE(object))) throw py::type_error("these must be Records");
+  return *reinterpret_cast<Record*>(object);
+}
+
+// ---- Placing -----------------------------------------------------------------------------------------------------
+
+enum Kind : char { kCopy = 0, kLazy = 1 };  // as in ckpt/_plan.py
+
+unsigned long long address_of(PyObject* storage) {
+  const py::object address = names().data_ptr.call_on(storage);
+  const unsigned long long value = PyLong_AsUnsignedLongLong(address.ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The version counter; -1 where there is none.
+Py_ssize_t version_of(PyObject* tensor) {
+  if (is_none(tensor)) return -1;
+  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().version.text()));
+  if (version) return to_size(version.ptr());
+  if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) throw py::error_already_set();
+  PyErr_Clear();  // inference tensors count none
+  return -1;
+}
+
+// The storages of the tensors that are saved, by the tensor: an optimizer's state is, mostly, the very same objects, and to
+// find them here takes a tenth of asking torch.
+class StorageIndex {
+ public:
+  explicit StorageIndex(const py::list& records) {
+    storages_.reserve(records.size());
+    for (const py::handle each : records) {
+      const Record& record = to_record(each.ptr());
+      if (!is_none(record.tensor)) storages_.emplace(record.tensor, record.storage);
+    }
+  }
+
+  py::object find(PyObject* tensor) const {
+    const auto found = storages_.find(tensor);
+    return found == storages_.end() ? py::object() : py::reinterpret_borrow<py::object>(found->second);
+  }
+
+ private:
+  std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
+};
+
+// Which storages are lazy; asked for only if it matters.
+class LazyStorages {
+ public:
+  LazyStorages(const py::function& ask, const py::list& records) : ask_(ask), records_(records) {}
+
+  bool has(PyObject* storage) {
+    if (!answer_) answer_ = ask_(StorageIndex(records_));
+    if (PyBool_Check(answer_.ptr())) return answer_.ptr() == Py_True;
+    const int found = PySet_Contains(answer_.ptr(), names().cdata.of(storage).ptr());
+    if (found < 0) throw py::error_already_set();
+    return found != 0;
+  }
+
+ private:
+  const py::function& ask_;
+  const py::list& records_;
+  py::object answer_;
+};
+
+// Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
+py::tuple place(const py::list& records, const py::function& lazy_storages, Py_ssize_t eager_bytes,
+                const std::vector<int>& devices, const py::bytearray& kinds) {
+  const size_t count = records.size();
+  if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
+    throw py::value_error("kinds and devices must have one entry for each record");
+  }
+  py::list addresses(count), lazy;
+  LazyStorages laziness(lazy_storages, records);
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
+    Record& record = to_record(object);
+    if (record.address == 0) record.address = address_of(record.storage);
+    // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
+    const bool worthwhile = record.nbytes > eager_bytes || (!devices.empty() && devices[i] >= 0);
+    char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
+    if (worthwhile && kind == kCopy && laziness.has(record.storage)) {
+      kind = kLazy;
+      record.version = version_of(record.tensor);
+      lazy.append(py::handle(object));
+    }
+    const unsigned long long begin = record.nbytes > 0 ? record.address + static_cast<unsigned long long>(record.low) : 0;
+    PyList_SET_ITEM(addresses.ptr(), static_cast<Py_ssize_t>(i), owned(PyLong_FromUnsignedLongLong(begin)).release().ptr());
+  }
+  return py::make_tuple(std::move(addresses), std::move(lazy));
+}
+
+// (whose counter has moved, whether memory was taken away): for the first record that something has happened to.
+py::tuple find_changed(const py::list& records) {
+  for (const py::handle each : records) {
+    const Record& record = to_record(each.ptr());
+    if (record.version < 0 || to_size(names().version.of(record.tensor).ptr()) == record.version) continue;
+    return py::make_tuple(py::reinterpret_borrow<py::object>(record.tensor), false);
+  }
+  for (const py::handle each : records) {
+    const Record& record = to_record(each.ptr());
+    const bool there = address_of(record.storage) == record.address;
+    const Py_ssize_t nbytes = to_size(names().nbytes.call_on(record.storage).ptr());
+    if (!there || nbytes < record.low + record.nbytes) return py::make_tuple(py::none(), true);
+  }
+  return py::make_tuple(py::none(), false);
+}
+
+// ---- What an optimizer owns --------------------------------------------------------------------------------------
+
+// Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
+class StorageFinder {
+ public:
+  StorageFinder(const py::set& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values)
+      : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values) {}
+
+  void add(PyObject* value) {
+    if (PyObject_TypeCheck(value, tensor_type_) != 0) return add_tensor(value);
+    if (value == Py_None || PyFloat_CheckExact(value) || PyLong_Check(value) || PyUnicode_CheckExact(value)) return;
+    if (Py_EnterRecursiveCall(" while looking through an optimizer") != 0) throw py::error_already_set();
+    try {
+      add_items(value);
+    } catch (...) {
+      Py_LeaveRecursiveCall();
+      throw;
+    }
+    Py_LeaveRecursiveCall();
+  }
+
+ private:
+  void add_items(PyObject* value) {
+    py::object items;
+    if (PyDict_CheckExact(value)) {
+      items = owned(PyDict_Values(value));
+    } else if (PyList_Check(value) || PyTuple_Check(value)) {
+      items = owned(PySequence_List(value));
+    } else {
+      items = values_(py::handle(value));
+    }
+    for (const py::handle item : items) add(item.ptr());
+  }
+
+  void add_tensor(PyObject* tensor) {
+    try {
+      py::object storage = index_ == nullptr ? py::object() : index_->find(tensor);
+      if (!storage) storage = names().untyped_storage.call_on(tensor);
+      if (PySet_Add(found_.ptr(), names().cdata.of(storage.ptr()).ptr()) != 0) throw py::error_already_set();
+    } catch (const py::error_already_set& error) {  // sparse and the like have no storage of their own
+      if (!error.matches(PyExc_RuntimeError)) throw;
+    }
+  }
+
+  const py::set& found_;
+  const StorageIndex* index_;
+  PyTypeObject* tensor_type_;
+  const py::function& values_;
+};
+
+void add_storages(const py::set& found, const py::object& value, const StorageIndex* index, const py::object& tensor_type,
+                  const py::function& values) {
+  if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  StorageFinder(found, index, tensor_type, values).add(value.ptr());
+}
+
+}  // namespace
+
+bool is_record(PyTypeObject* type) { return type == record_type; }
+
+py::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
+                       Py_ssize_t numel) {
+  return owned(make(storage, key, dtype, tensor, nbytes, type, numel));
+}
+
+void bind_records(py::module_& module) {
+  py::object type = owned(PyType_FromSpec(&record_spec));
+  module.attr("Record") = type;
+  record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
+  py::class_<StorageIndex>(module, "StorageIndex");
+  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("eager_bytes"), py::arg("devices"),
+             py::arg("kinds"));
+  module.def("find_changed", &find_changed, py::arg("records"));
+  module.def("add_storages", &add_storages, py::arg("found"), py::arg("value"), py::arg("index").none(true), py::arg("tensor_type"),
+             py::arg("values"));
+}
+
+}  // namespace lazyckpt
