@@ -435,10 +435,10 @@ void bind_faults(py::module_& module) {
     fault::add({call, path_part, skip, count, error, short_bytes, delay_s});
   }, py::arg("call"), py::arg("path_part") = "", py::arg("skip") = 0, py::arg("count") = -1, py::arg("error") = 0,
      py::arg("short_bytes") = -1, py::arg("delay_s") = 0.0);
-  module.def("clear_faults", [] {
-    fault::clear();
-    override_limits({0, 0});
-  });
+  module.def("clear_faults", [](const std::string& call) {
+    fault::clear(call);
+    if (call.empty()) override_limits({0, 0});
+  }, py::arg("call") = "");
   module.def("set_crash_point", &fault::set_crash_point, py::arg("name"), py::arg("skip") = 0);
   module.def("override_sysfs", &override_sysfs);
   module.def("numa_node_of", &numa_node_of, py::arg("sysfs"), py::arg("pci_id"));

@@ -5,9 +5,11 @@
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -18,7 +20,7 @@ namespace {
 struct State {
   std::mutex mutex;  // guards what follows
   std::vector<Fault> faults;
-  uint64_t cleared = 0;  // how often
+  std::map<std::string, uint64_t> cleared;  // for each call: how often; "": how often all were
   std::condition_variable clearing;
   std::string crash_name;
   int64_t crash_skip = 0;
@@ -45,13 +47,16 @@ void add(const Fault& fault) {
   armed = true;
 }
 
-void clear() {
+void clear(const std::string& call) {
   State& all = state();
   std::lock_guard<std::mutex> lock(all.mutex);
-  all.faults.clear();
-  all.crash_name.clear();
-  armed = false;
-  ++all.cleared;
+  const auto ended = [&](const Fault& fault) { return call.empty() || fault.call == call; };
+  all.faults.erase(std::remove_if(all.faults.begin(), all.faults.end(), ended), all.faults.end());
+  if (call.empty()) {
+    all.crash_name.clear();
+    armed = false;
+  }
+  ++all.cleared[call];
   all.clearing.notify_all();
 }
 
@@ -82,8 +87,9 @@ Verdict consult(const char* call, const std::string& path) {
     delay_s += fault.delay_s;
   }
   if (delay_s > 0) {
-    const uint64_t before = all.cleared;
-    all.clearing.wait_for(lock, std::chrono::duration<double>(delay_s), [&] { return all.cleared != before; });
+    const auto count = [&] { return all.cleared[""] + all.cleared[call]; };
+    const uint64_t before = count();
+    all.clearing.wait_for(lock, std::chrono::duration<double>(delay_s), [&] { return count() != before; });
   }
   return verdict;
 }

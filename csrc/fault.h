@@ -26,11 +26,11 @@ struct Fault {
   int64_t count = -1;     // then strike this many of them; -1: all
   int error = 0;
   int64_t short_bytes = -1;
-  double delay_s = 0;  // sleep this long before the call, or until all faults are cleared
+  double delay_s = 0;  // sleep this long before the call, or until it is cleared
 };
 
 void add(const Fault& fault);
-void clear();
+void clear(const std::string& call = "");  // empty: the faults of all calls
 
 // Kill this process with SIGKILL when crash_point(name) is reached for the skip-th time (0: the first).
 void set_crash_point(const std::string& name, int64_t skip);

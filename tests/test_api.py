@@ -147,15 +147,17 @@ def test_waiting_with_a_timeout(native: Any, tmp_path: Path) -> None:
 
 
 def test_captured_comes_before_durable(native: Any, tmp_path: Path) -> None:
-    native.set_fault("pwritev", delay_s=0.1)
-    native.set_fault("fdatasync", delay_s=0.3)
+    native.set_fault("pwritev", delay_s=DEADLINE_S)
+    native.set_fault("fdatasync", delay_s=DEADLINE_S)
     tensor = torch.ones(100_000)
     pending = ckpt.save([tensor], tmp_path / "x.pt", lazy=True, options=options())
     assert not pending.captured and not pending.done() and "in flight" in repr(pending)
     with pytest.raises(DeadlineError, match="not yet captured"):
         pending.result(0)
+    native.clear_faults("pwritev")
     wait_until(lambda: pending.captured)
     assert not pending.done() and " captured" in repr(pending)
+    native.clear_faults()
     pending.result(DEADLINE_S)
     assert pending.captured and pending.done() and "durable" in repr(pending) and str(tmp_path) in repr(pending)
 
@@ -187,12 +189,13 @@ def test_waiting_from_many_threads(native: Any, tmp_path: Path) -> None:
 
 
 def test_callbacks_get_the_save_once(native: Any, tmp_path: Path) -> None:
-    native.set_fault("fdatasync", delay_s=0.2)
+    native.set_fault("fdatasync", delay_s=DEADLINE_S)
     pending = save(tmp_path / "x.pt")
     called: list[Any] = []
     for _ in range(2):
         pending.add_done_callback(lambda done: called.append((done, done.result(0), threading.current_thread())))
     assert called == []
+    native.clear_faults()
     pending.result(DEADLINE_S)
     wait_until(lambda: len(called) == 2)
     assert [entry[:2] for entry in called] == [(pending, tmp_path / "x.pt")] * 2

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same, options
-from test_ranks_apart import Threaded, Wire
+from test_ranks_apart import IMPATIENT, PATIENT, Threaded, Wire
 
 import ckpt
 from ckpt._lock import DirectoryLock
@@ -39,7 +39,7 @@ class Job:
         self.roots = [root / f"node-{rank}" if nodes else root for rank in range(2)]
         self.ranks = [
             ckpt.BundleCheckpointer(
-                options=options(**({"max_failed_saves": 0, "commit_timeout_s": 1.0, "timeout_s": 2.0} | how)),
+                options=options(**({"max_failed_saves": 0} | PATIENT | how)),
                 coordinator=Threaded(wire, rank),
                 node=f"node-{rank}" if nodes else None,
                 leads_node=nodes,
@@ -65,7 +65,7 @@ class Job:
 
     def save(self, name: str, value: float, **how: Any) -> list[BaseException | None]:
         pending = self.both(lambda rank: self.begin(rank, name, value, **how).commit())
-        return [each if isinstance(each, BaseException) else each.exception(20) for each in pending]
+        return [each if isinstance(each, BaseException) else each.exception(60) for each in pending]
 
     def find(self, name: str | None = None) -> list[Any]:
         return self.both(lambda rank: self.ranks[rank].find(self.roots[rank], name))
@@ -87,12 +87,15 @@ class Job:
                 checkpointer.close()
 
 
-@pytest.fixture
-def job(tmp_path: Path, native: Any) -> Iterator[Job]:
-    job = Job(tmp_path)
+@pytest.fixture(params=[PATIENT], ids=[""])
+def job(request: pytest.FixtureRequest, tmp_path: Path, native: Any) -> Iterator[Job]:
+    job = Job(tmp_path, **request.param)
     yield job
     native.clear_faults()
     job.close()
+
+
+impatient = pytest.mark.parametrize("job", [IMPATIENT], ids=[""], indirect=True)
 
 
 def test_files_of_both_ranks_become_one_checkpoint(job: Job) -> None:
@@ -167,6 +170,7 @@ def test_latest_that_cannot_be_moved(job: Job, native: Any) -> None:
     assert job.find() == ["a", "a"] and job.find("b") == ["b", "b"]
 
 
+@impatient
 def test_a_rank_that_does_not_come(job: Job) -> None:
     assert job.save("a", 1.0) == [None, None]
     late: list[Any] = job.both(lambda rank: self_begin(job, rank))
@@ -181,6 +185,7 @@ def self_begin(job: Job, rank: int) -> Any:
     return job.begin(rank, "a", 2.0)
 
 
+@impatient
 def test_a_rank_that_misses_the_verdict_keeps_its_files(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     """It cannot know whether the manifest names them."""
     assert job.save("a", 1.0) == [None, None]
@@ -264,9 +269,10 @@ def test_what_others_have_written_is_made_durable(job: Job, monkeypatch: pytest.
 
 def test_one_too_many_is_skipped(tmp_path: Path, native: Any) -> None:
     job = Job(tmp_path, when_busy="skip", max_in_flight=1)
-    native.set_fault("fdatasync", count=2, delay_s=0.7)
-    first = job.both(lambda rank: job.begin(rank, "a", 1.0).commit())
-    errors = job.save("b", 2.0)
+    native.set_fault("fdatasync", delay_s=60)
+    first, second = (job.both(lambda rank: job.begin(rank, name, 1.0).commit()) for name in "ab")  # noqa: B023 - used at once
+    native.clear_faults()
+    errors = [pending.exception(20) for pending in second]
     assert all(isinstance(error, SkippedError) for error in errors), errors
     assert [pending.exception(20) for pending in first] == [None, None]
     job.assert_found("a", 1.0)

@@ -291,7 +291,7 @@ def begin(engine: Any, where: Path, tag: str) -> None:
 def test_wait_has_a_deadline(engines: Engines, native: Any, tmp_path: Path) -> None:
     trainer = Trainer(engines.config())
     ours = engines.note(lazy.attach(trainer, Options(**SMALL)))
-    native.set_fault("fallocate", delay_s=0.5)
+    native.set_fault("fallocate", delay_s=60)
     begin(ours, tmp_path, "tag")
     with pytest.raises(DeadlineError):
         lazy.wait(trainer, timeout=0.05)

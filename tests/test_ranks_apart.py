@@ -81,6 +81,10 @@ class Threaded(Coordinator):
         pass
 
 
+PATIENT: dict[str, Any] = {"commit_timeout_s": 15.0, "timeout_s": 15.0}  # where nobody is missed
+IMPATIENT: dict[str, Any] = {"commit_timeout_s": 1.0, "timeout_s": 1.5}
+
+
 class Pair:
     """Both ranks of a job."""
 
@@ -91,7 +95,7 @@ class Pair:
             ckpt.Checkpointer(
                 directory,
                 keep=1,
-                options=options(max_failed_saves=0, **({"commit_timeout_s": 1.0, "timeout_s": 1.5} | how)),
+                options=options(**({"max_failed_saves": 0} | PATIENT | how)),
                 coordinator=Threaded(wire, rank),
             )
             for rank in range(2)
@@ -106,7 +110,7 @@ class Pair:
     def save_both(self, step: int) -> list[BaseException | None]:
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             pending = list(pool.map(lambda rank: self.save(rank, step), range(2)))
-        return [each if isinstance(each, BaseException) else each.exception(20) for each in pending]
+        return [each if isinstance(each, BaseException) else each.exception(60) for each in pending]
 
     def restore_both(self) -> list[Any]:
         def restore(rank: int) -> Any:
@@ -128,12 +132,15 @@ def weights(step: int) -> torch.Tensor:
     return torch.full((300_000,), float(step))
 
 
-@pytest.fixture
-def pair(tmp_path: Path, native: Any) -> Any:
-    pair = Pair(tmp_path)
+@pytest.fixture(params=[PATIENT], ids=[""])
+def pair(request: pytest.FixtureRequest, tmp_path: Path, native: Any) -> Any:
+    pair = Pair(tmp_path, **request.param)
     yield pair
     native.clear_faults()
     pair.close()
+
+
+impatient = pytest.mark.parametrize("pair", [IMPATIENT], ids=[""], indirect=True)
 
 
 def assert_good(pair: Pair, step: int) -> None:
@@ -144,6 +151,7 @@ def assert_good(pair: Pair, step: int) -> None:
         assert found.state == {"rank": rank, "step": step}
 
 
+@impatient
 def test_rank_0_comes_after_rank_1_has_given_up(pair: Pair) -> None:
     """It finds the answer of rank 1, but what it publishes, if anything, must be whole."""
     assert pair.save_both(1) == [None, None]
@@ -158,6 +166,7 @@ def test_rank_0_comes_after_rank_1_has_given_up(pair: Pair) -> None:
     assert_good(pair, 3)
 
 
+@impatient
 def test_a_step_is_tried_again_while_the_first_try_may_still_be_published(pair: Pair, native: Any) -> None:
     assert pair.save_both(1) == [None, None]
     native.set_fault("write", path_part="manifest", delay_s=4.0, count=1)
@@ -171,7 +180,7 @@ def test_a_step_is_tried_again_while_the_first_try_may_still_be_published(pair: 
 
 
 def test_a_missed_claim_is_said_again(tmp_path: Path, native: Any) -> None:
-    pair = Pair(tmp_path)
+    pair = Pair(tmp_path, **IMPATIENT)
     missed = pair.save(1, 0)
     assert isinstance(missed, PeerError)
     assert isinstance(pair.save(0, 0), ckpt.PendingSave)
@@ -180,6 +189,7 @@ def test_a_missed_claim_is_said_again(tmp_path: Path, native: Any) -> None:
     pair.close()
 
 
+@impatient
 def test_restore_is_in_step_again_after_one_has_failed(pair: Pair) -> None:
     assert pair.save_both(1) == [None, None]
     for rank in range(2):
@@ -264,6 +274,7 @@ def test_a_step_that_stands_is_not_taken_apart(pair: Pair, native: Any) -> None:
     assert_good(pair, 3)
 
 
+@impatient
 def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.save_both(1) == [None, None]
 

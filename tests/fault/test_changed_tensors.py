@@ -16,11 +16,12 @@ pytestmark = pytest.mark.usefixtures("native")
 
 
 def save_and_change(native: Any, path: Path, **changes: Any) -> ckpt.PendingSave:
-    """The write begins 0.1 s after the save, the change comes at once."""
-    native.set_fault("pwritev", path.name, delay_s=0.1)
+    """The write begins behind the change."""
+    native.set_fault("pwritev", path.name, delay_s=60)
     weights = torch.ones(1 << 16)
     pending = ckpt.save({"weights": weights}, path, lazy=True, options=options(**changes))
     weights.add_(1)
+    native.clear_faults("pwritev")
     return pending
 
 
@@ -67,10 +68,11 @@ def test_steps_go_on_after_it(tmp_path: Path, native: Any) -> None:
     weights = torch.ones(1 << 16)
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         checkpointer.save(1, {"weights": weights}).result(30)
-        native.set_fault("pwritev", "000000000002", delay_s=0.1)
+        native.set_fault("pwritev", "000000000002", delay_s=60)
         native.set_fault("fdatasync", "000000000002", delay_s=0.1)
         pending = checkpointer.save(2, {"weights": weights}, lazy=True)
         weights.add_(1)
+        native.clear_faults("pwritev")
         assert isinstance(pending.exception(30), CaptureError)
         found = checkpointer.restore()
         assert found is not None and found.step == 1

@@ -19,7 +19,8 @@ from ckpt.errors import ClosedError, DeadlineError, SkippedError, StorageError
 
 pytestmark = pytest.mark.usefixtures("native")
 
-PROMPT_S = 5.0  # far above what the operation takes, far below the delay that it must not wait for
+HANG_S = 60.0  # of a call that does not come back before the faults are cleared
+PROMPT_S = 20.0  # far above what the operation takes, far below that
 
 
 def make_tensors(count: int = 8, rows: int = 256) -> dict[str, torch.Tensor]:
@@ -59,16 +60,15 @@ def test_the_fence_captures_what_slow_writers_have_not_taken(writers: int, tmp_p
 def test_the_fence_does_not_wait_for_the_flush(tmp_path: Path, native: Any) -> None:
     tensors = make_tensors(count=2)  # fits the arena
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    native.set_fault("pwritev", skip=1, delay_s=0.15)
+    native.set_fault("pwritev", skip=1, delay_s=HANG_S)
     pending = ckpt.save(tensors, tmp_path / "a.pt", lazy=True, options=tiny())
     begin = time.monotonic()
     ckpt.fence()
-    fence_s = time.monotonic() - begin
+    assert time.monotonic() - begin < PROMPT_S
     change_all(tensors)
     assert not pending.done()
+    native.clear_faults()
     pending.result(60)
-    flush_s = time.monotonic() - begin
-    assert fence_s < flush_s / 2
     assert_same(expected, ckpt.load(tmp_path / "a.pt"))
 
 
@@ -82,14 +82,15 @@ def test_back_pressure_is_measured(tmp_path: Path, native: Any) -> None:
 
 def test_a_capture_that_outruns_its_deadline_fails_the_save_and_not_the_training(tmp_path: Path, native: Any) -> None:
     tensors = make_tensors()
-    native.set_fault("pwritev", count=1, delay_s=1.5)
-    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=0.2)) as checkpointer:
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
+    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=1.0)) as checkpointer:
         pending = checkpointer.save(1, tensors, lazy=True)
         begin = time.monotonic()
         ckpt.fence()
-        assert time.monotonic() - begin < 1.0
+        assert time.monotonic() - begin < PROMPT_S
         assert pending.captured, "the tensors may change: nothing of this save will be published"
         change_all(tensors)
+        native.clear_faults()
         error = pending.exception(30)
         assert isinstance(error, DeadlineError) and isinstance(error, TimeoutError)
         assert "timeout" in str(error) and "arena_bytes" in str(error)
@@ -101,22 +102,24 @@ def test_a_capture_that_outruns_its_deadline_fails_the_save_and_not_the_training
 
 
 def test_a_deadline_inside_save(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=1.5)
-    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=0.2)) as checkpointer:
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
+    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=1.0)) as checkpointer:
         begin = time.monotonic()
         pending = checkpointer.save(1, make_tensors())  # copied, but the arena has no room: not raised here
-        assert time.monotonic() - begin < 1.0
+        assert time.monotonic() - begin < PROMPT_S
+        native.clear_faults()
         assert isinstance(pending.exception(30), DeadlineError)
         checkpointer.save(2, make_tensors()).result(30)
 
 
 def test_no_place_in_flight_within_the_deadline(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=1.0)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     small = make_tensors(count=1, rows=64)
-    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=0.2, max_in_flight=1)) as checkpointer:
+    with ckpt.Checkpointer(tmp_path, options=tiny(timeout_s=1.0, max_in_flight=1)) as checkpointer:
         first = checkpointer.save(1, small)
         second = checkpointer.save(2, small)
         assert isinstance(second.exception(0), DeadlineError)
+        native.clear_faults()
         assert first.result(30)
         checkpointer.save(3, small).result(30)
         assert checkpointer.steps() == [1, 3]
@@ -127,15 +130,16 @@ def test_no_place_in_flight_within_the_deadline(tmp_path: Path, native: Any) -> 
 
 
 def test_a_busy_engine_skips(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=0.3)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     small = make_tensors(count=1, rows=64)
     changes: dict[str, Any] = {"when_busy": "skip", "max_in_flight": 1, "max_failed_saves": 1}
     with ckpt.Checkpointer(tmp_path, options=tiny(**changes)) as checkpointer:
         first = checkpointer.save(1, small)
         begin = time.monotonic()
         skipped = [checkpointer.save(step, small) for step in (2, 3)]
-        assert time.monotonic() - begin < 0.25
+        assert time.monotonic() - begin < PROMPT_S
         assert all(isinstance(pending.exception(0), SkippedError) for pending in skipped)
+        native.clear_faults()
         first.result(30)
         checkpointer.save(4, small).result(30)
         checkpointer.wait()  # a skipped save is no failure
@@ -204,13 +208,14 @@ def train(directory: Path | None) -> dict[str, Any]:
 
 
 def test_close_gives_up_at_its_deadline(tmp_path: Path, native: Any, caplog: pytest.LogCaptureFixture) -> None:
-    native.set_fault("pwritev", count=1, delay_s=2.0)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     checkpointer = ckpt.Checkpointer(tmp_path, options=tiny(drain_timeout_s=0.3))
     pending = checkpointer.save(1, make_tensors(count=1))
     begin = time.monotonic()
     with pytest.raises(DeadlineError):
         checkpointer.close()
     assert time.monotonic() - begin < PROMPT_S
+    native.clear_faults()
     assert isinstance(pending.exception(30), (DeadlineError, ClosedError))
     with pytest.raises(ClosedError):
         checkpointer.save(2, make_tensors(count=1))
@@ -218,13 +223,14 @@ def test_close_gives_up_at_its_deadline(tmp_path: Path, native: Any, caplog: pyt
 
 
 def test_waits_with_a_timeout(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=0.5)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     with ckpt.Checkpointer(tmp_path, options=tiny()) as checkpointer:
         pending = checkpointer.save(1, make_tensors(count=1))
         for wait in (pending.result, pending.exception, checkpointer.wait):
             with pytest.raises(DeadlineError):
                 wait(0.02)
         assert not pending.done()
+        native.clear_faults()
         assert pending.result(30)
 
 
@@ -238,7 +244,7 @@ def interrupt_soon(delay_s: float = 0.3) -> threading.Timer:
 
 
 def test_ctrl_c_at_the_fence(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=2, delay_s=1.5)
+    native.set_fault("pwritev", count=2, delay_s=HANG_S)
     tensors = make_tensors()
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     pending = ckpt.save(tensors, tmp_path / "a.pt", lazy=True, options=tiny())
@@ -246,7 +252,8 @@ def test_ctrl_c_at_the_fence(tmp_path: Path, native: Any) -> None:
     timer = interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
         ckpt.fence()
-    assert time.monotonic() - begin < 1.2
+    assert time.monotonic() - begin < PROMPT_S
+    native.clear_faults()
     timer.join()
     assert pending.result(30)  # nobody has changed the tensors
     assert_same(expected, ckpt.load(tmp_path / "a.pt"))
@@ -272,26 +279,28 @@ def test_ctrl_c_inside_save(verify: bool, tmp_path: Path, native: Any) -> None:
 
 
 def test_ctrl_c_in_a_wait_for_the_result(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=1.5)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     pending = ckpt.save(make_tensors(count=1), tmp_path / "a.pt", options=tiny())
     begin = time.monotonic()
     timer = interrupt_soon()
     with pytest.raises(KeyboardInterrupt):
         pending.result()
-    assert time.monotonic() - begin < 1.2
+    assert time.monotonic() - begin < PROMPT_S
+    native.clear_faults()
     timer.join()
     assert pending.result(30)
 
 
 def test_ctrl_c_while_a_save_waits_for_its_turn(tmp_path: Path, native: Any) -> None:
-    native.set_fault("pwritev", count=1, delay_s=1.5)
+    native.set_fault("pwritev", count=1, delay_s=HANG_S)
     with ckpt.Checkpointer(tmp_path, options=tiny(max_in_flight=1)) as checkpointer:
         checkpointer.save(1, make_tensors(count=1))
         begin = time.monotonic()
         timer = interrupt_soon()
         with pytest.raises(KeyboardInterrupt):
             checkpointer.save(2, make_tensors(count=1))
-        assert time.monotonic() - begin < 1.2
+        assert time.monotonic() - begin < PROMPT_S
+        native.clear_faults()
         timer.join()
         checkpointer.save(3, make_tensors(count=1)).result(30)
         assert checkpointer.steps() == [1, 3]
