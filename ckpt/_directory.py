@@ -223,12 +223,15 @@ class StepDirectories:
     def sweep(self) -> None:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
         while self._retired:
-            path = self._retired.pop()
-            try:
-                with self._still_ours():
-                    _storage.remove_tree(path)
-            except (CheckpointError, OSError) as error:  # the next tidy() tries again
-                logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
+            self._sweep_one()
+
+    def _sweep_one(self) -> None:
+        path = self._retired.pop()
+        try:
+            with self._still_ours():
+                _storage.remove_tree(path)
+        except (CheckpointError, OSError) as error:  # the next tidy() tries again
+            logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
 
     def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         self._remove_retired()
@@ -243,8 +246,8 @@ class StepDirectories:
         for path, old in self.look()[0][self._keep :]:
             self._remove_step(path)
             largest = max(largest, _manifest.bytes_of(old))
-        if self._retired and not _storage.has_room(self._directory, self._max_in_flight * largest):
-            self.sweep()  # before the outcome: the next save of any rank needs the space
+        while self._retired and not _storage.has_room(self._directory, self._max_in_flight * largest):
+            self._sweep_one()  # before the outcome: the next save of any rank needs the space
 
     def _remove_leftovers(self) -> None:
         """What a crash left behind."""

@@ -87,7 +87,7 @@ def _add_declared(found: set[int], declared: Any) -> None:
 
 
 def _add_optimizer(found: set[int], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
-    _add_tensors(found, [group["params"] for group in optimizer.param_groups], index)
+    _add_tensors(found, [list(group["params"]) for group in optimizer.param_groups], index)
     _add_tensors(found, list(optimizer.state.values()), index)
 
 

@@ -265,11 +265,11 @@ class StatePickler {
     const py::object dtype = name.dtype.of(tensor);
     PyObject* known = find(words_.classes, dtype.ptr());
     if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
+    if (!look(tensor)) return false;  // first: elsewhere a tensor need not have a storage
     const py::object storage = name.untyped_storage.call_on(tensor), cdata = name.cdata.of(storage.ptr());
     if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
-    if (!look(tensor) || to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
     const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
-    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
+    if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0 || bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
 
     const py::object record = add_record(storage, cdata, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
     save_global(words_.rebuild_tensor.ptr());
@@ -332,9 +332,10 @@ class StatePickler {
     Record& record = *reinterpret_cast<Record*>(made.ptr());
     record.address = shape_.address;
     if (shape_.device_type == kDlCuda) {
-      py::object& tag = device_tags_[shape_.device_id];
-      if (!tag) tag = words_.location_tag(storage);
-      Py_SETREF(record.location, py::object(tag).release().ptr());
+      std::string& tag = device_tags_[shape_.device_id];
+      if (tag.empty()) tag = py::cast<std::string>(words_.location_tag(storage));
+      // A text for each, as torch.save has it: whether two lie on one device must not show in which objects are shared.
+      Py_SETREF(record.location, py::str(tag).release().ptr());
     }
     if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), made.ptr()) != 0 ||
         PyList_Append(tables_.order.ptr(), made.ptr()) != 0) {
@@ -386,7 +387,7 @@ class StatePickler {
   const Tables& tables_;
   OpcodeWriter out_;
   Shape shape_;
-  std::map<int32_t, py::object> device_tags_;  // by the number of a CUDA device
+  std::map<int32_t, std::string> device_tags_;  // by the number of a CUDA device
   std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
 };
 

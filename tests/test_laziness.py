@@ -146,6 +146,14 @@ def test_buffers_of_a_model_in_training_are_not_lazy() -> None:
     del optimizer
 
 
+@pytest.mark.parametrize("kind", [list, tuple, set, lambda params: {"a": params[0]}.values()])
+def test_parameters_in_a_collection_of_any_kind_are_lazy(kind: Any) -> None:
+    weight = parameter(100)
+    optimizer = stepped(weight)
+    optimizer.param_groups[0]["params"] = kind([weight])
+    assert is_lazy(weight)
+
+
 # ---- declared --------------------------------------------------------------------------------------------------------
 
 

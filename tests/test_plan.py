@@ -317,6 +317,18 @@ def test_a_lazy_clone_is_planned_where_its_bytes_are() -> None:
     assert bytes_of(plan, 0) == torch.arange(9).numpy().tobytes()
 
 
+def test_tensors_without_a_storage_are_left_to_torch() -> None:
+    """As on devices that have none; here one inside of vmap."""
+    planned = []
+
+    def plan_inside(tensor: torch.Tensor) -> torch.Tensor:
+        planned.append(plan_of({"inside": tensor}).sizes)
+        return tensor
+
+    torch.vmap(plan_inside)(torch.ones(3, 2, device="meta"))
+    assert planned == [[]]
+
+
 def test_tensors_without_a_version_counter_are_looked_at_for_their_memory_alone() -> None:
     with torch.inference_mode():
         tensor = torch.arange(10)
