@@ -256,7 +256,7 @@ def idle(c: Coordinator) -> None:
     with counted_looks() as looks:
         before, began = time.process_time(), time.monotonic()
         if c.rank == 1:
-            time.sleep(1.5)
+            time.sleep(2.5)
         c.gather("idle/1", b"", TIMEOUT_S)
         if c.rank == 0:
             used, elapsed = time.process_time() - before, time.monotonic() - began
