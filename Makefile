@@ -99,7 +99,7 @@ $(NATIVE_STAMP): $(PYTHON_STAMP) csrc $(wildcard csrc/*.cc csrc/*.h)
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 
 # The whole core without its Python bindings, and a program that stresses it.
-STRESS_SOURCES := $(filter-out csrc/bindings.cc csrc/pickling.cc,$(sort $(wildcard csrc/*.cc))) $(sort $(wildcard tests/native/*.cc))
+STRESS_SOURCES := $(filter-out csrc/bindings.cc csrc/pickling.cc csrc/record.cc,$(sort $(wildcard csrc/*.cc))) $(sort $(wildcard tests/native/*.cc))
 STRESS_FLAGS   := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread \
                   -Wall -Wextra -Werror -DLAZYCKPT_FAULT_HOOKS=1 -Icsrc -MMD -MP
 comma := ,

@@ -277,6 +277,7 @@ GLOBAL_CALL = re.compile(rf"(?<![\w>:])::({'|'.join(STORAGE_CALLS)})\s*\(")
 PLAIN_CALL = re.compile(rf"(?<![\w.:>~])({'|'.join(name for name in STORAGE_CALLS if name not in COMMON_NAMES)})\s*\(")
 STREAMS = re.compile(r"\b(fopen|fwrite|ofstream|ifstream|fstream|std::filesystem)\b")
 
+WITH_PYTHON = {"bindings", "dlpack", "pickling", "python", "record"}  # parts of the core that talk to the interpreter
 # Headers of what the core must not depend on.
 FOREIGN_HEADERS = re.compile(r"(torch|ATen|c10|caffe2|cuda|cuda_runtime|nccl|Python)\b")
 SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
@@ -307,10 +308,17 @@ def test_core_includes_go_one_way(path: Path) -> None:
 
 @each(core_files(".cc", ".h"))
 def test_core_depends_on_no_framework(path: Path) -> None:
-    allowed = {"pybind11"} if path.stem in ("bindings", "dlpack", "pickling", "python", "record") else set()
+    allowed = {"pybind11"} if path.stem in WITH_PYTHON else set()
     names = [name for kind, name in included(path) if kind == "<"]  # the others are our own: see above
     foreign = [name for name in names if FOREIGN_HEADERS.match(name)]
     assert foreign + [name for name in names if name.startswith("pybind11") and "pybind11" not in allowed] == []
+
+
+def test_the_stress_program_takes_all_but_what_needs_python() -> None:
+    left_out = re.search(r"^STRESS_SOURCES\s*:=\s*\$\(filter-out ([^,]*),", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert left_out is not None
+    needing = {path.relative_to(ROOT).as_posix() for path in core_files(".cc") if path.stem in WITH_PYTHON}
+    assert set(left_out[1].split()) == needing
 
 
 @each([path for path in core_files(".cc", ".h") if path.stem != "file"])
