@@ -183,8 +183,9 @@ def add_training(report: Report, bench: Bench, training: Samples) -> None:
         if name == NO_SAVING:
             add(name, "s", samples, how="clock around forward, backward and step", **condition)
             continue
-        medians = {value: statistics.median(s.values[value] for s in samples) for value in samples[0].values}
-        detail = {"configuration": configured(name), "medians": medians}
+        parts = {value: [s.values[value] for s in samples] for value in samples[0].values}
+        medians = {value: statistics.median(part) for value, part in parts.items()}
+        detail = {"configuration": configured(name), "medians": medians, "parts": parts}
         for quantity in ("blocked_s", "bytes_per_blocked_GBps", "iteration_s"):
             add(name, UNITS.get(quantity, "s"), column(samples, quantity), how=HOW[quantity], **detail)
     ours = training[OURS]
