@@ -251,7 +251,7 @@ class Lent(Fresh):
 
     def _unpickle(self) -> Any:
         absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._memory.places}
-        loaded = self._memory.contents(self._outline.small, absent).unpickle(*self._how)
+        loaded = self._memory.contents(self._outline.small, absent).unpickle(*self._how, is_filled=not absent)
         for path, tensor in self._lent.items():
             _put(loaded, path, tensor)
         return loaded

@@ -87,7 +87,7 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     fill(archive, memory)
     absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
     outline.value = None
-    loaded = memory.contents(outline.small, absent).unpickle(map_location, weights_only)
+    loaded = memory.contents(outline.small, absent).unpickle(map_location, weights_only, is_filled=not absent)
     return selection.prune(loaded, archive.path)
 
 

@@ -109,9 +109,14 @@ def allocate_on(
 
 def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:
     """All records, in one pass that checks every byte; and the CRC-32 of the file."""
-    memory = Memory.where_loaded(archive, [] if str(map_location) == "meta" else archive.storage_names(), map_location)
+    to_meta = str(map_location) == "meta"
+    memory = Memory.where_loaded(archive, [] if to_meta else archive.storage_names(), map_location)
     small = archive.allocate(archive.small_names())
     crc = fill(archive, memory, small, whole=True)
     assert crc is not None
+    if to_meta:  # nobody wants the contents, but torch before 2.7 asks for storages that have the size
+        memory.places = {
+            name: torch.UntypedStorage(archive.records[name].size, device="meta") for name in archive.storage_names()
+        }
     archive.close()
     return memory.contents({name: bytes_of(storage) for name, storage in small.items()}), crc

@@ -38,7 +38,7 @@ class Outline:
         self.archive = archive
         self.small = read_small(archive)
         self.storages = {name: _untouched(archive.records[name]) for name in archive.storage_names()}
-        self.value = Contents(archive, self.small, self.storages).unpickle(_stay, weights_only)
+        self.value = Contents(archive, self.small, self.storages).unpickle(_stay, weights_only, is_filled=False)
         self._names = {storage._cdata: name for name, storage in self.storages.items()}
 
     def record_of(self, tensor: torch.Tensor) -> str | None:

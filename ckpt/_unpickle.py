@@ -6,7 +6,7 @@ import os
 import pickle
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,15 +40,18 @@ class Contents:
         self._alone = alone
         self._resizable = resizable
 
-    def unpickle(self, map_location: Any, weights_only: bool) -> Any:
+    def unpickle(self, map_location: Any, weights_only: bool, *, is_filled: bool = True) -> Any:
         """As torch.load does it. Once only: the storages become those of the result.
+
+        Args:
+            is_filled: False: the storages have no contents yet, which is not to be held against them.
 
         Raises:
             CheckpointError: it holds objects that weights_only refuses, or torch cannot make it.
             CorruptError: the pickle is none, or asks for what is not there.
         """
         reader = TorchReader(self.archive, self._small, self.storages)
-        loaded = unpickle(reader, self.archive.path, map_location, weights_only, self._alone)
+        loaded = unpickle(reader, self.archive.path, map_location, weights_only, self._alone, is_filled=is_filled)
         for name, storage in self._resizable.items():
             if storage.nbytes() != self.archive.records[name].size:
                 raise CorruptError(f"a tensor in '{self.archive.path}' reaches beyond the end of record '{name}'")
@@ -68,10 +71,19 @@ def only_weights(asked: bool) -> bool:
     return asked or forced
 
 
-def unpickle(reader: TorchReader, path: Path, map_location: Any, weights_only: bool, alone: Set[int] = frozenset()) -> Any:
+def unpickle(
+    reader: TorchReader,
+    path: Path,
+    map_location: Any,
+    weights_only: bool,
+    alone: Set[int] = frozenset(),
+    *,
+    is_filled: bool = True,
+) -> Any:
     """What torch.load does once it has opened the file."""
     weights_only = only_weights(weights_only)
-    module = torch._weights_only_unpickler if weights_only else pickle
+    module: Any = torch._weights_only_unpickler if weights_only else pickle
+    module = module if is_filled else _without_validation(module)
     location = _Watched(map_location) if _is_called(map_location) else map_location
     try:
         return torch.serialization._load(reader, _LeaveAlone(alone, location) if alone else location, module, encoding="utf-8")
@@ -81,6 +93,24 @@ def unpickle(reader: TorchReader, path: Path, map_location: Any, weights_only: b
             raise
         raise_explained(error, path, weights_only)
         raise  # what arbitrary objects raise, is theirs
+
+
+def _without_validation(module: Any) -> Any:
+    """For torch.serialization: an unpickler that lets nobody look into the sparse tensors that it makes.
+
+    torch before 2.7 always does, later ones if `torch.sparse.check_sparse_tensor_invariants` is on.
+    """
+
+    class Unpickler(module.Unpickler):
+        def load(self) -> Any:
+            noted = torch._utils._sparse_tensors_to_validate
+            before = len(noted)
+            try:
+                return super().load()
+            finally:
+                del noted[before:]
+
+    return SimpleNamespace(Unpickler=Unpickler)
 
 
 def raise_explained(error: Exception, path: Path, weights_only: bool) -> None:

@@ -296,6 +296,17 @@ def test_keys_of_odd_things(name: str, tmp_path: Path) -> None:
     assert_same({"wanted": expected}, ckpt.load(tmp_path / "state.pt", weights_only=False, keys="wanted"))
 
 
+@pytest.mark.parametrize("keys", ["wanted", "other", "plain"])
+def test_keys_of_sparse_tensors_that_are_looked_into(keys: str, tmp_path: Path) -> None:
+    """By torch, when they are made: not before they are read."""
+    state = {"wanted": ALL_STATES["sparse"](), "other": ALL_STATES["sparse"](), "plain": torch.ones(3)}
+    torch.save(state, tmp_path / "state.pt")
+    with torch.sparse.check_sparse_tensor_invariants():
+        assert_same({keys: state[keys]}, ckpt.load(tmp_path / "state.pt", keys=keys))
+        assert_same(state, ckpt.load(tmp_path / "state.pt"))
+        assert torch._utils._sparse_tensors_to_validate == []
+
+
 def test_namedtuples_and_legacy_files_have_parts_too(tmp_path: Path) -> None:
     torch.save({"p": Pair(torch.ones(2), 3)}, tmp_path / "new.pt")
     found = ckpt.load(tmp_path / "new.pt", weights_only=False, keys="p.0")
