@@ -99,6 +99,7 @@ class StepCommitter:
             return ticket.directory
         if not failure.stands:
             for part in ticket.parts:
+                part.file.given_up = part.is_shared
                 if part.written and (self._agreement.rank == 0 or not part.is_shared):
                     self._directories.take_back(part.file.target)
         raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")

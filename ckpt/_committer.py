@@ -240,12 +240,15 @@ def _note_pageable(file: FileSave) -> None:
     )
 
 
+_NOT_DIRECT = (1, 1)  # as Job.limits
 _noted_buffered: set[int] = set()
 
 
 def _note_buffered(file: FileSave) -> None:
     """Says once for each file system that it has no direct I/O."""
     if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
+        return
+    if file.limits is not None and file.job.limits != _NOT_DIRECT:  # laid out for something else, this time
         return
     try:
         device = os.stat(file.target.parent).st_dev

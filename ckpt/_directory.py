@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from pathlib import Path
 from ckpt import _manifest, _storage
 from ckpt._lock import DirectoryLock
 from ckpt._manifest import Manifest
-from ckpt.errors import CheckpointError, ClosedError, CorruptError, NotACheckpointError
+from ckpt.errors import CheckpointError, ClosedError, CorruptError, NotACheckpointError, StorageError
 
 logger = logging.getLogger("ckpt")
 
@@ -69,10 +70,15 @@ class StepDirectories:
         self._file_lock = DirectoryLock(directory)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
-        self._lock = threading.Lock()  # guards what follows
+        # Guards what follows. The caller's thread waits for it: the committer's does not hold it while the file system works.
+        self._lock = threading.Condition()
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
+        self._removing: set[str] = set()  # step directories that are just being taken away
+        self._limits: tuple[int, int] | None = None  # what direct I/O demands here, once a file has been written
+        self._highest: str | None = None  # no step above has been begun, or lay here when the first one was
+        # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
-        self._retired: list[Path] = []  # no steps any more, but still there; of the committer's thread once there is a save
+        self._retired: list[Path] = []  # no steps any more, but still there
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -122,37 +128,68 @@ class StepDirectories:
             self._file_lock.assert_held()
             yield
 
-    def begin(self, name: str, stems: Sequence[str]) -> list[Path]:
-        """Makes the step's directory and chooses names for its files that no committed or pending one uses.
+    def begin(self, name: str, stems: Sequence[str]) -> tuple[list[Path], tuple[int, int] | None]:
+        """Chooses names for the files of a step that no committed or pending one uses.
+
+        The step's directory is made with its files, if it is not there. For a step above all others nothing is looked up.
 
         Args:
             stems: of the names: "state", "replicated", "rank-00003".
 
+        Returns:
+            The files, and what direct I/O demands of them, for FileSave; None as long as that is not known.
+
         Raises:
-            StorageError: the directory cannot be made.
+            StorageError: a directory cannot be read.
         """
         directory = self._directory / name
         with self._lock:
-            _storage.make_directory(directory, durable=False)  # no fsync on the training's time: publish() does it
+            self._lock.wait_for(lambda: name not in self._removing)
             taken = set(self._in_flight.get(name, ()))
-            with contextlib.suppress(NotACheckpointError):
-                taken |= _manifest.names(_manifest.read(directory).files)
-            # Also a file whose save ended without word from rank 0, which may publish it yet.
-            taken |= {path.name for path in directory.iterdir()}
+            if not self._is_new(name):
+                taken |= _names_in_use(directory)
             files = [_free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
-        return [directory / file for file in files]
+            return [directory / file for file in files], self._limits
 
-    def abandon(self, directory: Path, targets: Sequence[Path]) -> None:
-        """The save that begin() returned `targets` for is over: published, failed, or never begun."""
+    def _is_new(self, name: str) -> bool:
+        if self._highest is None:
+            self._highest = max(filter(is_step_name, _names_in(self._directory)), default="")
+        new = name > self._highest
+        self._highest = max(name, self._highest)
+        return new
+
+    def note_limits(self, limits: tuple[int, int] | None) -> None:
+        """Of a file that was written here."""
+        if limits is not None:
+            self._limits = limits
+
+    def abandon(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
+        """The save that begin() returned `targets` for is over: published, failed on the way, or never begun."""
         with self._lock:
             names = self._in_flight.get(directory.name, set())
             names.difference_update(target.name for target in targets)
-            if names:
-                return
-            self._in_flight.pop(directory.name, None)
-            if not self._shared:
-                _storage.remove_if_empty(directory)  # it is when the first save to this step has failed
+            if not names:
+                self._in_flight.pop(directory.name, None)
+        if failed and not self._shared:
+            with self._taking_away(directory.name) as nobody_writes:
+                if nobody_writes:
+                    _storage.remove_if_empty(directory)  # it is when the first save to this step has failed
+
+    @contextlib.contextmanager
+    def _taking_away(self, name: str) -> Iterator[bool]:
+        """Meanwhile no save begins in this step directory. False if one is under way there: then it must stay."""
+        with self._lock:
+            free = name not in self._in_flight
+            if free:
+                self._removing.add(name)
+        try:
+            yield free
+        finally:
+            if free:
+                with self._lock:
+                    self._removing.discard(name)
+                    self._lock.notify_all()
 
     # ---- the committer's side --------------------------------------------------------------------------------------
 
@@ -161,7 +198,14 @@ class StepDirectories:
 
         Raises:
             StorageError: a system call failed; the file is removed.
+            CheckpointError: somebody else has put a checkpoint there meanwhile; it is left alone.
         """
+        there = _manifest.read_if_any(target.parent)
+        if there is not None and target.name in _manifest.names(there.files):
+            raise CheckpointError(
+                f"'{target}' belongs to a checkpoint that was put there from elsewhere; it was not replaced: "
+                "save this step again, or under another number"
+            )
         _storage.crash_point("before-rename")
         try:
             _storage.rename_durably(temporary, target)
@@ -202,11 +246,10 @@ class StepDirectories:
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
-        with self._lock:
-            if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
-            self._next_sequence += 1
-            return self._next_sequence - 1
+        if self._next_sequence is None:
+            self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
+        self._next_sequence += 1
+        return self._next_sequence - 1
 
     def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.
@@ -275,21 +318,42 @@ class StepDirectories:
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
         """State files, finished or not, that neither the manifest names nor a save is writing."""
+        found = list(directory.iterdir())  # first: whatever a save that begins now will write is not among them
         with self._lock:
             wanted = _manifest.names(manifest.files) | self._in_flight.get(directory.name, set())
-            for path in directory.iterdir():
-                owner = _written_for(path.name)
-                if owner is not None and owner not in wanted:
-                    _storage.remove_file(path)
+        for path in found:
+            owner = _written_for(path.name)
+            if owner is not None and owner not in wanted:
+                _storage.remove_file(path)
 
     def _remove_step(self, directory: Path) -> None:
-        with self._lock:  # no save may begin in it meanwhile
-            if directory.name in self._in_flight:
+        with self._taking_away(directory.name) as nobody_writes:
+            if not nobody_writes:
                 return
             retired = _storage.retire_directory(directory)
         self._retired.append(retired)
         _storage.sync_directory(self._directory)
         _storage.crash_point("removal-begun")
+
+
+def _names_in(directory: Path) -> set[str]:
+    """None if it is not there.
+
+    Raises:
+        StorageError: it cannot be read.
+    """
+    try:
+        return set(os.listdir(directory))
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot read '{directory}': {error.strerror}", str(directory)) from error
+
+
+def _names_in_use(directory: Path) -> set[str]:
+    """Also of a file whose save ended without word from rank 0, which may publish it yet."""
+    manifest = _manifest.read_if_any(directory)
+    return _names_in(directory) | (set() if manifest is None else _manifest.names(manifest.files))
 
 
 _FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")

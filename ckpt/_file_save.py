@@ -25,15 +25,31 @@ class Sharing:
 
 
 class FileSave:
-    """From submit() to the end of its job. `target` is the name that the file will have, `temporary` the one it has now."""
+    """From submit() to the end of its job. `target` is the name that the file will have, `temporary` the one it has now.
 
-    def __init__(self, target: Path, sharing: Sharing | None = None) -> None:
+    Args:
+        limits: what direct I/O was found to demand there, see Job.limits: then the file is created in the background, which may
+            take long where many create files at once. None: submit() creates it, and looks.
+        with_directory: make the directory with it, if that is not there.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        sharing: Sharing | None = None,
+        *,
+        limits: tuple[int, int] | None = None,
+        with_directory: bool = False,
+    ) -> None:
         self.target = target
         self.sharing = sharing
+        self.limits = limits
+        self.with_directory = with_directory
         self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
+        self.given_up = False  # by rank 0, if it is shared: nobody will publish it
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
@@ -119,10 +135,17 @@ class FileSave:
         """At the end of the job."""
         self._until_durable = self._record_tensors = self._tripwire = None
 
+    def found_limits(self) -> tuple[int, int] | None:
+        """For the next file there. None if this one was not created here."""
+        return None if self.job is None else self.job.limits
+
     def forget_structure(self) -> None:
         self.pickle, self.sizes = b"", ()
 
     def discard(self) -> None:
-        """Removes the file that will not be published. One that is shared is rank 0's to remove: it may publish it yet."""
-        if not self.undecided and (self.sharing is None or self.sharing.index == 0):
+        """Removes the file that will not be published. One that is shared may be published by rank 0, until that gives it up.
+
+        Then every rank removes it: one that comes late may have made it anew.
+        """
+        if not self.undecided and (self.sharing is None or self.sharing.index == 0 or self.given_up):
             _storage.remove_quietly(self.temporary)

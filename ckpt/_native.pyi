@@ -14,6 +14,7 @@ class Job:
     written: tuple[int, int]
     checksums: tuple[list[int], list[int]]
     layout_crc32: int
+    limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int
     def directory(self, record_crcs: Sequence[int]) -> tuple[int, bytes]: ...
     def wait_captured(self, timeout_s: float) -> bool: ...
@@ -50,6 +51,8 @@ class Engine:
         share_count: int = 1,
         devices: Sequence[int] = (),
         streams: Mapping[int, int] = {},
+        expected_limits: tuple[int, int] | None = None,
+        with_directory: bool = False,
     ) -> Job: ...
     def fence(self, streams: Mapping[int, int] = {}) -> None: ...
     def open_devices(self, devices: Sequence[int]) -> None: ...

@@ -103,13 +103,13 @@ def start(
     Raises:
         whatever went wrong; then nothing is left behind, and `pending` is not resolved, or will be by the committer.
     """
+    pending._planned = tuple(file for file, _, _ in contents)  # also if it is not begun: others may have written to them
     try:
         committer.admit(pending, options)
     except SkippedError as skipped:
         pending._skipped = skipped
         pending._fail(skipped)
         return
-    pending._planned = tuple(file for file, _, _ in contents)
     try:
         with _without_collector():
             storages = lazy_storages(lazy)
@@ -212,6 +212,8 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             share_count=sharing.count if sharing else 1,
             devices=plan.devices,
             streams=_devices.streams_of(file.devices),
+            expected_limits=file.limits,
+            with_directory=file.with_directory,
         )
     except BaseException as error:
         _runtime.unwatch(file)

@@ -47,8 +47,9 @@ _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one 
 class Bundle:
     """One checkpoint that is being put together; made by BundleCheckpointer.begin()."""
 
-    def __init__(self, owner: BundleCheckpointer, ticket: BundleTicket, pending: PendingSave) -> None:
+    def __init__(self, owner: BundleCheckpointer, root: Path, ticket: BundleTicket, pending: PendingSave) -> None:
         self._owner = owner
+        self._root = root
         self._ticket = ticket
         self._error: BaseException | None = None
         self._admitted = False
@@ -75,8 +76,10 @@ class Bundle:
         if self._error is not None:
             return
         try:
-            file = FileSave(Path(os.path.abspath(os.fspath(path))))
-            _storage.make_directory(file.target.parent, durable=False)
+            target = Path(os.path.abspath(os.fspath(path)))
+            # Its directory is not made with it: a user may have removed the bundle meanwhile.
+            file = FileSave(target, limits=self._owner._limits.get(self._root) if target.parent == self.directory else None)
+            _storage.make_directory(target.parent, durable=False)
             add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
             file.forget_structure()
         except Exception as error:
@@ -139,6 +142,7 @@ class BundleCheckpointer(Saver):
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
+        self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
         weakref.finalize(self, _release_all, self._roots).atexit = False
 
     # ---- saving ----------------------------------------------------------------------------------------------------
@@ -169,7 +173,7 @@ class BundleCheckpointer(Saver):
         self._saves += 1  # whatever happens: all ranks count their calls
         pending = PendingSave(path / name, step, on_done=functools.partial(self._note_done, number))
         ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
-        bundle = Bundle(self, ticket, pending)
+        bundle = Bundle(self, path, ticket, pending)
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
             self._committer.admit(pending, options)
@@ -224,6 +228,8 @@ class BundleCheckpointer(Saver):
 
         def publish(failed: BaseException | None) -> Path:
             files = pending._files
+            for file in files:
+                self._note_limits(bundle, file)
             try:
                 for path in bundle._included:
                     _storage.sync_tree(path)
@@ -233,6 +239,13 @@ class BundleCheckpointer(Saver):
 
         (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)
         self._remember(pending)
+
+    def _note_limits(self, bundle: Bundle, file: FileSave) -> None:
+        limits = file.found_limits()
+        if limits is not None and file.target.parent == bundle.directory:
+            if len(self._limits) >= _MOST_ROOTS and bundle._root not in self._limits:
+                self._limits.clear()
+            self._limits[bundle._root] = limits
 
     def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
         if error is not None and _has_vanished(pending, error):

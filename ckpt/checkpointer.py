@@ -150,19 +150,25 @@ class Checkpointer(Saver):
     def _begin(self, pending: PendingSave, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
         contents += [] if replicated is None else [(REPLICATED, replicated)]
-        targets = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind, _ in contents])
-        parts = tuple(self._make_part(kind, target, ticket) for (kind, _), target in zip(contents, targets, strict=True))
+        written = [kind for kind, _ in contents if self._writes(kind)]
+        targets, limits = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind in written])
+        names = dict(zip(written, targets, strict=True))
+        parts = tuple(self._make_part(kind, names.get(kind), ticket, limits) for kind, _ in contents)
 
         def publish(error: BaseException | None) -> Path:
+            failed = True
             try:
-                return self._steps.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+                path = self._steps.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+                failed = False
+                return path
             except BaseException:
                 pending._discard()  # before abandon() looks whether anything is left
                 raise
             finally:
-                self._directories.abandon(ticket.directory, targets)
+                self._directories.abandon(ticket.directory, targets, failed=failed)
                 pending._afterwards = self._directories.sweep
                 for part in parts:
+                    self._directories.note_limits(part.file.found_limits())
                     part.file.forget_structure()
 
         files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
@@ -176,14 +182,20 @@ class Checkpointer(Saver):
             self._directories.abandon(ticket.directory, targets)
             self._attend(pending, ticket, skipped)
 
-    def _make_part(self, kind: str, target: Path, ticket: Ticket) -> Part:
-        if kind == RANK or self.world_size == 1:
-            return Part(FileSave(target), kind, written=True)
-        if self.options.replicated_writers == "rank0":
-            return Part(FileSave(target), kind, written=self.rank == 0)
-        return Part(
-            FileSave(target, Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")), kind, written=True
-        )
+    def _writes(self, kind: str) -> bool:
+        """Whether this rank writes it, or its share of it."""
+        return kind == RANK or self.rank == 0 or self.options.replicated_writers != "rank0"
+
+    def _make_part(self, kind: str, target: Path | None, ticket: Ticket, limits: tuple[int, int] | None) -> Part:
+        """
+        Args:
+            target: None if it is only compared.
+        """
+        sharing = None
+        if kind == REPLICATED and self.world_size > 1 and self.options.replicated_writers != "rank0":
+            sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
+        named = target or ticket.directory / f"{self._stem(kind)}.pt"
+        return Part(FileSave(named, sharing, limits=limits, with_directory=True), kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:

@@ -141,14 +141,16 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
                             const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
                             size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
                             uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
-                            const Streams& streams) {
+                            const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
+                            bool with_directory) {
   usable(engine);
   const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
-                       to_named(tail, copy_at_most), uniform_alignment};
+                       to_named(tail, copy_at_most), uniform_alignment, direct};
   py::gil_scoped_release release;
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
   const Share share{share_index, share_count};
-  auto target = std::make_unique<WritableFile>(path, direct, !share.whole());
+  const auto limits = expected ? std::optional<IoLimits>({expected->first, expected->second}) : std::nullopt;
+  auto target = std::make_unique<WritableFile>(path, direct, !share.whole(), limits, with_directory);
   ZipLayout layout;
   FileSpec spec;
   try {
@@ -192,6 +194,14 @@ py::object error_of(const Job& job) {
   return error ? to_python(*error) : py::none();
 }
 
+// (of addresses and lengths, of offsets), bytes; None before the file was created. Both 1: no direct I/O.
+std::optional<std::pair<uint32_t, uint32_t>> limits_of(const Job& job) {
+  return locked(job, [&]() -> std::optional<std::pair<uint32_t, uint32_t>> {
+    if (job.phase < Phase::kWriting || !job.file->found()) return std::nullopt;
+    return {{job.file->found()->memory_align, job.file->found()->offset_align}};
+  });
+}
+
 py::dict stats_of(const Job& job) {
   const JobStats stats = locked(job, [&] { return job.stats; });
   py::dict dict;
@@ -231,7 +241,7 @@ std::vector<uint32_t> checksums_of(const Job& job) {
   return found;
 }
 
-void bind_engine(py::module_& module) {
+void bind_job(py::module_& module) {
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
       .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
@@ -246,6 +256,7 @@ void bind_engine(py::module_& module) {
         const ZipLayout& layout = shared_layout(job);
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
+      .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
       .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
       .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.file_crc; }); })
@@ -261,7 +272,9 @@ void bind_engine(py::module_& module) {
       .def("fail", [](Job& job, const std::string& why) {
         locked(job, [&] { job.fail(Error(ErrorKind::kChanged, why, -1, job.file->path())); });
       });
+}
 
+void bind_engine(py::module_& module) {
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
       .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library,
                        size_t device_cache_bytes, size_t device_window_bytes) {
@@ -275,7 +288,8 @@ void bind_engine(py::module_& module) {
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
            py::arg("share_index") = 0, py::arg("share_count") = 1,
-           py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams())
+           py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
+           py::arg("expected_limits") = py::none(), py::arg("with_directory") = false)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;
@@ -453,6 +467,7 @@ void bind_faults(py::module_& module) {
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The engine of ckpt. Private: its names change without notice.";
   py::register_exception_translator(&translate);
+  bind_job(module);
   bind_engine(module);
   bind_files(module);
   bind_reading(module);

@@ -28,13 +28,6 @@ size_t fit_chunk(const EngineOptions& options) {
   return chunk;
 }
 
-Error deadline_error(const Job& job, const std::string& what, double waited_s) {
-  return Error(ErrorKind::kDeadline,
-               what + " for '" + job.file->path() + "' did not happen within " + std::to_string(waited_s) +
-                   " s; the storage is too slow or hangs: raise the timeout, enlarge arena_bytes, or save less often",
-               0, job.file->path());
-}
-
 std::vector<iovec> to_iovecs(const Chunk& chunk) {
   std::vector<iovec> pieces;
   pieces.reserve(chunk.segments.size());
@@ -47,11 +40,6 @@ std::vector<iovec> to_iovecs(const Chunk& chunk) {
     }
   }
   return pieces;
-}
-
-Error changed_error(const Job& job, uint32_t record) {
-  return Error(ErrorKind::kChanged, "the bytes of record " + std::to_string(record) + " changed before they were captured",
-               static_cast<int>(record), job.file->path());
 }
 
 }  // namespace
@@ -413,7 +401,16 @@ bool Engine::try_claim(Claim& claim) {
   return false;
 }
 
+// What has been given up while this thread waited for its turn or for the file system makes nothing more there: the directory
+// may be somebody else's by now.
 void Engine::prepare(Job& job) {
+  const auto given_up = [&] {
+    Lock lock(monitor_->mutex);
+    return job.failed();
+  };
+  if (given_up()) return;
+  job.file->create();
+  if (given_up()) return;
   job.file->preallocate(job.range.begin, job.range.end);
   fault::crash_point("preallocated");
   Lock lock(monitor_->mutex);

@@ -111,7 +111,7 @@ IoLimits ask_limits(int fd) {
 #ifdef STATX_DIOALIGN
   struct statx stat {};
   if (::statx(fd, "", AT_EMPTY_PATH, STATX_DIOALIGN, &stat) == 0 && (stat.stx_mask & STATX_DIOALIGN) != 0) {
-    if (stat.stx_dio_offset_align == 0) return {};  // no direct I/O on this file
+    if (stat.stx_dio_offset_align == 0 || stat.stx_dio_mem_align == 0) return {};  // no direct I/O on this file
     return {stat.stx_dio_mem_align, stat.stx_dio_offset_align};
   }
 #endif
@@ -153,20 +153,45 @@ int Descriptor::release() { return std::exchange(fd_, -1); }
 
 // ---- WritableFile ------------------------------------------------------------------------------------------------
 
-WritableFile::WritableFile(std::string path, bool direct, bool shared) : path_(std::move(path)), shared_(shared) {
-  const int flags = O_WRONLY | O_CREAT | (shared ? 0 : O_EXCL);
+WritableFile::WritableFile(std::string path, bool direct, bool shared, const std::optional<IoLimits>& expected,
+                           bool with_directory)
+    : path_(std::move(path)), direct_(direct), shared_(shared), with_directory_(with_directory) {
+  if (expected) {
+    limits_ = *expected;
+    return;
+  }
+  open_new();
+  found_ = limits_ = find_limits();
+}
+
+void WritableFile::create() {
+  if (found_) return;
+  open_new();
+  found_ = find_limits();
+  const bool suits = found_->direct() && limits_.memory_align % found_->memory_align == 0 &&
+                     limits_.offset_align % found_->offset_align == 0;
+  if (limits_.direct() && suits) return;
+  fell_back_ = limits_.direct();
+  if (found_->direct() && ::fcntl(fd_.get(), F_SETFL, 0) != 0) fail("fcntl", path_, errno);
+}
+
+void WritableFile::open_new() {
+  const int flags = O_WRONLY | O_CREAT | (shared_ ? 0 : O_EXCL);
   fd_ = Descriptor(open_file(path_, flags));
+  if (!fd_.valid() && errno == ENOENT && with_directory_) {
+    made_directory_ = make_directory(parent_of(path_), false);
+    fd_ = Descriptor(open_file(path_, flags));
+  }
   if (!fd_.valid()) fail("open", path_, errno);
-  if (direct) find_limits(direct);
 }
 
 // Direct I/O is switched on after the open: a file system that refuses the flag then still leaves us a good descriptor.
-void WritableFile::find_limits(bool direct) {
+IoLimits WritableFile::find_limits() const {
+  if (!direct_) return {};
   const IoLimits asked = ask_limits(fd_.get());
-  if (!direct || !asked.direct()) return;
-  if (std::max(asked.memory_align, asked.offset_align) > kLargestAlign) return;
+  if (!asked.direct() || std::max(asked.memory_align, asked.offset_align) > kLargestAlign) return {};
   const int set = invoke("fcntl", path_, [&] { return ::fcntl(fd_.get(), F_SETFL, O_DIRECT); });
-  if (set == 0) limits_ = asked;
+  return set == 0 ? asked : IoLimits{};
 }
 
 // The kernel may grant O_DIRECT and refuse the write (some FUSE and stacked file systems): go on through the page cache.
@@ -233,8 +258,10 @@ void WritableFile::finish(uint64_t bytes) {
 }
 
 void WritableFile::discard() noexcept {
+  const bool created = fd_.valid() || found_.has_value();
   fd_ = Descriptor();
-  if (!shared_) ::unlink(path_.c_str());
+  if (created && !shared_) ::unlink(path_.c_str());
+  if (made_directory_) ::rmdir(parent_of(path_).c_str());  // not if somebody else has put something there
 }
 
 // ---- ReadableFile ------------------------------------------------------------------------------------------------
@@ -352,19 +379,20 @@ void sync_directory(const std::string& path) {
   if (done != 0 && errno != EINVAL) fail("fsync", path, errno);
 }
 
-void make_directory(const std::string& path, bool durable) {
+bool make_directory(const std::string& path, bool durable) {
+  bool made = true;
   if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0) {
     const int error = errno;
     struct stat stat {};
-    if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return;
+    if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return false;
     const std::string parent = parent_of(path);
     if (error != ENOENT || parent == path) fail("mkdir", path, error);
     make_directory(parent, durable);
-    if (invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) != 0 && errno != EEXIST) {
-      fail("mkdir", path, errno);
-    }
+    made = invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) == 0;
+    if (!made && errno != EEXIST) fail("mkdir", path, errno);
   }
   if (durable) sync_directory(parent_of(path));
+  return made;
 }
 
 void remove_file(const std::string& path) {

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -44,11 +45,17 @@ class Descriptor {
 class WritableFile {
  public:
   // Creates `path`, which must not exist unless it is `shared`: then other processes create and write it, too. `direct`: ask
-  // for direct I/O, and take what the file system grants.
-  WritableFile(std::string path, bool direct, bool shared = false);
+  // for direct I/O, and take what the file system grants. `expected`: what a file there was found to demand; then nothing is
+  // touched before create(), which also makes a missing directory if `with_directory`.
+  explicit WritableFile(std::string path, bool direct, bool shared = false,
+                        const std::optional<IoLimits>& expected = std::nullopt, bool with_directory = false);
+
+  // Creates the file if that is still to be done. Where it demands more than was expected it goes through the page cache.
+  void create();
 
   const std::string& path() const { return path_; }
-  const IoLimits& limits() const { return limits_; }
+  const IoLimits& limits() const { return limits_; }  // that chunks are cut for
+  const std::optional<IoLimits>& found() const { return found_; }  // what the file demands; none before it is created
   // False once a write has gone through the page cache: asked so, not granted, or refused by the kernel on the way.
   bool wrote_direct() const { return limits_.direct() && !fell_back_; }
 
@@ -62,17 +69,21 @@ class WritableFile {
   // Cuts the file to `bytes` (whole aligned blocks were written) unless it is shared, makes data and size durable, closes.
   void finish(uint64_t bytes);
 
-  // Closes and removes the file, but not one that others write, too. Never throws: it runs on the way out of an error.
+  // Closes and removes the file, but not one that others write, too, and the directory if it was made with it and is empty.
+  // Never throws: it runs on the way out of an error.
   void discard() noexcept;
 
  private:
-  void find_limits(bool direct);
+  void open_new();
+  IoLimits find_limits() const;
   void fall_back(int error, uint64_t offset);
 
   std::string path_;
   Descriptor fd_;
-  const bool shared_;
+  const bool direct_, shared_, with_directory_;
   IoLimits limits_;
+  std::optional<IoLimits> found_;
+  bool made_directory_ = false;
   std::atomic<bool> fell_back_{false};
 };
 
@@ -111,7 +122,8 @@ void write_end(const std::string& path, uint64_t offset, const std::string& byte
 std::string read_some(const std::string& path, size_t most_bytes);
 void rename_path(const std::string& from, const std::string& to);
 void sync_directory(const std::string& path);  // makes renames and removals in it durable
-void make_directory(const std::string& path, bool durable);  // with missing parents; durable: each fsynced into its own
+// With missing parents; false if it is there already. durable: each that was made is fsynced into its own.
+bool make_directory(const std::string& path, bool durable);
 void remove_file(const std::string& path);     // a missing one is no error
 void remove_directory(const std::string& path);  // an empty one; a missing one is no error
 

@@ -89,4 +89,18 @@ void Job::fail(const Error& first_error) {
   monitor->changed.notify_all();
 }
 
+// ---- Errors ------------------------------------------------------------------------------------------------------
+
+Error deadline_error(const Job& job, const std::string& what, double waited_s) {
+  return Error(ErrorKind::kDeadline,
+               what + " for '" + job.file->path() + "' did not happen within " + std::to_string(waited_s) +
+                   " s; the storage is too slow or hangs: raise the timeout, enlarge arena_bytes, or save less often",
+               0, job.file->path());
+}
+
+Error changed_error(const Job& job, uint32_t record) {
+  return Error(ErrorKind::kChanged, "the bytes of record " + std::to_string(record) + " changed before they were captured",
+               static_cast<int>(record), job.file->path());
+}
+
 }  // namespace lazyckpt

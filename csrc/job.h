@@ -129,6 +129,9 @@ struct Job {
   void fail(const Error& first_error);
 };
 
+Error deadline_error(const Job& job, const std::string& what, double waited_s);
+Error changed_error(const Job& job, uint32_t record);
+
 // A fence looks at a job, which does not finish meanwhile, so that its chunks stay. Comes and goes with the lock; takes it
 // back where an interrupted wait has left it.
 class Visit {

@@ -269,7 +269,8 @@ class StatePickler {
     const py::object storage = name.untyped_storage.call_on(tensor), cdata = name.cdata.of(storage.ptr());
     if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
     const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
-    if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0 || bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
+    if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
+    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
 
     const py::object record = add_record(storage, cdata, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
     save_global(words_.rebuild_tensor.ptr());

@@ -14,14 +14,15 @@ constexpr uint32_t kPage = 4096;
 // that lies elsewhere is copied.
 constexpr uint32_t kUsualRemainder = 64;
 
-ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, uint32_t uniform,
+ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, const TorchFile& file,
                 const IoLimits& limits, bool whole) {
-  if (uniform != 0) return {std::move(name), length, uniform, 0};
-  if (kind == Source::kCopy || on_device(kind) || !limits.direct()) return {std::move(name), length, kSmallAlign, 0};
+  if (file.uniform_alignment != 0) return {std::move(name), length, file.uniform_alignment, 0};
+  const bool direct = whole ? limits.direct() : file.direct;
+  if (kind == Source::kCopy || on_device(kind) || !direct) return {std::move(name), length, kSmallAlign, 0};
+  if (!whole) return {std::move(name), length, kPage, kUsualRemainder};
   // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
   const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
-  const uint64_t address = whole ? reinterpret_cast<uintptr_t>(bytes) : kUsualRemainder;
-  const auto remainder = static_cast<uint32_t>(address % limits.memory_align);
+  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(bytes) % limits.memory_align);
   return {std::move(name), length, align, remainder};
 }
 
@@ -33,7 +34,7 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
   const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
-    records.push_back(place(std::move(name), bytes, length, kind, file.uniform_alignment, limits, share.whole()));
+    records.push_back(place(std::move(name), bytes, length, kind, file, limits, share.whole()));
     payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
   };
   for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);

@@ -33,9 +33,11 @@ struct TorchFile {
   std::vector<StorageBytes> storages;
   std::vector<NamedBytes> tail;   // behind them
   uint32_t uniform_alignment = 0;  // of every record, as torch.save does; 0: 64, and large storages for direct I/O
+  bool direct = true;              // whether direct I/O is asked for
 };
 
-// A file that several processes write together has the same layout in all of them, wherever their tensors lie.
+// A file that several processes write together has the same layout in all of them, wherever their tensors lie and whatever
+// each has found its file system to demand.
 //
 // `layout` must outlive the submit() of the spec, whose extents point into its structure.
 FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout);

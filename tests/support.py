@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import time
+import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -77,6 +79,12 @@ def wait_until(condition: Callable[[], bool], timeout_s: float = DEADLINE_S, wha
     while not condition():
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s} s"
         time.sleep(0.001)
+
+
+def somebody_is_in(function: str) -> bool:
+    """Whether a thread of this process is just inside a function of this name."""
+    stacks = [traceback.extract_stack(frame) for frame in sys._current_frames().values()]
+    return any(entry.name == function for stack in stacks for entry in stack)
 
 
 def stop(pid: int) -> None:

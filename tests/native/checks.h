@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdio>
 #include <fstream>
+#include <memory>
 #include <mutex>
 #include <string>
 
@@ -58,6 +59,13 @@ inline void choose_weather(Random& random) {
   if (random.one_in(4)) fault::add({"pwritev", "", 0, 5, 0, static_cast<int64_t>(1 + random.up_to(32767)), 0});
   if (random.one_in(4)) fault::add({"pwritev", "", 3, 20, EINTR, -1, 0});
   if (random.one_in(6)) fault::add({"fallocate", "", 0, -1, EOPNOTSUPP, -1, 0});
+}
+
+// A file that is there already, or is created when its job is prepared, and may demand something else than was expected.
+inline std::unique_ptr<WritableFile> make_file(Random& random, const std::string& path, bool direct, bool shared = false) {
+  if (random.one_in(2)) return std::make_unique<WritableFile>(path, direct, shared);
+  const auto expected = random.choose<IoLimits>({{1, 1}, {512, 512}, {4096, 512}, {4096, 4096}, {32768, 32768}});
+  return std::make_unique<WritableFile>(path, direct, shared, direct ? expected : IoLimits{});
 }
 
 inline void end_weather() {

@@ -100,7 +100,7 @@ class Training {
       Sample sample = to_devices(random, SampleMaker(random, 4096).make());
       Save save{directory_ + "/d" + std::to_string(next_file++) + "-", std::move(sample), nullptr};
       try {
-        auto file = std::make_unique<WritableFile>(save.path, !random.one_in(4));
+        auto file = make_file(random, save.path, !random.one_in(4));
         save.job = engine.submit(std::move(file), save.sample.spec, random.one_in(4), kPatienceS, {}, streams_);
       } catch (const Error& error) {
         ++cancelled;

@@ -48,6 +48,7 @@ TorchFile torch_file(const SharedFile& file, const std::vector<Buffer>& memory) 
   TorchFile made;
   made.archive = "archive";
   made.uniform_alignment = file.uniform_alignment;
+  made.direct = file.direct;
   for (size_t i = 0; i < file.contents.size(); ++i) {
     const std::byte* bytes = memory.empty() ? nullptr : memory[i].begin();
     const uint64_t length = file.contents[i].size();
@@ -136,7 +137,7 @@ void write_share(Engine& engine, Random& random, const SharedFile& file, Rank& r
     rank.memory.emplace_back(content.size(), random.one_in(3) ? random.up_to(4095) : 64);
     std::memcpy(rank.memory.back().begin(), content.data(), content.size());
   }
-  auto target = std::make_unique<WritableFile>(rank.path, file.direct, !share.whole());
+  auto target = make_file(random, rank.path, file.direct, !share.whole());
   FileSpec spec = describe(torch_file(file, rank.memory), target->limits(), share, rank.layout);
   rank.job = engine.submit(std::move(target), std::move(spec), random.one_in(4), kPatienceS, {});
   act_on(file, rank, Source::kCopy, &Buffer::spoil);

@@ -135,7 +135,7 @@ class Round {
     const double timeout_s = random.one_in(10) ? 0.02 : kPatienceS;
     flight.may_fail = flight.may_fail || timeout_s < 1;
     try {
-      auto file = std::make_unique<WritableFile>(flight.path, !random.one_in(4));
+      auto file = make_file(random, flight.path, !random.one_in(4));
       flight.job = engine.submit(std::move(file), flight.sample.spec, random.one_in(4), timeout_s, interrupt);
       return true;
     } catch (const std::runtime_error&) {
@@ -213,9 +213,9 @@ void call_off(Random& random, const std::string& directory) {
   fault::add({"pwritev", path, 0, 2, 0, -1, 0.15 + random.seconds(0.1)});
   {
     Sample sample = SampleMaker(random, 4096).make_too_large(options.arena_bytes);
-    const bool direct = random.one_in(2), verify = random.one_in(2);
+    const bool verify = random.one_in(2);
     try {
-      engine.submit(std::make_unique<WritableFile>(path, direct), sample.spec, verify, kPatienceS,
+      engine.submit(make_file(random, path, random.one_in(2)), sample.spec, verify, kPatienceS,
                     [] { throw std::runtime_error("interrupted"); });
       mismatch("a save that was called off went through");
     } catch (const std::runtime_error&) {
