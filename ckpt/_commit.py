@@ -100,8 +100,7 @@ class StepCommitter:
         if not failure.stands:
             for part in ticket.parts:
                 part.file.given_up = part.is_shared
-                if part.written and (self._agreement.rank == 0 or not part.is_shared):
-                    self._directories.take_back(part.file.target)
+            self._take_back(ticket)
         raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")
 
     # ---- prepare ---------------------------------------------------------------------------------------------------
@@ -192,12 +191,15 @@ class StepCommitter:
         """
         Raises:
             PeerError: the verdict did not come. The step may have been committed or not.
+            Exception: what went wrong here, and could not be told to rank 0.
         """
         rank = self._agreement.rank
         try:
             self._agreement.answer(f"{ticket.number}-prepared", own)
-        except StorageError as undelivered:  # rank 0 cannot publish without our word
-            return Failure(str(undelivered), (rank,)), error or undelivered.with_traceback(None)
+        except StorageError as undelivered:
+            # Rank 0 cannot publish without our word. But it may still be busy with what all write together, and removes that.
+            self._take_back(ticket)
+            raise error or undelivered.with_traceback(None) from None
         _storage.crash_point("prepared")
         verdict = self._agreement.hear(f"{ticket.number}-verdict")
         if "compare" in verdict:
@@ -208,6 +210,12 @@ class StepCommitter:
             self._agreement.answer_text(f"{ticket.number}-differences", text)
             verdict = self._agreement.hear(f"{ticket.number}-verdict-again")
         return outcome_of(verdict), error
+
+    def _take_back(self, ticket: Ticket) -> None:
+        """Of a step that will not be published: the files that this rank has given their names."""
+        for part in ticket.parts:
+            if part.written and (self._agreement.rank == 0 or not part.is_shared):
+                self._directories.take_back(part.file.target)
 
 
 def _digest(part: Part) -> Digest:

@@ -19,7 +19,7 @@ import torch
 from support import assert_same, options
 
 import ckpt
-from ckpt import _plan
+from ckpt import _commit, _plan
 from ckpt.coordinator import Coordinator, _file
 from ckpt.errors import CheckpointError, PeerError, StorageError
 
@@ -278,13 +278,25 @@ def test_a_step_that_stands_is_not_taken_apart(pair: Pair, native: Any) -> None:
 def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.save_both(1) == [None, None]
 
+    heard = threading.Event()
+    share_of = _commit.share_of
+
     def gather(key: str, payload: bytes, timeout_s: float) -> None:
         raise StorageError(errno.ENOSPC, "the disk is full", "somewhere")
 
+    def share_once_the_other_has_ended(file: Any) -> Any:
+        assert file.sharing.index == 1 or heard.wait(60)
+        return share_of(file)
+
     monkeypatch.setattr(pair.ranks[1]._coordinator, "gather", gather)
-    errors = pair.save_both(2)
-    assert isinstance(errors[1], StorageError) and isinstance(errors[0], PeerError)
-    assert not list(pair.directory.glob("step-000000000002/*.pt"))
+    monkeypatch.setattr(_commit, "share_of", share_once_the_other_has_ended)
+    one, other = (pair.save(rank, 2) for rank in range(2))
+    assert isinstance(one, ckpt.PendingSave) and isinstance(other, ckpt.PendingSave)
+    assert isinstance(other.exception(60), StorageError)
+    heard.set()
+    error = one.exception(60)
+    assert isinstance(error, PeerError) and error.ranks == (1,), "what failed is the other rank, not the file of both"
+    assert not list((pair.directory / "step-000000000002").iterdir())
     monkeypatch.undo()
     assert_good(pair, 1)
 
