@@ -143,7 +143,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   jobs_.push_back(job);
   if (has_device_bytes) stager_.add(job);
   ++job->active;
-  monitor_->changed.notify_all();
+  if (has_device_bytes) monitor_->changed.notify_all();  // writers are woken when there is something to write
   try {
     const double deadline = monotonic_seconds() + timeout_s;
     if (has_device_bytes) prepare_arena(lock, *job, deadline, interrupt);
@@ -161,6 +161,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   --job->active;
   job->submitted = true;
   job->note_captured();
+  lock.unlock();  // else who is woken waits for it at once
   monitor_->changed.notify_all();
   return job;
 }
