@@ -166,6 +166,7 @@ class Job:
         """Seconds of an iteration, of its step (with the update, without forward and backward), and held up by a checkpoint."""
         self._held_s, started = 0.0, clock()
         for _ in range(self.micro_steps):
+            self.tokens = torch.randint_like(self.tokens, self.vocabulary)  # see Trainer.forward_backward()
             self.engine.backward(self.engine(self.tokens))
             before = clock()
             self.engine.step()

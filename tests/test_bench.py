@@ -215,6 +215,21 @@ def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
         Report({}, 1.0).add_ratio("w", "c", [Sample(0.0, {"x": 1.0})], [Sample(0.0, {"y": 1.0})], nbytes=1, how="-")
 
 
+def test_no_batch_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a network knows by heart makes its gradients denormal, and each iteration slower than the one before."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    from training import Trainer
+
+    trainer = Trainer(1 << 20)
+    seen = []
+    for _ in range(3):
+        trainer.forward_backward()
+        seen.append(trainer.tokens)
+        trainer.step()
+    assert len({tuple(tokens.flatten().tolist()) for tokens in seen}) == 3
+    assert len({tokens.shape for tokens in seen}) == 1
+
+
 def test_fio_is_asked_for_a_new_file_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCH))
     import fio
