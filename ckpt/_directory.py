@@ -162,7 +162,8 @@ class StepDirectories:
     def note_limits(self, limits: tuple[int, int] | None) -> None:
         """Of a file that was written here."""
         if limits is not None:
-            self._limits = limits
+            with self._lock:
+                self._limits = limits
 
     def abandon(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
         """The save that begin() returned `targets` for is over: published, failed on the way, or never begun."""
