@@ -75,6 +75,7 @@ class Job:
         stats = self._last.stats
         assert stats.durable_at and stats.started_at
         values |= {"stats_blocked_s": stats.save_s + stats.fence_s, "flush_s": stats.durable_at - stats.started_at}
+        values |= {"witness_s": stats.witness_s}
         return values | {"copied_bytes": float(stats.bytes_copied_in_save + stats.bytes_copied_at_fence)}
 
     def measure_torch(self) -> Values:
@@ -103,6 +104,12 @@ def measure_stall(settings: Settings, report: Report) -> None:
     condition = f"in {longer} of {len(ours)} rounds"
     add("ckpt", "s", column(ours, "blocked_s"), how=HOW_BLOCKED, forward_backward_longer_than_flush=condition, medians=medians)
     add("ckpt", "s", column(ours, "save_s"), how="clock around save()")
+    add(
+        "ckpt",
+        "s",
+        column(ours, "witness_s"),
+        how="PendingSave.stats.witness_s, part of save(): bytes noted to find writes to lazy tensors",
+    )
     add("ckpt", "s", column(ours, "fence_s"), how="clock from optimizer.step() to the end of its global pre-step hooks")
     add("ckpt", "s", column(ours, "stats_blocked_s"), how="PendingSave.stats.save_s + fence_s: the library's own account")
     add("ckpt", "s", column(ours, "flush_s"), how="PendingSave.stats: from the call of save() to durable")

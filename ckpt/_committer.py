@@ -137,12 +137,13 @@ class Committer:
         try:
             for file in pending._files:
                 self._await(file, file.job.wait_captured)
-                file.try_seal()
             for file in pending._files:
                 if file.devices:
                     self._await(file, file.job.wait_released)
                     file.try_seal()
                     file.free()
+            # Those that no fence has sealed. Not sooner: as long as nobody has been told that the tensors may change, a write
+            # to them breaks the promise, and shows here even if it had just begun when the last byte was captured.
             for file in pending._files:
                 self._await(file, file.job.wait_finished)
                 file.try_seal()

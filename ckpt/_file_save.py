@@ -8,9 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ckpt import _storage
+from ckpt._native import Record
 from ckpt._tripwire import Tripwire
 from ckpt.errors import CaptureError
 
@@ -58,22 +57,31 @@ class FileSave:
         self._until_captured: Any = None  # keeps the tensors' memory
         self._until_durable: Any = None  # keeps the memory that is ours
         self._tripwire: Tripwire | None = None
-        self._record_tensors: Sequence[torch.Tensor | None] | None = None  # names for verify_capture
+        self._records: Sequence[Record] | None = None  # for their names
+        self._first_record = 0
+        self._names_to_the_end = False
         self._on_sealed: Callable[[FileSave], None] | None = None
         self._seal_error: CaptureError | None = None
 
     def hold(
         self,
         tripwire: Tripwire,
+        records: Sequence[Record],
         *,
-        until_captured: Any,
+        first_record: int,
         until_durable: Any,
-        record_tensors: Sequence[torch.Tensor | None] | None,
+        names_to_the_end: bool,
         on_sealed: Callable[[FileSave], None],
     ) -> None:
-        """Keeps the memory; to be called before the job can read it."""
-        self._tripwire, self._record_tensors, self._on_sealed = tripwire, record_tensors, on_sealed
-        self._until_captured, self._until_durable = until_captured, until_durable
+        """Keeps the memory; to be called before the job can read it.
+
+        Args:
+            first_record: the core's number of the first of `records`.
+            names_to_the_end: a change may be found after the fence, and must be named then.
+        """
+        self._tripwire, self._records, self._first_record = tripwire, records, first_record
+        self._names_to_the_end, self._on_sealed = names_to_the_end, on_sealed
+        self._until_captured, self._until_durable = records, until_durable
 
     @property
     def memory(self) -> Any:
@@ -94,25 +102,44 @@ class FileSave:
                 return True
             if self.devices and not (ordered or job.released or job.error is not None):
                 return False
-            if job.error is not None:
+            if (error := job.error) is not None:
                 # Writes from the memory may still be under way; nothing will be published, so it may change, but not go.
                 if not job.finished:
                     return True
-            elif self._tripwire is not None and (change := self._tripwire.changed()):
+                if isinstance(error, CaptureError) and error.record >= 0:
+                    self._seal_error = self._capture_error(self._name_of(error.record))
+            elif name := self._find_changed():
                 # Kept here, because the job may have finished its file already; it is not published before this look.
-                self._seal_error = CaptureError(
-                    f"{change} before its bytes were captured by the save to '{self.target}'; nothing was "
-                    "published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
-                )
+                self._seal_error = self._capture_error(name)
                 job.fail(str(self._seal_error))
             if not self.devices or job.released:  # else copies from a device are only ordered, see free()
                 self._until_captured = None
-            if self._record_tensors is None:  # else the names are needed to the end
-                self._tripwire = None
+            if not self._names_to_the_end:
+                self._tripwire = self._records = None
             self._sealed = True
         if self._on_sealed is not None:
             self._on_sealed(self)
         return True
+
+    def _find_changed(self) -> str | None:
+        """The name of what was written to; None if nothing tells of a write."""
+        if self._tripwire is None:
+            return None
+        name = self._tripwire.changed()
+        if name is None and (record := self.job.find_changed()) is not None:
+            name = self._name_of(record)
+        return name
+
+    def _name_of(self, record: int) -> str:
+        if self._tripwire is None or self._records is None:
+            return "a tensor"
+        return self._tripwire.describe(self._records[record - self._first_record].tensor)
+
+    def _capture_error(self, name: str) -> CaptureError:
+        return CaptureError(
+            f"{name} was changed before its bytes were captured by the save to '{self.target}'; nothing was published. Call "
+            "ckpt.fence() before code that writes to tensors outside an optimizer step, or save them with lazy=False"
+        )
 
     def free(self) -> None:
         """When the job is released: nothing reads the tensors' memory any more."""
@@ -121,19 +148,15 @@ class FileSave:
                 self._until_captured = None
 
     def error(self) -> BaseException | None:
-        """The job's error, with the tensor's name where the core only knows a record's number."""
+        """What has ended the job, with the tensor's name where the core only knows a record's number."""
         error: BaseException | None = self._seal_error or self.job.error
-        if isinstance(error, CaptureError) and error.record >= 0 and self._record_tensors and self._tripwire:
-            name = self._tripwire.describe(self._record_tensors[error.record])
-            return CaptureError(
-                f"{name} changed between save() and the capture of its bytes for '{self.target}' (checksums differ); nothing "
-                "was published. Call ckpt.fence() before code that writes to tensors outside an optimizer step"
-            )
+        if isinstance(error, CaptureError) and error.record >= 0:  # found behind the fence
+            return self._capture_error(self._name_of(error.record))
         return error
 
     def let_go(self) -> None:
         """At the end of the job."""
-        self._until_durable = self._record_tensors = self._tripwire = None
+        self._until_durable = self._tripwire = self._records = None
 
     def found_limits(self) -> tuple[int, int] | None:
         """For the next file there. None if this one was not created here."""

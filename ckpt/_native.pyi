@@ -8,6 +8,7 @@ class Job:
     released: bool
     finished: bool
     error: BaseException | None
+    def find_changed(self) -> int | None: ...
     stats: dict[str, Any]
     size: int
     crc32: int  # of what this process wrote
@@ -114,15 +115,22 @@ def crc32_kernel() -> str: ...
 def type_filter(types: tuple[type, ...], call: Callable[[Any], Any]) -> Callable[[Any], Any]: ...
 def place(
     records: list[Record],
-    lazy_storages: Callable[[StorageIndex], set[int] | bool],
+    lazy_storages: Callable[[StorageIndex], Mapping[int, Any] | bool],
+    covers: Callable[[list[torch.Tensor], int, int, list[Any] | None], bool],
     eager_bytes: int,
     devices: list[int],
     kinds: bytearray,
 ) -> tuple[list[int], list[Record]]: ...
 def find_changed(records: list[Record]) -> tuple[torch.Tensor | None, bool]: ...
-def add_storages(
-    found: set[int], value: Any, index: StorageIndex | None, tensor_type: type, values: Callable[[Any], list[Any]]
+def add_owned(
+    found: dict[int, Any],
+    groups: list[Any],
+    state: dict[Any, Any],
+    index: StorageIndex | None,
+    tensor_type: type,
+    values: Callable[[Any], list[Any]],
 ) -> None: ...
+def add_declared(found: dict[int, Any], value: Any, tensor_type: type, values: Callable[[Any], list[Any]]) -> None: ...
 
 class StorageIndex: ...
 

@@ -26,7 +26,7 @@ from torch.storage import TypedStorage, UntypedStorage
 
 from ckpt import _devices, _native
 from ckpt._devices import HOST
-from ckpt._laziness import LazyStorages
+from ckpt._laziness import LazyStorages, are_all_written
 from ckpt._native import Record
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
@@ -126,11 +126,12 @@ class _StorageTable:
                 record = self._add(cdata, storage, named and dtype, tensor, tensor.is_cpu)
             elif record.dtype is not (named and dtype):
                 self.conflicts.add(cdata)
-            if not record.whole:
-                if offset == 0 and tensor.numel() * itemsize == record.nbytes:
-                    record.whole = True
-                else:
-                    _see(record, byte_interval(offset, size, stride, itemsize))
+            if offset == 0 and tensor.numel() * itemsize == record.nbytes:
+                record.whole = True
+            elif (interval := byte_interval(offset, size, stride, itemsize)).high > record.nbytes:
+                record.whole = True  # the storage was shrunk below its tensor (FSDP): there is nothing but all of it
+            else:
+                _see(record, interval)
         else:
             if remap.untyped:
                 named = None
@@ -146,11 +147,12 @@ class _StorageTable:
     ) -> tuple[Record, int]:
         """The record for the run that holds the tensor, and the tensor's offset in it, in elements."""
         dtype, itemsize = tensor.dtype, tensor.dtype.itemsize
+        interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
         if remap.virtual is None:
             record = self.records.get(cdata) or self._add(cdata, storage, dtype, tensor, tensor.is_cpu)
             record.whole = True
+            _see(record, interval)
             return record, offset
-        interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
         run = remap.virtual.find(interval)
         if run < 0 and interval.low < interval.high:
             raise _UnstableError
@@ -158,6 +160,7 @@ class _StorageTable:
         record = self.records.get(key) or self._add(key, storage, dtype, tensor, tensor.is_cpu)
         low, high = remap.virtual.runs[run] if run >= 0 else (interval.low, interval.low)
         record.low, record.nbytes = low, high - low
+        _see(record, interval)
         return record, (interval.low - low) // itemsize
 
     def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> Record:
@@ -217,10 +220,8 @@ def _is_plain(tensor: torch.Tensor) -> bool:
 
 
 def _see(record: Record, interval: ByteInterval) -> None:
-    """A view that does not cover the storage."""
-    if interval.high > record.nbytes:  # the storage was shrunk below its tensor (FSDP): there is nothing but all of it
-        record.whole = True
-    elif record.views is None:
+    """A view that does not cover the storage, or not for itself what of it is saved."""
+    if record.views is None:
         record.views = [interval]
     else:
         record.views.append(interval)
@@ -340,7 +341,7 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
 def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
     plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
-    plan.addresses, plan.lazy = _native.place(records, lazy, eager_bytes, plan.devices, plan.kinds)
+    plan.addresses, plan.lazy = _native.place(records, lazy, are_all_written, eager_bytes, plan.devices, plan.kinds)
     plan.sizes = list(map(_nbytes, records))
     return plan
 

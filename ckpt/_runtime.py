@@ -7,13 +7,14 @@ saves to their end.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import logging
 import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ckpt import _devices, _laziness, _native
@@ -98,6 +99,9 @@ _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
 _uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has to look after
 _fetched: dict[int, weakref.ref[FileSave]] = {}  # by id; with bytes of devices, which may still be on their way behind a fence
+_beginning: dict[object, int] = {}  # a token of each save that is looking for what is lazy -> its thread
+_begun = threading.Condition()  # one of those is through
+_SLICE_S = 0.1  # how often who waits for them looks by himself
 
 
 def lease(options: Options) -> Runtime:
@@ -150,6 +154,32 @@ def watch(file: FileSave, runtime: Runtime) -> None:
         _fetched[id(file)] = weakref.ref(file, functools.partial(_forget, id(file)))
 
 
+@contextlib.contextmanager
+def beginning() -> Iterator[None]:
+    """Around all from the question what is lazy until the lazy bytes are watched: no fence of another thread passes meanwhile.
+
+    Else it might pass between the two, and what is written behind it would be in the file.
+    """
+    token = object()
+    try:
+        _beginning[token] = threading.get_ident()
+        yield
+    finally:
+        _beginning.pop(token, None)
+        with _begun:
+            _begun.notify_all()
+
+
+def _await_beginnings() -> None:
+    """Of other threads: each ends by its own deadline. A fence of the same one comes from a signal handler, or out of what is
+    being pickled.
+    """
+    tokens = {token for token, thread in list(_beginning.items()) if thread != threading.get_ident()}
+    while tokens & _beginning.keys():
+        with _begun:
+            _begun.wait(_SLICE_S)
+
+
 def unwatch(file: FileSave) -> None:
     _uncaptured.pop(id(file), None)
 
@@ -190,6 +220,7 @@ def fence() -> None:
         KeyboardInterrupt: Ctrl-C during the wait; the tensors must not be changed then.
         DeviceError: a current stream is being captured into a graph, or the CUDA driver failed; nothing may be changed then.
     """
+    _await_beginnings()
     watched = list(_uncaptured.values())
     streams = _devices.streams_of(_devices_at_work())
     for runtime in {runtime for _, runtime in watched}:
@@ -199,7 +230,7 @@ def fence() -> None:
 
 
 def _before_step() -> None:
-    if _uncaptured:
+    if _uncaptured or _beginning:
         fence()
 
 
@@ -221,14 +252,17 @@ def _drain_at_exit() -> None:
 
 def _forget_after_fork() -> None:
     """In a forked child: the parent's threads do not exist, its locks may be held for ever. Leave all of it alone."""
-    global _registry_lock
+    global _registry_lock, _begun
     _registry_lock = threading.RLock()
     orphan((dict(_runtimes), dict(_uncaptured)))
     _runtimes.clear()
     _uncaptured.clear()
     _fetched.clear()
+    _beginning.clear()
+    _begun = threading.Condition()
+    _laziness.forget_threads()
 
 
-_laziness.install_hook(_before_step)
+_laziness.install_hooks(_before_step)
 atexit.register(_drain_at_exit)
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -111,15 +111,8 @@ def start(
         pending._fail(skipped)
         return
     try:
-        with _without_collector():
-            storages = lazy_storages(lazy)
-            # All of them before the first is submitted: what cannot be pickled is found here.
-            plans = [_plan(obj, storages if written else None, options) for _, obj, written in contents]
-        for (file, obj, written), plan in zip(contents, plans, strict=True):
-            file.pickle, file.sizes = plan.pickle, plan.sizes
-            if written:
-                _submit(runtime, file, obj, plan, options)
-                pending._files += (file,)
+        with _runtime.beginning():
+            _begin(runtime, pending, contents, lazy, options)
     except BaseException as error:
         if pending._files:  # those in flight are the committer's to clean up
             pending._begin_error = error
@@ -134,6 +127,20 @@ def start(
     committer.commit_later(pending, publish)
 
 
+def _begin(
+    runtime: _runtime.Runtime, pending: PendingSave, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
+) -> None:
+    with _without_collector():
+        storages = lazy_storages(lazy)
+        # All of them before the first is submitted: what cannot be pickled is found here.
+        plans = [_plan(obj, storages if written else None, options) for _, obj, written in contents]
+    for (file, obj, written), plan in zip(contents, plans, strict=True):
+        file.pickle, file.sizes = plan.pickle, plan.sizes
+        if written:
+            _submit(runtime, file, obj, plan, options)
+            pending._files += (file,)
+
+
 def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
     """Begins one more file of a save that has been admitted; the caller hands it over when all are there.
 
@@ -143,9 +150,10 @@ def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, ob
     began = time.monotonic()
     pending._planned += (file,)
     try:
-        with _without_collector():
-            plan = _plan(obj, lazy_storages(lazy), options)
-        _submit(runtime, file, obj, plan, options)
+        with _runtime.beginning():
+            with _without_collector():
+                plan = _plan(obj, lazy_storages(lazy), options)
+            _submit(runtime, file, obj, plan, options)
         pending._files += (file,)
     finally:
         pending._save_s += time.monotonic() - began
@@ -188,9 +196,10 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
     tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
     file.hold(
         Tripwire(obj, plan.lazy),
-        until_captured=records,
+        records,
+        first_record=len(head),
         until_durable=(head, tail, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
-        record_tensors=[None] * len(head) + [record.tensor for record in records] if options.verify_capture else None,
+        names_to_the_end=options.verify_capture or bool(file.devices),
         on_sealed=_runtime.unwatch,
     )
     _runtime.watch(file, runtime)

@@ -1,7 +1,8 @@
 """Notices tensors that were changed before their bytes were captured, where version counters tell.
 
 Torch's counters see ordinary in-place operations, but not fused, FSDP2 or DeepSpeed updates, nor writes through `.data` or
-numpy: a tripwire, not a proof. `Options.verify_capture` compares checksums instead.
+numpy. Those are found by the witnesses of the core (csrc/witness.h), most of them: both are tripwires, not a proof.
+`Options.verify_capture` compares checksums instead.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ class Tripwire:
         self._records = records  # each with the counter that it had when it was placed
 
     def changed(self) -> str | None:
-        """What has changed since, for an error's text; None if nothing has."""
+        """The name of what has changed since, for an error's text; None if nothing has."""
         tensor, taken = _native.find_changed(self._records)
         if taken:
-            return "the memory of a tensor was taken away (share_memory_, resize_)"
-        return f"{self.describe(tensor)} was changed" if tensor is not None else None
+            return "a tensor, whose memory was taken away (share_memory_, resize_),"
+        return self.describe(tensor) if tensor is not None else None
 
     def describe(self, tensor: torch.Tensor | None) -> str:
         try:

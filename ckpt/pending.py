@@ -23,6 +23,7 @@ class SaveStats:
 
     Attributes:
         save_s: seconds the caller spent inside save().
+        witness_s: of these, seconds for noting bytes by which a write to a lazy tensor is found later.
         fence_s: seconds training was held at fences for this save.
         arena_wait_s: of both, seconds spent waiting for room in the arena: back-pressure.
         bytes_total: size of the files that this process writes, bytes.
@@ -38,6 +39,7 @@ class SaveStats:
     """
 
     save_s: float = 0.0
+    witness_s: float = 0.0
     fence_s: float = 0.0
     arena_wait_s: float = 0.0
     bytes_total: int = 0
@@ -63,6 +65,7 @@ _SUMS = (
     "device_cached_bytes",
     "arena_wait_s",
     "fence_s",
+    "witness_s",
 )
 
 

@@ -194,6 +194,13 @@ py::object error_of(const Job& job) {
   return error ? to_python(*error) : py::none();
 }
 
+// Once captured, and as long as the memory is there. The number of a record whose lazy bytes are others than at submit(); None
+// if no witness tells of any.
+std::optional<uint32_t> find_changed_record(const Job& job) {
+  const uint32_t record = job.witnesses ? job.witnesses->find_changed() : kStructure;
+  return record == kStructure ? std::nullopt : std::make_optional(record);
+}
+
 // (of addresses and lengths, of offsets), bytes; None before the file was created. Both 1: no direct I/O.
 std::optional<std::pair<uint32_t, uint32_t>> limits_of(const Job& job) {
   return locked(job, [&]() -> std::optional<std::pair<uint32_t, uint32_t>> {
@@ -210,6 +217,7 @@ py::dict stats_of(const Job& job) {
   dict["bytes_copied_in_save"] = stats.bytes_copied_in_save;
   dict["bytes_copied_at_fence"] = stats.bytes_copied_at_fence;
   dict["arena_wait_s"] = stats.arena_wait_s;
+  dict["witness_s"] = stats.witness_s;
   dict["fence_s"] = stats.fence_s;
   dict["captured_at"] = stats.captured_at;
   dict["flushed_at"] = stats.flushed_at;
@@ -247,6 +255,7 @@ void bind_job(py::module_& module) {
       .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
       .def_property_readonly("finished", [](const Job& job) { return locked(job, [&] { return job.finished(); }); })
       .def_property_readonly("error", error_of)
+      .def("find_changed", find_changed_record)
       .def_property_readonly("stats", stats_of)
       .def_property_readonly("written", [](const Job& job) { return py::make_tuple(job.range.begin, job.range.end); })
       .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })

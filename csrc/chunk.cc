@@ -26,11 +26,11 @@ ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const 
   return address % limits.memory_align == 0 ? whole : ByteRange{};
 }
 
-void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind) {
+void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind, uint32_t record = kStructure) {
   if (length == 0) return;
   if (kind == Source::kCopy) chunk.bounce_bytes += length;
   if (kind == Source::kLazy) chunk.lazy_bytes += length;
-  chunk.segments.push_back({source, static_cast<size_t>(length), kind});
+  chunk.segments.push_back({source, static_cast<size_t>(length), kind, record});
 }
 
 void add_device_bytes(Chunk& chunk, const Extent& extent, uint64_t length) {
@@ -69,7 +69,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     const ByteRange direct = direct_part(extent, begin, content_end, limits);
     if (direct.begin >= direct.end) continue;
     add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
-    add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind);
+    add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind, extent.record);
     segment_at = direct.end;
   }
   add_piece(chunk, kStructure, content_end - piece_at);
@@ -137,7 +137,7 @@ void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange
       chunk.end_extent = i + 1;
       const bool copied = extent.kind == Source::kCopy || on_device(extent.kind);
       const std::byte* source = copied ? nullptr : extent.source + (begin - extent.offset);
-      add_segment(chunk, source, chunk.length, copied ? Source::kCopy : extent.kind);
+      add_segment(chunk, source, chunk.length, copied ? Source::kCopy : extent.kind, extent.record);
       add_device_bytes(chunk, extent, chunk.length);
       add_piece(chunk, extent.record, chunk.length, extent.kind);
       chunks.push_back(std::move(chunk));

@@ -63,6 +63,7 @@ struct Segment {
   const std::byte* source = nullptr;
   size_t length = 0;
   Source kind = Source::kCopy;
+  uint32_t record = kStructure;  // whose bytes these are; of a kCopy segment, which may hold several, it says nothing
 };
 
 // A run of bytes of one record (or of the structure), for the checksums.

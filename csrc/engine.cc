@@ -425,6 +425,7 @@ void Engine::write_chunk(Job& job, size_t index) {
     if (const uint32_t record = find_changed_since(chunk); record != kStructure) throw changed_error(job, record);
   } else {
     checksum_pieces(chunk, true);
+    job.look_at_witnesses(index);  // here, too: a write may be undone before the other look
   }
   job.crcs.add(job.chunks, index);
   if (chunk.first_field < chunk.end_field) {
@@ -437,7 +438,9 @@ void Engine::write_chunk(Job& job, size_t index) {
     std::vector<iovec> pieces = to_iovecs(chunk);
     job.file->write_at(pieces, chunk.offset);
   }
-  if (job.verify && chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
+  if (!job.verify) {
+    job.look_at_witnesses(index);
+  } else if (chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
   }
   fault::crash_point("chunk-written");

@@ -54,6 +54,7 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
       crcs(spec.record_count),
       chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
   stats.bytes_total = range.end - range.begin;
+  if (!verify) note_witnesses();
   for (uint64_t i = fields.begin; i < fields.end; ++i) field_records.push_back(spec.crc_fields[i].record);
   for (const Chunk& chunk : chunks) {
     uncaptured += (chunk.lazy_bytes > 0 ? 1 : 0) + chunk.device_shares.size();
@@ -64,6 +65,17 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
     sides.emplace_back();
     sides.back().device = extent.device;
   }
+}
+
+void Job::note_witnesses() {
+  const double begin = monotonic_seconds();
+  witnesses.emplace(chunks);
+  stats.witness_s = monotonic_seconds() - begin;
+}
+
+void Job::look_at_witnesses(size_t chunk) const {
+  if (chunks[chunk].lazy_bytes == 0) return;
+  if (const uint32_t record = witnesses->find_changed(chunk); record != kStructure) throw changed_error(*this, record);
 }
 
 bool Job::has_side(int device) const {

@@ -15,6 +15,7 @@
 #include "cuda.h"
 #include "error.h"
 #include "file.h"
+#include "witness.h"
 
 namespace lazyckpt {
 
@@ -32,6 +33,7 @@ struct JobStats {
   uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), structure and padding included
   uint64_t bytes_copied_at_fence = 0;
   double arena_wait_s = 0;  // the caller's time spent waiting for room in the arena: back-pressure
+  double witness_s = 0;  // of submit(): spent on noting witnesses
   double fence_s = 0;       // the caller's time spent in fences while this job was uncaptured
   double captured_at = 0;   // CLOCK_MONOTONIC seconds; 0: not yet
   double flushed_at = 0;    // data durable, under the temporary name
@@ -101,6 +103,7 @@ struct Job {
   CrcChain crcs;
   std::vector<DeviceSide> sides;  // one for each device with bytes in the file; ascending; emptied at the end
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
+  std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
 
   // Guarded by monitor->mutex:
   Phase phase = Phase::kNew;
@@ -116,6 +119,10 @@ struct Job {
   std::optional<Error> error;  // the first one
   uint32_t file_crc = 0;
   JobStats stats;
+
+  void note_witnesses();
+  // For who holds the chunk: throws if its lazy bytes are others now. What the fence has copied is looked at by whoever waits for it.
+  void look_at_witnesses(size_t chunk) const;
 
   // All of these require the lock.
   bool failed() const { return error.has_value(); }

@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <memory>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -16,7 +17,8 @@ namespace {
 
 struct Names {
   Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, cdata{"_cdata"}, version{"_version"},
-      untyped_storage{"untyped_storage"}, cpu{"cpu"};
+      untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"},
+      tensor_nbytes{"nbytes"};
 };
 
 const Names& names() {
@@ -145,34 +147,50 @@ class StorageIndex {
   std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
 };
 
-// Which storages are lazy; asked for only if it matters.
-class LazyStorages {
+// Which records are lazy; asked for only if it matters.
+class LazyRecords {
  public:
-  LazyStorages(const py::function& ask, const py::list& records) : ask_(ask), records_(records) {}
+  LazyRecords(const py::function& ask, const py::function& covers, const py::list& records)
+      : ask_(ask), covers_(covers), records_(records) {}
 
-  bool has(PyObject* storage) {
-    if (!answer_) answer_ = ask_(StorageIndex(records_));
-    if (PyBool_Check(answer_.ptr())) return answer_.ptr() == Py_True;
-    const int found = PySet_Contains(answer_.ptr(), names().cdata.of(storage).ptr());
-    if (found < 0) throw py::error_already_set();
-    return found != 0;
+  bool has(const Record& record) {
+    if (!asked_) {
+      const py::object answer = ask_(StorageIndex(records_));
+      all_ = answer.ptr() == Py_True;
+      if (!PyBool_Check(answer.ptr())) owners_ = answer.cast<py::dict>();
+      asked_ = true;
+    }
+    if (all_) return true;
+    PyObject* owners = find(owners_, names().cdata.of(record.storage).ptr());
+    return owners != nullptr && (owners == Py_True || is_covered(record, owners));
   }
 
  private:
-  const py::function& ask_;
+  // Whether a step writes all of it: other parts of a storage may be somebody else's.
+  bool is_covered(const Record& record, PyObject* owners) {
+    if (record.views == nullptr && PyList_GET_SIZE(owners) == 1) {
+      PyObject* owner = PyList_GET_ITEM(owners, 0);
+      if (owner == record.tensor || to_size(names().tensor_nbytes.of(owner).ptr()) == record.nbytes) return true;
+    }
+    const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
+    return is_true(covers_(py::handle(owners), record.low, record.low + record.nbytes, views));
+  }
+
+  const py::function &ask_, &covers_;
   const py::list& records_;
-  py::object answer_;
+  bool asked_ = false, all_ = false;
+  py::dict owners_;  // the `_cdata` of a storage -> True, or a list of the tensors in it that a step writes
 };
 
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
-py::tuple place(const py::list& records, const py::function& lazy_storages, Py_ssize_t eager_bytes,
+py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& covers, Py_ssize_t eager_bytes,
                 const std::vector<int>& devices, const py::bytearray& kinds) {
   const size_t count = records.size();
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
   }
   py::list addresses(count), lazy;
-  LazyStorages laziness(lazy_storages, records);
+  LazyRecords laziness(lazy_storages, covers, records);
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
     Record& record = to_record(object);
@@ -180,7 +198,7 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, Py_s
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool worthwhile = record.nbytes > eager_bytes || (!devices.empty() && devices[i] >= 0);
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
-    if (worthwhile && kind == kCopy && laziness.has(record.storage)) {
+    if (worthwhile && kind == kCopy && laziness.has(record)) {
       kind = kLazy;
       record.version = version_of(record.tensor);
       lazy.append(py::handle(object));
@@ -212,8 +230,11 @@ py::tuple find_changed(const py::list& records) {
 // Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
 class StorageFinder {
  public:
-  StorageFinder(const py::set& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values)
-      : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values) {}
+  // `with_owners`: notes which tensors lie there, not just True.
+  StorageFinder(const py::dict& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values,
+                bool with_owners)
+      : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values),
+        with_owners_(with_owners) {}
 
   void add(PyObject* value) {
     if (PyObject_TypeCheck(value, tensor_type_) != 0) return add_tensor(value);
@@ -245,22 +266,76 @@ class StorageFinder {
     try {
       py::object storage = index_ == nullptr ? py::object() : index_->find(tensor);
       if (!storage) storage = names().untyped_storage.call_on(tensor);
-      if (PySet_Add(found_.ptr(), names().cdata.of(storage.ptr()).ptr()) != 0) throw py::error_already_set();
+      note(names().cdata.of(storage.ptr()), tensor);
     } catch (const py::error_already_set& error) {  // sparse and the like have no storage of their own
       if (!error.matches(PyExc_RuntimeError)) throw;
     }
   }
 
-  const py::set& found_;
+  void note(const py::object& cdata, PyObject* tensor) {
+    PyObject* owners = find(found_, cdata.ptr());
+    if (owners == Py_True) return;
+    if (!with_owners_ || owners == nullptr) {
+      const py::object first = with_owners_ ? owned(Py_BuildValue("[O]", tensor)) : py::bool_(true);
+      if (PyDict_SetItem(found_.ptr(), cdata.ptr(), first.ptr()) != 0) throw py::error_already_set();
+    } else if (PyList_Append(owners, tensor) != 0) {
+      throw py::error_already_set();
+    }
+  }
+
+  const py::dict& found_;
   const StorageIndex* index_;
   PyTypeObject* tensor_type_;
   const py::function& values_;
+  const bool with_owners_;
 };
 
-void add_storages(const py::set& found, const py::object& value, const StorageIndex* index, const py::object& tensor_type,
-                  const py::function& values) {
+// What a step of an optimizer writes to: parameters that learn, and their state. One that needs no gradient (a target network, a
+// momentum encoder) is written by whoever keeps it, at any time. So may one be that has no state where others have.
+class OwnedByOptimizer {
+ public:
+  OwnedByOptimizer(StorageFinder& finder, const py::dict& state, PyTypeObject* tensor_type)
+      : finder_(finder), state_(state), tensor_type_(tensor_type) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value) != 0;) stateful_.insert(key);
+  }
+
+  void add_parameters(PyObject* parameters) {
+    const py::list items = owned(PySequence_List(parameters));
+    for (const py::handle item : items) {
+      if (learns(item.ptr()) && (stateful_.empty() || stateful_.count(item.ptr()) != 0)) finder_.add(item.ptr());
+    }
+  }
+
+  void add_state() {
+    const py::list items = owned(PyDict_Items(state_.ptr()));
+    for (const py::handle item : items) {
+      PyObject* key = PyTuple_GET_ITEM(item.ptr(), 0);
+      if (PyObject_TypeCheck(key, tensor_type_) == 0 || learns(key)) finder_.add(PyTuple_GET_ITEM(item.ptr(), 1));
+    }
+  }
+
+ private:
+  static bool learns(PyObject* tensor) { return names().requires_grad.of(tensor).ptr() == Py_True; }
+
+  StorageFinder& finder_;
+  const py::dict& state_;
+  PyTypeObject* tensor_type_;
+  std::unordered_set<PyObject*> stateful_;
+};
+
+void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, const StorageIndex* index,
+               const py::object& tensor_type, const py::function& values) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
-  StorageFinder(found, index, tensor_type, values).add(value.ptr());
+  StorageFinder finder(found, index, tensor_type, values, true);
+  OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
+  for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
+  optimizer.add_state();
+}
+
+void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values) {
+  if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  StorageFinder(found, nullptr, tensor_type, values, false).add(value.ptr());
 }
 
 }  // namespace
@@ -277,11 +352,12 @@ void bind_records(py::module_& module) {
   module.attr("Record") = type;
   record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
   py::class_<StorageIndex>(module, "StorageIndex");
-  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("eager_bytes"), py::arg("devices"),
-             py::arg("kinds"));
+  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("covers"), py::arg("eager_bytes"),
+             py::arg("devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
-  module.def("add_storages", &add_storages, py::arg("found"), py::arg("value"), py::arg("index").none(true), py::arg("tensor_type"),
-             py::arg("values"));
+  module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
+             py::arg("tensor_type"), py::arg("values"));
+  module.def("add_declared", &add_declared, py::arg("found"), py::arg("value"), py::arg("tensor_type"), py::arg("values"));
 }
 
 }  // namespace lazyckpt

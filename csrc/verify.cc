@@ -198,7 +198,8 @@ void RecordFile::check_record(const ZipEntry& entry, uint32_t crc) const {
   throw Error(ErrorKind::kCorrupt,
               "record '" + entry.name + "' of '" + file_->path() + "' (" + std::to_string(entry.size) +
                   " bytes at offset " + std::to_string(entry.payload_offset) +
-                  ") fails its CRC-32: the bytes on disk are not those that were written",
+                  ") fails its CRC-32: the bytes on disk are not those that were written, or something wrote to the tensor while "
+                  "it was being saved (Options.verify_capture finds that; ckpt.fence() before the write avoids it)",
               0, file_->path());
 }
 

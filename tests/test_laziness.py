@@ -16,7 +16,7 @@ from support import DEADLINE_S, assert_same, clear_faults, options
 import ckpt
 from ckpt import _laziness
 from ckpt._laziness import lazy_storages
-from ckpt._plan import LAZY, make_plan
+from ckpt._plan import COPY, LAZY, make_plan
 
 
 def is_lazy(tensor: torch.Tensor, declared: Any = None) -> bool:
@@ -152,6 +152,92 @@ def test_parameters_in_a_collection_of_any_kind_are_lazy(kind: Any) -> None:
     optimizer = stepped(weight)
     optimizer.param_groups[0]["params"] = kind([weight])
     assert is_lazy(weight)
+
+
+# ---- what an optimizer owns and does not write -----------------------------------------------------------------------
+
+
+def test_parameters_that_need_no_gradient_are_captured_inside_save(native: Any, tmp_path: Path) -> None:
+    """A target network, a momentum encoder: all parameters were given to the optimizer, and these are written by hand."""
+    native.set_fault("pwritev", delay_s=0.05)
+    online, target = torch.nn.Linear(300, 300), torch.nn.Linear(300, 300)
+    target.requires_grad_(False)
+    optimizer = stepped(*online.parameters(), *target.parameters(), kind=torch.optim.AdamW)
+    expected = copy.deepcopy(target.state_dict())
+    for declared in (None, optimizer, torch.nn.ModuleList([online, target])):
+        assert lazy_names(dict(online.state_dict()), declared) == ["weight", "bias"]
+        assert lazy_names(dict(target.state_dict()), declared) == []
+        pending = ckpt.save(target.state_dict(), tmp_path / "x.pt", lazy=declared, options=options(eager_bytes=0))
+        for mine, theirs in zip(target.parameters(), online.parameters(), strict=True):
+            mine.data.lerp_(theirs.data, 0.5)
+        assert_same(dict(expected), dict(ckpt.load(pending.result(DEADLINE_S))))
+        target.load_state_dict(expected)
+
+
+def test_the_state_of_a_parameter_that_was_frozen_since_is_not_lazy() -> None:
+    weight, frozen = parameter(10), parameter(10)
+    optimizer = stepped(weight, frozen, kind=torch.optim.AdamW)
+    frozen.requires_grad_(False)
+    assert is_lazy(weight) and is_lazy(optimizer.state[weight]["exp_avg"])
+    assert not is_lazy(frozen) and not is_lazy(optimizer.state[frozen]["exp_avg"])
+
+
+def test_a_parameter_that_was_never_stepped_is_not_lazy_among_others_that_were() -> None:
+    """The target network of somebody who did not say that it needs no gradient."""
+    weight, target = parameter(10), parameter(10)
+    optimizer = torch.optim.AdamW([weight, target])
+    weight.grad = torch.ones(10)
+    optimizer.step()
+    assert is_lazy(weight) and not is_lazy(target)
+    target.grad = torch.ones(10)
+    optimizer.step()
+    assert is_lazy(target)
+
+
+def flat_module(at: slice) -> tuple[torch.nn.Parameter, torch.nn.BatchNorm1d]:
+    """Statistics of a layer lie in the storage of weights."""
+    flat, layer = torch.nn.Parameter(torch.randn(100_000)), torch.nn.BatchNorm1d(1000, affine=False)
+    layer.running_mean = flat.data[at]
+    return flat, layer
+
+
+@pytest.mark.parametrize("at", [slice(0, 1000), slice(50_000, 51_000), slice(99_000, 100_000)], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("owned", [slice(None), slice(1000, 99_000)], ids=["all", "most"])
+def test_statistics_in_the_storage_of_a_parameter_are_captured_inside_save(
+    at: slice, owned: slice, native: Any, tmp_path: Path
+) -> None:
+    native.set_fault("pwritev", delay_s=0.05)
+    flat, layer = flat_module(at)
+    weights = torch.nn.Parameter(flat.data[owned])
+    optimizer = stepped(weights)
+    state = {"flat": flat.data, "weights": weights.detach(), "mean": layer.running_mean}
+    expected = copy.deepcopy(state)
+    pending = ckpt.save(state, tmp_path / "x.pt", options=options(eager_bytes=0))
+    layer(torch.randn(8, 1000) + 5)
+    found = ckpt.load(pending.result(DEADLINE_S))
+    assert_same(expected, found)
+    assert not torch.equal(layer.running_mean, expected["mean"])
+    del optimizer
+
+
+def test_only_the_part_of_a_storage_that_is_the_optimizers_is_lazy() -> None:
+    flat = torch.randn(10_000)
+    first, second = torch.nn.Parameter(flat[:4000]), torch.nn.Parameter(flat[4000:8000].view(40, 100).t())
+    optimizer = stepped(first, second)
+
+    def kinds(*tensors: torch.Tensor) -> list[int]:
+        return list(make_plan(list(tensors), lazy_storages(), 0).kinds)
+
+    assert kinds(first, second, flat[8001:]) == [LAZY, LAZY, COPY]
+    assert kinds(first, second, flat[8000:]) == [COPY], "without a gap they are one record"
+    assert kinds(first.detach(), second.detach().t().t()) == [LAZY, LAZY]
+    assert kinds(flat) == [COPY], "who writes the rest?"
+    assert kinds(flat[:8000]) == [COPY], "a view of both that is neither"
+    assert kinds(first.detach()[:100]) == [COPY]
+    optimizer.add_param_group({"params": [torch.nn.Parameter(flat[8000:])]})
+    assert kinds(flat) == [LAZY]
+    assert kinds(flat, first.detach()) == [LAZY]
+    assert kinds(flat, flat[5:10]) == [COPY]
 
 
 # ---- declared --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ CORE_LAYERS = (
     {"crc32", "cuda", "dlpack", "fault", "ranges", "record", "signals"},
     {"arena", "device_cache", "file", "pickling", "upload", "zip_layout"},
     {"chunk", "numa", "reader"},
+    {"witness"},
     {"job", "torch_file", "zip_directory"},
     {"stager", "verify"},
     {"stager_cache", "stager_look", "stager_pinning"},

@@ -1,0 +1,246 @@
+"""A save that begins while an optimizer's step runs: the fence has passed, so nothing of it may leave lazily."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import DEADLINE_S, assert_same, options
+
+import ckpt
+from ckpt import _laziness, _runtime
+
+
+class Interrupted(torch.optim.Optimizer):
+    """Something happens in the middle of its step: a signal comes, or another thread runs."""
+
+    def __init__(self, parameters: Any, middle: Callable[[], object] = lambda: None) -> None:
+        super().__init__(parameters, {})
+        self.middle = middle
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        first, second = self.param_groups[0]["params"]
+        first.add_(1)
+        self.middle()
+        second.add_(1)
+        first.add_(1)
+
+
+def make(middle: Callable[[], object] = lambda: None) -> tuple[list[torch.nn.Parameter], Interrupted]:
+    weights = [torch.nn.Parameter(torch.zeros(300_000)) for _ in range(2)]
+    optimizer = Interrupted(weights)
+    optimizer.step()  # from now on it is known
+    optimizer.middle = middle
+    assert not _laziness.step_is_running()
+    return weights, optimizer
+
+
+class Saves:
+    """`begin` saves the weights as they are, behind slow storage."""
+
+    def __init__(self, directory: Path, native: Any, weights: list[torch.nn.Parameter], lazy: Any = None) -> None:
+        self.directory, self.weights, self.lazy = directory, weights, lazy
+        self.made: list[tuple[ckpt.PendingSave, list[torch.Tensor]]] = []
+        native.set_fault("pwritev", delay_s=0.1)
+
+    def begin(self, *_: Any) -> None:
+        expected = [weight.detach().clone() for weight in self.weights]
+        path = self.directory / f"{len(self.made)}.pt"
+        self.made.append((ckpt.save([w.detach() for w in self.weights], path, lazy=self.lazy, options=options()), expected))
+
+    def check(self, count: int) -> None:
+        assert len(self.made) == count
+        for pending, expected in self.made:
+            assert_same(expected, ckpt.load(pending.result(DEADLINE_S)))
+
+
+@contextlib.contextmanager
+def on_signal(handler: Callable[..., object]) -> Iterator[None]:
+    before = signal.signal(signal.SIGUSR1, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+@pytest.mark.parametrize("lazy", [None, True, "optimizer"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_signal_handler_saves_in_the_middle_of_a_step(compiled: bool, lazy: Any, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = make(lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    saves = Saves(tmp_path, native, weights, optimizer if lazy == "optimizer" else lazy)
+    step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
+    with on_signal(saves.begin):
+        step()
+        step()
+    saves.check(2)
+    assert all(pending.stats.bytes_copied_in_save > 2_000_000 for pending, _ in saves.made)
+
+
+def test_another_thread_saves_in_the_middle_of_a_step(native: Any, tmp_path: Path) -> None:
+    def save_elsewhere() -> None:
+        thread = threading.Thread(target=saves.begin)
+        thread.start()
+        thread.join()
+
+    weights, optimizer = make(save_elsewhere)
+    saves = Saves(tmp_path, native, weights)
+    optimizer.step()
+    saves.check(1)
+
+
+def test_a_step_on_another_thread_of_another_optimizer(native: Any, tmp_path: Path) -> None:
+    inside, go_on = threading.Event(), threading.Event()
+    weights, _owner = make()
+    _, other = make(lambda: (inside.set(), go_on.wait(DEADLINE_S)))
+    saves = Saves(tmp_path, native, weights)
+    thread = threading.Thread(target=other.step)
+    thread.start()
+    assert inside.wait(DEADLINE_S)
+    saves.begin()
+    assert saves.made[0][0].captured
+    go_on.set()
+    thread.join()
+    for weight in weights:
+        weight.data.add_(7)  # nothing is lazy: this needs no fence
+    saves.check(1)
+
+
+def test_an_optimizer_inside_a_step_of_another(native: Any, tmp_path: Path) -> None:
+    weights, inner = make()
+    _, outer = make(lambda: (inner.step(), saves.begin()))
+    saves = Saves(tmp_path, native, weights)
+    outer.step()
+    for weight in weights:
+        weight.data.add_(7)
+    saves.check(1)
+
+
+class Failing(torch.optim.SGD):
+    def step(self, closure: Any = None) -> Any:
+        raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_a_step_that_raises_does_not_make_everything_eager(compiled: bool, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = make()
+    failing = Failing([torch.nn.Parameter(torch.zeros(3))])
+    step = torch.compile(failing.step, backend="eager") if compiled else failing.step
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError):
+            step()
+    saves = Saves(tmp_path, native, weights)
+    saves.begin()
+    assert not saves.made[0][0].captured, "it is lazy again"
+    optimizer.step()
+    saves.check(1)
+    assert not _laziness._running
+
+
+def test_a_step_that_raised_on_a_thread_that_is_gone(native: Any, tmp_path: Path) -> None:
+    failing = Failing([torch.nn.Parameter(torch.zeros(3))])
+
+    def fail() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            failing.step()
+
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+    assert _laziness._running
+    assert not _laziness.step_is_running() and not _laziness._running
+
+
+def test_a_save_from_the_closure_of_a_step(native: Any, tmp_path: Path) -> None:
+    weight = torch.nn.Parameter(torch.zeros(300_000))
+    optimizer = torch.optim.LBFGS([weight], max_iter=3)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        saves.begin()
+        loss = (weight - 3).square().sum()
+        loss.backward()
+        return loss
+
+    saves = Saves(tmp_path, native, [weight])
+    optimizer.step(closure)
+    optimizer.step(closure)
+    saves.check(len(saves.made))
+    assert len(saves.made) > 3
+
+
+class Blocking:
+    """Pickling it waits: the save that it is part of has asked what is lazy, and has not begun to write."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __reduce__(self) -> Any:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE_S)
+        return int, (7,)
+
+
+@pytest.mark.parametrize("fence", ["step", "by_hand"])
+def test_a_fence_waits_for_a_save_that_is_beginning_on_another_thread(fence: str, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = make()
+    blocking, ended = Blocking(), threading.Event()
+    expected = [weight.detach().clone() for weight in weights]
+    made: list[ckpt.PendingSave] = []
+
+    def save() -> None:
+        made.append(ckpt.save([blocking, *[w.detach() for w in weights]], tmp_path / "x.pt", options=options()))
+
+    def write() -> None:
+        if fence == "step":
+            optimizer.step()
+        else:
+            ckpt.fence()
+            for weight in weights:
+                weight.data.add_(1)
+        ended.set()
+
+    native.set_fault("pwritev", delay_s=0.1)
+    saver = threading.Thread(target=save)
+    saver.start()
+    assert blocking.reached.wait(DEADLINE_S)
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert not ended.wait(0.3), "the fence has not waited"
+    blocking.go_on.set()
+    saver.join()
+    writer.join()
+    assert ended.is_set() and not _runtime._beginning
+    assert_same([7, *expected], ckpt.load(made[0].result(DEADLINE_S), weights_only=False))
+
+
+def test_a_save_that_cannot_begin_holds_up_nobody(tmp_path: Path) -> None:
+    class Unpicklable:
+        def __reduce__(self) -> Any:
+            raise ZeroDivisionError
+
+    _, optimizer = make()
+    with pytest.raises(ZeroDivisionError):
+        ckpt.save([Unpicklable()], tmp_path / "x.pt", options=options())
+    assert not _runtime._beginning
+    threading.Thread(target=optimizer.step).start()
+    optimizer.step()
+
+
+def test_a_step_out_of_what_is_being_pickled_does_not_wait_for_itself(tmp_path: Path) -> None:
+    _, optimizer = make()
+
+    class Stepping:
+        def __reduce__(self) -> Any:
+            optimizer.step()
+            return int, (7,)
+
+    pending = ckpt.save([Stepping()], tmp_path / "x.pt", options=options())
+    assert ckpt.load(pending.result(DEADLINE_S), weights_only=False) == [7]
