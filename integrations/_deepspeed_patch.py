@@ -12,6 +12,7 @@ from typing import Any
 import ckpt
 
 from ._deepspeed_engine import LazyCheckpointEngine, ask, ours_of
+from ._deepspeed_writes import fence_writes
 
 logger = logging.getLogger("ckpt")
 
@@ -48,6 +49,7 @@ def patch(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> None:
         return LazyCheckpointEngine(config, options)
 
     runtime.create_checkpoint_engine = create_checkpoint_engine
+    fence_writes()
 
 
 # ---- methods of DeepSpeedEngine --------------------------------------------------------------------------------------

@@ -20,7 +20,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
   falls back to the newest one that is good.
 * save_16bit_model() returns when the file is durable.
 * What updates weights outside an optimizer's step (a captured CUDA graph, hand-written updates) must call `ckpt.fence()`
-  before. With SuperOffload and ZenFlow, whose updates overlap with the backward, everything is copied inside save_checkpoint().
+  before. DeepSpeed's own functions that do (safe_set_full_fp32_param(), refresh_fp32_params() and their like) are fenced. With
+  SuperOffload and ZenFlow, whose updates overlap with the backward, everything is copied inside save_checkpoint().
 
 With DeepSpeed's own engines `save_checkpoint` is described in its documentation; the rules that an engine must keep were taken
 from DeepSpeed 0.19 (runtime/engine.py, runtime/checkpoint_engine).

@@ -33,6 +33,7 @@ class Case:
         engine: who writes: "stock"; "enable": ours, by a section of the configuration; "attach": ours, put on one engine.
         variant: "plain", "pipeline" or "moe".
         offload, frozen, tied: the optimizer's state in host memory; a layer that does not learn; one weight in two places.
+        muon: matrices are updated by DeepSpeed's Muon.
         own_adam: by DeepSpeed's compiled Adam, CPUAdam with `offload` and FusedAdam without, not by torch's.
         restless: some parameters are changed by forward.
         expert_ranks: over how many ranks the experts of a "moe" are spread.
@@ -61,6 +62,7 @@ class Case:
     precision: str = "fp32"
     offload: bool = False
     own_adam: bool = False
+    muon: bool = False
     frozen: bool = False
     exclude_frozen: bool = False
     tied: bool = False
@@ -195,11 +197,15 @@ def configuration(case: Case) -> dict[str, Any]:
     precision = {"bf16": {"enabled": case.precision == "bf16"}, "fp16": {"enabled": case.precision == "fp16"}}
     if case.precision == "fp16":
         precision["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2}
+    optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": not case.own_adam}}
+    if case.muon:
+        optimizer = {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "ns_method": "standard"}}
+        zero |= {"reduce_scatter": False}
     return {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": ACCUMULATE,
         "steps_per_print": 1 << 30,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": not case.own_adam}},
+        "optimizer": optimizer,
         "scheduler": {"type": "WarmupLR", "params": rates},
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
