@@ -12,7 +12,7 @@ import ckpt
 
 from ._deepspeed_wrapping import Call, wrap_function, wrap_method
 
-_FUNCTIONS = {
+_FUNCTIONS: dict[str, tuple[str, ...]] = {
     # Bound to each parameter, and behind safe_set_full_fp32_param() and safe_set_full_optimizer_state().
     "deepspeed.utils.tensor_fragment": ("set_full_hp_param",),
     "deepspeed.checkpoint.universal_checkpoint": ("load_hp_checkpoint_state",),
