@@ -14,6 +14,7 @@ import torch
 import ckpt
 
 from ._deepspeed_config import options_from
+from ._deepspeed_readers import note_save
 from ._deepspeed_state import lazy_tensors
 
 logger = logging.getLogger("ckpt")
@@ -43,6 +44,8 @@ class LazyCheckpointEngine:
         )
         self._engine: weakref.ref[Any] = weakref.ref(self)  # of DeepSpeed, once bound
         self._bundle: Any = None  # that is being put together
+        self._root: Any = None  # where it goes, as the user gave it
+        self._moves_latest = True
         self._client_keys: tuple[str, ...] = ()
         self._exporting = False  # in save_16bit_model(), which waits for its file
         self._is_lazy = True
@@ -58,9 +61,10 @@ class LazyCheckpointEngine:
         """Begins a checkpoint."""
         self.end_save()
         engine = self._engine()
+        self._root, self._moves_latest = info.save_dir, bool(info.save_latest)
         step = int(getattr(engine, "global_steps", 0))
         self._bundle = self._checkpointer.begin(
-            info.save_dir, str(info.tag), step=step, move_latest=bool(info.save_latest), may_skip=not self._exporting
+            self._root, str(info.tag), step=step, move_latest=self._moves_latest, may_skip=not self._exporting
         )
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -136,7 +140,10 @@ class LazyCheckpointEngine:
             bundle.include(bundle.directory / "offloaded_tensors" / f"rank{rank:02d}")
         if error is not None:
             bundle.fail(ckpt.CheckpointError(f"{type(error).__name__} in save_checkpoint: {error}"))
-        return bundle.commit()
+        pending: ckpt.PendingSave = bundle.commit()
+        if not self._exporting:
+            note_save(self._root, pending, self._moves_latest, self.options.drain_timeout_s)
+        return pending
 
     def find(self, load_dir: Any, tag: Any) -> str | None:
         self.end_save()

@@ -12,6 +12,7 @@ from typing import Any
 import ckpt
 
 from ._deepspeed_engine import LazyCheckpointEngine, ask, ours_of
+from ._deepspeed_readers import make_readers_wait, reading, wait_for_saves
 from ._deepspeed_writes import fence_writes
 
 logger = logging.getLogger("ckpt")
@@ -50,6 +51,7 @@ def patch(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> None:
 
     runtime.create_checkpoint_engine = create_checkpoint_engine
     fence_writes()
+    make_readers_wait()
 
 
 # ---- methods of DeepSpeedEngine --------------------------------------------------------------------------------------
@@ -95,13 +97,19 @@ def _save_16bit_model(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _load_checkpoint(self: Any, load_dir: Any, tag: Any = None, *args: Any, **kwargs: Any) -> Any:
-    if (ours := ours_of(self)) is not None:
-        ckpt.fence()  # what is loaded overwrites what may still be leaving
-        if ask(self, "load_universal_checkpoint"):
-            ours.drain()
-        else:
-            tag = ours.find(load_dir, tag) or tag
-    return _stock["load_checkpoint"](self, load_dir, tag, *args, **kwargs)
+    stock = _stock["load_checkpoint"]
+    wait_for_saves(load_dir, may_fail=True)  # of other engines too
+    if (ours := ours_of(self)) is None:
+        return stock(self, load_dir, tag, *args, **kwargs)
+    ckpt.fence()  # what is loaded overwrites what may still be leaving
+    if ask(self, "load_universal_checkpoint"):
+        ours.drain()
+        chosen = None
+    else:
+        chosen = ours.find(load_dir, tag)
+    tag = chosen or tag
+    with reading(load_dir, None if tag is None else str(tag)):
+        return stock(self, load_dir, tag, *args, **kwargs)
 
 
 def _copy_recovery_script(self: Any, save_path: Any) -> None:

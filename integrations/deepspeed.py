@@ -18,6 +18,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
   not stop the training; it is logged, and `Options.max_failed_saves` in a row raise.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
   falls back to the newest one that is good.
+* DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one
+  rank alone, too. If the newest save to the directory failed, they raise CheckpointError; what is older is read by its tag.
 * save_16bit_model() returns when the file is durable.
 * What updates weights outside an optimizer's step (a captured CUDA graph, hand-written updates) must call `ckpt.fence()`
   before. DeepSpeed's own functions that do (safe_set_full_fp32_param(), refresh_fp32_params() and their like) are fenced. With
