@@ -10,6 +10,7 @@ import logging
 import os
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
 from ckpt._choice import Candidate, Chooser
 from ckpt._file_save import FileSave
+from ckpt._manifest import FileEntry
 from ckpt._restore import verify_files
 from ckpt._save import add_file
 from ckpt._saver import Saver
@@ -259,7 +261,9 @@ class BundleCheckpointer(Saver):
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
-    def find(self, root: str | os.PathLike[str], name: str | None = None) -> str | None:
+    def find(
+        self, root: str | os.PathLike[str], name: str | None = None, *, reads: Callable[[str], bool] | None = None
+    ) -> str | None:
         """The name of a bundle in `root` that is complete and good on all ranks; what is in flight is waited for.
 
         Sizes and CRC-32s of all files are verified, each by the rank that wrote it. A directory that has no manifest was not
@@ -267,6 +271,8 @@ class BundleCheckpointer(Saver):
 
         Args:
             name: this one, and no other. None: the one that `latest` names, or, if that is not good, the newest that is.
+            reads: told the name of a file, says whether it is going to be read; others may be damaged or missing.
+                None: all are read.
 
         Returns:
             None if there is no bundle, or no directory `name`.
@@ -280,7 +286,7 @@ class BundleCheckpointer(Saver):
         path = Path(os.path.abspath(os.fspath(root)))
 
         def verify(candidate: Candidate) -> str | None:
-            return self._verify(path / candidate.name, candidate.sequence)
+            return self._verify(path / candidate.name, candidate.sequence, reads)
 
         if self._leads:
             _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
@@ -312,9 +318,13 @@ class BundleCheckpointer(Saver):
             candidates += [Candidate(*item) for item in published.items()]
         return candidates
 
-    def _verify(self, directory: Path, sequence: int) -> str | None:
+    def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> str | None:
         if sequence != _UNVERIFIED:
-            return verify_files(directory, sequence, lambda file: file.rank % self.world_size == self.rank)
+
+            def is_mine(file: FileEntry) -> bool:
+                return file.rank % self.world_size == self.rank and (reads is None or reads(file.name))
+
+            return verify_files(directory, sequence, is_mine)
         try:
             _manifest.read(directory)
         except NotACheckpointError as error:

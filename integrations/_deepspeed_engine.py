@@ -19,6 +19,8 @@ from ._deepspeed_state import lazy_tensors
 
 logger = logging.getLogger("ckpt")
 
+_OPTIMIZER_FILES = "_optim_states.pt"
+
 
 class LazyCheckpointEngine:
     """A checkpoint engine of DeepSpeed; made by enable() or attach(). All ranks make it together.
@@ -145,9 +147,15 @@ class LazyCheckpointEngine:
             note_save(self._root, pending, self._moves_latest, self.options.drain_timeout_s)
         return pending
 
-    def find(self, load_dir: Any, tag: Any) -> str | None:
+    def find(self, load_dir: Any, tag: Any, optimizer: bool = True) -> str | None:
+        """The tag to load.
+
+        Args:
+            optimizer: whether the files of the optimizer's states are going to be read; users remove them to save space.
+        """
         self.end_save()
-        return self._checkpointer.find(load_dir, None if tag is None else str(tag))
+        reads = None if optimizer else lambda name: not name.endswith(_OPTIMIZER_FILES)
+        return self._checkpointer.find(load_dir, None if tag is None else str(tag), reads=reads)
 
     def drain(self) -> None:
         """Waits until nothing is in flight, whatever came of it."""

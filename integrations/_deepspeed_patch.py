@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import filecmp
 import functools
+import inspect
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -106,10 +107,21 @@ def _load_checkpoint(self: Any, load_dir: Any, tag: Any = None, *args: Any, **kw
         ours.drain()
         chosen = None
     else:
-        chosen = ours.find(load_dir, tag)
+        chosen = ours.find(load_dir, tag, optimizer=_reads_optimizer(self, stock, load_dir, tag, *args, **kwargs))
     tag = chosen or tag
     with reading(load_dir, None if tag is None else str(tag)):
         return stock(self, load_dir, tag, *args, **kwargs)
+
+
+def _reads_optimizer(self: Any, stock: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a load with these arguments reads the files of the optimizer's states."""
+    given = inspect.signature(stock).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    states = given.arguments.get("load_optimizer_states", True)
+    if states and not given.arguments.get("load_module_only", False):
+        return True
+    # ZeRO 3 has the weights nowhere else, and takes them from there if it is to load no states; experts in any case.
+    return ask(self, "zero_optimization_partition_weights") and (not states or bool(getattr(self, "has_moe_layers", False)))
 
 
 def _copy_recovery_script(self: Any, save_path: Any) -> None:

@@ -17,7 +17,7 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
 * `latest` is moved when the files of all ranks are durable, after save_checkpoint() has returned. A checkpoint that fails does
   not stop the training; it is logged, and `Options.max_failed_saves` in a row raise.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
-  falls back to the newest one that is good.
+  falls back to the newest one that is good. Files of the optimizer's states that it is told not to load may be missing.
 * DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one
   rank alone, too. If the newest save to the directory failed, they raise CheckpointError; what is older is read by its tag.
 * save_16bit_model() returns when the file is durable.

@@ -1,4 +1,4 @@
-"""What reads checkpoints in a process that saves gets the newest."""
+"""What reads checkpoints in a process that saves gets the newest; what reads a part of one needs nothing but that part."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from dist.deepspeed_runs import Fields, Outcomes
 
 pytestmark = pytest.mark.usefixtures("native")
 
+PARTS = ("module only", "no states", "neither", "all")
 READERS = {"state_dict": 2, "into_a_model": 1, "converted": 3}  # each with a stage of ZeRO
 
 
@@ -30,8 +31,11 @@ CASES = [
     *(case("readers", stage, tags=[reader]) for reader, stage in READERS.items()),
     case("listings", 1),
     case("two_engines", 1),
+    *(case("rejected", stage, tags=["flip"]) for stage in (1, 2)),
     case("rejected", 3, tags=["flip"]),
     case("rejected", 3, tags=["delete"]),
+    *(case("deleted", stage) for stage in (1, 2, 3)),
+    case("deleted", 1, precision="bf16", variant="pipeline", name="deleted pipeline"),
 ]
 
 
@@ -85,3 +89,31 @@ def test_weights_are_those_of_the_tag_that_was_chosen(stage: int, damage: str, r
         for way, tag in (("newest", "two"), ("by tag", "one"), ("damaged", "one")):
             assert (found[way]["error"], found[way]["path"], found[way]["same"]) == (None, tag, True)
         assert any("'one'" in text for text in found["damaged"]["logged"])
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_damage_that_is_not_read_is_no_reason_to_take_an_older_one(stage: int, ranks: Outcomes) -> None:
+    for found in ranks[f"rejected {stage} flip"]:
+        assert (found["damaged"]["error"], found["damaged"]["path"], found["damaged"]["logged"]) == (None, "two", [])
+        assert (found["by tag"]["path"], found["by tag"]["same"]) == ("one", True)
+
+
+@pytest.mark.parametrize("name", ["deleted 1", "deleted 2", "deleted 3", "deleted pipeline"])
+def test_without_the_files_of_the_optimizer_a_load_ends_as_with_deepspeed(name: str, ranks: Outcomes) -> None:
+    for found in ranks[name]:
+        for part in PARTS:
+            stock, ours = found[part]["stock"], found[part]["ours"]
+            if stock["error"] is None:
+                assert ours == stock
+            else:
+                assert ours["error"]["type"] == "CorruptError" and "_optim_states.pt" in ours["error"]["text"]
+        needed = ["no states", "neither", "all"] if name == "deleted 3" else ["all"]
+        assert [part for part in PARTS if found[part]["stock"]["error"]] == needed
+        assert name == "deleted 3" or found["module only"]["ours"]["same"]
+
+
+@pytest.mark.parametrize("name", ["deleted 1", "deleted 2"])
+def test_what_is_read_is_verified(name: str, ranks: Outcomes) -> None:
+    for found in ranks[name]:
+        assert found["damaged too"]["error"]["type"] == "CorruptError"
+        assert "has 5000 bytes" in found["damaged too"]["error"]["text"]

@@ -1,4 +1,4 @@
-"""More modes of deepspeed_training.py: what reads a checkpoint in the process that has just saved it.
+"""More modes of deepspeed_training.py: what reads a checkpoint in the process that has just saved it, or reads a part of it.
 
 torchrun --nproc-per-node 2 deepspeed_readers.py plan.json
 
@@ -188,7 +188,35 @@ def rejected(case: Case, directory: Path) -> dict[str, Any]:
     return found
 
 
-MODES = (readers, listings, two_engines, rejected)
+def deleted(case: Case, directory: Path) -> dict[str, Any]:
+    """The optimizer's files are removed by hand; what DeepSpeed's own engine then loads, and ours."""
+    lazy.disable()
+    stock = Training(case, build(case, None))
+    training = started(case, 2)
+    training.save(str(directory), "saved")
+    expected = parameters(training)
+    wait(training)
+
+    def remove() -> None:
+        for path in (directory / "saved").glob("*_optim_states.pt"):
+            path.unlink()
+
+    on_rank_0(remove)
+    found: dict[str, Any] = {}
+    for part in PARTS:
+        outcomes = []
+        for each in (stock, training):
+            each.advance()
+            outcome = part_loads(each, directory, None, part)
+            outcomes.append(outcome | {"same": outcome.pop("weights") == expected})
+        found[part] = dict(zip(("stock", "ours"), outcomes, strict=True))
+    if case.stage < 3:
+        on_rank_0(lambda: DAMAGES["truncate"](directory / "saved"))
+        found["damaged too"] = part_loads(training, directory, None, "module only")
+    return found
+
+
+MODES = (readers, listings, two_engines, rejected, deleted)
 deepspeed_training.MODES.update({mode.__name__: mode for mode in MODES})
 
 if __name__ == "__main__":
