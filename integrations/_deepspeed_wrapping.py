@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import types
 from collections.abc import Callable
 from typing import Any
@@ -18,13 +19,17 @@ def wrap_function(module: str, name: str, wrap: Wrap) -> None:
     Scripts import such functions, and DeepSpeed binds some to each parameter, long before anything of ours runs. All of these
     hold the same function object; so its code is exchanged, not the name.
     """
-    function = _found(module, name)
-    if not isinstance(function, types.FunctionType) or function.__closure__:
+    found = _found(module, name)
+    if not callable(found):
         return
-    stock = types.FunctionType(function.__code__, function.__globals__, name, function.__defaults__)
+    function = inspect.unwrap(found)  # somebody else may have been here before
+    if not isinstance(function, types.FunctionType) or function.__closure__:
+        setattr(importlib.import_module(module), name, functools.wraps(found)(wrap(found)))
+        return
+    stock = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__)
     stock.__kwdefaults__ = function.__kwdefaults__
     replacement = functools.wraps(stock)(wrap(stock))
-    function.__code__ = _forward.__code__.replace(co_name=name)
+    function.__code__ = _forward.__code__.replace(co_name=function.__name__)
     function.__defaults__, function.__kwdefaults__ = None, {"_replacement": replacement}
     function.__wrapped__ = stock  # type: ignore[attr-defined]  # for whoever asks for its signature
 

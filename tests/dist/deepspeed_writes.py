@@ -7,8 +7,10 @@ The functions are imported here, before anything is enabled, as a training scrip
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
+import operator
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -26,6 +28,8 @@ from dist import deepspeed_training
 from dist.deepspeed_behaviour import LATE_S, error_of, fault, wait_error
 from dist.deepspeed_models import Case, Training, batch
 from dist.deepspeed_training import Recorder, digest, start
+
+from ckpt.integrations import _deepspeed_writes as writes
 
 torch._dynamo.config.disable = True  # DeepSpeed's Muon would be compiled, for a minute
 
@@ -163,7 +167,32 @@ def written(case: Case, directory: Path) -> dict[str, Any]:
     return found
 
 
-deepspeed_training.MODES["written"] = written
+def unfenced(case: Case, directory: Path) -> dict[str, Any]:
+    """Names that this DeepSpeed does not have, or that lead past ours."""
+    start(case).engine.destroy()
+    functions = [(module, name) for module, names in writes._FUNCTIONS.items() for name in names]
+    methods = [(module, f"{owner}.{name}") for (module, owner), names in writes._METHODS.items() for name in names]
+    left = [path for path in (*functions, *methods) if not is_ours(*path)]
+    for name in writes._OPTIMIZER_WRITES:
+        having = [(module, f"{owner}.{name}") for module, owner in writes._OPTIMIZERS if own_method(module, owner, name)]
+        left += [path for path in having if not is_ours(*path)] if having else [("no optimizer", name)]
+    return {"left": left}
+
+
+def own_method(module: str, owner: str, name: str) -> bool:
+    return name in vars(getattr(importlib.import_module(module), owner))
+
+
+def is_ours(module: str, path: str) -> bool:
+    try:
+        found = operator.attrgetter(path)(importlib.import_module(module))
+    except (ImportError, AttributeError):
+        return False
+    replacement = (found.__kwdefaults__ or {}).get("_replacement", found)
+    return bool(replacement.__code__.co_filename == writes.__file__)
+
+
+deepspeed_training.MODES.update({"written": written, "unfenced": unfenced})
 
 if __name__ == "__main__":
     deepspeed_training.main(json.loads(Path(sys.argv[1]).read_text()))
