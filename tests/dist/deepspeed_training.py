@@ -40,6 +40,7 @@ from dist.deepspeed_models import Case, Network, Training, build
 from support import assert_same, wait_until
 
 from ckpt import Options, _native
+from ckpt.integrations._deepspeed_readers import reading
 
 DEADLINE_S = 60.0
 OTHERS_S = 15.0  # how long a rank that has failed waits for the others before it takes all down
@@ -314,7 +315,8 @@ def look_in_flight(case: Case, directory: Path) -> dict[str, Any]:
         mine = f"-{os.getpid()}-"
         wait_until(lambda: any(mine in path.name for path in (directory / tag).glob(".tmp-*")), DEADLINE_S, "a temporary file")
         temporaries = sorted(path.name for path in (directory / tag).glob(".tmp-*"))
-        outcome |= {"during": look(case, directory, tag), "temporaries": temporaries}
+        with reading(directory, None):  # as another process sees it, which waits for nothing
+            outcome |= {"during": look(case, directory, tag), "temporaries": temporaries}
         outcome["still"] = [name for name in temporaries if (directory / tag / name).exists()]
     wait(training)
     outcome |= {"after": look(case, directory, tag), "latest": read(directory / "latest")}
