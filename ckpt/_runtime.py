@@ -10,6 +10,7 @@ import atexit
 import contextlib
 import functools
 import logging
+import multiprocessing.util
 import os
 import threading
 import time
@@ -97,10 +98,12 @@ class Runtime:
 _registry_lock = threading.RLock()
 _runtimes: dict[tuple[Any, ...], Runtime] = {}
 _exiting = False  # guarded by _registry_lock
+_drained_process = 0  # guarded by _registry_lock: the child of multiprocessing that drains when it ends
 _uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has to look after
 _fetched: dict[int, weakref.ref[FileSave]] = {}  # by id; with bytes of devices, which may still be on their way behind a fence
 _beginning: dict[object, int] = {}  # a token of each save that is looking for what is lazy -> its thread
 _begun = threading.Condition()  # one of those is through
+_BEFORE_OTHERS = 100  # of multiprocessing's finalizers: a pool's is 15, a manager's 10
 _SLICE_S = 0.1  # how often who waits for them looks by himself
 
 
@@ -116,6 +119,7 @@ def lease(options: Options) -> Runtime:
             raise ClosedError("the interpreter is shutting down: pending saves have been drained, and no more are taken")
         runtime = _runtimes.get(key)
         if runtime is None:
+            _drain_with_multiprocessing()
             runtime = _runtimes[key] = Runtime(options)
         runtime._leases += 1
         runtime._drain_timeout_s = max(runtime._drain_timeout_s, options.drain_timeout_s)
@@ -232,6 +236,14 @@ def fence() -> None:
 def _before_step() -> None:
     if _uncaptured or _beginning:
         fence()
+
+
+def _drain_with_multiprocessing() -> None:
+    """A child of multiprocessing, such as a notebook's launcher starts, may end by os._exit(): then only these are called."""
+    global _drained_process
+    if multiprocessing.parent_process() is not None and _drained_process != os.getpid():
+        _drained_process = os.getpid()
+        multiprocessing.util.Finalize(None, _drain_at_exit, exitpriority=_BEFORE_OTHERS)
 
 
 def _drain_at_exit() -> None:

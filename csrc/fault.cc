@@ -2,6 +2,7 @@
 
 #if LAZYCKPT_FAULT_HOOKS
 
+#include <pthread.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -26,13 +27,20 @@ struct State {
   int64_t crash_skip = 0;
 };
 
-// Never destroyed: a writer that hangs in the kernel at the end of the process may come back after static destructors.
-State& state() {
-  static State& kept = *std::make_unique<State>().release();
-  return kept;
-}
-
 std::atomic<bool> armed{false};  // so that an unarmed process pays one load
+
+// Never destroyed: a writer that hangs in the kernel at the end of the process may come back after static destructors. A forked
+// child has one of its own, without faults: in its parent's, threads wait that it does not have.
+State& state() {
+  static State* kept = nullptr;
+  static const auto renew = [] {
+    kept = std::make_unique<State>().release();
+    armed = false;
+  };
+  static const int made = (renew(), ::pthread_atfork(nullptr, nullptr, [] { renew(); }));
+  static_cast<void>(made);
+  return *kept;
+}
 
 bool matches(const Fault& fault, const char* call, const std::string& path) {
   return fault.call == call && path.find(fault.path_part) != std::string::npos;

@@ -152,6 +152,57 @@ for name in ("child.pt", "unwaited.pt", "of-the-child/step-000000000005/state.pt
     assert_both_steps_are_good(tmp_path)
 
 
+TRAIN = """
+import multiprocessing
+
+def train(directory, depth=0, fail=False):
+    _native.set_fault("pwritev", delay_s=0.02)
+    checkpointer = ckpt.Checkpointer(directory, options=options)
+    checkpointer.save(1, {"weights": weights}).result(20)
+    checkpointer.save(2, {"weights": weights}, lazy=True)
+    ckpt.save({"weights": weights}, directory + "/single.pt", options=options)
+    if depth:
+        child = multiprocessing.get_context("fork").Process(target=train, args=(directory + "/deeper", depth - 1))
+        child.start()
+        child.join()
+        assert child.exitcode == 0
+    if fail:
+        raise ValueError("on purpose")
+
+def check(directory):
+    assert ckpt.Checkpointer(directory, options=options).restore().step == 2
+    assert torch.equal(ckpt.load(directory + "/single.pt")["weights"], weights)
+"""
+
+
+@pytest.mark.parametrize("parent", [SLOW_SAVE, ""], ids=["saves", "has_never_saved"])
+def test_training_in_a_child_of_multiprocessing_is_drained_at_its_end(parent: str, run: Run, tmp_path: Path) -> None:
+    body = """
+fail = multiprocessing.get_context("fork").Process(target=train, args=(directory + "/failing",), kwargs={"fail": True})
+for child, code in ((multiprocessing.get_context("fork").Process(target=train, args=(directory + "/own", 1)), 0), (fail, 1)):
+    child.start()
+    child.join()
+    assert child.exitcode == code, child.exitcode
+for name in ("/own", "/own/deeper", "/failing"):
+    check(directory + name)
+print("parent ends well")
+"""
+    assert "parent ends well" in run(TRAIN, parent, body).stdout
+
+
+def test_training_in_a_pool_is_drained_at_its_end(run: Run, tmp_path: Path) -> None:
+    body = """
+with multiprocessing.get_context("fork").Pool(2) as pool:
+    pool.map(train, [directory + "/a", directory + "/b"])
+    pool.close()
+    pool.join()
+for name in ("/a", "/b"):
+    check(directory + name)
+print("parent ends well")
+"""
+    assert "parent ends well" in run(TRAIN, body).stdout
+
+
 def test_a_child_may_change_its_copy_of_the_tensors(run: Run, tmp_path: Path) -> None:
     body = """
 def child():
