@@ -30,6 +30,7 @@ class FileSave:
         limits: what direct I/O was found to demand there, see Job.limits: then the file is created in the background, which may
             take long where many create files at once. None: submit() creates it, and looks.
         with_directory: make the directory with it, if that is not there.
+        replicated: what it holds is said to be the same on several ranks.
     """
 
     def __init__(
@@ -39,11 +40,13 @@ class FileSave:
         *,
         limits: tuple[int, int] | None = None,
         with_directory: bool = False,
+        replicated: bool = False,
     ) -> None:
         self.target = target
         self.sharing = sharing
         self.limits = limits
         self.with_directory = with_directory
+        self.replicated = replicated
         self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False

@@ -8,6 +8,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import secrets
 import sys
 import time
@@ -134,11 +135,27 @@ def _begin(
         storages = lazy_storages(lazy)
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(obj, storages if written else None, options) for _, obj, written in contents]
+    for (file, _, _), plan in zip(contents, plans, strict=True):
+        if file.replicated:
+            _refuse_shards(plan.pickle)
     for (file, obj, written), plan in zip(contents, plans, strict=True):
         file.pickle, file.sizes = plan.pickle, plan.sizes
         if written:
             _submit(runtime, file, obj, plan, options)
             pending._files += (file,)
+
+
+# In a pickle, the classes of tensors of which each rank holds a part: their structure is the same everywhere, their bytes are
+# not.
+_SHARDED = re.compile(rb"ctorch\.distributed[\w.]*\n(DTensor|ShardedTensor)\n")
+
+
+def _refuse_shards(pickled: bytes) -> None:
+    if found := _SHARDED.search(pickled):
+        raise TypeError(
+            f"replicated= holds a {found[1].decode()}, of which each rank has a part: give it as the rank's own state, or give "
+            "what its full_tensor() returns"
+        )
 
 
 def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:

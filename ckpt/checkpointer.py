@@ -103,7 +103,8 @@ class Checkpointer(Saver):
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
             ClosedError: after close().
             PeerError: at the first save, rank 0 does not answer, or may not save.
-            TypeError, ValueError: step is not a count; also what pickling a state raises.
+            TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; also what
+                pickling a state raises.
 
         Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
         `result()` and by wait().
@@ -192,10 +193,13 @@ class Checkpointer(Saver):
             target: None if it is only compared.
         """
         sharing = None
-        if kind == REPLICATED and self.world_size > 1 and self.options.replicated_writers != "rank0":
+        several = kind == REPLICATED and self.world_size > 1
+        if several and self.options.replicated_writers != "rank0":
             sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
         named = target or ticket.directory / f"{self._stem(kind)}.pt"
-        return Part(FileSave(named, sharing, limits=limits, with_directory=True), kind, written=target is not None)
+        return Part(
+            FileSave(named, sharing, limits=limits, with_directory=True, replicated=several), kind, written=target is not None
+        )
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:

@@ -317,16 +317,6 @@ def test_impossible_arguments(arguments: dict[str, Any], error: type[Exception],
     assert not (tmp_path / "new").exists()
 
 
-def test_sharded_models_are_refused(tmp_path: Path) -> None:
-    class FlatParameter(nn.Parameter):
-        pass
-
-    model = nn.Linear(2, 2)
-    model.weight = FlatParameter(model.weight.detach())
-    with pytest.raises(TypeError, match="model is sharded \\('weight' is a FlatParameter\\)"):
-        Setup().callback(tmp_path, model=model)
-
-
 # ---- SIGTERM ---------------------------------------------------------------------------------------------------------
 
 

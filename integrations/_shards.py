@@ -1,0 +1,64 @@
+"""What holds only a part of a training state on each rank: it must not be saved as if it were the same on all of them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+# (module, class, what to use instead). Looked up where the module has been imported: else no object can be one of them.
+_WRAPPERS = (
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "DistributedDataParallel"),
+    ("torch.distributed.optim", "ZeroRedundancyOptimizer", "an optimizer on each rank"),
+    ("deepspeed", "DeepSpeedEngine", "ckpt.integrations.deepspeed"),
+    ("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer", "ckpt.integrations.deepspeed"),
+)
+_TENSORS = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
+
+
+def refuse_shards(name: str, part: Any) -> None:
+    """
+    Raises:
+        TypeError: this rank holds only a part of it.
+    """
+    for path, each in _objects(part):
+        for module, kind, instead in _WRAPPERS:
+            if _is_a(each, module, kind):
+                where = f", in '{path}'" if path else ""
+                raise TypeError(
+                    f"{name} is sharded (a {kind}{where}): each rank holds a part of it, and this callback saves what is the "
+                    f"same on all ranks. Use {instead}"
+                )
+    for path, parameter in _parameters(part):
+        if (shard := _kind_of_shard(parameter)) is not None:
+            raise TypeError(
+                f"{name} is sharded ('{path}' is a {shard}); this callback saves what is the same on all ranks only"
+            )
+
+
+def _objects(part: Any) -> Iterator[tuple[str, Any]]:
+    return iter(part.named_modules()) if isinstance(part, nn.Module) else iter([("", part)])
+
+
+def _parameters(part: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    if isinstance(part, nn.Module):
+        yield from part.named_parameters()
+        yield from part.named_buffers()
+    elif isinstance(part, torch.optim.Optimizer):
+        for number, group in enumerate(part.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                yield f"parameter {index} of group {number}", parameter
+
+
+def _kind_of_shard(tensor: torch.Tensor) -> str | None:
+    if getattr(tensor, "_is_flat_param", False):  # FullyShardedDataParallel makes plain parameters, and marks them
+        return "FlatParameter"
+    return next((kind for module, kind in _TENSORS if _is_a(tensor, module, kind)), None)
+
+
+def _is_a(item: Any, module: str, kind: str) -> bool:
+    wanted = getattr(sys.modules.get(module), kind, None)
+    return isinstance(wanted, type) and isinstance(item, wanted)
