@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt._archive import TIMEOUT_S, Archive
 from ckpt._filling import Filling
@@ -16,6 +16,20 @@ from ckpt._runtime import fence
 from ckpt.errors import CheckpointError
 
 
+class Loaded(NamedTuple):
+    """What load_into() has done, by paths such as "model.layers.0.weight".
+
+    Attributes:
+        loaded: what both sides have. Of an optimizer only its own path.
+        missing: what only the target has, and keeps.
+        unexpected: what only the file has.
+    """
+
+    loaded: list[str]
+    missing: list[str]
+    unexpected: list[str]
+
+
 def load_into(
     path: str | os.PathLike[str],
     target: Any,
@@ -23,7 +37,7 @@ def load_into(
     *,
     weights_only: bool = True,
     timeout_s: float = TIMEOUT_S,
-) -> None:
+) -> Loaded:
     """Loads a file written by save() or by `torch.save` into tensors that exist: no second copy of the state is made.
 
     Everything is compared before a byte is written. Then records are read straight into the memory of tensors on the CPU or a
@@ -34,13 +48,18 @@ def load_into(
         path: the file.
         target: what load() would return, with memory already: nested dicts, lists and tuples of tensors, modules and
             optimizers. A module stands for its state_dict(), an optimizer for its own; an optimizer that has not stepped yet
-            takes the state from the file. Numbers, texts and other plain values are replaced where their container allows it.
-        strict: keys that only one side has are an error; False passes over them.
+            takes the state from the file. Its groups and state follow the file, as with its load_state_dict(), in the dtypes of
+            the file. Numbers, texts and other plain values are replaced where their container allows it.
+        strict: keys that only one side has are an error; False passes over them, and returns them.
         weights_only: as in `torch.load`.
         timeout_s: longest that reading may take, seconds.
 
+    Returns:
+        paths of what was loaded, of what the file lacks, and of what the target lacks.
+
     Raises:
-        MismatchError: the two do not fit; lists all keys, dtypes and shapes that differ. Nothing has been written.
+        MismatchError: the two do not fit; lists all keys, dtypes and shapes that differ. Also with strict=False if they have no
+            key in common. Nothing has been written.
         CorruptError, StorageError, DeadlineError: as from load(). If that is found while reading, the target holds parts of the
             file: load another one into it.
         DeviceError: the current stream of a CUDA device is being captured into a graph. Nothing has been written.
@@ -50,6 +69,8 @@ def load_into(
     outline = Outline(archive, weights_only)
     fit = Fit(outline, strict)
     fit.lay(outline.value, target)
+    if not fit.loaded and (fit.missing or fit.unexpected):
+        fit.note_nothing_in_common()
     if fit.problems:
         raise fit.mismatch()
     fence()
@@ -59,6 +80,7 @@ def load_into(
     filling.finish()
     for put in fit.last:
         put()
+    return Loaded(fit.loaded, fit.missing, fit.unexpected)
 
 
 def _open(path: Path, timeout_s: float) -> Archive:

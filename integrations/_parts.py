@@ -14,7 +14,9 @@ from typing import Any, Protocol, cast, runtime_checkable
 import torch
 from torch import nn
 
-_SHARDED = ("DTensor", "FlatParameter")  # names of parameters of which a rank holds only a part: FSDP, tensor parallelism
+from ckpt import optimizers
+
+from ._shards import refuse_shards
 
 
 @runtime_checkable
@@ -30,7 +32,7 @@ def name_parts(kind: str, given: Stateful | Mapping[str, Stateful] | None) -> di
     """Objects by the name of their part, modules unwrapped.
 
     Raises:
-        TypeError: one has no state_dict() and load_state_dict(), or is a module of which this rank holds only a part.
+        TypeError: one has no state_dict() and load_state_dict(), or this rank holds only a part of it.
         ValueError: a name is not a text without "/".
     """
     if given is None:
@@ -52,13 +54,8 @@ def _usable(name: str, item: Any) -> Any:
             f"{name} must have state_dict() and load_state_dict(), and {type(item).__name__} has not"
             + ("; give a sampler with a state, or a StatefulDataLoader" if name.partition("/")[0] == "data" else "")
         )
-    if not isinstance(item, nn.Module):
-        return item
-    module = unwrap(item)
-    for key, parameter in module.named_parameters():
-        if type(parameter).__name__ in _SHARDED:
-            raise TypeError(f"{name} is sharded ('{key}' is a {type(parameter).__name__}); this callback saves replicas only")
-    return module
+    refuse_shards(name, item)
+    return unwrap(item) if isinstance(item, nn.Module) else item
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -113,6 +110,8 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
         return None
     buffers = {_bare(name): tensor for name, tensor in module.named_buffers(remove_duplicate=False)}
     here = {key: tensor for key, tensor in (parameters | buffers).items() if key in persistent}
+    if any(nn.parameter.is_lazy(tensor) for tensor in here.values()):
+        return {}  # it gets memory by load_state_dict()
     common = {key: (found, here[key]) for key, found in shared.items() if key in here}
     if not all(isinstance(found, torch.Tensor) and found.shape == tensor.shape for found, tensor in common.values()):
         return None
@@ -156,6 +155,9 @@ def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool)
     Raises:
         whatever `part` raises if the state does not fit. A module may then be loaded in part.
     """
+    if isinstance(part, torch.optim.Optimizer):
+        optimizers.load_state(part, shared)
+        return []
     if not isinstance(part, nn.Module):
         part.load_state_dict(shared)
         return []
