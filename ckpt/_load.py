@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ckpt import _storage
 from ckpt._archive import TIMEOUT_S, Archive
 from ckpt._memory import Memory, fill, read_whole
 from ckpt._outline import Outline, Selection
@@ -111,6 +112,7 @@ def is_zip(path: Path) -> bool:
         StorageError: the file cannot be read.
         CorruptError: it is neither.
     """
+    _storage.refuse_irregular(path, "load")
     try:
         with open(path, "rb") as file:
             start = file.read(len(_OLD_FORMAT))

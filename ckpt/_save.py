@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import gc
 import hashlib
 import logging
@@ -23,7 +22,7 @@ from ckpt._file_save import FileSave
 from ckpt._laziness import LazyStorages, lazy_storages
 from ckpt._plan import OWNED, SavePlan, make_plan, outline
 from ckpt._tripwire import Tripwire
-from ckpt.errors import SkippedError, StorageError
+from ckpt.errors import SkippedError
 from ckpt.options import Options
 from ckpt.pending import PendingSave
 
@@ -53,7 +52,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         The save on its way; see PendingSave.
 
     Raises:
-        StorageError: the file cannot be created. Later errors are raised by `result()`, and logged.
+        StorageError: the file cannot be created, or what is there is no regular file. Later errors are raised by `result()`,
+            and logged.
         DeviceError: with `Options.device_lazy`: the CUDA driver is missing or fails, or a current stream is being captured
             into a graph. Later errors are the result's.
         FailedSavesError, ClosedError: no more saves are taken.
@@ -61,10 +61,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     """
     options = options or _DEFAULT
     target = Path(os.path.abspath(os.fsdecode(path)))
-    if target.is_symlink():
-        target = target.resolve()  # as torch.save: the link stays
-    if target.is_dir():
-        raise StorageError(errno.EISDIR, f"cannot save to '{target}': it is a directory; name a file", str(target))
+    target = _storage.file_target(target)
+    _storage.directory_of_target(target)
     pending = PendingSave(target, on_done=log_failure)
 
     file = FileSave(target)

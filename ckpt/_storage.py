@@ -12,11 +12,13 @@ one that was killed, tell their own from others'.
 from __future__ import annotations
 
 import contextlib
+import errno
 import itertools
 import os
 import re
 import secrets
 import socket
+import stat
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -66,10 +68,128 @@ def name_behind(temporary: str) -> str | None:
     return None if match is None else match["name"]
 
 
+_KINDS = ((stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISREG, "regular file"))
+_LONGEST_PATH = 4095  # bytes: PATH_MAX of Linux without the zero behind
+
+
+def kind_of(mode: int) -> str:
+    return next((kind for is_it, kind in _KINDS if is_it(mode)), "device")
+
+
+def file_target(path: Path) -> Path:
+    """Where a file that is saved to `path` goes: as with torch.save, a link stays, and what it leads to is replaced.
+
+    Raises:
+        StorageError: no file can be made there, or what is there is no regular file, which a rename would replace all the same.
+        ValueError: the path has a zero byte.
+    """
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        mode = os.stat(target).st_mode
+    except FileNotFoundError:
+        _refuse_zero_byte(path)
+        return target
+    except (OSError, RuntimeError) as error:  # the latter: links in a circle, before Python 3.13
+        raise _explained(f"cannot save to '{path}'", path, error) from error
+    if stat.S_ISDIR(mode):
+        raise StorageError(errno.EISDIR, f"cannot save to '{target}': it is a directory; name a file", str(target))
+    if not stat.S_ISREG(mode):
+        raise StorageError(
+            errno.EINVAL, f"cannot save to '{target}': it is a {kind_of(mode)}, not a regular file; name another", str(target)
+        )
+    return target
+
+
+def refuse_irregular(path: Path, doing: str) -> None:
+    """What would hang whoever opens it, or has no end.
+
+    Raises:
+        StorageError: it is a FIFO, a socket or a device.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return  # whoever opens it says why
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise StorageError(errno.EINVAL, f"cannot {doing} '{path}': it is a {kind_of(mode)}, not a regular file", str(path))
+
+
+def _refuse_zero_byte(path: Path) -> None:
+    if "\0" in str(path):  # the kernel would take what is before it
+        raise ValueError(f"embedded null byte in {str(path)!r}")
+
+
+def _explained(doing: str, path: Path, error: OSError | RuntimeError) -> StorageError:
+    code = getattr(error, "errno", None) or errno.ELOOP
+    return StorageError(code, f"{doing}: {_obstacle(path, code) or os.strerror(code)}", str(path))
+
+
+def _obstacle(path: Path, code: int) -> str | None:
+    """What is wrong with a path, and what to do about it."""
+    if len(os.fsencode(path)) > _LONGEST_PATH:
+        return f"the path has {len(os.fsencode(path))} bytes, at most {_LONGEST_PATH} are possible; choose a shorter one"
+    for name in path.parts if code == errno.ENAMETOOLONG else ():
+        if (length := len(os.fsencode(name))) > 255:
+            return f"the name '{name[:40]}...' has {length} bytes, file systems take 255; choose a shorter name"
+    if code == errno.ELOOP:
+        return "its links lead in a circle; remove one of them"
+    if code in (errno.EACCES, errno.EPERM):
+        return f"{os.strerror(code)}; check the permissions of the directories and the user that runs the job"
+    for parent in reversed([path, *path.parents]):
+        with contextlib.suppress(OSError):
+            if parent.is_symlink() and not parent.exists():
+                return f"'{parent}' is a link to '{os.readlink(parent)}', which does not exist; make that, or remove the link"
+            if parent.exists() and not parent.is_dir():
+                kind = kind_of(parent.stat().st_mode)
+                return f"'{parent}' is a {kind}, not a directory; remove it, or choose another place"
+    return None
+
+
 def make_directory(path: Path, durable: bool) -> None:
-    """With its parents. One that exists is fine. Not durable: without an fsync; sync_directory(parent) must follow."""
-    if not path.is_dir():
-        _native.make_directory(os.fsencode(path), durable)
+    """With its parents. One that exists is fine. Not durable: without an fsync; sync_directory(parent) must follow.
+
+    Raises:
+        StorageError: it cannot be made, or not be entered.
+        ValueError: the path has a zero byte.
+    """
+    _refuse_zero_byte(path)
+    try:
+        if not _is_directory(path):
+            _native.make_directory(os.fsencode(path), durable)
+        elif not os.access(path, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except StorageError as error:
+        code = error.errno or 0
+        if code not in (errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOENT):
+            raise
+        if (obstacle := _obstacle(path, code)) is None:
+            raise
+        raise StorageError(code, f"cannot make the directory '{path}': {obstacle}", str(path)) from error
+    except OSError as error:
+        raise _explained(f"cannot use the directory '{path}'", path, error) from error
+
+
+def _is_directory(path: Path) -> bool:
+    """
+    Raises:
+        OSError: that cannot be told.
+    """
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def directory_of_target(path: Path) -> None:
+    """
+    Raises:
+        StorageError: the directory of a file to be made is not there.
+    """
+    parent = path.parent
+    if not os.path.isdir(parent):
+        code = errno.ENOTDIR if os.path.exists(parent) else errno.ENOENT
+        obstacle = _obstacle(parent, code) or f"the directory '{parent}' does not exist (was it removed?); make it first"
+        raise StorageError(code, f"cannot save to '{path}': {obstacle}", str(path))
 
 
 def sync_directory(path: Path) -> None:

@@ -79,6 +79,7 @@ class Bundle:
             return
         try:
             target = Path(os.path.abspath(os.fspath(path)))
+            _storage.file_target(target)
             # Its directory is not made with it: a user may have removed the bundle meanwhile.
             file = FileSave(target, limits=self._owner._limits.get(self._root) if target.parent == self.directory else None)
             _storage.make_directory(target.parent, durable=False)

@@ -51,7 +51,7 @@ class Checkpointer(Saver):
             was launched, and "local" for a job of one.
 
     Raises:
-        StorageError: the directory cannot be made.
+        StorageError: the directory cannot be made or entered; says what is in the way.
         ValueError: keep is less than 1, or there is no such coordinator.
         CheckpointError: the coordinator cannot work here, or not all ranks came.
 

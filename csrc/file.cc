@@ -36,6 +36,7 @@ const char* remedy(int error) {
     case EROFS: return "; the file system is mounted read-only";
     case EACCES:
     case EPERM: return "; check the permissions of the directory and the user that runs the job";
+    case ENAMETOOLONG: return "; choose a shorter name or path";
     case ENOENT: return "; was a directory of the path removed?";
     case EMFILE:
     case ENFILE: return "; too many open files: raise the limit (ulimit -n)";
@@ -266,11 +267,14 @@ void WritableFile::discard() noexcept {
 
 // ---- ReadableFile ------------------------------------------------------------------------------------------------
 
-ReadableFile::ReadableFile(const std::string& path, bool direct) : path_(path), fd_(open_file(path, O_RDONLY)) {
+ReadableFile::ReadableFile(const std::string& path, bool direct) : path_(path), fd_(open_file(path, O_RDONLY | O_NONBLOCK)) {
   if (!fd_.valid()) fail("open", path_, errno);
   struct stat stat {};
   if (invoke("fstat", path_, [&] { return ::fstat(fd_.get(), &stat); }) != 0) fail("fstat", path_, errno);
   if (S_ISDIR(stat.st_mode)) fail("open", path_, EISDIR);
+  if (!S_ISREG(stat.st_mode)) {
+    throw Error(ErrorKind::kStorage, "cannot read '" + path_ + "': it is a FIFO or a device, not a regular file", EINVAL, path_);
+  }
   size_ = static_cast<uint64_t>(stat.st_size);
   if (direct) open_direct();
 }
