@@ -75,6 +75,7 @@ class StepDirectories:
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
         self._removing: set[str] = set()  # step directories that are just being taken away
         self._limits: tuple[int, int] | None = None  # what direct I/O demands here, once a file has been written
+        self._begun_again = ""  # the step that was begun last, if it may be there already
         self._highest: str | None = None  # no step above has been begun, or lay here when the first one was
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
@@ -146,7 +147,9 @@ class StepDirectories:
         with self._lock:
             self._lock.wait_for(lambda: name not in self._removing)
             taken = set(self._in_flight.get(name, ()))
-            if not self._is_new(name):
+            new = self._is_new(name)
+            self._begun_again = "" if new else name
+            if not new:
                 taken |= _names_in_use(directory)
             files = [_free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
@@ -158,6 +161,14 @@ class StepDirectories:
         new = name > self._highest
         self._highest = max(name, self._highest)
         return new
+
+    def replaced_by(self, target: Path, stem: str) -> Path | None:
+        """The file of the committed step that `target`, from begin(), will take the place of."""
+        if target.parent.name != self._begun_again:
+            return None
+        manifest = _manifest.read_if_any(target.parent)
+        names = () if manifest is None else sorted(_manifest.names(manifest.files))
+        return next((target.parent / name for name in names if _stem_of(name) == stem), None)
 
     def note_limits(self, limits: tuple[int, int] | None) -> None:
         """Of a file that was written here."""
@@ -366,6 +377,11 @@ def _free_name(stem: str, taken: set[str]) -> str:
         number += 1
         name = f"{stem}-{number}.pt"
     return name
+
+
+def _stem_of(name: str) -> str | None:
+    match = _FILE.fullmatch(name)
+    return None if match is None else match[1]
 
 
 def _written_for(name: str) -> str | None:

@@ -31,6 +31,7 @@ class FileSave:
             take long where many create files at once. None: submit() creates it, and looks.
         with_directory: make the directory with it, if that is not there.
         replicated: what it holds is said to be the same on several ranks.
+        like: the file whose permissions it takes over; if not given, what is there under its name, if anything.
     """
 
     def __init__(
@@ -41,12 +42,14 @@ class FileSave:
         limits: tuple[int, int] | None = None,
         with_directory: bool = False,
         replicated: bool = False,
+        like: Path | None = None,
     ) -> None:
         self.target = target
         self.sharing = sharing
         self.limits = limits
         self.with_directory = with_directory
         self.replicated = replicated
+        self.like = like or target
         self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False

@@ -42,7 +42,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
 
     Args:
         obj: anything that `torch.save` can save.
-        path: the file to create or replace, atomically, once all is durable. Its directory must exist.
+        path: the file to create or replace, atomically, once all is durable. Its directory must exist. What is replaced keeps
+            its permissions.
         lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
             True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
             save(), for states that something other than an optimizer's step writes to.
@@ -238,6 +239,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             streams=_devices.streams_of(file.devices),
             expected_limits=file.limits,
             with_directory=file.with_directory,
+            like=os.fsencode(file.like),
         )
     except BaseException as error:
         _runtime.unwatch(file)

@@ -197,9 +197,9 @@ class Checkpointer(Saver):
         if several and self.options.replicated_writers != "rank0":
             sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
         named = target or ticket.directory / f"{self._stem(kind)}.pt"
-        return Part(
-            FileSave(named, sharing, limits=limits, with_directory=True, replicated=several), kind, written=target is not None
-        )
+        like = self._directories.replaced_by(named, self._stem(kind))
+        file = FileSave(named, sharing, limits=limits, with_directory=True, replicated=several, like=like)
+        return Part(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:

@@ -4,9 +4,11 @@
 #include <linux/magic.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cerrno>
 #include <climits>
 #include <cstring>
@@ -27,6 +29,7 @@ constexpr uint32_t kLargestAlign = 32768;
 constexpr int kMostStalls = 8;
 constexpr mode_t kFileMode = 0666;  // the umask decides
 constexpr mode_t kDirectoryMode = 0777;
+constexpr const char* kAccessList = "system.posix_acl_access";
 
 const char* remedy(int error) {
   switch (error) {
@@ -67,8 +70,15 @@ auto invoke(const char* name, const std::string& path, Call system_call) -> decl
   }
 }
 
-int open_file(const std::string& path, int flags) {
-  return invoke("open", path, [&] { return ::open(path.c_str(), flags | O_CLOEXEC, kFileMode); });
+int open_file(const std::string& path, int flags, mode_t mode = kFileMode) {
+  return invoke("open", path, [&] { return ::open(path.c_str(), flags | O_CLOEXEC, mode); });
+}
+
+// Empty if there is none.
+std::string access_list_of(const std::string& path) {
+  std::array<char, 4096> list{};
+  const ssize_t length = ::getxattr(path.c_str(), kAccessList, list.data(), list.size());
+  return length <= 0 ? std::string() : std::string(list.data(), static_cast<size_t>(length));
 }
 
 // Descriptors are closed once whatever close() says: on Linux the number is free even after an error.
@@ -155,8 +165,8 @@ int Descriptor::release() { return std::exchange(fd_, -1); }
 // ---- WritableFile ------------------------------------------------------------------------------------------------
 
 WritableFile::WritableFile(std::string path, bool direct, bool shared, const std::optional<IoLimits>& expected,
-                           bool with_directory)
-    : path_(std::move(path)), direct_(direct), shared_(shared), with_directory_(with_directory) {
+                           bool with_directory, std::string like)
+    : path_(std::move(path)), like_(std::move(like)), direct_(direct), shared_(shared), with_directory_(with_directory) {
   if (expected) {
     limits_ = *expected;
     return;
@@ -178,12 +188,30 @@ void WritableFile::create() {
 
 void WritableFile::open_new() {
   const int flags = O_WRONLY | O_CREAT | (shared_ ? 0 : O_EXCL);
-  fd_ = Descriptor(open_file(path_, flags));
+  struct stat old {};
+  const bool replaces = !like_.empty() && ::stat(like_.c_str(), &old) == 0 && S_ISREG(old.st_mode);
+  const mode_t mode = replaces ? kFileMode & old.st_mode & S_IRWXU : kFileMode;  // never readable by more than the old one
+  fd_ = Descriptor(open_file(path_, flags, mode));
   if (!fd_.valid() && errno == ENOENT && with_directory_) {
     made_directory_ = make_directory(parent_of(path_), false);
-    fd_ = Descriptor(open_file(path_, flags));
+    fd_ = Descriptor(open_file(path_, flags, mode));
   }
   if (!fd_.valid()) fail("open", path_, errno);
+  if (replaces) take_permissions(access_list_of(like_), old.st_mode & kDirectoryMode, old.st_uid, old.st_gid);
+}
+
+// What is refused is done without. Bits of a group or of an access list that could not be kept would be somebody else's.
+void WritableFile::take_permissions(const std::string& acl, uint32_t mode, uint32_t owner, uint32_t group) {
+  struct stat own {};
+  if (::fstat(fd_.get(), &own) != 0) return;
+  const auto give = [&](uid_t user) {
+    return invoke("fchown", path_, [&] { return ::fchown(fd_.get(), user, group); }) == 0;
+  };
+  const bool same = own.st_gid == group && own.st_uid == owner;
+  const bool has_group = same || give(owner) || own.st_gid == group || give(static_cast<uid_t>(-1));
+  if (has_group && !acl.empty() && ::fsetxattr(fd_.get(), kAccessList, acl.data(), acl.size(), 0) == 0) return;
+  if (!has_group || !acl.empty()) mode = (mode & ~uint32_t{S_IRWXG}) | (mode & S_IRWXO) << 3;
+  static_cast<void>(invoke("fchmod", path_, [&] { return ::fchmod(fd_.get(), mode); }));
 }
 
 // Direct I/O is switched on after the open: a file system that refuses the flag then still leaves us a good descriptor.

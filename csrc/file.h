@@ -46,9 +46,11 @@ class WritableFile {
  public:
   // Creates `path`, which must not exist unless it is `shared`: then other processes create and write it, too. `direct`: ask
   // for direct I/O, and take what the file system grants. `expected`: what a file there was found to demand; then nothing is
-  // touched before create(), which also makes a missing directory if `with_directory`.
+  // touched before create(), which also makes a missing directory if `with_directory`. `like`: the file that it will replace,
+  // whose permissions it gets as far as that is allowed; a missing one is no error.
   explicit WritableFile(std::string path, bool direct, bool shared = false,
-                        const std::optional<IoLimits>& expected = std::nullopt, bool with_directory = false);
+                        const std::optional<IoLimits>& expected = std::nullopt, bool with_directory = false,
+                        std::string like = {});
 
   // Creates the file if that is still to be done. Where it demands more than was expected it goes through the page cache.
   void create();
@@ -75,10 +77,12 @@ class WritableFile {
 
  private:
   void open_new();
+  void take_permissions(const std::string& acl, uint32_t mode, uint32_t owner, uint32_t group);
   IoLimits find_limits() const;
   void fall_back(int error, uint64_t offset);
 
   std::string path_;
+  const std::string like_;
   Descriptor fd_;
   const bool direct_, shared_, with_directory_;
   IoLimits limits_;
