@@ -30,6 +30,7 @@ class BundleTicket:
     Attributes:
         name: of the directory, as `latest` gives it.
         step: goes into the manifest.
+        held: the directory, if it is there: all goes there, although a framework may rename it meanwhile.
         root: None on ranks that publish nothing.
         node: names the directory tree that this rank sees; the same on all ranks if they share one.
     """
@@ -42,10 +43,16 @@ class BundleTicket:
     root: BundleRoot | None = None
     node: str = ""
     files: tuple[FileSave, ...] = ()
+    held: _storage.Directory | None = None
 
     @property
     def what(self) -> str:
         return f"'{self.name}'"
+
+    @property
+    def place(self) -> Path:
+        """The directory, whatever it is called by now."""
+        return self.directory if self.held is None else self.held.reach
 
 
 class BundleCommitter:
@@ -86,7 +93,7 @@ class BundleCommitter:
         self._settle(ticket, "placed", own, error, self._finish)
         if ticket.node:
             self._point_latest_on_nodes(ticket, said)
-        return ticket.directory
+        return ticket.directory if ticket.held is None else ticket.held.now()
 
     def _point_latest_on_nodes(self, ticket: BundleTicket, said: Mapping[str, Any]) -> None:
         error = None
@@ -107,11 +114,11 @@ class BundleCommitter:
                 files = _manifest.parse_files(said["files"].get(ticket.node, []))
                 if files:
                     manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
-                    ticket.root.publish(ticket.directory, manifest)
-            _bundle_directory.place(ticket.directory, entries)
+                    ticket.root.publish(ticket.place, manifest)
+            _bundle_directory.place(ticket.place, entries)
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
-                    _storage.rename_durably(file.temporary, file.target)
+                    _storage.rename_durably(file.reach(file.temporary), file.reach(file.target))
         except Exception as caught:
             return caught.with_traceback(None)
         _storage.crash_point("placed")
@@ -178,9 +185,9 @@ class BundleCommitter:
     def _publish_manifest(self, ticket: BundleTicket, manifest: Manifest) -> None:
         assert ticket.root is not None
         try:
-            ticket.root.publish(ticket.directory, manifest)
+            ticket.root.publish(ticket.place, manifest)
         except StorageError as error:
-            if not _manifest.stands(manifest, ticket.directory):
+            if not _manifest.stands(manifest, ticket.place):
                 raise
             self._doubt = error.with_traceback(None)  # it is decided, but may not last: the files get their names all the same
 
@@ -199,7 +206,7 @@ class BundleCommitter:
 
     def _point_latest(self, ticket: BundleTicket) -> None:
         if ticket.move_latest and ticket.root is not None:
-            ticket.root.point_latest(ticket.name)
+            ticket.root.point_latest(ticket.name if ticket.held is None else ticket.root.name_of(ticket.held, ticket.name))
 
 
 def _refuse_twins(files: Mapping[str, Sequence[FileEntry]]) -> None:

@@ -31,7 +31,7 @@ LATEST = "latest"
 
 
 _guard = threading.RLock()  # reentrant: a finalizer releases
-_roots: dict[tuple[int, Path], BundleRoot] = {}  # by process and path; guarded by _guard
+_roots: dict[tuple[int, int, int], BundleRoot] = {}  # by process, device and inode; guarded by _guard
 
 
 class BundleRoot:
@@ -42,6 +42,7 @@ class BundleRoot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held = _storage.Directory(path)  # a framework may rename it as soon as it has given us its files
         self._lock = DirectoryLock(path)
         self._users = 0  # guarded by _guard, as the next
         self._next_sequence: int | None = None
@@ -56,12 +57,13 @@ class BundleRoot:
         """
         with _guard:
             _storage.make_directory(path, durable=False)
-            path = Path(os.path.realpath(path))  # it may have several names
-            root = _roots.get((os.getpid(), path)) or BundleRoot(path)
+            root = BundleRoot(path)
+            key = root._key()  # it may have several names
+            root = _roots.get(key, root)
             if root._users == 0:
                 root._lock.acquire()
                 root._remove_leftovers()
-                _roots[os.getpid(), path] = root
+                _roots[key] = root
             root._users += 1
             return root
 
@@ -70,7 +72,24 @@ class BundleRoot:
             self._users -= 1
             if self._users == 0:
                 self._lock.release()
-                _roots.pop((os.getpid(), self.path), None)
+                _roots.pop(self._key(), None)
+                self._held.close()
+
+    def _key(self) -> tuple[int, int, int]:
+        found = os.fstat(self._held.descriptor)
+        return os.getpid(), found.st_dev, found.st_ino
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the path still leads here."""
+        return self._held.is_at(path)
+
+    def name_of(self, directory: _storage.Directory, name: str) -> str:
+        """Of a bundle that was begun as `name`, for `latest`."""
+        now = directory.now()
+        if now == directory.path:
+            return name
+        root = Path(os.path.realpath(self._held.now()))
+        return os.path.relpath(os.path.realpath(now), root) if now.is_relative_to(root) else name
 
     def _remove_leftovers(self) -> None:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
@@ -94,7 +113,7 @@ class BundleRoot:
         """The number of the next commit."""
         with _guard:
             if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in look(self.path)), default=0) + 1
+                self._next_sequence = max((manifest.sequence for _, manifest in look(self._held.reach)), default=0) + 1
             self._next_sequence += 1
             return self._next_sequence - 1
 
@@ -113,13 +132,13 @@ class BundleRoot:
                     f"'{directory}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
-        _storage.sync_directory(self.path)
+        _storage.sync_directory(self._held.reach)
         _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
 
     def point_latest(self, name: str) -> None:
         """Raises StorageError."""
         self._lock.assert_held()
-        _storage.replace_durably(self.path / LATEST, name.encode(), "latest")
+        _storage.replace_durably(self._held.reach / LATEST, name.encode(), "latest")
 
 
 def look(root: Path) -> list[tuple[Path, Manifest]]:

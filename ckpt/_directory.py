@@ -15,6 +15,7 @@ two at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import re
@@ -67,6 +68,7 @@ class StepDirectories:
         self._keep = keep
         self._max_in_flight = max_in_flight
         self._shared = shared
+        self._held = _storage.Directory(directory)
         self._file_lock = DirectoryLock(directory)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
@@ -120,6 +122,7 @@ class StepDirectories:
         with self._changing:
             self._released = True
             self._file_lock.release()
+            self._held.close()
 
     @contextlib.contextmanager
     def _still_ours(self) -> Iterator[None]:
@@ -212,6 +215,7 @@ class StepDirectories:
             StorageError: a system call failed; the file is removed.
             CheckpointError: somebody else has put a checkpoint there meanwhile; it is left alone.
         """
+        self._refuse_another_directory()
         there = _manifest.read_if_any(target.parent)
         if there is not None and target.name in _manifest.names(there.files):
             raise CheckpointError(
@@ -239,6 +243,7 @@ class StepDirectories:
             StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
             InUseError, ClosedError: the directory is not ours any more.
         """
+        self._refuse_another_directory()
         with self._still_ours():
             for file in manifest.files:  # whatever may have gone wrong between the ranks: no manifest names what is not there
                 if (directory / file.name).stat().st_size != file.bytes:
@@ -248,6 +253,23 @@ class StepDirectories:
             _storage.sync_directory(self._directory)
             _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
             _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
+
+    def _refuse_another_directory(self) -> None:
+        """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.
+
+        Raises:
+            StorageError: the directory was renamed or removed since the Checkpointer was made.
+        """
+        if self._held.descriptor < 0 or self._held.is_at(self._directory):
+            return
+        now = self._held.now()
+        became = "removed or replaced" if now == self._directory else f"renamed to '{now}'"
+        raise StorageError(
+            errno.ENOENT,
+            f"the directory '{self._directory}' was {became} while its Checkpointer saves into it; give it its name back, or "
+            "make another Checkpointer",
+            str(self._directory),
+        )
 
     def take_back(self, target: Path) -> None:
         """Removes a file that has its name but is not committed: a full disk must not get fuller with every try."""

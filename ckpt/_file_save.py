@@ -31,6 +31,7 @@ class FileSave:
             take long where many create files at once. None: submit() creates it, and looks.
         with_directory: make the directory with it, if that is not there.
         replicated: what it holds is said to be the same on several ranks.
+        directory: that the file lies in: then it is made there, whatever that is called by then.
         like: the file whose permissions it takes over; if not given, what is there under its name, if anything.
     """
 
@@ -43,6 +44,7 @@ class FileSave:
         with_directory: bool = False,
         replicated: bool = False,
         like: Path | None = None,
+        directory: _storage.Directory | None = None,
     ) -> None:
         self.target = target
         self.sharing = sharing
@@ -50,6 +52,7 @@ class FileSave:
         self.with_directory = with_directory
         self.replicated = replicated
         self.like = like or target
+        self.directory = directory
         self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
@@ -164,6 +167,14 @@ class FileSave:
         """At the end of the job."""
         self._until_durable = self._tripwire = self._records = None
 
+    def reach(self, path: Path) -> Path:
+        """`path`, a name beside the file, wherever its directory is by now."""
+        return path if self.directory is None else self.directory.reach / path.name
+
+    def close_directory(self) -> None:
+        if self.directory is not None:
+            self.directory.close()
+
     def found_limits(self) -> tuple[int, int] | None:
         """For the next file there. None if this one was not created here."""
         return None if self.job is None else self.job.limits
@@ -177,4 +188,4 @@ class FileSave:
         Then every rank removes it: one that comes late may have made it anew.
         """
         if not self.undecided and (self.sharing is None or self.sharing.index == 0 or self.given_up):
-            _storage.remove_quietly(self.temporary)
+            _storage.remove_quietly(self.reach(self.temporary))

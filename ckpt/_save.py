@@ -66,17 +66,18 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     _storage.directory_of_target(target)
     pending = PendingSave(target, on_done=log_failure)
 
-    file = FileSave(target)
+    directory = _storage.Directory(target.parent)
+    file = FileSave(target, directory=directory)
 
     def publish(error: BaseException | None) -> Path:
         if error is not None:
             raise error
         _storage.crash_point("before-rename")
-        if _storage.has_room(target.parent, options.max_in_flight * file.job.size):
-            pending._afterwards = _storage.keep_space(target)
-        _storage.rename_durably(file.temporary, target)
+        if _storage.has_room(directory.reach, options.max_in_flight * file.job.size):
+            pending._afterwards = _storage.keep_space(file.reach(target))
+        _storage.rename_durably(file.reach(file.temporary), file.reach(target))
         _storage.crash_point("renamed")
-        return target
+        return directory.now() / target.name
 
     _storage.remove_stale(target)
     start(*_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
@@ -240,6 +241,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             expected_limits=file.limits,
             with_directory=file.with_directory,
             like=os.fsencode(file.like),
+            directory=-1 if file.directory is None else file.directory.descriptor,
         )
     except BaseException as error:
         _runtime.unwatch(file)

@@ -145,6 +145,54 @@ def _obstacle(path: Path, code: int) -> str | None:
     return None
 
 
+class Directory:
+    """One that stays the same whatever becomes of its name: what is done below `reach` follows a rename.
+
+    Raises:
+        StorageError: it is not there.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.moved = False  # known once it is closed
+        self.descriptor = -1
+        try:
+            self.descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _explained(f"cannot open the directory '{path}'", path, error) from error
+        linked = Path(f"/proc/self/fd/{self.descriptor}")
+        self.reach = linked if self._is(linked) else path  # without /proc a rename is not followed, and ends in an error
+
+    def _is(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+    def now(self) -> Path:
+        """What it is called now; the old name if that still leads there, or if it was removed."""
+        if self.descriptor < 0 or self._is(self.path):
+            return self.path
+        with contextlib.suppress(OSError):
+            if self._is(link := Path(os.readlink(f"/proc/self/fd/{self.descriptor}"))):
+                return link
+        return self.path
+
+    def is_at(self, path: Path) -> bool:
+        return self._is(path)
+
+    def close(self) -> None:
+        """Safe to call again."""
+        if self.descriptor >= 0:
+            self.moved = self.now() != self.path
+            descriptor, self.descriptor, self.reach = self.descriptor, -1, self.path
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 def make_directory(path: Path, durable: bool) -> None:
     """With its parents. One that exists is fine. Not durable: without an fsync; sync_directory(parent) must follow.
 

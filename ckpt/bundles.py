@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import functools
@@ -57,6 +58,7 @@ class Bundle:
         self._admitted = False
         self._committed = False
         self._included: list[Path] = []
+        self._held: dict[Path, _storage.Directory] = {}  # where its files are made
         self.pending = pending
 
     @property
@@ -81,12 +83,19 @@ class Bundle:
             target = Path(os.path.abspath(os.fspath(path)))
             _storage.file_target(target)
             # Its directory is not made with it: a user may have removed the bundle meanwhile.
-            file = FileSave(target, limits=self._owner._limits.get(self._root) if target.parent == self.directory else None)
+            limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
             _storage.make_directory(target.parent, durable=False)
+            file = FileSave(target, limits=limits, directory=self._hold(target.parent))
             add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
             file.forget_structure()
         except Exception as error:
             self.fail(error)
+
+    def _hold(self, directory: Path) -> _storage.Directory:
+        """From now on all goes there, whatever it is called by then."""
+        if directory not in self._held:
+            self._held[directory] = _storage.Directory(directory)
+        return self._held[directory]
 
     def include(self, path: str | os.PathLike[str]) -> None:
         """Makes what somebody else has written there, a file or a directory, durable before the bundle is published."""
@@ -106,6 +115,8 @@ class Bundle:
         """Ends it: in the background it becomes a checkpoint when the files of all ranks are durable. Safe to call again."""
         if not self._committed:
             self._committed = True
+            with contextlib.suppress(StorageError):  # no rank has written there; or it was removed: whoever publishes finds out
+                self._hold(self.directory)
             self._owner._commit(self)
         return self.pending
 
@@ -144,9 +155,11 @@ class BundleCheckpointer(Saver):
         self._chooser = Chooser(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)
+        self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
         weakref.finalize(self, _release_all, self._roots).atexit = False
+        weakref.finalize(self, _release_moved, self._moved).atexit = False
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -216,8 +229,14 @@ class BundleCheckpointer(Saver):
         return json.loads(said) or None
 
     def _own_root(self, root: Path) -> BundleRoot:
-        own = self._roots.pop(root, None) or BundleRoot.claim(root)
+        own = self._roots.pop(root, None)
+        if own is not None and not own.is_at(root):  # renamed, and another one made: what is in flight there still needs it
+            self._moved.append(own)
+            own = None
+        own = own or BundleRoot.claim(root)
         self._roots[root] = own
+        if self._moved and all(pending.done() for pending in self._pending):
+            _release_moved(self._moved)
         busy = [pending.path for pending in self._pending if not pending.done()]
         idle = [path for path in self._roots if path != root and not any(each.is_relative_to(path) for each in busy)]
         for path in idle[: max(0, len(self._roots) - _MOST_ROOTS)]:
@@ -228,6 +247,7 @@ class BundleCheckpointer(Saver):
         pending = bundle.pending
         ticket = bundle._ticket
         error = bundle._error
+        held = bundle._held
 
         def publish(failed: BaseException | None) -> Path:
             files = pending._files
@@ -238,7 +258,8 @@ class BundleCheckpointer(Saver):
                     _storage.sync_tree(path)
             except OSError as unsynced:
                 failed = failed or unsynced
-            return self._committing.commit(dataclasses.replace(ticket, files=files), error or failed)
+            there = held.get(ticket.directory)
+            return self._committing.commit(dataclasses.replace(ticket, files=files, held=there), error or failed)
 
         (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)
         self._remember(pending)
@@ -259,6 +280,7 @@ class BundleCheckpointer(Saver):
 
     def _release(self) -> None:
         _release_all(self._roots)
+        _release_moved(self._moved)
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
@@ -348,7 +370,8 @@ class BundleCheckpointer(Saver):
 
 def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
-    if not any(file.target.parent == pending.path for file in pending._planned):
+    own = [file for file in pending._planned if file.target.parent == pending.path]
+    if not own or any(file.directory is not None and file.directory.moved for file in own):
         return False
     gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
     return gone and _is_gone(pending.path)
@@ -367,3 +390,8 @@ def _is_gone(path: Path) -> bool:
 def _release_all(roots: dict[Path, BundleRoot]) -> None:
     while roots:
         roots.popitem()[1].release()
+
+
+def _release_moved(roots: list[BundleRoot]) -> None:
+    while roots:
+        roots.pop().release()

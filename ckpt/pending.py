@@ -112,6 +112,8 @@ class PendingSave:
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
 
+        Where the directory of a file, or a bundle, was renamed while the save was in flight, that is its path now.
+
         Args:
             timeout: seconds; None waits as long as it takes.
 
@@ -179,6 +181,8 @@ class PendingSave:
     def _let_go(self) -> None:
         for file in self._files:
             file.forget_structure()
+        for file in self._planned:
+            file.close_directory()
 
     def _succeed(self, path: Path) -> None:
         self._durable_at = time.monotonic()

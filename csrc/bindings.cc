@@ -142,7 +142,7 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
                             size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
                             uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                             const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
-                            bool with_directory, const std::string& like) {
+                            bool with_directory, const std::string& like, int directory) {
   usable(engine);
   const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
                        to_named(tail, copy_at_most), uniform_alignment, direct};
@@ -150,7 +150,7 @@ std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
   const Share share{share_index, share_count};
   const auto limits = expected ? std::optional<IoLimits>({expected->first, expected->second}) : std::nullopt;
-  auto target = std::make_unique<WritableFile>(path, direct, !share.whole(), limits, with_directory, like);
+  auto target = std::make_unique<WritableFile>(path, direct, !share.whole(), limits, with_directory, like, directory);
   ZipLayout layout;
   FileSpec spec;
   try {
@@ -299,7 +299,7 @@ void bind_engine(py::module_& module) {
            py::arg("share_index") = 0, py::arg("share_count") = 1,
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
-           py::arg("like") = "")
+           py::arg("like") = "", py::arg("directory") = -1)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

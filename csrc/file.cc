@@ -47,7 +47,18 @@ const char* remedy(int error) {
   }
 }
 
-[[noreturn]] void fail(const char* call, const std::string& path, int error, int64_t offset = -1) {
+// For messages and faults: a directory that is held by a descriptor is named as it is called now.
+std::string readable(const std::string& path) {
+  const std::string prefix = "/proc/self/fd/";
+  if (path.compare(0, prefix.size(), prefix) != 0) return path;
+  const std::string link = path.substr(0, path.find('/', prefix.size()));
+  std::array<char, PATH_MAX> target{};
+  const ssize_t length = ::readlink(link.c_str(), target.data(), target.size());
+  return length <= 0 ? path : std::string(target.data(), static_cast<size_t>(length)) + path.substr(link.size());
+}
+
+[[noreturn]] void fail(const char* call, const std::string& given, int error, int64_t offset = -1) {
+  const std::string path = readable(given);
   std::string text = std::string(call) + " failed on '" + path + "'";
   if (offset >= 0) text += " at offset " + std::to_string(offset);
   text += ": ";
@@ -59,7 +70,7 @@ const char* remedy(int error) {
 template <typename Call>
 auto invoke(const char* name, const std::string& path, Call system_call) -> decltype(system_call()) {
   for (;;) {
-    const fault::Verdict verdict = fault::consult(name, path);
+    const fault::Verdict verdict = fault::consult(name, readable(path));
     if (verdict.error != 0) {
       errno = verdict.error;
     } else {
@@ -104,6 +115,8 @@ std::string parent_of(const std::string& path) {
   if (slash == std::string::npos) return ".";
   return slash == 0 ? "/" : path.substr(0, slash);
 }
+
+std::string name_of(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
 
 bool is_memory_file_system(int fd) {
   struct statfs stat {};
@@ -165,8 +178,12 @@ int Descriptor::release() { return std::exchange(fd_, -1); }
 // ---- WritableFile ------------------------------------------------------------------------------------------------
 
 WritableFile::WritableFile(std::string path, bool direct, bool shared, const std::optional<IoLimits>& expected,
-                           bool with_directory, std::string like)
+                           bool with_directory, std::string like, int directory)
     : path_(std::move(path)), like_(std::move(like)), direct_(direct), shared_(shared), with_directory_(with_directory) {
+  if (directory >= 0) {
+    directory_ = Descriptor(::fcntl(directory, F_DUPFD_CLOEXEC, 0));
+    if (!directory_.valid()) fail("fcntl", path_, errno);
+  }
   if (expected) {
     limits_ = *expected;
     return;
@@ -186,15 +203,21 @@ void WritableFile::create() {
   if (found_->direct() && ::fcntl(fd_.get(), F_SETFL, 0) != 0) fail("fcntl", path_, errno);
 }
 
+int WritableFile::open_here(int flags, uint32_t mode) const {
+  if (!directory_.valid()) return open_file(path_, flags, mode);
+  const std::string name = name_of(path_);
+  return invoke("open", path_, [&] { return ::openat(directory_.get(), name.c_str(), flags | O_CLOEXEC, mode); });
+}
+
 void WritableFile::open_new() {
   const int flags = O_WRONLY | O_CREAT | (shared_ ? 0 : O_EXCL);
   struct stat old {};
   const bool replaces = !like_.empty() && ::stat(like_.c_str(), &old) == 0 && S_ISREG(old.st_mode);
   const mode_t mode = replaces ? kFileMode & old.st_mode & S_IRWXU : kFileMode;  // never readable by more than the old one
-  fd_ = Descriptor(open_file(path_, flags, mode));
+  fd_ = Descriptor(open_here(flags, mode));
   if (!fd_.valid() && errno == ENOENT && with_directory_) {
     made_directory_ = make_directory(parent_of(path_), false);
-    fd_ = Descriptor(open_file(path_, flags, mode));
+    fd_ = Descriptor(open_here(flags, mode));
   }
   if (!fd_.valid()) fail("open", path_, errno);
   if (replaces) take_permissions(access_list_of(like_), old.st_mode & kDirectoryMode, old.st_uid, old.st_gid);
@@ -284,12 +307,15 @@ void WritableFile::finish(uint64_t bytes) {
   }
   if (invoke("fdatasync", path_, [&] { return ::fdatasync(fd_.get()); }) != 0) fail("fdatasync", path_, errno);
   close_file(fd_, path_);
+  directory_ = Descriptor();  // whoever publishes it has one, too
 }
 
 void WritableFile::discard() noexcept {
   const bool created = fd_.valid() || found_.has_value();
   fd_ = Descriptor();
-  if (created && !shared_) ::unlink(path_.c_str());
+  if (created && !shared_ && directory_.valid()) ::unlinkat(directory_.get(), name_of(path_).c_str(), 0);
+  if (created && !shared_ && !directory_.valid()) ::unlink(path_.c_str());
+  directory_ = Descriptor();
   if (made_directory_) ::rmdir(parent_of(path_).c_str());  // not if somebody else has put something there
 }
 

@@ -47,10 +47,11 @@ class WritableFile {
   // Creates `path`, which must not exist unless it is `shared`: then other processes create and write it, too. `direct`: ask
   // for direct I/O, and take what the file system grants. `expected`: what a file there was found to demand; then nothing is
   // touched before create(), which also makes a missing directory if `with_directory`. `like`: the file that it will replace,
-  // whose permissions it gets as far as that is allowed; a missing one is no error.
+  // whose permissions it gets as far as that is allowed; a missing one is no error. `directory`: a descriptor of the
+  // directory, which is duplicated: the file is made and removed there, whatever its path has become meanwhile. -1: none.
   explicit WritableFile(std::string path, bool direct, bool shared = false,
                         const std::optional<IoLimits>& expected = std::nullopt, bool with_directory = false,
-                        std::string like = {});
+                        std::string like = {}, int directory = -1);
 
   // Creates the file if that is still to be done. Where it demands more than was expected it goes through the page cache.
   void create();
@@ -76,6 +77,7 @@ class WritableFile {
   void discard() noexcept;
 
  private:
+  int open_here(int flags, uint32_t mode) const;
   void open_new();
   void take_permissions(const std::string& acl, uint32_t mode, uint32_t owner, uint32_t group);
   IoLimits find_limits() const;
@@ -83,6 +85,7 @@ class WritableFile {
 
   std::string path_;
   const std::string like_;
+  Descriptor directory_;  // until the file is finished or discarded
   Descriptor fd_;
   const bool direct_, shared_, with_directory_;
   IoLimits limits_;

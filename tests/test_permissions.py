@@ -1,4 +1,4 @@
-"""A file that is replaced keeps its permissions, as with torch.save, which writes into it; a new one gets what the umask gives."""
+"""A file that is replaced keeps its permissions, as torch.save keeps them; a new one gets what the umask gives."""
 
 from __future__ import annotations
 
