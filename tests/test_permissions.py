@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -107,3 +108,20 @@ def test_a_bundle_that_is_saved_again(tmp_path: Path) -> None:
             assert mode_of(path) == mode
             assert_same(value, torch.load(path))
             path.chmod(0o660)
+
+
+def test_an_access_list(tmp_path: Path) -> None:
+    """Its mask stands where the bits of the group are: without the list they would be the group's."""
+    name, nobody = "system.posix_acl_access", 0xFFFFFFFF
+    entries = [(1, 6, nobody), (2, 6, 1234), (4, 0, nobody), (0x10, 6, nobody), (0x20, 0, nobody)]
+    wanted = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"old")
+    try:
+        os.setxattr(path, name, wanted)
+    except OSError as error:
+        pytest.skip(f"no access lists on this file system: {error}")
+    ckpt.save(NEWER, path, options=SMALL).result(DEADLINE_S)
+    assert os.getxattr(path, name) == wanted
+    assert mode_of(path) == 0o660
+    assert_same(NEWER, torch.load(path))
