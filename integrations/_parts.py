@@ -16,6 +16,7 @@ from torch import nn
 
 from ckpt import optimizers
 
+from ._sampler import make_resumable
 from ._shards import refuse_shards
 
 
@@ -49,6 +50,8 @@ def name_parts(kind: str, given: Stateful | Mapping[str, Stateful] | None) -> di
 
 
 def _usable(name: str, item: Any) -> Any:
+    if name.partition("/")[0] == "data":
+        item = make_resumable(item)
     if isinstance(item, type) or not isinstance(item, Stateful):
         raise TypeError(
             f"{name} must have state_dict() and load_state_dict(), and {type(item).__name__} has not"

@@ -16,8 +16,10 @@ gradients in another order in the first iteration of a process: run one forward 
 
 * **Gradient accumulation** needs nothing: call step() once after each optimizer step, never between two backwards.
 * **Data.** A DataLoader draws from torch's global generator whenever an iterator is made of it, which a resumed run does once
-  more: give it a `generator=` of its own. Workers prefetch, so a sampler runs ahead of what was trained on: with workers,
-  use torchdata's StatefulDataLoader, which knows; without, any sampler with state_dict() and load_state_dict() will do.
+  more: give it a `generator=` of its own. `data=` takes samplers of torch (DistributedSampler, RandomSampler, ...): they learn
+  to go on in the middle of an epoch, behind the batches that training has got, however many workers have fetched ahead. Begin
+  the loop at `sampler.epoch` after resume(). Also StatefulDataLoader of torchdata, and whatever has state_dict() and
+  load_state_dict().
 * **Weights that something other than an optimizer's step changes** (EMA copies, target networks) are copied inside save().
   Whatever changes parameters of a given optimizer outside its step() must call `ckpt.fence()` before.
 """
@@ -73,7 +75,8 @@ class CheckpointCallback:
         model: a module, bare or wrapped in DistributedDataParallel or by torch.compile, in any order; saved bare, so that any
             of these loads what another has saved.
         optimizer, scheduler, scaler: as for `torch.amp.GradScaler`: whatever has state_dict() and load_state_dict().
-        data: what knows the position in the data: a StatefulDataLoader, or a sampler or data set with such methods.
+        data: what knows the position in the data: a sampler of torch, which is changed in place so that it does; a
+            StatefulDataLoader; or a sampler or data set with such methods.
         extra: more such objects by name, equal on all ranks, for example {"ema": ema_model}.
         every: when step() saves: a number of steps; a time, as timedelta or text ("30s", "10min", "2h"); or "auto" or
             `Auto(mtbf=..., overhead=...)`: as often as pays.
