@@ -39,7 +39,8 @@ def make_resumable(sampler: Any) -> Any:
         return sampler
     if has_generator and sampler.generator is None:
         sampler.generator = torch.Generator().manual_seed(torch.initial_seed() % 2**63)
-    sampler.__class__ = _resumable_class(type(sampler))
+    kind: Any = type(sampler)
+    sampler.__class__ = _resumable_class(kind)
     sampler._progress = _Progress(sampler)
     return sampler
 
