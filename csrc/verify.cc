@@ -118,30 +118,37 @@ bool are_contiguous(const std::vector<ZipEntry>& entries) {
   return true;
 }
 
-// Compares the bytes between the records with what the writer puts there. A file by another zip writer agrees nowhere
-// and passes; one that agrees in some places and not in others is damaged.
+// Whether torch or we wrote it: the padding before some record says so. Not one field alone, which may be the damaged one: each
+// record has a padding, and to hide who wrote the file, more than half of every one of them would have to be damaged.
+bool is_by_torch_or_us(const std::vector<ZipEntry>& entries, const Gaps& gaps) {
+  return std::any_of(entries.begin(), entries.end(), [&](const ZipEntry& entry) {
+    const uint64_t begin = extra_offset(entry);
+    return is_padding(gaps.bytes_at(begin, static_cast<size_t>(entry.payload_offset - begin)));
+  });
+}
+
+bool are_of_one_archive(const std::vector<ZipEntry>& entries, const std::string& archive) {
+  return std::all_of(entries.begin(), entries.end(), [&](const ZipEntry& entry) {
+    return entry.name.compare(0, archive.size() + 1, archive + "/") == 0;
+  });
+}
+
+[[noreturn]] void refuse_structure(const ReadableFile& file, const std::string& where) {
+  throw Error(ErrorKind::kCorrupt, "'" + file.path() + "' is damaged between its records" + where, 0, file.path());
+}
+
+// Compares the bytes between the records with what the writer puts there. What another zip writer puts there is unknown.
 void check_structure(const ReadableFile& file, const std::vector<ZipEntry>& entries, const Gaps& gaps) {
-  if (entries.empty() || !are_contiguous(entries)) return;
+  if (!is_by_torch_or_us(entries, gaps)) return;
   const std::string archive = archive_of(entries);
-  for (const ZipEntry& entry : entries) {
-    if (entry.name.compare(0, archive.size() + 1, archive + "/") != 0) return;
-  }
+  if (!are_contiguous(entries) || !are_of_one_archive(entries, archive)) refuse_structure(file, "");
   const ZipLayout layout = expected_layout(entries, archive);
-  size_t agreeing = 0;
-  uint64_t first_damage = file.size();
   for (const StructurePart& part : layout.parts) {
     const bool inside = part.offset <= file.size() && part.length <= file.size() - part.offset;
-    if (inside && layout.structure.compare(part.begin, part.length, gaps.bytes_at(part.offset, part.length)) == 0) {
-      ++agreeing;
-    } else {
-      first_damage = std::min(first_damage, part.offset);
-    }
+    if (inside && layout.structure.compare(part.begin, part.length, gaps.bytes_at(part.offset, part.length)) == 0) continue;
+    refuse_structure(file, ", at or after offset " + std::to_string(std::min(part.offset, file.size())));
   }
-  const bool sizes_agree = layout.file_size == file.size();
-  if (agreeing == 0 || (agreeing == layout.parts.size() && sizes_agree)) return;
-  throw Error(ErrorKind::kCorrupt,
-              "'" + file.path() + "' is damaged between its records, at or after offset " + std::to_string(first_damage),
-              0, file.path());
+  if (layout.file_size != file.size()) refuse_structure(file, ": it does not end where it should");
 }
 
 // A part of a record in memory.

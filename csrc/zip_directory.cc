@@ -183,4 +183,18 @@ std::vector<ZipEntry> read_zip_directory(const std::shared_ptr<const ReadableFil
   return entries;
 }
 
+uint64_t extra_offset(const ZipEntry& entry) { return entry.header_offset + kLocalHeaderBytes + entry.name.size(); }
+
+bool is_padding(const std::string& extra) {
+  size_t at = 0;
+  if (extra.size() >= 4 && number(extra, 0, 2) == 1) at = static_cast<size_t>(4 + number(extra, 2, 2));  // sizes come first
+  if (at + 4 > extra.size()) return false;
+  const size_t padding = extra.size() - at - 4;
+  std::string expected{'F', 'B', static_cast<char>(padding), static_cast<char>(padding >> 8)};
+  expected.append(padding, 'Z');
+  size_t alike = 0;
+  for (size_t i = 0; i < expected.size(); ++i) alike += extra[at + i] == expected[i] ? 1 : 0;
+  return alike > expected.size() / 2;  // two bytes are those of any field that stands there alone: the length
+}
+
 }  // namespace lazyckpt

@@ -63,4 +63,11 @@ struct ReadOptions;
 // outside the file, overlaps, stands there twice, or is compressed or encrypted. So a file never yields more bytes than it has.
 std::vector<ZipEntry> read_zip_directory(const std::shared_ptr<const ReadableFile>& file, const ReadOptions& options);
 
+// Where the extra fields of a local header begin; they go on to the payload.
+uint64_t extra_offset(const ZipEntry& entry);
+
+// Whether these extra fields of a local header are the padding that torch's writer and ours put there, and nobody else does.
+// Some of their bytes may be damaged: most must be as they were written.
+bool is_padding(const std::string& extra);
+
 }  // namespace lazyckpt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,41 @@ def test_every_flipped_byte_is_found(write: Any, tmp_path: Path) -> None:
 def test_flips_in_a_file_by_torch_save_are_found(tmp_path: Path) -> None:
     expected = write_torch(tmp_path / "model.pt")
     assert all_but(outcomes_of_flips(Damaged(tmp_path / "model.pt"), expected), "found") == {}
+
+
+def structure_of(path: Path) -> tuple[list[int], list[int]]:
+    """Of the bytes between the records: all but paddings; and for each record one byte of its padding."""
+    size, fields, paddings = path.stat().st_size, [], []
+    with zipfile.ZipFile(path) as archive:
+        at = 0
+        for entry in archive.infolist():
+            header = path.read_bytes()[entry.header_offset : entry.header_offset + 30]
+            begin = entry.header_offset + 30 + int.from_bytes(header[26:28], "little")
+            payload = begin + int.from_bytes(header[28:30], "little")
+            fields += range(at, min(begin + 4, payload))
+            paddings.append(payload - 1)
+            at = payload + entry.file_size
+    return fields + list(range(at, size)), paddings
+
+
+@pytest.mark.parametrize("write", [write_ours, write_ours_uniform, write_torch], ids=lambda write: write.__name__)
+@pytest.mark.parametrize("mask", [0x01, 0x80, 0xDD, 0xFF], ids=hex)
+def test_damage_to_every_padding_hides_no_damage_to_a_field(mask: int, write: Any, tmp_path: Path) -> None:
+    """Where no stretch between two records is whole any more, the file is still one of ours or torch's, and not somebody else's."""
+    expected = write(tmp_path / "model.pt")
+    damaged = Damaged(tmp_path / "model.pt")
+    fields, paddings = structure_of(damaged.path)
+    bad = bytearray(damaged.good)
+    for position in paddings:
+        bad[position] ^= 0x20
+    damaged.path.write_bytes(bad)
+    outcomes = {"paddings alone": outcome(damaged.path, expected)}
+    for position in fields:
+        bad[position] ^= mask
+        damaged.path.write_bytes(bad)
+        outcomes[f"byte {position} ^ {mask:#04x}"] = outcome(damaged.path, expected)
+        bad[position] ^= mask
+    assert all_but(outcomes, "found") == {}
 
 
 def test_every_bit_of_the_records_by_torch_save_is_found(tmp_path: Path) -> None:
