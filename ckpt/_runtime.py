@@ -103,7 +103,7 @@ _uncaptured: dict[int, tuple[FileSave, Runtime]] = {}  # by id; what a fence has
 _fetched: dict[int, weakref.ref[FileSave]] = {}  # by id; with bytes of devices, which may still be on their way behind a fence
 _beginning: dict[object, int] = {}  # a token of each save that is looking for what is lazy -> its thread
 _begun = threading.Condition()  # one of those is through
-_BEFORE_OTHERS = 100  # of multiprocessing's finalizers: a pool's is 15, a manager's 10
+_BEHIND_OTHERS = -100  # of multiprocessing's finalizers, which may still save
 _SLICE_S = 0.1  # how often who waits for them looks by himself
 
 
@@ -243,7 +243,7 @@ def _drain_with_multiprocessing() -> None:
     global _drained_process
     if multiprocessing.parent_process() is not None and _drained_process != os.getpid():
         _drained_process = os.getpid()
-        multiprocessing.util.Finalize(None, _drain_at_exit, exitpriority=_BEFORE_OTHERS)
+        multiprocessing.util.Finalize(None, _drain_at_exit, exitpriority=_BEHIND_OTHERS)
 
 
 def _drain_at_exit() -> None:

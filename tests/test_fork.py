@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,7 +12,7 @@ import psutil
 import pytest
 import torch
 from nursery import Ended, Nursery
-from support import wait_until
+from support import patience, wait_until
 
 import ckpt
 
@@ -349,6 +352,73 @@ assert sorted(ckpt.load(f"{directory}/{number}.pt")["n"] for number in (0, 1, 2,
     slow_save = SLOW_SAVE.replace('"pwritev"', '"pwritev", "step-"')
     assert "parent ends well" in run(slow_save, body, PARENT_ENDS_WELL).stdout
     assert_both_steps_are_good(tmp_path)
+
+
+CHILDREN = {
+    "returns": ("pass", 0),
+    "sys.exit": ("sys.exit(3)", 3),
+    "raises": ("raise ValueError('on purpose')", 1),
+    "a child of its own": ("inner = context.Process(target=nested); inner.start(); inner.join(); assert inner.exitcode == 0", 0),
+    "a plain fork": ("assert fork(nested) == 0", 0),
+}
+
+
+@pytest.mark.parametrize("method", ["fork", "forkserver", "spawn"])
+def test_what_a_child_of_multiprocessing_saved_last_is_drained(method: str, tmp_path: Path) -> None:
+    """Of a program of its own, because the last two start new interpreters, which import it."""
+    program = tmp_path / "program.py"
+    body = f"""
+def work():
+    _native.set_fault("pwritev", delay_s=0.01)
+    ckpt.save({{"weights": weights}}, directory + "/file.pt", lazy=True, options=options)
+    ckpt.Checkpointer(directory, options=options).save(7, {{"weights": weights}}, lazy=True)
+
+if __name__ == "__main__":
+    import multiprocessing
+    process = multiprocessing.get_context("{method}").Process(target=work)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+"""
+    program.write_text(HEADER + body)
+    command = [sys.executable, str(program), str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(Path(ckpt.__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience(60))
+    assert done.returncode == 0, done.stderr
+    for path in (tmp_path / "file.pt", tmp_path / "step-000000000007" / "state.pt"):
+        assert torch.equal(ckpt.load(path)["weights"], torch.arange(2000 * 256, dtype=torch.float32))
+    assert (tmp_path / "step-000000000007" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize("how", CHILDREN)
+def test_a_forked_child_of_a_saving_parent_drains_however_it_ends(how: str, run: Run, tmp_path: Path) -> None:
+    ending, code = CHILDREN[how]
+    body = f"""
+import multiprocessing
+context = multiprocessing.get_context("fork")
+
+def save(name):
+    _native.clear_faults()
+    _native.set_fault("pwritev", "/" + name, delay_s=0.01)
+    ckpt.save({{"weights": weights}}, directory + "/" + name, lazy=True, options=options)
+
+def nested():
+    save("nested.pt")
+
+def work():
+    save("child.pt")
+    {ending}
+
+process = context.Process(target=work)
+process.start()
+process.join()
+assert process.exitcode == {code}, process.exitcode
+"""
+    assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
+    assert_both_steps_are_good(tmp_path)
+    names = ["child.pt", "nested.pt"] if "nested" in ending else ["child.pt"]
+    for name in names:
+        assert torch.equal(ckpt.load(tmp_path / name)["weights"], torch.arange(2000 * 256, dtype=torch.float32))
 
 
 def test_the_parent_ends_before_the_child(run: Run, tmp_path: Path) -> None:
