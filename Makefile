@@ -8,6 +8,8 @@ PIP    := $(PY) -m pip --disable-pip-version-check
 ARGS   ?=
 # Test processes side by side. Most tests wait, for disks, deadlines and each other; a debugger wants JOBS=0.
 JOBS   ?= 2
+# Processes beside the tests that only compute: with twice the number of cores, a machine where much else is going on.
+BUSY   ?= 0
 
 # The pin of torch is also spelled out on the command line, so that pip can never settle on another one.
 TORCH := $(shell grep '^torch==' constraints.txt)
@@ -36,7 +38,7 @@ demo: $(NATIVE_STAMP)
 	$(PY) examples/demo.py $(ARGS)
 
 test: $(NATIVE_STAMP)
-	$(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(filter-out 0,$(BUSY)),$(PY) tests/beside.py $(BUSY)) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(NATIVE_STAMP)
 	$(PY) bench/run.py $(ARGS)

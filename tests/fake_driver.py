@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import patience
 
 SOURCES = Path(__file__).resolve().parent / "fake_cuda"
 DEFAULT_STREAM = 0
@@ -23,7 +24,7 @@ def build(directory: Path, *more_flags: str) -> Path:
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
     target = directory / "libfake_cuda.so"
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
-    subprocess.run([compiler, *flags, str(SOURCES / "fake_cuda.cc"), "-o", str(target)], check=True, timeout=300)
+    subprocess.run([compiler, *flags, str(SOURCES / "fake_cuda.cc"), "-o", str(target)], check=True, timeout=patience(300))
     return target
 
 

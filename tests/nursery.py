@@ -18,7 +18,9 @@ import types
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-DEADLINE_S = 60.0
+from support import patience
+
+DEADLINE_S = patience(60.0)
 
 
 class Ended(NamedTuple):

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import patience
 
 BENCH = Path(__file__).parents[1] / "bench"
 TINY = ["--scale=0.002", "--rest-s=0", "--iteration-s=0.02"]
-DEADLINE_S = 120.0
+DEADLINE_S = patience(120.0)
 IN_TURN = ("stall", "durable", "many", "crc")
 DEEPSPEED_ENGINES = {f"{name}CheckpointEngine" for name in ("Torch", "Fast", "Decoupled", "DataStates")}
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import patience
 from test_bench import BENCH, check_line, only, run_bench
 
 pytestmark = pytest.mark.slow
 
-DEADLINE_S = 300.0  # three processes, two of them Python's, start and stop for some of the engines
+DEADLINE_S = patience(300.0)  # three processes, two of them Python's, start and stop for some of the engines
 ENGINES = {
     *("ckpt", "torch.save + fsync", "torch.save without CRC-32 + fsync", "safetensors", "DCP save"),
     *("DCP async_save, thread", "DCP async_save, thread, asynchronous staging", "DCP async_save, process"),
@@ -179,7 +180,9 @@ def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> No
     (tmp_path / "lines").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (tmp_path / "none").write_text("", encoding="utf-8")
     plot, pictures = [sys.executable, str(BENCH / "plot.py")], tmp_path / "pictures"
-    done = subprocess.run([*plot, str(tmp_path / "lines"), "--out", str(pictures)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*plot, str(tmp_path / "lines"), "--out", str(pictures)], capture_output=True, text=True, timeout=patience(120)
+    )
     assert done.returncode == 0, done.stderr
     names = {"rivals-blocked", "rivals-durable", "rivals-restore-memory", "frequency", "sizes"}
     assert {Path(line) for line in done.stdout.splitlines()} == {pictures / f"{name}.png" for name in names}
@@ -187,7 +190,9 @@ def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> No
         picture = (pictures / f"{name}.png").read_bytes()
         assert picture.startswith(PNG)
         assert len(picture) > 10_000, "more than an empty canvas"
-    done = subprocess.run([*plot, str(tmp_path / "none"), "--out", str(pictures)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*plot, str(tmp_path / "none"), "--out", str(pictures)], capture_output=True, text=True, timeout=patience(120)
+    )
     assert done.returncode == 1
     assert "nothing that can be drawn" in done.stderr
 

@@ -144,7 +144,7 @@ def structure_of(path: Path) -> tuple[list[int], list[int]]:
 @pytest.mark.parametrize("write", [write_ours, write_ours_uniform, write_torch], ids=lambda write: write.__name__)
 @pytest.mark.parametrize("mask", [0x01, 0x80, 0xDD, 0xFF], ids=hex)
 def test_damage_to_every_padding_hides_no_damage_to_a_field(mask: int, write: Any, tmp_path: Path) -> None:
-    """Where no stretch between two records is whole any more, the file is still one of ours or torch's, and not somebody else's."""
+    """Where no stretch between two records is whole any more, the file is still not somebody else's."""
     expected = write(tmp_path / "model.pt")
     damaged = Damaged(tmp_path / "model.pt")
     fields, paddings = structure_of(damaged.path)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options
+from support import assert_same, options, patience
 from test_ranks_apart import IMPATIENT, PATIENT, Threaded, Wire
 
 import ckpt
@@ -462,11 +462,11 @@ def refuse(lock: DirectoryLock) -> None:
 
 
 def test_a_bundle_that_is_never_committed_does_not_hold_up_the_end(tmp_path: Path, native: Any) -> None:
-    checkpointer = ckpt.BundleCheckpointer(options=options(drain_timeout_s=30))
+    checkpointer = ckpt.BundleCheckpointer(options=options(drain_timeout_s=300))
     checkpointer.begin(tmp_path, "a").save(content(0, 1.0), tmp_path / "a" / "x.pt")
     begin = time.monotonic()
     checkpointer.close()
-    assert time.monotonic() - begin < 15
+    assert time.monotonic() - begin < patience(15)
 
 
 def test_the_collector_may_close_one_at_any_moment(tmp_path: Path, native: Any) -> None:
@@ -485,5 +485,5 @@ for number in range(30):
     del cycle
 print("done")
 """
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=90)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=patience(90))
     assert (run.returncode, run.stdout) == (0, "done\n"), run.stderr

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from states import Position
-from support import DEADLINE_S, assert_same, clear_faults, options, wait_until
+from support import DEADLINE_S, assert_same, clear_faults, options, patience, wait_until
 
 import ckpt
 from ckpt._storage import temporary_path
@@ -494,7 +494,7 @@ CLOSE = "atexit.register(lambda: held[0].close())"
 def test_a_program_that_ends_drains_its_saves(when: str, directory: Path, opened: Open) -> None:
     """Also where the program closes by itself at exit, before or after this library looks."""
     script = EXIT.format(before=CLOSE if when == "last" else "", after=CLOSE if when == "first" else "")
-    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], capture_output=True, text=True, timeout=patience(120))
     assert (done.returncode, done.stderr) == (0, "")
     found = opened().restore()
     assert found is not None and found.step == 2

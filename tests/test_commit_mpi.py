@@ -22,14 +22,15 @@ import psutil
 import pytest
 from dist import commit_worker
 from nursery import Ended
+from support import patience
 from test_commit import Told, assert_whole, committed, expected_digest
 
 TESTS = Path(__file__).parent
 MPIRUN = shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI", "PMIX", "PRTE")
-DEADLINE_S = 60.0
+DEADLINE_S = patience(60.0)
 SHARED_MEMORY = ["--mca", "btl", "self,sm"]  # as Open MPI would choose by itself, after looking for networks for a second
-SLACK_S = 3.0  # by how much a deadline may be missed on a machine that is busy with other tests
+SLACK_S = patience(3.0)  # by how much a deadline may be missed on a machine that is busy with other tests
 IMPATIENT = {"commit_timeout_s": commit_worker.SHORT_S}
 
 # Point, victim, how often it has passed the point before, and whether the step is a checkpoint then. In each job it saves one

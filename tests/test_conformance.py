@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from states import ALL_STATES, PARTIAL_STATES, STATES, deep
-from support import DEADLINE_S, assert_same, options
+from support import DEADLINE_S, assert_same, options, patience
 
 import ckpt
 
@@ -176,7 +176,9 @@ def test_torch_loads_what_torch_would_have_saved(name: str, lazy: bool | None, t
 @pytest.mark.parametrize("name", ["large", "many_sizes", "adamw", "odd_objects"])
 def test_the_checksums_satisfy_zipfile(name: str, chunk: str, tmp_path: Path) -> None:
     path = ckpt.save(STATES[name](), tmp_path / "s.pt", lazy=True, options=options(chunk_bytes=chunk)).result(DEADLINE_S)
-    done = subprocess.run([sys.executable, "-m", "zipfile", "-t", str(path)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-t", str(path)], capture_output=True, text=True, timeout=patience(60)
+    )
     assert done.returncode == 0 and done.stdout.strip() == "Done testing", done.stdout + done.stderr
     with zipfile.ZipFile(path) as archive:
         assert archive.testzip() is None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fault.test_disk_full import fill, small_disk
+from support import patience
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator._base import Coordinator
@@ -18,7 +19,7 @@ from ckpt.errors import PeerError, StorageError
 
 __all__ = ["small_disk"]
 
-TIMEOUT_S = 10.0
+TIMEOUT_S = patience(10.0)
 
 
 def make_ranks(place: Path, size: int = 2) -> list[Coordinator]:

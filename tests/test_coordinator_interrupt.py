@@ -14,7 +14,7 @@ from datetime import timedelta
 
 import pytest
 import torch.distributed
-from support import stop, wait_until
+from support import patience, stop, wait_until
 from test_coordinator import WORKER, free_port, make_together, without_ranks
 
 from ckpt.coordinator import _base
@@ -24,8 +24,8 @@ from ckpt.errors import CheckpointError, ClosedError, PeerError
 PARTING_S = 1.0  # instead of 5, so that this does not take so long
 LONG_S = 600.0
 CONNECTING = timedelta(seconds=5)
-PROMPT_S = 0.5
-SLACK_S = 0.5
+PROMPT_S = patience(5.0)
+SLACK_S = patience(5.0)
 GIVEN_UP = "was given up: this process is closing its checkpoints"
 
 SERVER = """
@@ -197,5 +197,5 @@ def test_a_process_whose_wait_was_given_up_ends_well() -> None:
         for rank in range(2)
     ]
     for rank in ranks:
-        said, errors = rank.communicate(timeout=60)
+        said, errors = rank.communicate(timeout=patience(60))
         assert (rank.returncode, said) == (0, "given up\n"), errors

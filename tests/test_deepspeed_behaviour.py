@@ -163,8 +163,8 @@ def test_checkpoints_are_deleted_as_soon_as_the_next_is_begun(pace: str, ranks: 
 def test_no_step_waits_for_the_disk(ranks: Outcomes) -> None:
     for found in ranks["fence"]:
         took = found["took"]
-        assert took["wait"] > 1.5, "the disk was not slow"
-        assert max(took["save"], took["first step"], took["second step"]) < 1.5
+        # What the disk takes shows in the one that has waited for it.
+        assert took["wait"] > max(took["save"], took["first step"], took["second step"]), took
         assert found["latest"] == "slow"
 
 

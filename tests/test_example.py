@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import patience
 
 pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_gpt.py"
 TINY = ["--layers=2", "--heads=2", "--width=64", "--context=32", "--batch=4", "--threads=1"]
 ITERATIONS = 100
-DEADLINE_S = 60.0
+DEADLINE_S = patience(60.0)
 
 
 def command(engine: str, where: Path, name: str, *more: str) -> list[str]:

@@ -18,10 +18,10 @@ import ckpt
 
 Run = Callable[..., Ended]  # of pieces of a program
 
-HEADER = """
+HEADER = f"""
 import faulthandler, logging, os, signal, sys, threading, time
 faulthandler.register(signal.SIGALRM, all_threads=True, chain=True)
-signal.alarm(50)
+signal.alarm({int(patience(50))})
 logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 import torch, ckpt
 from ckpt import _native
@@ -34,7 +34,7 @@ def fork(child):
     # Runs child() in a forked process; returns its exit code, a hang counts as -14.
     pid = os.fork()
     if pid == 0:
-        signal.alarm(20)
+        signal.alarm({int(patience(20))})
         child()
         sys.exit(0)  # through the interpreter's whole end
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
@@ -56,9 +56,9 @@ assert not pending.done()
 """
 
 PARENT_ENDS_WELL = """
-pending.result(30)
+pending.result(120)
 assert checkpointer.steps() == [1]
-checkpointer.save(2, {"weights": weights + 1}).result(30)
+checkpointer.save(2, {"weights": weights + 1}).result(120)
 checkpointer.close()
 print("parent ends well")
 """
@@ -117,7 +117,7 @@ for _ in range(3):
 def test_a_child_is_refused_what_belongs_to_its_parent(run: Run, tmp_path: Path) -> None:
     finished = """
 finished = ckpt.save({"n": 1}, directory + "/finished.pt", options=options)
-finished.result(30)
+finished.result(120)
 """
     body = """
 def child():
@@ -141,9 +141,9 @@ def test_a_child_makes_its_own_saves(run: Run, tmp_path: Path) -> None:
 def child():
     _native.clear_faults()
     ckpt.fence()
-    ckpt.save({"weights": weights}, directory + "/child.pt", lazy=True, options=options).result(15)
+    ckpt.save({"weights": weights}, directory + "/child.pt", lazy=True, options=options).result(120)
     with ckpt.Checkpointer(directory + "/of-the-child", options=options) as own:
-        own.save(5, {"weights": weights}).result(15)
+        own.save(5, {"weights": weights}).result(120)
         assert own.restore().step == 5
     ckpt.save({"weights": weights}, directory + "/unwaited.pt", options=options)
 
@@ -279,7 +279,7 @@ def test_a_fork_from_another_thread(run: Run, tmp_path: Path) -> None:
 codes = []
 thread = threading.Thread(target=lambda: codes.append(fork(lambda: os._exit(0))))
 thread.start()
-thread.join(30)
+thread.join(120)
 assert codes == [0]
 """
     assert "parent ends well" in run(SLOW_SAVE, body, PARENT_ENDS_WELL).stdout
@@ -290,13 +290,13 @@ def test_a_child_of_a_child(run: Run, tmp_path: Path) -> None:
     body = """
 def grandchild():
     refused(checkpointer.wait)
-    ckpt.save({"n": 2}, directory + "/grandchild.pt", options=options).result(15)
+    ckpt.save({"n": 2}, directory + "/grandchild.pt", options=options).result(120)
 
 def child():
     _native.clear_faults()
     own = ckpt.save({"n": 1}, directory + "/child.pt", options=options)
     assert fork(grandchild) == 0
-    own.result(15)
+    own.result(120)
 
 assert fork(child) == 0
 assert [ckpt.load(directory + name)["n"] for name in ("/child.pt", "/grandchild.pt")] == [1, 2]
@@ -338,14 +338,14 @@ import multiprocessing
 context = multiprocessing.get_context("fork")
 
 def work(number):
-    ckpt.save({"n": number}, f"{directory}/{number}.pt", options=options).result(15)
+    ckpt.save({"n": number}, f"{directory}/{number}.pt", options=options).result(120)
     return number * 2
 
 with context.Pool(2) as pool:
     assert pool.map(work, range(4)) == [0, 2, 4, 6]
 process = context.Process(target=work, args=(9,))
 process.start()
-process.join(20)
+process.join(120)
 assert process.exitcode == 0
 assert sorted(ckpt.load(f"{directory}/{number}.pt")["n"] for number in (0, 1, 2, 3, 9)) == [0, 1, 2, 3, 9]
 """
@@ -358,7 +358,7 @@ CHILDREN = {
     "returns": ("pass", 0),
     "sys.exit": ("sys.exit(3)", 3),
     "raises": ("raise ValueError('on purpose')", 1),
-    "a child of its own": ("inner = context.Process(target=nested); inner.start(); inner.join(); assert inner.exitcode == 0", 0),
+    "a child of its own": ("inner = context.Process(target=nested); inner.start(); inner.join(); assert not inner.exitcode", 0),
     "a plain fork": ("assert fork(nested) == 0", 0),
 }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from support import patience
 
 MISSING = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
 if MISSING:
@@ -31,7 +32,7 @@ FILES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "constraints.txt"),
     *("README.md", "CONTRIBUTING.md", "LICENSE"),
 )
-COMMAND_TIMEOUT_S = 600
+COMMAND_TIMEOUT_S = patience(600)
 
 # What a plain machine has: the runtime libraries of C and C++ and the loader.
 PLAIN_LIBRARIES = re.compile(

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options
+from support import DEADLINE_S, assert_same, options, patience
 
 import ckpt
 from ckpt import _commit, _plan
@@ -81,7 +81,7 @@ class Threaded(Coordinator):
         pass
 
 
-PATIENT: dict[str, Any] = {"commit_timeout_s": 15.0, "timeout_s": 15.0}  # where nobody is missed
+PATIENT: dict[str, Any] = {"commit_timeout_s": patience(15.0), "timeout_s": patience(15.0)}  # where nobody is missed
 IMPATIENT: dict[str, Any] = {"commit_timeout_s": 1.0, "timeout_s": 1.5}
 
 
@@ -232,16 +232,15 @@ def test_nothing_is_published_after_close(tmp_path: Path, native: Any) -> None:
 
 def test_a_slow_rank_holds_up_nobody_else(tmp_path: Path, native: Any) -> None:
     """Neither a save of one file on the same engine, nor another job's, even if its ranks save in another order."""
-    one, other = (Pair(tmp_path / name, commit_timeout_s=10.0, timeout_s=10.0) for name in ("one", "other"))
+    one, other = (Pair(tmp_path / name, commit_timeout_s=DEADLINE_S, timeout_s=DEADLINE_S) for name in ("one", "other"))
     for pair in (one, other):
         assert pair.save_both(1) == [None, None]
     stuck = [one.save(0, 2), other.save(1, 2)]
-    begin = time.monotonic()
-    ckpt.save({"weights": weights(1)}, tmp_path / "alone.pt", options=one.ranks[0].options).result(5)
+    ckpt.save({"weights": weights(1)}, tmp_path / "alone.pt", options=one.ranks[0].options).result(DEADLINE_S)
     with ckpt.Checkpointer(tmp_path / "alone", options=one.ranks[0].options, coordinator="local") as alone:
         for step in range(3):
-            alone.save(step, {"weights": weights(1)}).result(5)
-    assert time.monotonic() - begin < 8 and not any(each.done() for each in stuck if isinstance(each, ckpt.PendingSave))
+            alone.save(step, {"weights": weights(1)}).result(DEADLINE_S)
+    assert not any(each.done() for each in stuck if isinstance(each, ckpt.PendingSave))
     stuck += [other.save(0, 2), one.save(1, 2)]
     assert [each.exception(20) for each in stuck if isinstance(each, ckpt.PendingSave)] == [None] * 4
     for pair in (one, other):
@@ -251,13 +250,13 @@ def test_a_slow_rank_holds_up_nobody_else(tmp_path: Path, native: Any) -> None:
 
 def test_close_waits_no_longer_for_a_rank_than_it_may(tmp_path: Path, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ckpt.checkpointer, "make_coordinator", lambda given, directory: copy.copy(given))  # so that it is owned
-    pair = Pair(tmp_path, commit_timeout_s=60.0, timeout_s=60.0, drain_timeout_s=0.5)
+    pair = Pair(tmp_path, commit_timeout_s=1000.0, timeout_s=1000.0, drain_timeout_s=0.5)
     assert pair.save_both(1) == [None, None]
     stuck = pair.save(0, 2)
     begin = time.monotonic()
     with pytest.raises(CheckpointError):
         pair.ranks[0].close()
-    assert time.monotonic() - begin < 10, "not the minute for which it waits for an answer"
+    assert time.monotonic() - begin < patience(10), "not the quarter of an hour for which it waits for an answer"
     assert isinstance(stuck, ckpt.PendingSave) and stuck.exception(0) is not None
     pair.close()
 
@@ -305,19 +304,19 @@ def test_what_is_not_ours_stays(tmp_path: Path, native: Any) -> None:
     (tmp_path / ".tmp-mine").mkdir()
     (tmp_path / ".tmp-note").write_text("mine")
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
-        checkpointer.save(1, {}).result(20)
+        checkpointer.save(1, {}).result(DEADLINE_S)
     assert (tmp_path / ".tmp-mine").is_dir() and (tmp_path / ".tmp-note").read_text() == "mine"
 
 
 def test_a_finished_save_is_no_cycle(tmp_path: Path, native: Any) -> None:
     """Large trainings switch the cyclic collector off."""
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
-        checkpointer.save(0, {}).result(20)
+        checkpointer.save(0, {}).result(DEADLINE_S)
         gc.collect()
         gc.disable()
         try:
             for step in range(1, 6):
-                checkpointer.save(step, {"weights": torch.ones(10)}).result(20)
+                checkpointer.save(step, {"weights": torch.ones(10)}).result(DEADLINE_S)
                 time.sleep(0.05)
             alive = [each for each in gc.get_objects() if type(each) is ckpt.PendingSave]
         finally:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DEADLINE_S, assert_same, options
+from support import DEADLINE_S, assert_same, options, patience
 from test_load_into import pointers, zeros_like
 from test_ranks_apart import Threaded, Wire
 from torch import nn
@@ -352,7 +352,7 @@ class Two:
 
     def __init__(self, directory: Path) -> None:
         wire = Wire()
-        waits = {"timeout_s": 20.0, "commit_timeout_s": 20.0}
+        waits = {"timeout_s": patience(20.0), "commit_timeout_s": patience(20.0)}
         self.ranks = [
             ckpt.Checkpointer(directory, options=options(**waits), coordinator=Threaded(wire, rank)) for rank in range(2)
         ]

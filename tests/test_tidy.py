@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import patience
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -174,7 +175,7 @@ def test_no_heavy_import_at_the_top_of_a_module(path: Path) -> None:
 
 def test_importing_ckpt_imports_nothing_heavy() -> None:
     script = "import json, sys, torch; before = {*sys.modules}; import ckpt; print(json.dumps([*{*sys.modules} - before]))"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=patience(120))
     assert done.returncode == 0, done.stderr
     brought = json.loads(done.stdout)
     assert "ckpt" in brought

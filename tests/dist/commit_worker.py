@@ -17,6 +17,7 @@ from typing import Any
 
 import nursery
 import torch
+from support import patience
 
 sys.path.append(str(Path(__file__).parents[1] / "crash"))
 from crash_child import Trainer, digest
@@ -24,7 +25,7 @@ from crash_child import Trainer, digest
 import ckpt
 from ckpt import _native
 
-COMMIT_TIMEOUT_S = 20.0  # where nobody is missed
+COMMIT_TIMEOUT_S = patience(20.0)  # where nobody is missed
 SHORT_S = 1.0  # where somebody is
 
 

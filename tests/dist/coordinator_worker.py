@@ -29,17 +29,18 @@ from typing import Any
 
 import psutil
 import torch
+from support import patience
 
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.coordinator._base import Pace
 from ckpt.errors import ClosedError, PeerError
 
-TIMEOUT_S = 20.0  # for what takes milliseconds
+TIMEOUT_S = patience(20.0)  # for what takes milliseconds
 SHORT_S = 0.5  # for what must fail
-SLACK_S = 1.3  # by how much a deadline may be missed on a machine that is busy with other tests
-PROMPT_S = 0.5  # for what must end at once
+SLACK_S = patience(1.3)  # by how much a deadline may be missed on a machine that is busy with other tests
+PROMPT_S = patience(0.5)  # for what must end at once
 ROUNDS = 1000
-DEADLINE_S = 75.0
+DEADLINE_S = patience(75.0)
 
 DIRECTORY = Path()
 
@@ -246,7 +247,7 @@ def training(c: Coordinator) -> None:
     done.set()
     committer.join()
     assert not failures, failures
-    assert elapsed < 10, "training was held up"
+    assert elapsed < patience(10), "training was held up"
 
 
 def idle(c: Coordinator) -> None:
@@ -339,7 +340,7 @@ def close(c: Coordinator) -> None:
     started = time.monotonic()
     c.close()
     c.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < patience(3)
     if c.name == "local":
         return
     try:
@@ -391,7 +392,7 @@ def interrupted_alone(c: Coordinator) -> None:
 def close_soon(c: Coordinator) -> None:
     started = time.monotonic()
     c.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < patience(3)
 
 
 def killed(c: Coordinator) -> None:

@@ -23,13 +23,14 @@ from deepspeed import comm
 from dist import deepspeed_training
 from dist.deepspeed_models import Case, Network, Training, build, configuration
 from dist.deepspeed_training import DEADLINE_S, SMALL, Recorder, digest, read, start, wait
+from support import patience
 
 import ckpt.integrations.deepspeed as lazy
 from ckpt import _native
 
 LATE_S = 0.7  # how late a slow writer is
 MANY = 20  # checkpoints that are saved, and fail or are deleted
-DISK_S = 3.0  # what the disk takes for the files of the fence's case
+DISK_S = patience(3.0)  # what the disk takes for the files of the fence's case
 TEXT = 3000  # characters of a message that are kept
 
 kept: list[Any] = []  # to the end of the interpreter, as the variables of a script

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from support import patience
+
 SCRIPT = Path(__file__).with_name("deepspeed_training.py")
-TIMEOUT_S = 300.0
+TIMEOUT_S = patience(300.0)
 
 Fields = dict[str, Any]
 

@@ -37,13 +37,13 @@ from deepspeed import comm
 from deepspeed.checkpoint import DeepSpeedCheckpoint, constants, ds_to_universal, reshape_utils
 from deepspeed.utils import safe_get_full_fp32_param, zero_to_fp32
 from dist.deepspeed_models import Case, Network, Training, build
-from support import assert_same, wait_until
+from support import assert_same, patience, wait_until
 
 from ckpt import Options, _native
 from ckpt.integrations._deepspeed_readers import reading
 
-DEADLINE_S = 60.0
-OTHERS_S = 15.0  # how long a rank that has failed waits for the others before it takes all down
+DEADLINE_S = patience(60.0)
+OTHERS_S = patience(15.0)  # how long a rank that has failed waits for the others before it takes all down
 SMALL: dict[str, Any] = {  # nearly everything is lazy, in many chunks
     "chunk_bytes": "64KiB",
     "writers": 2,

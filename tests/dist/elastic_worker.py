@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 from torch.distributed import PrefixStore, TCPStore
+from support import patience
 
 from ckpt.coordinator import make_coordinator
 from ckpt.coordinator._store import StoreCoordinator
 
-TIMEOUT_S = 20.0
+TIMEOUT_S = patience(20.0)
 
 
 def main(directory: Path) -> None:

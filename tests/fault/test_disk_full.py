@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options, wait_until
+from support import assert_same, options, patience, wait_until
 
 import ckpt
 from ckpt.errors import StorageError
@@ -24,7 +24,7 @@ DISK_BYTES = 8 << 20
 def run_or_skip(*command: str) -> None:
     if shutil.which(command[0]) is None:
         pytest.skip(f"this machine has no {command[0]}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
     if done.returncode != 0:
         pytest.skip(f"'{' '.join(command)}' is not possible here: {done.stderr.strip()}")
 
@@ -54,7 +54,7 @@ def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]
     try:
         yield place
     finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=60)
+        subprocess.run(["umount", str(place)], check=True, timeout=patience(60))
 
 
 def make_state(step: int, mebibytes: int = 2) -> dict[str, torch.Tensor]:

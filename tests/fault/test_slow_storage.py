@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options, wait_until
+from support import assert_same, options, patience, wait_until
 
 import ckpt
 from ckpt.errors import ClosedError, DeadlineError, SkippedError, StorageError
 
 pytestmark = pytest.mark.usefixtures("native")
 
-HANG_S = 60.0  # of a call that does not come back before the faults are cleared
-PROMPT_S = 20.0  # far above what the operation takes, far below that
+HANG_S = 2000.0  # of a call that does not come back before the faults are cleared
+PROMPT_S = patience(20.0)  # far above what the operation takes, far below that
 
 
 def make_tensors(count: int = 8, rows: int = 256) -> dict[str, torch.Tensor]:
@@ -270,7 +270,7 @@ def test_ctrl_c_inside_save(verify: bool, tmp_path: Path, native: Any) -> None:
         ckpt.save(
             {"lazy": tensors, "copied": make_tensors()}, tmp_path / "a.pt", lazy=tensors, options=tiny(verify_capture=verify)
         )
-    assert time.monotonic() - begin < 3.0
+    assert time.monotonic() - begin < PROMPT_S
     timer.join()
     tensors.clear()
     wait_until(lambda: held(tmp_path) == 0, what="the removal of the temporary file")

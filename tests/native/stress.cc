@@ -273,7 +273,11 @@ std::string damage(Random& random, std::string bytes) {
 
 // A byte of every padding, and one of the directory's: no stretch between records is whole.
 std::string damage_everywhere(Random& random, std::string bytes) {
-  for (size_t at = bytes.find("ZZ"); at != std::string::npos; at = bytes.find("ZZ", bytes.find_first_not_of('Z', at))) bytes[at] = 'z';
+  for (size_t at = bytes.find("ZZ"); at != std::string::npos; at = bytes.find("ZZ", at)) {
+    const size_t behind = bytes.find_first_not_of('Z', at);
+    bytes[at] = 'z';
+    at = behind;
+  }
   bytes[bytes.size() - 1 - random.up_to(97)] ^= static_cast<char>(1 + random.up_to(254));  // of its end records
   return bytes;
 }
