@@ -176,6 +176,12 @@ def complete(directory: Path, manifest: Manifest) -> None:
         place(directory, left)
 
 
+def is_unsettled(directory: Path) -> bool:
+    """Whether files that its manifest names are just getting their own names, as a living job gives them."""
+    manifest = _manifest.read_if_any(directory)
+    return manifest is not None and any(file.temporary and (directory / file.temporary).exists() for file in manifest.files)
+
+
 def complete_all(root: Path, name: str | None = None) -> None:
     """Where it can be done: who only reads may not be allowed to.
 

@@ -1,15 +1,28 @@
-"""How ranks choose a checkpoint: rank 0 names candidates, one after the other, and the first that is good on all is taken."""
+"""How ranks choose a checkpoint: rank 0 names candidates, one after the other, and the first that is good on all is taken.
+
+A living job may save into the directory meanwhile, and remove what is old. A candidate that goes while it is looked at is not
+damaged: rank 0 looks again, and the newest of what is there now comes next.
+"""
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.coordinator import Coordinator
+from ckpt.errors import InUseError
 
 logger = logging.getLogger("ckpt")
+
+_MOST_LOOKS = 100
+_LOOKS_AT_ONE = 3  # that is gone for one rank, and still there for rank 0: a network file system tells both late
+_PAUSE_S = 0.1  # before the same candidate is looked at again
+
+DAMAGED, LOST, GONE = "damaged", "lost", "gone"
 
 
 class Candidate(NamedTuple):
@@ -20,8 +33,37 @@ class Candidate(NamedTuple):
     together: bool = False
 
 
+class Seen(NamedTuple):
+    """What rank 0 finds in the directory.
+
+    Attributes:
+        candidates: in the order in which they are to be tried.
+        rejected: what is wrong with those that are no candidates.
+        lost: what to say if there is neither, although the directory is not empty.
+    """
+
+    candidates: Sequence[Candidate]
+    rejected: Sequence[str] = ()
+    lost: str = ""
+
+
+class Objection(NamedTuple):
+    """What is wrong with a candidate on this rank. `gone`: it was removed or replaced while it was looked at."""
+
+    cause: str
+    gone: bool = False
+
+
+class Refusal(NamedTuple):
+    """Why there is nothing to take: the causes, and their kind: DAMAGED, LOST or GONE. No causes: nothing is there."""
+
+    causes: Sequence[str] = ()
+    kind: str = DAMAGED
+
+
 # Looks at a candidate on this rank; says what is wrong with it, or None.
-Verify = Callable[[Candidate], "str | None"]
+Verify = Callable[[Candidate], "Objection | None"]
+Choice = tuple["Candidate | None", Refusal]
 
 
 class Chooser:
@@ -51,37 +93,69 @@ class Chooser:
         else:
             self._hear()
 
-    def lead(
-        self, candidates: Sequence[Candidate], rejected: Sequence[str], verify: Verify
-    ) -> tuple[Candidate | None, list[str]]:
-        """On rank 0: the first candidate that is good everywhere; else None, and what is wrong with each.
+    def refuse(self, text: str) -> None:
+        """On rank 0, instead of leading: the others raise InUseError."""
+        self._tell({"refusal": text})
+
+    def lead(self, look: Callable[[], Seen], verify: Verify) -> Choice:
+        """On rank 0: the first candidate that is good everywhere; else None, and why.
 
         Args:
-            rejected: what is wrong with those that are no candidates.
+            look: called again when a candidate has gone.
         """
-        causes_of_all = list(rejected)
-        for candidate in candidates:
-            self._tell(candidate._asdict())
-            causes = self._collect(verify(candidate))
-            self._tell({"good": not causes})
-            if not causes:
-                return candidate, []
-            causes_of_all.append("; ".join(causes))
-            logger.warning("checkpoint '%s' is passed over: %s", candidate.name, causes_of_all[-1])
-        self._tell({"rejected": causes_of_all})
-        return None, causes_of_all
+        rejected: dict[tuple[str, int], str] = {}
+        times_gone: collections.Counter[tuple[str, int]] = collections.Counter()
+        end = time.monotonic() + self._timeout_s
+        for _ in range(_MOST_LOOKS):
+            seen = look()
+            for candidate in seen.candidates:
+                key = (candidate.name, candidate.sequence)
+                if key in rejected:
+                    continue
+                time.sleep(_PAUSE_S * times_gone[key])
+                objection = self._ask(candidate, verify)
+                if objection is None:
+                    return candidate, Refusal()
+                if objection.gone and times_gone[key] < _LOOKS_AT_ONE:
+                    times_gone[key] += 1
+                    break
+                rejected[key] = objection.cause
+                logger.warning("checkpoint '%s' is passed over: %s", candidate.name, objection.cause)
+            else:
+                return None, self._give_up([*seen.rejected, *rejected.values()], seen.lost)
+            logger.info("checkpoint '%s' went while it was being read: looking again", candidate.name)
+            if time.monotonic() > end:
+                break
+        return None, self._give_up([_outrun(candidate, len(seen.candidates), sum(times_gone.values()))], kind=GONE)
 
-    def follow(self, verify: Verify) -> tuple[Candidate | None, list[str]]:
-        """On the other ranks."""
+    def _ask(self, candidate: Candidate, verify: Verify) -> Objection | None:
+        self._tell(candidate._asdict())
+        objection = self._collect(verify(candidate))
+        self._tell({"good": objection is None})
+        return objection
+
+    def _give_up(self, causes: list[str], lost: str = "", kind: str = DAMAGED) -> Refusal:
+        refusal = Refusal([lost], LOST) if lost and not causes else Refusal(causes + [lost] * bool(lost), kind)
+        self._tell({"rejected": refusal.causes, "kind": refusal.kind})
+        return refusal
+
+    def follow(self, verify: Verify) -> Choice:
+        """On the other ranks.
+
+        Raises:
+            InUseError: rank 0 has refused.
+        """
         while True:
             said = self._hear()
+            if "refusal" in said:
+                raise InUseError(said["refusal"])
             if "rejected" in said:
-                return None, list(said["rejected"])
+                return None, Refusal(said["rejected"], said["kind"])
             candidate = Candidate(**said)
-            cause = verify(candidate)
-            self._collect(cause)
-            if self._hear()["good"] and cause is None:
-                return candidate, []
+            objection = verify(candidate)
+            self._collect(objection)
+            if self._hear()["good"] and objection is None:
+                return candidate, Refusal()
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._coordinator.broadcast(self._next_key(), json.dumps(message).encode(), self._timeout_s)
@@ -89,12 +163,25 @@ class Chooser:
     def _hear(self) -> dict[str, Any]:
         return dict(json.loads(self._coordinator.broadcast(self._next_key(), None, self._timeout_s + 10)))
 
-    def _collect(self, cause: str | None) -> list[str]:
+    def _collect(self, objection: Objection | None) -> Objection | None:
         """Rank 0 gets what is wrong on any rank."""
-        answers = self._coordinator.gather(self._next_key(), (cause or "").encode(), self._timeout_s) or []
+        own = b"" if objection is None else json.dumps(objection._asdict()).encode()
+        answers = self._coordinator.gather(self._next_key(), own, self._timeout_s) or []
+        found = {rank: Objection(**json.loads(answer)) for rank, answer in enumerate(answers) if answer}
+        if not found:
+            return None
         several = self._coordinator.world_size > 1
-        return [f"rank {rank}: {a.decode()}" if several else a.decode() for rank, a in enumerate(answers) if a]
+        causes = [f"rank {rank}: {each.cause}" if several else each.cause for rank, each in found.items()]
+        return Objection("; ".join(causes), any(each.gone for each in found.values()))
 
     def _next_key(self) -> str:
         self._asked += 1
         return f"{self._stream}/{self._calls}-{self._asked}"
+
+
+def _outrun(candidate: Candidate, there: int, times: int) -> str:
+    return (
+        f"'{candidate.name}' was removed or replaced while it was being read, and so were others, {times} times in all: the "
+        f"job that saves here keeps only {there} checkpoints, and removes each before it can be read. Let that job keep "
+        "more (keep=), or save less often"
+    )

@@ -142,8 +142,9 @@ class StepCommitter:
                 if failure is None:
                     before = _manifest.read_if_any(ticket.directory)
                     files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
-                    world = self._agreement.world_size
-                    manifest = Manifest(ticket.step, self._directories.take_sequence(), world, files)
+                    others = self._directories.others_in(ticket.directory, files, before)
+                    world, sequence = self._agreement.world_size, self._directories.take_sequence()
+                    manifest = Manifest(ticket.step, sequence, world, files, others=others)
                     self._directories.publish(manifest, ticket.directory)
             except Exception as caught:
                 error = caught.with_traceback(None)

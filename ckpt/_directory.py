@@ -3,7 +3,7 @@
     .lock                     held by the one job that writes here
     latest                    the name of the newest committed step directory; written last
     step-000000000042/
-        manifest.json         the commit record; without one the directory is no checkpoint
+        manifest.json         the commit record; without one the directory is no checkpoint, see _unpublished.py
         state.pt              what a job of one process gave; or, of several:
         rank-00000.pt  ...    what each rank gave for itself
         replicated.pt         what was the same on all ranks
@@ -18,39 +18,19 @@ import contextlib
 import errno
 import logging
 import os
-import re
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckpt import _manifest, _storage
+from ckpt import _manifest, _storage, _unpublished
 from ckpt._lock import DirectoryLock
-from ckpt._manifest import Manifest
-from ckpt.errors import CheckpointError, ClosedError, CorruptError, NotACheckpointError, StorageError
+from ckpt._manifest import FileEntry, Manifest
+from ckpt._steps import LATEST, Found, is_step_name, look
+from ckpt._unpublished import names_in, written_for
+from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
 
 logger = logging.getLogger("ckpt")
-
-LATEST = "latest"
-_PREFIX = "step-"
-_DIGITS = 12  # so that names sort like numbers
-
-
-def step_name(step: int) -> str:
-    """The directory name of a step.
-
-    Raises:
-        TypeError, ValueError: it is not a count of at most 12 digits.
-    """
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an int, not {type(step).__name__}")
-    if not 0 <= step < 10**_DIGITS:
-        raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
-    return f"{_PREFIX}{step:0{_DIGITS}d}"
-
-
-def is_step_name(name: str) -> bool:
-    digits = name.removeprefix(_PREFIX)
-    return name.startswith(_PREFIX) and len(digits) == _DIGITS and digits.isdecimal() and digits.isascii()
 
 
 class StepDirectories:
@@ -69,36 +49,61 @@ class StepDirectories:
         self._max_in_flight = max_in_flight
         self._shared = shared
         self._held = _storage.Directory(directory)
-        self._file_lock = DirectoryLock(directory)
+        self._file_lock = DirectoryLock(directory, self.give_way)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
         # Guards what follows. The caller's thread waits for it: the committer's does not hold it while the file system works.
         self._lock = threading.Condition()
         self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
         self._removing: set[str] = set()  # step directories that are just being taken away
+        self._others: set[str] = set()  # step directories that held finished files when a save to them began
+        self._taken_over = False  # another Checkpointer of this process writes here now
         self._limits: tuple[int, int] | None = None  # what direct I/O demands here, once a file has been written
         self._begun_again = ""  # the step that was begun last, if it may be there already
         self._highest: str | None = None  # no step above has been begun, or lay here when the first one was
+        self._warned: set[str] = set()
+        self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
+        self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
         self._retired: list[Path] = []  # no steps any more, but still there
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
-    def look(self) -> tuple[list[tuple[Path, Manifest]], list[NotACheckpointError]]:
-        """The checkpoints, newest commit first, and what is wrong with manifests that cannot be understood.
+    def look(self) -> Found:
+        """See _steps.py."""
+        return look(self._directory)
 
-        A directory without a manifest was never committed, and is neither.
+    def lost(self, found: Found) -> str:
+        """What to say if there are no checkpoints, but files of some; empty if there are none. Logs each such directory."""
+        lost = [path for path in found.bare if _unpublished.is_lost(path)]
+        for path in lost:
+            self._note_lost(path)
+        if not found.checkpoints and not found.damaged and not lost and os.path.lexists(self._directory / LATEST):
+            text = "'%s' says that there were checkpoints, but there is none: they have been removed"
+            self.warn_once(LATEST, text, self._directory / LATEST)
+        return _unpublished.describe(self._directory, lost) if lost else ""
+
+    def _note_lost(self, path: Path) -> None:
+        text = (
+            "'%s' holds files, but no manifest.json: it is passed over, and left alone. Its manifest is lost, or has "
+            "not arrived yet"
+        )
+        self.warn_once(path.name, text, path)
+
+    def warn_once(self, key: str, text: str, *details: object) -> None:
+        """To be called by one thread at a time, as all that looks or claims is."""
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(text, *details)
+
+    def expect_no_other(self, timeout_s: float) -> None:
+        """Takes nothing. Waits for what another Checkpointer of this process has in flight.
+
+        Raises:
+            InUseError: another job is writing to the directory.
         """
-        found, damaged = [], []
-        for path in self._step_directories():
-            try:
-                found.append((path, _manifest.read(path)))
-            except NotACheckpointError as error:
-                if (path / _manifest.NAME).exists():
-                    damaged.append(error)
-        found.sort(key=lambda item: item[1].sequence, reverse=True)
-        return found, damaged
+        self._file_lock.expect_free(timeout_s)
 
     def _step_directories(self) -> list[Path]:
         if not self._directory.is_dir():
@@ -107,14 +112,17 @@ class StepDirectories:
 
     # ---- the caller's side -----------------------------------------------------------------------------------------
 
-    def claim(self) -> None:
+    def claim(self, timeout_s: float) -> None:
         """Once, before the first save of the job: makes the directory ours, and removes what a crash left.
+
+        Args:
+            timeout_s: how long to wait for what another Checkpointer of this process has in flight.
 
         Raises:
             InUseError: another job is writing to it.
             StorageError: the lock cannot be made.
         """
-        self._file_lock.acquire()
+        self._file_lock.acquire(timeout_s)
         self._remove_leftovers()  # before a byte is written: a full disk may be full of them
 
     def release(self) -> None:
@@ -124,9 +132,46 @@ class StepDirectories:
             self._file_lock.release()
             self._held.close()
 
+    def give_way(self, timeout_s: float, for_good: bool) -> bool:
+        """To another Checkpointer of this process, when nothing is in flight here. False: it did not come to that in time.
+
+        An error can leave a Checkpointer behind that nobody can reach any more, and that a traceback keeps alive.
+
+        Args:
+            for_good: the other takes the directory over, and this one can save no more. Else it only waits.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            with self._lock:
+                if not self._lock.wait_for(self._is_idle, max(0.0, end - time.monotonic())):
+                    return False
+            if not for_good:
+                return True
+            if not self._changing.acquire(timeout=max(0.0, end - time.monotonic())):
+                return False
+            try:
+                with self._lock:
+                    self._taken_over = self._is_idle()
+                if self._taken_over:
+                    self.release()
+                    return True
+            finally:
+                self._changing.release()
+
+    def _is_idle(self) -> bool:
+        return not self._in_flight and not self._retired
+
+    def _refusal(self) -> InUseError:
+        return InUseError(
+            f"another Checkpointer of this process has taken '{self._directory}' over, while this one had nothing in flight: "
+            "save with that one, or make a new one"
+        )
+
     @contextlib.contextmanager
     def _still_ours(self) -> Iterator[None]:
         with self._changing:
+            if self._taken_over:
+                raise self._refusal()
             if self._released:
                 raise ClosedError(f"the Checkpointer of '{self._directory}' was closed before this save was published")
             self._file_lock.assert_held()
@@ -145,22 +190,28 @@ class StepDirectories:
 
         Raises:
             StorageError: a directory cannot be read.
+            InUseError: another Checkpointer of this process writes here now.
         """
         directory = self._directory / name
         with self._lock:
             self._lock.wait_for(lambda: name not in self._removing)
+            if self._taken_over:
+                raise self._refusal()
             taken = set(self._in_flight.get(name, ()))
             new = self._is_new(name)
             self._begun_again = "" if new else name
             if not new:
-                taken |= _names_in_use(directory)
+                names = names_in(directory)
+                taken |= names | _names_in_manifest(directory)
+                if _unpublished.may_hold_others(names):
+                    self._others.add(name)
             files = [_free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
             return [directory / file for file in files], self._limits
 
     def _is_new(self, name: str) -> bool:
         if self._highest is None:
-            self._highest = max(filter(is_step_name, _names_in(self._directory)), default="")
+            self._highest = max(filter(is_step_name, names_in(self._directory)), default="")
         new = name > self._highest
         self._highest = max(name, self._highest)
         return new
@@ -171,7 +222,7 @@ class StepDirectories:
             return None
         manifest = _manifest.read_if_any(target.parent)
         names = () if manifest is None else sorted(_manifest.names(manifest.files))
-        return next((target.parent / name for name in names if _stem_of(name) == stem), None)
+        return next((target.parent / name for name in names if _unpublished.stem_of(name) == stem), None)
 
     def note_limits(self, limits: tuple[int, int] | None) -> None:
         """Of a file that was written here."""
@@ -184,12 +235,23 @@ class StepDirectories:
         with self._lock:
             names = self._in_flight.get(directory.name, set())
             names.difference_update(target.name for target in targets)
+            self._placed.difference_update(targets)
             if not names:
                 self._in_flight.pop(directory.name, None)
+                self._others.discard(directory.name)
+                self._lock.notify_all()
         if failed and not self._shared:
             with self._taking_away(directory.name) as nobody_writes:
                 if nobody_writes:
+                    self._unmark(directory)
                     _storage.remove_if_empty(directory)  # it is when the first save to this step has failed
+
+    def _unmark(self, directory: Path) -> None:
+        """As long as files of the save that failed are there, their mark stays."""
+        with contextlib.suppress(OSError):
+            names = names_in(directory)
+            if _manifest.NAME in names or not _unpublished.finished(names):
+                _storage.remove_quietly(_unpublished.mark_of(directory, self.token))
 
     @contextlib.contextmanager
     def _taking_away(self, name: str) -> Iterator[bool]:
@@ -217,11 +279,13 @@ class StepDirectories:
         """
         self._refuse_another_directory()
         there = _manifest.read_if_any(target.parent)
-        if there is not None and target.name in _manifest.names(there.files):
+        if os.path.lexists(target) or (there is not None and target.name in _manifest.names(there.files)):
             raise CheckpointError(
-                f"'{target}' belongs to a checkpoint that was put there from elsewhere; it was not replaced: "
-                "save this step again, or under another number"
+                f"'{target}' was put there from elsewhere; it was not replaced: save this step again, or under another number"
             )
+        if there is None and target.parent.name not in self._others:
+            _storage.make_empty_file(_unpublished.mark_of(target.parent, self.token))
+        self._placed.add(target)
         _storage.crash_point("before-rename")
         try:
             _storage.rename_durably(temporary, target)
@@ -234,7 +298,7 @@ class StepDirectories:
         """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
 
             1. fsync the parent of the step directory      not a checkpoint: no manifest
-            2. write the manifest aside, fsync             not a checkpoint
+            2. write the manifest aside, fsync             not a checkpoint; the mark is this file
             3. rename to manifest.json                     a checkpoint, if the rename survives
             4. fsync the step directory                    a checkpoint
             5. `latest`: aside, fsync, rename, fsync       the newest checkpoint by name, too
@@ -251,7 +315,8 @@ class StepDirectories:
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )
             _storage.sync_directory(self._directory)
-            _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+            with _unpublished.aside(directory, self.token) as aside:
+                _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest", aside)
             _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
 
     def _refuse_another_directory(self) -> None:
@@ -273,15 +338,32 @@ class StepDirectories:
 
     def take_back(self, target: Path) -> None:
         """Removes a file that has its name but is not committed: a full disk must not get fuller with every try."""
+        if target not in self._placed:
+            return
         with contextlib.suppress(NotACheckpointError):
             if target.name in _manifest.names(_manifest.read(target.parent).files):
                 return  # committed after all: only the last fsync has failed
         _storage.remove_quietly(target)
 
+    def others_in(self, directory: Path, files: Sequence[FileEntry], before: Manifest | None) -> tuple[str, ...]:
+        """Names for Manifest.others: what lies in the step's directory and is not ours.
+
+        Args:
+            files: that are going to be published there.
+            before: what the step was until now.
+        """
+        if before is not None:
+            return before.others
+        with self._lock:
+            if directory.name not in self._others:
+                return ()
+            ours = _manifest.names(files) | self._in_flight.get(directory.name, set()) | {_manifest.NAME}
+        return tuple(sorted(_unpublished.finished(names_in(directory)) - ours))
+
     def take_sequence(self) -> int:
         """The number of the next commit."""
         if self._next_sequence is None:
-            self._next_sequence = max((manifest.sequence for _, manifest in self.look()[0]), default=0) + 1
+            self._next_sequence = max((manifest.sequence for _, manifest in self.look().checkpoints), default=0) + 1
         self._next_sequence += 1
         return self._next_sequence - 1
 
@@ -301,6 +383,8 @@ class StepDirectories:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
         while self._retired:
             self._sweep_one()
+        with self._lock:
+            self._lock.notify_all()
 
     def _sweep_one(self) -> None:
         path = self._retired.pop()
@@ -313,15 +397,18 @@ class StepDirectories:
     def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         self._remove_retired()
         if not self._shared:
-            self._remove_unnamed(directory, manifest)
-        elif before is not None:
+            self._remove_temporaries(directory)
+        if before is not None:
             for name in _manifest.names(before.files) - _manifest.names(manifest.files):
                 _storage.remove_file(directory / name)
         if self._keep is None:
             return
         largest = _manifest.bytes_of(manifest)
-        for path, old in self.look()[0][self._keep :]:
-            self._remove_step(path)
+        for path, old in self.look().checkpoints[self._keep :]:
+            if old.others:
+                self._withdraw(path, old)
+            else:
+                self._remove_step(path)
             largest = max(largest, _manifest.bytes_of(old))
         while self._retired and not _storage.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
@@ -338,7 +425,7 @@ class StepDirectories:
                     self._remove_unnamed(path, _manifest.read(path))
                 except NotACheckpointError as error:
                     if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
-                        self._remove_step(path)
+                        self._remove_if_leftover(path)
             while self._retired:
                 _storage.remove_tree(self._retired.pop())
         except OSError as error:
@@ -350,15 +437,38 @@ class StepDirectories:
             if is_step_name(_storage.name_behind(path.name) or "") and path.is_dir():
                 _storage.remove_tree(path)
 
+    def _remove_if_leftover(self, path: Path) -> None:
+        if _unpublished.is_leftover(names_in(path)):
+            self._remove_step(path)
+        elif _unpublished.is_lost(path):
+            self._note_lost(path)
+
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
-        """State files, finished or not, that neither the manifest names nor a save is writing."""
+        """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
+        wanted = _manifest.names(manifest.files) | {*manifest.others, _manifest.NAME}
+        for path in directory.iterdir():
+            owner = written_for(path.name)
+            if owner is not None and (owner not in wanted or _storage.is_temporary(path.name)):
+                _storage.remove_file(path)
+
+    def _remove_temporaries(self, directory: Path) -> None:
+        """Of saves that are over."""
         found = list(directory.iterdir())  # first: whatever a save that begins now will write is not among them
         with self._lock:
-            wanted = _manifest.names(manifest.files) | self._in_flight.get(directory.name, set())
+            wanted = self._in_flight.get(directory.name, set())
         for path in found:
-            owner = _written_for(path.name)
-            if owner is not None and owner not in wanted:
+            if _storage.name_behind(path.name) not in {None, *wanted}:
                 _storage.remove_file(path)
+
+    def _withdraw(self, directory: Path, manifest: Manifest) -> None:
+        """Takes a step away that has files of others in its directory: those stay."""
+        with self._taking_away(directory.name) as nobody_writes:
+            if not nobody_writes:
+                return
+            _storage.remove_file(directory / _manifest.NAME)
+            _storage.sync_directory(directory)
+            for file in manifest.files:
+                _storage.remove_file(directory / file.name)
 
     def _remove_step(self, directory: Path) -> None:
         with self._taking_away(directory.name) as nobody_writes:
@@ -370,27 +480,10 @@ class StepDirectories:
         _storage.crash_point("removal-begun")
 
 
-def _names_in(directory: Path) -> set[str]:
-    """None if it is not there.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        return set(os.listdir(directory))
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise StorageError(error.errno or 0, f"cannot read '{directory}': {error.strerror}", str(directory)) from error
-
-
-def _names_in_use(directory: Path) -> set[str]:
+def _names_in_manifest(directory: Path) -> set[str]:
     """Also of a file whose save ended without word from rank 0, which may publish it yet."""
     manifest = _manifest.read_if_any(directory)
-    return _names_in(directory) | (set() if manifest is None else _manifest.names(manifest.files))
-
-
-_FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
+    return set() if manifest is None else _manifest.names(manifest.files)
 
 
 def _free_name(stem: str, taken: set[str]) -> str:
@@ -399,15 +492,3 @@ def _free_name(stem: str, taken: set[str]) -> str:
         number += 1
         name = f"{stem}-{number}.pt"
     return name
-
-
-def _stem_of(name: str) -> str | None:
-    match = _FILE.fullmatch(name)
-    return None if match is None else match[1]
-
-
-def _written_for(name: str) -> str | None:
-    """The final name of a file of a step or of a temporary on its way to one; None for files that are not ours."""
-    if _storage.is_temporary(name):
-        return _storage.name_behind(name)
-    return name if _FILE.fullmatch(name) else None

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ckpt._archive import Archive, reader_threads
+from ckpt._archive import TIMEOUT_S, Archive, reader_threads
 from ckpt._filling import Filling, Intervals, takes_whole
 from ckpt._fit import Fit, Pair
 from ckpt._manifest import FileEntry
@@ -46,9 +46,9 @@ def compare(path: Path, file: FileEntry, size: int, crc: int) -> None:
         raise CorruptError(f"'{path}' fails the CRC-32 of its manifest: its bytes have changed")
 
 
-def verify(path: Path, file: FileEntry) -> None:
+def verify(path: Path, file: FileEntry, timeout_s: float) -> None:
     """Of a file that is not to be loaded."""
-    size, crc = digest_file(os.fsencode(path), reader_threads())
+    size, crc = digest_file(os.fsencode(path), reader_threads(), timeout_s)
     compare(path, file, size, crc)
 
 
@@ -57,6 +57,7 @@ class Fresh:
 
     Args:
         together: all ranks read it together.
+        timeout_s: longest that one pass over it may take, seconds.
 
     Attributes:
         refusal: why it cannot be loaded as asked, though the file may be good. Then only check() may be called.
@@ -65,11 +66,19 @@ class Fresh:
         CorruptError, StorageError, DeadlineError: the file is damaged, or cannot be read.
     """
 
-    def __init__(self, path: Path, file: FileEntry, map_location: Any, weights_only: bool, together: bool = False) -> None:
-        self._path, self._file, self.together = path, file, together
+    def __init__(
+        self,
+        path: Path,
+        file: FileEntry,
+        map_location: Any,
+        weights_only: bool,
+        together: bool = False,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        self._path, self._file, self.together, self._timeout_s = path, file, together, timeout_s
         self._how = (map_location, weights_only)
         self._make: Callable[[], Any]
-        self.archive = Archive(path)
+        self.archive = Archive(path, timeout_s)
         compare(path, file, self.archive.size, file.crc32)
         self.refusal: Exception | None = None
 
@@ -109,7 +118,7 @@ class Fresh:
     def _check_first(self) -> None:
         """Nothing is unpickled whose bytes have not been checked."""
         if not self.archive.checksummed:
-            verify(self._path, self._file)
+            verify(self._path, self._file, self._timeout_s)
 
     def _compare(self, crc: int | None) -> None:
         assert crc is not None
@@ -147,9 +156,17 @@ class Into(Fresh):
     """
 
     def __init__(
-        self, path: Path, file: FileEntry, target: Any, strict: bool, weights_only: bool, touched: bool, together: bool = False
+        self,
+        path: Path,
+        file: FileEntry,
+        target: Any,
+        strict: bool,
+        weights_only: bool,
+        touched: bool,
+        together: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        super().__init__(path, file, None, weights_only, together)
+        super().__init__(path, file, None, weights_only, together, timeout_s)
         self._check_first()
         self._target = target
         try:
@@ -186,9 +203,16 @@ class Lent(Fresh):
     """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice."""
 
     def __init__(
-        self, path: Path, file: FileEntry, lend: Lend, map_location: Any, weights_only: bool, together: bool = False
+        self,
+        path: Path,
+        file: FileEntry,
+        lend: Lend,
+        map_location: Any,
+        weights_only: bool,
+        together: bool = False,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        super().__init__(path, file, map_location, weights_only, together)
+        super().__init__(path, file, map_location, weights_only, together, timeout_s)
         self._check_first()
         self._lent: dict[tuple[Any, ...], torch.Tensor] = {}
         self._pairs: list[Pair] = []

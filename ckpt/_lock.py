@@ -1,7 +1,8 @@
 """Two jobs must not write to one directory.
 
 A POSIX record lock, because the kernel drops it with the process, a forked child does not inherit it, and it works on network
-file systems. It does not tell apart two owners in one process: a set of names does.
+file systems. It does not tell apart two owners in one process: a table of them does. One that has nothing in flight gives way
+to a new one of its process.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import fcntl
 import logging
 import os
 import socket
+import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import _storage
@@ -22,20 +25,30 @@ logger = logging.getLogger("ckpt")
 
 NAME = ".lock"
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
-_held: set[tuple[int, int, int]] = set()  # (pid, device, inode); guarded by _guard
+_FLOCK = "hhqqi"  # struct flock, as fcntl(2) has it: type, whence, start, length, pid
+_held: dict[tuple[int, int, int], DirectoryLock] = {}  # by (pid, device, inode); guarded by _guard
 _guard = threading.RLock()  # reentrant: a finalizer releases
 
 
 class DirectoryLock:
-    """Taken by acquire(), given back by release() or by the end of the process, however it ends."""
+    """Taken by acquire(), given back by release() or by the end of the process, however it ends.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        give_way: called for another owner of this process who wants it: waits so many seconds until nothing is in flight, and,
+            if the second argument says so, releases it; False if it does not. Default: it never gives way.
+    """
+
+    def __init__(self, directory: Path, give_way: Callable[[float, bool], bool] | None = None) -> None:
         self._path = directory / NAME
+        self._give_way = give_way
         self._descriptor = -1
         self._key: tuple[int, int, int] | None = None
 
-    def acquire(self) -> None:
+    def acquire(self, timeout_s: float = 0.0) -> None:
         """Safe to call again.
+
+        Args:
+            timeout_s: how long to wait for another owner in this process to give way, seconds.
 
         Raises:
             InUseError: somebody else has it; says who.
@@ -43,11 +56,11 @@ class DirectoryLock:
         """
         if self._key is not None:
             return
+        self._ask_to_give_way(timeout_s, for_good=True)
         with _guard:
             # Looked at before it is opened: closing any descriptor of the file would drop the lock that this process has on it.
-            with contextlib.suppress(FileNotFoundError):
-                if _key_of(os.stat(self._path)) in _held:
-                    raise self._in_use("another Checkpointer of this process")
+            if self._owner_here() is not None:
+                raise self._in_use("another Checkpointer of this process")
             descriptor = _storage.open_lock_file(self._path)
             key = _key_of(os.fstat(descriptor))
             try:
@@ -61,9 +74,38 @@ class DirectoryLock:
                     )
                     return
                 raise self._in_use(holder or "another process") from error
-            _held.add(key)
+            _held[key] = self
         self._descriptor, self._key = descriptor, key
         _storage.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+
+    def expect_free(self, timeout_s: float) -> None:
+        """Looks whether acquire() would come to its end, and takes nothing.
+
+        Raises:
+            InUseError: somebody else has it; says who.
+        """
+        if self._key is not None:
+            return
+        self._ask_to_give_way(timeout_s, for_good=False)
+        with _guard:
+            if self._owner_here() is None and (holder := _holder_elsewhere(self._path)) is not None:
+                raise self._in_use(holder)
+
+    def _ask_to_give_way(self, timeout_s: float, *, for_good: bool) -> None:
+        with _guard:
+            owner = self._owner_here()
+        if owner is None:
+            return
+        # Not under the guard: what is waited for may need it.
+        if owner._give_way is None or not owner._give_way(timeout_s, for_good):
+            flight = "" if owner._give_way is None else f", which still had saves in flight after {timeout_s:g} s"
+            raise self._in_use(f"another Checkpointer of this process{flight}")
+
+    def _owner_here(self) -> DirectoryLock | None:
+        """In this process; to be called under the guard."""
+        with contextlib.suppress(OSError):
+            return _held.get(_key_of(os.stat(self._path)))
+        return None
 
     def assert_held(self) -> None:
         """Takes it again if the process has lost it: it does when anything in it opens and closes the file, as copying a whole
@@ -85,7 +127,7 @@ class DirectoryLock:
         if key is None or key[0] != os.getpid():
             return
         with _guard:
-            _held.discard(key)
+            _held.pop(key, None)
             os.close(self._descriptor)
 
     def _in_use(self, holder: str) -> InUseError:
@@ -97,6 +139,22 @@ class DirectoryLock:
 
 def _key_of(stat: os.stat_result) -> tuple[int, int, int]:
     return os.getpid(), stat.st_dev, stat.st_ino
+
+
+def _holder_elsewhere(path: Path) -> str | None:
+    """The process that has locked the file; None if there is none. Closes it: not for one that this process has locked."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
+        return None if found[0] == fcntl.F_UNLCK else _read(descriptor) or "another process"
+    except OSError:  # no locks there
+        return None
+    finally:
+        os.close(descriptor)
 
 
 def _read(descriptor: int) -> str:

@@ -40,13 +40,17 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """`sequence` counts commits in the parent directory: the highest is the newest, whatever the steps."""
+    """`sequence` counts commits in the parent directory: the highest is the newest, whatever the steps.
+
+    `others`: finished files that lay in the directory, without a manifest, before the step was saved to it: they are not ours.
+    """
 
     step: int
     sequence: int
     world_size: int
     files: tuple[FileEntry, ...]
     created: str = ""
+    others: tuple[str, ...] = ()
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {
@@ -58,6 +62,8 @@ class Manifest:
             "versions": {"torch": str(torch.__version__)},
             "files": [_without_empty(dataclasses.asdict(file)) for file in self.files],
         }
+        if self.others:
+            document["others"] = list(self.others)
         document["crc32"] = _checksum(document)
         return (json.dumps(document, indent=1) + "\n").encode()
 
@@ -74,7 +80,9 @@ def read(directory: Path) -> Manifest:
             raise NotACheckpointError(f"'{path}' is too large to be a manifest")
         document = json.loads(path.read_bytes())
     except FileNotFoundError as error:
-        raise NotACheckpointError(f"'{directory}' holds no {NAME}: it was never committed") from error
+        raise NotACheckpointError(
+            f"'{directory}' holds no {NAME}: it was not committed, or is being removed, or its manifest is lost"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
     try:
@@ -97,8 +105,13 @@ def read_if_any(directory: Path) -> Manifest | None:
 
 def stands(manifest: Manifest, directory: Path) -> bool:
     """Whether this very one is what the directory holds: a publication that ended in an error may have come so far."""
+    return is_at(directory, manifest.sequence)
+
+
+def is_at(directory: Path, sequence: int) -> bool:
+    """Whether that commit is what the directory holds: it may have been removed, or replaced by a later one."""
     found = read_if_any(directory)
-    return found is not None and found.sequence == manifest.sequence
+    return found is not None and found.sequence == sequence
 
 
 def _checksum(document: dict[str, Any]) -> int:
@@ -123,6 +136,7 @@ def _parse(document: Any) -> Manifest:
         world_size=_count(document, "world_size"),
         files=parse_files(files),
         created=str(document.get("created", "")),
+        others=tuple(_plain_name(name) for name in document.get("others", ())),
     )
 
 

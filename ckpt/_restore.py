@@ -1,8 +1,9 @@
 """Finding the newest checkpoint that every rank can read, and reading it.
 
 The ranks choose it together, see _choice.py. What a rank is going to load is read, and checked on the way, while the ranks
-choose: so its bytes are read once. It is unpickled when the choice has been made. If there is a target, its tensors are filled
-while the ranks choose, and all else is put there afterwards: see _held.py.
+choose: so its bytes are read once, and nothing is read after the choice, when the checkpoint may have been removed. It is
+unpickled when the choice has been made. If there is a target, its tensors are filled while the ranks choose, and all else is
+put there afterwards: see _held.py.
 """
 
 from __future__ import annotations
@@ -15,12 +16,21 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt import _held, _manifest
-from ckpt._choice import Candidate, Chooser
+from ckpt._archive import TIMEOUT_S
+from ckpt._choice import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
 from ckpt._directory import StepDirectories
 from ckpt._group import Readiness
 from ckpt._held import Fresh, Into, Lent
 from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
-from ckpt.errors import CheckpointError, CorruptError, DeadlineError, NotACheckpointError, PeerError, StorageError
+from ckpt.errors import (
+    CheckpointError,
+    CorruptError,
+    DeadlineError,
+    InUseError,
+    NotACheckpointError,
+    PeerError,
+    StorageError,
+)
 
 logger = logging.getLogger("ckpt")
 
@@ -46,7 +56,10 @@ class Restored(_Pair):
 
 
 class Loading(NamedTuple):
-    """How to load, as given to restore()."""
+    """How to load, as given to restore().
+
+    `timeout_s`: longest that reading a file may take, seconds.
+    """
 
     map_location: Any = None
     weights_only: bool = True
@@ -54,15 +67,10 @@ class Loading(NamedTuple):
     into: Any = None
     replicated_into: Any = None
     strict: bool = True
+    timeout_s: float = TIMEOUT_S
 
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into
-
-    def read(self, path: Path, file: FileEntry) -> Any:
-        """To new memory."""
-        fresh = Fresh(path, file, self.map_location, self.weights_only)
-        fresh.fill()
-        return fresh.take()
 
     def place(self, path: Path, file: FileEntry, touched: bool, together: bool) -> Fresh:
         """Beside its target.
@@ -73,11 +81,11 @@ class Loading(NamedTuple):
         """
         target = self.target_of(file)
         if target is None:
-            return Fresh(path, file, self.map_location, self.weights_only, together)
+            return Fresh(path, file, self.map_location, self.weights_only, together, self.timeout_s)
         if _lends(target):
-            return Lent(path, file, target, self.map_location, self.weights_only, together)
+            return Lent(path, file, target, self.map_location, self.weights_only, together, self.timeout_s)
         strict = self.strict or touched  # else what it lacks would keep the parts of the other
-        return Into(path, file, target, strict, self.weights_only, touched, together)
+        return Into(path, file, target, strict, self.weights_only, touched, together, self.timeout_s)
 
 
 def _lends(target: Any) -> bool:
@@ -94,6 +102,7 @@ class Restorer:
         self._chooser = chooser
         self._together = together and world_size > 1
         # Of the candidate: what has been read, and found good; and why it cannot be loaded as asked, although it may be good.
+        self._manifest: Manifest | None = None
         self._held: dict[Path, Callable[[], Any]] = {}
         self._refusal: Exception | None = None
         self._touched = False  # whether a target holds parts of a checkpoint
@@ -104,34 +113,52 @@ class Restorer:
         """To be called first, on all ranks."""
         self._chooser.begin()
 
-    def restore(self, root: Path, loading: Loading) -> Restored | None:
+    def restore(self, root: Path, loading: Loading, *, fresh: bool = False, exclusive: bool = False) -> Restored | None:
         """See Checkpointer.restore()."""
 
-        def verify(candidate: Candidate) -> str | None:
+        def verify(candidate: Candidate) -> Objection | None:
             return self._verify(root / candidate.name, candidate, loading)
 
         self._touched, self._owed, self._lost = False, set(), None
         try:
-            return self._choose_and_load(root, loading, verify)
+            if self._rank == 0:
+                if exclusive:
+                    self._refuse_a_second_job(loading.timeout_s)
+                found, refusal = self._chooser.lead(lambda: self._look(fresh), verify)
+            else:
+                found, refusal = self._chooser.follow(verify)
+            if found is not None:
+                return self._load(root / found.name, loading)
+            if refusal.causes:
+                raise self._nothing_good(root, refusal)
+            return None
         finally:
-            self._held, self._refusal = {}, None
+            self._held, self._refusal, self._manifest = {}, None, None
 
-    def _choose_and_load(self, root: Path, loading: Loading, verify: Callable[[Candidate], str | None]) -> Restored | None:
-        if self._rank == 0:
-            committed, damaged = self._directories.look()
-            for error in damaged:
-                logger.warning("a damaged checkpoint is passed over: %s", error)
-            candidates = [self._candidate(directory, manifest) for directory, manifest in committed]
-            found, rejected = self._chooser.lead(candidates, [str(error) for error in damaged], verify)
-        else:
-            found, rejected = self._chooser.follow(verify)
-        if found is not None:
-            return self._load(root / found.name, _manifest.read(root / found.name), loading)
-        if rejected:
-            after = ". What was to be loaded into holds parts of them now" if self._touched else ""
-            after += f". {self._lost}" if self._lost else ""
-            raise CorruptError(f"no checkpoint in '{root}' is good: " + "; ".join(rejected) + after)
-        return None
+    def _refuse_a_second_job(self, timeout_s: float) -> None:
+        try:
+            self._directories.expect_no_other(timeout_s)
+        except InUseError as error:
+            self._chooser.refuse(str(error))
+            raise
+
+    def _look(self, fresh: bool) -> Seen:
+        found = self._directories.look()
+        for error in found.damaged:
+            self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
+        lost = self._directories.lost(found)
+        candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
+        return Seen(candidates, [str(error) for error in found.damaged], "" if fresh else lost)
+
+    def _nothing_good(self, root: Path, refusal: Refusal) -> CheckpointError:
+        text = "; ".join(refusal.causes)
+        after = ". What was to be loaded into holds parts of them now" if self._touched else ""
+        after += f". {self._lost}" if self._lost else ""
+        if refusal.kind == LOST:
+            return NotACheckpointError(text)
+        if refusal.kind == GONE:
+            return CheckpointError(text + after)
+        return CorruptError(f"no checkpoint in '{root}' is good: {text}{after}")
 
     def _candidate(self, directory: Path, manifest: Manifest) -> Candidate:
         together = self._together and any(file.kind == REPLICATED for file in manifest.files)
@@ -139,7 +166,7 @@ class Restorer:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def _verify(self, directory: Path, candidate: Candidate, loading: Loading) -> str | None:
+    def _verify(self, directory: Path, candidate: Candidate, loading: Loading) -> Objection | None:
         """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong.
 
         Nothing is written to a target before all targets have been found to fit.
@@ -152,24 +179,26 @@ class Restorer:
             path = directory / file.name
             if self._will_load(manifest, file, loading):
                 beside[path] = loading.place(path, file, self._touched, candidate.together and file.kind == REPLICATED)
-            else:
-                _held.verify(path, file)
+                if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
+                    self._fill({path: beside[path]})
+            elif self._is_mine(file):
+                _held.verify(path, file, loading.timeout_s)
 
         def finish(manifest: Manifest) -> None:
             refusal: Exception | None = self._lost or self._why_not_filled(directory, beside)
             refusal = refusal or next((each.refusal for each in beside.values() if each.refusal), None)
             refusal = refusal or self._why_not(directory, manifest, loading)
             others = readiness.settle(refusal)
-            self._refusal = refusal or others
-            self._fill(beside)
+            self._manifest, self._refusal = manifest, refusal or others
+            self._fill({path: each for path, each in beside.items() if path not in self._held})
 
         try:
-            cause = verify_files(directory, candidate.sequence, self._is_mine, check, finish)
+            cause = verify_files(directory, candidate.sequence, check, finish)
         except Exception as error:
             readiness.settle(error)
             raise
         readiness.settle(cause)
-        return cause
+        return None if cause is None else Objection(cause, not _manifest.is_at(directory, candidate.sequence))
 
     def _fill(self, beside: dict[Path, Fresh]) -> None:
         # What all read together comes first: nothing may fail on this rank alone before that.
@@ -234,14 +263,14 @@ class Restorer:
             return True  # as every rank loads it
         return file.rank % self._world_size == self._rank
 
-    def _load(self, directory: Path, manifest: Manifest, loading: Loading) -> Restored:
+    def _load(self, directory: Path, loading: Loading) -> Restored:
         if self._refusal is not None:
             raise self._refusal
+        manifest = self._manifest
+        assert manifest is not None
 
         def load(file: FileEntry) -> Any:
-            path = directory / file.name
-            make = self._held.pop(path, None)
-            return loading.read(path, file) if make is None else make()  # another rank has checked the others of a merge
+            return self._held.pop(directory / file.name)()
 
         own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
         replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
@@ -256,14 +285,13 @@ class Restorer:
 def verify_files(
     directory: Path,
     sequence: int,
-    is_mine: Callable[[FileEntry], bool],
-    check: Callable[[Path, Manifest, FileEntry], None] | None = None,
+    check: Callable[[Path, Manifest, FileEntry], None],
     finish: Callable[[Manifest], None] | None = None,
 ) -> str | None:
     """Compares files with their manifest; says what is wrong.
 
     Args:
-        check: called for each file that is mine, in place of comparing it.
+        check: called for each file; looks at it, if that is this rank's business.
         finish: called after that.
     """
     try:
@@ -271,8 +299,7 @@ def verify_files(
         if manifest.sequence != sequence:
             return f"'{directory}' is another checkpoint than on rank 0: all ranks must see the same directory"
         for file in manifest.files:
-            if is_mine(file):
-                (check or _verify_file)(directory, manifest, file)
+            check(directory, manifest, file)
         if finish is not None:
             finish(manifest)
     except (NotACheckpointError, CorruptError, StorageError, DeadlineError) as error:
@@ -282,7 +309,3 @@ def verify_files(
             raise
         return str(error)
     return None
-
-
-def _verify_file(directory: Path, manifest: Manifest, file: FileEntry) -> None:
-    _held.verify(directory / file.name, file)

@@ -58,6 +58,11 @@ def shared_path(final: Path, token: str) -> Path:
     return final.with_name(f"{TEMPORARY_PREFIX}{stem}.pt-{token}")
 
 
+def temporary_by(final: Path, token: str) -> Path:
+    """The temporary name that all who have the token choose for a file."""
+    return final.with_name(f"{TEMPORARY_PREFIX}{final.name}-{token}")
+
+
 def is_temporary(name: str) -> bool:
     return name.startswith(TEMPORARY_PREFIX)
 
@@ -277,15 +282,20 @@ def rename_durably(temporary: Path, final: Path) -> None:
     sync_directory(final.parent)
 
 
-def replace_durably(path: Path, content: bytes, crash_name: str) -> None:
-    """Gives the small file `path` this content, atomically: write aside, fsync, rename, fsync of the directory."""
-    temporary = temporary_path(path)
+def replace_durably(path: Path, content: bytes, crash_name: str, temporary: Path | None = None) -> None:
+    """Gives the small file `path` this content, atomically: write aside, fsync, rename, fsync of the directory.
+
+    Args:
+        temporary: where to write it aside; stays there if this fails.
+    """
+    kept, temporary = temporary is not None, temporary or temporary_path(path)
     try:
         _native.write_small_file(os.fsencode(temporary), content)
         crash_point(f"{crash_name}-written")
         rename_durably(temporary, path)
     except BaseException:
-        remove_quietly(temporary)
+        if not kept:
+            remove_quietly(temporary)
         raise
     crash_point(f"{crash_name}-renamed")
 
@@ -303,6 +313,18 @@ def replace_quickly(path: Path, content: bytes) -> None:
     except BaseException:
         remove_quietly(temporary)
         raise
+
+
+def make_empty_file(path: Path) -> None:
+    """One that is there is fine. Not durable before sync_directory(), but no later than what is done there after it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot make '{path}': {error.strerror}", str(path)) from error
 
 
 def open_lock_file(path: Path) -> int:

@@ -15,13 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _manifest, _storage
+from ckpt import _bundle_directory, _held, _manifest, _storage
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
-from ckpt._choice import Candidate, Chooser
+from ckpt._choice import GONE, Candidate, Chooser, Objection, Seen
 from ckpt._file_save import FileSave
-from ckpt._manifest import FileEntry
+from ckpt._manifest import FileEntry, Manifest
 from ckpt._restore import verify_files
 from ckpt._save import add_file
 from ckpt._saver import Saver
@@ -289,7 +289,8 @@ class BundleCheckpointer(Saver):
     ) -> str | None:
         """The name of a bundle in `root` that is complete and good on all ranks; what is in flight is waited for.
 
-        Sizes and CRC-32s of all files are verified, each by the rank that wrote it. A directory that has no manifest was not
+        Sizes and CRC-32s of all files are verified, each by the rank that wrote it. One that a living job replaces or removes
+        meanwhile is not damaged: what is there then is looked at. A directory that has no manifest was not
         written by this library, and is taken as it is.
 
         Args:
@@ -302,32 +303,38 @@ class BundleCheckpointer(Saver):
 
         Raises:
             CorruptError: `name`, or every one, is incomplete or damaged; the message says how, and names complete ones.
+            CheckpointError: each was replaced or removed before it could be read, time and again.
         """
         self._check_usable()
         self._chooser.begin()
         self._drain(self.options.drain_timeout_s)
         path = Path(os.path.abspath(os.fspath(root)))
 
-        def verify(candidate: Candidate) -> str | None:
-            return self._verify(path / candidate.name, candidate.sequence, reads)
+        def verify(candidate: Candidate) -> Objection | None:
+            return self._verify(path / candidate.name, candidate.sequence)
+
+        def complete() -> None:
+            _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
+
+        def look() -> Seen:
+            complete()
+            return Seen(self._candidates(path, name))
 
         if self._leads:
-            _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
+            complete()
         self._chooser.meet()  # nobody looks at files that are just getting their names
-        if self.rank == 0:
-            found, rejected = self._chooser.lead(self._candidates(path, name), [], verify)
-        else:
-            found, rejected = self._chooser.follow(verify)
+        found, refusal = self._chooser.lead(look, verify) if self.rank == 0 else self._chooser.follow(verify)
         if found is not None:
             wanted = name or _bundle_directory.read_latest(path)
             if wanted is not None and found.name != wanted:
                 logger.warning("'%s' is not a good checkpoint; '%s' is taken instead", path / wanted, found.name)
             return found.name
-        if not rejected:
+        if not refusal.causes:
             return None
         others = [directory.name for directory, _ in _bundle_directory.look(path) if directory.name != name]
-        complete = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
-        raise CorruptError(f"no checkpoint to load from '{path}': {'; '.join(rejected)}{complete}")
+        published = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
+        kind = CheckpointError if refusal.kind == GONE else CorruptError
+        raise kind(f"no checkpoint to load from '{path}': {'; '.join(refusal.causes)}{published}")
 
     def _candidates(self, root: Path, name: str | None) -> list[Candidate]:
         published = {directory.name: manifest.sequence for directory, manifest in _bundle_directory.look(root)}
@@ -341,13 +348,21 @@ class BundleCheckpointer(Saver):
             candidates += [Candidate(*item) for item in published.items()]
         return candidates
 
-    def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> str | None:
-        if sequence != _UNVERIFIED:
+    def _verify(self, directory: Path, sequence: int) -> Objection | None:
+        def check(directory: Path, _: Manifest, file: FileEntry) -> None:
+            if file.rank % self.world_size == self.rank:
+                _held.verify(directory / file.name, file, self.options.timeout_s)
 
-            def is_mine(file: FileEntry) -> bool:
-                return file.rank % self.world_size == self.rank and (reads is None or reads(file.name))
+        if sequence == _UNVERIFIED:
+            cause = self._verify_foreign(directory)
+            return None if cause is None else Objection(cause)
+        unsettled = _bundle_directory.is_unsettled(directory)
+        cause = verify_files(directory, sequence, check)
+        if cause is None:
+            return None
+        return Objection(cause, unsettled or not _manifest.is_at(directory, sequence))
 
-            return verify_files(directory, sequence, is_mine)
+    def _verify_foreign(self, directory: Path) -> str | None:
         try:
             _manifest.read(directory)
         except NotACheckpointError as error:

@@ -21,6 +21,7 @@ from ckpt._restore import Loading, Restored, Restorer
 from ckpt._runtime import fence
 from ckpt._save import start
 from ckpt._saver import Saver
+from ckpt._steps import step_name
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.errors import (
     CheckpointError,
@@ -99,7 +100,8 @@ class Checkpointer(Saver):
             lazy: as in `ckpt.save`, for both.
 
         Raises:
-            InUseError: another job is saving into the directory.
+            InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
+                as it may while this one has nothing in flight.
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
             ClosedError: after close().
             PeerError: at the first save, rank 0 does not answer, or may not save.
@@ -110,7 +112,7 @@ class Checkpointer(Saver):
         `result()` and by wait().
         """
         self._check_usable()
-        name = _directory.step_name(step)
+        name = step_name(step)
         ticket = Ticket(self._saves, step, self.directory / name)
         self._saves += 1  # whatever happens: all ranks count their calls
         pending = PendingSave(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
@@ -137,7 +139,7 @@ class Checkpointer(Saver):
         if self.rank == 0:
             try:
                 if not self._claimed:
-                    self._directories.claim()
+                    self._directories.claim(self.options.timeout_s)
                     self._claimed, self._token = True, _storage.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
@@ -147,6 +149,7 @@ class Checkpointer(Saver):
         if "refusal" in answer:
             raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
         self._claimed, self._token = True, answer["token"]
+        self._directories.token = self._token
 
     def _begin(self, pending: PendingSave, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
@@ -235,7 +238,7 @@ class Checkpointer(Saver):
 
     def steps(self) -> list[int]:
         """The committed steps, ascending. What is in flight or was left by a crash is not among them."""
-        return sorted(manifest.step for _, manifest in self._directories.look()[0])
+        return sorted(manifest.step for _, manifest in self._directories.look().checkpoints)
 
     def restore(
         self,
@@ -246,11 +249,15 @@ class Checkpointer(Saver):
         into: Any = None,
         replicated_into: Any = None,
         strict: bool = True,
+        fresh: bool = False,
+        exclusive: bool = False,
     ) -> Restored | None:
         """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
 
         Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
-        next older one. Waits for saves of this Checkpointer that are in flight.
+        next older one; so is a step directory with files and without a manifest. Waits for saves of this Checkpointer that are
+        in flight. Another job may save into the directory meanwhile: a checkpoint that it removes while it is being read is
+        not damaged, and the newest of what is there then comes next.
 
         With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
         verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors that
@@ -271,15 +278,23 @@ class Checkpointer(Saver):
                 may be called for several checkpoints, one after the other.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
+            fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are
+                lost. They stay as they are, also if their steps are saved again.
+            exclusive: for a job that is going to save into the directory: raise InUseError now if another one does. Looks, and
+                takes nothing. A job that only reads has no need of it.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
+            NotACheckpointError: there is no checkpoint, but step directories with files, whose manifests are lost, or have not
+                arrived yet. Nothing of them will be removed.
+            InUseError: exclusive, and another job is saving into the directory; on all ranks.
             MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here. The
                 others have restored it; or, with `Options.replicated_readers="all"`, they raise PeerError.
             CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`, or has no state of
                 the kind that there is a target for; the target must not be used any more (a read that hangs may still
                 write to it, or it holds parts that the chosen one does not fill); with `replicated_readers="all"`:
-                torch.distributed is not initialised, has other ranks, or the ranks want different parts.
+                torch.distributed is not initialised, has other ranks, or the ranks want different parts. Or each checkpoint was
+                removed before it could be read, time and again.
             PeerError: a rank does not answer, or cannot load what all read together.
             DeviceError: the current stream of a CUDA device is being captured into a graph.
             ValueError: into and merge are both given.
@@ -291,8 +306,8 @@ class Checkpointer(Saver):
         self._drain(self.options.drain_timeout_s)
         if into is not None or replicated_into is not None:
             fence()
-        loading = Loading(map_location, weights_only, merge, into, replicated_into, strict)
-        return self._restorer.restore(self.directory, loading)
+        loading = Loading(map_location, weights_only, merge, into, replicated_into, strict, self.options.timeout_s)
+        return self._restorer.restore(self.directory, loading, fresh=fresh, exclusive=exclusive)
 
     def agree(self, key: str, value: bytes) -> bytes:
         """Rank 0's value, on every rank. Waits for rank 0, a round trip; no collective of the training is used.

@@ -79,7 +79,8 @@ class Options:
         max_failed_saves: a Checkpointer raises FailedSavesError from save() after this many failures in a row; default 3. A
             failed save never stops training before that. 0: never.
         timeout_s: longest wait, seconds, inside save() and the fence; default 1800. A save that cannot be captured in this
-            time fails (the tensors may then change; nothing is published).
+            time fails (the tensors may then change; nothing is published). Also the longest that restore() reads one file, and
+            waits for the other ranks.
         drain_timeout_s: longest wait, seconds, for saves in flight at close() and at interpreter exit; default 1800. What is
             left then fails with an error.
         commit_timeout_s: longest that rank 0 waits, once its own files are durable, for those of the slowest rank, seconds;

@@ -436,15 +436,15 @@ void bind_reading(py::module_& module) {
     py::gil_scoped_release release;
     return verify_torch_file(path, options);
   }, py::arg("path"), py::arg("threads"));
-  module.def("digest_file", [](const std::string& path, int threads) {
-    const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
+  module.def("digest_file", [](const std::string& path, int threads, double timeout_s) {
+    const ReadOptions options = reading(threads, timeout_s, kPieceBytes, py::none());
     FileDigest digest;
     {
       py::gil_scoped_release release;
       digest = digest_file(path, options);
     }
     return py::make_tuple(digest.size, digest.crc);
-  }, py::arg("path"), py::arg("threads"));
+  }, py::arg("path"), py::arg("threads"), py::arg("timeout_s") = ReadOptions().timeout_s);
 }
 
 void bind_leak(py::module_& module) {

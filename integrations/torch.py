@@ -200,7 +200,7 @@ class CheckpointCallback:
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
-    def resume(self, *, strict: bool = True, weights_only: bool = True) -> int:
+    def resume(self, *, strict: bool = True, weights_only: bool = True, fresh: bool = False) -> int:
         """Loads the newest good checkpoint into the objects, and puts back the random number generators last of all.
 
         To be called on every rank, before the loop and before iterators are made of the data. Another number of ranks may
@@ -215,17 +215,25 @@ class CheckpointCallback:
             strict: False: what only one side has (a scheduler, an EMA copy, single weights) is passed over with a warning in
                 the log rather than refused.
             weights_only: as in `torch.load`; False if `data`, `scheduler` or `extra` have states that hold other objects.
+            fresh: begin at 0 even if step directories lie there whose manifests are lost, which is an error else. They stay as
+                they are. A checkpoint that is there is loaded all the same.
 
         Returns:
             the optimizer steps done; 0 if nothing was ever saved.
 
         Raises:
+            ckpt.errors.InUseError: another job is saving into the directory.
             ckpt.CheckpointError: the checkpoint does not fit, and the message says which part of it; the objects may have been
                 loaded in part. Also what `ckpt.Checkpointer.restore` raises; then, too, for instance if no checkpoint is good.
         """
         lend = functools.partial(self._lend, strict=strict)
         found = self._checkpointer.restore(
-            merge=self._merge, map_location="cpu", weights_only=weights_only, replicated_into=lend
+            merge=self._merge,
+            map_location="cpu",
+            weights_only=weights_only,
+            replicated_into=lend,
+            fresh=fresh,
+            exclusive=True,
         )
         step = 0
         if found is not None:

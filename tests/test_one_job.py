@@ -26,17 +26,64 @@ def save(checkpointer: ckpt.Checkpointer, step: int) -> None:
     checkpointer.save(step, {"step": step}).result(30)
 
 
-def test_a_second_one_in_the_process_may_look_but_not_save(tmp_path: Path, native: Any) -> None:
-    with make(tmp_path) as second:
-        with make(tmp_path) as first:
-            save(first, 1)
-            assert second.steps() == [1] and second.restore() is not None
-            for _ in range(2):
-                with pytest.raises(InUseError, match="another Checkpointer of this process"):
-                    second.save(2, {})
-            save(first, 3)
-        save(second, 4)
-        assert second.steps() == [1, 3, 4]
+def test_a_new_one_of_the_process_takes_over(tmp_path: Path, native: Any) -> None:
+    """As when a cell of a notebook is run again after an error, whose traceback keeps the Checkpointer of before."""
+    with make(tmp_path) as old, make(tmp_path) as new:
+        save(old, 1)
+        assert new.steps() == [1] and new.restore(exclusive=True) is not None
+        save(old, 2)  # looking has taken nothing
+        save(new, 3)
+        for _ in range(2):
+            with pytest.raises(InUseError, match="another Checkpointer of this process has taken"):
+                old.save(4, {})
+        assert old.steps() == [1, 2, 3] and old.restore() is not None
+        old.close()
+        save(new, 5)  # nor does the end of the old one let go of what is no longer its own
+
+
+def test_a_new_one_waits_for_what_is_in_flight(tmp_path: Path, native: Any) -> None:
+    native.set_fault("fdatasync", delay_s=0.5)
+    with make(tmp_path) as old, make(tmp_path) as new:
+        pending = old.save(1, {"step": 1})
+        found = new.restore(exclusive=True)
+        assert pending.done() and found is not None and found.step == 1
+        pending = old.save(2, {"step": 2})
+        save(new, 3)
+        assert pending.exception(0) is None and new.steps() == [1, 2, 3]
+    native.clear_faults()
+
+
+def test_a_new_one_does_not_take_over_what_hangs(tmp_path: Path, native: Any) -> None:
+    native.set_fault("fdatasync", delay_s=3.0)
+    with make(tmp_path) as old, ckpt.Checkpointer(tmp_path, options=options(timeout_s=0.2)) as new:
+        pending = old.save(1, {"step": 1})
+        for attempt in (lambda: new.restore(exclusive=True), lambda: new.save(2, {})):
+            with pytest.raises(InUseError, match="another Checkpointer of this process, which still had saves in flight"):
+                attempt()
+        assert not pending.done(), "the storage was too quick for this test"
+        native.clear_faults()
+        assert pending.exception(30) is None
+        save(old, 3)
+
+
+def test_a_second_trainer_hears_of_it_before_it_trains(tmp_path: Path, native: Any) -> None:
+    program = f"""
+import ckpt, torch
+from ckpt.integrations.torch import CheckpointCallback
+print(ckpt.Checkpointer({str(tmp_path)!r}).restore().step)
+model = torch.nn.Linear(2, 2)
+try:
+    CheckpointCallback({str(tmp_path)!r}, model=model).resume()
+except ckpt.errors.InUseError as error:
+    print(error)
+"""
+    with make(tmp_path) as first:
+        save(first, 1)
+        for step in (2, 3):
+            run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
+            said = run.stdout.splitlines()
+            assert said[0] == str(step - 1) and f"process {os.getpid()} on" in said[1]
+            save(first, step)  # the look of the other has not taken the lock away
 
 
 def test_a_second_process_may_look_but_not_save(tmp_path: Path, native: Any) -> None:

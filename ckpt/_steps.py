@@ -1,0 +1,81 @@
+"""Step directories: their names, and what is in a directory of them."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpt import _manifest
+from ckpt._manifest import Manifest
+from ckpt._unpublished import names_in
+from ckpt.errors import NotACheckpointError
+
+LATEST = "latest"
+_PREFIX = "step-"
+_DIGITS = 12  # so that names sort like numbers
+_PAUSES_S = (0.0, 0.0, 0.01, 0.05, 0.2)  # before looking again at a directory that a living job changes
+
+
+def step_name(step: int) -> str:
+    """The directory name of a step.
+
+    Raises:
+        TypeError, ValueError: it is not a count of at most 12 digits.
+    """
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step must be an int, not {type(step).__name__}")
+    if not 0 <= step < 10**_DIGITS:
+        raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
+    return f"{_PREFIX}{step:0{_DIGITS}d}"
+
+
+def is_step_name(name: str) -> bool:
+    digits = name.removeprefix(_PREFIX)
+    return name.startswith(_PREFIX) and len(digits) == _DIGITS and digits.isdecimal() and digits.isascii()
+
+
+class Found(NamedTuple):
+    """What is in the directory.
+
+    Attributes:
+        checkpoints: newest commit first.
+        damaged: what is wrong with manifests that cannot be understood.
+        bare: step directories without a manifest.
+    """
+
+    checkpoints: list[tuple[Path, Manifest]]
+    damaged: list[NotACheckpointError]
+    bare: list[Path]
+
+
+def look(directory: Path) -> Found:
+    """What is there. A living job may publish and remove steps meanwhile: what it says is true for one moment, all the same."""
+    for pause in _PAUSES_S:
+        time.sleep(pause)
+        found, missed = _look_once(directory)
+        if not missed:
+            break
+    return found
+
+
+def _look_once(directory: Path) -> tuple[Found, bool]:
+    """Also whether something went while it was looked at: then there may be newer ones, which were not there before."""
+    found = Found([], [], [])
+    missed = False
+    for name in filter(is_step_name, names_in(directory)):
+        path = directory / name
+        try:
+            found.checkpoints.append((path, _manifest.read(path)))
+        except NotACheckpointError as error:
+            if os.path.lexists(path / _manifest.NAME):
+                found.damaged.append(error)
+            elif path.is_dir():
+                found.bare.append(path)
+            else:
+                missed |= not os.path.lexists(path)
+    found.checkpoints.sort(key=lambda item: item[1].sequence, reverse=True)
+    # `latest` says that there are some: those seen may have gone, and those that came may not have been seen.
+    missed |= not found.checkpoints and os.path.lexists(directory / LATEST)
+    return found, missed
