@@ -143,18 +143,13 @@ def _key_of(stat: os.stat_result) -> tuple[int, int, int]:
 
 def _holder_elsewhere(path: Path) -> str | None:
     """The process that has locked the file; None if there is none. Closes it: not for one that this process has locked."""
+    asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
+        with open(path, "rb") as file:
+            found = struct.unpack(_FLOCK, fcntl.fcntl(file, fcntl.F_GETLK, asked))
+            return None if found[0] == fcntl.F_UNLCK else _read(file.fileno()) or "another process"
+    except OSError:  # it is not there, or there are no locks
         return None
-    try:
-        asked = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        found = struct.unpack(_FLOCK, fcntl.fcntl(descriptor, fcntl.F_GETLK, asked))
-        return None if found[0] == fcntl.F_UNLCK else _read(descriptor) or "another process"
-    except OSError:  # no locks there
-        return None
-    finally:
-        os.close(descriptor)
 
 
 def _read(descriptor: int) -> str:

@@ -295,8 +295,7 @@ def test_falls_back_past_a_damaged_checkpoint(
     found = checkpointer.restore()
     assert found is not None and found.step == 2
     assert_same(state(2), found.state)
-    named = [text for text in warnings_in(caplog) if "step-000000000003" in text]
-    assert named
+    assert [text for text in warnings_in(caplog) if "step-000000000003" in text]
     save_all(checkpointer, 3)
     found = checkpointer.restore()
     assert found is not None and found.step == 3
