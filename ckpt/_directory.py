@@ -240,6 +240,8 @@ class StepDirectories:
                 self._in_flight.pop(directory.name, None)
                 self._others.discard(directory.name)
                 self._lock.notify_all()
+        if failed and self._shared:
+            self._unmark(directory)  # the last rank to take its files back finds none
         if failed and not self._shared:
             with self._taking_away(directory.name) as nobody_writes:
                 if nobody_writes:
