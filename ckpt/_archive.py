@@ -208,10 +208,10 @@ class TorchReader:
     """
 
     def __init__(self, archive: Archive, small: Mapping[str, bytes], storages: Mapping[str, torch.UntypedStorage]) -> None:
-        self._path = archive.path
+        self.path = archive.path
+        self.small = small
+        self.storages = storages
         self._records = archive.records
-        self._small = small
-        self._storages = storages
 
     def has_record(self, name: str) -> bool:
         # The version promises that offsets can be computed; they need not be: all are known.
@@ -221,30 +221,30 @@ class TorchReader:
         return list(self._records)
 
     def get_record(self, name: str) -> bytes:
-        if name in self._small:
-            return self._small[name]
+        if name in self.small:
+            return self.small[name]
         return bytes_of(self._storage(name))
 
     def get_record_offset(self, name: str) -> int:
         if name not in self._records:
-            raise CorruptError(f"'{self._path}' has no record '{name}', which its pickle asks for")
+            raise CorruptError(f"'{self.path}' has no record '{name}', which its pickle asks for")
         return self._records[name].offset
 
     def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> Any:
         """A storage, as something that torch asks for its `_typed_storage()._untyped_storage`."""
         storage = self._storage(name)
         if storage.nbytes() != nbytes:
-            raise CorruptError(f"record '{name}' of '{self._path}' has {storage.nbytes()} bytes, and its pickle says {nbytes}")
+            raise CorruptError(f"record '{name}' of '{self.path}' has {storage.nbytes()} bytes, and its pickle says {nbytes}")
         return _AsTyped(storage)
 
     def serialization_id(self) -> str:
-        return self._small.get(".data/serialization_id", b"").decode("ascii", "replace")
+        return self.small.get(".data/serialization_id", b"").decode("ascii", "replace")
 
     def _storage(self, name: str) -> torch.UntypedStorage:
         try:
-            return self._storages[name]
+            return self.storages[name]
         except KeyError:
-            raise CorruptError(f"'{self._path}' has no record '{name}', which its pickle asks for") from None
+            raise CorruptError(f"'{self.path}' has no record '{name}', which its pickle asks for") from None
 
 
 class _AsTyped:

@@ -71,7 +71,8 @@ def index_named(location: str) -> int:
         return int(number or 0)
     if not torch.cuda.is_available():
         return HOST
-    index = int(torch.cuda._utils._get_device_index(location, optional=True))
+    named = torch.device(location).index
+    index = torch.cuda.current_device() if named is None else int(named)
     return index if index < torch.cuda.device_count() else HOST
 
 
@@ -87,5 +88,5 @@ def allocate(nbytes: int, device: int) -> UntypedStorage:
 
 
 def strangers(storages: Iterable[UntypedStorage]) -> set[int]:
-    """Addresses (_cdata) of storages on devices that torch takes for host memory: where that plays a device's."""
-    return set() if pretended_memory is None else {storage._cdata for storage in storages}
+    """The id() of storages on devices that torch takes for host memory: where that plays a device's."""
+    return set() if pretended_memory is None else set(map(id, storages))

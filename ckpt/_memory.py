@@ -92,7 +92,7 @@ class Memory:
             absent: storages of other records, which will not be returned.
         """
         on_devices = {name: self.places[name] for name in self.devices}
-        alone = _devices.strangers(on_devices.values()) | {storage._cdata for storage in absent.values()}
+        alone = _devices.strangers(on_devices.values()) | set(map(id, absent.values()))
         return Contents(self._archive, small, {**absent, **self.places}, alone, on_devices)
 
 

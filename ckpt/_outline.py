@@ -16,7 +16,8 @@ from typing import Any
 import torch
 
 from ckpt._archive import Archive, Record, allocate, fixed
-from ckpt._unpickle import Contents, read_small
+from ckpt._torch_private import key_of
+from ckpt._unpickle import Contents, can_serve, private_loader, read_small
 from ckpt.errors import CheckpointError
 
 _MOST_VISITS = 1_000_000  # of values: a small pickle can share containers so that its paths are without number
@@ -38,14 +39,28 @@ class Outline:
         self.archive = archive
         self.small = read_small(archive)
         self.storages = {name: _untouched(archive.records[name]) for name in archive.storage_names()}
-        self.value = Contents(archive, self.small, self.storages).unpickle(_stay, weights_only, is_filled=False)
-        self._names = {storage._cdata: name for name, storage in self.storages.items()}
+        self.value = self._unpickle(weights_only)
+        self._names = {key_of(storage): name for name, storage in self.storages.items()}
+
+        # Any of those without bytes: torch may have made storages of its own for these.
+        self._empty = next((name for name in self.storages if archive.records[name].size == 0), None)
+
+    def _unpickle(self, weights_only: bool) -> Any:
+        contents = Contents(self.archive, self.small, self.storages)
+        try:
+            return contents.unpickle(_stay, weights_only, is_filled=False)
+        except Exception:
+            if private_loader() is not None or not can_serve():
+                raise
+        self.archive.fill(self.storages)  # torch.load looks into sparse tensors
+        return contents.unpickle(_stay, weights_only)
 
     def record_of(self, tensor: torch.Tensor) -> str | None:
         """The record that holds the bytes of a plain tensor; None for all others."""
         if not is_plain_tensor(tensor):
             return None
-        return self._names.get(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        return self._names.get(key_of(storage)) or (None if storage.nbytes() else self._empty)
 
     def records_of(self, value: Any) -> set[str]:
         """All records that the parts of a value need; every one, if it has parts that cannot be looked into."""

@@ -12,6 +12,7 @@ out to be recordd in part, or as two dtypes, a second pass names virtual storage
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import operator
 import pickle
@@ -28,14 +29,13 @@ from ckpt import _devices, _native
 from ckpt._devices import HOST
 from ckpt._laziness import LazyStorages, are_all_written
 from ckpt._native import Record
+from ckpt._torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
 COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/chunk.h: enum class Source
 
 _PROTOCOL = 2  # the only one that weights_only loading accepts in full
-_rebuild_tensor_v2 = torch._utils._rebuild_tensor_v2
-_rebuild_tensor_v3 = torch._utils._rebuild_tensor_v3
-_rebuild_parameter = torch._utils._rebuild_parameter
+_rebuild = rebuilding()
 _strided = torch.strided
 _EMPTY_DICT = (OrderedDict, ())
 _has_names = getattr(torch.Tensor, "has_names", None)  # named tensors, which torch.save refuses, are gone from newer torch
@@ -44,9 +44,9 @@ _has_names = getattr(torch.Tensor, "has_names", None)  # named tensors, which to
 def _storage_classes() -> dict[torch.dtype, tuple[Any, int]]:
     """For each dtype on the short way: the class that names it in the pickle (None: untyped) and its bytes per element."""
     quantized = {torch.qint8, torch.qint32, torch.quint8, torch.quint4x2, torch.quint2x4}
-    named = torch.storage._dtype_to_storage_type_map()
-    classes = {dtype: (getattr(torch, name), dtype.itemsize) for dtype, name in named.items() if dtype not in quantized}
-    return classes | {dtype: (None, dtype.itemsize) for dtype in torch.storage._new_dtypes()}
+    named = {dtype: name for dtype, name in STORAGE_CLASSES.items() if dtype not in quantized}
+    classes = {dtype: (getattr(torch, name), dtype.itemsize) for dtype, name in named.items()}
+    return classes | {dtype: (None, dtype.itemsize) for dtype in NEWER_DTYPES}
 
 
 _CLASSES = _storage_classes()
@@ -109,16 +109,17 @@ class _StorageTable:
         elif kind is OrderedDict:
             if not obj and not obj.__dict__:
                 return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
-        elif kind is Parameter and not obj.__dict__:
-            return _rebuild_parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
+        elif kind is Parameter and not obj.__dict__ and _rebuild is not None:
+            return _rebuild.parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
         return NotImplemented
 
     def reduce(self, tensor: torch.Tensor) -> tuple[Any, ...]:
+        assert _rebuild is not None
         storage = tensor.untyped_storage()
         dtype = tensor.dtype
         named, itemsize = _CLASSES[dtype]
         offset, size, stride = int(tensor.storage_offset()), tuple(tensor.size()), tensor.stride()
-        cdata = storage._cdata
+        cdata = key_of(storage)
         remap = self._remaps.get(cdata) if self._remaps else None
         if remap is None:
             record = self.records.get(cdata)
@@ -139,8 +140,8 @@ class _StorageTable:
         record.type = named or UntypedStorage
         record.numel = record.nbytes // itemsize if named else record.nbytes
         if named is None:
-            return _rebuild_tensor_v3, (record, offset, size, stride, tensor.requires_grad, OrderedDict(), dtype)
-        return _rebuild_tensor_v2, (record, offset, size, stride, tensor.requires_grad, OrderedDict())
+            return _rebuild.tensor_of_dtype, (record, offset, size, stride, tensor.requires_grad, OrderedDict(), dtype)
+        return _rebuild.tensor, (record, offset, size, stride, tensor.requires_grad, OrderedDict())
 
     def _find_run(
         self, remap: _Remap, cdata: int, storage: UntypedStorage, tensor: torch.Tensor, offset: int
@@ -182,12 +183,12 @@ class _StorageTable:
     def _storage_id(self, obj: Any) -> tuple[Any, ...]:
         """A storage that torch's own pickling, or the user, hands us: always written whole."""
         if isinstance(obj, TypedStorage):
-            storage, dtype = obj._untyped_storage, obj.dtype
-            storage_type, numel = getattr(torch, obj._pickle_storage_type()), obj._size()
+            storage, class_name, numel = parts_of(obj)
+            storage_type, dtype = getattr(torch, class_name), obj.dtype
         else:
             storage, dtype = obj, None
             storage_type, numel = normalize_storage_type(type(obj)), obj.nbytes()
-        cdata = storage._cdata
+        cdata = key_of(storage)
         record = self.records.get(cdata)
         if record is None:
             record = self._add(cdata, storage, dtype, None, storage.device.type == "cpu")
@@ -199,11 +200,12 @@ class _StorageTable:
 
 
 class _TorchPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, table: _StorageTable) -> None:
+    def __init__(self, file: io.BytesIO, table: _StorageTable, short: bool) -> None:
         super().__init__(file, protocol=_PROTOCOL)
         # Bound to the table, not to this object: a cycle would keep all that was pickled until the next collection.
         self.persistent_id = _native.type_filter(_NO_STORAGES, table.persistent_id)  # type: ignore[method-assign]
-        self.reducer_override = table.reducer_override  # type: ignore[method-assign]
+        if short:
+            self.reducer_override = table.reducer_override  # type: ignore[method-assign]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -215,7 +217,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.is_nested
         and not (_has_names is not None and _has_names(tensor))
         and not tensor.__dict__
-        and not tensor._backward_hooks
+        and not has_hooks(tensor)
     )
 
 
@@ -257,7 +259,7 @@ def _make_state_pickler(exchange: bool = True) -> _native.StatePickler:
     Args:
         exchange: ask tensors by the exchange API of DLPack where this torch has it.
     """
-    named = [_rebuild_tensor_v2, _rebuild_tensor_v3, _rebuild_parameter, OrderedDict, UntypedStorage, *_CLASSES]
+    named = [*(_rebuild or ()), OrderedDict, UntypedStorage, *_CLASSES]
     named += [storage_class for storage_class, _ in _CLASSES.values() if storage_class is not None]
     return _native.StatePickler(
         globals={each: _opcodes_of(each) for each in named},
@@ -268,7 +270,7 @@ def _make_state_pickler(exchange: bool = True) -> _native.StatePickler:
         ordered_dict=OrderedDict,
         dtype_type=torch.dtype,
         strided=_strided,
-        rebuild_tensor=_rebuild_tensor_v2,
+        rebuild_tensor=_rebuild and _rebuild.tensor,
         location_tag=location_tag,
         probe=torch.empty_strided((2, 1, 3), (9, 7, 2), device="cpu")
         if exchange
@@ -281,15 +283,41 @@ _state_pickler = _make_state_pickler()
 
 def _dump(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _StorageTable]:
     """Natively what state dicts are made of; from the beginning and in Python if there is anything else among it."""
+    if not short_way():
+        return _dump_in_python(obj, remaps, short=False)
     table = _StorageTable(remaps)
     data = _state_pickler.dump(obj, records=table.records, order=table.order, remaps=remaps, reduce=table.reducer_override)
     return (data, table) if data is not None else _dump_in_python(obj, remaps)
 
 
-def _dump_in_python(obj: Any, remaps: dict[int, _Remap]) -> tuple[bytes, _StorageTable]:
+def _dump_in_python(obj: Any, remaps: dict[int, _Remap], short: bool = True) -> tuple[bytes, _StorageTable]:
+    """
+    Args:
+        short: plain tensors take the short way; else torch's own, as whole storages.
+    """
     buffer, table = io.BytesIO(), _StorageTable(remaps)
-    _TorchPickler(buffer, table).dump(obj)
+    _TorchPickler(buffer, table, short).dump(obj)
     return buffer.getvalue(), table
+
+
+@functools.cache
+def short_way() -> bool:
+    """Whether this torch pickles tensors as is assumed here."""
+    try:
+        agrees = _is_short_way_right()
+    except Exception:
+        agrees = False
+    if not agrees:
+        warn_once("tensors are pickled by torch's own methods, which takes longer, and views are saved as their whole storages")
+    return agrees
+
+
+def _is_short_way_right() -> bool:
+    whole = torch.zeros(3)
+    sample = [whole, Parameter(whole), torch.ones(2, dtype=torch.bfloat16), whole > 0, torch.empty(2, dtype=torch.uint16)]
+    table = _StorageTable({})
+    native = _state_pickler.dump(sample, records=table.records, order=table.order, remaps={}, reduce=table.reducer_override)
+    return native == _dump_in_python(sample, {})[0] == _dump_in_python(sample, {}, short=False)[0]
 
 
 def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = False) -> SavePlan:

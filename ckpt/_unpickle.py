@@ -1,17 +1,30 @@
-"""From records in memory to the object that was saved, by torch's own unpickling, with errors that say what to do."""
+"""From records in memory to the object that was saved, by torch's own unpickling, with errors that say what to do.
+
+There are three ways to it. The first is the part of torch.load that comes after a file has been opened, which is given the
+records (see _torch_private.py). It is tried on a small object before it is relied on. If it does not do what it has to,
+torch.load itself is given a file that exists only in memory (see _served.py); if that does not go either, the path, once all
+bytes have been checked.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
+from torch.serialization import default_restore_location
 
-from ckpt._archive import Archive, TorchReader, bytes_of
+from ckpt._archive import Archive, Record, TorchReader, bytes_of
+from ckpt._served import MistakenError, load_served
+from ckpt._torch_private import Loader, find_loader, warn_once
 from ckpt.errors import CheckpointError, CorruptError
 
 
@@ -19,7 +32,7 @@ class Contents:
     """All of an archive that unpickling needs, in memory and checked.
 
     Args:
-        alone: addresses (_cdata) of storages that torch is not to move.
+        alone: the id() of storages that torch is not to move.
         resizable: those that a forged pickle could make larger.
 
     Attributes:
@@ -82,35 +95,133 @@ def unpickle(
 ) -> Any:
     """What torch.load does once it has opened the file."""
     weights_only = only_weights(weights_only)
-    module: Any = torch._weights_only_unpickler if weights_only else pickle
-    module = module if is_filled else _without_validation(module)
-    location = _Watched(map_location) if _is_called(map_location) else map_location
+    watched = _Watched(map_location) if _is_called(map_location) else None
+    location = watched or map_location
     try:
-        return torch.serialization._load(reader, _LeaveAlone(alone, location) if alone else location, module, encoding="utf-8")
+        return _load(reader, _Restore(alone, location) if alone else location, location, weights_only, is_filled)
     except Exception as error:
-        torch._utils._sparse_tensors_to_validate.clear()  # or the next load would trip over what this one has left there
-        if isinstance(error, CheckpointError) or (isinstance(location, _Watched) and error is location.raised):
+        if isinstance(error, CheckpointError) or (watched and error is watched.raised):
             raise
-        raise_explained(error, path, weights_only)
+        raise_explained(_cause(error), path, weights_only)
         raise  # what arbitrary objects raise, is theirs
 
 
-def _without_validation(module: Any) -> Any:
-    """For torch.serialization: an unpickler that lets nobody look into the sparse tensors that it makes.
+def _load(reader: TorchReader, restore: Any, map_location: Any, weights_only: bool, is_filled: bool) -> Any:
+    loader = private_loader()
+    if loader is not None:
+        return loader(reader, restore, weights_only, is_filled)
+    if can_serve():
+        restore = restore if isinstance(restore, _Restore) else _Restore(frozenset(), map_location)
+        with contextlib.suppress(MistakenError):
+            return load_served(reader.small, reader.storages, weights_only, restore)
+    if not is_filled:
+        raise CheckpointError(f"'{reader.path}' can only be loaded as a whole with torch {torch.__version__}: use load()")
+    return torch.load(reader.path, map_location=map_location, weights_only=weights_only)
 
-    torch before 2.7 always does, later ones if `torch.sparse.check_sparse_tensor_invariants` is on.
-    """
 
-    class Unpickler(module.Unpickler):
-        def load(self) -> Any:
-            noted = torch._utils._sparse_tensors_to_validate
-            before = len(noted)
-            try:
-                return super().load()
-            finally:
-                del noted[before:]
+def _cause(error: Exception) -> Exception:
+    """What torch.load was told, of which it makes a text on what may be done about it."""
+    cause = error.__context__
+    return cause if isinstance(error, pickle.UnpicklingError) and isinstance(cause, pickle.UnpicklingError) else error
 
-    return SimpleNamespace(Unpickler=Unpickler)
+
+# ---- trying the ways -------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def private_loader() -> Loader | None:
+    """The first way, if it can be gone."""
+    loader = find_loader()
+    if loader is not None and _is_right(loader):
+        return loader
+    warn_once("files are read by torch.load itself, which takes longer")
+    return None
+
+
+@functools.cache
+def can_serve() -> bool:
+    """Whether the second way can be gone."""
+    restore = _Restore(frozenset(), None)
+    try:
+        right = all(_is_sample(load_served(*_sample(), weights_only, restore)) for weights_only in (True, False))
+    except Exception:
+        right = False
+    if not right:
+        warn_once("torch.load reads each file a second time, after its checksums; nothing is loaded into what is there")
+    return right
+
+
+def _is_right(loader: Loader) -> bool:
+    """Whether it makes of a small file what it should, over the memory that it is given, and refuses what it should."""
+    try:
+        return all(_loads_sample(loader, weights_only) for weights_only in (True, False)) and _refuses(loader)
+    except Exception:
+        return False
+
+
+def _loads_sample(loader: Loader, weights_only: bool) -> bool:
+    small, storages = _sample()
+    found = loader(_reader(small, storages), None, weights_only, True)
+    if not _is_sample(found) or found["a"].data_ptr() != storages["data/0"].data_ptr():
+        return False
+    return not loader.noted() and _notes_sparse(loader, weights_only)
+
+
+def _notes_sparse(loader: Loader, weights_only: bool) -> bool:
+    """Whether sparse tensors are where they are looked for, so that nobody looks into them too soon."""
+    counts: list[int] = []
+
+    def noted() -> list[torch.Tensor]:
+        counts.append(len(loader.noted()))
+        return loader.noted()
+
+    watching = loader._replace(noted=noted)
+    watching(_reader(*_records(torch.eye(2).to_sparse())), None, weights_only, False)
+    return counts == [0, 1] and not loader.noted()
+
+
+def _refuses(loader: Loader) -> bool:
+    small, storages = _sample()
+    try:
+        loader(_reader({**small, "data.pkl": b"cos\ngetcwd\n)R."}, storages), None, True, True)
+    except pickle.UnpicklingError:
+        return not loader.noted()
+    return False
+
+
+def _records(value: Any) -> tuple[dict[str, bytes], dict[str, torch.UntypedStorage]]:
+    file = io.BytesIO()
+    torch.save(value, file)
+    archive = zipfile.ZipFile(file)
+    contents = {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+    small = {name: content for name, content in contents.items() if not name.startswith("data/")}
+    storages = {
+        name: torch.frombuffer(bytearray(content), dtype=torch.uint8).untyped_storage()
+        for name, content in contents.items()
+        if name not in small
+    }
+    return small, storages
+
+
+def _sample() -> tuple[dict[str, bytes], dict[str, torch.UntypedStorage]]:
+    numbers = torch.arange(6.0)
+    return _records({"a": numbers, "b": numbers[2:5:2], "c": torch.ones(3, dtype=torch.int16), "d": torch.ones(4) > 0, "e": 5})
+
+
+def _is_sample(found: Any) -> bool:
+    shared = found["a"].untyped_storage().data_ptr() == found["b"].untyped_storage().data_ptr()
+    numbers = [found[name].tolist() for name in "abcd"]
+    return shared and found["e"] == 5 and numbers == [[0.0, 1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 4.0], [1] * 3, [True] * 4]
+
+
+def _reader(small: dict[str, bytes], storages: dict[str, torch.UntypedStorage]) -> TorchReader:
+    sizes = {name: len(content) for name, content in small.items()} | {name: each.nbytes() for name, each in storages.items()}
+    records = {name: Record(number, 0, size) for number, (name, size) in enumerate(sizes.items())}
+    archive: Any = SimpleNamespace(path=Path("sample"), records=records)
+    return TorchReader(archive, small, storages)
+
+
+# ---- errors, and where storages go -----------------------------------------------------------------------------------
 
 
 def raise_explained(error: Exception, path: Path, weights_only: bool) -> None:
@@ -143,15 +254,23 @@ class _Watched:
             raise
 
 
-class _LeaveAlone:
-    """A map_location that moves no storages which will not be returned."""
+class _Restore:
+    """What torch.load does with a map_location; moves no storages which will not be returned."""
 
     def __init__(self, alone: Set[int], map_location: Any) -> None:
         self._alone = alone
-        self._restore = torch.serialization._get_restore_location(map_location)
+        self._map_location = map_location
 
     def __call__(self, storage: Any, location: str) -> Any:
-        return storage if storage._cdata in self._alone else self._restore(storage, location)
+        if id(storage) in self._alone:
+            return storage
+        where = self._map_location
+        if where is None or isinstance(where, dict):
+            return default_restore_location(storage, (where or {}).get(location, location))
+        if isinstance(where, (str, bytes, torch.device)):
+            return default_restore_location(storage, where if isinstance(where, bytes) else str(where))
+        moved = where(storage, location)
+        return default_restore_location(storage, location) if moved is None else moved
 
 
 def _is_called(map_location: Any) -> bool:

@@ -34,8 +34,8 @@ PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
 
 struct Names {
   Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, is_cpu{"is_cpu"}, layout{"layout"}, dtype{"dtype"}, is_neg{"is_neg"},
-      is_complex{"is_complex"}, is_conj{"is_conj"}, is_nested{"is_nested"}, backward_hooks{"_backward_hooks"}, untyped_storage{"untyped_storage"},
-      cdata{"_cdata"}, nbytes{"nbytes"}, storage_offset{"storage_offset"}, size{"size"}, stride{"stride"},
+      is_complex{"is_complex"}, is_conj{"is_conj"}, is_nested{"is_nested"}, untyped_storage{"untyped_storage"},
+      nbytes{"nbytes"}, storage_offset{"storage_offset"}, size{"size"}, stride{"stride"},
       requires_grad{"requires_grad"}, storage{"storage"};
 };
 
@@ -266,7 +266,7 @@ class StatePickler {
     PyObject* known = find(words_.classes, dtype.ptr());
     if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
     if (!look(tensor)) return false;  // first: elsewhere a tensor need not have a storage
-    const py::object storage = name.untyped_storage.call_on(tensor), cdata = name.cdata.of(storage.ptr());
+    const py::object storage = name.untyped_storage.call_on(tensor), cdata = storage_key(storage.ptr());
     if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
     const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
     if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
@@ -293,7 +293,7 @@ class StatePickler {
     return !is_true(name.is_neg.call_on(tensor)) &&
            !(is_true(name.is_complex.of(dtype)) && is_true(name.is_conj.call_on(tensor))) &&
            !is_true(name.is_nested.of(tensor)) && !is_true(name.dict.of(tensor)) &&
-           !is_true(name.backward_hooks.of(tensor));
+           !is_true(owned(PyObject_GetAttr(tensor, torch_names().backward_hooks)));
   }
 
   // Fills shape_. False if the tensor is neither on the CPU nor on a CUDA device.

@@ -5,6 +5,8 @@
 
 #include <cstddef>
 #include <memory>
+#include <optional>
+#include <string>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -16,14 +18,24 @@ namespace lazyckpt {
 namespace {
 
 struct Names {
-  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, cdata{"_cdata"}, version{"_version"},
-      untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"},
-      tensor_nbytes{"nbytes"};
+  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"};
 };
 
 const Names& names() {
   static const Names& kept = *std::make_unique<Names>().release();
   return kept;
+}
+
+TorchNames known;  // its names are interned, and kept as long as the process
+
+PyObject* intern(const std::optional<std::string>& name) {
+  if (!name) return nullptr;
+  return owned(PyUnicode_InternFromString(name->c_str())).release().ptr();
+}
+
+void use_torch_names(const std::optional<std::string>& key, bool keys_last, const std::optional<std::string>& version,
+                     const std::optional<std::string>& backward_hooks) {
+  known = {intern(key), intern(version), intern(backward_hooks), keys_last};
 }
 
 // ---- The type ----------------------------------------------------------------------------------------------------
@@ -118,8 +130,8 @@ unsigned long long address_of(PyObject* storage) {
 
 // The version counter; -1 where there is none.
 Py_ssize_t version_of(PyObject* tensor) {
-  if (is_none(tensor)) return -1;
-  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, names().version.text()));
+  if (is_none(tensor) || known.version == nullptr) return -1;
+  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, known.version));
   if (version) return to_size(version.ptr());
   if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) throw py::error_already_set();
   PyErr_Clear();  // inference tensors count none
@@ -161,7 +173,7 @@ class LazyRecords {
       asked_ = true;
     }
     if (all_) return true;
-    PyObject* owners = find(owners_, names().cdata.of(record.storage).ptr());
+    PyObject* owners = find(owners_, storage_key(record.storage).ptr());
     return owners != nullptr && (owners == Py_True || is_covered(record, owners));
   }
 
@@ -170,7 +182,7 @@ class LazyRecords {
   bool is_covered(const Record& record, PyObject* owners) {
     if (record.views == nullptr && PyList_GET_SIZE(owners) == 1) {
       PyObject* owner = PyList_GET_ITEM(owners, 0);
-      if (owner == record.tensor || to_size(names().tensor_nbytes.of(owner).ptr()) == record.nbytes) return true;
+      if (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes) return true;
     }
     const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
     return is_true(covers_(py::handle(owners), record.low, record.low + record.nbytes, views));
@@ -213,7 +225,7 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
 py::tuple find_changed(const py::list& records) {
   for (const py::handle each : records) {
     const Record& record = to_record(each.ptr());
-    if (record.version < 0 || to_size(names().version.of(record.tensor).ptr()) == record.version) continue;
+    if (record.version < 0 || to_size(owned(PyObject_GetAttr(record.tensor, known.version)).ptr()) == record.version) continue;
     return py::make_tuple(py::reinterpret_borrow<py::object>(record.tensor), false);
   }
   for (const py::handle each : records) {
@@ -266,7 +278,7 @@ class StorageFinder {
     try {
       py::object storage = index_ == nullptr ? py::object() : index_->find(tensor);
       if (!storage) storage = names().untyped_storage.call_on(tensor);
-      note(names().cdata.of(storage.ptr()), tensor);
+      note(storage_key(storage.ptr()), tensor);
     } catch (const py::error_already_set& error) {  // sparse and the like have no storage of their own
       if (!error.matches(PyExc_RuntimeError)) throw;
     }
@@ -327,6 +339,7 @@ class OwnedByOptimizer {
 void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, const StorageIndex* index,
                const py::object& tensor_type, const py::function& values) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  if (!known.keys_last) return;  // that of a storage which is gone may be another's by now: then none is known to be lazy
   StorageFinder finder(found, index, tensor_type, values, true);
   OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
   for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
@@ -335,10 +348,17 @@ void add_owned(const py::dict& found, const py::list& groups, const py::dict& st
 
 void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  if (!known.keys_last) return;
   StorageFinder(found, nullptr, tensor_type, values, false).add(value.ptr());
 }
 
 }  // namespace
+
+const TorchNames& torch_names() { return known; }
+
+py::object storage_key(PyObject* storage) {
+  return owned(known.storage_key == nullptr ? PyLong_FromVoidPtr(storage) : PyObject_GetAttr(storage, known.storage_key));
+}
 
 bool is_record(PyTypeObject* type) { return type == record_type; }
 
@@ -352,6 +372,8 @@ void bind_records(py::module_& module) {
   module.attr("Record") = type;
   record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
   py::class_<StorageIndex>(module, "StorageIndex");
+  module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
+             py::arg("version"), py::arg("backward_hooks"));
   module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("covers"), py::arg("eager_bytes"),
              py::arg("devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));

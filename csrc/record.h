@@ -26,6 +26,16 @@ struct Record {
 
 bool is_record(PyTypeObject* type);
 
+// Attributes that torch does not promise to keep, as ckpt/_torch_private.py has found them; null: without it.
+struct TorchNames {
+  PyObject *storage_key = nullptr, *version = nullptr, *backward_hooks = nullptr;
+  bool keys_last = false;  // a storage has one key for all its life
+};
+const TorchNames& torch_names();
+
+// What two objects that stand for one storage have in common.
+pybind11::object storage_key(PyObject* storage);
+
 // Of a storage on the CPU that a tensor covers.
 pybind11::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
                              Py_ssize_t numel);

@@ -53,6 +53,6 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
 
 def _storage_of(tensor: torch.Tensor) -> int | None:
     try:
-        return tensor.untyped_storage()._cdata
+        return tensor.untyped_storage().data_ptr()
     except (NotImplementedError, RuntimeError):  # sparse and the like have none of their own
         return None

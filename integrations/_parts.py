@@ -9,13 +9,14 @@ import collections
 import itertools
 import pickle
 from collections.abc import Mapping
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
 from ckpt import optimizers
 
+from . import _torch_private
 from ._sampler import make_resumable
 from ._shards import refuse_shards
 
@@ -66,8 +67,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
             module = module.module
-        elif "_orig_mod" in module._modules:
-            module = cast(nn.Module, module._modules["_orig_mod"])
+        elif (compiled := dict(module.named_children()).get("_orig_mod")) is not None:
+            module = compiled
         else:
             return module
 
@@ -86,8 +87,8 @@ def take_state(part: Any, split: bool) -> tuple[Any, dict[str, Any] | None]:
     parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)} if split else set(state)
     for key, value in state.items():
         (shared if key in parameters else own)[_bare(key)] = value
-    metadata = getattr(state, "_metadata", {})
-    shared._metadata = {_bare(prefix): dict(value) for prefix, value in metadata.items()}  # type: ignore[attr-defined]
+    metadata = _torch_private.metadata_of(state)
+    _torch_private.set_metadata(shared, {_bare(prefix): dict(value) for prefix, value in metadata.items()})
     return shared, own if split else None
 
 
@@ -124,16 +125,13 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
 def _loads_plainly(module: nn.Module) -> bool:
     """Whether nothing but torch decides what becomes of a state dict."""
     plain = getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
-    return plain and all(
-        not part._load_state_dict_pre_hooks and type(part)._load_from_state_dict.__module__.partition(".")[0] == "torch"
-        for part in module.modules()
-    )
+    return plain and all(map(_torch_private.module_loads_plainly, module.modules()))
 
 
 def _lend_optimizer(optimizer: torch.optim.Optimizer, shared: Any) -> dict[tuple[Any, ...], torch.Tensor] | None:
     """What it has from steps that it has made; one that has made none takes up what is in the file as it is."""
     plain = getattr(optimizer.load_state_dict, "__func__", None) is torch.optim.Optimizer.load_state_dict
-    if not plain or optimizer._optimizer_load_state_dict_pre_hooks:
+    if not plain or not _torch_private.optimizer_loads_plainly(optimizer):
         return {}
     if not isinstance(shared, Mapping) or not {"state", "param_groups"} <= shared.keys():
         return None
@@ -166,9 +164,9 @@ def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool)
         return []
     names = {_bare(key): key for key in part.state_dict()}
     state = collections.OrderedDict((names.get(key, key), value) for key, value in {**shared, **(own or {})}.items())
-    metadata = getattr(shared, "_metadata", {})
+    metadata = _torch_private.metadata_of(shared)
     prefixes = [prefix for prefix, _ in part.named_modules(remove_duplicate=False)]
-    state._metadata = {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata}  # type: ignore[attr-defined]
+    _torch_private.set_metadata(state, {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata})
     differing = part.load_state_dict(state, strict=strict)
     return [*differing.missing_keys, *differing.unexpected_keys]
 

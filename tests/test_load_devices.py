@@ -256,8 +256,7 @@ def test_devices_are_those_that_torch_names(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda._utils, "_get_current_device_index", lambda: 1, raising=False)
-    monkeypatch.setattr(torch._utils, "_get_current_device_index", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     names = ("cpu", "cuda:0", "cuda:1", "cuda", "cuda:2", "meta", "xpu:0")
     assert [_devices.index_named(name) for name in names] == [HOST, 0, 1, 1, HOST, HOST, HOST]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

@@ -16,12 +16,15 @@ welcomes every id that it sees, under a key named by that id, with the name of i
 from __future__ import annotations
 
 import contextlib
+import os
 import secrets
+import socket
 import struct
 import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+from ckpt import _torch_private
 from ckpt.coordinator._base import (
     LINGER_S,
     OPENING,
@@ -324,17 +327,34 @@ def default_store() -> tuple[Any, int, int]:
             "the coordinator 'torch' needs torch.distributed, which is not initialised: call "
             "torch.distributed.init_process_group() first, or choose another coordinator"
         )
-    store = dist.distributed_c10d._get_default_store()
-    if store is None:
+    if not has_store():
         raise CheckpointError("torch.distributed was initialised with a backend that has no store (mpi): use coordinator 'mpi'")
-    return store, dist.get_rank(), dist.get_world_size()
+    store = _torch_private.default_store()
+    return _own_store() if store is None else store, dist.get_rank(), dist.get_world_size()
 
 
 def has_store() -> bool:
     """Whether the default process group has one: that of torch's backend "mpi" has none."""
-    from torch.distributed import distributed_c10d
+    from torch import distributed
 
-    return distributed_c10d._get_default_store() is not None
+    return distributed.get_backend() != "mpi" or _torch_private.default_store() is not None
+
+
+_servers: list[Any] = []  # for as long as this process lives
+
+
+def _own_store() -> Any:
+    """A server in rank 0, of whose address it tells the others. A collective."""
+    import torch.distributed as dist
+
+    _torch_private.warn_once("the ranks agree by a store of our own, and not by that of torch's default process group")
+    address: list[Any] = ["", 0]
+    if dist.get_rank() == 0:
+        host = os.environ.get("MASTER_ADDR") or socket.gethostname()
+        _servers.append(dist.TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        address = [host, _servers[-1].port]
+    dist.broadcast_object_list(address, src=0)
+    return _servers[-1] if dist.get_rank() == 0 else dist.TCPStore(address[0], address[1], is_master=False)
 
 
 def set_all(store: Any, extended: bool, names: list[str], value: bytes) -> None:

@@ -1,0 +1,249 @@
+"""What this package uses of torch that torch does not promise to keep. Nothing else in it names any of that.
+
+Each name is looked up here, and tried on something small before it is relied on, because a name may stay and mean something
+else. Without it there is a public way, slower or with one safeguard less, and one warning says which: no checkpoint depends on
+any of them. docs/compatibility.md lists them.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.storage import TypedStorage, UntypedStorage
+
+from ckpt import _native
+
+logger = logging.getLogger("ckpt")
+
+TESTED = "2.6 to 2.15"  # versions of torch, see docs/compatibility.md
+_MISSING = object()
+_warned: set[str] = set()
+
+
+def find(path: str) -> Any:
+    """What torch has under a dotted name, as in "_utils._rebuild_tensor_v2"; None if it has no such thing."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, _MISSING)
+        if found is _MISSING:
+            return None
+    return found
+
+
+def warn_once(what: str) -> None:
+    """Says what is done differently because this torch is not as those that were tested."""
+    if what not in _warned:
+        _warned.add(what)
+        logger.warning("torch %s differs from what was tested (%s): %s", torch.__version__, TESTED, what)
+
+
+# ---- loading ---------------------------------------------------------------------------------------------------------
+
+
+class Loader(NamedTuple):
+    """The part of torch.load that comes after a file has been opened.
+
+    Attributes:
+        load: makes the object, given a reader of records and a map_location.
+        only_weights: the module whose Unpickler refuses all but weights.
+        noted: gives the sparse tensors that this thread has unpickled and not validated yet.
+    """
+
+    load: Callable[..., Any]
+    only_weights: Any
+    noted: Callable[[], list[torch.Tensor]]
+
+    def __call__(self, reader: Any, location: Any, weights_only: bool, is_filled: bool) -> Any:
+        """
+        Args:
+            is_filled: False: nobody is to look into sparse tensors, which have no contents yet. torch before 2.7 always does,
+                later ones if `torch.sparse.check_sparse_tensor_invariants` is on, and from 2.15 for weights_only.
+        """
+        module = self.only_weights if weights_only else pickle
+        # From 2.15: it is to validate all that comes from files that nobody vouches for.
+        more: dict[str, Any] = {"encoding": "utf-8"}
+        more |= {"weights_only": weights_only} if "weights_only" in inspect.signature(self.load).parameters else {}
+        try:
+            return self.load(reader, location, module if is_filled else self._without_validation(module), **more)
+        except Exception:
+            self.noted().clear()  # or the next load would trip over what this one has left there
+            raise
+
+    def _without_validation(self, module: Any) -> Any:
+        noted = self.noted
+
+        class Unpickler(module.Unpickler):
+            def load(self) -> Any:
+                before = len(noted())
+                try:
+                    return super().load()
+                finally:
+                    del noted()[before:]
+
+        return _Module(Unpickler)
+
+
+class _Module(NamedTuple):
+    """What torch takes for a pickle module."""
+
+    Unpickler: Any
+
+
+def find_loader() -> Loader | None:
+    load, only_weights = find("serialization._load"), find("_weights_only_unpickler")
+    noted = find("_utils._get_sparse_tensors_to_validate")  # from 2.15, a list for each thread
+    if noted is None and isinstance(kept := find("_utils._sparse_tensors_to_validate"), list):
+
+        def noted() -> list[torch.Tensor]:
+            return kept
+
+    if load is None or noted is None or not hasattr(only_weights, "Unpickler"):
+        return None
+    return Loader(load, only_weights, noted)
+
+
+# ---- saving ----------------------------------------------------------------------------------------------------------
+
+
+class Rebuilding(NamedTuple):
+    """The functions that make tensors, which pickles name."""
+
+    tensor: Any
+    tensor_of_dtype: Any
+    parameter: Any
+
+
+@functools.cache
+def rebuilding() -> Rebuilding | None:
+    found = [find(f"_utils.{name}") for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")]
+    return None if None in found else Rebuilding(*found)
+
+
+def has_hooks(tensor: torch.Tensor) -> bool:
+    """Of the kind that torch.save warns about.
+
+    Raises:
+        AttributeError: this torch does not tell.
+    """
+    return bool(tensor._backward_hooks)
+
+
+def parts_of(storage: TypedStorage) -> tuple[UntypedStorage, str, int]:
+    """Its memory, the name of the class that stands for it in pickles, and its number of elements."""
+    try:
+        return storage._untyped_storage, storage._pickle_storage_type(), storage._size()
+    except (AttributeError, TypeError):
+        warn_once("storages of one dtype are taken apart by their public methods")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all of TypedStorage is deprecated
+        untyped, dtype = storage.untyped(), storage.dtype
+    return untyped, STORAGE_CLASSES[dtype], untyped.nbytes() // dtype.itemsize
+
+
+# As the file format has it, which is why these names will not change. Other dtypes are written as bytes, with their dtype.
+STORAGE_CLASSES = {
+    torch.float64: "DoubleStorage",
+    torch.float32: "FloatStorage",
+    torch.float16: "HalfStorage",
+    torch.int64: "LongStorage",
+    torch.int32: "IntStorage",
+    torch.int16: "ShortStorage",
+    torch.int8: "CharStorage",
+    torch.uint8: "ByteStorage",
+    torch.bool: "BoolStorage",
+    torch.bfloat16: "BFloat16Storage",
+    torch.complex128: "ComplexDoubleStorage",
+    torch.complex64: "ComplexFloatStorage",
+    torch.qint8: "QInt8Storage",
+    torch.qint32: "QInt32Storage",
+    torch.quint8: "QUInt8Storage",
+    torch.quint4x2: "QUInt4x2Storage",
+    torch.quint2x4: "QUInt2x4Storage",
+}
+_NEWER = (
+    *("float8_e5m2", "float8_e4m3fn", "float8_e5m2fnuz", "float8_e4m3fnuz", "float8_e8m0fnu", "float4_e2m1fn_x2"),
+    *("bits8", "bits16", "bits1x8", "bits2x4", "bits4x2", "complex32", "bcomplex32", "uint16", "uint32", "uint64"),
+)
+NEWER_DTYPES = [getattr(torch, name) for name in _NEWER if hasattr(torch, name)]
+
+
+# ---- identity and change ---------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _has_addresses() -> bool:
+    """Whether `_cdata` tells which storages are one and the same."""
+    first, other = torch.zeros(4), torch.zeros(4)
+    try:
+        key, again, another = (each.untyped_storage()._cdata for each in (first, first[1:], other))
+        return type(key) is int and key == again != another
+    except Exception:
+        return False
+
+
+@functools.cache
+def _has_versions() -> bool:
+    """Whether `_version` tells that a tensor has been written to, by whichever view."""
+    tensor = torch.zeros(4)
+    try:
+        before = tensor._version
+        tensor.detach()[1:].add_(1)
+        return type(before) is int and tensor._version > before
+    except Exception:
+        return False
+
+
+@functools.cache
+def _storages_last() -> bool:
+    """Whether a storage is the same Python object whenever it is asked for, also if nobody has kept that."""
+    tensor = torch.zeros(4)
+    try:
+        tensor.untyped_storage().kept = True  # type: ignore[attr-defined]
+        return hasattr(tensor[1:].untyped_storage(), "kept")
+    except Exception:
+        return False
+
+
+def key_of(storage: UntypedStorage) -> int:
+    """The same for two objects that stand for one storage, as long as that exists."""
+    return int(storage._cdata) if _has_addresses() else id(storage)
+
+
+def inform_core() -> None:
+    """Names for the core, which looks them up for each tensor."""
+    addresses, versions = _has_addresses(), _has_versions()
+    if not addresses:
+        less = "" if _storages_last() else ", and all is copied inside save(), because optimizers cannot be asked what they own"
+        warn_once(f"storages are told apart by the objects that stand for them{less}")
+    if not versions:
+        warn_once("version counters do not show changes behind a fence that was missed")
+    _native.use_torch_names(
+        storage_key="_cdata" if addresses else None,
+        keys_last=addresses or _storages_last(),
+        version="_version" if versions else None,
+        backward_hooks="_backward_hooks",
+    )
+
+
+inform_core()
+
+
+# ---- ranks -----------------------------------------------------------------------------------------------------------
+
+
+def default_store() -> Any:
+    """The key-value store of torch's default process group; None if it has none, or this torch does not tell."""
+    import torch.distributed.distributed_c10d  # noqa: F401
+
+    get = find("distributed.distributed_c10d._get_default_store")
+    try:
+        return get() if get is not None else None
+    except TypeError:  # it wants something
+        return None
