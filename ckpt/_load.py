@@ -17,7 +17,7 @@ from ckpt import _storage
 from ckpt._archive import TIMEOUT_S, Archive
 from ckpt._memory import Memory, fill, read_whole
 from ckpt._outline import Outline, Selection
-from ckpt._unpickle import first_line, only_weights, raise_explained
+from ckpt._unpickle import first_line, has_outlines, only_weights, raise_explained
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 
 logger = logging.getLogger("ckpt")
@@ -64,9 +64,10 @@ def load(
     archive = open_archive(target, timeout_s)
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
-    if selection:
+    if selection and has_outlines():
         return _load_part(archive, selection, map_location, weights_only)
-    return read_whole(archive, map_location)[0].unpickle(map_location, weights_only)
+    loaded = read_whole(archive, map_location)[0].unpickle(map_location, weights_only)
+    return selection.prune(loaded, target) if selection else loaded
 
 
 def open_archive(path: Path, timeout_s: float) -> Archive:

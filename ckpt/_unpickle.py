@@ -151,6 +151,11 @@ def can_serve() -> bool:
     return right
 
 
+def has_outlines() -> bool:
+    """Whether an object can be made over memory that is not filled."""
+    return private_loader() is not None or can_serve()
+
+
 def _is_right(loader: Loader) -> bool:
     """Whether it makes of a small file what it should, over the memory that it is given, and refuses what it should."""
     try:

@@ -259,6 +259,64 @@ def test_the_storage_check_itself(tmp_path: Path) -> None:
     assert sample_calls(passed, tmp_path) == []
 
 
+PRIVATE_TORCH = {"ckpt/_torch_private.py", "integrations/_torch_private.py"}
+PRIVATE_ATTRIBUTES = {
+    *("_cdata", "_version", "_backward_hooks", "_untyped_storage", "_typed_storage", "_pickle_storage_type", "_size"),
+    *("_get_default_store", "_metadata", "_modules", "_parameters", "_buffers", "_load_state_dict_pre_hooks"),
+    *("_load_from_state_dict", "_optimizer_load_state_dict_pre_hooks", "_weak_ref", "_base", "_is_view"),
+}
+
+
+def private_torch_names(path: Path) -> list[str]:
+    found = [f"line {line}: {module}.{name}" for module, name, line in imports(path) if is_private_torch(f"{module}.{name}")]
+    for node in ast.walk(parse(path)):
+        if not isinstance(node, ast.Attribute) or (isinstance(node.value, ast.Name) and node.value.id == "self"):
+            continue
+        if node.attr in PRIVATE_ATTRIBUTES or is_private_torch(dotted(node)):
+            found.append(f"line {node.lineno}: {node.attr}")
+    return found
+
+
+def is_private_torch(name: str) -> bool:
+    first, *rest = name.split(".")
+    return first == "torch" and any(part.startswith("_") and not part.endswith("__") for part in rest)
+
+
+@each([path for path in LIBRARY if name_of(path) not in PRIVATE_TORCH])
+def test_private_names_of_torch_are_in_one_module(path: Path) -> None:
+    assert private_torch_names(path) == []
+
+
+@each(core_files(".cc", ".h"))
+def test_the_core_is_told_private_names(path: Path) -> None:
+    assert re.findall(r'"_[a-z]\w*"', read_cpp(path)) == []
+
+
+def test_the_check_for_private_names_itself(tmp_path: Path) -> None:
+    path = ROOT / "ckpt" / "_torch_private.py"
+    assert len(private_torch_names(path)) >= 6
+    assert (
+        is_private_torch("torch._utils.x")
+        and is_private_torch("torch.storage._x")
+        and not is_private_torch("torch.__version__")
+    )
+
+
+# ---- versions of torch -----------------------------------------------------------------------------------------------
+
+
+def test_tested_versions_are_told_alike() -> None:
+    table = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d{4}-\d\d-\d\d \| (\d+)\.(\d+)\.(\d+) \| 3\.\d+ \| [\d,]+ \| \d+ \| \d+ \|", table, re.MULTILINE)
+    tested = sorted(tuple(map(int, row)) for row in rows)
+    named = re.search(r"^# Newest torch tested: (\d+)\.(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert named is not None and tested
+    assert tested[-1] >= tuple(map(int, named.groups())) and (2, 15, 0) in tested
+    source = (ROOT / "ckpt" / "_torch_private.py").read_text(encoding="utf-8")
+    newest = f"{tested[-1][0]}.{tested[-1][1]}"
+    assert re.search(rf'^TESTED = "2\.6 to {re.escape(newest)}"', source, re.MULTILINE)
+
+
 # ---- C++ -------------------------------------------------------------------------------------------------------------
 
 # Comments, raw strings, strings and characters, and directives, in the order in which they can hide each other.
