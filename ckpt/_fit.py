@@ -111,7 +111,7 @@ class Fit:
             self._problem(path, f"is {found.dtype} in the file, and {target.dtype} here")
         if found.shape != target.shape:
             self._problem(path, f"has shape {list(found.shape)} in the file, and {list(target.shape)} here")
-        if any(stride == 0 and size > 1 for size, stride in zip(target.shape, target.stride(), strict=True)):
+        if _lies_on_itself(target):
             self._problem(path, "has elements here that lie on one another")
         self.loaded.append(path)
         self.pairs.append(Pair(found, target.detach(), record))
@@ -227,7 +227,11 @@ def _is_alike(found: torch.Tensor, target: torch.Tensor) -> bool:
     """Whether the target can get its elements without becoming another kind of tensor."""
     plain = is_plain_tensor(target.data) and not torch.nn.parameter.is_lazy(target) and not target.is_meta
     same = plain and found.dtype == target.dtype and found.shape == target.shape
-    return same and torch._debug_has_internal_overlap(target) != 1
+    return same and not _lies_on_itself(target)
+
+
+def _lies_on_itself(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 def _join(path: str, key: object) -> str:

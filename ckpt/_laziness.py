@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ckpt import _native
+from ckpt import _native, _torch_private
 from ckpt._native import StorageIndex
 from ckpt._views import ByteInterval, byte_interval
 
@@ -48,8 +48,7 @@ def install_hooks(before_step: Callable[[], None]) -> None:
         _running.pop((threading.get_ident(), id(optimizer)), None)
 
     for hook in (before, after):
-        # As torch.compiler.disable() does, which would import the compiler: it is to call them, not to look inside.
-        hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+        _torch_private.hide_from_compiler(hook)
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
 

@@ -247,3 +247,14 @@ def default_store() -> Any:
         return get() if get is not None else None
     except TypeError:  # it wants something
         return None
+
+
+# ---- hooks -----------------------------------------------------------------------------------------------------------
+
+
+def hide_from_compiler(hook: Callable[..., Any]) -> None:
+    """Lets torch.compile call it and not look inside, as torch.compiler.disable() does, which would import the compiler.
+
+    Without the name the compiler looks, finds what it cannot compile, warns, and calls it all the same.
+    """
+    hook._torchdynamo_disable = True  # type: ignore[attr-defined]

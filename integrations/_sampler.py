@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler, Sampler, SequentialSampler, dataloader
+from torch.utils.data import BatchSampler, Sampler, SequentialSampler
+
+from . import _torch_private
 
 logger = logging.getLogger("ckpt")
 
-# Private names of torch: the iterator of a DataLoader, and how many batches it has given away. Without them positions are known
-# as long as there are no workers, whose batches are those that are asked for ahead.
-_LoaderIterator: type[Any] | None = getattr(dataloader, "_BaseDataLoaderIter", None)
-_YIELDED = "_num_yielded"
 _MOST_FRAMES = 8  # between a sampler and its loader: a batch sampler or two
 
 
@@ -125,10 +123,10 @@ class _Progress:
         iterator = None if self._iterator is None else self._iterator()
         if iterator is None:
             return self._handed_out
-        yielded, size = getattr(iterator, _YIELDED, None), _batch_size(iterator)
+        yielded, size = _torch_private.batches_given_away(iterator), _batch_size(iterator)
         if yielded is not None and size is not None:
             return min(self._begun_at + yielded * size, self._handed_out)
-        if getattr(iterator, "_num_workers", 1) == 0:
+        if not _torch_private.has_workers(iterator):
             return self._handed_out
         raise TypeError(
             "how far training has come cannot be told for a DataLoader with workers and a batch sampler of another kind; use "
@@ -138,7 +136,7 @@ class _Progress:
 
 def _batch_size(iterator: Any) -> int | None:
     """Samples in a batch of a loader; None if that may vary."""
-    sampler = getattr(iterator, "_index_sampler", None)
+    sampler = _torch_private.index_sampler(iterator)
     if hasattr(sampler, "_progress"):
         return 1  # the loader makes no batches
     return int(sampler.batch_size) if type(sampler) is BatchSampler else None
@@ -148,10 +146,10 @@ def _find_iterator() -> weakref.ref[Any] | None:
     """That of the loader that has asked for the first index; None if it was not a loader."""
     frame = sys._getframe(1)
     for _ in range(_MOST_FRAMES):
-        if _LoaderIterator is None or frame is None:
+        if frame is None:
             return None
         candidate = frame.f_locals.get("self")
-        if isinstance(candidate, _LoaderIterator):
+        if _torch_private.is_loader_iterator(candidate):
             return weakref.ref(candidate)
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._torch_private import is_flat_parameter
+
 # (module, class, what to use instead). Looked up where the module has been imported: else no object can be one of them.
 _WRAPPERS = (
     ("torch.distributed.fsdp", "FullyShardedDataParallel", "DistributedDataParallel"),
@@ -54,7 +56,7 @@ def _parameters(part: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _kind_of_shard(tensor: torch.Tensor) -> str | None:
-    if getattr(tensor, "_is_flat_param", False):  # FullyShardedDataParallel makes plain parameters, and marks them
+    if is_flat_parameter(tensor):
         return "FlatParameter"
     return next((kind for module, kind in _TENSORS if _is_a(tensor, module, kind)), None)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.utils.data
 
 _METADATA = "_metadata"
 
@@ -34,3 +35,31 @@ def optimizer_loads_plainly(optimizer: torch.optim.Optimizer) -> bool:
     """As of a module."""
     hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
     return hooks is not None and not hooks
+
+
+# Without it positions in the data are known as long as there are no workers: their batches are those that are asked for ahead.
+_LoaderIterator: type[Any] | None = getattr(torch.utils.data.dataloader, "_BaseDataLoaderIter", None)
+
+
+def is_loader_iterator(item: Any) -> bool:
+    return _LoaderIterator is not None and isinstance(item, _LoaderIterator)
+
+
+def batches_given_away(iterator: Any) -> int | None:
+    """By the iterator of a DataLoader; None if it does not say."""
+    return getattr(iterator, "_num_yielded", None)
+
+
+def has_workers(iterator: Any) -> bool:
+    """True also if it cannot be told."""
+    return bool(getattr(iterator, "_num_workers", 1))
+
+
+def index_sampler(iterator: Any) -> Any:
+    """What it asks for indices, or lists of them; None if it does not say."""
+    return getattr(iterator, "_index_sampler", None)
+
+
+def is_flat_parameter(tensor: torch.Tensor) -> bool:
+    """Whether FullyShardedDataParallel has made it, which marks what are plain parameters; its modules are found without."""
+    return bool(getattr(tensor, "_is_flat_param", False))
