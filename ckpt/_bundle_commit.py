@@ -3,6 +3,7 @@
     prepare    every rank: its files are durable under temporary names; or an error. Rank 0 gathers all of it.
     publish    rank 0, if all are well: the manifest. Now the bundle is a checkpoint. It tells everybody.
     place      every rank: its files get their own names. Rank 0 gathers that.
+               Of a file that several ranks have written, that of the lowest rank does; the others go.
     latest     rank 0 moves it, and tells everybody.
 
 Where nodes have directories of their own, the first rank of each node writes manifest and `latest` there.
@@ -20,6 +21,7 @@ from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_
 from ckpt._bundle_directory import BundleRoot
 from ckpt._file_save import FileSave
 from ckpt._manifest import RANK, FileEntry, Manifest
+from ckpt._replicas import Digest, digest_of, without_numbers
 from ckpt.errors import CheckpointError, StorageError
 
 
@@ -56,10 +58,15 @@ class BundleTicket:
 
 
 class BundleCommitter:
-    """See the module."""
+    """See the module.
 
-    def __init__(self, agreement: Agreement) -> None:
+    Args:
+        varying: keys of integers in which files of the same name may differ.
+    """
+
+    def __init__(self, agreement: Agreement, varying: tuple[str, ...] = ()) -> None:
         self._agreement = agreement
+        self._varying = varying
         self._doubt: StorageError | None = None  # of the present ticket, as the next
         self._is_empty = False
 
@@ -78,8 +85,14 @@ class BundleCommitter:
         try:
             if error is not None:
                 raise error
-            entries = tuple(self._entry(file) for file in ticket.files if file.target.parent == ticket.directory)
-            own = good_answer(ticket.what, node=ticket.node, files=[dataclasses.asdict(entry) for entry in entries])
+            files = [file for file in ticket.files if file.target.parent == ticket.directory]
+            entries = tuple(self._entry(file) for file in files)
+            own = good_answer(
+                ticket.what,
+                node=ticket.node,
+                files=[dataclasses.asdict(entry) for entry in entries],
+                digests=[dataclasses.asdict(self._digest(file)) for file in files],
+            )
         except BaseException as caught:
             error = caught.with_traceback(None)
             own = failed_answer(ticket.what, error)
@@ -108,14 +121,24 @@ class BundleCommitter:
     def _entry(self, file: FileSave) -> FileEntry:
         return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._agreement.rank, file.temporary.name)
 
+    def _digest(self, file: FileSave) -> Digest:
+        digest = digest_of(without_numbers(file.pickle, self._varying), file.sizes, 0)
+        file.forget_structure()
+        return digest
+
     def _place(self, ticket: BundleTicket, entries: Sequence[FileEntry], said: Mapping[str, Any]) -> BaseException | None:
+        dropped = set(said["dropped"])
+        for file in ticket.files:
+            if file.temporary.name in dropped and file.target.parent == ticket.directory:
+                file.undecided = False
+                file.discard()
         try:
             if self._agreement.rank != 0 and ticket.root is not None:  # of a node with a directory of its own
                 files = _manifest.parse_files(said["files"].get(ticket.node, []))
                 if files:
                     manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
                     ticket.root.publish(ticket.place, manifest)
-            _bundle_directory.place(ticket.place, entries)
+            _bundle_directory.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
                     _storage.rename_durably(file.reach(file.temporary), file.reach(file.target))
@@ -166,10 +189,7 @@ class BundleCommitter:
     ) -> tuple[Failure | None, BaseException | None, dict[str, Any]]:
         assert ticket.root is not None
         try:
-            files: dict[str, list[FileEntry]] = {}
-            for answer in answers:
-                files.setdefault(answer["node"], []).extend(_manifest.parse_files(answer["files"]))
-            _refuse_twins(files)
+            files, dropped = _one_of_each(answers)
             sequence = ticket.root.take_sequence()
             self._is_empty = not any(files.values())
             if own := files.pop(ticket.node, []):
@@ -177,7 +197,7 @@ class BundleCommitter:
                 self._publish_manifest(ticket, manifest)
             _storage.crash_point("published")
             elsewhere = {node: [dataclasses.asdict(file) for file in there] for node, there in files.items()}
-            return None, None, {"sequence": sequence, "files": elsewhere}
+            return None, None, {"sequence": sequence, "files": elsewhere, "dropped": dropped}
         except Exception as caught:
             error = caught.with_traceback(None)
             return Failure(f"rank 0 could not publish it: {error}", (0,)), error, {}
@@ -209,9 +229,26 @@ class BundleCommitter:
             ticket.root.point_latest(ticket.name if ticket.held is None else ticket.root.name_of(ticket.held, ticket.name))
 
 
-def _refuse_twins(files: Mapping[str, Sequence[FileEntry]]) -> None:
-    for there in files.values():
-        writers: dict[str, int] = {}
-        for file in there:
-            if (other := writers.setdefault(file.name, file.rank)) != file.rank:
-                raise CheckpointError(f"ranks {other} and {file.rank} both write '{file.name}'")
+def _one_of_each(answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[FileEntry]], list[str]]:
+    """The files of each node, each name once: of the lowest rank that writes it; and the temporary names of the others.
+
+    Raises:
+        CheckpointError: two ranks have written a file, and its structure differs.
+    """
+    chosen: dict[str, dict[str, tuple[FileEntry, Any]]] = {}
+    dropped = []
+    for answer in answers:
+        there = chosen.setdefault(answer["node"], {})
+        for file, digest in zip(_manifest.parse_files(answer["files"]), answer["digests"], strict=True):
+            first, expected = there.setdefault(file.name, (file, digest))
+            if first.rank != file.rank:
+                if digest != expected:
+                    raise CheckpointError(
+                        f"ranks {first.rank} and {file.rank} both write '{file.name}', and not the same: its structure, its "
+                        "values beside tensors or the sizes of its tensors differ. Let one rank write it, or use two names"
+                    )
+                dropped.append(file.temporary)
+            elif first is not file:  # written again by the same rank
+                dropped.append(first.temporary)
+                there[file.name] = file, digest
+    return {node: [file for file, _ in there.values()] for node, there in chosen.items()}, dropped

@@ -7,7 +7,7 @@ import dataclasses
 import pickletools
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 _CONTEXT = 3  # values before the difference that a message shows
@@ -40,6 +40,15 @@ def digest_of(pickle: bytes, sizes: Sequence[int], layout_crc: int) -> Digest:
 
 def without_devices(pickle: bytes) -> bytes:
     return _DEVICE.sub(b"X\x06\0\0\0device", pickle)
+
+
+def without_numbers(pickle: bytes, keys: Iterable[str]) -> bytes:
+    """Without the integers that stand under these keys, where a key is used for the first time."""
+    for key in map(str.encode, keys):
+        head = b"X" + len(key).to_bytes(4, "little") + key
+        number = re.compile(re.escape(head) + rb"(?:q.|r....)?(?:K.|M..|J....)", re.DOTALL)
+        pickle = number.sub(lambda _, head=head: head, pickle)  # type: ignore[misc]
+    return pickle
 
 
 def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int) -> str:

@@ -170,6 +170,7 @@ def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, ob
         with _runtime.beginning():
             with _without_collector():
                 plan = _plan(obj, lazy_storages(lazy), options)
+            file.pickle, file.sizes = plan.pickle, plan.sizes
             _submit(runtime, file, obj, plan, options)
         pending._files += (file,)
     finally:

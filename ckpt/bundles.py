@@ -11,7 +11,7 @@ import logging
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class Bundle:
 
         Args:
             path: where; a file that lies elsewhere than directly in the bundle's directory gets its name with the others, but
-                is not part of the checkpoint.
+                is not part of the checkpoint. Several ranks may write one file: that of the lowest rank is taken, and theirs
+                must have the same structure.
             lazy: as in `ckpt.save`.
         """
         if self._committed:
@@ -87,7 +88,8 @@ class Bundle:
             _storage.make_directory(target.parent, durable=False)
             file = FileSave(target, limits=limits, directory=self._hold(target.parent))
             add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
-            file.forget_structure()
+            if self._owner.world_size == 1:  # nobody to compare it with
+                file.forget_structure()
         except Exception as error:
             self.fail(error)
 
@@ -133,6 +135,7 @@ class BundleCheckpointer(Saver):
         node: None: all ranks see the same directories. Else: what names this rank's node, where nodes have directories of their
             own under the same path.
         leads_node: whether this rank is the one that writes manifest and `latest` on its node; used if `node` is given.
+        varying: keys of integers that may differ where several ranks write one file.
 
     Raises:
         ValueError, CheckpointError: as Checkpointer.
@@ -145,13 +148,15 @@ class BundleCheckpointer(Saver):
         coordinator: str | Coordinator = "auto",
         node: str | None = None,
         leads_node: bool = False,
+        varying: Iterable[str] = (),
     ) -> None:
         made = make_coordinator(coordinator)
         super().__init__(
             options or Options(), made, owned=made is not coordinator, what="this BundleCheckpointer", stream="bundles"
         )
         self._claims = f"{self._stream}-claim"
-        self._committing = BundleCommitter(Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s))
+        saving = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
+        self._committing = BundleCommitter(saving, tuple(varying))
         self._chooser = Chooser(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)

@@ -20,6 +20,8 @@ from ._deepspeed_state import lazy_tensors
 logger = logging.getLogger("ckpt")
 
 _OPTIMIZER_FILES = "_optim_states.pt"
+# Several ranks write the file of an expert that is replicated, each with its own number among those that do.
+_VARYING = ("zero_partition_rank",)
 
 
 class LazyCheckpointEngine:
@@ -43,6 +45,7 @@ class LazyCheckpointEngine:
             options=self.options,
             node=os.environ.get("GROUP_RANK", socket.gethostname()) if local else None,
             leads_node=os.environ.get("LOCAL_RANK", "0") == "0",
+            varying=_VARYING,
         )
         self._engine: weakref.ref[Any] = weakref.ref(self)  # of DeepSpeed, once bound
         self._bundle: Any = None  # that is being put together

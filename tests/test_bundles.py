@@ -34,7 +34,7 @@ def content(rank: int, value: float) -> dict[str, Any]:
 class Job:
     """Both ranks. Rank 0 writes the model too."""
 
-    def __init__(self, root: Path, nodes: bool = False, **how: Any) -> None:
+    def __init__(self, root: Path, nodes: bool = False, varying: tuple[str, ...] = (), **how: Any) -> None:
         wire = Wire()
         self.roots = [root / f"node-{rank}" if nodes else root for rank in range(2)]
         self.ranks = [
@@ -43,6 +43,7 @@ class Job:
                 coordinator=Threaded(wire, rank),
                 node=f"node-{rank}" if nodes else None,
                 leads_node=nodes,
+                varying=varying,
             )
             for rank in range(2)
         ]

@@ -1,0 +1,137 @@
+"""Where the ranks of a bundle do not say the same: one file of several ranks, directories and names that differ."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import assert_same
+from test_bundles import Job, job  # noqa: F401 - a fixture
+
+from ckpt.errors import CheckpointError, PeerError, StorageError
+
+SHARED = "expert_0_model_states.pt"
+OWN = "rank_{rank}_optim_states.pt"
+
+
+def replica(rank: int, value: float, **more: Any) -> dict[str, Any]:
+    """The same structure on all ranks; the bytes tell whose it is."""
+    return {"weights": torch.full((100_000,), value + rank), "note": "the same", **more}
+
+
+def save_twins(job: Job, name: str, *states: Any) -> list[BaseException | None]:  # noqa: F811
+    def act(rank: int) -> BaseException | None:
+        bundle = job.ranks[rank].begin(job.roots[rank], name)
+        directory = job.roots[rank] / name
+        bundle.save(states[rank], directory / SHARED)
+        bundle.save(replica(rank, -1.0), directory / OWN.format(rank=rank))
+        return bundle.commit().exception(60)
+
+    return job.both(act)
+
+
+def assert_of_rank_0(job: Job, name: str, value: float) -> None:  # noqa: F811
+    assert job.find(name) == [name, name]
+    assert_same(replica(0, value), torch.load(job.roots[0] / name / SHARED))
+    for rank in range(2):
+        assert_same(replica(rank, -1.0), torch.load(job.roots[0] / name / OWN.format(rank=rank)))
+    files = json.loads((job.roots[0] / name / "manifest.json").read_text())["files"]
+    assert sorted((file["name"], file["rank"]) for file in files) == [
+        (SHARED, 0),
+        (OWN.format(rank=0), 0),
+        (OWN.format(rank=1), 1),
+    ]
+    assert not job.temporaries()
+
+
+# ---- one file that several ranks write -------------------------------------------------------------------------------
+
+
+def test_of_a_file_that_two_ranks_write_the_lowest_one_s_is_taken(job: Job) -> None:  # noqa: F811
+    for value in (1.0, 2.0):
+        assert save_twins(job, "a", replica(0, value), replica(1, value)) == [None, None]
+        assert_of_rank_0(job, "a", value)
+    assert (job.roots[0] / "latest").read_text() == "a"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [replica(1, 2.0, extra=7), replica(1, 2.0) | {"note": "another"}, {"weights": torch.ones(7), "note": "the same"}],
+    ids=["a key more", "another value", "another shape"],
+)
+def test_twins_that_are_not_alike_are_refused(other: Any, job: Job) -> None:  # noqa: F811
+    assert save_twins(job, "a", replica(0, 1.0), replica(1, 1.0)) == [None, None]
+    for error in save_twins(job, "a", replica(0, 2.0), other):
+        assert isinstance(error, CheckpointError) and f"ranks 0 and 1 both write '{SHARED}', and not the same" in str(error)
+    assert_of_rank_0(job, "a", 1.0)
+
+
+def test_numbers_that_may_differ_between_twins(tmp_path: Path, native: Any) -> None:
+    """But nothing beside them may."""
+    job = Job(tmp_path, varying=("replica",))  # noqa: F811
+    for ranks in ((0, 1), (255, 256), (1, 70_000)):
+        twins = [replica(rank, 1.0, place={"replica": number, "of": 2}) for rank, number in enumerate(ranks)]
+        assert save_twins(job, "a", *twins) == [None, None]
+        assert_same(twins[0], torch.load(tmp_path / "a" / SHARED))
+    twins = [replica(rank, 1.0, place={"replica": rank, "of": rank}) for rank in range(2)]
+    assert all("not the same" in str(error) for error in save_twins(job, "b", *twins))
+    assert not job.temporaries()
+    job.close()
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "pwritev"])
+def test_twins_of_a_save_that_fails_leave_nothing(call: str, job: Job, native: Any) -> None:  # noqa: F811
+    assert save_twins(job, "a", replica(0, 1.0), replica(1, 1.0)) == [None, None]
+    native.set_fault(call, path_part="rank_1", error=errno.EIO)
+    assert all(isinstance(error, (StorageError, PeerError)) for error in save_twins(job, "a", replica(0, 2.0), replica(1, 2.0)))
+    native.clear_faults()
+    assert_of_rank_0(job, "a", 1.0)
+
+
+def test_twins_of_a_save_that_fails_once_it_is_decided(job: Job, native: Any) -> None:  # noqa: F811
+    native.set_fault("rename", path_part="expert_0", count=1, error=errno.EIO)
+    errors = save_twins(job, "a", replica(0, 1.0), replica(1, 1.0))
+    assert isinstance(errors[0], StorageError) and isinstance(errors[1], PeerError), errors
+    native.clear_faults()
+    left = sorted(path.name.split(".pt")[0] for path in job.temporaries())
+    assert left == [".tmp-expert_0_model_states", ".tmp-rank_0_optim_states"], "those that the manifest names"
+    assert_of_rank_0(job, "a", 1.0)
+
+
+@pytest.mark.parametrize("point", ["prepared", "published", "placed"])
+def test_a_crash_among_twins(point: str, tmp_path: Path, native: Any) -> None:
+    program = f"""
+from pathlib import Path
+from ckpt import _native
+from test_bundle_agreement import Job, replica, save_twins
+job = Job(Path({str(tmp_path)!r}))
+assert save_twins(job, "a", replica(0, 1.0), replica(1, 1.0)) == [None, None]
+_native.set_crash_point({point!r})
+save_twins(job, "a", replica(0, 2.0), replica(1, 2.0))
+"""
+    where = Path(__file__).parent
+    ended = subprocess.run([sys.executable, "-c", program], cwd=where, capture_output=True, text=True, timeout=120)
+    assert ended.returncode < 0, ended.stderr
+    job = Job(tmp_path)  # noqa: F811
+    assert job.save("b", 3.0) == [None, None], "the first save of a job removes what a crash has left"
+    assert_of_rank_0(job, "a", 1.0 if point == "prepared" else 2.0)
+    job.close()
+
+
+def test_what_one_rank_writes_twice_is_the_last_of_them(job: Job) -> None:  # noqa: F811
+    def act(rank: int) -> BaseException | None:
+        bundle = job.ranks[rank].begin(job.roots[rank], "a")
+        for value in (1.0, 2.0)[: 2 - rank]:
+            bundle.save(replica(rank, value, twice=value), job.roots[rank] / "a" / f"{rank}.pt")
+        return bundle.commit().exception(60)
+
+    assert job.both(act) == [None, None]
+    assert job.find("a") == ["a", "a"]
+    assert_same(replica(0, 2.0, twice=2.0), torch.load(job.roots[0] / "a" / "0.pt"))
+    assert not job.temporaries()
