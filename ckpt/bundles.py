@@ -176,6 +176,7 @@ class BundleCheckpointer(Saver):
         step: int = 0,
         move_latest: bool = True,
         may_skip: bool = True,
+        together: bool = True,
     ) -> Bundle:
         """Begins the bundle `name` in `root`, where `latest` lies too.
 
@@ -183,8 +184,10 @@ class BundleCheckpointer(Saver):
             step: noted in the manifest.
             move_latest: whether `latest` is to name it.
             may_skip: whether `Options.when_busy` may skip it; else it waits.
+            together: whether all ranks save into it; False: only rank 0 does, so the others may give another `root`.
 
         Raises:
+            CheckpointError: ranks give different names, or different directories on one node; raised on all of them.
             FailedSavesError, ClosedError: as Checkpointer.save; the former on all ranks when rank 0 has seen so many failures.
             InUseError: another job is saving beside it; on the other ranks PeerError.
         """
@@ -193,7 +196,9 @@ class BundleCheckpointer(Saver):
         number = self._saves
         self._saves += 1  # whatever happens: all ranks count their calls
         pending = PendingSave(path / name, step, on_done=functools.partial(self._note_done, number))
-        ticket = BundleTicket(number, path / name, name, step, move_latest, self._claim(path, number), self._node)
+        ticket = BundleTicket(
+            number, path / name, name, step, move_latest, self._claim(path, name, number, together), self._node
+        )
         bundle = Bundle(self, path, ticket, pending)
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
@@ -203,7 +208,7 @@ class BundleCheckpointer(Saver):
             bundle.fail(error)
         return bundle
 
-    def _claim(self, root: Path, number: int) -> BundleRoot | None:
+    def _claim(self, root: Path, name: str, number: int, together: bool) -> BundleRoot | None:
         """Before anybody writes below `root`: rank 0, and who leads a node, locks it. All ranks go on, or none."""
         own, error = None, None
         try:
@@ -215,22 +220,30 @@ class BundleCheckpointer(Saver):
             error = caught
         except OSError as caught:
             error = StorageError(caught.errno or 0, f"cannot claim '{root}': {caught}", str(root))
-        refusal = self._agree_on_claim(number, error)
+        # Where only rank 0 writes, nobody cares for the directories of the others.
+        roots = [str(root), os.path.realpath(root)] if together else []
+        said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots}
+        said |= {"kind": type(error).__name__, "text": "" if error is None else str(error)}
+        refusal = self._agree_on_claim(number, said) if self.world_size > 1 else None
         if error is not None:
             raise error
         if refusal is not None:
-            kind = FailedSavesError if refusal["kind"] == FailedSavesError.__name__ else PeerError
-            raise kind(f"rank {refusal['rank']} may not save: {refusal['text']}")
+            raise _REFUSALS[refusal["kind"]](refusal["text"])
         return own
 
-    def _agree_on_claim(self, number: int, error: CheckpointError | None) -> dict[str, Any] | None:
-        """What keeps any rank from saving. Rank 0 speaks for all but where nodes have directories of their own."""
+    def _agree_on_claim(self, number: int, own: dict[str, Any]) -> dict[str, str] | None:
+        """What keeps any rank from saving, in words that are the same on all ranks."""
         key, timeout_s = f"{self._claims}/{number}", self.options.timeout_s
-        own = None if error is None else {"rank": self.rank, "kind": type(error).__name__, "text": str(error)}
-        if self._node:
-            answers = self._coordinator.gather(f"{key}-nodes", json.dumps(own).encode(), timeout_s)
-            own = own or next((found for found in map(json.loads, answers or []) if found is not None), None)
-        said = self._coordinator.broadcast(key, json.dumps(own).encode(), timeout_s + bool(self._node) * timeout_s)
+        refusal = None
+        try:
+            answers = self._coordinator.gather(f"{key}-ranks", json.dumps(own).encode(), timeout_s)
+            if answers is not None:
+                refusal = _find_refusal([json.loads(answer) for answer in answers])
+        except PeerError as missing:
+            if self.rank != 0:
+                raise
+            refusal = {"kind": PeerError.__name__, "text": str(missing)}  # the others wait for word
+        said = self._coordinator.broadcast(key, json.dumps(refusal).encode(), 2 * timeout_s)
         return json.loads(said) or None
 
     def _own_root(self, root: Path) -> BundleRoot:
@@ -386,6 +399,28 @@ class BundleCheckpointer(Saver):
         """Like wait(), within `Options.drain_timeout_s`; but failures stay for wait() to raise."""
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
+
+
+_REFUSALS = {kind.__name__: kind for kind in (CheckpointError, FailedSavesError, PeerError)}
+
+
+def _find_refusal(answers: list[dict[str, Any]]) -> dict[str, str] | None:
+    """Why the ranks, which are given in their order, cannot make one bundle."""
+    for own in answers:
+        if own["text"]:
+            kind = FailedSavesError if own["kind"] == FailedSavesError.__name__ else PeerError
+            return {"kind": kind.__name__, "text": f"rank {own['rank']} may not save: {own['text']}"}
+    leaders: dict[str, dict[str, Any]] = {}
+    for own in answers:
+        if own["name"] != answers[0]["name"]:
+            text = f"rank {own['rank']} saves '{own['name']}' where rank 0 saves '{answers[0]['name']}'"
+            return {"kind": CheckpointError.__name__, "text": f"{text}: all ranks must give a checkpoint the same name"}
+        first = leaders.setdefault(own["node"], own)
+        if own["roots"] != first["roots"] and not {*own["roots"]} & {*first["roots"]}:
+            text = f"rank {own['rank']} saves to '{own['roots'][0]}' where rank {first['rank']} saves to '{first['roots'][0]}'"
+            remedy = "Give all ranks the same directory; for one of each rank's own, use the framework's own checkpoint engine"
+            return {"kind": CheckpointError.__name__, "text": f"{text}: a checkpoint of all ranks has one directory. {remedy}"}
+    return None
 
 
 def _has_vanished(pending: PendingSave, error: BaseException) -> bool:

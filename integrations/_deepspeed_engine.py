@@ -69,7 +69,12 @@ class LazyCheckpointEngine:
         self._root, self._moves_latest = info.save_dir, bool(info.save_latest)
         step = int(getattr(engine, "global_steps", 0))
         self._bundle = self._checkpointer.begin(
-            self._root, str(info.tag), step=step, move_latest=self._moves_latest, may_skip=not self._exporting
+            self._root,
+            str(info.tag),
+            step=step,
+            move_latest=self._moves_latest,
+            may_skip=not self._exporting,
+            together=not self._exporting,
         )
 
     def save(self, state_dict: Any, path: str) -> None:

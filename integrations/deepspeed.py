@@ -16,6 +16,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
   save_checkpoint() returns; `exclude_frozen_parameters=True` leaves a large frozen model out.
 * `latest` is moved when the files of all ranks are durable, after save_checkpoint() has returned. A checkpoint that fails does
   not stop the training; it is logged, and `Options.max_failed_saves` in a row raise.
+* All ranks give save_checkpoint() the same tag and, on each node, the same directory; else it raises CheckpointError on all of
+  them. Where each rank is to have a directory or tag of its own, leave the job DeepSpeed's own engine.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
   falls back to the newest one that is good. Files of the optimizer's states that it is told not to load may be missing.
 * DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one

@@ -13,6 +13,7 @@ import pytest
 import torch
 from support import assert_same
 from test_bundles import Job, job  # noqa: F401 - a fixture
+from test_ranks_apart import IMPATIENT
 
 from ckpt.errors import CheckpointError, PeerError, StorageError
 
@@ -135,3 +136,70 @@ def test_what_one_rank_writes_twice_is_the_last_of_them(job: Job) -> None:  # no
     assert job.find("a") == ["a", "a"]
     assert_same(replica(0, 2.0, twice=2.0), torch.load(job.roots[0] / "a" / "0.pt"))
     assert not job.temporaries()
+
+
+# ---- directories and names that differ -------------------------------------------------------------------------------
+
+
+def begin_errors(job: Job, names: tuple[str, str], **how: Any) -> list[BaseException | None]:  # noqa: F811
+    """Of begin() itself, and not of what would come of it in the background."""
+
+    def act(rank: int) -> BaseException | None:
+        try:
+            job.ranks[rank].begin(job.roots[rank], names[rank], **how).commit().exception(60)
+        except CheckpointError as error:
+            return error
+        return None
+
+    return job.both(act)
+
+
+def assert_refused(errors: list[BaseException | None], text: str) -> None:
+    assert all(type(error) is CheckpointError for error in errors), errors
+    assert str(errors[0]) == str(errors[1]) and text in str(errors[0])
+
+
+def test_names_that_differ_are_refused_at_once(job: Job) -> None:  # noqa: F811
+    for _ in range(3):
+        assert_refused(begin_errors(job, ("of-0", "of-1")), "rank 1 saves 'of-1' where rank 0 saves 'of-0'")
+    assert job.save("a", 1.0) == [None, None]
+    job.assert_found("a", 1.0)
+    for rank in job.ranks:
+        rank.wait()  # what was refused is no save that has failed
+
+
+def test_directories_that_differ_are_refused_at_once(job: Job) -> None:  # noqa: F811
+    one = job.roots[0]
+    job.roots = [one / "of-0", one / "of-1"]
+    assert_refused(begin_errors(job, ("a", "a")), f"rank 1 saves to '{one / 'of-1'}' where rank 0 saves to '{one / 'of-0'}'")
+    assert not (one / "of-1").exists()
+    job.roots = [one, one]
+    assert job.save("a", 1.0) == [None, None]
+    job.assert_found("a", 1.0)
+
+
+def test_a_directory_by_another_name_on_each_rank(job: Job) -> None:  # noqa: F811
+    (job.roots[0] / "link").symlink_to(job.roots[0])
+    job.roots[1] = job.roots[0] / "link"
+    assert job.save("a", 1.0) == [None, None]
+    job.assert_found("a", 1.0)
+
+
+def test_where_only_rank_0_writes_the_directories_of_others_do_not_count(job: Job) -> None:  # noqa: F811
+    one = job.roots[0]
+    job.roots = [one / "of-0", one / "of-1"]
+
+    def act(rank: int) -> BaseException | None:
+        bundle = job.ranks[rank].begin(job.roots[rank], "a", together=False)
+        if rank == 0:
+            bundle.save(replica(0, 1.0), job.roots[0] / "weights.bin")
+        return bundle.commit().exception(60)
+
+    assert job.both(act) == [None, None]
+    assert_same(replica(0, 1.0), torch.load(job.roots[0] / "weights.bin"))
+
+
+@pytest.mark.parametrize("job", [IMPATIENT], ids=[""], indirect=True)
+def test_a_rank_that_does_not_begin_is_named(job: Job) -> None:  # noqa: F811
+    with pytest.raises(PeerError, match="rank 1 did not answer"):
+        job.ranks[0].begin(job.roots[0], "a")

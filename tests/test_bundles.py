@@ -385,15 +385,19 @@ def test_two_models_of_one_job_share_a_directory(job: Job) -> None:
     assert job.find("critic") == ["critic", "critic"]
 
 
-def test_a_file_that_is_not_there_is_not_published(tmp_path: Path, native: Any) -> None:
-    """Nodes with disks of their own, and nobody has said so."""
-    job = Job(tmp_path)
-    job.roots = [tmp_path / f"disk-{rank}" for rank in range(2)]
-    errors = job.save("a", 1.0)
+def test_a_file_that_is_not_there_is_not_published(job: Job) -> None:
+    """As on nodes with disks of their own, if nobody has said so: rank 0 does not see what rank 1 has written."""
+
+    def act(rank: int) -> BaseException | None:
+        bundle = job.begin(rank, "a", 1.0)
+        if rank == 1:
+            bundle.pending._files[0].temporary.unlink()
+        return bundle.commit().exception(20)
+
+    errors = job.both(act)
     assert isinstance(errors[0], CorruptError) and "not all ranks see the same directory" in str(errors[0])
     assert isinstance(errors[1], PeerError)
     assert not (job.roots[0] / "latest").exists() and not (job.roots[0] / "a" / "manifest.json").exists()
-    job.close()
 
 
 def test_what_a_manifest_names_is_never_removed(tmp_path: Path, native: Any) -> None:
