@@ -1,4 +1,4 @@
-"""save_checkpoint() never returns True for what cannot become a checkpoint: all ranks raise, and the next save works."""
+"""Ranks that do not save the same: replicas become one checkpoint; what cannot become one is refused by all ranks."""
 
 from __future__ import annotations
 
@@ -60,3 +60,18 @@ def test_the_directories_of_ranks_that_write_nothing_do_not_count(ranks: Outcome
     first, second = ranks["exported"]
     assert (first["raised"], second["raised"]) == (None, None)
     assert (first["files"], second["files"]) == (["pytorch_model.bin"], [])
+
+
+@pytest.fixture(scope="module")
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return Agreement(tmp_path_factory.mktemp("replicas"), 4, [case("folded", str(stage), stage=stage) for stage in (0, 1)])
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_replicas_of_experts_that_all_write_become_one_checkpoint(stage: int, replicas: Outcomes) -> None:
+    """Expert parallelism folded into tensor parallelism."""
+    for found in replicas[f"folded {stage}"]:
+        assert (found["saved"], found["wait"]) == (True, None)
+        assert (found["differences"], found["leftovers"]) == ([], [])
+        assert (found["files"], found["ranks"]) == (4, [0, 1]), "as by DeepSpeed's own engine; of the lowest ranks"
+        assert (found["loads"], found["same"]) == (True, True)
