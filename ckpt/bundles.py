@@ -190,6 +190,7 @@ class BundleCheckpointer(Saver):
             CheckpointError: ranks give different names, or different directories on one node; raised on all of them.
             FailedSavesError, ClosedError: as Checkpointer.save; the former on all ranks when rank 0 has seen so many failures.
             InUseError: another job is saving beside it; on the other ranks PeerError.
+            PeerError: a rank has not begun it within `Options.timeout_s`.
         """
         self._check_usable()
         path = Path(os.path.abspath(os.fspath(root)))
