@@ -12,6 +12,7 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import torch
@@ -144,12 +145,12 @@ def _batch_size(iterator: Any) -> int | None:
 
 def _find_iterator() -> weakref.ref[Any] | None:
     """That of the loader that has asked for the first index; None if it was not a loader."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     for _ in range(_MOST_FRAMES):
         if frame is None:
             return None
         candidate = frame.f_locals.get("self")
         if _torch_private.is_loader_iterator(candidate):
             return weakref.ref(candidate)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
