@@ -44,6 +44,7 @@ logger = logging.getLogger("ckpt")
 
 _UNVERIFIED = -1  # sequence of a directory that has no manifest
 _REMOVAL_S = 1.0
+_MOST_PUBLISHED = 16  # bundles that are looked for when a save has failed
 _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
 
 
@@ -163,6 +164,7 @@ class BundleCheckpointer(Saver):
         self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
+        self._published: list[Path] = []  # oldest first
         weakref.finalize(self, _release_all, self._roots).atexit = False
         weakref.finalize(self, _release_moved, self._moved).atexit = False
 
@@ -215,6 +217,7 @@ class BundleCheckpointer(Saver):
         try:
             if self.rank == 0:
                 self._check_failures()
+                self._check_remaining()
             if self._leads:
                 own = self._own_root(root)
         except CheckpointError as caught:
@@ -246,6 +249,17 @@ class BundleCheckpointer(Saver):
             refusal = {"kind": PeerError.__name__, "text": str(missing)}  # the others wait for word
         said = self._coordinator.broadcast(key, json.dumps(refusal).encode(), 2 * timeout_s)
         return json.loads(said) or None
+
+    def _check_remaining(self) -> None:
+        """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
+        if self._last_failed is None or not self._published or any(_manifest.read_if_any(path) for path in self._published):
+            return
+        cause, gone = self._last_failed, ", ".join(f"'{path}'" for path in self._published)
+        self._published.clear()
+        raise CheckpointError(
+            f"the newest save failed with: {cause}; and what was published before is gone: {gone}. There is no checkpoint to "
+            "go back to: remove an old one only when the next is durable"
+        ) from cause
 
     def _own_root(self, root: Path) -> BundleRoot:
         own = self._roots.pop(root, None)
@@ -296,6 +310,9 @@ class BundleCheckpointer(Saver):
             logger.warning("'%s' was removed while it was being saved", pending.path)
         else:
             super()._note_done(number, pending, error)
+        if error is None:
+            before = [path for path in self._published if path != pending.path]
+            self._published = [*before[1 - _MOST_PUBLISHED :], pending.path]
 
     def _release(self) -> None:
         _release_all(self._roots)

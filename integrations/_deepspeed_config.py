@@ -11,6 +11,7 @@ import ckpt
 
 SECTION = "datastates_ckpt"
 _CACHE = "host_cache_size"  # GiB, as the engine of that name has it
+_WAIT = "wait_before_return"
 _FIELDS = tuple(field.name for field in dataclasses.fields(ckpt.Options))
 
 
@@ -29,10 +30,10 @@ def options_from(section: Any, base: ckpt.Options | None) -> ckpt.Options:
         return base
     if not isinstance(section, Mapping):
         raise TypeError(f'"{SECTION}" in the DeepSpeed config must be an object, not {section!r}; its keys are: {_valid()}')
-    unknown = sorted(set(section) - {_CACHE, *_FIELDS})
+    unknown = sorted(set(section) - {_CACHE, _WAIT, *_FIELDS})
     if unknown:
         raise ValueError(f'"{SECTION}" in the DeepSpeed config has unknown keys: {", ".join(unknown)}; valid are: {_valid()}')
-    changes = {key: value for key, value in section.items() if key != _CACHE}
+    changes = {key: value for key, value in section.items() if key not in (_CACHE, _WAIT)}
     if _CACHE in section:
         if "arena_bytes" in section:
             raise ValueError(f'"{SECTION}" in the DeepSpeed config has both "{_CACHE}" and "arena_bytes": they mean the same')
@@ -43,6 +44,18 @@ def options_from(section: Any, base: ckpt.Options | None) -> ckpt.Options:
         raise type(error)(f'"{SECTION}" in the DeepSpeed config: {error}; valid keys are: {_valid()}') from error
 
 
+def waits_from(section: Any) -> bool | None:
+    """Whether save_checkpoint() waits until all is durable; None: where it saves to another directory than before.
+
+    Raises:
+        TypeError: it says neither true nor false.
+    """
+    wanted = section.get(_WAIT) if isinstance(section, Mapping) else None
+    if wanted is not None and not isinstance(wanted, bool):
+        raise TypeError(f'"{_WAIT}" in the section "{SECTION}" must be true or false, but is {wanted!r}')
+    return wanted
+
+
 def _gibibytes(value: Any) -> int:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ValueError(f'"{_CACHE}" in the section "{SECTION}" must be a number of GiB, but is {value!r}')
@@ -50,4 +63,4 @@ def _gibibytes(value: Any) -> int:
 
 
 def _valid() -> str:
-    return f"{_CACHE} (GiB), {', '.join(_FIELDS)}"
+    return f"{_CACHE} (GiB), {_WAIT}, {', '.join(_FIELDS)}"

@@ -13,7 +13,7 @@ import torch
 
 import ckpt
 
-from ._deepspeed_config import options_from
+from ._deepspeed_config import options_from, waits_from
 from ._deepspeed_readers import note_save
 from ._deepspeed_state import lazy_tensors
 
@@ -40,6 +40,9 @@ class LazyCheckpointEngine:
         section = getattr(getattr(config, "datastates_config", None), "config", None)
         self.name = "LazyCheckpointEngine"
         self.options = options_from(section, options)
+        self._waits = waits_from(section)
+        self._newest: ckpt.PendingSave | None = None  # that save_checkpoint() has begun
+        self._saved_to: str | None = None  # where the last checkpoint was saved
         local = bool(getattr(config, "use_node_local_storage", False))
         self._checkpointer = ckpt.BundleCheckpointer(
             options=self.options,
@@ -153,10 +156,25 @@ class LazyCheckpointEngine:
         pending: ckpt.PendingSave = bundle.commit()
         if not self._exporting:
             note_save(self._root, pending, self._moves_latest, self.options.drain_timeout_s)
+            self._newest = pending
         return pending
+
+    def finish_save(self, save_dir: Any) -> None:
+        """At the end of save_checkpoint(). Who names a new directory each time removes old ones himself, maybe at once.
+
+        Raises:
+            CheckpointError: it was waited for, and did not become durable; on all ranks.
+        """
+        root, before = os.path.abspath(save_dir), self._saved_to
+        self._saved_to = root
+        pending, self._newest = self._newest, None
+        waits = before not in (None, root) if self._waits is None else self._waits
+        if waits and pending is not None:
+            pending.result()
 
     def find(self, load_dir: Any, tag: Any, optimizer: bool = True) -> str | None:
         """The tag to load.
+
 
         Args:
             optimizer: whether the files of the optimizer's states are going to be read; users remove them to save space.

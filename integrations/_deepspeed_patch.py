@@ -82,6 +82,7 @@ def _save_checkpoint(
         ours.end_save(error)
         raise
     ours.end_save()
+    ours.finish_save(save_dir)
     return saved
 
 

@@ -9,7 +9,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
 
     "datastates_ckpt": {"host_cache_size": 4, "max_in_flight": 2}
 
-"host_cache_size" is the staging memory in GiB; the other keys are the fields of `ckpt.Options`.
+"host_cache_size" is the staging memory in GiB; "wait_before_return" is described below; the other keys are the fields of
+`ckpt.Options`.
 
 * save_checkpoint() copies no parameters and no optimizer state. They are written in the background until the next update, which
   waits for what has not left yet. Buffers, frozen parameters, client_state and all Python values are captured before
@@ -18,6 +19,9 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
   not stop the training; it is logged, and `Options.max_failed_saves` in a row raise.
 * All ranks give save_checkpoint() the same tag and, on each node, the same directory; else it raises CheckpointError on all of
   them. Where each rank is to have a directory or tag of its own, leave the job DeepSpeed's own engine.
+* Who removes old checkpoints himself as soon as save_checkpoint() has returned must not be left without any. So a save to
+  another directory than the last one (`checkpoint-1`, then `checkpoint-2`) is waited for: save_checkpoint() returns when it is
+  durable, and raises if it fails. "wait_before_return": true waits for every save, false for none.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
   falls back to the newest one that is good. Files of the optimizer's states that it is told not to load may be missing.
 * DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one

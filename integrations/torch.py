@@ -90,6 +90,8 @@ class CheckpointCallback:
             until the process is killed (True: 25 s): step() saves, waits until that is durable, and raises `Preempted`, a
             SystemExit with code 143. If any rank gets the signal, all save the same step, one step later, for which one number
             goes round the default process group at each step, in the background.
+        wait_before_return: step() and save() return only when what they save is durable, and raise if it fails; for who removes
+            old checkpoints himself. Default False.
 
     Raises:
         TypeError, ValueError: an argument is impossible; the message names it.
@@ -114,6 +116,7 @@ class CheckpointCallback:
         lazy: Any = None,
         merge_data: Callable[[list[Any]], Any] | None = None,
         preemption: bool | Duration = False,
+        wait_before_return: bool = False,
     ) -> None:
         if extra is not None and not isinstance(extra, Mapping):
             raise TypeError(f"extra must be a dict of named objects, not {type(extra).__name__}")
@@ -122,6 +125,9 @@ class CheckpointCallback:
         self._data = name_parts("data", data)
         self._lazy = [part for part in self._parts.values() if isinstance(part, _Optimizer)] + ([] if lazy is None else [lazy])
         self._merge_data = merge_data
+        self._waits = wait_before_return
+        self._newest: ckpt.PendingSave | None = None  # whose outcome has not been seen
+        self._published = False  # a checkpoint was there
         grace = _GRACE if preemption is True else preemption
         grace_s = _interval.parse_duration(grace, "preemption") if grace is not False else None
         _interval.make_interval(every, None)  # complains before anything is made
@@ -170,8 +176,10 @@ class CheckpointCallback:
         """Saves now, whatever `every` says; for the end of training. To be called on every rank.
 
         Raises:
-            ckpt.CheckpointError: saves have failed time and again, as `ckpt.Checkpointer.save` says.
+            ckpt.CheckpointError: saves have failed time and again, as `ckpt.Checkpointer.save` says; with `wait_before_return`,
+                this one.
         """
+        self._check_remaining()
         began_at = _interval.now()
         replicated: State = {}
         state: State = {"rng": rng_state()}
@@ -181,9 +189,26 @@ class CheckpointCallback:
                 state[f"buffers/{name}"] = own
         state.update((name, part.state_dict()) for name, part in self._data.items())
         pending = self._checkpointer.save(step, state, replicated=replicated, lazy=self._lazy)
-        self._step = step
+        self._step, self._newest = step, pending
+        if self._waits:
+            pending.result()
         self._interval.note_save(step, pending, _interval.now() - began_at)
         return pending
+
+    def _check_remaining(self) -> None:
+        """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
+        newest = self._newest
+        if newest is None or not newest.done():
+            return
+        self._newest, error = None, newest.exception()
+        if error is None:
+            self._published = True
+        elif self._published and not self._checkpointer.steps():
+            self._published = False
+            raise ckpt.CheckpointError(
+                f"the newest save failed with: {error}; and no checkpoint is left in '{self._checkpointer.directory}', where "
+                "there was one. Leave removing old ones to keep=, or use wait_before_return=True and remove them after that"
+            ) from error
 
     def _end(self, step: int, preemption: Preemption) -> None:
         with contextlib.suppress(ckpt.CheckpointError):  # has been logged
@@ -237,7 +262,7 @@ class CheckpointCallback:
         )
         step = 0
         if found is not None:
-            step = found.step
+            step, self._published = found.step, True
             ckpt.fence()  # loading writes to tensors
             self._load(step, found.replicated or {}, found.state or {}, strict)
         self._step = step

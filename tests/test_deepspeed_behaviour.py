@@ -52,6 +52,8 @@ CASES = [
     *(case("load_at_once", name, **KINDS[name]) for name in ("ZeRO 0", "ZeRO 1")),
     *(case(mode) for mode in ("failing", "unpicklable", "deleted_in_flight", "deleted_often")),
     case("deleted_often", "slowly", faults=[{"call": "fallocate", "delay_s": 0.1}]),
+    case("own_retention"),
+    case("own_retention", "waiting", options={"wait_before_return": True}),
     case("fence", options={"host_cache_size": 1 / 16}),
     *(case(mode) for mode in ("damaged", "nothing_there", "of_stock")),
     case("too_many_failures", "waiting", wait=True, tags=["0"], options=QUICK),
@@ -158,6 +160,15 @@ def test_checkpoints_are_deleted_as_soon_as_the_next_is_begun(pace: str, ranks: 
         # Those of files in flight come and go.
         assert max(descriptors[-5:]) <= max(descriptors[4:9]) + 3, descriptors
         assert max(threads[-5:]) <= max(threads[4:9]) + 1, threads
+
+
+@pytest.mark.parametrize("way", ["", " waiting"])
+def test_a_save_to_another_directory_is_durable_when_it_returns(way: str, ranks: Outcomes) -> None:
+    """Rank 0, which moves `latest`, is not ahead of the others: each looks behind its own save."""
+    for found in ranks[f"own_retention{way}"]:
+        assert (found["one"] == "tag") == bool(way), "the first is waited for only if asked"
+        assert found["two"] == "tag"
+        assert "No space left on device" in found["full"]["text"]
 
 
 def test_no_step_waits_for_the_disk(ranks: Outcomes) -> None:

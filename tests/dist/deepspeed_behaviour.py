@@ -280,6 +280,19 @@ def deleted_often(case: Case, directory: Path) -> dict[str, Any]:
     return found
 
 
+def own_retention(case: Case, directory: Path) -> dict[str, Any]:
+    """The state at the return of save_checkpoint() to a second directory; then a save there that fails."""
+    training, found = started(case), {}
+    with fault(call="fallocate", delay_s=LATE_S):
+        for name in ("one", "two"):
+            training.save(str(directory / name), "tag")
+            found[name] = read(directory / name / "latest")
+    with fault(1, call="pwritev", error=28):
+        found["full"] = error_of(lambda: training.save(str(directory / "three"), "tag"))
+    training.engine.destroy()
+    return found
+
+
 def fence(case: Case, directory: Path) -> dict[str, Any]:
     """How long training is held while the disk takes seconds."""
     training, took = started(case, 2), {}
@@ -463,6 +476,7 @@ def on_nodes(case: Case, directory: Path) -> dict[str, Any]:
 
 
 MODES = (slow_rank, destroyed, load_at_once, failing, unpicklable, too_many_failures, deleted_in_flight, deleted_often, fence)
+MODES += (own_retention,)
 MODES += (damaged, nothing_there, of_stock, leave, on_nodes)
 deepspeed_training.MODES.update({mode.__name__: mode for mode in MODES})
 
