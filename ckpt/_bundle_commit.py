@@ -137,7 +137,7 @@ class BundleCommitter:
                 files = _manifest.parse_files(said["files"].get(ticket.node, []))
                 if files:
                     manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
-                    ticket.root.publish(ticket.place, manifest)
+                    ticket.root.publish(ticket.place, manifest, ticket.directory)
             _bundle_directory.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
@@ -205,7 +205,7 @@ class BundleCommitter:
     def _publish_manifest(self, ticket: BundleTicket, manifest: Manifest) -> None:
         assert ticket.root is not None
         try:
-            ticket.root.publish(ticket.place, manifest)
+            ticket.root.publish(ticket.place, manifest, ticket.directory)
         except StorageError as error:
             if not _manifest.stands(manifest, ticket.place):
                 raise

@@ -117,8 +117,11 @@ class BundleRoot:
             self._next_sequence += 1
             return self._next_sequence - 1
 
-    def publish(self, directory: Path, manifest: Manifest) -> None:
+    def publish(self, directory: Path, manifest: Manifest, called: Path) -> None:
         """Decides that the files, which are durable under their temporary names, are the bundle.
+
+        Args:
+            called: the directory, as a person knows it.
 
         Raises:
             CorruptError: one of the files is not there.
@@ -129,7 +132,7 @@ class BundleRoot:
         for file in manifest.files:
             if not _has_size(directory / file.temporary, file.bytes):
                 raise CorruptError(
-                    f"'{directory}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
+                    f"'{called}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
         _storage.sync_directory(self._held.reach)
