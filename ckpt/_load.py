@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
-from ckpt import _storage
-from ckpt._archive import TIMEOUT_S, Archive
+from ckpt import _native, _storage
+from ckpt._archive import TIMEOUT_S, Archive, reader_threads
 from ckpt._memory import Memory, fill, read_whole
 from ckpt._outline import Outline, Selection
-from ckpt._unpickle import first_line, has_outlines, only_weights, raise_explained
+from ckpt._placing import all_on_host
+from ckpt._unpickle import STAY, first_line, has_outlines, is_pretending, only_weights, raise_explained
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 
 logger = logging.getLogger("ckpt")
@@ -61,6 +62,9 @@ def load(
     if not is_zip(target):
         loaded = _load_old_format(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded
+    if is_pretending():
+        loaded = _load_pretended(target, map_location, weights_only)
+        return selection.prune(loaded, target) if selection else loaded
     archive = open_archive(target, timeout_s)
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
@@ -81,6 +85,12 @@ def open_archive(path: Path, timeout_s: float) -> Archive:
     return archive
 
 
+def _load_pretended(path: Path, map_location: Any, weights_only: bool) -> Any:
+    """What torch itself makes of the file, once it has been verified: there is no memory to read to."""
+    _native.verify_torch_file(os.fsencode(path), reader_threads())
+    return torch.load(path, map_location=map_location, weights_only=weights_only)
+
+
 def _load_part(archive: Archive, selection: Selection, map_location: Any, weights_only: bool) -> Any:
     """Unpickles twice: first to see what is wanted, then over the bytes of that."""
     outline = Outline(archive, weights_only)
@@ -89,8 +99,9 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     fill(archive, memory)
     absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
     outline.value = None
-    loaded = memory.contents(outline.small, absent).unpickle(map_location, weights_only, is_filled=not absent)
-    return selection.prune(loaded, archive.path)
+    contents = memory.contents(outline.small, absent)
+    location = STAY if str(map_location) in ("None", "cpu") and all_on_host(outline.small) else map_location
+    return selection.prune(contents.unpickle(location, weights_only, is_filled=not absent), archive.path)
 
 
 def _load_old_format(path: Path, map_location: Any, weights_only: bool) -> Any:

@@ -17,7 +17,7 @@ import torch
 
 from ckpt._archive import Archive, Record, allocate, fixed
 from ckpt._torch_private import key_of
-from ckpt._unpickle import Contents, can_serve, private_loader, read_small
+from ckpt._unpickle import STAY, Contents, can_serve, is_pretending, private_loader, read_small
 from ckpt.errors import CheckpointError
 
 _MOST_VISITS = 1_000_000  # of values: a small pickle can share containers so that its paths are without number
@@ -36,6 +36,11 @@ class Outline:
     """
 
     def __init__(self, archive: Archive, weights_only: bool) -> None:
+        if is_pretending():
+            raise CheckpointError(
+                f"'{archive.path}' cannot be read into what is there while FakeTensorMode or the like is on: leave the mode "
+                "first"
+            )
         self.archive = archive
         self.small = read_small(archive)
         self.storages = {name: _untouched(archive.records[name]) for name in archive.storage_names()}
@@ -48,12 +53,12 @@ class Outline:
     def _unpickle(self, weights_only: bool) -> Any:
         contents = Contents(self.archive, self.small, self.storages)
         try:
-            return contents.unpickle(_stay, weights_only, is_filled=False)
+            return contents.unpickle(STAY, weights_only, is_filled=False)
         except Exception:
             if private_loader() is not None or not can_serve():
                 raise
         self.archive.fill(self.storages)  # torch.load looks into sparse tensors
-        return contents.unpickle(_stay, weights_only)
+        return contents.unpickle(STAY, weights_only)
 
     def record_of(self, tensor: torch.Tensor) -> str | None:
         """The record that holds the bytes of a plain tensor; None for all others."""
@@ -81,10 +86,6 @@ class Outline:
             else:
                 return set(self.storages)
         return needed
-
-
-def _stay(storage: Any, location: str) -> Any:
-    return storage
 
 
 def _untouched(record: Record) -> torch.UntypedStorage:

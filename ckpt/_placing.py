@@ -61,6 +61,15 @@ def _known(places: Mapping[str, str]) -> dict[str, int]:
     return {name: indices[place] for name, place in places.items() if indices[place] != HOST}
 
 
+def all_on_host(small: Small) -> bool:
+    """Whether all that was saved lay there; False also if that cannot be told."""
+    try:
+        found = _locations(small.get(_PICKLE, b""))
+    except Exception:
+        return False
+    return bool(found) and set(found.values()) == {"cpu"}
+
+
 def _locations(content: bytes) -> dict[str, str]:
     """By record, where the storage lay that was saved."""
     if len(content) > _LARGEST:

@@ -71,6 +71,22 @@ class Contents:
         return loaded
 
 
+class _Stay(dict[Any, Any]):
+    """A map_location under which no storage moves. torch makes no tensors that wrap others where that is a function."""
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        return "cpu"
+
+
+STAY = _Stay()
+_WRAPPED = "map_location not supported with"  # in what torch says then
+
+
+def is_pretending() -> bool:
+    """Whether a mode is on in which torch makes tensors of another class: those of FakeTensorMode have no memory."""
+    return type(torch.empty(0)) is not torch.Tensor
+
+
 def read_small(archive: Archive) -> dict[str, bytes]:
     """The pickle and its companions."""
     places = archive.allocate(archive.small_names())
@@ -98,7 +114,8 @@ def unpickle(
     watched = _Watched(map_location) if _is_called(map_location) else None
     location = watched or map_location
     try:
-        return _load(reader, _Restore(alone, location) if alone else location, location, weights_only, is_filled)
+        moves = alone and location is not STAY
+        return _load(reader, _Restore(alone, location) if moves else location, location, weights_only, is_filled)
     except Exception as error:
         if isinstance(error, CheckpointError) or (watched and error is watched.raised):
             raise
@@ -231,6 +248,11 @@ def _reader(small: dict[str, bytes], storages: dict[str, torch.UntypedStorage]) 
 
 def raise_explained(error: Exception, path: Path, weights_only: bool) -> None:
     """Returns if there is nothing to explain."""
+    if _WRAPPED in str(error):
+        raise CheckpointError(
+            f"'{path}' holds tensors of a class that wraps others, which torch makes only if map_location is a device or a "
+            "dict of such, and not a function. A part of a file that was saved from a device cannot be loaded then: load it whole"
+        ) from error
     if isinstance(error, pickle.UnpicklingError) and weights_only:
         raise CheckpointError(
             f"'{path}' holds objects that weights_only loading refuses ({first_line(error)}); if you trust the file, pass "
