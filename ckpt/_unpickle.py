@@ -251,7 +251,7 @@ def raise_explained(error: Exception, path: Path, weights_only: bool) -> None:
     if _WRAPPED in str(error):
         raise CheckpointError(
             f"'{path}' holds tensors of a class that wraps others, which torch makes only if map_location is a device or a "
-            "dict of such, and not a function. A part of a file that was saved from a device cannot be loaded then: load it whole"
+            "dict of such, and not a function. A part of a file that was saved from a device cannot be loaded then: load all"
         ) from error
     if isinstance(error, pickle.UnpicklingError) and weights_only:
         raise CheckpointError(

@@ -347,7 +347,7 @@ class BundleCheckpointer(Saver):
         path = Path(os.path.abspath(os.fspath(root)))
 
         def verify(candidate: Candidate) -> Objection | None:
-            return self._verify(path / candidate.name, candidate.sequence)
+            return self._verify(path / candidate.name, candidate.sequence, reads)
 
         def complete() -> None:
             _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
@@ -384,9 +384,9 @@ class BundleCheckpointer(Saver):
             candidates += [Candidate(*item) for item in published.items()]
         return candidates
 
-    def _verify(self, directory: Path, sequence: int) -> Objection | None:
+    def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> Objection | None:
         def check(directory: Path, _: Manifest, file: FileEntry) -> None:
-            if file.rank % self.world_size == self.rank:
+            if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
                 _held.verify(directory / file.name, file, self.options.timeout_s)
 
         if sequence == _UNVERIFIED:
