@@ -65,6 +65,7 @@ class StepDirectories:
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
+        self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
         self._retired: list[Path] = []  # no steps any more, but still there
 
@@ -317,6 +318,8 @@ class StepDirectories:
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )
             _storage.sync_directory(self._directory)
+            if (before := _manifest.read_if_any(directory)) is not None:
+                self._replaced.setdefault(directory.name, set()).update(_manifest.names(before.files))
             with _unpublished.aside(directory, self.token) as aside:
                 _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest", aside)
             _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
@@ -400,9 +403,10 @@ class StepDirectories:
         self._remove_retired()
         if not self._shared:
             self._remove_temporaries(directory)
-        if before is not None:
-            for name in _manifest.names(before.files) - _manifest.names(manifest.files):
-                _storage.remove_file(directory / name)
+        # Also what a save has replaced that failed behind that.
+        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else _manifest.names(before.files))
+        for name in replaced - _manifest.names(manifest.files) - {*manifest.others}:
+            _storage.remove_file(directory / name)
         if self._keep is None:
             return
         largest = _manifest.bytes_of(manifest)

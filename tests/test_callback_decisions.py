@@ -7,6 +7,7 @@ import itertools
 import random
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 class FakeSave:
     """A save that holds up training for `cost_s` at the fence and is durable after `durable_s`."""
+
+    path = Path(__file__)  # there is one
+
+    def exception(self) -> None:
+        return None
 
     def __init__(self, clock: Clock, cost_s: float, durable_s: float) -> None:
         self._clock, self._began, self._durable_s = clock, clock.now, durable_s

@@ -214,7 +214,9 @@ def test_the_message_says_what_to_do(call: str, path_part: str, code: int, tmp_p
 @pytest.mark.parametrize("call", ["fsync", "rename", "open"])
 def test_saving_a_step_again_fails(part: str, call: str, tmp_path: Path, native: Any) -> None:
     with start_run(tmp_path) as checkpointer:
-        native.set_fault(call, part, error=errno.EIO)
+        # Beside a manifest that stands, the new one is written aside under a name that marks nothing.
+        aside = part == "manifest" and call != "rename"
+        native.set_fault(call, "unmarked" if aside else part, error=errno.EIO)
         pending = checkpointer.save(1, make_state(1) | {"again": True})
         error = pending.exception(30)
         native.clear_faults()

