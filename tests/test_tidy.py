@@ -4,6 +4,8 @@ They are checked on the text of the sources, so a breach is found before it has 
 """
 
 import ast
+import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -56,7 +58,20 @@ def name_of(path: Path) -> str:
 
 
 def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+    return parse_text(path.read_text(encoding="utf-8"), str(path))
+
+
+@functools.cache
+def parse_text(text: str, file: str) -> ast.Module:
+    """The tree of the text of a file.
+
+    CPython before 3.13 counts the depth of a tree under construction once for all threads (gh-106905): where another
+    thread or a finalizer parses at the same moment, as printing a traceback does, it raises SystemError for good source.
+    """
+    for _ in range(10):
+        with contextlib.suppress(SystemError):
+            return ast.parse(text, filename=file)
+    raise AssertionError(f"{file} was not parsed in ten attempts")
 
 
 LIBRARY = python_files("ckpt", "integrations")
