@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <exception>
+#include <optional>
 #include <thread>
 #include <utility>
 
@@ -101,7 +102,12 @@ void UploadRing::launch(Buffer& buffer, int device, const std::vector<cuda::Copy
 
 bool UploadRing::is_over(int device, Flight& flight) {
   const Uplinks::Link& link = links_->at(device);
-  const cuda::Current current(*link.context);
+  std::optional<cuda::Current> current;
+  try {
+    current.emplace(*link.context);
+  } catch (const Error&) {  // nobody was asked: the copies may still be on their way
+    return false;
+  }
   if (!flight.marked) return link.context->table().stream_query(link.stream->get()) != cuda::kNotReady;
   return flight.event->has_happened();
 }

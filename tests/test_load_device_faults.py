@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,28 @@ def test_a_device_that_hangs_meets_the_deadline(training: Training, tmp_path: Pa
     assert training.cuda.alive()["registrations"] > training.cuda.before["registrations"]
     training.cuda.hold_copies(False)
     wait_until(lambda: training.cuda.alive() == training.cuda.before, what="the end of the copies")
+
+
+@pytest.mark.parametrize("call", ["cuCtxGetCurrent", "cuCtxSetCurrent"])
+def test_copies_that_cannot_be_asked_about_are_waited_for(
+    call: str, training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A context that cannot be entered says nothing of them: they may still be on their way."""
+    state = {"a": torch.randn(1_000_000)}
+    path, target = torch_saved(state, tmp_path / "state.pt"), zeros_like(state)
+    training.cuda.hold_copies(True)
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(ckpt.load_into, path, target)
+        try:
+            wait_until(lambda: training.cuda.count("cuEventQuery") > 0, what="the first question")
+            asked = training.cuda.count(call)
+            for _ in range(4):
+                training.cuda.fail(call)
+            wait_until(lambda: loading.done() or training.cuda.count(call) > asked + 20, what="more questions")
+            assert not loading.done()
+            assert training.cuda.alive()["frees of memory in use"] == training.cuda.before["frees of memory in use"]
+        finally:
+            training.cuda.hold_copies(False)
+        loading.result(DEADLINE_S)
+    assert_same(state, target)
+    assert not warnings_of(caplog)
