@@ -89,15 +89,14 @@ Context::Context(std::shared_ptr<const Driver> driver, int device) : driver_(std
 // process, has nothing left to give back: errors mean nothing here.
 template <typename End>
 void in_context(const Context& context, End end) {
+  const Table& table = context.table();
   ContextHandle before = nullptr;
-  // Where it cannot be known what was current, ours stays so.
-  if (context.table().ctx_get_current(&before) != kSuccess) {
-    context.table().ctx_set_current(context.handle());
-    return end(context.table());
-  }
-  if (before != context.handle()) context.table().ctx_set_current(context.handle());
-  end(context.table());
-  if (before != context.handle()) context.table().ctx_set_current(before);
+  const bool known = table.ctx_get_current(&before) == kSuccess;  // if not, ours stays current
+  const bool inside = known && before == context.handle();
+  // A second try, because what does not end here is lost to the process.
+  if (!inside && table.ctx_set_current(context.handle()) != kSuccess) table.ctx_set_current(context.handle());
+  end(table);
+  if (known && !inside) table.ctx_set_current(before);
 }
 
 Context::~Context() { table().primary_ctx_release(device_handle_); }
