@@ -86,10 +86,7 @@ Stager::Lane* Stager::find_lane(int device) const {
 Stager::Lane& Stager::open_lane(int device) {
   {
     Lock lock(monitor_->mutex);
-    if (Lane* lane = find_lane(device); lane != nullptr) {
-      if (lane->failure) throw lane->failure->apart();
-      return *lane;
-    }
+    if (Lane* lane = find_lane(device); lane != nullptr) return *lane;
   }
   if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
   auto made = std::make_unique<Lane>();
@@ -110,6 +107,13 @@ Stager::Lane& Stager::open_lane(int device) {
                                         "; raise the limit of processes (ulimit -u)");
   }
   pthread_setname_np(lane.thread.native_handle(), ("ckpt-cuda-" + std::to_string(device)).c_str());
+  // Copies given to a lane whose thread has ended would never be seen to end, nor would their job.
+  monitor_->changed.wait(lock, [&] { return lane.ready || lane.failure; });
+  if (lane.failure) {
+    lock.unlock();
+    lane.thread.join();
+    throw lane.failure->apart();
+  }
   lanes_.push_back(std::move(made));
   return lane;
 }
@@ -243,21 +247,23 @@ std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, con
 // ---- Lanes -------------------------------------------------------------------------------------------------------
 
 void Stager::run(Lane& lane) {
+  std::optional<cuda::Current> current;
+  std::optional<Error> failure;
   try {
-    const cuda::Current current(*lane.context);
+    current.emplace(*lane.context);
     cuda::relax_capture_mode(lane.context->driver());
-    pin_arena(lane);
-    carry(lane);
   } catch (const Error& error) {
+    failure = error;
+  }
+  {
     Lock lock(monitor_->mutex);
-    lane.failure = error;
-    pinning_done_ = true;
-    for (const auto& job : jobs_) {
-      const auto ours = [&](const DeviceSide& side) { return side.device == lane.context->device(); };
-      if (std::any_of(job->sides.begin(), job->sides.end(), ours)) job->fail(error);
-    }
+    lane.ready = !failure;
+    lane.failure = failure;
     monitor_->changed.notify_all();
   }
+  if (failure) return;
+  pin_arena(lane);
+  carry(lane);
 }
 
 void Stager::carry(Lane& lane) {

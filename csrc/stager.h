@@ -144,7 +144,8 @@ class Stager {
     bool review_cache = false;  // a job has begun; guarded by the monitor's mutex, as the next two
     size_t flying_bytes = 0;    // lazy ones in its stream
     std::vector<std::shared_ptr<Flight>> flights;
-    std::optional<Error> failure;                  // guarded by it, too: its thread has ended
+    bool ready = false;                            // guarded by it, too, as the next one: one of both comes to be
+    std::optional<Error> failure;                  // why its thread ends at once
     bool pins_arena = false;                       // the first to be opened does; constant in its thread
     std::atomic<bool> in_batches{true};            // until the driver refuses a batch of copies
     std::thread thread;

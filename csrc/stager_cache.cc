@@ -34,7 +34,7 @@ LazyPart lazy_part(const Chunk& chunk, int device) {
 void Stager::cache_rest(Lock& lock, const std::shared_ptr<Job>& job, const Streams& streams) {
   for (const auto& [device, handle] : streams) {
     Lane* lane = find_lane(device);
-    if (lane == nullptr || lane->failure) continue;
+    if (lane == nullptr) continue;
     while (cache_batch(lock, *lane, job, reinterpret_cast<cuda::StreamHandle>(handle))) {
     }
   }

@@ -55,9 +55,11 @@ class Training {
       may_fail_ = true;
       static const std::vector<std::string> calls{"cuMemcpyDtoHAsync", "cuMemcpyBatchAsync", "batched copies", "cuEventRecord",
                                                   "cuEventCreate",     "cuStreamWaitEvent",  "cuMemHostRegister",
-                                                  "cuCtxGetCurrent",   "cuMemcpyDtoDAsync",  "cuMemcpyDtoDAsync", "cuMemAlloc"};
+                                                  "cuCtxGetCurrent",   "cuMemcpyDtoDAsync",  "cuMemcpyDtoDAsync", "cuMemAlloc",
+                                                  "cuCtxSetCurrent",   "cuThreadExchangeStreamCaptureMode"};
       const std::string& call = random_.choose(calls);
-      fake_.fail(call.c_str(), static_cast<int64_t>(random_.up_to(40)), cuda::kOutOfMemory, random_.one_in(2) ? 1 : 0);
+      const uint64_t most_skipped = call == "cuThreadExchangeStreamCaptureMode" ? kDevices - 1 : 40;  // once for each lane
+      fake_.fail(call.c_str(), static_cast<int64_t>(random_.up_to(most_skipped)), cuda::kOutOfMemory, random_.one_in(2) ? 1 : 0);
     }
     EngineOptions options;
     options.arena_bytes = size_t{1} << (18 + random_.up_to(3));
