@@ -109,7 +109,7 @@ $(PYTHON_STAMP): constraints.txt pyproject.toml setup.py
 	@touch $@
 
 # The native module of the editable install, as a development build.
-$(NATIVE_STAMP): $(PYTHON_STAMP) csrc $(wildcard csrc/*.cc csrc/*.h)
+$(NATIVE_STAMP): $(PYTHON_STAMP) $(shell find csrc -type d -o -name '*.cc' -o -name '*.h')
 	@$(CHECK_COMPILER)
 	LAZYCKPT_BUILD=dev $(PY) setup.py -q build_ext --inplace
 	@touch $@
@@ -117,7 +117,7 @@ $(NATIVE_STAMP): $(PYTHON_STAMP) csrc $(wildcard csrc/*.cc csrc/*.h)
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 
 # The whole core without its Python bindings, and a program that stresses it.
-STRESS_SOURCES := $(filter-out csrc/bindings.cc csrc/pickling.cc csrc/record.cc,$(sort $(wildcard csrc/*.cc))) $(sort $(wildcard tests/native/*.cc))
+STRESS_SOURCES := $(filter-out csrc/bindings/% csrc/pickle/%,$(sort $(wildcard csrc/*/*.cc))) $(sort $(wildcard tests/native/*.cc))
 STRESS_FLAGS   := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread \
                   -Wall -Wextra -Werror -DLAZYCKPT_FAULT_HOOKS=1 -Icsrc -MMD -MP
 comma := ,

@@ -18,8 +18,8 @@ import pybind11
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
-SOURCES = sorted(glob("csrc/*.cc"))
-HEADERS = sorted(glob("csrc/*.h"))
+SOURCES = sorted(glob("csrc/**/*.cc", recursive=True))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
 
 COMPILE_FLAGS = {
     "release": ["-O2", "-DNDEBUG", "-fvisibility-inlines-hidden"],
@@ -51,6 +51,7 @@ native = Pybind11Extension(
     "ckpt._native",
     SOURCES,
     depends=HEADERS,
+    include_dirs=["csrc"],
     cxx_std=17,
     extra_compile_args=["-pthread", *COMPILE_FLAGS[KIND]],
     extra_link_args=["-pthread", "-ldl"],  # dlopen: a library of its own before glibc 2.34

@@ -118,7 +118,7 @@ class Saving:
     def chunks(self, nbytes: int) -> list[int]:
         """The sizes of the chunks of a file, in order.
 
-        As csrc/engine.cc has it: cut at multiples of the chunk size, a power of two, at most a quarter of the arena.
+        As csrc/engine/engine.cc has it: cut at multiples of the chunk size, a power of two, at most a quarter of the arena.
         """
         size = self.chunk_bytes
         while size * 4 > self.arena_bytes:
@@ -130,7 +130,7 @@ class Saving:
 
 
 def share_of(body_bytes: int, chunk_bytes: int, index: int, count: int) -> int:
-    """Bytes that one of `count` ranks writes of a file of all: whole chunks, as equal as can be (csrc/chunk.cc)."""
+    """Bytes that one of `count` ranks writes of a file of all: whole chunks, as equal as can be (csrc/jobs/chunk.cc)."""
     chunks = -(-body_bytes // chunk_bytes)
     begin, end = (min(chunks * i // count * chunk_bytes, body_bytes) for i in (index, index + 1))
     return end - begin

@@ -26,7 +26,7 @@ from simulation_model import (
 
 
 class State(enum.Enum):
-    """As in csrc/chunk.h."""
+    """As in csrc/jobs/chunk.h."""
 
     ARRIVING = enum.auto()
     PENDING = enum.auto()

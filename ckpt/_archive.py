@@ -1,6 +1,6 @@
 """A torch zip file: its records, and memory for them.
 
-The core reads the directory and the bytes (csrc/verify.h). Here they get memory, and torch's own loader gets an object that
+The core reads the directory and the bytes (csrc/reading). Here they get memory, and torch's own loader gets an object that
 looks to it like its reader: so what a file means is decided by torch alone, and how its bytes come by us.
 """
 

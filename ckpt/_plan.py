@@ -1,7 +1,7 @@
 """From an object to what must be written: a pickle, and the storages that it names.
 
 The pickle is the one `torch.save` makes, opcode for opcode, wherever both write whole storages. What state dicts are made of
-is pickled natively (csrc/pickling.cc), because it is all that save() costs its caller; an object with anything else in it goes
+is pickled natively (csrc/pickle), because it is all that save() costs its caller; an object with anything else in it goes
 through Python's own pickler. There, plain strided tensors take a short way through `reducer_override`; everything else
 (subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
@@ -32,7 +32,7 @@ from ckpt._native import Record
 from ckpt._torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
-COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/chunk.h: enum class Source
+COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/jobs/chunk.h: enum class Source
 
 _PROTOCOL = 2  # the only one that weights_only loading accepts in full
 _rebuild = rebuilding()

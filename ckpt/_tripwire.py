@@ -1,7 +1,7 @@
 """Notices tensors that were changed before their bytes were captured, where version counters tell.
 
 Torch's counters see ordinary in-place operations, but not fused, FSDP2 or DeepSpeed updates, nor writes through `.data` or
-numpy. Those are found by the witnesses of the core (csrc/witness.h), most of them: both are tripwires, not a proof.
+numpy. Those are found by the witnesses of the core (csrc/jobs/witness.h), most of them: both are tripwires, not a proof.
 `Options.verify_capture` compares checksums instead.
 """
 

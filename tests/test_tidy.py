@@ -23,16 +23,16 @@ MAX_FUNCTION_LINES = 70
 
 # Headers of the core from the bottom up: a file may include only headers of lower layers, and its own.
 CORE_LAYERS = (
-    {"error", "opcodes", "python"},
-    {"crc32", "cuda", "dlpack", "fault", "ranges", "record", "signals"},
-    {"arena", "device_cache", "file", "pickling", "upload", "zip_layout"},
-    {"chunk", "numa", "reader"},
-    {"witness"},
-    {"job", "torch_file", "zip_directory"},
-    {"stager", "verify"},
-    {"stager_cache", "stager_look", "stager_pinning"},
-    {"engine"},
-    {"bindings"},
+    {"base/error", "pickle/opcodes", "pickle/objects"},
+    {"base/crc32", "cuda/driver", "pickle/dlpack", "base/fault", "memory/spans", "pickle/saved_storage", "base/signals"},
+    {"memory/arena", "cuda/spare_memory", "os/file", "pickle/state_pickler", "cuda/upload", "format/zip_layout"},
+    {"jobs/chunk", "os/memory_node", "reading/range_reader"},
+    {"jobs/witness"},
+    {"jobs/job", "format/torch_zip", "reading/zip_directory"},
+    {"staging/stager", "reading/record_file"},
+    {"staging/to_spare_memory", "staging/capture_check", "staging/arena_pinning"},
+    {"engine/engine"},
+    {"bindings/module"},
 )
 
 # Modules of the package that may print and exit: they are programs. None of the package may touch logging set-up.
@@ -50,7 +50,12 @@ def python_files(*folders: str) -> list[Path]:
 
 
 def core_files(*suffixes: str) -> list[Path]:
-    return sorted(path for path in (ROOT / "csrc").iterdir() if path.suffix in suffixes)
+    return sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in suffixes)
+
+
+def core_name(path: Path) -> str:
+    """As in an #include, without the suffix."""
+    return path.relative_to(ROOT / "csrc").with_suffix("").as_posix()
 
 
 def name_of(path: Path) -> str:
@@ -354,7 +359,7 @@ GLOBAL_CALL = re.compile(rf"(?<![\w>:])::({'|'.join(STORAGE_CALLS)})\s*\(")
 PLAIN_CALL = re.compile(rf"(?<![\w.:>~])({'|'.join(name for name in STORAGE_CALLS if name not in COMMON_NAMES)})\s*\(")
 STREAMS = re.compile(r"\b(fopen|fwrite|ofstream|ifstream|fstream|std::filesystem)\b")
 
-WITH_PYTHON = {"bindings", "dlpack", "pickling", "python", "record"}  # parts of the core that talk to the interpreter
+WITH_PYTHON = {"bindings", "pickle"}  # folders of the core that talk to the interpreter
 # Headers of what the core must not depend on.
 FOREIGN_HEADERS = re.compile(r"(torch|ATen|c10|caffe2|cuda|cuda_runtime|nccl|Python)\b")
 SCOPE = re.compile(r"\b(namespace|class|struct|union|enum|extern)\b")
@@ -377,15 +382,16 @@ def included(path: Path) -> list[tuple[str, str]]:
 @each(core_files(".cc", ".h"))
 def test_core_includes_go_one_way(path: Path) -> None:
     layer_of = {name: height for height, layer in enumerate(CORE_LAYERS) for name in layer}
-    assert path.stem in layer_of, f"give {path.name} its place in CORE_LAYERS"
-    own = {Path(name).stem for kind, name in included(path) if kind == '"'} - {path.stem}
-    assert own <= layer_of.keys(), "quoted includes are for the core's own headers"
-    assert [name for name in sorted(own) if layer_of[name] >= layer_of[path.stem]] == []
+    name = core_name(path)
+    assert name in layer_of, f"give {name} its place in CORE_LAYERS"
+    own = {header.removesuffix(".h") for kind, header in included(path) if kind == '"'} - {name}
+    assert own <= layer_of.keys(), "quoted includes are for the core's own headers, and begin at csrc/"
+    assert [header for header in sorted(own) if layer_of[header] >= layer_of[name]] == []
 
 
 @each(core_files(".cc", ".h"))
 def test_core_depends_on_no_framework(path: Path) -> None:
-    allowed = {"pybind11"} if path.stem in WITH_PYTHON else set()
+    allowed = {"pybind11"} if path.parent.name in WITH_PYTHON else set()
     names = [name for kind, name in included(path) if kind == "<"]  # the others are our own: see above
     foreign = [name for name in names if FOREIGN_HEADERS.match(name)]
     assert foreign + [name for name in names if name.startswith("pybind11") and "pybind11" not in allowed] == []
@@ -394,11 +400,10 @@ def test_core_depends_on_no_framework(path: Path) -> None:
 def test_the_stress_program_takes_all_but_what_needs_python() -> None:
     left_out = re.search(r"^STRESS_SOURCES\s*:=\s*\$\(filter-out ([^,]*),", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert left_out is not None
-    needing = {path.relative_to(ROOT).as_posix() for path in core_files(".cc") if path.stem in WITH_PYTHON}
-    assert set(left_out[1].split()) == needing
+    assert set(left_out[1].split()) == {f"csrc/{folder}/%" for folder in WITH_PYTHON}
 
 
-@each([path for path in core_files(".cc", ".h") if path.stem != "file"])
+@each([path for path in core_files(".cc", ".h") if core_name(path) != "os/file"])
 def test_only_one_file_does_storage_system_calls(path: Path) -> None:
     text = bare(read_cpp(path))
     found = GLOBAL_CALL.findall(text) + STREAMS.findall(text)

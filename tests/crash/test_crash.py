@@ -156,7 +156,7 @@ def save_once_more(nursery: Nursery, directory: Path, reference: Reference, at_l
 
 def test_the_list_of_crash_points_is_complete() -> None:
     found = set()
-    for path in [*(ROOT / "csrc").glob("*.cc"), *(ROOT / "ckpt").glob("*.py")]:
+    for path in [*(ROOT / "csrc").rglob("*.cc"), *(ROOT / "ckpt").glob("*.py")]:
         found |= set(re.findall(r'crash_point\(f?"([^"]+)"\)', path.read_text()))
     small_files = {point for point in found if point.startswith("{crash_name}")}
     assert small_files, "replace_durably() has crash points"

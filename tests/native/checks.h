@@ -12,10 +12,10 @@
 #include <mutex>
 #include <string>
 
-#include "error.h"
-#include "fault.h"
-#include "file.h"
-#include "job.h"
+#include "base/error.h"
+#include "base/fault.h"
+#include "jobs/job.h"
+#include "os/file.h"
 #include "sample.h"
 
 namespace lazyckpt::stress {

@@ -9,12 +9,12 @@
 #include <utility>
 #include <vector>
 
+#include "base/error.h"
 #include "checks.h"
-#include "cuda.h"
-#include "engine.h"
-#include "error.h"
+#include "cuda/driver.h"
+#include "engine/engine.h"
 #include "fake.h"
-#include "file.h"
+#include "os/file.h"
 
 namespace lazyckpt::stress {
 namespace {

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "checks.h"
-#include "cuda.h"
+#include "cuda/driver.h"
 
 namespace lazyckpt::stress {
 

@@ -11,13 +11,13 @@
 #include <utility>
 #include <vector>
 
+#include "base/error.h"
+#include "base/fault.h"
 #include "checks.h"
-#include "cuda.h"
-#include "error.h"
+#include "cuda/driver.h"
 #include "fake.h"
-#include "fault.h"
-#include "file.h"
-#include "reader.h"
+#include "os/file.h"
+#include "reading/range_reader.h"
 
 namespace lazyckpt::stress {
 namespace {

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "chunk.h"
+#include "jobs/chunk.h"
 
 namespace lazyckpt::stress {
 

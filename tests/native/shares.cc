@@ -11,15 +11,15 @@
 #include <utility>
 #include <vector>
 
+#include "base/crc32.h"
+#include "base/error.h"
+#include "base/fault.h"
 #include "checks.h"
-#include "crc32.h"
-#include "engine.h"
-#include "error.h"
-#include "fault.h"
-#include "file.h"
-#include "reader.h"
-#include "torch_file.h"
-#include "verify.h"
+#include "engine/engine.h"
+#include "format/torch_zip.h"
+#include "os/file.h"
+#include "reading/range_reader.h"
+#include "reading/record_file.h"
 
 namespace lazyckpt::stress {
 namespace {

@@ -22,17 +22,17 @@
 #include <thread>
 #include <vector>
 
+#include "base/error.h"
+#include "base/fault.h"
 #include "checks.h"
 #include "devices.h"
-#include "engine.h"
-#include "error.h"
-#include "fault.h"
-#include "file.h"
+#include "engine/engine.h"
+#include "format/torch_zip.h"
 #include "loads.h"
+#include "os/file.h"
+#include "reading/record_file.h"
 #include "sample.h"
 #include "shares.h"
-#include "torch_file.h"
-#include "verify.h"
 
 using namespace lazyckpt;
 using namespace lazyckpt::stress;

@@ -1,0 +1,268 @@
+#include "cuda/driver.h"
+
+#include <dlfcn.h>
+#include <sys/mman.h>
+
+#include <new>
+#include <utility>
+
+namespace lazyckpt::cuda {
+namespace {
+
+constexpr char kSystemLibrary[] = "libcuda.so.1";
+constexpr size_t kPage = 4096;  // what is registered shares none with anything else: no page can be registered twice
+constexpr char kConsequence[] = "; so no CUDA tensor can be saved, while tensors in host memory can";
+
+Error no_driver(const std::string& library, const std::string& cause, const std::string& remedy) {
+  return Error(ErrorKind::kDevice, "the CUDA driver '" + library + "' cannot be used: " + cause + kConsequence + "; " + remedy);
+}
+
+const char* remedy_for(Result code) {
+  switch (code) {
+    case kOutOfMemory: return "free memory of the device or of the host, or choose a smaller arena_bytes";
+    case kNoDevice: return "see whether nvidia-smi shows a GPU and whether CUDA_VISIBLE_DEVICES hides it";
+    case kCaptureUnsupported:
+    case kCaptureImplicit: return "save and load outside of graph captures, and call ckpt.fence() before a capture begins and before each replay";
+    case kIllegalAddress: return "a kernel of this process broke its context: CUDA_LAUNCH_BLOCKING=1 shows which one";
+    default: return "see nvidia-smi and the kernel log for what is wrong with the device; the last checkpoint is untouched";
+  }
+}
+
+}  // namespace
+
+// ---- Driver ------------------------------------------------------------------------------------------------------
+
+Driver::Driver(const std::string& library) {
+  const std::string name = library.empty() ? kSystemLibrary : library;
+  void* handle = ::dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL);
+  if (handle == nullptr) {
+    const char* cause = ::dlerror();
+    throw no_driver(name, cause != nullptr ? cause : "it cannot be loaded", "install the NVIDIA driver on this machine");
+  }
+  look_up(handle, name);
+  Result code = table_.init(0);
+  if (code == kSuccess) code = table_.device_get_count(&device_count_);
+  if (code != kSuccess) throw no_driver(name, "cuInit says " + text_of(code), remedy_for(code));
+  if (device_count_ == 0) throw no_driver(name, "it sees no device", remedy_for(kNoDevice));
+}
+
+void Driver::look_up(void* handle, const std::string& library) {
+  const auto find = [&](auto& field, const char* symbol) {
+    void* found = ::dlsym(handle, symbol);
+    if (found == nullptr) throw no_driver(library, std::string("it has no ") + symbol, "install a newer NVIDIA driver");
+    field = reinterpret_cast<std::decay_t<decltype(field)>>(found);
+  };
+#define LAZYCKPT_CUDA_LOOK_UP(field, symbol, arguments) find(table_.field, #symbol);
+  LAZYCKPT_CUDA_CALLS(LAZYCKPT_CUDA_LOOK_UP)
+#undef LAZYCKPT_CUDA_LOOK_UP
+#define LAZYCKPT_CUDA_LOOK_FOR(field, symbol, arguments) \
+  table_.field = reinterpret_cast<decltype(table_.field)>(::dlsym(handle, #symbol));
+  LAZYCKPT_CUDA_OPTIONAL_CALLS(LAZYCKPT_CUDA_LOOK_FOR)
+#undef LAZYCKPT_CUDA_LOOK_FOR
+}
+
+std::string Driver::text_of(Result code) const {
+  const char *name = nullptr, *text = nullptr;
+  table_.get_error_name(code, &name);
+  table_.get_error_string(code, &text);
+  return std::string(name != nullptr ? name : "an unknown error") + " (" + std::to_string(code) + ": " +
+         (text != nullptr ? text : "no text") + ")";
+}
+
+Error Driver::error(Result code, const std::string& call, int device) const {
+  const std::string where = device < 0 ? "" : " on CUDA device " + std::to_string(device);
+  return Error(ErrorKind::kDevice, call + where + " failed with " + text_of(code) + "; " + remedy_for(code), code);
+}
+
+void Driver::check(Result code, const char* call, int device) const {
+  if (code != kSuccess) throw error(code, call, device);
+}
+
+// ---- Context -----------------------------------------------------------------------------------------------------
+
+Context::Context(std::shared_ptr<const Driver> driver, int device) : driver_(std::move(driver)), device_(device) {
+  check(table().device_get(&device_handle_, device), "cuDeviceGet");
+  check(table().primary_ctx_retain(&handle_, device_handle_), "cuDevicePrimaryCtxRetain");
+}
+
+// Handles end in any thread, with their context current there. One that ends after the driver has, at the end of the
+// process, has nothing left to give back: errors mean nothing here.
+template <typename End>
+void in_context(const Context& context, End end) {
+  const Table& table = context.table();
+  ContextHandle before = nullptr;
+  const bool known = table.ctx_get_current(&before) == kSuccess;  // if not, ours stays current
+  const bool inside = known && before == context.handle();
+  // A second try, because what does not end here is lost to the process.
+  if (!inside && table.ctx_set_current(context.handle()) != kSuccess) table.ctx_set_current(context.handle());
+  end(table);
+  if (known && !inside) table.ctx_set_current(before);
+}
+
+Context::~Context() { table().primary_ctx_release(device_handle_); }
+
+std::string Context::pci_id() const {
+  char text[32] = {};
+  return table().device_get_pci_bus_id(text, sizeof text, device_handle_) == kSuccess ? text : "";
+}
+
+bool Context::is_capturing(StreamHandle stream) const {
+  int status = 0;
+  const Result code = table().stream_is_capturing(stream, &status);
+  if (code == kCaptureImplicit) return true;
+  check(code, "cuStreamIsCapturing");
+  return status != 0;
+}
+
+MemoryLevel Context::memory_level() const {
+  MemoryLevel level;
+  check(table().mem_get_info(&level.free, &level.total), "cuMemGetInfo");
+  return level;
+}
+
+Current::Current(const Context& context) : context_(context) {
+  context.check(context.table().ctx_get_current(&before_), "cuCtxGetCurrent");
+  if (before_ != context.handle()) context.check(context.table().ctx_set_current(context.handle()), "cuCtxSetCurrent");
+}
+
+Current::~Current() {
+  if (before_ != context_.handle()) context_.table().ctx_set_current(before_);
+}
+
+std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
+
+Error capture_refused(int device, const std::string& advice) {
+  return Error(ErrorKind::kDevice,
+               "the current stream of " + place_of(device) +
+                   " is being captured into a graph, where a copy would be recorded instead of made; " + advice,
+               kCaptureUnsupported);
+}
+
+void relax_capture_mode(const Driver& driver) {
+  int mode = kCaptureModeRelaxed;
+  driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
+}
+
+// ---- Stream, Event, HostRegistration, HostMemory, Memory ---------------------------------------------------------
+
+Stream::Stream(std::shared_ptr<const Context> context) : context_(std::move(context)) {
+  int least = 0, greatest = 0;
+  context_->check(context_->table().ctx_get_stream_priority_range(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  context_->check(context_->table().stream_create(&handle_, kStreamNonBlocking, least), "cuStreamCreateWithPriority");
+}
+
+Stream::~Stream() {
+  in_context(*context_, [&](const Table& table) { table.stream_destroy(handle_); });
+}
+
+Event::Event(std::shared_ptr<const Context> context) : context_(std::move(context)) {
+  context_->check(context_->table().event_create(&handle_, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+}
+
+Event::~Event() {
+  in_context(*context_, [&](const Table& table) { table.event_destroy(handle_); });
+}
+
+void Event::record(StreamHandle stream) const {
+  context_->check(context_->table().event_record(handle_, stream), "cuEventRecord");
+}
+
+void Event::hold_back(StreamHandle stream) const {
+  context_->check(context_->table().stream_wait_event(stream, handle_, 0), "cuStreamWaitEvent");
+}
+
+bool Event::has_happened() const {
+  const Result code = context_->table().event_query(handle_);
+  if (code == kNotReady) return false;
+  context_->check(code, "a copy (seen by cuEventQuery)");
+  return true;
+}
+
+HostRegistration::HostRegistration(std::shared_ptr<const Context> context, void* begin, size_t bytes)
+    : context_(std::move(context)), begin_(begin) {
+  context_->check(context_->table().mem_host_register(begin, bytes, kHostRegisterPortable), "cuMemHostRegister");
+}
+
+HostRegistration::~HostRegistration() {
+  in_context(*context_, [&](const Table& table) { table.mem_host_unregister(begin_); });
+}
+
+HostMemory::HostMemory(const std::shared_ptr<const Context>& context, size_t bytes)
+    : bytes_((bytes + kPage - 1) / kPage * kPage) {
+  void* const mapped = ::mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  ::madvise(mapped, bytes_, MADV_DONTFORK);
+  begin_ = static_cast<std::byte*>(mapped);
+  try {
+    registration_ = std::make_unique<HostRegistration>(context, begin_, bytes_);
+  } catch (const Error&) {  // then copies to it hold up whoever enqueues them
+  } catch (...) {
+    ::munmap(begin_, bytes_);
+    throw;
+  }
+}
+
+HostMemory::~HostMemory() {
+  registration_.reset();
+  ::munmap(begin_, bytes_);
+}
+
+Memory::Memory(std::shared_ptr<const Context> context, size_t bytes) : context_(std::move(context)), bytes_(bytes) {
+  context_->check(context_->table().mem_alloc(&address_, bytes), "cuMemAlloc");
+}
+
+Memory::~Memory() {
+  in_context(*context_, [&](const Table& table) { table.mem_free(address_); });
+}
+
+// ---- Copies ------------------------------------------------------------------------------------------------------
+
+namespace {
+
+// The default stream, by either of its names: batches are refused there.
+bool is_legacy(StreamHandle stream) { return reinterpret_cast<uintptr_t>(stream) <= 1; }
+
+bool copy_in_one_call(const Table& table, const std::vector<Copy>& copies, StreamHandle stream) {
+  std::vector<Address> to, from;
+  std::vector<size_t> sizes;
+  for (const Copy& copy : copies) {
+    to.push_back(copy.to);
+    from.push_back(copy.from);
+    sizes.push_back(copy.bytes);
+  }
+  CopyAttributes attributes;
+  size_t first = 0, failed = 0;
+  const size_t count = copies.size();
+  return table.memcpy_batch_async(to.data(), from.data(), sizes.data(), count, &attributes, &first, 1, &failed, stream) ==
+         kSuccess;
+}
+
+}  // namespace
+
+void enqueue_copies(const Context& context, Route route, const std::vector<Copy>& copies, StreamHandle stream,
+                    std::atomic<bool>& in_batches) {
+  const Table& table = context.table();
+  if (in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
+    if (copy_in_one_call(table, copies, stream)) return;
+    in_batches = false;
+  }
+  for (const Copy& copy : copies) {
+    switch (route) {
+      case Route::kToHost: {
+        auto* const to = reinterpret_cast<void*>(copy.to);
+        context.check(table.memcpy_dtoh_async(to, copy.from, copy.bytes, stream), "cuMemcpyDtoHAsync");
+        break;
+      }
+      case Route::kOnDevice:
+        context.check(table.memcpy_dtod_async(copy.to, copy.from, copy.bytes, stream), "cuMemcpyDtoDAsync");
+        break;
+      case Route::kFromHost: {
+        const auto* const from = reinterpret_cast<const void*>(copy.from);
+        context.check(table.memcpy_htod_async(copy.to, from, copy.bytes, stream), "cuMemcpyHtoDAsync");
+        break;
+      }
+    }
+  }
+}
+
+}  // namespace lazyckpt::cuda

@@ -1,0 +1,499 @@
+#include "engine/engine.h"
+
+#include <pthread.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <string>
+#include <system_error>
+#include <utility>
+
+#include "base/crc32.h"
+#include "base/fault.h"
+#include "base/signals.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr size_t kSmallestChunk = size_t{64} << 10;
+constexpr size_t kTouchStep = size_t{16} << 20;
+constexpr double kInterruptIntervalS = 0.1;
+constexpr double kPublishIntervalS = 0.005;  // between calls to the writers while chunks are published
+constexpr double kGiveUpS = 2.0;  // for failed jobs to come back from their system calls
+
+size_t fit_chunk(const EngineOptions& options) {
+  size_t chunk = std::max(options.chunk_bytes, kSmallestChunk);
+  while (chunk > kSmallestChunk && chunk > options.arena_bytes / 4) chunk /= 2;
+  return chunk;
+}
+
+std::vector<iovec> to_iovecs(const Chunk& chunk) {
+  std::vector<iovec> pieces;
+  pieces.reserve(chunk.segments.size());
+  for (const Segment& segment : chunk.segments) {
+    auto* base = const_cast<std::byte*>(segment.source);  // iovec has no const; a write only reads
+    if (!pieces.empty() && static_cast<std::byte*>(pieces.back().iov_base) + pieces.back().iov_len == base) {
+      pieces.back().iov_len += segment.length;
+    } else {
+      pieces.push_back({base, segment.length});
+    }
+  }
+  return pieces;
+}
+
+}  // namespace
+
+Engine::Engine(const EngineOptions& options)
+    : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
+      monitor_(std::make_shared<Monitor>()),
+      stager_(monitor_, arena_,
+              {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes}) {
+  try {
+    start_threads(std::max(options.writers, 1));
+  } catch (const std::system_error& error) {
+    stop_threads();
+    throw Error(ErrorKind::kStorage, std::string("cannot start the writer threads: ") + error.what() +
+                                         "; raise the limit of processes (ulimit -u)", error.code().value());
+  }
+}
+
+Engine::~Engine() { stop_threads(); }
+
+void Engine::start_threads(int writers) {
+  const SignalsBlocked blocked;
+  for (int i = 0; i < writers; ++i) {
+    threads_.emplace_back([this] { write_jobs(); });
+    pthread_setname_np(threads_.back().native_handle(), ("ckpt-writer-" + std::to_string(i)).c_str());
+  }
+  threads_.emplace_back([this] { touch_arena(); });
+  pthread_setname_np(threads_.back().native_handle(), "ckpt-touch");
+}
+
+void Engine::stop_threads() {
+  {
+    Lock lock(monitor_->mutex);
+    closed_ = stop_ = true;
+    stager_.stop();
+    for (const auto& job : jobs_) {
+      job->submitted = true;
+      job->fail(Error(ErrorKind::kClosed, "the engine was closed before '" + job->file->path() + "' was durable"));
+    }
+    monitor_->changed.notify_all();
+  }
+  for (std::thread& thread : threads_) thread.join();
+  stager_.join();
+}
+
+bool Engine::forked() const { return ::getpid() != owner_; }
+
+size_t Engine::in_flight() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return jobs_.size();
+}
+
+bool Engine::arena_pinned() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.pinned();
+}
+
+std::string Engine::pin_failure() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.pin_failure();
+}
+
+std::vector<Stager::CacheState> Engine::device_caches() const {
+  std::lock_guard<std::mutex> lock(monitor_->mutex);
+  return stager_.caches();
+}
+
+// Waits until done() or the deadline; true if done. Gives the caller's interrupt a chance a few times a second.
+template <typename Done>
+bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, Done done) {
+  double next_look = monotonic_seconds() + kInterruptIntervalS;
+  while (!done()) {
+    const double now = monotonic_seconds();
+    if (now >= deadline) return false;
+    if (interrupt && now >= next_look) {
+      lock.unlock();
+      interrupt();
+      lock.lock();
+      next_look = now + kInterruptIntervalS;
+      continue;
+    }
+    monitor_->changed.wait_for(lock, std::chrono::duration<double>(std::min(deadline, next_look) - now));
+  }
+  return true;
+}
+
+// ---- The caller's side -------------------------------------------------------------------------------------------
+
+std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
+                                    const Interrupt& interrupt, const Streams& streams) {
+  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
+  const bool has_device_bytes = !job->sides.empty();
+  Lock lock(monitor_->mutex);
+  try {
+    if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
+    if (has_device_bytes) begin_on_devices(lock, *job, streams);
+  } catch (...) {
+    job->file->discard();
+    throw;
+  }
+  jobs_.push_back(job);
+  if (has_device_bytes) stager_.add(job);
+  ++job->active;
+  if (has_device_bytes) monitor_->changed.notify_all();  // writers are woken when there is something to write
+  try {
+    const double deadline = monotonic_seconds() + timeout_s;
+    if (has_device_bytes) prepare_arena(lock, *job, deadline, interrupt);
+    publish_chunks(lock, job, deadline, interrupt);
+  } catch (...) {
+    if (!lock.owns_lock()) lock.lock();
+    job->fail(Error(ErrorKind::kCancelled, "the save to '" + job->file->path() + "' was interrupted"));
+    // The caller is about to free the memory that writers may be reading.
+    wait(lock, monotonic_seconds() + kGiveUpS, nullptr, [&] { return job->active == 1; });
+    --job->active;
+    job->submitted = true;
+    monitor_->changed.notify_all();
+    throw;
+  }
+  --job->active;
+  job->submitted = true;
+  job->note_captured();
+  lock.unlock();  // else who is woken waits for it at once
+  monitor_->changed.notify_all();
+  return job;
+}
+
+void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
+  lock.unlock();
+  stager_.begin(job, streams);
+  lock.lock();
+  if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
+}
+
+// Before the job takes any room: see the stager. Copies by submit() itself wait for pinned memory, once in an engine's life.
+void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
+  const double begin = monotonic_seconds();
+  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
+  const bool copies = std::any_of(job.chunks.begin(), job.chunks.end(), [](const Chunk& c) { return c.device_copy_bytes > 0; });
+  const bool in_time = wait(lock, deadline, interrupt, [&] {
+    return job.failed() || (stager_.keep_room(align) && (!copies || stager_.pinning_done()));
+  });
+  job.stats.arena_wait_s += monotonic_seconds() - begin;
+  if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
+}
+
+void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, double deadline, const Interrupt& interrupt) {
+  Job& job = *shared;
+  double next_call = monotonic_seconds() + kPublishIntervalS;
+  for (size_t index = 0; index < job.chunks.size(); ++index) {
+    Chunk& chunk = job.chunks[index];
+    if (job.failed()) return;
+    const size_t room = chunk.device_lazy_bytes > 0 ? chunk.device_copy_bytes : chunk.bounce_bytes;
+    if (room > 0) {
+      (chunk.has_early() ? chunk.early : chunk.bounce) = allocate(lock, job, room, deadline, interrupt, [] { return true; });
+    }
+    if (job.failed()) return;
+    job.stats.bytes_copied_in_save += chunk.bounce_bytes - chunk.device_lazy_bytes;
+    lock.unlock();
+    if (chunk.has_device_bytes()) {
+      keep_host_bytes(chunk, job.spec);
+      if (!job.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
+    } else {
+      if (room > 0) fill_bounce(chunk, job.spec);
+      if (job.verify) checksum_pieces(chunk, true);
+    }
+    lock.lock();
+    if (job.failed()) {
+      if (chunk.flying == 0) chunk.release_memory();
+      return;
+    }
+    chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
+    ++job.published;
+    if (monotonic_seconds() < next_call) continue;  // to be woken by each would cost the caller more than they gain
+    monitor_->changed.notify_all();
+    next_call = monotonic_seconds() + kPublishIntervalS;
+  }
+}
+
+// Not through the arena, which may be full of bytes that leave only after this job: for debugging this may cost memory. False
+// if the job has failed: then copies may be on their way yet, and it ends after them.
+bool Engine::checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt) {
+  std::shared_ptr<cuda::HostMemory> memory = stager_.lend_memory(job->sides.front().device);
+  for (const auto& flight : stager_.fetch_lazy(job, index, memory)) {
+    Lock lock(monitor_->mutex);
+    if (!wait(lock, deadline, interrupt, [&] { return flight->landed || job->failed(); })) job->fail(landing_deadline(*flight));
+    if (!job->failed()) continue;
+    if (job->error->kind() == ErrorKind::kDevice) throw job->error->apart();
+    return false;
+  }
+  checksum_before(job->chunks[index], job->spec, memory->begin());
+  stager_.take_back(std::move(memory));
+  return true;
+}
+
+// A span for the job, or an invalid one if it failed or still_wanted() turned false while waiting; fails the job at the
+// deadline. The time spent waiting is back-pressure and is counted.
+Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
+                      const std::function<bool()>& still_wanted) {
+  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
+  Span span = stager_.try_allocate(bytes, align);
+  if (span.valid()) return span;
+  job.waited_for_room = true;
+  monitor_->changed.notify_all();
+  const double begin = monotonic_seconds();
+  const bool in_time = wait(lock, deadline, interrupt, [&] {
+    if (job.failed() || !still_wanted()) return true;
+    span = stager_.try_allocate(bytes, align);
+    return span.valid();
+  });
+  job.stats.arena_wait_s += monotonic_seconds() - begin;
+  if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
+  if (job.failed()) span.reset();
+  return span;
+}
+
+void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
+  Lock lock(monitor_->mutex);
+  if (!stager_.idle()) stager_.refuse_capture(lock, streams);
+  const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
+  for (auto job = targets.rbegin(); job != targets.rend(); ++job) {  // lanes come to the newest last
+    if ((*job)->sides.empty() || (*job)->captured()) continue;
+    const Visit visit(lock, **job);
+    stager_.cache_rest(lock, *job, streams);
+  }
+  for (const auto& job : targets) {
+    if (job->captured()) continue;
+    const Visit visit(lock, *job, 1);
+    capture(lock, job, monotonic_seconds() + job->timeout_s, interrupt, streams);
+  }
+  if (!stager_.idle()) fence_devices(lock, streams, interrupt);
+}
+
+// All copies are enqueued: what computes waits for them, the host only where nobody can be told to.
+void Engine::fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt) {
+  for (const auto& flight : stager_.order_behind_copies(lock, streams)) {
+    Job& job = *flight->job;
+    const double begin = monotonic_seconds();
+    const bool in_time = wait(lock, begin + job.timeout_s, interrupt, [&] { return flight->landed; });
+    job.stats.fence_s += monotonic_seconds() - begin;
+    if (!in_time) job.fail(landing_deadline(*flight));
+  }
+}
+
+// From the last chunk backwards, while the writers come forward: where they meet, all is captured.
+void Engine::capture(Lock& lock, const std::shared_ptr<Job>& shared, double deadline, const Interrupt& interrupt,
+                     const Streams& streams) {
+  Job& job = *shared;
+  if (!job.submitted) {
+    wait(lock, deadline, interrupt, [&] { return job.submitted || job.failed(); });
+    stager_.cache_rest(lock, shared, streams);
+  }
+  bool in_time = job.submitted || job.failed();
+  for (size_t index = job.chunks.size(); in_time && index-- > job.next && !job.failed();) {
+    Chunk& chunk = job.chunks[index];
+    const auto uncaptured = [&] {
+      const bool free = chunk.state == ChunkState::kPending || (chunk.state == ChunkState::kArriving && !chunk.staging);
+      return free && chunk.lazy_bytes > 0;
+    };
+    if (!uncaptured()) continue;
+    Span span = allocate(lock, job, chunk.lazy_bytes, deadline, interrupt, uncaptured);
+    if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
+  }
+  in_time = in_time && wait(lock, deadline, interrupt, [&] { return job.captured() || job.failed(); });
+  if (!in_time) job.fail(deadline_error(job, "the capture at the fence", job.timeout_s));
+}
+
+void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
+  chunk.staging = true;
+  if (chunk.state == ChunkState::kPending) chunk.state = ChunkState::kStaging;
+  ++job.active;
+  lock.unlock();
+  stage_lazy(chunk, std::move(span));
+  lock.lock();
+  --job.active;
+  chunk.staging = false;
+  if (job.failed()) {
+    chunk.state = ChunkState::kDone;
+    if (chunk.flying == 0) chunk.release_memory();
+  } else {
+    chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
+    job.stats.bytes_copied_at_fence += std::exchange(chunk.lazy_bytes, 0);
+    --job.uncaptured;
+    job.note_captured();
+  }
+  monitor_->changed.notify_all();
+}
+
+bool Engine::close(double timeout_s, const Interrupt& interrupt) {
+  Lock lock(monitor_->mutex);
+  closed_ = true;
+  const auto drained = [&] { return jobs_.empty(); };
+  if (wait(lock, monotonic_seconds() + timeout_s, interrupt, drained)) return true;
+  for (const auto& job : jobs_) job->fail(deadline_error(*job, "the flush", timeout_s));
+  return wait(lock, monotonic_seconds() + kGiveUpS, interrupt, drained);
+}
+
+// ---- The writers' side -------------------------------------------------------------------------------------------
+
+void Engine::touch_arena() {
+  for (size_t from = 0; from < arena_.size(); from += kTouchStep) {
+    {
+      std::lock_guard<std::mutex> lock(monitor_->mutex);
+      if (stop_) return;
+    }
+    arena_.touch(from, kTouchStep);
+  }
+}
+
+void Engine::write_jobs() {
+  Lock lock(monitor_->mutex);
+  for (;;) {
+    Claim claim{Task::kWrite, nullptr, 0};
+    monitor_->changed.wait(lock, [&] { return try_claim(claim) || (stop_ && jobs_.empty()); });
+    if (claim.job == nullptr) return;
+    lock.unlock();
+    try {
+      switch (claim.task) {
+        case Task::kPrepare: prepare(*claim.job); break;
+        case Task::kWrite: write_chunk(*claim.job, claim.chunk); break;
+        case Task::kFinish: finish(claim.job); break;
+      }
+      lock.lock();
+    } catch (const Error& error) {
+      lock.lock();
+      claim.job->fail(error);
+    } catch (const std::exception& error) {
+      lock.lock();
+      claim.job->fail(Error(ErrorKind::kStorage, std::string("writing '") + claim.job->file->path() + "': " + error.what()));
+    }
+    --claim.job->active;
+    monitor_->changed.notify_all();
+  }
+}
+
+// The oldest job first: its file becomes durable soonest, and its spans come back soonest.
+bool Engine::try_claim(Claim& claim) {
+  for (const auto& job : jobs_) {
+    const bool idle = job->active == 0 && job->submitted;
+    if (job->phase == Phase::kFinishing) continue;
+    if (job->failed()) {
+      if (!idle) continue;
+      job->phase = Phase::kFinishing;
+      claim = {Task::kFinish, job, 0};
+    } else if (job->phase == Phase::kNew) {
+      job->phase = Phase::kPreparing;
+      claim = {Task::kPrepare, job, 0};
+    } else if (job->phase == Phase::kWriting && job->next < job->published &&
+               job->chunks[job->next].state == ChunkState::kPending) {
+      job->chunks[job->next].state = ChunkState::kWriting;
+      claim = {Task::kWrite, job, job->next++};
+    } else if (idle && job->done == job->chunks.size()) {
+      job->phase = Phase::kFinishing;
+      claim = {Task::kFinish, job, 0};
+    } else {
+      continue;
+    }
+    ++job->active;
+    return true;
+  }
+  return false;
+}
+
+// What has been given up while this thread waited for its turn or for the file system makes nothing more there: the directory
+// may be somebody else's by now.
+void Engine::prepare(Job& job) {
+  const auto given_up = [&] {
+    Lock lock(monitor_->mutex);
+    return job.failed();
+  };
+  if (given_up()) return;
+  job.file->create();
+  if (given_up()) return;
+  job.file->preallocate(job.range.begin, job.range.end);
+  fault::crash_point("preallocated");
+  Lock lock(monitor_->mutex);
+  job.phase = Phase::kWriting;
+}
+
+void Engine::write_chunk(Job& job, size_t index) {
+  Chunk& chunk = job.chunks[index];
+  if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
+  if (job.verify) {
+    if (const uint32_t record = find_changed_since(chunk); record != kStructure) throw changed_error(job, record);
+  } else {
+    checksum_pieces(chunk, true);
+    job.look_at_witnesses(index);  // here, too: a write may be undone before the other look
+  }
+  job.crcs.add(job.chunks, index);
+  if (chunk.first_field < chunk.end_field) {
+    if (!job.crcs.wait_for(index)) return;
+    fill_crc_fields(chunk, job.spec, job.crcs.record_crcs());
+  }
+  checksum_pieces(chunk, false);
+  for (const Piece& piece : chunk.pieces) chunk.crc = crc32_combine(chunk.crc, piece.crc, piece.length);
+  if (chunk.written) {
+    std::vector<iovec> pieces = to_iovecs(chunk);
+    job.file->write_at(pieces, chunk.offset);
+  }
+  if (!job.verify) {
+    job.look_at_witnesses(index);
+  } else if (chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
+    if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
+  }
+  fault::crash_point("chunk-written");
+  const uint64_t zero_copy = chunk.written ? zero_copy_bytes(chunk) : 0;
+  Lock lock(monitor_->mutex);
+  account_written(job, chunk, zero_copy);
+}
+
+void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
+  chunk.state = ChunkState::kDone;
+  chunk.release_memory();
+  ++job.done;
+  job.stats.bytes_zero_copy += zero_copy;
+  if (job.failed() || chunk.lazy_bytes == 0) return;
+  chunk.lazy_bytes = 0;
+  --job.uncaptured;
+  job.note_captured();
+}
+
+// Every path to here has active == 1: nobody else touches the file any more.
+void Engine::finish(const std::shared_ptr<Job>& job) {
+  bool failed = false;
+  std::vector<DeviceSide> sides;  // their events end without the lock
+  {
+    Lock lock(monitor_->mutex);
+    failed = job->failed();
+    sides.swap(job->sides);
+  }
+  sides.clear();
+  if (!failed) {
+    try {
+      fault::crash_point("chunks-written");
+      job->file->finish(job->spec.size);
+      fault::crash_point("data-durable");
+    } catch (const Error& error) {
+      Lock lock(monitor_->mutex);
+      job->fail(error);
+    }
+  }
+  uint32_t crc = 0;
+  for (const Chunk& chunk : job->chunks) crc = chunk.written ? crc32_combine(crc, chunk.crc, chunk.content) : crc;
+  Lock lock(monitor_->mutex);
+  if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
+  for (Chunk& chunk : job->chunks) chunk.release_memory();  // of chunks that were claimed when their job failed
+  job->stats.direct_io = job->file->wrote_direct();
+  job->file_crc = crc;
+  job->phase = Phase::kFinished;
+  job->chunks.clear();
+  job->spec.extents = {};
+  job->spec.crc_fields = {};
+  if (!job->failed()) job->stats.flushed_at = monotonic_seconds();
+  jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
+  stager_.remove(job);
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,84 @@
+#include "format/torch_zip.h"
+
+#include <algorithm>
+
+namespace lazyckpt {
+namespace {
+
+constexpr uint32_t kSmallAlign = 64;
+// Records that leave directly start at a page plus the address's own remainder: any file system that this file is later
+// copied to, and any mmap of it, finds them as well aligned as here.
+constexpr uint32_t kPage = 4096;
+
+// Where torch puts large tensors, modulo a page: what processes that write one file together expect of each other. A tensor
+// that lies elsewhere is copied.
+constexpr uint32_t kUsualRemainder = 64;
+
+ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, const TorchFile& file,
+                const IoLimits& limits, bool whole) {
+  if (file.uniform_alignment != 0) return {std::move(name), length, file.uniform_alignment, 0};
+  const bool direct = whole ? limits.direct() : file.direct;
+  if (kind == Source::kCopy || on_device(kind) || !direct) return {std::move(name), length, kSmallAlign, 0};
+  if (!whole) return {std::move(name), length, kPage, kUsualRemainder};
+  // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
+  const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
+  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(bytes) % limits.memory_align);
+  return {std::move(name), length, align, remainder};
+}
+
+}  // namespace
+
+FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout) {
+  std::vector<ZipRecord> records;
+  std::vector<Extent> payloads;
+  records.reserve(file.head.size() + file.storages.size() + file.tail.size());
+  payloads.reserve(records.capacity());
+  const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
+    records.push_back(place(std::move(name), bytes, length, kind, file, limits, share.whole()));
+    payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
+  };
+  for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);
+  for (size_t i = 0; i < file.storages.size(); ++i) {
+    const StorageBytes& storage = file.storages[i];
+    add("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind, storage.device);
+  }
+  for (const NamedBytes& blob : file.tail) add(blob.name, blob.bytes, blob.length, blob.kind);
+
+  layout = lay_out_zip(file.archive, records);
+  FileSpec spec;
+  spec.size = layout.file_size;
+  spec.share = share;
+  spec.share.body_end = layout.directory_offset;
+  spec.record_count = records.size();
+  spec.crc_fields = layout.crc_fields;
+  spec.extents.reserve(payloads.size() + layout.parts.size());
+  const auto* structure = reinterpret_cast<const std::byte*>(layout.structure.data());
+  for (const StructurePart& part : layout.parts) {
+    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure, kHost});
+  }
+  for (size_t i = 0; i < payloads.size(); ++i) {
+    payloads[i].offset = layout.payload_offsets[i];
+    if (payloads[i].length > 0) spec.extents.push_back(payloads[i]);
+  }
+  std::sort(spec.extents.begin(), spec.extents.end(),
+            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+  return spec;
+}
+
+std::string fill_directory(const ZipLayout& layout, const std::vector<uint32_t>& record_crcs) {
+  std::string directory(layout.file_size - layout.directory_offset, '\0');
+  for (const StructurePart& part : layout.parts) {
+    const uint64_t from = std::max(part.offset, layout.directory_offset), to = part.offset + part.length;
+    if (from >= to) continue;
+    directory.replace(from - layout.directory_offset, to - from, layout.structure, part.begin + (from - part.offset), to - from);
+  }
+  for (const CrcField& field : layout.crc_fields) {
+    if (field.offset < layout.directory_offset) continue;
+    for (size_t byte = 0; byte < sizeof(uint32_t); ++byte) {
+      directory[field.offset - layout.directory_offset + byte] = static_cast<char>(record_crcs.at(field.record) >> (8 * byte));
+    }
+  }
+  return directory;
+}
+
+}  // namespace lazyckpt

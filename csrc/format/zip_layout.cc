@@ -1,0 +1,213 @@
+#include "format/zip_layout.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/error.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr uint32_t kLocalSignature = 0x04034b50;
+constexpr uint32_t kDescriptorSignature = 0x08074b50;
+constexpr uint32_t kDirectorySignature = 0x02014b50;
+constexpr uint32_t kZip64EndSignature = 0x06064b50;
+constexpr uint32_t kZip64LocatorSignature = 0x07064b50;
+constexpr uint32_t kEndSignature = 0x06054b50;
+
+constexpr uint16_t kUtf8 = 0x800;
+constexpr uint16_t kHasDescriptor = 0x8;
+constexpr uint16_t kZip64Extra = 0x0001;
+constexpr uint16_t kPaddingExtra = 0x4246;  // "FB"
+constexpr uint16_t kVersionMadeBy = 0x031e;
+constexpr uint16_t kVersionNeeded = 0x002d;
+constexpr uint32_t kMax32 = 0xFFFFFFFFu;  // the value that sends a reader to the zip64 field
+constexpr uint16_t kMax16 = 0xFFFFu;
+constexpr size_t kLocalHeaderBytes = 30;
+constexpr size_t kZip64EndBytes = 56;
+constexpr uint32_t kLargestAlign = 32768;  // the padding field's length has 16 bits
+
+bool needs_zip64(uint64_t value) { return value >= kMax32; }
+
+class Builder {
+ public:
+  Builder(const std::string& archive, const std::vector<ZipRecord>& records) : records_(records) {
+    names_.reserve(records.size());
+    for (const ZipRecord& record : records) names_.push_back(archive + "/" + record.name);
+  }
+
+  ZipLayout build() {
+    for (size_t i = 0; i < records_.size(); ++i) add_record(i);
+    add_directory();
+    end_part();
+    std::stable_sort(layout_.crc_fields.begin(), layout_.crc_fields.end(),
+                     [](const CrcField& a, const CrcField& b) { return a.offset < b.offset; });
+    layout_.file_size = cursor_;
+    return std::move(layout_);
+  }
+
+ private:
+  void put16(uint16_t value) { put(value, 2); }
+  void put32(uint32_t value) { put(value, 4); }
+  void put64(uint64_t value) { put(value, 8); }
+  void put(uint64_t value, int bytes) {
+    for (int i = 0; i < bytes; ++i) layout_.structure.push_back(static_cast<char>(value >> (8 * i)));
+    cursor_ += static_cast<uint64_t>(bytes);
+  }
+  void put_text(const std::string& text) {
+    layout_.structure += text;
+    cursor_ += text.size();
+  }
+  void put_crc(size_t record) {
+    layout_.crc_fields.push_back({cursor_, static_cast<uint32_t>(record)});
+    put32(0);
+  }
+
+  // Closes the part that has been growing since the last payload.
+  void end_part() {
+    const size_t length = layout_.structure.size() - part_begin_;
+    if (length > 0) layout_.parts.push_back({cursor_ - length, part_begin_, length});
+    part_begin_ = layout_.structure.size();
+  }
+
+  void add_record(size_t index) {
+    const ZipRecord& record = records_[index];
+    header_offsets_.push_back(cursor_);
+    add_local_header(record, names_[index]);
+    layout_.payload_offsets.push_back(cursor_);
+    if (record.size == 0) return;
+    end_part();
+    cursor_ += record.size;
+    add_descriptor(index);
+  }
+
+  void add_local_header(const ZipRecord& record, const std::string& name) {
+    const uint64_t begin = cursor_;
+    const bool large = needs_zip64(record.size), far = needs_zip64(begin);
+    const size_t zip64 = (large || far ? 4 : 0) + (large ? 16 : 0) + (far ? 8 : 0);
+    const size_t padding = padding_for(record, begin + kLocalHeaderBytes + name.size() + zip64 + 4);
+    put32(kLocalSignature);
+    put16(0);
+    put16(flags(record));
+    put16(0);  // stored
+    put32(0);  // no time
+    put32(0);  // CRC and sizes: in the descriptor
+    put32(0);
+    put32(0);
+    put16(static_cast<uint16_t>(name.size()));
+    put16(static_cast<uint16_t>(zip64 + 4 + padding));
+    put_text(name);
+    if (zip64 > 0) {
+      put16(kZip64Extra);
+      put16(static_cast<uint16_t>(zip64 - 4));
+      if (large) {
+        put64(record.size);
+        put64(0);  // miniz leaves the compressed size open here
+      }
+      if (far) put64(begin);
+    }
+    put16(kPaddingExtra);
+    put16(static_cast<uint16_t>(padding));
+    put_text(std::string(padding, 'Z'));
+  }
+
+  static size_t padding_for(const ZipRecord& record, uint64_t start) {
+    const uint32_t align = record.align;
+    if (align == 0 || align > kLargestAlign || (align & (align - 1)) != 0 || record.remainder >= align) {
+      throw Error(ErrorKind::kCorrupt, "a record alignment of " + std::to_string(align) +
+                                           " bytes is not possible: it must be a power of two up to 32768");
+    }
+    return static_cast<size_t>((record.remainder + align - start % align) % align);
+  }
+
+  static uint16_t flags(const ZipRecord& record) { return record.size == 0 ? kUtf8 : kUtf8 | kHasDescriptor; }
+
+  void add_descriptor(size_t index) {
+    const uint64_t size = records_[index].size;
+    const int width = needs_zip64(size) || needs_zip64(header_offsets_[index]) ? 8 : 4;
+    put32(kDescriptorSignature);
+    put_crc(index);
+    put(size, width);
+    put(size, width);
+  }
+
+  void add_directory() {
+    const uint64_t begin = layout_.directory_offset = cursor_;
+    for (size_t i = 0; i < records_.size(); ++i) add_directory_entry(i);
+    const uint64_t size = cursor_ - begin, end = cursor_, count = records_.size();
+    put32(kZip64EndSignature);
+    put64(kZip64EndBytes - 12);
+    put16(kVersionMadeBy);
+    put16(kVersionNeeded);
+    put32(0);
+    put32(0);
+    put64(count);
+    put64(count);
+    put64(size);
+    put64(begin);
+    put32(kZip64LocatorSignature);
+    put32(0);
+    put64(end);
+    put32(1);
+    put32(kEndSignature);
+    put32(0);
+    put16(static_cast<uint16_t>(std::min<uint64_t>(count, kMax16)));
+    put16(static_cast<uint16_t>(std::min<uint64_t>(count, kMax16)));
+    put32(static_cast<uint32_t>(std::min<uint64_t>(size, kMax32)));
+    put32(static_cast<uint32_t>(std::min<uint64_t>(begin, kMax32)));
+    put16(0);
+  }
+
+  void add_directory_entry(size_t index) {
+    const ZipRecord& record = records_[index];
+    const uint64_t header = header_offsets_[index];
+    const bool large = needs_zip64(record.size), far = needs_zip64(header);
+    const size_t zip64 = (large ? 16 : 0) + (far ? 8 : 0);
+    const auto size32 = static_cast<uint32_t>(std::min<uint64_t>(record.size, kMax32));
+    put32(kDirectorySignature);
+    put16(0);
+    put16(0);
+    put16(flags(record));
+    put16(0);
+    put32(0);
+    put_crc(index);
+    put32(size32);
+    put32(size32);
+    put16(static_cast<uint16_t>(names_[index].size()));
+    put16(static_cast<uint16_t>(zip64 > 0 ? zip64 + 4 : 0));
+    put16(0);  // no comment
+    put16(0);  // disk
+    put16(0);  // attributes
+    put32(0);
+    put32(static_cast<uint32_t>(std::min<uint64_t>(header, kMax32)));
+    put_text(names_[index]);
+    if (zip64 == 0) return;
+    put16(kZip64Extra);
+    put16(static_cast<uint16_t>(zip64));
+    if (large) {
+      put64(record.size);
+      put64(record.size);
+    }
+    if (far) put64(header);
+  }
+
+  const std::vector<ZipRecord>& records_;
+  std::vector<std::string> names_;
+  std::vector<uint64_t> header_offsets_;
+  ZipLayout layout_;
+  uint64_t cursor_ = 0;    // in the file
+  size_t part_begin_ = 0;  // in layout_.structure
+};
+
+}  // namespace
+
+ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& records) {
+  for (const ZipRecord& record : records) {
+    if (archive.size() + 1 + record.name.size() > kMax16) {
+      throw Error(ErrorKind::kCorrupt, "a record name of more than 65535 bytes does not fit a zip file");
+    }
+  }
+  return Builder(archive, records).build();
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,374 @@
+#include "jobs/chunk.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "base/crc32.h"
+
+namespace lazyckpt {
+namespace {
+
+uint64_t round_down(uint64_t value, uint64_t to) { return value / to * to; }
+uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 1, to); }
+
+uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
+
+
+// The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
+ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
+  if (extent.kind == Source::kCopy || on_device(extent.kind)) return {};
+  const size_t block = block_bytes(limits);
+  const ByteRange whole{round_up(std::max(extent.offset, begin), block),
+                    round_down(std::min(end_of(extent), end), block)};
+  if (whole.begin >= whole.end) return {};
+  const auto address = reinterpret_cast<uintptr_t>(extent.source) + (whole.begin - extent.offset);
+  return address % limits.memory_align == 0 ? whole : ByteRange{};
+}
+
+void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind, uint32_t record = kStructure) {
+  if (length == 0) return;
+  if (kind == Source::kCopy) chunk.bounce_bytes += length;
+  if (kind == Source::kLazy) chunk.lazy_bytes += length;
+  chunk.segments.push_back({source, static_cast<size_t>(length), kind, record});
+}
+
+void add_device_bytes(Chunk& chunk, const Extent& extent, uint64_t length) {
+  if (!on_device(extent.kind) || length == 0) return;
+  if (extent.kind == Source::kDeviceCopy) {
+    chunk.device_copy_bytes += length;
+    return;
+  }
+  chunk.device_lazy_bytes += length;
+  auto& shares = chunk.device_shares;
+  const auto same = [&](const DeviceShare& share) { return share.device == extent.device; };
+  if (std::none_of(shares.begin(), shares.end(), same)) shares.push_back({extent.device, false});
+}
+
+void add_piece(Chunk& chunk, uint32_t record, uint64_t length, Source kind = Source::kCopy) {
+  if (length == 0) return;
+  const bool seen = kind != Source::kDeviceCopy;
+  if (!chunk.pieces.empty() && chunk.pieces.back().record == record && chunk.pieces.back().seen == seen) {
+    chunk.pieces.back().length += length;
+  } else {
+    chunk.pieces.push_back({record, static_cast<size_t>(length), 0, seen});
+  }
+}
+
+// Extents [first_extent, end_extent) are set; finds segments and pieces.
+void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
+  const uint64_t begin = chunk.offset, content_end = begin + chunk.content;
+  uint64_t segment_at = begin, piece_at = begin;
+  for (size_t i = chunk.first_extent; i < chunk.end_extent; ++i) {
+    const Extent& extent = spec.extents[i];
+    const uint64_t from = std::max(extent.offset, begin), to = std::min(end_of(extent), content_end);
+    add_piece(chunk, kStructure, from - piece_at);
+    add_piece(chunk, extent.record, to - from, extent.kind);
+    add_device_bytes(chunk, extent, to - from);
+    piece_at = to;
+    const ByteRange direct = direct_part(extent, begin, content_end, limits);
+    if (direct.begin >= direct.end) continue;
+    add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
+    add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind, extent.record);
+    segment_at = direct.end;
+  }
+  add_piece(chunk, kStructure, content_end - piece_at);
+  add_segment(chunk, nullptr, begin + chunk.length - segment_at, Source::kCopy);
+}
+
+// Calls visit(piece, bytes, length) for every run of memory of every piece, in file order.
+template <typename ChunkRef, typename Visit>
+void for_each_run(ChunkRef& chunk, Visit visit) {
+  size_t segment = 0, used = 0;
+  for (auto& piece : chunk.pieces) {
+    size_t left = piece.length;
+    while (left > 0) {
+      const Segment& from = chunk.segments[segment];
+      const size_t run = std::min(left, from.length - used);
+      visit(piece, from.source + used, run);
+      left -= run;
+      used += run;
+      if (used == from.length) {
+        ++segment;
+        used = 0;
+      }
+    }
+  }
+}
+
+}  // namespace
+
+size_t block_bytes(const IoLimits& limits) { return std::max(limits.memory_align, limits.offset_align); }
+
+ByteRange written_range(const FileSpec& spec, size_t chunk_bytes) {
+  if (spec.share.whole()) return {0, spec.size};
+  const uint64_t chunks = round_up(spec.share.body_end, chunk_bytes) / chunk_bytes;
+  const auto edge = [&](uint64_t index) {
+    return std::min(chunks * index / spec.share.count * chunk_bytes, spec.share.body_end);
+  };
+  return {edge(spec.share.index), edge(spec.share.index + 1)};
+}
+
+ByteRange fields_in(const FileSpec& spec, ByteRange range) {
+  const auto before = [](const CrcField& field, uint64_t offset) { return field.offset < offset; };
+  const auto first = std::lower_bound(spec.crc_fields.begin(), spec.crc_fields.end(), range.begin, before);
+  const auto end = std::lower_bound(first, spec.crc_fields.end(), range.end, before);
+  return {static_cast<uint64_t>(first - spec.crc_fields.begin()), static_cast<uint64_t>(end - spec.crc_fields.begin())};
+}
+
+namespace {
+
+// A field that lies in [range) has the checksum of a record that may begin before: we read that part, too.
+void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange range, size_t chunk_bytes) {
+  const auto field = std::find_if(spec.crc_fields.begin(), spec.crc_fields.end(), [&](const CrcField& candidate) {
+    return candidate.offset + sizeof(uint32_t) > range.begin && candidate.offset < range.end;
+  });
+  if (field == spec.crc_fields.end()) return;
+  for (size_t i = 0; i < spec.extents.size() && spec.extents[i].offset < range.begin; ++i) {
+    const Extent& extent = spec.extents[i];
+    if (extent.record != field->record) continue;
+    const uint64_t end = std::min(end_of(extent), range.begin);
+    for (uint64_t begin = extent.offset; begin < end; begin += chunk_bytes) {
+      Chunk chunk;
+      chunk.offset = begin;
+      chunk.written = false;
+      chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, end - begin));
+      chunk.first_extent = i;
+      chunk.end_extent = i + 1;
+      const bool copied = extent.kind == Source::kCopy || on_device(extent.kind);
+      const std::byte* source = copied ? nullptr : extent.source + (begin - extent.offset);
+      add_segment(chunk, source, chunk.length, copied ? Source::kCopy : extent.kind, extent.record);
+      add_device_bytes(chunk, extent, chunk.length);
+      add_piece(chunk, extent.record, chunk.length, extent.kind);
+      chunks.push_back(std::move(chunk));
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes) {
+  std::vector<Chunk> chunks;
+  const ByteRange range = written_range(spec, chunk_bytes);
+  if (!spec.share.whole()) add_read_chunks(chunks, spec, range, chunk_bytes);
+  const uint64_t padded_end = round_up(range.end, block_bytes(limits));
+  size_t extent = 0, field = 0;
+  for (uint64_t begin = range.begin; begin < range.end; begin += chunk_bytes) {
+    Chunk chunk;
+    chunk.offset = begin;
+    chunk.length = static_cast<size_t>(std::min<uint64_t>(chunk_bytes, padded_end - begin));
+    const uint64_t end = begin + chunk.length;
+    chunk.content = static_cast<size_t>(std::min(end, range.end) - begin);
+    while (extent < spec.extents.size() && end_of(spec.extents[extent]) <= begin) ++extent;
+    chunk.first_extent = chunk.end_extent = extent;
+    while (chunk.end_extent < spec.extents.size() && spec.extents[chunk.end_extent].offset < end) ++chunk.end_extent;
+    while (field < spec.crc_fields.size() && spec.crc_fields[field].offset + sizeof(uint32_t) <= begin) ++field;
+    chunk.first_field = chunk.end_field = field;
+    const uint64_t content_end = begin + chunk.content;
+    while (chunk.end_field < spec.crc_fields.size() && spec.crc_fields[chunk.end_field].offset < content_end) ++chunk.end_field;
+    describe(chunk, spec, limits);
+    chunks.push_back(std::move(chunk));
+  }
+  return chunks;
+}
+
+namespace {
+
+// Calls visit(at, extent, from, length) for each run of the kCopy segments: `at` in the chunk's bounce, `from` in the extent,
+// which is null where the file has zeros. Segments that the fence has staged are left out.
+template <typename Visit>
+void for_each_copied(const Chunk& chunk, const FileSpec& spec, Visit visit) {
+  size_t at = 0;
+  uint64_t begin = chunk.offset;
+  size_t index = chunk.first_extent;
+  const std::byte* staged = chunk.staged.begin();
+  for (const Segment& segment : chunk.segments) {
+    const uint64_t end = begin + segment.length;
+    const bool is_staged = staged != nullptr && segment.source >= staged && segment.source < staged + chunk.staged.size();
+    if (segment.kind == Source::kCopy && !is_staged) {
+      uint64_t cursor = begin;
+      for (size_t i = index; i < chunk.end_extent && spec.extents[i].offset < end; ++i) {
+        const Extent& extent = spec.extents[i];
+        const uint64_t from = std::max(extent.offset, begin), until = std::min(end_of(extent), end);
+        if (from >= until) continue;
+        if (from > cursor) visit(at + (cursor - begin), nullptr, 0, from - cursor);
+        visit(at + (from - begin), &extent, from - extent.offset, until - from);
+        cursor = until;
+      }
+      if (end > cursor) visit(at + (cursor - begin), nullptr, 0, end - cursor);
+      at += segment.length;
+    }
+    begin = end;
+    while (index < chunk.end_extent && end_of(spec.extents[index]) <= begin) ++index;
+  }
+}
+
+void point_to(Chunk& chunk, std::byte* to) {
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind != Source::kCopy || segment.source != nullptr) continue;
+    segment.source = to;
+    to += segment.length;
+  }
+}
+
+void add_device_copy(std::vector<DeviceCopy>& copies, DeviceCopy next) {
+  if (!copies.empty()) {
+    DeviceCopy& last = copies.back();
+    const bool joins = last.source + last.length == next.source && last.at + last.length == next.at;
+    if (joins && last.device == next.device && last.lazy == next.lazy) {
+      last.length += next.length;
+      return;
+    }
+  }
+  copies.push_back(next);
+}
+
+}  // namespace
+
+void fill_bounce(Chunk& chunk, const FileSpec& spec) {
+  std::byte* bounce = chunk.bounce.begin();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t from, uint64_t length) {
+    if (extent == nullptr) {
+      std::memset(bounce + at, 0, length);
+    } else {
+      std::memcpy(bounce + at, extent->source + from, length);
+    }
+  });
+  point_to(chunk, bounce);
+}
+
+void keep_host_bytes(Chunk& chunk, const FileSpec& spec) {
+  size_t early = 0;
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t from, uint64_t length) {
+    if (extent == nullptr) return;
+    const std::byte* source = extent->source + from;
+    if (!on_device(extent->kind)) {
+      chunk.kept.insert(chunk.kept.end(), source, source + length);
+      return;
+    }
+    const bool lazy = extent->kind == Source::kDeviceLazy, apart = !lazy && chunk.has_early();
+    add_device_copy(chunk.device_copies, {source, length, apart ? early : at, extent->device, lazy});
+    if (apart) early += length;
+  });
+}
+
+void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched) {
+  const std::byte* kept = chunk.kept.data();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
+    if (extent == nullptr || extent->kind == Source::kDeviceCopy) {
+      std::memset(fetched + at, 0, length);
+    } else if (!on_device(extent->kind)) {
+      std::memcpy(fetched + at, std::exchange(kept, kept + length), length);
+    }
+  });
+  point_to(chunk, fetched);
+  checksum_pieces(chunk, true);
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind == Source::kCopy) segment.source = nullptr;
+  }
+}
+
+void complete_bounce(Chunk& chunk, const FileSpec& spec) {
+  std::byte* bounce = chunk.bounce.begin();
+  const std::byte *kept = chunk.kept.data(), *early = chunk.early.begin();
+  for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
+    if (extent == nullptr) {
+      std::memset(bounce + at, 0, length);
+    } else if (!on_device(extent->kind)) {
+      std::memcpy(bounce + at, std::exchange(kept, kept + length), length);
+    } else if (extent->kind == Source::kDeviceCopy && chunk.has_early()) {
+      std::memcpy(bounce + at, std::exchange(early, early + length), length);
+    }
+  });
+  point_to(chunk, bounce);
+}
+
+bool Chunk::arrived() const {
+  const auto enqueued = [](const DeviceShare& share) { return share.enqueued; };
+  return flying == 0 && std::all_of(device_shares.begin(), device_shares.end(), enqueued);
+}
+
+void Chunk::settle() {
+  if (state == ChunkState::kArriving && !staging && arrived()) state = ChunkState::kPending;
+}
+
+void Chunk::release_memory() {
+  bounce.reset();
+  staged.reset();
+  early.reset();
+  std::vector<std::byte>().swap(kept);
+}
+
+uint64_t zero_copy_bytes(const Chunk& chunk) {
+  uint64_t bytes = 0;
+  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
+  return bytes;
+}
+
+void stage_lazy(Chunk& chunk, Span span) {
+  std::byte* to = span.begin();
+  for (Segment& segment : chunk.segments) {
+    if (segment.kind != Source::kLazy) continue;
+    std::memcpy(to, segment.source, segment.length);
+    segment.source = to;
+    segment.kind = Source::kCopy;
+    to += segment.length;
+  }
+  chunk.staged = std::move(span);
+}
+
+void checksum_pieces(Chunk& chunk, bool of_records) {
+  for (Piece& piece : chunk.pieces) {
+    if ((piece.record != kStructure) == of_records) piece.crc = 0;
+  }
+  for_each_run(chunk, [&](Piece& piece, const std::byte* bytes, size_t length) {
+    if ((piece.record != kStructure) == of_records) piece.crc = crc32(piece.crc, bytes, length);
+  });
+}
+
+uint32_t find_changed(const Chunk& chunk) {
+  const Piece* current = nullptr;
+  uint32_t crc = 0, changed = kStructure;
+  const auto close = [&] {
+    if (current != nullptr && current->record != kStructure && crc != current->crc && changed == kStructure) {
+      changed = current->record;
+    }
+  };
+  for_each_run(chunk, [&](const Piece& piece, const std::byte* bytes, size_t length) {
+    if (&piece != current) {
+      close();
+      current = &piece;
+      crc = 0;
+    }
+    if (piece.record != kStructure) crc = crc32(crc, bytes, length);
+  });
+  close();
+  return changed;
+}
+
+uint32_t find_changed_since(Chunk& chunk) {
+  const std::vector<Piece> before = chunk.pieces;
+  checksum_pieces(chunk, true);
+  for (size_t i = 0; i < before.size(); ++i) {
+    const Piece& now = chunk.pieces[i];
+    if (now.record != kStructure && now.seen && now.crc != before[i].crc) return now.record;
+  }
+  return kStructure;
+}
+
+void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs) {
+  size_t segment = 0;
+  uint64_t segment_at = chunk.offset;
+  for (size_t i = chunk.first_field; i < chunk.end_field; ++i) {
+    const CrcField& field = spec.crc_fields[i];
+    for (uint64_t byte = 0; byte < sizeof(uint32_t); ++byte) {
+      const uint64_t at = field.offset + byte;  // a field may straddle two chunks: each fills in its part
+      if (at < chunk.offset || at >= chunk.offset + chunk.length) continue;
+      while (at >= segment_at + chunk.segments[segment].length) segment_at += chunk.segments[segment++].length;
+      const std::byte* place = chunk.segments[segment].source + (at - segment_at);
+      chunk.bounce.begin()[place - chunk.bounce.begin()] = static_cast<std::byte>(record_crcs[field.record] >> (8 * byte));
+    }
+  }
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,175 @@
+// From extents to chunks: how the bytes of one file are cut into the units that writers claim, and which of them leave
+// straight from where they lie. Pure bookkeeping: no locks, no threads, no system calls.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "format/zip_layout.h"
+#include "memory/arena.h"
+#include "os/file.h"
+
+namespace lazyckpt {
+
+// What may happen to an extent's bytes, and so when they must have been read.
+enum class Source : uint8_t {
+  kCopy,   // may change as soon as submit() returns: copied to the arena before
+  kLazy,   // may change after the next fence: written in place until then, copied to the arena by the fence
+  kOwned,  // never changes: written in place at any time
+  // In the memory of a device, from where nothing is written in place:
+  kDeviceCopy,  // may change behind what its stream has been given by submit(): copied on that stream
+  kDeviceLazy,  // may change behind the next fence: copied on a stream of ours
+};
+
+inline bool on_device(Source kind) { return kind == Source::kDeviceCopy || kind == Source::kDeviceLazy; }
+
+constexpr uint32_t kStructure = std::numeric_limits<uint32_t>::max();  // an extent or piece that belongs to no record
+
+struct Extent {
+  const std::byte* source = nullptr;
+  uint64_t length = 0;
+  uint64_t offset = 0;  // in the file
+  Source kind = Source::kCopy;
+  uint32_t record = kStructure;
+  int device = kHost;  // where `source` is an address of
+};
+
+// Which part of a file this process writes: the others, who hold the same bytes, write the rest. The parts are whole chunks,
+// as equal as can be, of all that lies before `body_end`; the central directory behind it needs the checksums of all parts.
+struct Share {
+  uint32_t index = 0, count = 1;
+  uint64_t body_end = 0;
+  bool whole() const { return count == 1; }
+};
+
+struct FileSpec {
+  std::vector<Extent> extents;       // ascending by offset, disjoint, none empty
+  std::vector<CrcField> crc_fields;  // ascending; they lie in kCopy extents behind the end of their record
+  size_t record_count = 0;
+  uint64_t size = 0;
+  Share share;
+};
+
+// Bytes [begin, end) of a file.
+struct ByteRange {
+  uint64_t begin = 0, end = 0;
+};
+
+// A run of bytes in memory, part of a chunk. kCopy: in the chunk's own span of the arena.
+struct Segment {
+  const std::byte* source = nullptr;
+  size_t length = 0;
+  Source kind = Source::kCopy;
+  uint32_t record = kStructure;  // whose bytes these are; of a kCopy segment, which may hold several, it says nothing
+};
+
+// A run of bytes of one record (or of the structure), for the checksums.
+struct Piece {
+  uint32_t record = kStructure;
+  size_t length = 0;
+  uint32_t crc = 0;
+  bool seen = true;  // submit() can look at it: not so eager bytes of devices, which are on their way then
+};
+
+// Device memory that goes to `at` bytes into a span.
+struct DeviceCopy {
+  const std::byte* source = nullptr;
+  size_t length = 0;
+  size_t at = 0;
+  int device = kHost;
+  bool lazy = true;
+};
+
+// What one device still has to put into a chunk: its lazy bytes.
+struct DeviceShare {
+  int device = kHost;
+  bool enqueued = false;
+};
+
+enum class ChunkState : uint8_t {
+  kUnpublished,  // save() still copies into it
+  kArriving,     // some of its device bytes are not in the arena yet
+  kPending,      // may be claimed; its lazy bytes are still in the tensors
+  kStaging,      // the fence copies its lazy bytes
+  kWriting,      // a writer has it
+  kDone,         // on disk, or dropped because its job failed
+};
+
+struct Chunk {
+  uint64_t offset = 0;  // in the file; a multiple of the chunk size, if it is written
+  bool written = true;  // by this process; else it is only read, for the checksum of a record that ends in our share
+  size_t length = 0;    // bytes to write: whole blocks
+  size_t content = 0;   // bytes of the file proper; less than `length` only at the very end
+  size_t first_extent = 0, end_extent = 0;
+  size_t first_field = 0, end_field = 0;
+  size_t bounce_bytes = 0;
+  size_t lazy_bytes = 0;  // still to be captured
+  std::vector<Segment> segments;
+  std::vector<Piece> pieces;
+  Span bounce;  // holds the kCopy segments
+  // Only where device bytes are among them. They come to `bounce` late, and need no room in the arena before.
+  size_t device_lazy_bytes = 0, device_copy_bytes = 0;
+  std::vector<DeviceShare> device_shares;
+  std::vector<DeviceCopy> device_copies;  // constant once published; eager ones go to `early`, where there is one
+  std::vector<std::byte> kept;  // the host's kCopy bytes, until the chunk is written
+  Span early;                   // the eager device bytes of a chunk that has lazy ones, too
+  size_t flying = 0;            // batches of copies that are enqueued and have not been seen to end
+  bool staging = false;         // the fence copies its host bytes while its device bytes arrive
+  Span staged;  // holds what the fence copied
+  ChunkState state = ChunkState::kUnpublished;
+  uint32_t crc = 0;  // of `content` bytes, once written
+
+  bool has_device_bytes() const { return device_lazy_bytes + device_copy_bytes > 0; }
+  // Eager device bytes have a span of their own, rather than hold room for the lazy ones from save() on.
+  bool has_early() const { return device_lazy_bytes > 0 && device_copy_bytes > 0; }
+  bool arrived() const;
+  void settle();  // lets a writer have it if nothing is missing
+  void release_memory();
+};
+
+// The unit that must not be split: both limits are powers of two.
+size_t block_bytes(const IoLimits& limits);
+
+// What this process writes of the file.
+ByteRange written_range(const FileSpec& spec, size_t chunk_bytes);
+
+// The fields whose first byte lies in the range, as indices into spec.crc_fields.
+ByteRange fields_in(const FileSpec& spec, ByteRange range);
+
+// The chunks that are written, ascending; before them those that are only read.
+std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes);
+
+// Copies all that must leave the caller's memory at once into chunk.bounce, which must be allocated.
+void fill_bounce(Chunk& chunk, const FileSpec& spec);
+
+// For chunks with device bytes, instead of fill_bounce(). First: copies the host's part to chunk.kept, finds the copies.
+void keep_host_bytes(Chunk& chunk, const FileSpec& spec);
+// Then, to find changes: the checksums of what lies in the tensors now. `fetched` has chunk.bounce_bytes, and the lazy device
+// bytes where they will come to lie in chunk.bounce; the host's are put beside them.
+void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched);
+// At last: the device bytes have arrived, in chunk.bounce and chunk.early; puts the others beside them.
+void complete_bounce(Chunk& chunk, const FileSpec& spec);
+
+// Copies the lazy segments into `span` and lets them point there.
+void stage_lazy(Chunk& chunk, Span span);
+
+// Bytes that are not in the arena.
+uint64_t zero_copy_bytes(const Chunk& chunk);
+
+// CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
+void checksum_pieces(Chunk& chunk, bool of_records);
+
+// The record of the first record piece whose bytes no longer have the checksum that checksum_pieces() found;
+// kStructure if there is none.
+uint32_t find_changed(const Chunk& chunk);
+
+// As checksum_pieces() of records; then the first record whose checksum, as far as there was one, is not the one of before.
+uint32_t find_changed_since(Chunk& chunk);
+
+// Writes the CRC-32 fields that lie in the chunk; `record_crcs` must be final for their records.
+void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs);
+
+}  // namespace lazyckpt

@@ -1,0 +1,118 @@
+#include "jobs/job.h"
+
+#include <algorithm>
+#include <chrono>
+#include <utility>
+
+#include "base/crc32.h"
+
+namespace lazyckpt {
+
+double monotonic_seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// ---- CrcChain ----------------------------------------------------------------------------------------------------
+
+void CrcChain::add(std::vector<Chunk>& chunks, size_t index) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ready_.size() < chunks.size()) ready_.resize(chunks.size());
+  ready_[index] = true;
+  for (; folded_ < chunks.size() && ready_[folded_]; ++folded_) {
+    for (const Piece& piece : chunks[folded_].pieces) {
+      if (piece.record == kStructure) continue;
+      uint32_t& crc = record_crcs_[piece.record];
+      crc = crc == 0 ? piece.crc : crc32_combine(crc, piece.crc, piece.length);
+    }
+  }
+  advanced_.notify_all();
+}
+
+bool CrcChain::wait_for(size_t index) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  advanced_.wait(lock, [&] { return folded_ > index || given_up_; });
+  return !given_up_;
+}
+
+void CrcChain::give_up() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  given_up_ = true;
+  advanced_.notify_all();
+}
+
+// ---- Job ---------------------------------------------------------------------------------------------------------
+
+Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description,
+         size_t chunk_bytes, bool verify_capture, double capture_timeout_s)
+    : monitor(std::move(shared)),
+      file(std::move(target)),
+      spec(std::move(description)),
+      range(written_range(spec, chunk_bytes)),
+      fields(fields_in(spec, range)),
+      verify(verify_capture),
+      timeout_s(capture_timeout_s),
+      crcs(spec.record_count),
+      chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
+  stats.bytes_total = range.end - range.begin;
+  if (!verify) note_witnesses();
+  for (uint64_t i = fields.begin; i < fields.end; ++i) field_records.push_back(spec.crc_fields[i].record);
+  for (const Chunk& chunk : chunks) {
+    uncaptured += (chunk.lazy_bytes > 0 ? 1 : 0) + chunk.device_shares.size();
+    stats.bytes_from_devices += chunk.device_lazy_bytes + chunk.device_copy_bytes;
+  }
+  for (const Extent& extent : spec.extents) {
+    if (!on_device(extent.kind) || has_side(extent.device)) continue;
+    sides.emplace_back();
+    sides.back().device = extent.device;
+  }
+}
+
+void Job::note_witnesses() {
+  const double begin = monotonic_seconds();
+  witnesses.emplace(chunks);
+  stats.witness_s = monotonic_seconds() - begin;
+}
+
+void Job::look_at_witnesses(size_t chunk) const {
+  if (chunks[chunk].lazy_bytes == 0) return;
+  if (const uint32_t record = witnesses->find_changed(chunk); record != kStructure) throw changed_error(*this, record);
+}
+
+bool Job::has_side(int device) const {
+  return std::any_of(sides.begin(), sides.end(), [&](const DeviceSide& side) { return side.device == device; });
+}
+
+void Job::note_captured() {
+  if (captured() && !failed() && stats.captured_at == 0) stats.captured_at = monotonic_seconds();
+}
+
+void Job::fail(const Error& first_error) {
+  if (failed() || finished()) return;
+  error = first_error;
+  uncaptured = 0;  // nothing will be published, so nothing needs protection any more
+  // What nobody holds is dropped here; who holds a chunk drops it on coming back.
+  for (size_t i = next; i < published; ++i) {
+    Chunk& chunk = chunks[i];
+    if (chunk.state != ChunkState::kPending) continue;
+    chunk.state = ChunkState::kDone;
+    chunk.release_memory();
+  }
+  crcs.give_up();
+  monitor->changed.notify_all();
+}
+
+// ---- Errors ------------------------------------------------------------------------------------------------------
+
+Error deadline_error(const Job& job, const std::string& what, double waited_s) {
+  return Error(ErrorKind::kDeadline,
+               what + " for '" + job.file->path() + "' did not happen within " + std::to_string(waited_s) +
+                   " s; the storage is too slow or hangs: raise the timeout, enlarge arena_bytes, or save less often",
+               0, job.file->path());
+}
+
+Error changed_error(const Job& job, uint32_t record) {
+  return Error(ErrorKind::kChanged, "the bytes of record " + std::to_string(record) + " changed before they were captured",
+               static_cast<int>(record), job.file->path());
+}
+
+}  // namespace lazyckpt

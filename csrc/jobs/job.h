@@ -1,0 +1,169 @@
+// A job: one file on its way to disk, from submit() to durable or failed.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <limits>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "base/error.h"
+#include "cuda/driver.h"
+#include "jobs/chunk.h"
+#include "jobs/witness.h"
+#include "os/file.h"
+
+namespace lazyckpt {
+
+// The one lock of an engine and its jobs. Work happens outside it; it is taken a few times for each chunk of some MiB.
+struct Monitor {
+  std::mutex mutex;
+  std::condition_variable changed;  // any state below has moved
+};
+
+double monotonic_seconds();
+
+struct JobStats {
+  uint64_t bytes_total = 0;
+  uint64_t bytes_zero_copy = 0;        // written straight from the caller's memory
+  uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), structure and padding included
+  uint64_t bytes_copied_at_fence = 0;
+  double arena_wait_s = 0;  // the caller's time spent waiting for room in the arena: back-pressure
+  double witness_s = 0;  // of submit(): spent on noting witnesses
+  double fence_s = 0;       // the caller's time spent in fences while this job was uncaptured
+  double captured_at = 0;   // CLOCK_MONOTONIC seconds; 0: not yet
+  double flushed_at = 0;    // data durable, under the temporary name
+  bool direct_io = false;
+  uint64_t bytes_from_devices = 0;
+  uint64_t device_cached_bytes = 0;  // of them, through the cache of their device
+  bool arena_pinned = false;  // device copies went to pinned memory
+  std::string pin_failure;    // why not
+};
+
+// The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
+class CrcChain {
+ public:
+  explicit CrcChain(size_t records) : record_crcs_(records, 0) {}
+
+  // Adds a chunk's record pieces. Chunks may come in any order; what has become contiguous is folded in.
+  void add(std::vector<Chunk>& chunks, size_t index);
+  // Blocks until all chunks before and including `index` are folded in; false if the job was given up meanwhile.
+  bool wait_for(size_t index);
+  void give_up();
+
+  const std::vector<uint32_t>& record_crcs() const { return record_crcs_; }
+
+ private:
+  std::mutex mutex_;  // guards what follows; record_crcs_ may be read without it for records that have ended
+  std::condition_variable advanced_;
+  std::vector<uint32_t> record_crcs_;
+  std::vector<bool> ready_;
+  size_t folded_ = 0;
+  bool given_up_ = false;
+};
+
+// The lazy bytes of a chunk that the fence has put into the cache of their device.
+struct CachedShare {
+  Span span;
+  uint64_t first = 0;                    // span.begin() stands for this place in the chunk's bounce
+  std::shared_ptr<cuda::Event> written;  // behind the copies to it; none as long as the fence is enqueuing them
+};
+
+// What a job has to do with one device. For the stager.
+struct DeviceSide {
+  int device = kHost;
+  cuda::StreamHandle stream = nullptr;  // of the caller, at submit()
+  std::unique_ptr<cuda::Event> before;  // what that stream had been given then: it wrote the lazy bytes
+  bool ordered = false;                 // our stream waits for that
+  // Guarded by monitor->mutex:
+  size_t next = 0;  // chunks [0, next) need nothing more from the device
+  size_t cached_from = std::numeric_limits<size_t>::max();  // the fence has put those from here on into the cache
+  std::map<size_t, CachedShare> cached;  // by chunk; until they have landed, or their job has ended
+};
+
+enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished };
+
+struct Job {
+  Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description, size_t chunk_bytes,
+      bool verify_capture, double capture_timeout_s);
+
+  const std::shared_ptr<Monitor> monitor;
+  const std::unique_ptr<WritableFile> file;
+  FileSpec spec;  // constant; emptied at the end
+  const ByteRange range;  // of the file: what this job writes
+  const ByteRange fields;  // indices: the CRC fields in it
+  std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
+  std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
+  const bool verify;
+  const double timeout_s;  // the longest that a fence waits for it
+  CrcChain crcs;
+  std::vector<DeviceSide> sides;  // one for each device with bytes in the file; ascending; emptied at the end
+  std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
+  std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
+
+  // Guarded by monitor->mutex:
+  Phase phase = Phase::kNew;
+  size_t published = 0;    // chunks [0, published) may be claimed
+  size_t next = 0;         // chunks [0, next) have been claimed, in file order
+  size_t done = 0;         // chunks on disk
+  size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
+  size_t uncaptured = 0;   // chunks whose lazy host bytes are still only in the tensors, and shares of devices not enqueued
+  size_t flying = 0;       // batches of copies from the caller's device memory that have not been seen to end
+  size_t fencing = 0;      // fences that wait for it
+  bool submitted = false;  // submit() has published its last chunk, or given up
+  bool waited_for_room = false;  // its chunks are more than the arena holds just now
+  std::optional<Error> error;  // the first one
+  uint32_t file_crc = 0;
+  JobStats stats;
+
+  void note_witnesses();
+  // For who holds the chunk: throws if its lazy bytes are others now. What the fence has copied is looked at by whoever waits for it.
+  void look_at_witnesses(size_t chunk) const;
+
+  // All of these require the lock.
+  bool failed() const { return error.has_value(); }
+  bool has_side(int device) const;
+  // What the fences of the caller promise: work enqueued behind them may write to device memory, although copies from it may
+  // still be going on. Only when all is released may the memory be freed.
+  bool captured() const { return submitted && uncaptured == 0; }
+  bool released() const { return captured() && flying == 0; }
+  bool finished() const { return phase == Phase::kFinished; }
+  void note_captured();
+  void fail(const Error& first_error);
+};
+
+Error deadline_error(const Job& job, const std::string& what, double waited_s);
+Error changed_error(const Job& job, uint32_t record);
+
+// A fence looks at a job, which does not finish meanwhile, so that its chunks stay. Comes and goes with the lock; takes it
+// back where an interrupted wait has left it.
+class Visit {
+ public:
+  // `hurries` is 1 if lanes are to put off what this fence does not wait for.
+  Visit(std::unique_lock<std::mutex>& lock, Job& job, size_t hurries = 0) : lock_(lock), job_(job), hurries_(hurries) {
+    ++job_.active;
+    job_.fencing += hurries_;
+    job_.monitor->changed.notify_all();
+  }
+  ~Visit() {
+    if (!lock_.owns_lock()) lock_.lock();
+    --job_.active;
+    job_.fencing -= hurries_;
+    job_.stats.fence_s += monotonic_seconds() - begin_;
+    job_.monitor->changed.notify_all();
+  }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  std::unique_lock<std::mutex>& lock_;
+  Job& job_;
+  const size_t hurries_;
+  const double begin_ = monotonic_seconds();
+};
+
+}  // namespace lazyckpt

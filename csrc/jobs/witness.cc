@@ -1,0 +1,82 @@
+#include "jobs/witness.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+
+namespace lazyckpt {
+namespace {
+
+// A small state gets more for each run, so that a write to some of its elements is found, too.
+constexpr size_t kWanted = 256;
+constexpr size_t kMostInRun = 16;
+// Whoever writes to a run of this length is seen at its first bytes before it has come far; a shorter one is over at once.
+constexpr size_t kLongRun = size_t{1} << 20;
+
+// splitmix64 (Steele, Lea, Flood 2014). Nobody's writes shall happen to miss the same places each time.
+uint64_t next_random(uint64_t& state) {
+  uint64_t value = state += 0x9e3779b97f4a7c15;
+  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
+  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
+  return value ^ (value >> 31);
+}
+
+bool is_lazy(const Segment& segment) { return segment.kind == Source::kLazy; }
+
+size_t lazy_runs(const std::vector<Chunk>& chunks) {
+  size_t runs = 0;
+  for (const Chunk& chunk : chunks) runs += std::count_if(chunk.segments.begin(), chunk.segments.end(), is_lazy);
+  return runs;
+}
+
+}  // namespace
+
+Witnesses::Witnesses(const std::vector<Chunk>& chunks) {
+  const size_t runs = lazy_runs(chunks);
+  if (runs == 0) return;
+  const size_t places = std::clamp<size_t>(kWanted / runs, 1, kMostInRun);
+  auto random = static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
+  witnesses_.reserve(runs * (places + 1));
+  ends_.reserve(chunks.size());
+  for (const Chunk& chunk : chunks) {
+    for (const Segment& segment : chunk.segments) {
+      if (is_lazy(segment)) note_run(segment, places, random);
+    }
+    ends_.push_back(witnesses_.size());
+  }
+}
+
+// One in each of as many equal parts, and one at the beginning, where most writers begin.
+void Witnesses::note_run(const Segment& run, size_t places, uint64_t& random) {
+  if (run.length >= kLongRun) note(run.source, kBytes, run.record);
+  const size_t lines = std::max<size_t>(run.length / kBytes, 1);
+  places = std::min(places, lines);
+  for (size_t place = 0; place < places; ++place) {
+    const size_t first = lines * place / places, end = lines * (place + 1) / places;
+    const size_t line = first + next_random(random) % (end - first);
+    note(run.source + line * kBytes, std::min(kBytes, run.length - line * kBytes), run.record);
+  }
+}
+
+void Witnesses::note(const std::byte* source, size_t length, uint32_t record) {
+  Witness& witness = witnesses_.emplace_back();
+  witness.source = source;
+  witness.record = record;
+  witness.length = static_cast<uint8_t>(length);
+  std::memcpy(witness.noted.data(), source, length);
+}
+
+uint32_t Witnesses::find_changed(size_t chunk) const {
+  if (ends_.empty()) return kStructure;
+  return find_changed_in(chunk == 0 ? 0 : ends_[chunk - 1], ends_[chunk]);
+}
+
+uint32_t Witnesses::find_changed_in(size_t begin, size_t end) const {
+  for (size_t i = begin; i < end; ++i) {
+    const Witness& witness = witnesses_[i];
+    if (std::memcmp(witness.source, witness.noted.data(), witness.length) != 0) return witness.record;
+  }
+  return kStructure;
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,385 @@
+#include "pickle/saved_storage.h"
+
+#include <pybind11/stl.h>
+#include <structmember.h>
+
+#include <cstddef>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace lazyckpt {
+namespace {
+
+struct Names {
+  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"};
+};
+
+const Names& names() {
+  static const Names& kept = *std::make_unique<Names>().release();
+  return kept;
+}
+
+TorchNames known;  // its names are interned, and kept as long as the process
+
+PyObject* intern(const std::optional<std::string>& name) {
+  if (!name) return nullptr;
+  return owned(PyUnicode_InternFromString(name->c_str())).release().ptr();
+}
+
+void use_torch_names(const std::optional<std::string>& key, bool keys_last, const std::optional<std::string>& version,
+                     const std::optional<std::string>& backward_hooks) {
+  known = {intern(key), intern(version), intern(backward_hooks), keys_last};
+}
+
+// ---- The type ----------------------------------------------------------------------------------------------------
+
+PyTypeObject* record_type = nullptr;  // as long as the process
+
+PyObject* held(PyObject* object) {
+  if (object == Py_None) return nullptr;
+  Py_XINCREF(object);
+  return object;
+}
+
+PyObject* make(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
+               Py_ssize_t numel) {
+  PyObject* object = PyType_GenericAlloc(record_type, 0);
+  if (object == nullptr) return nullptr;
+  auto& record = *reinterpret_cast<Record*>(object);
+  record.storage = held(storage);
+  record.key = held(key);
+  record.location = held(names().cpu.text());
+  record.dtype = held(dtype);
+  record.tensor = held(tensor);
+  record.type = held(type);
+  record.nbytes = nbytes;
+  record.numel = numel;
+  record.version = -1;
+  record.whole = record.type != nullptr;
+  return object;
+}
+
+// Record(storage, key, dtype, tensor, nbytes, type=None, numel=0)
+PyObject* record_new(PyTypeObject*, PyObject* args, PyObject*) {
+  PyObject *storage = nullptr, *key = nullptr, *dtype = nullptr, *tensor = nullptr, *type = nullptr;
+  Py_ssize_t nbytes = 0, numel = 0;
+  if (PyArg_ParseTuple(args, "OOOOn|On", &storage, &key, &dtype, &tensor, &nbytes, &type, &numel) == 0) return nullptr;
+  return make(storage, key, dtype, tensor, nbytes, type, numel);
+}
+
+void record_dealloc(PyObject* self) {
+  auto& record = *reinterpret_cast<Record*>(self);
+  for (PyObject* each : {record.storage, record.key, record.location, record.dtype, record.tensor, record.type, record.views}) {
+    Py_XDECREF(each);
+  }
+  PyTypeObject* type = Py_TYPE(self);
+  type->tp_free(self);
+  Py_DECREF(type);
+}
+
+PyMemberDef record_members[] = {
+    {"storage", T_OBJECT, offsetof(Record, storage), 0, nullptr},
+    {"key", T_OBJECT, offsetof(Record, key), READONLY, nullptr},
+    {"location", T_OBJECT, offsetof(Record, location), 0, nullptr},
+    {"dtype", T_OBJECT, offsetof(Record, dtype), READONLY, nullptr},
+    {"tensor", T_OBJECT, offsetof(Record, tensor), 0, nullptr},
+    {"type", T_OBJECT, offsetof(Record, type), 0, nullptr},
+    {"views", T_OBJECT, offsetof(Record, views), 0, nullptr},
+    {"address", T_ULONGLONG, offsetof(Record, address), 0, nullptr},
+    {"low", T_PYSSIZET, offsetof(Record, low), 0, nullptr},
+    {"nbytes", T_PYSSIZET, offsetof(Record, nbytes), 0, nullptr},
+    {"numel", T_PYSSIZET, offsetof(Record, numel), 0, nullptr},
+    {"whole", T_BOOL, offsetof(Record, whole), 0, nullptr},
+    {"typed", T_BOOL, offsetof(Record, typed), 0, nullptr},
+    {nullptr, 0, 0, 0, nullptr},
+};
+
+PyType_Slot record_slots[] = {
+    {Py_tp_new, reinterpret_cast<void*>(record_new)},
+    {Py_tp_dealloc, reinterpret_cast<void*>(record_dealloc)},
+    {Py_tp_members, record_members},
+    {0, nullptr},
+};
+
+PyType_Spec record_spec = {"ckpt._native.Record", sizeof(Record), 0, Py_TPFLAGS_DEFAULT, record_slots};
+
+bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
+
+Record& to_record(PyObject* object) {
+  if (!is_record(Py_TYPE(object))) throw py::type_error("these must be Records");
+  return *reinterpret_cast<Record*>(object);
+}
+
+// ---- Placing -----------------------------------------------------------------------------------------------------
+
+enum Kind : char { kCopy = 0, kLazy = 1 };  // as in ckpt/_plan.py
+
+unsigned long long address_of(PyObject* storage) {
+  const py::object address = names().data_ptr.call_on(storage);
+  const unsigned long long value = PyLong_AsUnsignedLongLong(address.ptr());
+  if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+  return value;
+}
+
+// The version counter; -1 where there is none.
+Py_ssize_t version_of(PyObject* tensor) {
+  if (is_none(tensor) || known.version == nullptr) return -1;
+  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, known.version));
+  if (version) return to_size(version.ptr());
+  if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) throw py::error_already_set();
+  PyErr_Clear();  // inference tensors count none
+  return -1;
+}
+
+// The storages of the tensors that are saved, by the tensor: an optimizer's state is, mostly, the very same objects, and to
+// find them here takes a tenth of asking torch.
+class StorageIndex {
+ public:
+  explicit StorageIndex(const py::list& records) {
+    storages_.reserve(records.size());
+    for (const py::handle each : records) {
+      const Record& record = to_record(each.ptr());
+      if (!is_none(record.tensor)) storages_.emplace(record.tensor, record.storage);
+    }
+  }
+
+  py::object find(PyObject* tensor) const {
+    const auto found = storages_.find(tensor);
+    return found == storages_.end() ? py::object() : py::reinterpret_borrow<py::object>(found->second);
+  }
+
+ private:
+  std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
+};
+
+// Which records are lazy; asked for only if it matters.
+class LazyRecords {
+ public:
+  LazyRecords(const py::function& ask, const py::function& covers, const py::list& records)
+      : ask_(ask), covers_(covers), records_(records) {}
+
+  bool has(const Record& record) {
+    if (!asked_) {
+      const py::object answer = ask_(StorageIndex(records_));
+      all_ = answer.ptr() == Py_True;
+      if (!PyBool_Check(answer.ptr())) owners_ = answer.cast<py::dict>();
+      asked_ = true;
+    }
+    if (all_) return true;
+    PyObject* owners = find(owners_, storage_key(record.storage).ptr());
+    return owners != nullptr && (owners == Py_True || is_covered(record, owners));
+  }
+
+ private:
+  // Whether a step writes all of it: other parts of a storage may be somebody else's.
+  bool is_covered(const Record& record, PyObject* owners) {
+    if (record.views == nullptr && PyList_GET_SIZE(owners) == 1) {
+      PyObject* owner = PyList_GET_ITEM(owners, 0);
+      if (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes) return true;
+    }
+    const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
+    return is_true(covers_(py::handle(owners), record.low, record.low + record.nbytes, views));
+  }
+
+  const py::function &ask_, &covers_;
+  const py::list& records_;
+  bool asked_ = false, all_ = false;
+  py::dict owners_;  // the `_cdata` of a storage -> True, or a list of the tensors in it that a step writes
+};
+
+// Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
+py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& covers, Py_ssize_t eager_bytes,
+                const std::vector<int>& devices, const py::bytearray& kinds) {
+  const size_t count = records.size();
+  if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
+    throw py::value_error("kinds and devices must have one entry for each record");
+  }
+  py::list addresses(count), lazy;
+  LazyRecords laziness(lazy_storages, covers, records);
+  for (size_t i = 0; i < count; ++i) {
+    PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
+    Record& record = to_record(object);
+    if (record.address == 0) record.address = address_of(record.storage);
+    // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
+    const bool worthwhile = record.nbytes > eager_bytes || (!devices.empty() && devices[i] >= 0);
+    char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
+    if (worthwhile && kind == kCopy && laziness.has(record)) {
+      kind = kLazy;
+      record.version = version_of(record.tensor);
+      lazy.append(py::handle(object));
+    }
+    const unsigned long long begin = record.nbytes > 0 ? record.address + static_cast<unsigned long long>(record.low) : 0;
+    PyList_SET_ITEM(addresses.ptr(), static_cast<Py_ssize_t>(i), owned(PyLong_FromUnsignedLongLong(begin)).release().ptr());
+  }
+  return py::make_tuple(std::move(addresses), std::move(lazy));
+}
+
+// (whose counter has moved, whether memory was taken away): for the first record that something has happened to.
+py::tuple find_changed(const py::list& records) {
+  for (const py::handle each : records) {
+    const Record& record = to_record(each.ptr());
+    if (record.version < 0 || to_size(owned(PyObject_GetAttr(record.tensor, known.version)).ptr()) == record.version) continue;
+    return py::make_tuple(py::reinterpret_borrow<py::object>(record.tensor), false);
+  }
+  for (const py::handle each : records) {
+    const Record& record = to_record(each.ptr());
+    const bool there = address_of(record.storage) == record.address;
+    const Py_ssize_t nbytes = to_size(names().nbytes.call_on(record.storage).ptr());
+    if (!there || nbytes < record.low + record.nbytes) return py::make_tuple(py::none(), true);
+  }
+  return py::make_tuple(py::none(), false);
+}
+
+// ---- What an optimizer owns --------------------------------------------------------------------------------------
+
+// Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
+class StorageFinder {
+ public:
+  // `with_owners`: notes which tensors lie there, not just True.
+  StorageFinder(const py::dict& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values,
+                bool with_owners)
+      : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values),
+        with_owners_(with_owners) {}
+
+  void add(PyObject* value) {
+    if (PyObject_TypeCheck(value, tensor_type_) != 0) return add_tensor(value);
+    if (value == Py_None || PyFloat_CheckExact(value) || PyLong_Check(value) || PyUnicode_CheckExact(value)) return;
+    if (Py_EnterRecursiveCall(" while looking through an optimizer") != 0) throw py::error_already_set();
+    try {
+      add_items(value);
+    } catch (...) {
+      Py_LeaveRecursiveCall();
+      throw;
+    }
+    Py_LeaveRecursiveCall();
+  }
+
+ private:
+  void add_items(PyObject* value) {
+    py::object items;
+    if (PyDict_CheckExact(value)) {
+      items = owned(PyDict_Values(value));
+    } else if (PyList_Check(value) || PyTuple_Check(value)) {
+      items = owned(PySequence_List(value));
+    } else {
+      items = values_(py::handle(value));
+    }
+    for (const py::handle item : items) add(item.ptr());
+  }
+
+  void add_tensor(PyObject* tensor) {
+    try {
+      py::object storage = index_ == nullptr ? py::object() : index_->find(tensor);
+      if (!storage) storage = names().untyped_storage.call_on(tensor);
+      note(storage_key(storage.ptr()), tensor);
+    } catch (const py::error_already_set& error) {  // sparse and the like have no storage of their own
+      if (!error.matches(PyExc_RuntimeError)) throw;
+    }
+  }
+
+  void note(const py::object& cdata, PyObject* tensor) {
+    PyObject* owners = find(found_, cdata.ptr());
+    if (owners == Py_True) return;
+    if (!with_owners_ || owners == nullptr) {
+      const py::object first = with_owners_ ? owned(Py_BuildValue("[O]", tensor)) : py::bool_(true);
+      if (PyDict_SetItem(found_.ptr(), cdata.ptr(), first.ptr()) != 0) throw py::error_already_set();
+    } else if (PyList_Append(owners, tensor) != 0) {
+      throw py::error_already_set();
+    }
+  }
+
+  const py::dict& found_;
+  const StorageIndex* index_;
+  PyTypeObject* tensor_type_;
+  const py::function& values_;
+  const bool with_owners_;
+};
+
+// What a step of an optimizer writes to: parameters that learn, and their state. One that needs no gradient (a target network, a
+// momentum encoder) is written by whoever keeps it, at any time. So may one be that has no state where others have.
+class OwnedByOptimizer {
+ public:
+  OwnedByOptimizer(StorageFinder& finder, const py::dict& state, PyTypeObject* tensor_type)
+      : finder_(finder), state_(state), tensor_type_(tensor_type) {
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value) != 0;) stateful_.insert(key);
+  }
+
+  void add_parameters(PyObject* parameters) {
+    const py::list items = owned(PySequence_List(parameters));
+    for (const py::handle item : items) {
+      if (learns(item.ptr()) && (stateful_.empty() || stateful_.count(item.ptr()) != 0)) finder_.add(item.ptr());
+    }
+  }
+
+  void add_state() {
+    const py::list items = owned(PyDict_Items(state_.ptr()));
+    for (const py::handle item : items) {
+      PyObject* key = PyTuple_GET_ITEM(item.ptr(), 0);
+      if (PyObject_TypeCheck(key, tensor_type_) == 0 || learns(key)) finder_.add(PyTuple_GET_ITEM(item.ptr(), 1));
+    }
+  }
+
+ private:
+  static bool learns(PyObject* tensor) { return names().requires_grad.of(tensor).ptr() == Py_True; }
+
+  StorageFinder& finder_;
+  const py::dict& state_;
+  PyTypeObject* tensor_type_;
+  std::unordered_set<PyObject*> stateful_;
+};
+
+void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, const StorageIndex* index,
+               const py::object& tensor_type, const py::function& values) {
+  if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  if (!known.keys_last) return;  // that of a storage which is gone may be another's by now: then none is known to be lazy
+  StorageFinder finder(found, index, tensor_type, values, true);
+  OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
+  for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
+  optimizer.add_state();
+}
+
+void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values) {
+  if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
+  if (!known.keys_last) return;
+  StorageFinder(found, nullptr, tensor_type, values, false).add(value.ptr());
+}
+
+}  // namespace
+
+const TorchNames& torch_names() { return known; }
+
+py::object storage_key(PyObject* storage) {
+  return owned(known.storage_key == nullptr ? PyLong_FromVoidPtr(storage) : PyObject_GetAttr(storage, known.storage_key));
+}
+
+bool is_record(PyTypeObject* type) { return type == record_type; }
+
+py::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
+                       Py_ssize_t numel) {
+  return owned(make(storage, key, dtype, tensor, nbytes, type, numel));
+}
+
+void bind_records(py::module_& module) {
+  py::object type = owned(PyType_FromSpec(&record_spec));
+  module.attr("Record") = type;
+  record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
+  py::class_<StorageIndex>(module, "StorageIndex");
+  module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
+             py::arg("version"), py::arg("backward_hooks"));
+  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("covers"), py::arg("eager_bytes"),
+             py::arg("devices"), py::arg("kinds"));
+  module.def("find_changed", &find_changed, py::arg("records"));
+  module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
+             py::arg("tensor_type"), py::arg("values"));
+  module.def("add_declared", &add_declared, py::arg("found"), py::arg("value"), py::arg("tensor_type"), py::arg("values"));
+}
+
+}  // namespace lazyckpt

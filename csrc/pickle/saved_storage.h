@@ -1,0 +1,45 @@
+// One storage, or one run of it, on its way to the file as `data/<key>`: the Python type ckpt._native.Record, and what is done
+// for each of them in the time of whoever saves. ckpt/_plan.py says what all of it is for.
+#pragma once
+
+#include "pickle/objects.h"
+
+namespace lazyckpt {
+
+// Objects are null where Python sees None. Takes no part in the cyclic collector, which would visit them by the ten thousand:
+// nothing that they hold refers to them.
+struct Record {
+  PyObject ob_base;
+  PyObject *storage, *key, *location;
+  PyObject* dtype;   // as torch tells storages apart: null for untyped
+  PyObject* tensor;  // one that views it, for its version counter and its name
+  PyObject* type;    // the class that names it in the pickle
+  PyObject* views;   // a list of byte intervals
+  Py_ssize_t low;    // the first byte of the storage that is written
+  Py_ssize_t nbytes;
+  Py_ssize_t numel;  // of `type`
+  Py_ssize_t version;  // the counter of `tensor` when it was placed; -1: it has none
+  unsigned long long address;  // of the storage; 0: not known yet
+  char whole;  // must be written whole: a bare storage, or a tensor that covers it
+  char typed;  // named as its dtype by a pickling that we cannot change
+};
+
+bool is_record(PyTypeObject* type);
+
+// Attributes that torch does not promise to keep, as ckpt/_torch_private.py has found them; null: without it.
+struct TorchNames {
+  PyObject *storage_key = nullptr, *version = nullptr, *backward_hooks = nullptr;
+  bool keys_last = false;  // a storage has one key for all its life
+};
+const TorchNames& torch_names();
+
+// What two objects that stand for one storage have in common.
+pybind11::object storage_key(PyObject* storage);
+
+// Of a storage on the CPU that a tensor covers.
+pybind11::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
+                             Py_ssize_t numel);
+
+void bind_records(pybind11::module_& module);
+
+}  // namespace lazyckpt

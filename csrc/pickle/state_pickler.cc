@@ -1,0 +1,428 @@
+#include "pickle/state_pickler.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "pickle/dlpack.h"
+#include "pickle/objects.h"
+#include "pickle/opcodes.h"
+#include "pickle/saved_storage.h"
+
+namespace py = pybind11;
+
+namespace lazyckpt {
+namespace {
+
+// ---- type_filter -------------------------------------------------------------------------------------------------
+
+// type_filter(types, call) is a function f(obj): None if obj's exact type is among `types`, else call(obj).
+PyObject* filter_by_type(PyObject* self, PyObject* object) {
+  PyObject* types = PyTuple_GET_ITEM(self, 0);
+  auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+  for (Py_ssize_t i = 0, count = PyTuple_GET_SIZE(types); i < count; ++i) {
+    if (PyTuple_GET_ITEM(types, i) == type) Py_RETURN_NONE;
+  }
+  return PyObject_CallOneArg(PyTuple_GET_ITEM(self, 1), object);
+}
+
+PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
+
+// ---- Names ---------------------------------------------------------------------------------------------------------
+
+struct Names {
+  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, is_cpu{"is_cpu"}, layout{"layout"}, dtype{"dtype"}, is_neg{"is_neg"},
+      is_complex{"is_complex"}, is_conj{"is_conj"}, is_nested{"is_nested"}, untyped_storage{"untyped_storage"},
+      nbytes{"nbytes"}, storage_offset{"storage_offset"}, size{"size"}, stride{"stride"},
+      requires_grad{"requires_grad"}, storage{"storage"};
+};
+
+const Names& names() {
+  static const Names& kept = *std::make_unique<Names>().release();
+  return kept;
+}
+
+// ---- The pickler -------------------------------------------------------------------------------------------------
+
+// An object that this pickler leaves to the one in Python.
+struct Unsupported {};
+
+// What stays the same from save to save; see _plan.py, which makes it.
+struct Vocabulary {
+  py::dict globals;        // function, class or dtype -> the opcodes that name it
+  py::dict classes;        // dtype -> (class of its storages or None, bytes per element)
+  py::object tensor_type, parameter_type, ordered_dict, dtype_type, strided, rebuild_tensor, location_tag;
+  const DlExchange* exchange;  // null: a tensor is asked by its methods
+};
+
+// What is new for each save.
+struct Tables {
+  py::dict records;      // storage -> record
+  py::list order;        // the records, as they are numbered
+  py::dict remaps;       // storages that take the way through Python
+  py::function reduce;   // that way: a tensor's (function, arguments), or NotImplemented
+};
+
+constexpr size_t kBatch = 1000;  // items that pickle appends or sets by one opcode
+
+// Writes what pickle.Pickler(protocol=2) writes for the same object, opcode for opcode.
+class StatePickler {
+ public:
+  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables) {}
+
+  std::string dump(PyObject* root) {
+    save(root);
+    return out_.end();
+  }
+
+ private:
+  void save(PyObject* object) {
+    PyTypeObject* type = Py_TYPE(object);
+    if (object == Py_None) return out_.put('N');
+    if (type == &PyBool_Type) return out_.put_bool(object == Py_True);
+    if (type == &PyLong_Type) return save_int(object);
+    if (type == &PyFloat_Type) return out_.put_float(PyFloat_AS_DOUBLE(object));
+    if (is_record(type)) return put_record(py::reinterpret_borrow<py::object>(object));
+    if (out_.put_again(object)) return;
+    if (type == &PyUnicode_Type) return save_text(object);
+    if (Py_EnterRecursiveCall(" while pickling an object") != 0) throw py::error_already_set();
+    const Descent descent;
+    if (is(type, words_.tensor_type)) return save_tensor(object);
+    if (type == &PyDict_Type) return save_dict(object);
+    if (type == &PyList_Type) return save_list(object);
+    if (type == &PyTuple_Type) return save_tuple(object);
+    if (is(type, words_.ordered_dict)) return save_ordered_dict(object);
+    if (is(type, words_.parameter_type)) return save_parameter(object);
+    if (!PyType_Check(object) && !PyFunction_Check(object) && !is(type, words_.dtype_type)) throw Unsupported();
+    save_global(object);
+  }
+
+  struct Descent {
+    Descent() = default;
+    Descent(const Descent&) = delete;
+    Descent& operator=(const Descent&) = delete;
+    ~Descent() { Py_LeaveRecursiveCall(); }
+  };
+
+  static bool is(PyTypeObject* type, const py::object& known) { return reinterpret_cast<PyObject*>(type) == known.ptr(); }
+
+  // ---- Values ----
+
+  void memoize(PyObject* object) {
+    if (object != nullptr) keep_.push_back(py::reinterpret_borrow<py::object>(object));
+    out_.memoize(object);
+  }
+
+  void save_int(PyObject* object) {
+    int overflow = 0;
+    const long long value = PyLong_AsLongLongAndOverflow(object, &overflow);
+    if (overflow != 0) throw Unsupported();
+    out_.put_int(value);
+  }
+
+  void save_text(PyObject* object) {
+    if (out_.put_again(object)) return;
+    Py_ssize_t length = 0;
+    const char* text = PyUnicode_AsUTF8AndSize(object, &length);
+    if (text == nullptr) {  // lone surrogates
+      PyErr_Clear();
+      throw Unsupported();
+    }
+    out_.put_text({text, static_cast<size_t>(length)});
+    memoize(object);
+  }
+
+  void save_global(PyObject* object) {
+    if (out_.put_again(object)) return;
+    PyObject* opcodes = PyDict_GetItemWithError(words_.globals.ptr(), object);
+    if (opcodes == nullptr) PyErr_Clear();  // a class that cannot be hashed, for one
+    if (opcodes == nullptr) throw Unsupported();
+    out_.put({PyBytes_AS_STRING(opcodes), static_cast<size_t>(PyBytes_GET_SIZE(opcodes))});
+    memoize(object);
+  }
+
+  // ---- Containers ----
+
+  void save_dict(PyObject* object) {
+    out_.put('}');
+    memoize(object);
+    const Py_ssize_t size = PyDict_GET_SIZE(object);
+    Py_ssize_t position = 0;
+    if (size == 1) {
+      save_next(object, position);
+      return out_.put('s');
+    }
+    for (size_t batch = size == 0 ? 0 : kBatch; batch == kBatch;) {
+      out_.put('(');
+      for (batch = 0; batch < kBatch && save_next(object, position); ++batch) {
+      }
+      out_.put('u');
+    }
+    if (PyDict_GET_SIZE(object) != size) throw Unsupported();
+  }
+
+  bool save_next(PyObject* dict, Py_ssize_t& position) {
+    PyObject *key = nullptr, *value = nullptr;
+    if (PyDict_Next(dict, &position, &key, &value) == 0) return false;
+    const auto key_held = py::reinterpret_borrow<py::object>(key), value_held = py::reinterpret_borrow<py::object>(value);
+    save(key);
+    save(value);
+    return true;
+  }
+
+  void save_list(PyObject* object) {
+    out_.put(']');
+    memoize(object);
+    const Py_ssize_t size = PyList_GET_SIZE(object);
+    const auto save_item = [&](Py_ssize_t i) {
+      if (PyList_GET_SIZE(object) != size) throw Unsupported();
+      save(py::reinterpret_borrow<py::object>(PyList_GET_ITEM(object, i)).ptr());
+    };
+    if (size == 1) {
+      save_item(0);
+      return out_.put('a');
+    }
+    for (Py_ssize_t i = 0; i < size;) {
+      out_.put('(');
+      for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
+      out_.put('e');
+    }
+  }
+
+  void save_tuple(PyObject* object) {
+    const Py_ssize_t size = PyTuple_GET_SIZE(object);
+    if (size == 0) return out_.put(')');
+    out_.begin_tuple(size);
+    for (Py_ssize_t i = 0; i < size; ++i) save(PyTuple_GET_ITEM(object, i));
+    if (out_.knows(object)) throw Unsupported();  // it holds itself
+    keep_.push_back(py::reinterpret_borrow<py::object>(object));
+    out_.end_tuple(static_cast<size_t>(size), object);
+  }
+
+  void save_ordered_dict(PyObject* object) {
+    if (PyDict_GET_SIZE(object) == 0 && !is_true(names().dict.of(object))) return save_empty_ordered_dict(object);
+    const py::object two = owned(PyLong_FromLong(2));
+    keep_.push_back(owned(PyObject_CallMethodOneArg(object, names().reduce_ex.text(), two.ptr())));
+    PyObject* parts = keep_.back().ptr();  // (class, (), state, None, iterator of items)
+    if (!PyTuple_CheckExact(parts) || PyTuple_GET_SIZE(parts) != 5 || PyTuple_GET_ITEM(parts, 3) != Py_None ||
+        PyTuple_GET_ITEM(parts, 0) != words_.ordered_dict.ptr()) {
+      throw Unsupported();
+    }
+    save_empty_ordered_dict(object);
+    save_items(PyTuple_GET_ITEM(parts, 4));
+    if (PyTuple_GET_ITEM(parts, 2) != Py_None) {
+      save(PyTuple_GET_ITEM(parts, 2));
+      out_.put('b');
+    }
+  }
+
+  void save_empty_ordered_dict(PyObject* object) {
+    save_global(words_.ordered_dict.ptr());
+    out_.put(")R");
+    memoize(object);
+  }
+
+  void save_items(PyObject* items) {
+    const py::list all = owned(PySequence_List(items));  // the pairs are not pickled, only what is in them
+    const size_t size = all.size();
+    const auto save_item = [&](size_t i) {
+      PyObject* item = PyList_GET_ITEM(all.ptr(), static_cast<Py_ssize_t>(i));
+      save(PyTuple_GET_ITEM(item, 0));
+      save(PyTuple_GET_ITEM(item, 1));
+    };
+    for (size_t i = 0; i < size;) {
+      if (i + 1 == size) {
+        save_item(i++);
+        out_.put('s');
+        break;
+      }
+      out_.put('(');
+      for (size_t batch = 0; batch < kBatch && i < size; ++batch) save_item(i++);
+      out_.put('u');
+    }
+  }
+
+  // ---- Tensors ----
+
+  void save_tensor(PyObject* tensor) {
+    if (save_simple_tensor(tensor)) return;
+    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), tensor)));
+    const py::object reduced = keep_.back();
+    if (!PyTuple_CheckExact(reduced.ptr()) || PyTuple_GET_SIZE(reduced.ptr()) != 2) throw Unsupported();
+    save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
+    save(PyTuple_GET_ITEM(reduced.ptr(), 1));
+    out_.put('R');
+    memoize(tensor);
+  }
+
+  // A plain tensor that covers its storage and is the first to do so: nearly all that there are, and the reason for this file.
+  // False for any other; then nothing has been written.
+  bool save_simple_tensor(PyObject* tensor) {
+    const Names& name = names();
+    if (!name.layout.of(tensor).is(words_.strided)) return false;
+    const py::object dtype = name.dtype.of(tensor);
+    PyObject* known = find(words_.classes, dtype.ptr());
+    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
+    if (!look(tensor)) return false;  // first: elsewhere a tensor need not have a storage
+    const py::object storage = name.untyped_storage.call_on(tensor), cdata = storage_key(storage.ptr());
+    if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
+    const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
+    if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
+    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
+
+    const py::object record = add_record(storage, cdata, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
+    save_global(words_.rebuild_tensor.ptr());
+    out_.begin_tuple(6);
+    put_record(record);
+    out_.put_int(0);
+    put_numbers(shape_.sizes);
+    put_numbers(shape_.strides);
+    out_.put_bool(is_true(name.requires_grad.of(tensor)));
+    save_empty_ordered_dict(nullptr);
+    out_.end_tuple(6, nullptr);
+    out_.put('R');
+    memoize(tensor);
+    return true;
+  }
+
+  // As _is_plain() in _plan.py.
+  static bool is_bare(PyObject* tensor, PyObject* dtype) {
+    const Names& name = names();
+    return !is_true(name.is_neg.call_on(tensor)) &&
+           !(is_true(name.is_complex.of(dtype)) && is_true(name.is_conj.call_on(tensor))) &&
+           !is_true(name.is_nested.of(tensor)) && !is_true(name.dict.of(tensor)) &&
+           !is_true(owned(PyObject_GetAttr(tensor, torch_names().backward_hooks)));
+  }
+
+  // Fills shape_. False if the tensor is neither on the CPU nor on a CUDA device.
+  bool look(PyObject* tensor) {
+    shape_ = {std::move(shape_.sizes), std::move(shape_.strides), 1, 0, kDlCpu, 0};
+    if (words_.exchange != nullptr) {
+      DlTensor seen{};
+      if (words_.exchange->look(tensor, &seen) != 0) {
+        PyErr_Clear();
+        return false;
+      }
+      shape_.sizes.assign(seen.shape, seen.shape + seen.dimensions);
+      shape_.strides.assign(seen.strides, seen.strides + seen.dimensions);
+      shape_.address = reinterpret_cast<uintptr_t>(seen.data);
+      shape_.device_type = seen.device_type;
+      shape_.device_id = seen.device_id;
+    } else {
+      if (!is_true(names().is_cpu.of(tensor))) return false;
+      copy_numbers(names().size.call_on(tensor).ptr(), shape_.sizes);
+      copy_numbers(names().stride.call_on(tensor).ptr(), shape_.strides);
+    }
+    for (const int64_t size : shape_.sizes) shape_.numel *= size;
+    return shape_.device_type == kDlCpu || shape_.device_type == kDlCuda;
+  }
+
+  static void copy_numbers(PyObject* tuple, std::vector<int64_t>& numbers) {
+    numbers.clear();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) numbers.push_back(to_size(PyTuple_GET_ITEM(tuple, i)));
+  }
+
+  // For the tensor in shape_.
+  py::object add_record(const py::object& storage, const py::object& cdata, const py::object& dtype, PyObject* tensor,
+                        Py_ssize_t bytes, PyObject* type) {
+    const py::object number = owned(PyLong_FromSsize_t(PyList_GET_SIZE(tables_.order.ptr())));
+    const py::object key = owned(PyObject_Str(number.ptr()));
+    py::object made = make_record(storage.ptr(), key.ptr(), dtype.ptr(), tensor, bytes, type, shape_.numel);
+    Record& record = *reinterpret_cast<Record*>(made.ptr());
+    record.address = shape_.address;
+    if (shape_.device_type == kDlCuda) {
+      std::string& tag = device_tags_[shape_.device_id];
+      if (tag.empty()) tag = py::cast<std::string>(words_.location_tag(storage));
+      // A text for each, as torch.save has it: whether two lie on one device must not show in which objects are shared.
+      Py_SETREF(record.location, py::str(tag).release().ptr());
+    }
+    if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), made.ptr()) != 0 ||
+        PyList_Append(tables_.order.ptr(), made.ptr()) != 0) {
+      throw py::error_already_set();
+    }
+    return made;
+  }
+
+  void put_numbers(const std::vector<int64_t>& numbers) {
+    if (numbers.empty()) return out_.put(')');
+    out_.begin_tuple(numbers.size());
+    for (const int64_t number : numbers) out_.put_int(number);
+    out_.end_tuple(numbers.size(), nullptr);
+  }
+
+  // ("storage", class, key, location, number of elements), by which the reader finds the storage.
+  void put_record(const py::object& object) {
+    const Record& record = *reinterpret_cast<const Record*>(object.ptr());
+    if (record.type == nullptr) throw Unsupported();
+    out_.begin_tuple(5);
+    save_text(names().storage.text());
+    save_global(record.type);
+    save_text(record.key);
+    save_text(record.location);
+    out_.put_int(record.numel);
+    out_.end_tuple(5, nullptr);
+    out_.put('Q');
+  }
+
+  void save_parameter(PyObject* parameter) {
+    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), parameter)));
+    const py::object reduced = keep_.back();
+    if (!PyTuple_CheckExact(reduced.ptr())) throw Unsupported();  // NotImplemented: it has attributes
+    save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
+    save(PyTuple_GET_ITEM(reduced.ptr(), 1));
+    out_.put('R');
+    memoize(parameter);
+  }
+
+  // Of the tensor at hand.
+  struct Shape {
+    std::vector<int64_t> sizes, strides;
+    int64_t numel = 1;
+    unsigned long long address = 0;  // where it is told for nothing
+    int32_t device_type = kDlCpu, device_id = 0;
+  };
+
+  const Vocabulary& words_;
+  const Tables& tables_;
+  OpcodeWriter out_;
+  Shape shape_;
+  std::map<int32_t, std::string> device_tags_;  // by the number of a CUDA device
+  std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
+};
+
+py::object dump(const Vocabulary& vocabulary, const py::object& root, py::dict records, py::list order, py::dict remaps,
+                py::function reduce) {
+  const Tables tables{std::move(records), std::move(order), std::move(remaps), std::move(reduce)};
+  try {
+    return py::bytes(StatePickler(vocabulary, tables).dump(root.ptr()));
+  } catch (const Unsupported&) {
+    return py::none();
+  }
+}
+
+}  // namespace
+
+void bind_pickling(py::module_& module) {
+  module.def("type_filter", [](const py::tuple& types, const py::function& call) {
+    return owned(PyCFunction_New(&filter_method, py::make_tuple(types, call).ptr()));
+  });
+  py::class_<Vocabulary>(module, "StatePickler")
+      .def(py::init([](py::dict globals, py::dict classes, py::object tensor_type, py::object parameter_type,
+                       py::object ordered_dict, py::object dtype_type, py::object strided, py::object rebuild_tensor,
+                       py::object location_tag, const py::object& probe) {
+             const DlExchange* exchange = probe.is_none() ? nullptr : find_dl_exchange(tensor_type, probe);
+             return Vocabulary{std::move(globals),        std::move(classes),      std::move(tensor_type),
+                               std::move(parameter_type), std::move(ordered_dict), std::move(dtype_type),
+                               std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange};
+           }),
+           py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("tensor_type"), py::arg("parameter_type"),
+           py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"), py::arg("rebuild_tensor"),
+           py::arg("location_tag"), py::arg("probe"))
+      .def_property_readonly("exchanges", [](const Vocabulary& words) { return words.exchange != nullptr; })
+      .def("dump", &dump, py::arg("root"), py::kw_only(), py::arg("records"), py::arg("order"), py::arg("remaps"),
+           py::arg("reduce"));
+}
+
+}  // namespace lazyckpt

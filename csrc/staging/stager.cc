@@ -1,0 +1,481 @@
+#include "staging/stager.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <exception>
+#include <iterator>
+#include <system_error>
+#include <utility>
+
+#include "base/signals.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
+
+using cuda::place_of;
+
+Error capture_refused(int device) {
+  return cuda::capture_refused(device, "save outside of captures, and call ckpt.fence() before a capture begins and before each replay");
+}
+
+// True if it is over, in which case `error` is set if the copy failed. Without the lock.
+bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
+  if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
+  try {
+    return flight.event->has_happened();
+  } catch (const Error& caught) {
+    error = with_path(*flight.job, caught);
+    return true;
+  }
+}
+
+}  // namespace
+
+DeviceSide& side_of(Job& job, int device) {
+  return *std::find_if(job.sides.begin(), job.sides.end(), [&](const DeviceSide& side) { return side.device == device; });
+}
+
+DeviceShare* share_of(Chunk& chunk, int device) {
+  for (DeviceShare& share : chunk.device_shares) {
+    if (share.device == device) return &share;
+  }
+  return nullptr;
+}
+
+Error with_path(const Job& job, const Error& error) {
+  return Error(error.kind(), "'" + job.file->path() + "': " + error.what(), error.code());
+}
+
+Error error_of(const Job& job, const std::exception& caught) {
+  if (const auto* error = dynamic_cast<const Error*>(&caught)) return with_path(job, *error);
+  return with_path(job, Error(ErrorKind::kDevice, std::string("copying from a device failed: ") + caught.what()));
+}
+
+Error landing_deadline(const Flight& flight) {
+  return Error(ErrorKind::kDeadline,
+               "a copy to '" + flight.job->file->path() + "' from " + place_of(flight.device) + " did not end within " +
+                   std::to_string(flight.job->timeout_s) +
+                   " s; the device hangs, or is busy with what was enqueued before: raise the timeout, or see nvidia-smi",
+               0, flight.job->file->path());
+}
+
+Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options)
+    : monitor_(std::move(monitor)), arena_(arena), options_(std::move(options)) {}
+
+Stager::~Stager() = default;
+
+void Stager::join() {
+  for (const auto& lane : lanes_) {
+    if (lane->thread.joinable()) lane->thread.join();
+  }
+}
+
+// ---- The caller's side -------------------------------------------------------------------------------------------
+
+Stager::Lane* Stager::find_lane(int device) const {
+  for (const auto& lane : lanes_) {
+    if (lane->context->device() == device) return lane.get();
+  }
+  return nullptr;
+}
+
+Stager::Lane& Stager::open_lane(int device) {
+  {
+    Lock lock(monitor_->mutex);
+    if (Lane* lane = find_lane(device); lane != nullptr) return *lane;
+  }
+  if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
+  auto made = std::make_unique<Lane>();
+  made->context = std::make_shared<const cuda::Context>(driver_, device);
+  made->cache = std::make_unique<DeviceCache>(options_.cache_bytes, options_.chunk_bytes);
+  {
+    const cuda::Current current(*made->context);
+    made->stream = std::make_unique<cuda::Stream>(made->context);
+  }
+  Lane& lane = *made;
+  Lock lock(monitor_->mutex);
+  lane.pins_arena = lanes_.empty();
+  try {
+    const SignalsBlocked blocked;
+    lane.thread = std::thread([this, &lane] { run(lane); });
+  } catch (const std::system_error& error) {
+    throw Error(ErrorKind::kDevice, "cannot start the thread for " + place_of(device) + ": " + error.what() +
+                                        "; raise the limit of processes (ulimit -u)");
+  }
+  pthread_setname_np(lane.thread.native_handle(), ("ckpt-cuda-" + std::to_string(device)).c_str());
+  // Copies given to a lane whose thread has ended would never be seen to end, nor would their job.
+  monitor_->changed.wait(lock, [&] { return lane.ready || lane.failure; });
+  if (lane.failure) {
+    lock.unlock();
+    lane.thread.join();
+    throw lane.failure->apart();
+  }
+  lanes_.push_back(std::move(made));
+  return lane;
+}
+
+void Stager::open(const std::vector<int>& devices) {
+  std::lock_guard<std::mutex> opening(open_mutex_);
+  for (const int device : devices) open_lane(device);
+}
+
+void Stager::begin(Job& job, const Streams& streams) {
+  std::lock_guard<std::mutex> opening(open_mutex_);
+  for (DeviceSide& side : job.sides) {
+    const auto stream = streams.find(side.device);
+    if (stream == streams.end()) {
+      throw Error(ErrorKind::kDevice, "no stream was given for " + place_of(side.device) + ", where tensors of '" +
+                                          job.file->path() + "' lie; give its current stream");
+    }
+    Lane& lane = open_lane(side.device);
+    const cuda::Current current(*lane.context);
+    side.stream = reinterpret_cast<cuda::StreamHandle>(stream->second);
+    if (lane.context->is_capturing(side.stream)) throw capture_refused(side.device);
+    side.before = std::make_unique<cuda::Event>(lane.context);
+    side.before->record(side.stream);
+  }
+}
+
+void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
+  const Chunk& chunk = job->chunks[index];
+  if (chunk.device_copy_bytes == 0) return;
+  for (const DeviceSide& side : job->sides) {
+    const auto ours = [&](const DeviceCopy& copy) { return !copy.lazy && copy.device == side.device; };
+    if (std::none_of(chunk.device_copies.begin(), chunk.device_copies.end(), ours)) continue;
+    const auto flight = std::make_shared<Flight>();
+    flight->job = job;
+    flight->device = side.device;
+    flight->chunk = index;
+    flight->lazy = false;
+    flight->stream = side.stream;
+    Lane* lane = nullptr;
+    {
+      Lock lock(monitor_->mutex);
+      lane = find_lane(side.device);
+    }
+    const cuda::Current current(*lane->context);
+    {
+      Lock lock(monitor_->mutex);
+      take_off(flight);
+    }
+    enqueue(*lane, flight);
+  }
+  Lock lock(monitor_->mutex);
+  if (job->error && job->error->kind() == ErrorKind::kDevice) throw job->error->apart();
+}
+
+void Stager::add(const std::shared_ptr<Job>& job) {
+  jobs_.push_back(job);
+  for (const DeviceSide& side : job->sides) find_lane(side.device)->review_cache = true;
+}
+
+void Stager::remove(const std::shared_ptr<Job>& job) {
+  const auto found = std::find(jobs_.begin(), jobs_.end(), job);
+  if (found == jobs_.end()) return;
+  jobs_.erase(found);
+  if (!jobs_.empty()) return;
+  keeps_room_ = false;
+  room_.reset();
+}
+
+bool Stager::keep_room(size_t align) {
+  keeps_room_ = true;
+  if (align > room_align_) {
+    room_align_ = align;
+    room_.reset();
+  }
+  if (!room_.valid()) room_ = arena_.try_allocate(options_.chunk_bytes, room_align_);
+  return room_.valid();
+}
+
+Span Stager::try_allocate(size_t bytes, size_t align) {
+  if (keeps_room_ && !keep_room(align)) return {};
+  return arena_.try_allocate(bytes, align);
+}
+
+void Stager::refuse_capture(Lock& lock, const Streams& streams) const {
+  for (const auto& [device, handle] : streams) {
+    const Lane* lane = find_lane(device);
+    if (lane == nullptr) continue;
+    lock.unlock();
+    bool capturing = false;
+    {
+      const cuda::Current current(*lane->context);
+      capturing = lane->context->is_capturing(reinterpret_cast<cuda::StreamHandle>(handle));
+    }
+    if (capturing) throw capture_refused(device);
+    lock.lock();
+  }
+}
+
+std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, const Streams& streams) const {
+  std::vector<std::shared_ptr<Flight>> left;
+  for (size_t i = 0; i < lanes_.size(); ++i) {
+    const Lane& lane = *lanes_[i];
+    const std::vector<std::shared_ptr<Flight>> flights = lane.flights;
+    const auto stream = streams.find(lane.context->device());
+    if (flights.empty()) continue;
+    if (stream == streams.end()) {
+      std::copy_if(flights.begin(), flights.end(), std::back_inserter(left),
+                   [](const auto& flight) { return flight->leg != Leg::kFromCache; });
+      continue;
+    }
+    lock.unlock();
+    const auto waiting = reinterpret_cast<cuda::StreamHandle>(stream->second);
+    {
+      const cuda::Current current(*lane.context);
+      bool last_of_ours = true;  // on our stream, the last event stands for all
+      for (auto it = flights.rbegin(); it != flights.rend(); ++it) {
+        const Flight& flight = **it;
+        if (flight.leg == Leg::kFromCache) continue;
+        if (flight.event == nullptr) {
+          left.push_back(*it);
+        } else if (!flight.lazy || std::exchange(last_of_ours, false)) {
+          flight.event->hold_back(waiting);
+        }
+      }
+    }
+    lock.lock();
+  }
+  return left;
+}
+
+// ---- Lanes -------------------------------------------------------------------------------------------------------
+
+void Stager::run(Lane& lane) {
+  std::optional<cuda::Current> current;
+  std::optional<Error> failure;
+  try {
+    current.emplace(*lane.context);
+    cuda::relax_capture_mode(lane.context->driver());
+  } catch (const Error& error) {
+    failure = error;
+  }
+  {
+    Lock lock(monitor_->mutex);
+    lane.ready = !failure;
+    lane.failure = failure;
+    monitor_->changed.notify_all();
+  }
+  if (failure) return;
+  pin_arena(lane);
+  carry(lane);
+}
+
+void Stager::carry(Lane& lane) {
+  double poll_s = kShortestPollS;
+  Lock lock(monitor_->mutex);
+  for (;;) {
+    if (std::exchange(lane.review_cache, false) && !stop_) {
+      lock.unlock();
+      lane.cache->review(lane.context);
+      lock.lock();
+    }
+    if (land(lock, lane)) poll_s = kShortestPollS;
+    if (const std::shared_ptr<Flight> flight = claim(lane); flight != nullptr) {
+      lock.unlock();
+      enqueue(lane, flight);
+      lock.lock();
+      poll_s = kShortestPollS;
+    } else if (!lane.flights.empty()) {
+      monitor_->changed.wait_for(lock, std::chrono::duration<double>(poll_s));
+      poll_s = std::min(2 * poll_s, kLongestPollS);
+    } else if (stop_) {
+      return;
+    } else {
+      monitor_->changed.wait(lock);
+    }
+  }
+}
+
+// True if something has landed. Gives the lock up to ask the driver.
+bool Stager::land(Lock& lock, Lane& lane) {
+  if (lane.flights.empty()) return false;
+  std::vector<std::shared_ptr<Flight>> flights = lane.flights;
+  lock.unlock();
+  std::vector<std::pair<std::shared_ptr<Flight>, std::optional<Error>>> over;
+  std::vector<cuda::StreamHandle> busy;
+  for (const auto& flight : flights) {
+    if (std::find(busy.begin(), busy.end(), flight->stream) != busy.end()) continue;
+    std::optional<Error> error;
+    if (is_over(*flight, lane.context->table(), error)) {
+      over.emplace_back(flight, std::move(error));
+    } else {
+      busy.push_back(flight->stream);
+    }
+  }
+  lock.lock();
+  for (const auto& [flight, error] : over) {
+    account_landed(lane, *flight, error);
+    lane.flights.erase(std::find(lane.flights.begin(), lane.flights.end(), flight));
+  }
+  const double now = monotonic_seconds();
+  for (const auto& flight : lane.flights) {
+    if (now > flight->deadline && !flight->job->failed()) flight->job->fail(landing_deadline(*flight));
+  }
+  if (over.empty()) return false;
+  monitor_->changed.notify_all();
+  lock.unlock();
+  flights.clear();
+  over.clear();  // events go without the lock
+  lock.lock();
+  return true;
+}
+
+void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error) {
+  Job& job = *flight.job;
+  flight.landed = true;
+  lane.flying_bytes -= flight.bytes;
+  if (flight.leg != Leg::kFromCache) --job.flying;
+  --job.active;
+  if (error) job.fail(*error);
+  if (!flight.is_for_chunk()) return;
+  Chunk& chunk = job.chunks[flight.chunk];
+  --chunk.flying;
+  if (job.failed()) return;
+  if (flight.leg == Leg::kFromCache) side_of(job, lane.context->device()).cached.erase(flight.chunk);
+  chunk.settle();
+}
+
+// As much as keeps the stream busy until we look again: with copies that take longer than the shortest pause between two
+// looks, a look comes at the latest when twice the time of one copy has gone by, and two or more are in the window.
+bool Stager::window_open(const Lane& lane) const {
+  const size_t most = std::max(options_.window_bytes, 2 * options_.chunk_bytes);
+  return lane.flying_bytes == 0 || lane.flying_bytes + options_.chunk_bytes <= most || lane.cache->size() == 0;
+}
+
+std::shared_ptr<Flight> Stager::claim(Lane& lane) {
+  std::shared_ptr<Flight> flight = claim(lane, true);
+  if (flight == nullptr && window_open(lane)) flight = claim(lane, false);
+  return flight;
+}
+
+// The next chunk in file order, of the oldest job; but rather one that has its span than one that must wait for it.
+// `urgent`: only what a fence waits for.
+std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
+  const int device = lane.context->device();
+  bool may_allocate = true;
+  for (const auto& job : jobs_) {
+    if (job->failed() || !job->has_side(device) || (urgent && job->fencing == 0)) continue;
+    // What submit() copies itself gets its room first, so that training goes on; if there is not enough, we make some.
+    if (!job->submitted && !job->waited_for_room) continue;
+    DeviceSide& side = side_of(*job, device);
+    for (; side.next < job->published; ++side.next) {
+      const DeviceShare* share = share_of(job->chunks[side.next], device);
+      if (share != nullptr && !share->enqueued) break;
+    }
+    if (side.next == job->published) continue;
+    const auto cached = side.cached.find(side.next);
+    if (cached != side.cached.end() && (urgent || cached->second.written == nullptr)) continue;
+    if (!job->chunks[side.next].bounce.valid() && !(may_allocate && find_room(*job, side.next))) {
+      may_allocate = false;
+      continue;
+    }
+    const auto flight = std::make_shared<Flight>();
+    flight->job = job;
+    flight->device = device;
+    flight->chunk = side.next++;
+    flight->stream = lane.stream->get();
+    flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
+    if (cached != side.cached.end()) {
+      flight->leg = Leg::kFromCache;
+      flight->cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
+      flight->after = cached->second.written;
+    }
+    lane.flying_bytes += flight->bytes;
+    take_off(flight);
+    return flight;
+  }
+  return nullptr;
+}
+
+bool Stager::find_room(Job& job, size_t index) {
+  Chunk& chunk = job.chunks[index];
+  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
+  chunk.bounce = try_allocate(chunk.bounce_bytes, align);
+  if (chunk.bounce.valid()) return true;
+  const auto waits = [](const Chunk& other) { return other.device_lazy_bytes > 0 && !other.bounce.valid(); };
+  for (size_t i = job.next; i < index; ++i) {
+    if (waits(job.chunks[i])) return false;
+  }
+  chunk.bounce = room_.valid() ? std::move(room_) : arena_.try_allocate(chunk.bounce_bytes, align);
+  return chunk.bounce.valid();
+}
+
+// From here on the job does not end before the flight has landed.
+void Stager::take_off(const std::shared_ptr<Flight>& flight) {
+  ++flight->job->active;
+  if (flight->leg != Leg::kFromCache) ++flight->job->flying;
+  if (flight->is_for_chunk()) ++flight->job->chunks[flight->chunk].flying;
+}
+
+void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
+  std::optional<Error> error;
+  try {
+    copy(lane, *flight);
+  } catch (const std::exception& caught) {
+    error = error_of(*flight->job, caught);
+  }
+  flight->deadline = monotonic_seconds() + flight->job->timeout_s;
+  Lock lock(monitor_->mutex);
+  book(lane, flight, error);
+}
+
+void Stager::copy(Lane& lane, Flight& flight) {
+  Job& job = *flight.job;
+  const Chunk& chunk = job.chunks[flight.chunk];
+  DeviceSide& side = side_of(job, lane.context->device());
+  if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
+  if (flight.after != nullptr) flight.after->hold_back(flight.stream);
+  std::byte* base = !flight.lazy && chunk.has_early() ? chunk.early.begin() : chunk.bounce.begin();
+  std::vector<cuda::Copy> copies;
+  for (const DeviceCopy& copy : chunk.device_copies) {
+    if (copy.lazy != flight.lazy || copy.device != side.device) continue;
+    const bool cached = flight.leg == Leg::kFromCache;
+    const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
+    copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
+  }
+  // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
+  std::atomic<bool> one_by_one{false};
+  launch(lane, flight, cuda::Route::kToHost, copies, is_pinned() ? lane.in_batches : one_by_one);
+}
+
+void Stager::launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
+                    std::atomic<bool>& in_batches) {
+  auto event = std::make_shared<cuda::Event>(lane.context);
+  std::optional<Error> refused;
+  try {
+    cuda::enqueue_copies(*lane.context, route, copies, flight.stream, in_batches);
+  } catch (const Error& error) {
+    refused = error;
+  }
+  try {
+    event->record(flight.stream);
+    flight.event = std::move(event);
+  } catch (const Error&) {  // then the stream is looked at
+    if (!refused) throw;
+  }
+  if (refused) throw *refused;
+}
+
+void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {
+  Job& job = *flight->job;
+  Chunk& chunk = job.chunks[flight->chunk];
+  lane.flights.push_back(flight);
+  job.stats.arena_pinned = pinned();
+  job.stats.pin_failure = pin_failure_;
+  if (flight->lazy) share_of(chunk, lane.context->device())->enqueued = true;
+  if (error) {
+    job.fail(*error);
+  } else if (flight->lazy && flight->leg == Leg::kDirect && !job.failed()) {
+    --job.uncaptured;
+    job.note_captured();
+  }
+  monitor_->changed.notify_all();
+}
+
+}  // namespace lazyckpt

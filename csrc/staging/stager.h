@@ -1,0 +1,212 @@
+// The stager: carries the bytes of devices to the arena, one thread and one stream of the lowest priority for each device.
+//
+//     submit()   caller   eager bytes: copied on the caller's own stream, which puts them before whatever follows there
+//     enqueue    lane     lazy bytes, in file order: a span (back-pressure), the copies, an event behind them
+//     land       lane     looks whether events have happened; a chunk that has all its bytes may be written
+//     fence()    caller   the streams that compute wait for the events of what is in flight; the host does not
+//
+// With a cache on the device (DeviceCache) the fence has less to wait for:
+//
+//     fence()    caller   what no lane has claimed yet is copied to the cache, from the last chunk on, on the stream that
+//                         computes, which puts it before whatever follows there
+//     enqueue    lane     the same chunks, from the cache, when their turn comes: nobody waits for them any more
+//
+// And the lane keeps only so much in its stream as keeps it busy, because the stream that computes waits for that.
+//
+// A lane never blocks in the driver while it can help it: it asks (cuEventQuery) rather than waits, so that a device that
+// hangs leaves threads that can be told so, and jobs that fail at their deadline. The memory of a copy in flight, on both
+// sides, stays as it is until the copy has ended: a job that fails meanwhile ends after it.
+//
+// Room: fences and eager copies take spans for late chunks while early ones have none yet. So that these never starve, room
+// for one chunk is kept back while device jobs are in flight; only the first chunk of a job that has no span may take it. Its
+// predecessors have theirs and can be written, so that the room comes back; and lanes pass by a chunk that waits for room if
+// behind it there is one that has it.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cuda/driver.h"
+#include "cuda/spare_memory.h"
+#include "jobs/job.h"
+#include "memory/arena.h"
+
+namespace lazyckpt {
+
+struct StagerOptions {
+  size_t chunk_bytes = 0;
+  std::string driver;      // the path of libcuda; empty: the system's
+  size_t cache_bytes = 0;  // of each device, at most
+  size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
+};
+
+enum class Leg : uint8_t {
+  kDirect,     // from the caller's memory to the arena
+  kToCache,    // from there to the cache: those of several chunks
+  kToLook,     // from there to memory of the host's, where submit() looks at it
+  kFromCache,  // and on to the arena
+};
+
+// A batch of copies on one stream; of one chunk, but for those to the cache.
+struct Flight {
+  bool is_for_chunk() const { return leg == Leg::kDirect || leg == Leg::kFromCache; }
+
+  std::shared_ptr<Job> job;
+  int device = kHost;
+  size_t chunk = 0;
+  bool lazy = true;
+  Leg leg = Leg::kDirect;
+  size_t bytes = 0;  // on a lane's stream
+  uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
+  std::shared_ptr<cuda::Event> after;  // and what the copies must come after
+  std::shared_ptr<cuda::HostMemory> memory;  // kToLook: where they go; stays until they have landed
+  cuda::StreamHandle stream = nullptr;
+  std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
+  double deadline = 0;
+  bool landed = false;  // guarded by the monitor's mutex, as all of it once the lane has it
+};
+
+class Stager {
+ public:
+  using Lock = std::unique_lock<std::mutex>;
+
+  // Nothing is loaded or started before the first use of a device.
+  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options);
+  ~Stager();  // after stop() and join()
+  Stager(const Stager&) = delete;
+  Stager& operator=(const Stager&) = delete;
+
+  // ---- without the lock ----
+
+  // Starts the lanes of these devices and, in the background, the pinning of the arena.
+  void open(const std::vector<int>& devices);
+  // Before the job is published: what its streams have been given so far comes before its lazy copies.
+  void begin(Job& job, const Streams& streams);
+  // For submit(), so that it can look at lazy bytes: enqueues copies of a chunk's to where they lie in its bounce, but in
+  // `memory` instead of that, on the caller's streams. Returns what must land; the memory stays as long.
+  std::vector<std::shared_ptr<Flight>> fetch_lazy(const std::shared_ptr<Job>& job, size_t chunk,
+                                                  const std::shared_ptr<cuda::HostMemory>& memory);
+  // Memory for that, of the chunk size; to be given back when all has landed.
+  std::shared_ptr<cuda::HostMemory> lend_memory(int device);
+  void take_back(std::shared_ptr<cuda::HostMemory> memory);
+  // Enqueues the eager copies of a chunk, whose spans are there, on the caller's streams.
+  void copy_eager(const std::shared_ptr<Job>& job, size_t chunk);
+  void join();
+
+  // ---- these require the lock ----
+
+  void add(const std::shared_ptr<Job>& job);
+  void remove(const std::shared_ptr<Job>& job);
+  bool idle() const { return jobs_.empty(); }
+  void stop() { stop_ = true; }
+
+  // False as long as there is no room to keep back for a job whose spans are aligned so.
+  bool keep_room(size_t align);
+  // As Arena::try_allocate(), but for the room that is kept back.
+  Span try_allocate(size_t bytes, size_t align);
+
+  // Whether it is known if the arena could be pinned: until then copies to it would hold up the host.
+  bool pinning_done() const { return pinning_done_; }
+  bool pinned() const { return registration_ != nullptr; }
+  const std::string& pin_failure() const { return pin_failure_; }
+
+  // The block of each device's cache, how much of it is in use, and why there is none.
+  struct CacheState {
+    int device = kHost;
+    size_t bytes = 0, used = 0;
+    std::string failure;
+  };
+  std::vector<CacheState> caches() const;
+
+  // Throws if one of the streams is being captured into a graph. Gives the lock up meanwhile, as do the next ones.
+  void refuse_capture(Lock& lock, const Streams& streams) const;
+  // For a fence: puts what these devices still have to enqueue for the job into their caches, as far as there is room, by
+  // copies on these streams. A copy that fails is the job's failure. The caller keeps the job from ending.
+  void cache_rest(Lock& lock, const std::shared_ptr<Job>& job, const Streams& streams);
+  // Lets the streams wait for all copies in flight on their devices. Returns what the host must wait for instead: copies on
+  // a device that is not named, or without an event.
+  std::vector<std::shared_ptr<Flight>> order_behind_copies(Lock& lock, const Streams& streams) const;
+
+ private:
+  struct Lane {
+    std::shared_ptr<const cuda::Context> context;
+    std::unique_ptr<cuda::Stream> stream;
+    std::unique_ptr<DeviceCache> cache;
+    bool review_cache = false;  // a job has begun; guarded by the monitor's mutex, as the next two
+    size_t flying_bytes = 0;    // lazy ones in its stream
+    std::vector<std::shared_ptr<Flight>> flights;
+    bool ready = false;                            // guarded by it, too, as the next one: one of both comes to be
+    std::optional<Error> failure;                  // why its thread ends at once
+    bool pins_arena = false;                       // the first to be opened does; constant in its thread
+    std::atomic<bool> in_batches{true};            // until the driver refuses a batch of copies
+    std::thread thread;
+  };
+
+  Lane& open_lane(int device);
+  Lane* find_lane(int device) const;  // requires the lock
+  void run(Lane& lane);
+  void carry(Lane& lane);
+  void pin_arena(Lane& lane);
+  bool land(Lock& lock, Lane& lane);
+  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next two
+  std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
+  bool window_open(const Lane& lane) const;
+  bool find_room(Job& job, size_t index);                               // requires the lock
+  void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
+  void copy(Lane& lane, Flight& flight);                                // without it
+  // Without it, too: the copies, and an event behind them, even if one is refused: others may be on their way.
+  void launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
+              std::atomic<bool>& in_batches);
+  bool is_pinned() const;                                               // without it
+  void look(const std::shared_ptr<Flight>& flight);                     // without it
+  void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
+  void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
+  void account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error);               // requires the lock
+
+  // To the cache: see to_spare_memory.cc.
+  struct CachePlace {
+    size_t chunk = 0, bytes = 0;
+    uintptr_t base = 0;  // as Flight::cache
+  };
+  using CacheBatch = std::vector<CachePlace>;
+  bool cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job, cuda::StreamHandle stream);
+  CacheBatch reserve_cache(Lane& lane, Job& job);  // requires the lock
+  void copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch);  // without it
+  void book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,
+                   const std::optional<Error>& error);  // requires the lock
+
+  const std::shared_ptr<Monitor> monitor_;
+  Arena& arena_;
+  const StagerOptions options_;
+
+  std::mutex open_mutex_;  // guards driver_, and one opening at a time; taken before the monitor's
+  std::shared_ptr<const cuda::Driver> driver_;
+
+  // Guarded by monitor_->mutex:
+  std::deque<std::shared_ptr<Job>> jobs_;  // with device bytes, oldest first
+  bool keeps_room_ = false;
+  size_t room_align_ = Arena::kGranule;
+  Span room_;  // what is kept back, unless it is in use
+  bool pinning_done_ = false, stop_ = false;
+  std::string pin_failure_;
+  std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
+  std::vector<std::shared_ptr<cuda::HostMemory>> spare_;  // to lend
+  std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
+};
+
+DeviceSide& side_of(Job& job, int device);
+DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
+Error with_path(const Job& job, const Error& error);
+Error error_of(const Job& job, const std::exception& caught);  // of one of ours, or of want of memory
+Error landing_deadline(const Flight& flight);  // it has not landed in time
+
+}  // namespace lazyckpt
