@@ -1,9 +1,9 @@
-// The Python face of the core: (address, bytes) in, jobs out. No logic lives here.
+// The Python face of the core: (address, bytes) in, jobs out. It checks what Python hands over, makes the file and its layout
+// of that, and says in Python what became of it.
 //
 // Lifetime contract: submit() reads kinds "copy" before it returns; the memory of kind "lazy" must stay allocated until
 // the job is captured or finished, that of kind "owned" until it is finished; memory of a device, whatever its kind, until the
-// job is released. The GIL is released in every call that can
-// wait.
+// job is released. The GIL is released in every call that can wait.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
