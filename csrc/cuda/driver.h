@@ -8,20 +8,12 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "base/device.h"
 #include "base/error.h"
-
-namespace lazyckpt {
-
-constexpr int kHost = -1;  // in place of a device: ordinary memory
-
-using Streams = std::map<int, uintptr_t>;  // device -> the CUstream on which the caller computes just now
-
-}  // namespace lazyckpt
 
 namespace lazyckpt::cuda {
 

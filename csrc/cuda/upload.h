@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "base/device.h"
 #include "cuda/driver.h"
 
 namespace lazyckpt {

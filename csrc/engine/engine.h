@@ -19,6 +19,8 @@
 #include <thread>
 #include <vector>
 
+#include "base/device.h"
+#include "format/file_spec.h"
 #include "jobs/job.h"
 #include "memory/arena.h"
 #include "staging/stager.h"

@@ -6,8 +6,9 @@
 #include <string>
 #include <vector>
 
+#include "base/device.h"
+#include "format/file_spec.h"
 #include "format/zip_layout.h"
-#include "jobs/chunk.h"
 #include "os/file.h"
 
 namespace lazyckpt {

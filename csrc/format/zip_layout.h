@@ -1,6 +1,6 @@
 // The torch zip file, as bytes that are to be written. It places records, and produces everything that stands around them (local
 // headers, data descriptors, central directory), before a single tensor byte moves; only the CRC-32s are left open, as a list of
-// places to fill in. What reads such files is in reading/zip_directory.cc and reading/record_file.cc.
+// places to fill in. What reads such files is in reading/zip_directory.h and reading/record_file.h.
 //
 // The format is the one that torch 2.13's PyTorchFileWriter (miniz) writes: stored records, flags 0x808, CRC and sizes in
 // a data descriptor, payload aligned by an "FB" extra field padded with 'Z', always a zip64 end record. Given the same
@@ -9,9 +9,10 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <string>
 #include <vector>
+
+#include "format/file_spec.h"
 
 namespace lazyckpt {
 
@@ -29,12 +30,6 @@ struct StructurePart {
   size_t length = 0;
 };
 
-// Four bytes, little-endian, inside the structure: the CRC-32 of `record`.
-struct CrcField {
-  uint64_t offset = 0;
-  uint32_t record = 0;
-};
-
 struct ZipLayout {
   std::vector<uint64_t> payload_offsets;  // one a record
   std::string structure;
@@ -46,28 +41,5 @@ struct ZipLayout {
 
 // Throws Error if a record's alignment cannot be had.
 ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& records);
-
-// One record of an existing file.
-struct ZipEntry {
-  std::string name;  // with the archive's name
-  uint64_t header_offset = 0;
-  uint64_t payload_offset = 0;
-  uint64_t size = 0;
-  uint32_t crc = 0;
-};
-
-class ReadableFile;
-struct ReadOptions;
-
-// The central directory of a file of stored records. Throws Error(kCorrupt) on anything that is inconsistent, lies
-// outside the file, overlaps, stands there twice, or is compressed or encrypted. So a file never yields more bytes than it has.
-std::vector<ZipEntry> read_zip_directory(const std::shared_ptr<const ReadableFile>& file, const ReadOptions& options);
-
-// Where the extra fields of a local header begin; they go on to the payload.
-uint64_t extra_offset(const ZipEntry& entry);
-
-// Whether these extra fields of a local header are the padding that torch's writer and ours put there, and nobody else does.
-// Some of their bytes may be damaged: most must be as they were written.
-bool is_padding(const std::string& extra);
 
 }  // namespace lazyckpt

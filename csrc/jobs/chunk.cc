@@ -14,7 +14,6 @@ uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 
 
 uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
 
-
 // The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
 ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
   if (extent.kind == Source::kCopy || on_device(extent.kind)) return {};
@@ -97,8 +96,6 @@ void for_each_run(ChunkRef& chunk, Visit visit) {
 }
 
 }  // namespace
-
-size_t block_bytes(const IoLimits& limits) { return std::max(limits.memory_align, limits.offset_align); }
 
 ByteRange written_range(const FileSpec& spec, size_t chunk_bytes) {
   if (spec.share.whole()) return {0, spec.size};

@@ -11,10 +11,14 @@
 #include <string>
 #include <vector>
 
+#include "base/device.h"
 #include "base/error.h"
 #include "cuda/driver.h"
+#include "format/file_spec.h"
+#include "format/zip_layout.h"
 #include "jobs/chunk.h"
 #include "jobs/witness.h"
+#include "memory/spans.h"
 #include "os/file.h"
 
 namespace lazyckpt {

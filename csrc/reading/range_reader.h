@@ -14,7 +14,7 @@
 #include <string>
 #include <vector>
 
-#include "cuda/driver.h"
+#include "base/device.h"
 
 namespace lazyckpt {
 

@@ -9,6 +9,7 @@
 #include "base/crc32.h"
 #include "base/error.h"
 #include "base/signals.h"
+#include "format/zip_layout.h"
 
 namespace lazyckpt {
 namespace {

@@ -7,10 +7,10 @@
 #include <string>
 #include <vector>
 
-#include "cuda/driver.h"
-#include "format/zip_layout.h"
+#include "base/device.h"
 #include "os/file.h"
 #include "reading/range_reader.h"
+#include "reading/zip_directory.h"
 
 namespace lazyckpt {
 

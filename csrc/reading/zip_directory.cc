@@ -1,10 +1,10 @@
-// Reading a zip's central directory. Every number in it is suspect: a checkpoint may be damaged, or not ours.
+#include "reading/zip_directory.h"
+
 #include <algorithm>
 #include <cstring>
 #include <unordered_set>
 
 #include "base/error.h"
-#include "format/zip_layout.h"
 #include "os/file.h"
 #include "reading/range_reader.h"
 

@@ -35,6 +35,7 @@
 #include <thread>
 #include <vector>
 
+#include "base/device.h"
 #include "cuda/driver.h"
 #include "cuda/spare_memory.h"
 #include "jobs/job.h"

@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "jobs/chunk.h"
+#include "format/file_spec.h"
 
 namespace lazyckpt::stress {
 
