@@ -60,7 +60,7 @@ class Runtime:
             return committer
 
     def submit(self, **arguments: Any) -> Any:
-        """The native job for a planned file; see Engine.submit in csrc/bindings/module.cc."""
+        """The native job for a planned file; see Engine.submit in csrc/bindings/engine.cc."""
         return self._engine.submit(**arguments)
 
     def fence(self, streams: dict[int, int]) -> None:

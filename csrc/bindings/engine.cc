@@ -1,0 +1,273 @@
+#include "bindings/engine.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <chrono>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/crc32.h"
+#include "bindings/errors.h"
+#include "engine/engine.h"
+#include "format/torch_zip.h"
+#include "os/file.h"
+
+namespace py = pybind11;
+
+namespace lazyckpt {
+namespace {
+
+// Leaks the engine where its threads cannot be joined: in a forked child, where they do not exist, and when one of them
+// hangs in the kernel, so that the process can still end.
+struct EngineDeleter {
+  void operator()(Engine* engine) const {
+    if (engine->forked() || engine->in_flight() > 0) return;
+    py::gil_scoped_release release;
+    delete engine;
+  }
+};
+
+Engine& usable(Engine& engine) {
+  if (engine.forked()) {
+    throw Error(ErrorKind::kForked,
+                "this checkpoint engine belongs to the parent process; a forked child must make its own Checkpointer");
+  }
+  return engine;
+}
+
+using Blobs = std::vector<std::pair<std::string, py::bytes>>;
+
+// Small ones may be temporaries of the caller: they are copied whatever copy_at_most says.
+constexpr size_t kAlwaysCopied = 4096;
+
+std::vector<NamedBytes> to_named(const Blobs& blobs, size_t copy_at_most) {
+  copy_at_most = std::max(copy_at_most, kAlwaysCopied);
+  std::vector<NamedBytes> named;
+  for (const auto& [name, bytes] : blobs) {
+    const auto length = static_cast<size_t>(PyBytes_GET_SIZE(bytes.ptr()));
+    const auto* begin = reinterpret_cast<const std::byte*>(PyBytes_AS_STRING(bytes.ptr()));
+    named.push_back({name, begin, length, length > copy_at_most ? Source::kOwned : Source::kCopy});
+  }
+  return named;
+}
+
+std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, const std::vector<uint64_t>& sizes,
+                                      const py::bytes& kinds, const std::vector<int>& devices) {
+  const auto count = static_cast<size_t>(PyBytes_GET_SIZE(kinds.ptr()));
+  if (addresses.size() != sizes.size() || count != sizes.size()) {
+    throw py::value_error("addresses, sizes and kinds must have one entry for each storage");
+  }
+  if (!devices.empty() && devices.size() != sizes.size()) {
+    throw py::value_error("devices must have one entry for each storage, or none at all");
+  }
+  const char* kind = PyBytes_AS_STRING(kinds.ptr());
+  std::vector<StorageBytes> storages;
+  storages.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    if (kind[i] < 0 || kind[i] > 2) throw py::value_error("a storage's kind is 0 (copy), 1 (lazy) or 2 (owned)");
+    const int device = devices.empty() || devices[i] < 0 ? kHost : devices[i];
+    const auto of_device = kind[i] == 0 ? Source::kDeviceCopy : Source::kDeviceLazy;
+    const auto source = device == kHost ? static_cast<Source>(kind[i]) : of_device;
+    storages.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i], source, device});
+  }
+  return storages;
+}
+
+std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct, const std::string& archive,
+                            const Blobs& head, const std::vector<uintptr_t>& addresses,
+                            const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
+                            size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
+                            uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
+                            const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
+                            bool with_directory, const std::string& like, int directory) {
+  usable(engine);
+  const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
+                       to_named(tail, copy_at_most), uniform_alignment, direct};
+  py::gil_scoped_release release;
+  if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
+  const Share share{share_index, share_count};
+  const auto limits = expected ? std::optional<IoLimits>({expected->first, expected->second}) : std::nullopt;
+  auto target = std::make_unique<WritableFile>(path, direct, !share.whole(), limits, with_directory, like, directory);
+  ZipLayout layout;
+  FileSpec spec;
+  try {
+    spec = describe(file, target->limits(), share, layout);
+  } catch (...) {
+    target->discard();
+    throw;
+  }
+  auto job = engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals, streams);
+  if (!share.whole()) job->layout = std::make_unique<ZipLayout>(std::move(layout));
+  return job;
+}
+
+// {device: (bytes of the block, bytes of it in use, why there is none)}
+py::dict device_caches_of(Engine& engine) {
+  py::dict dict;
+  for (const Stager::CacheState& cache : usable(engine).device_caches()) {
+    dict[py::int_(cache.device)] = py::make_tuple(cache.bytes, cache.used, to_text(cache.failure));
+  }
+  return dict;
+}
+
+// ---- Job ---------------------------------------------------------------------------------------------------------
+
+template <typename Read>
+auto locked(const Job& job, Read read) {
+  std::lock_guard<std::mutex> lock(job.monitor->mutex);
+  return read();
+}
+
+// For background threads: signals are not looked at.
+template <typename Done>
+bool wait_for(const Job& job, double timeout_s, Done done) {
+  py::gil_scoped_release release;
+  std::unique_lock<std::mutex> lock(job.monitor->mutex);
+  return job.monitor->changed.wait_for(lock, std::chrono::duration<double>(timeout_s), done);
+}
+
+py::object exception_of(const Job& job) {
+  const std::optional<Error> error = locked(job, [&] { return job.error; });
+  return error ? to_python(*error) : py::none();
+}
+
+// Once captured, and as long as the memory is there. The number of a record whose lazy bytes are others than at submit(); None
+// if no witness tells of any.
+std::optional<uint32_t> find_changed_record(const Job& job) {
+  const uint32_t record = job.witnesses ? job.witnesses->find_changed() : kStructure;
+  return record == kStructure ? std::nullopt : std::make_optional(record);
+}
+
+// (of addresses and lengths, of offsets), bytes; None before the file was created. Both 1: no direct I/O.
+std::optional<std::pair<uint32_t, uint32_t>> limits_of(const Job& job) {
+  return locked(job, [&]() -> std::optional<std::pair<uint32_t, uint32_t>> {
+    if (job.phase < Phase::kWriting || !job.file->found()) return std::nullopt;
+    return {{job.file->found()->memory_align, job.file->found()->offset_align}};
+  });
+}
+
+py::dict stats_of(const Job& job) {
+  const JobStats stats = locked(job, [&] { return job.stats; });
+  py::dict dict;
+  dict["bytes_total"] = stats.bytes_total;
+  dict["bytes_zero_copy"] = stats.bytes_zero_copy;
+  dict["bytes_copied_in_save"] = stats.bytes_copied_in_save;
+  dict["bytes_copied_at_fence"] = stats.bytes_copied_at_fence;
+  dict["arena_wait_s"] = stats.arena_wait_s;
+  dict["witness_s"] = stats.witness_s;
+  dict["fence_s"] = stats.fence_s;
+  dict["captured_at"] = stats.captured_at;
+  dict["flushed_at"] = stats.flushed_at;
+  dict["direct_io"] = stats.direct_io;
+  dict["bytes_from_devices"] = stats.bytes_from_devices;
+  dict["device_cached_bytes"] = stats.device_cached_bytes;
+  dict["arena_pinned"] = stats.arena_pinned;
+  dict["pin_failure"] = to_text(stats.pin_failure);
+  return dict;
+}
+
+// ---- Files that several processes write together -----------------------------------------------------------------
+
+const ZipLayout& shared_layout(const Job& job) {
+  if (job.layout == nullptr) throw py::value_error("this file is not shared");
+  return *job.layout;
+}
+
+// Of everything that must be the same in all processes for their parts to make one file.
+uint32_t layout_checksum(const ZipLayout& layout) {
+  const uint32_t crc = crc32(0, layout.payload_offsets.data(), layout.payload_offsets.size() * sizeof(uint64_t));
+  return crc32(crc, &layout.file_size, sizeof layout.file_size);
+}
+
+// Of the records whose first CRC field lies in the job's share; the job must be finished.
+std::vector<uint32_t> checksums_of(const Job& job) {
+  std::vector<uint32_t> found;
+  for (const uint32_t record : job.field_records) found.push_back(job.crcs.record_crcs()[record]);
+  return found;
+}
+
+}  // namespace
+
+void bind_job(py::module_& module) {
+  py::class_<Job, std::shared_ptr<Job>>(module, "Job")
+      .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
+      .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
+      .def_property_readonly("finished", [](const Job& job) { return locked(job, [&] { return job.finished(); }); })
+      .def_property_readonly("error", exception_of)
+      .def("find_changed", find_changed_record)
+      .def_property_readonly("stats", stats_of)
+      .def_property_readonly("written", [](const Job& job) { return py::make_tuple(job.range.begin, job.range.end); })
+      .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })
+      .def_property_readonly("layout_crc32", [](const Job& job) { return layout_checksum(shared_layout(job)); })
+      .def("directory", [](const Job& job, const std::vector<uint32_t>& record_crcs) {
+        if (record_crcs.size() != job.spec.record_count) throw py::value_error("one checksum for each record");
+        const ZipLayout& layout = shared_layout(job);
+        return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
+      }, py::arg("record_crcs"))
+      .def_property_readonly("limits", limits_of)
+      .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
+      .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
+      .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.file_crc; }); })
+      .def("wait_captured", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.captured() || job.failed(); });
+      })
+      .def("wait_released", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.released(); });
+      })
+      .def("wait_finished", [](const Job& job, double timeout_s) {
+        return wait_for(job, timeout_s, [&] { return job.finished(); });
+      })
+      .def("fail", [](Job& job, const std::string& why) {
+        locked(job, [&] { job.fail(Error(ErrorKind::kChanged, why, -1, job.file->path())); });
+      });
+}
+
+void bind_engine(py::module_& module) {
+  py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
+      .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library,
+                       size_t device_cache_bytes, size_t device_window_bytes) {
+             const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or(""), device_cache_bytes,
+                                         device_window_bytes};
+             return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
+           }),
+           py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none(),
+           py::arg("device_cache_bytes") = 0, py::arg("device_window_bytes") = EngineOptions().device_window_bytes)
+      .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
+           py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
+           py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
+           py::arg("share_index") = 0, py::arg("share_count") = 1,
+           py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
+           py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
+           py::arg("like") = "", py::arg("directory") = -1)
+      .def("fence", [](Engine& engine, const Streams& streams) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.fence(check_signals, streams);
+      }, py::arg("streams") = Streams())
+      .def("open_devices", [](Engine& engine, const std::vector<int>& devices) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.open_devices(devices);
+      }, py::arg("devices"))
+      .def_property_readonly("arena_pinned", [](Engine& engine) { return usable(engine).arena_pinned(); })
+      .def_property_readonly("pin_failure", [](Engine& engine) { return usable(engine).pin_failure(); })
+      .def_property_readonly("device_caches", device_caches_of)
+      .def("close", [](Engine& engine, double timeout_s) {
+        usable(engine);
+        py::gil_scoped_release release;
+        return engine.close(timeout_s, check_signals);
+      })
+      .def_property_readonly("in_flight", [](Engine& engine) { return usable(engine).in_flight(); })
+      .def_property_readonly("chunk_bytes", &Engine::chunk_bytes)
+      .def_property_readonly("arena_bytes", [](const Engine& engine) { return engine.arena().size(); })
+      .def_property_readonly("arena_used", [](Engine& engine) { return usable(engine).arena().used(); })
+      .def_property_readonly("arena_peak", [](Engine& engine) { return usable(engine).arena().peak(); });
+}
+
+}  // namespace lazyckpt

@@ -1,0 +1,16 @@
+// Saving: (address, bytes) in, jobs out. It checks what Python hands over, makes the file and its layout of that, and says in
+// Python what became of it.
+//
+// Lifetime contract: submit() reads kinds "copy" before it returns; the memory of kind "lazy" must stay allocated until
+// the job is captured or finished, that of kind "owned" until it is finished; memory of a device, whatever its kind, until the
+// job is released. The GIL is released in every call that can wait.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace lazyckpt {
+
+void bind_job(pybind11::module_& module);
+void bind_engine(pybind11::module_& module);
+
+}  // namespace lazyckpt
