@@ -193,13 +193,14 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     if (job.failed()) return;
     const size_t room = chunk.device_lazy_bytes > 0 ? chunk.device_copy_bytes : chunk.bounce_bytes;
     if (room > 0) {
-      (chunk.has_early() ? chunk.early : chunk.bounce) = allocate(lock, job, room, deadline, interrupt, [] { return true; });
+      Span& span = chunk.has_eager_span() ? chunk.eager_span : chunk.bounce;
+      span = allocate(lock, job, room, deadline, interrupt, [] { return true; });
     }
     if (job.failed()) return;
     job.stats.bytes_copied_in_save += chunk.bounce_bytes - chunk.device_lazy_bytes;
     lock.unlock();
     if (chunk.has_device_bytes()) {
-      keep_host_bytes(chunk, job.spec);
+      copy_host_bytes(chunk, job.spec);
       if (!job.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
     } else {
       if (room > 0) fill_bounce(chunk, job.spec);

@@ -234,28 +234,28 @@ void fill_bounce(Chunk& chunk, const FileSpec& spec) {
   point_to(chunk, bounce);
 }
 
-void keep_host_bytes(Chunk& chunk, const FileSpec& spec) {
-  size_t early = 0;
+void copy_host_bytes(Chunk& chunk, const FileSpec& spec) {
+  size_t eager = 0;
   for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t from, uint64_t length) {
     if (extent == nullptr) return;
     const std::byte* source = extent->source + from;
     if (!on_device(extent->kind)) {
-      chunk.kept.insert(chunk.kept.end(), source, source + length);
+      chunk.host_bytes.insert(chunk.host_bytes.end(), source, source + length);
       return;
     }
-    const bool lazy = extent->kind == Source::kDeviceLazy, apart = !lazy && chunk.has_early();
-    add_device_copy(chunk.device_copies, {source, length, apart ? early : at, extent->device, lazy});
-    if (apart) early += length;
+    const bool lazy = extent->kind == Source::kDeviceLazy, apart = !lazy && chunk.has_eager_span();
+    add_device_copy(chunk.device_copies, {source, length, apart ? eager : at, extent->device, lazy});
+    if (apart) eager += length;
   });
 }
 
 void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched) {
-  const std::byte* kept = chunk.kept.data();
+  const std::byte* host = chunk.host_bytes.data();
   for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
     if (extent == nullptr || extent->kind == Source::kDeviceCopy) {
       std::memset(fetched + at, 0, length);
     } else if (!on_device(extent->kind)) {
-      std::memcpy(fetched + at, std::exchange(kept, kept + length), length);
+      std::memcpy(fetched + at, std::exchange(host, host + length), length);
     }
   });
   point_to(chunk, fetched);
@@ -267,14 +267,14 @@ void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched) {
 
 void complete_bounce(Chunk& chunk, const FileSpec& spec) {
   std::byte* bounce = chunk.bounce.begin();
-  const std::byte *kept = chunk.kept.data(), *early = chunk.early.begin();
+  const std::byte *host = chunk.host_bytes.data(), *eager = chunk.eager_span.begin();
   for_each_copied(chunk, spec, [&](size_t at, const Extent* extent, uint64_t, uint64_t length) {
     if (extent == nullptr) {
       std::memset(bounce + at, 0, length);
     } else if (!on_device(extent->kind)) {
-      std::memcpy(bounce + at, std::exchange(kept, kept + length), length);
-    } else if (extent->kind == Source::kDeviceCopy && chunk.has_early()) {
-      std::memcpy(bounce + at, std::exchange(early, early + length), length);
+      std::memcpy(bounce + at, std::exchange(host, host + length), length);
+    } else if (extent->kind == Source::kDeviceCopy && chunk.has_eager_span()) {
+      std::memcpy(bounce + at, std::exchange(eager, eager + length), length);
     }
   });
   point_to(chunk, bounce);
@@ -292,8 +292,8 @@ void Chunk::settle() {
 void Chunk::release_memory() {
   bounce.reset();
   staged.reset();
-  early.reset();
-  std::vector<std::byte>().swap(kept);
+  eager_span.reset();
+  std::vector<std::byte>().swap(host_bytes);
 }
 
 uint64_t zero_copy_bytes(const Chunk& chunk) {

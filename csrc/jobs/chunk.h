@@ -68,18 +68,18 @@ struct Chunk {
   // Only where device bytes are among them. They come to `bounce` late, and need no room in the arena before.
   size_t device_lazy_bytes = 0, device_copy_bytes = 0;
   std::vector<DeviceShare> device_shares;
-  std::vector<DeviceCopy> device_copies;  // constant once published; eager ones go to `early`, where there is one
-  std::vector<std::byte> kept;  // the host's kCopy bytes, until the chunk is written
-  Span early;                   // the eager device bytes of a chunk that has lazy ones, too
-  size_t flying = 0;            // batches of copies that are enqueued and have not been seen to end
-  bool staging = false;         // the fence copies its host bytes while its device bytes arrive
+  std::vector<DeviceCopy> device_copies;  // constant once published; eager ones go to `eager_span`, where there is one
+  std::vector<std::byte> host_bytes;  // the host's kCopy bytes, until the chunk is written
+  Span eager_span;                    // the eager device bytes of a chunk that has lazy ones, too
+  size_t flying = 0;                  // batches of copies that are enqueued and have not been seen to end
+  bool staging = false;               // the fence copies its host bytes while its device bytes arrive
   Span staged;  // holds what the fence copied
   ChunkState state = ChunkState::kUnpublished;
   uint32_t crc = 0;  // of `content` bytes, once written
 
   bool has_device_bytes() const { return device_lazy_bytes + device_copy_bytes > 0; }
   // Eager device bytes have a span of their own, rather than hold room for the lazy ones from save() on.
-  bool has_early() const { return device_lazy_bytes > 0 && device_copy_bytes > 0; }
+  bool has_eager_span() const { return device_lazy_bytes > 0 && device_copy_bytes > 0; }
   bool arrived() const;
   void settle();  // lets a writer have it if nothing is missing
   void release_memory();
@@ -97,12 +97,12 @@ std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits,
 // Copies all that must leave the caller's memory at once into chunk.bounce, which must be allocated.
 void fill_bounce(Chunk& chunk, const FileSpec& spec);
 
-// For chunks with device bytes, instead of fill_bounce(). First: copies the host's part to chunk.kept, finds the copies.
-void keep_host_bytes(Chunk& chunk, const FileSpec& spec);
+// For chunks with device bytes, instead of fill_bounce(). First: copies the host's part to chunk.host_bytes, finds the copies.
+void copy_host_bytes(Chunk& chunk, const FileSpec& spec);
 // Then, to find changes: the checksums of what lies in the tensors now. `fetched` has chunk.bounce_bytes, and the lazy device
 // bytes where they will come to lie in chunk.bounce; the host's are put beside them.
 void checksum_before(Chunk& chunk, const FileSpec& spec, std::byte* fetched);
-// At last: the device bytes have arrived, in chunk.bounce and chunk.early; puts the others beside them.
+// At last: the device bytes have arrived, in chunk.bounce and chunk.eager_span; puts the others beside them.
 void complete_bounce(Chunk& chunk, const FileSpec& spec);
 
 // Copies the lazy segments into `span` and lets them point there.

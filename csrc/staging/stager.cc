@@ -431,7 +431,7 @@ void Stager::copy(Lane& lane, Flight& flight) {
   DeviceSide& side = side_of(job, lane.context->device());
   if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
   if (flight.after != nullptr) flight.after->hold_back(flight.stream);
-  std::byte* base = !flight.lazy && chunk.has_early() ? chunk.early.begin() : chunk.bounce.begin();
+  std::byte* base = !flight.lazy && chunk.has_eager_span() ? chunk.eager_span.begin() : chunk.bounce.begin();
   std::vector<cuda::Copy> copies;
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (copy.lazy != flight.lazy || copy.device != side.device) continue;
