@@ -131,7 +131,7 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, Done 
 std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
                                     const Interrupt& interrupt, const Streams& streams) {
   const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
-  const bool has_device_bytes = !job->sides.empty();
+  const bool has_device_bytes = !job->devices.empty();
   Lock lock(monitor_->mutex);
   try {
     if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
@@ -222,7 +222,7 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
 // Not through the arena, which may be full of bytes that leave only after this job: for debugging this may cost memory. False
 // if the job has failed: then copies may be on their way yet, and it ends after them.
 bool Engine::checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt) {
-  std::shared_ptr<cuda::HostMemory> memory = stager_.lend_memory(job->sides.front().device);
+  std::shared_ptr<cuda::HostMemory> memory = stager_.lend_memory(job->devices.front().device);
   for (const auto& flight : stager_.fetch_lazy(job, index, memory)) {
     Lock lock(monitor_->mutex);
     if (!wait(lock, deadline, interrupt, [&] { return flight->landed || job->failed(); })) job->fail(landing_deadline(*flight));
@@ -261,7 +261,7 @@ void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
   if (!stager_.idle()) stager_.refuse_capture(lock, streams);
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
   for (auto job = targets.rbegin(); job != targets.rend(); ++job) {  // lanes come to the newest last
-    if ((*job)->sides.empty() || (*job)->captured()) continue;
+    if ((*job)->devices.empty() || (*job)->captured()) continue;
     const Visit visit(lock, **job);
     stager_.cache_rest(lock, *job, streams);
   }
@@ -464,13 +464,13 @@ void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
 // Every path to here has active == 1: nobody else touches the file any more.
 void Engine::finish(const std::shared_ptr<Job>& job) {
   bool failed = false;
-  std::vector<DeviceSide> sides;  // their events end without the lock
+  std::vector<DeviceProgress> devices;  // their events end without the lock
   {
     Lock lock(monitor_->mutex);
     failed = job->failed();
-    sides.swap(job->sides);
+    devices.swap(job->devices);
   }
-  sides.clear();
+  devices.clear();
   if (!failed) {
     try {
       fault::crash_point("chunks-written");

@@ -61,9 +61,9 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
     stats.bytes_from_devices += chunk.device_lazy_bytes + chunk.device_copy_bytes;
   }
   for (const Extent& extent : spec.extents) {
-    if (!on_device(extent.kind) || has_side(extent.device)) continue;
-    sides.emplace_back();
-    sides.back().device = extent.device;
+    if (!on_device(extent.kind) || has_device(extent.device)) continue;
+    devices.emplace_back();
+    devices.back().device = extent.device;
   }
 }
 
@@ -78,8 +78,8 @@ void Job::look_at_witnesses(size_t chunk) const {
   if (const uint32_t record = witnesses->find_changed(chunk); record != kStructure) throw changed_error(*this, record);
 }
 
-bool Job::has_side(int device) const {
-  return std::any_of(sides.begin(), sides.end(), [&](const DeviceSide& side) { return side.device == device; });
+bool Job::has_device(int device) const {
+  return std::any_of(devices.begin(), devices.end(), [&](const DeviceProgress& each) { return each.device == device; });
 }
 
 void Job::note_captured() {

@@ -78,7 +78,7 @@ struct CachedShare {
 };
 
 // What a job has to do with one device. For the stager.
-struct DeviceSide {
+struct DeviceProgress {
   int device = kHost;
   cuda::StreamHandle stream = nullptr;  // of the caller, at submit()
   std::unique_ptr<cuda::Event> before;  // what that stream had been given then: it wrote the lazy bytes
@@ -105,7 +105,7 @@ struct Job {
   const bool verify;
   const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;
-  std::vector<DeviceSide> sides;  // one for each device with bytes in the file; ascending; emptied at the end
+  std::vector<DeviceProgress> devices;  // one for each device with bytes in the file; ascending; emptied at the end
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
   std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
 
@@ -130,7 +130,7 @@ struct Job {
 
   // All of these require the lock.
   bool failed() const { return error.has_value(); }
-  bool has_side(int device) const;
+  bool has_device(int device) const;
   // What the fences of the caller promise: work enqueued behind them may write to device memory, although copies from it may
   // still be going on. Only when all is released may the memory be freed.
   bool captured() const { return submitted && uncaptured == 0; }

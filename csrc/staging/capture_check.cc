@@ -20,7 +20,7 @@ std::vector<std::shared_ptr<Flight>> Stager::fetch_lazy(const std::shared_ptr<Jo
     flight->lazy = false;  // it is not on the lane's stream
     flight->leg = Leg::kToLook;
     flight->memory = memory;
-    flight->stream = side_of(*job, share.device).stream;
+    flight->stream = progress_of(*job, share.device).stream;
     look(flight);
     flights.push_back(flight);
   }

@@ -35,8 +35,9 @@ bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error
 
 }  // namespace
 
-DeviceSide& side_of(Job& job, int device) {
-  return *std::find_if(job.sides.begin(), job.sides.end(), [&](const DeviceSide& side) { return side.device == device; });
+DeviceProgress& progress_of(Job& job, int device) {
+  const auto is_of = [&](const DeviceProgress& progress) { return progress.device == device; };
+  return *std::find_if(job.devices.begin(), job.devices.end(), is_of);
 }
 
 DeviceShare* share_of(Chunk& chunk, int device) {
@@ -125,37 +126,37 @@ void Stager::open(const std::vector<int>& devices) {
 
 void Stager::begin(Job& job, const Streams& streams) {
   std::lock_guard<std::mutex> opening(open_mutex_);
-  for (DeviceSide& side : job.sides) {
-    const auto stream = streams.find(side.device);
+  for (DeviceProgress& progress : job.devices) {
+    const auto stream = streams.find(progress.device);
     if (stream == streams.end()) {
-      throw Error(ErrorKind::kDevice, "no stream was given for " + place_of(side.device) + ", where tensors of '" +
+      throw Error(ErrorKind::kDevice, "no stream was given for " + place_of(progress.device) + ", where tensors of '" +
                                           job.file->path() + "' lie; give its current stream");
     }
-    Lane& lane = open_lane(side.device);
+    Lane& lane = open_lane(progress.device);
     const cuda::Current current(*lane.context);
-    side.stream = reinterpret_cast<cuda::StreamHandle>(stream->second);
-    if (lane.context->is_capturing(side.stream)) throw capture_refused(side.device);
-    side.before = std::make_unique<cuda::Event>(lane.context);
-    side.before->record(side.stream);
+    progress.stream = reinterpret_cast<cuda::StreamHandle>(stream->second);
+    if (lane.context->is_capturing(progress.stream)) throw capture_refused(progress.device);
+    progress.before = std::make_unique<cuda::Event>(lane.context);
+    progress.before->record(progress.stream);
   }
 }
 
 void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
   const Chunk& chunk = job->chunks[index];
   if (chunk.device_copy_bytes == 0) return;
-  for (const DeviceSide& side : job->sides) {
-    const auto ours = [&](const DeviceCopy& copy) { return !copy.lazy && copy.device == side.device; };
+  for (const DeviceProgress& progress : job->devices) {
+    const auto ours = [&](const DeviceCopy& copy) { return !copy.lazy && copy.device == progress.device; };
     if (std::none_of(chunk.device_copies.begin(), chunk.device_copies.end(), ours)) continue;
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
-    flight->device = side.device;
+    flight->device = progress.device;
     flight->chunk = index;
     flight->lazy = false;
-    flight->stream = side.stream;
+    flight->stream = progress.stream;
     Lane* lane = nullptr;
     {
       Lock lock(monitor_->mutex);
-      lane = find_lane(side.device);
+      lane = find_lane(progress.device);
     }
     const cuda::Current current(*lane->context);
     {
@@ -170,7 +171,7 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
 
 void Stager::add(const std::shared_ptr<Job>& job) {
   jobs_.push_back(job);
-  for (const DeviceSide& side : job->sides) find_lane(side.device)->review_cache = true;
+  for (const DeviceProgress& progress : job->devices) find_lane(progress.device)->review_cache = true;
 }
 
 void Stager::remove(const std::shared_ptr<Job>& job) {
@@ -337,7 +338,7 @@ void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Erro
   Chunk& chunk = job.chunks[flight.chunk];
   --chunk.flying;
   if (job.failed()) return;
-  if (flight.leg == Leg::kFromCache) side_of(job, lane.context->device()).cached.erase(flight.chunk);
+  if (flight.leg == Leg::kFromCache) progress_of(job, lane.context->device()).cached.erase(flight.chunk);
   chunk.settle();
 }
 
@@ -360,28 +361,28 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
   const int device = lane.context->device();
   bool may_allocate = true;
   for (const auto& job : jobs_) {
-    if (job->failed() || !job->has_side(device) || (urgent && job->fencing == 0)) continue;
+    if (job->failed() || !job->has_device(device) || (urgent && job->fencing == 0)) continue;
     // What submit() copies itself gets its room first, so that training goes on; if there is not enough, we make some.
     if (!job->submitted && !job->waited_for_room) continue;
-    DeviceSide& side = side_of(*job, device);
-    for (; side.next < job->published; ++side.next) {
-      const DeviceShare* share = share_of(job->chunks[side.next], device);
+    DeviceProgress& progress = progress_of(*job, device);
+    for (; progress.next < job->published; ++progress.next) {
+      const DeviceShare* share = share_of(job->chunks[progress.next], device);
       if (share != nullptr && !share->enqueued) break;
     }
-    if (side.next == job->published) continue;
-    const auto cached = side.cached.find(side.next);
-    if (cached != side.cached.end() && (urgent || cached->second.written == nullptr)) continue;
-    if (!job->chunks[side.next].bounce.valid() && !(may_allocate && find_room(*job, side.next))) {
+    if (progress.next == job->published) continue;
+    const auto cached = progress.cached.find(progress.next);
+    if (cached != progress.cached.end() && (urgent || cached->second.written == nullptr)) continue;
+    if (!job->chunks[progress.next].bounce.valid() && !(may_allocate && find_room(*job, progress.next))) {
       may_allocate = false;
       continue;
     }
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
     flight->device = device;
-    flight->chunk = side.next++;
+    flight->chunk = progress.next++;
     flight->stream = lane.stream->get();
     flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
-    if (cached != side.cached.end()) {
+    if (cached != progress.cached.end()) {
       flight->leg = Leg::kFromCache;
       flight->cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
       flight->after = cached->second.written;
@@ -428,13 +429,13 @@ void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
 void Stager::copy(Lane& lane, Flight& flight) {
   Job& job = *flight.job;
   const Chunk& chunk = job.chunks[flight.chunk];
-  DeviceSide& side = side_of(job, lane.context->device());
-  if (flight.lazy && !std::exchange(side.ordered, true)) side.before->hold_back(flight.stream);
+  DeviceProgress& progress = progress_of(job, lane.context->device());
+  if (flight.lazy && !std::exchange(progress.ordered, true)) progress.before->hold_back(flight.stream);
   if (flight.after != nullptr) flight.after->hold_back(flight.stream);
   std::byte* base = !flight.lazy && chunk.has_eager_span() ? chunk.eager_span.begin() : chunk.bounce.begin();
   std::vector<cuda::Copy> copies;
   for (const DeviceCopy& copy : chunk.device_copies) {
-    if (copy.lazy != flight.lazy || copy.device != side.device) continue;
+    if (copy.lazy != flight.lazy || copy.device != progress.device) continue;
     const bool cached = flight.leg == Leg::kFromCache;
     const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
     copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});

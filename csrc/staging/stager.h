@@ -204,7 +204,7 @@ class Stager {
   std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
 };
 
-DeviceSide& side_of(Job& job, int device);
+DeviceProgress& progress_of(Job& job, int device);
 DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
 Error with_path(const Job& job, const Error& error);
 Error error_of(const Job& job, const std::exception& caught);  // of one of ours, or of want of memory

@@ -42,7 +42,7 @@ void Stager::cache_rest(Lock& lock, const std::shared_ptr<Job>& job, const Strea
 
 // False if there is nothing left to do, or no room to do it.
 bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job, cuda::StreamHandle stream) {
-  if (!job->submitted || job->failed() || job->captured() || !job->has_side(lane.context->device())) return false;
+  if (!job->submitted || job->failed() || job->captured() || !job->has_device(lane.context->device())) return false;
   const CacheBatch batch = reserve_cache(lane, *job);
   if (batch.empty()) return false;
   const auto flight = std::make_shared<Flight>();
@@ -67,20 +67,20 @@ bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job
 
 Stager::CacheBatch Stager::reserve_cache(Lane& lane, Job& job) {
   const int device = lane.context->device();
-  DeviceSide& side = side_of(job, device);
+  DeviceProgress& progress = progress_of(job, device);
   CacheBatch batch;
   size_t bytes = 0;
-  for (size_t index = std::min(side.cached_from, job.published); index > side.next && bytes < kBatchBytes; --index) {
+  for (size_t index = std::min(progress.cached_from, job.published); index > progress.next && bytes < kBatchBytes; --index) {
     Chunk& chunk = job.chunks[index - 1];
     if (share_of(chunk, device) != nullptr) {
       const LazyPart part = lazy_part(chunk, device);
       Span span = lane.cache->try_allocate(part.end - part.begin);
       if (!span.valid()) break;
       batch.push_back({index - 1, part.bytes, reinterpret_cast<uintptr_t>(span.begin()) - part.begin});
-      side.cached.emplace(index - 1, CachedShare{std::move(span), part.begin, nullptr});
+      progress.cached.emplace(index - 1, CachedShare{std::move(span), part.begin, nullptr});
       bytes += part.bytes;
     }
-    side.cached_from = index - 1;
+    progress.cached_from = index - 1;
   }
   return batch;
 }
@@ -88,12 +88,12 @@ Stager::CacheBatch Stager::reserve_cache(Lane& lane, Job& job) {
 void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) {
   const Job& job = *flight.job;
   const cuda::Current current(*lane.context);
-  const DeviceSide& side = side_of(*flight.job, lane.context->device());
-  side.before->hold_back(flight.stream);  // it need not be the stream of save()
+  const DeviceProgress& progress = progress_of(*flight.job, lane.context->device());
+  progress.before->hold_back(flight.stream);  // it need not be the stream of save()
   std::vector<cuda::Copy> copies;
   for (const CachePlace& place : batch) {
     for (const DeviceCopy& copy : job.chunks[place.chunk].device_copies) {
-      if (!copy.lazy || copy.device != side.device) continue;
+      if (!copy.lazy || copy.device != progress.device) continue;
       copies.push_back({place.base + copy.at, reinterpret_cast<cuda::Address>(copy.source), copy.length});
     }
   }
@@ -106,9 +106,9 @@ void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, cons
   lane.flights.push_back(flight);
   if (error) job.fail(*error);
   if (!job.failed()) {
-    DeviceSide& side = side_of(job, lane.context->device());
+    DeviceProgress& progress = progress_of(job, lane.context->device());
     for (const CachePlace& place : batch) {
-      side.cached.at(place.chunk).written = flight->event;
+      progress.cached.at(place.chunk).written = flight->event;
       job.stats.device_cached_bytes += place.bytes;
       --job.uncaptured;
     }
