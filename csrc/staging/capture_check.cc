@@ -18,7 +18,7 @@ std::vector<std::shared_ptr<Flight>> Stager::fetch_lazy(const std::shared_ptr<Jo
     flight->device = share.device;
     flight->chunk = chunk;
     flight->lazy = false;  // it is not on the lane's stream
-    flight->leg = Leg::kToLook;
+    flight->route = CopyRoute::kToLook;
     flight->memory = memory;
     flight->stream = progress_of(*job, share.device).stream;
     look(flight);

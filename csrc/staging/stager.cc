@@ -222,7 +222,7 @@ std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, con
     if (flights.empty()) continue;
     if (stream == streams.end()) {
       std::copy_if(flights.begin(), flights.end(), std::back_inserter(left),
-                   [](const auto& flight) { return flight->leg != Leg::kFromCache; });
+                   [](const auto& flight) { return flight->route != CopyRoute::kFromCache; });
       continue;
     }
     lock.unlock();
@@ -232,7 +232,7 @@ std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, con
       bool last_of_ours = true;  // on our stream, the last event stands for all
       for (auto it = flights.rbegin(); it != flights.rend(); ++it) {
         const Flight& flight = **it;
-        if (flight.leg == Leg::kFromCache) continue;
+        if (flight.route == CopyRoute::kFromCache) continue;
         if (flight.event == nullptr) {
           left.push_back(*it);
         } else if (!flight.lazy || std::exchange(last_of_ours, false)) {
@@ -331,14 +331,14 @@ void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Erro
   Job& job = *flight.job;
   flight.landed = true;
   lane.flying_bytes -= flight.bytes;
-  if (flight.leg != Leg::kFromCache) --job.flying;
+  if (flight.route != CopyRoute::kFromCache) --job.flying;
   --job.active;
   if (error) job.fail(*error);
   if (!flight.is_for_chunk()) return;
   Chunk& chunk = job.chunks[flight.chunk];
   --chunk.flying;
   if (job.failed()) return;
-  if (flight.leg == Leg::kFromCache) progress_of(job, lane.context->device()).cached.erase(flight.chunk);
+  if (flight.route == CopyRoute::kFromCache) progress_of(job, lane.context->device()).cached.erase(flight.chunk);
   chunk.settle();
 }
 
@@ -383,7 +383,7 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
     flight->stream = lane.stream->get();
     flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
     if (cached != progress.cached.end()) {
-      flight->leg = Leg::kFromCache;
+      flight->route = CopyRoute::kFromCache;
       flight->cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
       flight->after = cached->second.written;
     }
@@ -410,7 +410,7 @@ bool Stager::find_room(Job& job, size_t index) {
 // From here on the job does not end before the flight has landed.
 void Stager::take_off(const std::shared_ptr<Flight>& flight) {
   ++flight->job->active;
-  if (flight->leg != Leg::kFromCache) ++flight->job->flying;
+  if (flight->route != CopyRoute::kFromCache) ++flight->job->flying;
   if (flight->is_for_chunk()) ++flight->job->chunks[flight->chunk].flying;
 }
 
@@ -436,7 +436,7 @@ void Stager::copy(Lane& lane, Flight& flight) {
   std::vector<cuda::Copy> copies;
   for (const DeviceCopy& copy : chunk.device_copies) {
     if (copy.lazy != flight.lazy || copy.device != progress.device) continue;
-    const bool cached = flight.leg == Leg::kFromCache;
+    const bool cached = flight.route == CopyRoute::kFromCache;
     const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
     copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
   }
@@ -472,7 +472,7 @@ void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::
   if (flight->lazy) share_of(chunk, lane.context->device())->enqueued = true;
   if (error) {
     job.fail(*error);
-  } else if (flight->lazy && flight->leg == Leg::kDirect && !job.failed()) {
+  } else if (flight->lazy && flight->route == CopyRoute::kDirect && !job.failed()) {
     --job.uncaptured;
     job.note_captured();
   }

@@ -50,7 +50,7 @@ struct StagerOptions {
   size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
 };
 
-enum class Leg : uint8_t {
+enum class CopyRoute : uint8_t {
   kDirect,     // from the caller's memory to the arena
   kToCache,    // from there to the cache: those of several chunks
   kToLook,     // from there to memory of the host's, where submit() looks at it
@@ -59,13 +59,13 @@ enum class Leg : uint8_t {
 
 // A batch of copies on one stream; of one chunk, but for those to the cache.
 struct Flight {
-  bool is_for_chunk() const { return leg == Leg::kDirect || leg == Leg::kFromCache; }
+  bool is_for_chunk() const { return route == CopyRoute::kDirect || route == CopyRoute::kFromCache; }
 
   std::shared_ptr<Job> job;
   int device = kHost;
   size_t chunk = 0;
   bool lazy = true;
-  Leg leg = Leg::kDirect;
+  CopyRoute route = CopyRoute::kDirect;
   size_t bytes = 0;  // on a lane's stream
   uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
   std::shared_ptr<cuda::Event> after;  // and what the copies must come after

@@ -49,7 +49,7 @@ bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job
   flight->job = job;
   flight->device = lane.context->device();
   flight->lazy = false;
-  flight->leg = Leg::kToCache;
+  flight->route = CopyRoute::kToCache;
   flight->stream = stream;
   take_off(flight);
   lock.unlock();
