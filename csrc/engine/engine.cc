@@ -262,12 +262,12 @@ void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
   for (auto job = targets.rbegin(); job != targets.rend(); ++job) {  // lanes come to the newest last
     if ((*job)->devices.empty() || (*job)->captured()) continue;
-    const Visit visit(lock, **job);
+    const FenceVisit visit(lock, **job);
     stager_.cache_rest(lock, *job, streams);
   }
   for (const auto& job : targets) {
     if (job->captured()) continue;
-    const Visit visit(lock, *job, 1);
+    const FenceVisit visit(lock, *job, 1);
     capture(lock, job, monotonic_seconds() + job->timeout_s, interrupt, streams);
   }
   if (!stager_.idle()) fence_devices(lock, streams, interrupt);

@@ -145,23 +145,23 @@ Error changed_error(const Job& job, uint32_t record);
 
 // A fence looks at a job, which does not finish meanwhile, so that its chunks stay. Comes and goes with the lock; takes it
 // back where an interrupted wait has left it.
-class Visit {
+class FenceVisit {
  public:
   // `hurries` is 1 if lanes are to put off what this fence does not wait for.
-  Visit(std::unique_lock<std::mutex>& lock, Job& job, size_t hurries = 0) : lock_(lock), job_(job), hurries_(hurries) {
+  FenceVisit(std::unique_lock<std::mutex>& lock, Job& job, size_t hurries = 0) : lock_(lock), job_(job), hurries_(hurries) {
     ++job_.active;
     job_.fencing += hurries_;
     job_.monitor->changed.notify_all();
   }
-  ~Visit() {
+  ~FenceVisit() {
     if (!lock_.owns_lock()) lock_.lock();
     --job_.active;
     job_.fencing -= hurries_;
     job_.stats.fence_s += monotonic_seconds() - begin_;
     job_.monitor->changed.notify_all();
   }
-  Visit(const Visit&) = delete;
-  Visit& operator=(const Visit&) = delete;
+  FenceVisit(const FenceVisit&) = delete;
+  FenceVisit& operator=(const FenceVisit&) = delete;
 
  private:
   std::unique_lock<std::mutex>& lock_;
