@@ -46,8 +46,8 @@ std::vector<iovec> to_iovecs(const Chunk& chunk) {
 
 Engine::Engine(const EngineOptions& options)
     : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
-      monitor_(std::make_shared<Monitor>()),
-      stager_(monitor_, arena_,
+      monitor_(std::make_shared<Monitor>()), reserve_(arena_, chunk_bytes_),
+      stager_(monitor_, arena_, reserve_,
               {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes}) {
   try {
     start_threads(std::max(options.writers, 1));
@@ -173,13 +173,13 @@ void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
   if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
 }
 
-// Before the job takes any room: see the stager. Copies by submit() itself wait for pinned memory, once in an engine's life.
+// Before the job takes any room: see ArenaReserve. Copies by submit() itself wait for pinned memory, once in an engine's life.
 void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
   const double begin = monotonic_seconds();
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
   const bool copies = std::any_of(job.chunks.begin(), job.chunks.end(), [](const Chunk& c) { return c.device_copy_bytes > 0; });
   const bool in_time = wait(lock, deadline, interrupt, [&] {
-    return job.failed() || (stager_.keep_room(align) && (!copies || stager_.pinning_done()));
+    return job.failed() || (reserve_.keep_room(align) && (!copies || stager_.pinning_done()));
   });
   job.stats.arena_wait_s += monotonic_seconds() - begin;
   if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
@@ -240,14 +240,14 @@ bool Engine::checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, 
 Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
                       const std::function<bool()>& still_wanted) {
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
-  Span span = stager_.try_allocate(bytes, align);
+  Span span = reserve_.try_allocate(bytes, align);
   if (span.valid()) return span;
   job.waited_for_room = true;
   monitor_->changed.notify_all();
   const double begin = monotonic_seconds();
   const bool in_time = wait(lock, deadline, interrupt, [&] {
     if (job.failed() || !still_wanted()) return true;
-    span = stager_.try_allocate(bytes, align);
+    span = reserve_.try_allocate(bytes, align);
     return span.valid();
   });
   job.stats.arena_wait_s += monotonic_seconds() - begin;

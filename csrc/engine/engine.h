@@ -23,6 +23,7 @@
 #include "format/file_spec.h"
 #include "jobs/job.h"
 #include "memory/arena.h"
+#include "staging/arena_reserve.h"
 #include "staging/stager.h"
 
 namespace lazyckpt {
@@ -112,6 +113,7 @@ class Engine {
   const size_t chunk_bytes_;
   Arena arena_;
   const std::shared_ptr<Monitor> monitor_;
+  ArenaReserve reserve_;  // guarded by the monitor's mutex
   Stager stager_;
 
   // Guarded by monitor_->mutex:

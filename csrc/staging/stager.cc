@@ -64,8 +64,8 @@ Error landing_deadline(const Flight& flight) {
                0, flight.job->file->path());
 }
 
-Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options)
-    : monitor_(std::move(monitor)), arena_(arena), options_(std::move(options)) {}
+Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, ArenaReserve& reserve, StagerOptions options)
+    : monitor_(std::move(monitor)), arena_(arena), reserve_(reserve), options_(std::move(options)) {}
 
 Stager::~Stager() = default;
 
@@ -179,23 +179,7 @@ void Stager::remove(const std::shared_ptr<Job>& job) {
   if (found == jobs_.end()) return;
   jobs_.erase(found);
   if (!jobs_.empty()) return;
-  keeps_room_ = false;
-  room_.reset();
-}
-
-bool Stager::keep_room(size_t align) {
-  keeps_room_ = true;
-  if (align > room_align_) {
-    room_align_ = align;
-    room_.reset();
-  }
-  if (!room_.valid()) room_ = arena_.try_allocate(options_.chunk_bytes, room_align_);
-  return room_.valid();
-}
-
-Span Stager::try_allocate(size_t bytes, size_t align) {
-  if (keeps_room_ && !keep_room(align)) return {};
-  return arena_.try_allocate(bytes, align);
+  reserve_.let_go();
 }
 
 void Stager::refuse_capture(Lock& lock, const Streams& streams) const {
@@ -372,7 +356,7 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
     if (progress.next == job->published) continue;
     const auto cached = progress.cached.find(progress.next);
     if (cached != progress.cached.end() && (urgent || cached->second.written == nullptr)) continue;
-    if (!job->chunks[progress.next].bounce.valid() && !(may_allocate && find_room(*job, progress.next))) {
+    if (!job->chunks[progress.next].bounce.valid() && !(may_allocate && reserve_.find_room(*job, progress.next))) {
       may_allocate = false;
       continue;
     }
@@ -392,19 +376,6 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
     return flight;
   }
   return nullptr;
-}
-
-bool Stager::find_room(Job& job, size_t index) {
-  Chunk& chunk = job.chunks[index];
-  const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
-  chunk.bounce = try_allocate(chunk.bounce_bytes, align);
-  if (chunk.bounce.valid()) return true;
-  const auto waits = [](const Chunk& other) { return other.device_lazy_bytes > 0 && !other.bounce.valid(); };
-  for (size_t i = job.next; i < index; ++i) {
-    if (waits(job.chunks[i])) return false;
-  }
-  chunk.bounce = room_.valid() ? std::move(room_) : arena_.try_allocate(chunk.bounce_bytes, align);
-  return chunk.bounce.valid();
 }
 
 // From here on the job does not end before the flight has landed.

@@ -16,11 +16,6 @@
 // A lane never blocks in the driver while it can help it: it asks (cuEventQuery) rather than waits, so that a device that
 // hangs leaves threads that can be told so, and jobs that fail at their deadline. The memory of a copy in flight, on both
 // sides, stays as it is until the copy has ended: a job that fails meanwhile ends after it.
-//
-// Room: fences and eager copies take spans for late chunks while early ones have none yet. So that these never starve, room
-// for one chunk is kept back while device jobs are in flight; only the first chunk of a job that has no span may take it. Its
-// predecessors have theirs and can be written, so that the room comes back; and lanes pass by a chunk that waits for room if
-// behind it there is one that has it.
 #pragma once
 
 #include <atomic>
@@ -40,6 +35,7 @@
 #include "cuda/spare_memory.h"
 #include "jobs/job.h"
 #include "memory/arena.h"
+#include "staging/arena_reserve.h"
 
 namespace lazyckpt {
 
@@ -81,7 +77,7 @@ class Stager {
   using Lock = std::unique_lock<std::mutex>;
 
   // Nothing is loaded or started before the first use of a device.
-  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, StagerOptions options);
+  Stager(std::shared_ptr<Monitor> monitor, Arena& arena, ArenaReserve& reserve, StagerOptions options);
   ~Stager();  // after stop() and join()
   Stager(const Stager&) = delete;
   Stager& operator=(const Stager&) = delete;
@@ -109,11 +105,6 @@ class Stager {
   void remove(const std::shared_ptr<Job>& job);
   bool idle() const { return jobs_.empty(); }
   void stop() { stop_ = true; }
-
-  // False as long as there is no room to keep back for a job whose spans are aligned so.
-  bool keep_room(size_t align);
-  // As Arena::try_allocate(), but for the room that is kept back.
-  Span try_allocate(size_t bytes, size_t align);
 
   // Whether it is known if the arena could be pinned: until then copies to it would hold up the host.
   bool pinning_done() const { return pinning_done_; }
@@ -161,7 +152,6 @@ class Stager {
   std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next two
   std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
   bool window_open(const Lane& lane) const;
-  bool find_room(Job& job, size_t index);                               // requires the lock
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void copy(Lane& lane, Flight& flight);                                // without it
   // Without it, too: the copies, and an event behind them, even if one is refused: others may be on their way.
@@ -187,6 +177,7 @@ class Stager {
 
   const std::shared_ptr<Monitor> monitor_;
   Arena& arena_;
+  ArenaReserve& reserve_;
   const StagerOptions options_;
 
   std::mutex open_mutex_;  // guards driver_, and one opening at a time; taken before the monitor's
@@ -194,9 +185,6 @@ class Stager {
 
   // Guarded by monitor_->mutex:
   std::deque<std::shared_ptr<Job>> jobs_;  // with device bytes, oldest first
-  bool keeps_room_ = false;
-  size_t room_align_ = Arena::kGranule;
-  Span room_;  // what is kept back, unless it is in use
   bool pinning_done_ = false, stop_ = false;
   std::string pin_failure_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
