@@ -7,6 +7,7 @@
 #include <exception>
 #include <iterator>
 #include <system_error>
+#include <thread>
 #include <utility>
 
 #include "base/signals.h"
@@ -22,47 +23,7 @@ Error capture_refused(int device) {
   return cuda::capture_refused(device, "save outside of captures, and call ckpt.fence() before a capture begins and before each replay");
 }
 
-// True if it is over, in which case `error` is set if the copy failed. Without the lock.
-bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
-  if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
-  try {
-    return flight.event->has_happened();
-  } catch (const Error& caught) {
-    error = with_path(*flight.job, caught);
-    return true;
-  }
-}
-
 }  // namespace
-
-DeviceProgress& progress_of(Job& job, int device) {
-  const auto is_of = [&](const DeviceProgress& progress) { return progress.device == device; };
-  return *std::find_if(job.devices.begin(), job.devices.end(), is_of);
-}
-
-DeviceShare* share_of(Chunk& chunk, int device) {
-  for (DeviceShare& share : chunk.device_shares) {
-    if (share.device == device) return &share;
-  }
-  return nullptr;
-}
-
-Error with_path(const Job& job, const Error& error) {
-  return Error(error.kind(), "'" + job.file->path() + "': " + error.what(), error.code());
-}
-
-Error error_of(const Job& job, const std::exception& caught) {
-  if (const auto* error = dynamic_cast<const Error*>(&caught)) return with_path(job, *error);
-  return with_path(job, Error(ErrorKind::kDevice, std::string("copying from a device failed: ") + caught.what()));
-}
-
-Error landing_deadline(const Flight& flight) {
-  return Error(ErrorKind::kDeadline,
-               "a copy to '" + flight.job->file->path() + "' from " + place_of(flight.device) + " did not end within " +
-                   std::to_string(flight.job->timeout_s) +
-                   " s; the device hangs, or is busy with what was enqueued before: raise the timeout, or see nvidia-smi",
-               0, flight.job->file->path());
-}
 
 Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, ArenaReserve& reserve, StagerOptions options)
     : monitor_(std::move(monitor)), arena_(arena), reserve_(reserve), options_(std::move(options)) {}
@@ -77,26 +38,22 @@ void Stager::join() {
 
 // ---- The caller's side -------------------------------------------------------------------------------------------
 
-Stager::Lane* Stager::find_lane(int device) const {
+Lane* Stager::find_lane(int device) const {
   for (const auto& lane : lanes_) {
     if (lane->context->device() == device) return lane.get();
   }
   return nullptr;
 }
 
-Stager::Lane& Stager::open_lane(int device) {
+Lane& Stager::open_lane(int device) {
   {
     Lock lock(monitor_->mutex);
     if (Lane* lane = find_lane(device); lane != nullptr) return *lane;
   }
   if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
-  auto made = std::make_unique<Lane>();
-  made->context = std::make_shared<const cuda::Context>(driver_, device);
-  made->cache = std::make_unique<DeviceCache>(options_.cache_bytes, options_.chunk_bytes);
-  {
-    const cuda::Current current(*made->context);
-    made->stream = std::make_unique<cuda::Stream>(made->context);
-  }
+  auto context = std::make_shared<const cuda::Context>(driver_, device);
+  const LaneOptions lane_options{options_.chunk_bytes, options_.cache_bytes, options_.window_bytes};
+  auto made = std::make_unique<Lane>(monitor_, std::move(context), lane_options);
   Lane& lane = *made;
   Lock lock(monitor_->mutex);
   lane.pins_arena = lanes_.empty();
@@ -161,7 +118,7 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
     const cuda::Current current(*lane->context);
     {
       Lock lock(monitor_->mutex);
-      take_off(flight);
+      flight->take_off();
     }
     enqueue(*lane, flight);
   }
@@ -257,10 +214,10 @@ void Stager::carry(Lane& lane) {
   for (;;) {
     if (std::exchange(lane.review_cache, false) && !stop_) {
       lock.unlock();
-      lane.cache->review(lane.context);
+      lane.cache.review(lane.context);
       lock.lock();
     }
-    if (land(lock, lane)) poll_s = kShortestPollS;
+    if (lane.land(lock)) poll_s = kShortestPollS;
     if (const std::shared_ptr<Flight> flight = claim(lane); flight != nullptr) {
       lock.unlock();
       enqueue(lane, flight);
@@ -277,65 +234,9 @@ void Stager::carry(Lane& lane) {
   }
 }
 
-// True if something has landed. Gives the lock up to ask the driver.
-bool Stager::land(Lock& lock, Lane& lane) {
-  if (lane.flights.empty()) return false;
-  std::vector<std::shared_ptr<Flight>> flights = lane.flights;
-  lock.unlock();
-  std::vector<std::pair<std::shared_ptr<Flight>, std::optional<Error>>> over;
-  std::vector<cuda::StreamHandle> busy;
-  for (const auto& flight : flights) {
-    if (std::find(busy.begin(), busy.end(), flight->stream) != busy.end()) continue;
-    std::optional<Error> error;
-    if (is_over(*flight, lane.context->table(), error)) {
-      over.emplace_back(flight, std::move(error));
-    } else {
-      busy.push_back(flight->stream);
-    }
-  }
-  lock.lock();
-  for (const auto& [flight, error] : over) {
-    account_landed(lane, *flight, error);
-    lane.flights.erase(std::find(lane.flights.begin(), lane.flights.end(), flight));
-  }
-  const double now = monotonic_seconds();
-  for (const auto& flight : lane.flights) {
-    if (now > flight->deadline && !flight->job->failed()) flight->job->fail(landing_deadline(*flight));
-  }
-  if (over.empty()) return false;
-  monitor_->changed.notify_all();
-  lock.unlock();
-  flights.clear();
-  over.clear();  // events go without the lock
-  lock.lock();
-  return true;
-}
-
-void Stager::account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error) {
-  Job& job = *flight.job;
-  flight.landed = true;
-  lane.flying_bytes -= flight.bytes;
-  if (flight.route != CopyRoute::kFromCache) --job.flying;
-  --job.active;
-  if (error) job.fail(*error);
-  if (!flight.is_for_chunk()) return;
-  Chunk& chunk = job.chunks[flight.chunk];
-  --chunk.flying;
-  if (job.failed()) return;
-  if (flight.route == CopyRoute::kFromCache) progress_of(job, lane.context->device()).cached.erase(flight.chunk);
-  chunk.settle();
-}
-
-// As much as keeps the stream busy until we look again: with copies that take longer than the shortest pause between two
-// looks, a look comes at the latest when twice the time of one copy has gone by, and two or more are in the window.
-bool Stager::window_open(const Lane& lane) const {
-  const size_t most = std::max(options_.window_bytes, 2 * options_.chunk_bytes);
-  return lane.flying_bytes == 0 || lane.flying_bytes + options_.chunk_bytes <= most || lane.cache->size() == 0;
-}
-
 std::shared_ptr<Flight> Stager::claim(Lane& lane) {
   std::shared_ptr<Flight> flight = claim(lane, true);
-  if (flight == nullptr && window_open(lane)) flight = claim(lane, false);
+  if (flight == nullptr && lane.window_open()) flight = claim(lane, false);
   return flight;
 }
 
@@ -372,66 +273,22 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
       flight->after = cached->second.written;
     }
     lane.flying_bytes += flight->bytes;
-    take_off(flight);
+    flight->take_off();
     return flight;
   }
   return nullptr;
 }
 
-// From here on the job does not end before the flight has landed.
-void Stager::take_off(const std::shared_ptr<Flight>& flight) {
-  ++flight->job->active;
-  if (flight->route != CopyRoute::kFromCache) ++flight->job->flying;
-  if (flight->is_for_chunk()) ++flight->job->chunks[flight->chunk].flying;
-}
-
 void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
   std::optional<Error> error;
   try {
-    copy(lane, *flight);
+    lane.copy(*flight, is_pinned());
   } catch (const std::exception& caught) {
     error = error_of(*flight->job, caught);
   }
   flight->deadline = monotonic_seconds() + flight->job->timeout_s;
   Lock lock(monitor_->mutex);
   book(lane, flight, error);
-}
-
-void Stager::copy(Lane& lane, Flight& flight) {
-  Job& job = *flight.job;
-  const Chunk& chunk = job.chunks[flight.chunk];
-  DeviceProgress& progress = progress_of(job, lane.context->device());
-  if (flight.lazy && !std::exchange(progress.ordered, true)) progress.before->hold_back(flight.stream);
-  if (flight.after != nullptr) flight.after->hold_back(flight.stream);
-  std::byte* base = !flight.lazy && chunk.has_eager_span() ? chunk.eager_span.begin() : chunk.bounce.begin();
-  std::vector<cuda::Copy> copies;
-  for (const DeviceCopy& copy : chunk.device_copies) {
-    if (copy.lazy != flight.lazy || copy.device != progress.device) continue;
-    const bool cached = flight.route == CopyRoute::kFromCache;
-    const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
-    copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
-  }
-  // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
-  std::atomic<bool> one_by_one{false};
-  launch(lane, flight, cuda::Route::kToHost, copies, is_pinned() ? lane.in_batches : one_by_one);
-}
-
-void Stager::launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
-                    std::atomic<bool>& in_batches) {
-  auto event = std::make_shared<cuda::Event>(lane.context);
-  std::optional<Error> refused;
-  try {
-    cuda::enqueue_copies(*lane.context, route, copies, flight.stream, in_batches);
-  } catch (const Error& error) {
-    refused = error;
-  }
-  try {
-    event->record(flight.stream);
-    flight.event = std::move(event);
-  } catch (const Error&) {  // then the stream is looked at
-    if (!refused) throw;
-  }
-  if (refused) throw *refused;
 }
 
 void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {

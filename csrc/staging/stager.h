@@ -18,24 +18,21 @@
 // sides, stays as it is until the copy has ended: a job that fails meanwhile ends after it.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
-#include <exception>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "base/device.h"
 #include "cuda/driver.h"
-#include "cuda/spare_memory.h"
 #include "jobs/job.h"
 #include "memory/arena.h"
 #include "staging/arena_reserve.h"
+#include "staging/lane.h"
 
 namespace lazyckpt {
 
@@ -44,32 +41,6 @@ struct StagerOptions {
   std::string driver;      // the path of libcuda; empty: the system's
   size_t cache_bytes = 0;  // of each device, at most
   size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
-};
-
-enum class CopyRoute : uint8_t {
-  kDirect,     // from the caller's memory to the arena
-  kToCache,    // from there to the cache: those of several chunks
-  kToLook,     // from there to memory of the host's, where submit() looks at it
-  kFromCache,  // and on to the arena
-};
-
-// A batch of copies on one stream; of one chunk, but for those to the cache.
-struct Flight {
-  bool is_for_chunk() const { return route == CopyRoute::kDirect || route == CopyRoute::kFromCache; }
-
-  std::shared_ptr<Job> job;
-  int device = kHost;
-  size_t chunk = 0;
-  bool lazy = true;
-  CopyRoute route = CopyRoute::kDirect;
-  size_t bytes = 0;  // on a lane's stream
-  uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
-  std::shared_ptr<cuda::Event> after;  // and what the copies must come after
-  std::shared_ptr<cuda::HostMemory> memory;  // kToLook: where they go; stays until they have landed
-  cuda::StreamHandle stream = nullptr;
-  std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
-  double deadline = 0;
-  bool landed = false;  // guarded by the monitor's mutex, as all of it once the lane has it
 };
 
 class Stager {
@@ -129,39 +100,17 @@ class Stager {
   std::vector<std::shared_ptr<Flight>> order_behind_copies(Lock& lock, const Streams& streams) const;
 
  private:
-  struct Lane {
-    std::shared_ptr<const cuda::Context> context;
-    std::unique_ptr<cuda::Stream> stream;
-    std::unique_ptr<DeviceCache> cache;
-    bool review_cache = false;  // a job has begun; guarded by the monitor's mutex, as the next two
-    size_t flying_bytes = 0;    // lazy ones in its stream
-    std::vector<std::shared_ptr<Flight>> flights;
-    bool ready = false;                            // guarded by it, too, as the next one: one of both comes to be
-    std::optional<Error> failure;                  // why its thread ends at once
-    bool pins_arena = false;                       // the first to be opened does; constant in its thread
-    std::atomic<bool> in_batches{true};            // until the driver refuses a batch of copies
-    std::thread thread;
-  };
-
   Lane& open_lane(int device);
   Lane* find_lane(int device) const;  // requires the lock
   void run(Lane& lane);
   void carry(Lane& lane);
   void pin_arena(Lane& lane);
-  bool land(Lock& lock, Lane& lane);
-  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next two
+  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next
   std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
-  bool window_open(const Lane& lane) const;
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
-  void copy(Lane& lane, Flight& flight);                                // without it
-  // Without it, too: the copies, and an event behind them, even if one is refused: others may be on their way.
-  void launch(const Lane& lane, Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies,
-              std::atomic<bool>& in_batches);
   bool is_pinned() const;                                               // without it
   void look(const std::shared_ptr<Flight>& flight);                     // without it
-  void take_off(const std::shared_ptr<Flight>& flight);                 // requires the lock
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
-  void account_landed(Lane& lane, Flight& flight, const std::optional<Error>& error);               // requires the lock
 
   // To the cache: see to_spare_memory.cc.
   struct CachePlace {
@@ -191,11 +140,5 @@ class Stager {
   std::vector<std::shared_ptr<cuda::HostMemory>> spare_;  // to lend
   std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
 };
-
-DeviceProgress& progress_of(Job& job, int device);
-DeviceShare* share_of(Chunk& chunk, int device);  // null if it has none
-Error with_path(const Job& job, const Error& error);
-Error error_of(const Job& job, const std::exception& caught);  // of one of ours, or of want of memory
-Error landing_deadline(const Flight& flight);  // it has not landed in time
 
 }  // namespace lazyckpt

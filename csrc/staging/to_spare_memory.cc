@@ -51,7 +51,7 @@ bool Stager::cache_batch(Lock& lock, Lane& lane, const std::shared_ptr<Job>& job
   flight->lazy = false;
   flight->route = CopyRoute::kToCache;
   flight->stream = stream;
-  take_off(flight);
+  flight->take_off();
   lock.unlock();
   std::optional<Error> error;
   try {
@@ -74,7 +74,7 @@ Stager::CacheBatch Stager::reserve_cache(Lane& lane, Job& job) {
     Chunk& chunk = job.chunks[index - 1];
     if (share_of(chunk, device) != nullptr) {
       const LazyPart part = lazy_part(chunk, device);
-      Span span = lane.cache->try_allocate(part.end - part.begin);
+      Span span = lane.cache.try_allocate(part.end - part.begin);
       if (!span.valid()) break;
       batch.push_back({index - 1, part.bytes, reinterpret_cast<uintptr_t>(span.begin()) - part.begin});
       progress.cached.emplace(index - 1, CachedShare{std::move(span), part.begin, nullptr});
@@ -97,7 +97,7 @@ void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) 
       copies.push_back({place.base + copy.at, reinterpret_cast<cuda::Address>(copy.source), copy.length});
     }
   }
-  launch(lane, flight, cuda::Route::kOnDevice, copies, lane.in_batches);
+  lane.launch(flight, cuda::Route::kOnDevice, copies, lane.in_batches);
 }
 
 void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,
@@ -120,7 +120,7 @@ void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, cons
 std::vector<Stager::CacheState> Stager::caches() const {
   std::vector<CacheState> states;
   for (const auto& lane : lanes_) {
-    const DeviceCache& cache = *lane->cache;
+    const DeviceCache& cache = lane->cache;
     states.push_back({lane->context->device(), cache.size(), cache.used(), cache.failure()});
   }
   return states;
