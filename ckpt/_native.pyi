@@ -3,6 +3,11 @@ from typing import Any
 
 import torch
 
+# What may happen to the bytes of a record.
+COPY: int  # they may change as soon as submit() has returned
+LAZY: int  # they may change behind the next fence
+OWNED: int  # they never change
+
 class Job:
     captured: bool
     released: bool
@@ -42,7 +47,7 @@ class Engine:
         head: Sequence[tuple[str, bytes]],
         addresses: Sequence[int],
         sizes: Sequence[int],
-        kinds: bytes,
+        kinds: bytes,  # COPY, LAZY or OWNED of each
         tail: Sequence[tuple[str, bytes]],
         copy_at_most: int,
         uniform_alignment: int,

@@ -32,7 +32,7 @@ from ckpt._native import Record
 from ckpt._torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
 from ckpt._views import ByteInterval, VirtualStorages, byte_interval
 
-COPY, LAZY, OWNED = 0, 1, 2  # as in csrc/format/file_spec.h: enum class Source
+COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of records: see _native.pyi
 
 _PROTOCOL = 2  # the only one that weights_only loading accepts in full
 _rebuild = rebuilding()

@@ -21,7 +21,7 @@ __all__ = ["cuda", "fake_library"]
 
 KIB, MIB = 1 << 10, 1 << 20
 HOST = -1
-EAGER, LAZY = 0, 1
+EAGER, LAZY = _native.COPY, _native.LAZY
 
 
 @dataclasses.dataclass

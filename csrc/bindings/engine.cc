@@ -15,6 +15,7 @@
 #include "base/crc32.h"
 #include "bindings/errors.h"
 #include "engine/engine.h"
+#include "format/file_spec.h"
 #include "format/torch_zip.h"
 #include "os/file.h"
 
@@ -70,10 +71,11 @@ std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, c
   std::vector<StorageBytes> storages;
   storages.reserve(count);
   for (size_t i = 0; i < count; ++i) {
-    if (kind[i] < 0 || kind[i] > 2) throw py::value_error("a storage's kind is 0 (copy), 1 (lazy) or 2 (owned)");
+    const auto on_host = static_cast<Source>(kind[i]);
+    if (!is_kind_of_record(on_host)) throw py::value_error("a storage's kind is 0 (copy), 1 (lazy) or 2 (owned)");
     const int device = devices.empty() || devices[i] < 0 ? kHost : devices[i];
-    const auto of_device = kind[i] == 0 ? Source::kDeviceCopy : Source::kDeviceLazy;
-    const auto source = device == kHost ? static_cast<Source>(kind[i]) : of_device;
+    const auto of_device = on_host == Source::kCopy ? Source::kDeviceCopy : Source::kDeviceLazy;
+    const auto source = device == kHost ? on_host : of_device;
     storages.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i], source, device});
   }
   return storages;
@@ -226,6 +228,13 @@ void bind_job(py::module_& module) {
       .def("fail", [](Job& job, const std::string& why) {
         locked(job, [&] { job.fail(Error(ErrorKind::kChanged, why, -1, job.file->path())); });
       });
+}
+
+// Numbers, because the kinds of all records are one bytearray.
+void bind_kinds(py::module_& module) {
+  module.attr("COPY") = static_cast<int>(Source::kCopy);
+  module.attr("LAZY") = static_cast<int>(Source::kLazy);
+  module.attr("OWNED") = static_cast<int>(Source::kOwned);
 }
 
 void bind_engine(py::module_& module) {

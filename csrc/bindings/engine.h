@@ -1,8 +1,8 @@
 // Saving: (address, bytes) in, jobs out. It checks what Python hands over, makes the file and its layout of that, and says in
 // Python what became of it.
 //
-// Lifetime contract: submit() reads kinds "copy" before it returns; the memory of kind "lazy" must stay allocated until
-// the job is captured or finished, that of kind "owned" until it is finished; memory of a device, whatever its kind, until the
+// Lifetime contract: submit() reads what is COPY before it returns; the memory of what is LAZY must stay allocated until
+// the job is captured or finished, that of what is OWNED until it is finished; memory of a device, whatever its kind, until the
 // job is released. The GIL is released in every call that can wait.
 #pragma once
 
@@ -10,6 +10,7 @@
 
 namespace lazyckpt {
 
+void bind_kinds(pybind11::module_& module);
 void bind_job(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 

@@ -13,6 +13,7 @@ using namespace lazyckpt;
 PYBIND11_MODULE(_native, module) {
   module.doc() = "The engine of ckpt. Private: its names change without notice.";
   pybind11::register_exception_translator(&translate);
+  bind_kinds(module);
   bind_job(module);
   bind_engine(module);
   bind_files(module);

@@ -13,7 +13,8 @@
 
 namespace lazyckpt {
 
-// What may happen to an extent's bytes, and so when they must have been read.
+// What may happen to an extent's bytes, and so when they must have been read. The kinds of memory of the host are those that
+// Python gives each record; see is_kind_of_record().
 enum class Source : uint8_t {
   kCopy,   // may change as soon as submit() returns: copied to the arena before
   kLazy,   // may change after the next fence: written in place until then, copied to the arena by the fence
@@ -23,6 +24,9 @@ enum class Source : uint8_t {
   kDeviceLazy,  // may change behind the next fence: copied on a stream of ours
 };
 
+inline bool is_kind_of_record(Source kind) {
+  return kind == Source::kCopy || kind == Source::kLazy || kind == Source::kOwned;
+}
 inline bool on_device(Source kind) { return kind == Source::kDeviceCopy || kind == Source::kDeviceLazy; }
 
 constexpr uint32_t kStructure = std::numeric_limits<uint32_t>::max();  // an extent or piece that belongs to no record

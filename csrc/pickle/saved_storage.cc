@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include "format/file_spec.h"
+
 namespace py = pybind11;
 
 namespace lazyckpt {
@@ -119,8 +121,6 @@ Record& to_record(PyObject* object) {
 
 // ---- Placing -----------------------------------------------------------------------------------------------------
 
-enum Kind : char { kCopy = 0, kLazy = 1 };  // as in ckpt/_plan.py
-
 unsigned long long address_of(PyObject* storage) {
   const py::object address = names().data_ptr.call_on(storage);
   const unsigned long long value = PyLong_AsUnsignedLongLong(address.ptr());
@@ -210,8 +210,8 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool worthwhile = record.nbytes > eager_bytes || (!devices.empty() && devices[i] >= 0);
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
-    if (worthwhile && kind == kCopy && laziness.has(record)) {
-      kind = kLazy;
+    if (worthwhile && kind == static_cast<char>(Source::kCopy) && laziness.has(record)) {
+      kind = static_cast<char>(Source::kLazy);
       record.version = version_of(record.tensor);
       lazy.append(py::handle(object));
     }
