@@ -1,5 +1,5 @@
-// A file as what is to be written of it: extents, each with the place of its bytes and when they may change, and where checksums
-// are to be filled in. A format makes it; jobs cut it into chunks and know nothing else of the format.
+// A file as what is to be written of it: extents, each with the place of its bytes and when they may change, and where
+// checksums are to be filled in. A format makes it; jobs cut it into chunks and know nothing else of the format.
 #pragma once
 
 #include <algorithm>

@@ -4,30 +4,12 @@
 #include <utility>
 
 #include "base/error.h"
+#include "format/zip_format.h"
 
 namespace lazyckpt {
 namespace {
 
-constexpr uint32_t kLocalSignature = 0x04034b50;
-constexpr uint32_t kDescriptorSignature = 0x08074b50;
-constexpr uint32_t kDirectorySignature = 0x02014b50;
-constexpr uint32_t kZip64EndSignature = 0x06064b50;
-constexpr uint32_t kZip64LocatorSignature = 0x07064b50;
-constexpr uint32_t kEndSignature = 0x06054b50;
-
-constexpr uint16_t kUtf8 = 0x800;
-constexpr uint16_t kHasDescriptor = 0x8;
-constexpr uint16_t kZip64Extra = 0x0001;
-constexpr uint16_t kPaddingExtra = 0x4246;  // "FB"
-constexpr uint16_t kVersionMadeBy = 0x031e;
-constexpr uint16_t kVersionNeeded = 0x002d;
-constexpr uint32_t kMax32 = 0xFFFFFFFFu;  // the value that sends a reader to the zip64 field
-constexpr uint16_t kMax16 = 0xFFFFu;
-constexpr size_t kLocalHeaderBytes = 30;
-constexpr size_t kZip64EndBytes = 56;
-constexpr uint32_t kLargestAlign = 32768;  // the padding field's length has 16 bits
-
-bool needs_zip64(uint64_t value) { return value >= kMax32; }
+using namespace zip;
 
 class Builder {
  public:
@@ -89,7 +71,7 @@ class Builder {
     put32(kLocalSignature);
     put16(0);
     put16(flags(record));
-    put16(0);  // stored
+    put16(kStored);
     put32(0);  // no time
     put32(0);  // CRC and sizes: in the descriptor
     put32(0);
@@ -108,7 +90,7 @@ class Builder {
     }
     put16(kPaddingExtra);
     put16(static_cast<uint16_t>(padding));
-    put_text(std::string(padding, 'Z'));
+    put_text(std::string(padding, kPaddingByte));
   }
 
   static size_t padding_for(const ZipRecord& record, uint64_t start) {
@@ -124,7 +106,7 @@ class Builder {
 
   void add_descriptor(size_t index) {
     const uint64_t size = records_[index].size;
-    const int width = needs_zip64(size) || needs_zip64(header_offsets_[index]) ? 8 : 4;
+    const int width = is_descriptor_wide(size, header_offsets_[index]) ? 8 : 4;
     put32(kDescriptorSignature);
     put_crc(index);
     put(size, width);
@@ -168,7 +150,7 @@ class Builder {
     put16(0);
     put16(0);
     put16(flags(record));
-    put16(0);
+    put16(kStored);
     put32(0);
     put_crc(index);
     put32(size32);

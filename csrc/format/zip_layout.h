@@ -1,6 +1,6 @@
-// The torch zip file, as bytes that are to be written. It places records, and produces everything that stands around them (local
-// headers, data descriptors, central directory), before a single tensor byte moves; only the CRC-32s are left open, as a list of
-// places to fill in. What reads such files is in reading/zip_directory.h and reading/record_file.h.
+// The torch zip file, as bytes that are to be written. It places records, and produces everything that stands around them
+// (local headers, data descriptors, central directory), before a single tensor byte moves; only the CRC-32s are left open,
+// as a list of places to fill in. The numbers of the format are in zip_format.h; reading/ knows them, too.
 //
 // The format is the one that torch 2.13's PyTorchFileWriter (miniz) writes: stored records, flags 0x808, CRC and sizes in
 // a data descriptor, payload aligned by an "FB" extra field padded with 'Z', always a zip64 end record. Given the same

@@ -9,12 +9,12 @@
 #include "base/crc32.h"
 #include "base/error.h"
 #include "base/signals.h"
+#include "format/zip_format.h"
 #include "format/zip_layout.h"
 
 namespace lazyckpt {
 namespace {
 
-constexpr uint32_t kAnyAlign = 32768;
 constexpr uint64_t kCheckedAtOnce = uint64_t{4} << 20;
 // Bytes between records are kept for comparison up to this much in all; files of ours and torch's have far less.
 constexpr uint64_t kMostKept = uint64_t{64} << 20;
@@ -91,8 +91,8 @@ ZipLayout expected_layout(const std::vector<ZipEntry>& entries, const std::strin
   std::vector<ZipRecord> records;
   records.reserve(entries.size());
   for (const ZipEntry& entry : entries) {
-    const auto remainder = static_cast<uint32_t>(entry.payload_offset % kAnyAlign);
-    records.push_back({entry.name.substr(archive.size() + 1), entry.size, kAnyAlign, remainder});
+    const auto remainder = static_cast<uint32_t>(entry.payload_offset % zip::kLargestAlign);
+    records.push_back({entry.name.substr(archive.size() + 1), entry.size, zip::kLargestAlign, remainder});
   }
   ZipLayout layout = lay_out_zip(archive, records);
   size_t part = 0;
@@ -107,14 +107,12 @@ ZipLayout expected_layout(const std::vector<ZipEntry>& entries, const std::strin
 // Whether records begin where those before them end, as our writers lay them out, but for the few places that some
 // damage may have moved. Only then is the expected layout built: its padding is bounded by the file's size.
 bool are_contiguous(const std::vector<ZipEntry>& entries) {
-  constexpr uint64_t kMax32 = 0xFFFFFFFFu;
   constexpr int kMostBreaks = 4;
   uint64_t end = 0;
   int breaks = 0;
   for (const ZipEntry& entry : entries) {
     if (entry.header_offset != end && ++breaks > kMostBreaks) return false;
-    const bool wide = entry.size >= kMax32 || entry.header_offset >= kMax32;
-    end = entry.payload_offset + entry.size + (entry.size == 0 ? 0 : wide ? 24 : 16);
+    end = entry.payload_offset + entry.size + zip::descriptor_bytes(entry.size, entry.header_offset);
   }
   return true;
 }

@@ -5,20 +5,16 @@
 #include <unordered_set>
 
 #include "base/error.h"
+#include "format/zip_format.h"
 #include "os/file.h"
 #include "reading/range_reader.h"
 
 namespace lazyckpt {
 namespace {
 
-constexpr size_t kEndBytes = 22;
-constexpr size_t kLocatorBytes = 20;
-constexpr size_t kZip64EndBytes = 56;
-constexpr size_t kDirectoryEntryBytes = 46;
-constexpr size_t kLocalHeaderBytes = 30;
-constexpr size_t kLongestComment = 65535;
-constexpr uint64_t kMax32 = 0xFFFFFFFFu;
-constexpr uint64_t kMax16 = 0xFFFFu;
+using namespace zip;
+
+constexpr size_t kLongestComment = kMax16;
 
 [[noreturn]] void corrupt(const ReadableFile& file, const std::string& what) {
   throw Error(ErrorKind::kCorrupt, "'" + file.path() + "' is damaged or not a torch zip file: " + what, 0, file.path());
@@ -35,9 +31,7 @@ uint64_t number(const Bytes& bytes, size_t at, int width) {
   return value;
 }
 
-bool has_signature(const std::string& bytes, size_t at, const char* signature) {
-  return bytes.compare(at, 4, signature, 4) == 0;
-}
+bool has_signature(const std::string& bytes, size_t at, uint32_t signature) { return number(bytes, at, 4) == signature; }
 
 std::string read(const ReadableFile& file, uint64_t offset, uint64_t length) {
   if (offset > file.size() || length > file.size() - offset) corrupt(file, "its directory points outside the file");
@@ -55,17 +49,17 @@ Directory find_directory(const ReadableFile& file) {
   const std::string tail = read(file, file.size() - tail_bytes, tail_bytes);
   if (tail.size() < kEndBytes) corrupt(file, "it is too short");
   size_t at = tail.size() - kEndBytes;
-  while (!has_signature(tail, at, "PK\5\6") || number(tail, at + 20, 2) != tail.size() - at - kEndBytes) {
+  while (!has_signature(tail, at, kEndSignature) || number(tail, at + 20, 2) != tail.size() - at - kEndBytes) {
     if (at-- == 0) corrupt(file, "it has no end record; was it cut off?");
   }
   Directory found{number(tail, at + 16, 4), number(tail, at + 12, 4), number(tail, at + 10, 2)};
   const uint64_t end_offset = file.size() - tail.size() + at;
   const bool wants_zip64 = found.offset == kMax32 || found.size == kMax32 || found.count == kMax16;
-  if (end_offset >= kLocatorBytes) {
-    const std::string locator = read(file, end_offset - kLocatorBytes, kLocatorBytes);
-    if (has_signature(locator, 0, "PK\6\7")) {
+  if (end_offset >= kZip64LocatorBytes) {
+    const std::string locator = read(file, end_offset - kZip64LocatorBytes, kZip64LocatorBytes);
+    if (has_signature(locator, 0, kZip64LocatorSignature)) {
       const std::string end64 = read(file, number(locator, 8, 8), kZip64EndBytes);
-      if (!has_signature(end64, 0, "PK\6\6")) corrupt(file, "its zip64 end record is missing");
+      if (!has_signature(end64, 0, kZip64EndSignature)) corrupt(file, "its zip64 end record is missing");
       return {number(end64, 48, 8), number(end64, 40, 8), number(end64, 32, 8)};
     }
   }
@@ -80,7 +74,7 @@ void read_zip64(const ReadableFile& file, const std::string& bytes, size_t at, s
     const uint64_t id = number(bytes, at, 2), length = number(bytes, at + 2, 2);
     at += 4;
     if (length > end - at) break;
-    if (id == 1) {
+    if (id == kZip64Extra) {
       size_t field = at;
       for (uint64_t* value : {&entry.size, &stored_size, &entry.header_offset}) {
         if (*value != kMax32) continue;
@@ -95,7 +89,7 @@ void read_zip64(const ReadableFile& file, const std::string& bytes, size_t at, s
 }
 
 ZipEntry parse_entry(const ReadableFile& file, const std::string& bytes, size_t& at) {
-  if (bytes.size() - at < kDirectoryEntryBytes || !has_signature(bytes, at, "PK\1\2")) {
+  if (bytes.size() - at < kDirectoryEntryBytes || !has_signature(bytes, at, kDirectorySignature)) {
     corrupt(file, "its directory is broken at entry offset " + std::to_string(at));
   }
   const uint64_t flags = number(bytes, at + 8, 2), method = number(bytes, at + 10, 2);
@@ -111,8 +105,8 @@ ZipEntry parse_entry(const ReadableFile& file, const std::string& bytes, size_t&
   entry.size = number(bytes, at + 24, 4);
   entry.header_offset = number(bytes, at + 42, 4);
   read_zip64(file, bytes, fixed_end + name, fixed_end + name + extra, entry, stored_size);
-  if ((flags & 1) != 0) corrupt(file, "record '" + entry.name + "' is encrypted");
-  if (method != 0 || stored_size != entry.size) refuse_compressed(file, entry.name);
+  if ((flags & kEncrypted) != 0) corrupt(file, "record '" + entry.name + "' is encrypted");
+  if (method != kStored || stored_size != entry.size) refuse_compressed(file, entry.name);
   at = fixed_end + name + extra + comment;
   return entry;
 }
@@ -136,12 +130,12 @@ std::vector<std::string> read_headers(const std::shared_ptr<const ReadableFile>&
 }
 
 void find_payload(const ReadableFile& file, const std::string& header, ZipEntry& entry) {
-  if (!has_signature(header, 0, "PK\3\4")) corrupt(file, "the header of record '" + entry.name + "' is broken");
+  if (!has_signature(header, 0, kLocalSignature)) corrupt(file, "the header of record '" + entry.name + "' is broken");
   const uint64_t name = number(header, 26, 2), extra = number(header, 28, 2);
   if (name != entry.name.size() || header.compare(kLocalHeaderBytes, entry.name.size(), entry.name) != 0) {
     corrupt(file, "header and directory disagree on the name of record '" + entry.name + "'");
   }
-  if (number(header, 8, 2) != 0) refuse_compressed(file, entry.name);
+  if (number(header, 8, 2) != kStored) refuse_compressed(file, entry.name);
   entry.payload_offset = entry.header_offset + kLocalHeaderBytes + name + extra;
 }
 
@@ -187,11 +181,15 @@ uint64_t extra_offset(const ZipEntry& entry) { return entry.header_offset + kLoc
 
 bool is_padding(const std::string& extra) {
   size_t at = 0;
-  if (extra.size() >= 4 && number(extra, 0, 2) == 1) at = static_cast<size_t>(4 + number(extra, 2, 2));  // sizes come first
+  const bool sizes_come_first = extra.size() >= 4 && number(extra, 0, 2) == kZip64Extra;
+  if (sizes_come_first) at = static_cast<size_t>(4 + number(extra, 2, 2));
   if (at + 4 > extra.size()) return false;
   const size_t padding = extra.size() - at - 4;
-  std::string expected{'F', 'B', static_cast<char>(padding), static_cast<char>(padding >> 8)};
-  expected.append(padding, 'Z');
+  std::string expected;
+  for (const size_t field : {size_t{kPaddingExtra}, padding}) {
+    for (int byte = 0; byte < 2; ++byte) expected.push_back(static_cast<char>(field >> (8 * byte)));
+  }
+  expected.append(padding, kPaddingByte);
   size_t alike = 0;
   for (size_t i = 0; i < expected.size(); ++i) alike += extra[at + i] == expected[i] ? 1 : 0;
   return alike > expected.size() / 2;  // two bytes are those of any field that stands there alone: the length
