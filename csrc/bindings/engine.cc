@@ -15,6 +15,7 @@
 #include "base/crc32.h"
 #include "bindings/errors.h"
 #include "engine/engine.h"
+#include "engine/save_request.h"
 #include "format/file_spec.h"
 #include "format/torch_zip.h"
 #include "os/file.h"
@@ -81,32 +82,29 @@ std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, c
   return storages;
 }
 
-std::shared_ptr<Job> submit(Engine& engine, const std::string& path, bool direct, const std::string& archive,
-                            const Blobs& head, const std::vector<uintptr_t>& addresses,
-                            const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
-                            size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
-                            uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
-                            const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
-                            bool with_directory, const std::string& like, int directory) {
+std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool direct, const std::string& archive,
+                                 const Blobs& head, const std::vector<uintptr_t>& addresses,
+                                 const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
+                                 size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
+                                 uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
+                                 const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
+                                 bool with_directory, const std::string& like, int directory) {
   usable(engine);
-  const TorchFile file{archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
-                       to_named(tail, copy_at_most), uniform_alignment, direct};
-  py::gil_scoped_release release;
+  SaveRequest request;
+  request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
+                  to_named(tail, copy_at_most), uniform_alignment, direct};
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
-  const Share share{share_index, share_count};
-  const auto limits = expected ? std::optional<IoLimits>({expected->first, expected->second}) : std::nullopt;
-  auto target = std::make_unique<WritableFile>(path, direct, !share.whole(), limits, with_directory, like, directory);
-  ZipLayout layout;
-  FileSpec spec;
-  try {
-    spec = describe(file, target->limits(), share, layout);
-  } catch (...) {
-    target->discard();
-    throw;
-  }
-  auto job = engine.submit(std::move(target), std::move(spec), verify, timeout_s, check_signals, streams);
-  if (!share.whole()) job->layout = std::make_unique<ZipLayout>(std::move(layout));
-  return job;
+  request.share = {share_index, share_count};
+  request.verify = verify;
+  request.timeout_s = timeout_s;
+  request.streams = streams;
+  request.path = path;
+  if (expected) request.expected_limits = IoLimits{expected->first, expected->second};
+  request.with_directory = with_directory;
+  request.like = like;
+  request.directory = directory;
+  py::gil_scoped_release release;
+  return submit(engine, request, check_signals);
 }
 
 // {device: (bytes of the block, bytes of it in use, why there is none)}
@@ -247,7 +245,7 @@ void bind_engine(py::module_& module) {
            }),
            py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none(),
            py::arg("device_cache_bytes") = 0, py::arg("device_window_bytes") = EngineOptions().device_window_bytes)
-      .def("submit", &submit, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
+      .def("submit", &submit_file, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
            py::arg("share_index") = 0, py::arg("share_count") = 1,

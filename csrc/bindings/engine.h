@@ -1,5 +1,5 @@
-// Saving: (address, bytes) in, jobs out. It checks what Python hands over, makes the file and its layout of that, and says in
-// Python what became of it.
+// Saving: (address, bytes) in, jobs out. It checks what Python hands over, makes a SaveRequest of it, and says in Python what
+// became of that.
 //
 // Lifetime contract: submit() reads what is COPY before it returns; the memory of what is LAZY must stay allocated until
 // the job is captured or finished, that of what is OWNED until it is finished; memory of a device, whatever its kind, until the

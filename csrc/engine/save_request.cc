@@ -1,0 +1,26 @@
+#include "engine/save_request.h"
+
+#include <utility>
+
+#include "format/zip_layout.h"
+
+namespace lazyckpt {
+
+std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const Interrupt& interrupt) {
+  const bool shared = !request.share.whole();
+  auto target = std::make_unique<WritableFile>(request.path, request.file.direct, shared, request.expected_limits,
+                                               request.with_directory, request.like, request.directory);
+  ZipLayout layout;
+  FileSpec spec;
+  try {
+    spec = describe(request.file, target->limits(), request.share, layout);
+  } catch (...) {
+    target->discard();
+    throw;
+  }
+  auto job = engine.submit(std::move(target), std::move(spec), request.verify, request.timeout_s, interrupt, request.streams);
+  if (shared) job->layout = std::make_unique<ZipLayout>(std::move(layout));
+  return job;
+}
+
+}  // namespace lazyckpt
