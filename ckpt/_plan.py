@@ -5,8 +5,8 @@ is pickled natively (csrc/pickle), because it is all that save() costs its calle
 through Python's own pickler. There, plain strided tensors take a short way through `reducer_override`; everything else
 (subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
-Two passes at most. The first assumes whole storages and notes which bytes of each are recordd. Only if some storage turns
-out to be recordd in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
+Two passes at most. The first assumes whole storages and notes which bytes of each are viewed. Only if some storage turns
+out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
 """
 
 from __future__ import annotations
