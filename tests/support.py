@@ -17,7 +17,8 @@ import psutil
 import torch
 
 import ckpt
-from ckpt import _native, _runtime
+from ckpt import _native
+from ckpt.saving import inspection
 
 _NOTHING_BESIDE_S = 0.1  # what the work below takes at least where nothing runs beside it, with room for a slow machine
 _MOST_TIMES = 10.0
@@ -68,11 +69,7 @@ def clear_faults() -> None:
 
 def close_engines(timeout_s: float = DEADLINE_S) -> None:
     """Drains and ends every engine that this process keeps, with its threads and its arena."""
-    with _runtime._registry_lock:
-        runtimes = list(_runtime._runtimes.values())
-        _runtime._runtimes.clear()
-    for runtime in runtimes:
-        runtime.close(timeout_s)
+    inspection.close_engines(timeout_s)
 
 
 # ---- resources -------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from test_ranks_apart import IMPATIENT, PATIENT, Threaded, Wire
 import ckpt
 from ckpt._lock import DirectoryLock
 from ckpt.errors import CheckpointError, CorruptError, InUseError, PeerError, SkippedError, StorageError
+from ckpt.saving import inspection
 
 FILES = ("model_states.pt", "rank_{rank}_optim_states.pt")
 
@@ -194,9 +195,9 @@ def test_a_rank_that_misses_the_verdict_keeps_its_files(job: Job, monkeypatch: p
     def broadcast(key: str, payload: bytes | None, timeout_s: float) -> bytes:
         if "prepared-verdict" in key:
             raise PeerError("rank 0 said nothing", (0,))
-        return Threaded.broadcast(job.ranks[1]._coordinator, key, payload, timeout_s)  # type: ignore[arg-type]
+        return Threaded.broadcast(inspection.coordinator_of(job.ranks[1]), key, payload, timeout_s)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(job.ranks[1]._coordinator, "broadcast", broadcast)
+    monkeypatch.setattr(inspection.coordinator_of(job.ranks[1]), "broadcast", broadcast)
     errors = job.save("a", 2.0)
     assert all(isinstance(error, PeerError) for error in errors), errors
     monkeypatch.undo()
@@ -347,6 +348,7 @@ def test_what_a_crash_left_is_removed_before_the_first_save(tmp_path: Path, nati
 def test_a_second_job_is_refused_on_all_ranks(job: Job) -> None:
     holding = f"""
 import ckpt, sys
+from ckpt.saving import inspection
 checkpointer = ckpt.BundleCheckpointer()
 checkpointer.begin({str(job.roots[0])!r}, "theirs").commit().result()
 print("saved", flush=True)
@@ -391,7 +393,7 @@ def test_a_file_that_is_not_there_is_not_published(job: Job) -> None:
     def act(rank: int) -> BaseException | None:
         bundle = job.begin(rank, "a", 1.0)
         if rank == 1:
-            bundle.pending._files[0].temporary.unlink()
+            inspection.files_of(bundle.pending)[0].temporary.unlink()
         return bundle.commit().exception(20)
 
     errors = job.both(act)

@@ -14,6 +14,7 @@ from support import DEADLINE_S, assert_same, options, patience, wait_until
 
 import ckpt
 from ckpt.errors import CaptureError
+from ckpt.saving import inspection
 
 MIB = 1 << 20
 
@@ -89,9 +90,9 @@ def test_an_early_change_is_found_even_if_the_file_is_finished_first(native: Any
     native.clear_faults()
     try:
         deadline = time.monotonic() + 20
-        while not pending._files[0].job.finished and time.monotonic() < deadline:
+        while not inspection.files_of(pending)[0].job.finished and time.monotonic() < deadline:
             pass
-        assert pending._files[0].job.finished
+        assert inspection.files_of(pending)[0].job.finished
     finally:
         sys.setswitchinterval(before)
     refused(pending, r"\[0\]")

@@ -19,8 +19,9 @@ from support import DEADLINE_S, assert_same, clear_faults, options, somebody_is_
 from test_ranks_apart import IMPATIENT, PATIENT, Pair, Threaded, Wire
 
 import ckpt
-from ckpt import _committer, _manifest
+from ckpt import _manifest
 from ckpt.errors import CheckpointError, PeerError, SkippedError, StorageError
+from ckpt.saving import inspection
 
 WEIGHTS = torch.arange(300_000)
 SMALL = options(arena_bytes="32MiB", chunk_bytes="64KiB")  # holds all that is in flight
@@ -85,14 +86,14 @@ def test_the_file_system_demands_something_else(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Than it did for the file before: by what it is laid out for, not by what would be best."""
-    monkeypatch.setattr(_committer, "_noted_buffered", set())
+    inspection.forget_notices()
     native.override_io_limits(*before)
     with ckpt.Checkpointer(tmp_path, options=SMALL) as checkpointer:
         for step in (1, 2, 3):
             pending = checkpointer.save(step, state(step))
             pending.result(DEADLINE_S)
             assert pending.stats.direct_io is (direct or step != 2)
-            assert pending._files[0].job.limits == (before if step == 1 else after)
+            assert inspection.files_of(pending)[0].job.limits == (before if step == 1 else after)
             assert_same(state(step), torch.load(step_path(tmp_path, step) / "state.pt"))
             native.override_io_limits(*after)
     assert caplog.text == "", "there is direct I/O"
@@ -185,7 +186,7 @@ def test_a_step_that_is_being_removed_is_saved_again(tmp_path: Path, native: Any
         checkpointer.save(1, state(1)).result(DEADLINE_S)
         native.set_fault("rename", ".tmp-step-000000000001", delay_s=DEADLINE_S)
         second = checkpointer.save(2, state(2))
-        wait_until(lambda: "step-000000000001" in checkpointer._directories._removing)
+        wait_until(lambda: "step-000000000001" in inspection.being_removed(checkpointer))
         saved: list[ckpt.PendingSave] = []
         thread = threading.Thread(target=lambda: saved.append(checkpointer.save(1, state(10))))
         thread.start()
@@ -208,7 +209,7 @@ def test_what_was_given_up_makes_nothing_later(tmp_path: Path, native: Any) -> N
     with pytest.raises(CheckpointError):
         checkpointer.close()
     clear_faults()
-    wait_until(lambda: pending._files[0].job.finished)
+    wait_until(lambda: inspection.files_of(pending)[0].job.finished)
     assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-000000000001"]
 
 
@@ -250,7 +251,7 @@ def test_a_share_that_comes_too_late_is_removed(tmp_path: Path, native: Any) -> 
     with closing(Pair(tmp_path, writers=1, arena_bytes="32MiB", **IMPATIENT)) as pair:
         assert outcomes(save_on_both(pair, 1)) == [None, None]
         first = pair.ranks[0].save(2, {"rank": 0}, replicated=state(2))
-        wait_until(lambda: all(file.job.finished for file in first._files))
+        wait_until(lambda: all(file.job.finished for file in inspection.files_of(first)))
         native.set_fault("pwritev", "rank-00001", delay_s=DEADLINE_S)
         second = pair.ranks[1].save(2, {"rank": 1}, replicated=state(2))
         assert isinstance(first.exception(DEADLINE_S), PeerError)
@@ -281,11 +282,11 @@ def test_what_others_wrote_is_removed_when_rank_0_skips(tmp_path: Path) -> None:
     ranks = [ckpt.Checkpointer(tmp_path, options=how, coordinator=each) for each in (lingering, Threaded(wire, 1))]
     pair = SimpleNamespace(ranks=ranks)
     assert outcomes(save_on_both(pair, 1)) == [None, None]
-    wait_until(lambda: all(rank._committer.wait_idle(0) for rank in ranks))
+    wait_until(lambda: all(inspection.is_idle(rank) for rank in ranks))
     lingering.go_on.clear()
     busy = save_on_both(pair, 2)
     busy[1].result(DEADLINE_S)
-    wait_until(lambda: ranks[1]._committer.wait_idle(0))
+    wait_until(lambda: inspection.is_idle(ranks[1]))
     skipped = save_on_both(pair, 3)
     assert isinstance(skipped[0].exception(DEADLINE_S), SkippedError)
     lingering.go_on.set()
@@ -322,7 +323,7 @@ def test_ranks_may_have_found_different_limits(tmp_path: Path, native: Any) -> N
             assert outcomes(save_on_both(pair, step)) == [None, None]
             assert_same(state(step), torch.load(step_path(tmp_path, step) / "replicated.pt"))
             if step == 2:
-                assert {rank._directories._limits for rank in pair.ranks} == {(1, 1), (512, 512)}
+                assert {inspection.known_limits(rank) for rank in pair.ranks} == {(1, 1), (512, 512)}
 
 
 class TestBundles:

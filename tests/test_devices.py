@@ -16,9 +16,10 @@ from states import STATES
 from support import assert_same, wait_until
 
 import ckpt
-from ckpt import _committer, _devices
+from ckpt import _devices
 from ckpt._devices import HOST
 from ckpt.errors import CaptureError, DeadlineError, DeviceError
+from ckpt.saving import inspection
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -135,7 +136,7 @@ def test_a_save_whose_copies_are_all_on_their_way_is_fenced_too(training: Traini
     training.cuda.hold_copies(True)
     current = state()
     pending = ckpt.save(current, tmp_path / "a.pt", lazy=True, options=options(arena_bytes="8MiB"))
-    job = pending._files[0].job
+    job = inspection.files_of(pending)[0].job
     wait_until(lambda: job.captured, what="all copies to be enqueued")
     assert not pending.captured, "before a fence they may not be changed"
     ckpt.fence()
@@ -182,7 +183,7 @@ def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Pa
 def test_an_arena_that_is_not_pinned_is_told_once(
     training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_committer, "_noted_pageable", set())
+    inspection.forget_notices()
     training.cuda.fail("cuMemHostRegister", code=2)
     for value in (1.0, 2.0):
         ckpt.save(state(value), tmp_path / "a.pt", lazy=True, options=options()).result(30)

@@ -20,6 +20,7 @@ import ckpt
 from ckpt._devices import HOST
 from ckpt.integrations._deepspeed_engine import LazyCheckpointEngine
 from ckpt.integrations.torch import CheckpointCallback
+from ckpt.saving import inspection
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -261,7 +262,7 @@ def test_shares_wait_in_the_caches_of_their_devices(training: Training, places: 
     for number in range(2):
         places.update({tensor.data_ptr(): number for tensor in tensors_in(shared[number])})
     job.all(lambda number: checkpointers[number].save(1, replicated=shared[number], lazy=True).result(DEADLINE_S))
-    engines = [each._runtime._engine for each in checkpointers]
+    engines = [inspection.engine_of(each) for each in checkpointers]
     wait_until(lambda: all(size for engine in engines for size, _, _ in engine.device_caches.values()), what="the caches")
     training.cuda.hold_copies(True)
 

@@ -19,8 +19,8 @@ import torch
 from support import DEADLINE_S, as_bytes, assert_same, options, wait_until
 
 import ckpt
-from ckpt import _committer, _runtime
 from ckpt.errors import DeadlineError, SkippedError
+from ckpt.saving import inspection
 
 MIB = 1 << 20
 
@@ -80,7 +80,7 @@ def test_direct_io_where_there_is_some(direct: Path, caplog: pytest.LogCaptureFi
 
 
 def test_a_memory_file_system(in_memory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_committer, "_noted_buffered", set())
+    inspection.forget_notices()
     state = some_state()
     for name in ("a.pt", "b.pt", "c.pt"):
         stats = check(save(state, in_memory / name), state)
@@ -93,7 +93,7 @@ def test_a_memory_file_system(in_memory: Path, caplog: pytest.LogCaptureFixture,
 def test_no_direct_io_by_choice_is_no_reason_to_warn(
     how: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_committer, "_noted_buffered", set())
+    inspection.forget_notices()
     state = some_state()
     stats = check(save(state, tmp_path / "x.pt", **how), state)
     assert stats.direct_io is False and caplog.records == []
@@ -123,7 +123,7 @@ def test_any_alignment(limits: tuple[int, int], when: str, native: Any, direct: 
 def test_an_alignment_larger_than_any_record_can_have(
     limits: tuple[int, int], native: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_committer, "_noted_buffered", set())
+    inspection.forget_notices()
     native.override_io_limits(*limits)
     state = some_state()
     assert check(save(state, tmp_path / "x.pt"), state).direct_io is False
@@ -206,7 +206,7 @@ def test_waiting_at_the_fence_is_reported(native: Any, tmp_path: Path) -> None:
 def test_the_arena_is_empty_afterwards_and_never_larger_than_its_cap(native: Any, tmp_path: Path) -> None:
     native.set_fault("pwritev", delay_s=0.002)
     how = options(arena_bytes="2MiB")
-    engine = _runtime.keep(how)[0]._engine
+    engine = inspection.engine_for(how)
     for number in range(4):
         state = some_state()
         pending = ckpt.save(state, tmp_path / f"{number}.pt", lazy=number % 2 == 0, options=how)

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from support import DEADLINE_S, as_bytes, assert_same, clear_faults, close_engines, options, wait_until
 
 import ckpt
-from ckpt import _native, _runtime
+from ckpt import _native
 from ckpt.errors import CaptureError, DeadlineError
+from ckpt.saving import inspection
 
 MIB = 1 << 20
 
@@ -318,7 +319,7 @@ def test_a_fence_with_nothing_in_flight_starts_nothing() -> None:
     close_engines()
     threads = threading.active_count()
     ckpt.fence()
-    assert not _runtime._runtimes and threading.active_count() == threads
+    assert inspection.engine_count() == 0 and threading.active_count() == threads
 
 
 def test_a_fence_that_cannot_be_met_gives_the_save_up_not_the_training(native: Any, tmp_path: Path) -> None:

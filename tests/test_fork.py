@@ -26,6 +26,7 @@ logging.basicConfig(level=logging.INFO, stream=sys.stderr)
 import torch, ckpt
 from ckpt import _native
 from ckpt.errors import ForkedError
+from ckpt.saving import inspection
 directory = sys.argv[1]
 options = ckpt.Options(arena_bytes="1MiB", chunk_bytes="64KiB", writers=2, eager_bytes="4KiB", drain_timeout_s=30)
 weights = torch.arange(2000 * 256, dtype=torch.float32)
@@ -124,7 +125,7 @@ def child():
     for call in (
         lambda: checkpointer.save(9, {}), checkpointer.restore, checkpointer.wait,
         pending.result, pending.exception, lambda: pending.result(0.1),
-        checkpointer._runtime._engine.fence, lambda: checkpointer._runtime._engine.in_flight,
+        inspection.engine_of(checkpointer).fence, lambda: inspection.engine_of(checkpointer).in_flight,
     ):
         refused(call)
     assert not pending.done()

@@ -13,6 +13,7 @@ from support import assert_same, wait_until
 
 import ckpt
 from ckpt.errors import DeviceError
+from ckpt.saving import inspection
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -91,7 +92,7 @@ def test_no_fence_during_a_capture(training: Training, tmp_path: Path, by_hand: 
     how = options(arena_bytes="8MiB" if enqueued else "1MiB")
     pending = ckpt.save(current, tmp_path / "a.pt", lazy=True, options=how)
     if enqueued:
-        wait_until(lambda: pending._files[0].job.captured, what="all copies to be enqueued")
+        wait_until(lambda: inspection.files_of(pending)[0].job.captured, what="all copies to be enqueued")
     with capture(training), pytest.raises(DeviceError, match=rf"device 0.*{REFUSED}"):
         ckpt.fence() if by_hand else optimizer.step()
     assert not pending.captured and torch.equal(weights, expected["weights"])

@@ -14,9 +14,9 @@ import torch
 from support import DEADLINE_S, assert_same, clear_faults, options
 
 import ckpt
-from ckpt import _laziness
 from ckpt._laziness import lazy_storages
 from ckpt._plan import COPY, LAZY, make_plan
+from ckpt.saving import inspection
 
 
 def is_lazy(tensor: torch.Tensor, declared: Any = None) -> bool:
@@ -104,20 +104,20 @@ def test_an_optimizer_that_is_gone_makes_nothing_lazy() -> None:
     weight = parameter(10)
     optimizer = stepped(weight)
     gone = weakref.ref(optimizer)
-    known = len(_laziness._stepped)
+    known = inspection.known_optimizers()
     del optimizer
     gc.collect()
     assert gone() is None and not is_lazy(weight)
-    assert len(_laziness._stepped) < known
+    assert inspection.known_optimizers() < known
 
 
 def test_many_short_lived_optimizers_leave_nothing_behind() -> None:
     gc.collect()
-    known = len(_laziness._stepped)
+    known = inspection.known_optimizers()
     for _ in range(200):
         stepped(parameter(2))
     gc.collect()
-    assert len(_laziness._stepped) <= known
+    assert inspection.known_optimizers() <= known
 
 
 def test_an_address_used_again_is_not_lazy_again() -> None:

@@ -15,8 +15,8 @@ import torch
 from support import assert_no_leak, assert_same, options, resources, wait_until
 
 import ckpt
-from ckpt import _runtime
 from ckpt.errors import CaptureError, StorageError
+from ckpt.saving import inspection
 
 SAVES = 2000
 WARM_UP = 200
@@ -41,7 +41,7 @@ def many(save: Callable[[int], ckpt.PendingSave]) -> None:
     pending.result(60)
     del pending
     assert_no_leak(before, memory_bytes=MEMORY_BYTES)
-    wait_until(lambda: not _runtime._uncaptured, what="an empty list of uncaptured saves")
+    wait_until(lambda: inspection.uncaptured() == 0, what="an empty list of uncaptured saves")
 
 
 def test_many_steps(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_many_steps(tmp_path: Path) -> None:
         many(lambda number: checkpointer.save(number, state, lazy=True))
         checkpointer.wait()
         assert checkpointer.steps() == [WARM_UP + SAVES - 2, WARM_UP + SAVES - 1]
-        assert checkpointer._runtime._engine.arena_used == 0
+        assert inspection.engine_of(checkpointer).arena_used == 0
     # Old ones are removed behind what is waited for, and all of them when it is closed.
     assert len(list(tmp_path.iterdir())) == 4, "the lock, latest, and the two that are kept"
 
@@ -59,7 +59,7 @@ def test_many_files(tmp_path: Path) -> None:
     state = small_state()
     settings = options(arena_bytes="1MiB")
     many(lambda number: ckpt.save(state | {"step": number}, tmp_path / f"{number % 3}.pt", options=settings))
-    assert _runtime.keep(settings)[0]._engine.arena_used == 0
+    assert inspection.engine_for(settings).arena_used == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0.pt", "1.pt", "2.pt"]
     assert_same(state | {"step": WARM_UP + SAVES - 1}, ckpt.load(tmp_path / f"{(WARM_UP + SAVES - 1) % 3}.pt"))
 
@@ -91,9 +91,9 @@ def test_many_failures(tmp_path: Path, native: Any) -> None:
         for number in range(60, 360):
             fail_once(number)
         assert_no_leak(before, memory_bytes=MEMORY_BYTES)
-        engine = checkpointer._runtime._engine
+        engine = inspection.engine_of(checkpointer)
         wait_until(lambda: engine.arena_used == 0, what="an empty arena")
-        assert not _runtime._uncaptured
+        assert inspection.uncaptured() == 0
         checkpointer.save(1000, state).result(30)
 
 
@@ -226,4 +226,4 @@ def test_resident_memory_stays_within_the_arena(tmp_path: Path) -> None:
             ckpt.fence()
             assert resources().memory_bytes < before.memory_bytes + MEMORY_BYTES
         checkpointer.wait()
-        assert checkpointer._runtime._engine.arena_peak <= 1 << 20
+        assert inspection.engine_of(checkpointer).arena_peak <= 1 << 20

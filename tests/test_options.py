@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from support import DEADLINE_S, options
 
 import ckpt
-from ckpt import _runtime
 from ckpt.options import parse_size
+from ckpt.saving import inspection
 
 SIZES = {
     "0": 0,
@@ -154,13 +154,13 @@ def test_the_same_engine_serves_the_same_sizes(tmp_path: Path) -> None:
     """However they are written, and whatever the other options are."""
     for how in (options(arena_bytes="3MiB"), options(arena_bytes=3 << 20, verify_capture=True, eager_bytes=1)):
         ckpt.save([torch.ones(3)], tmp_path / "x.pt", options=how).result(DEADLINE_S)
-    assert len(_runtime._runtimes) == 1
+    assert inspection.engine_count() == 1
     ckpt.save([torch.ones(3)], tmp_path / "x.pt", options=options(arena_bytes="4MiB")).result(DEADLINE_S)
-    assert len(_runtime._runtimes) == 2
+    assert inspection.engine_count() == 2
 
 
 def test_the_arena_is_as_large_as_asked_for_and_chunks_fit_it() -> None:
-    engine = _runtime.keep(options(arena_bytes="1MiB", chunk_bytes="4MiB"))[0]._engine
+    engine = inspection.engine_for(options(arena_bytes="1MiB", chunk_bytes="4MiB"))
     assert engine.arena_bytes == 1 << 20 and engine.chunk_bytes == 1 << 18
-    engine = _runtime.keep(options(arena_bytes="16MiB", chunk_bytes="4MiB"))[0]._engine
+    engine = inspection.engine_for(options(arena_bytes="16MiB", chunk_bytes="4MiB"))
     assert engine.arena_bytes == 16 << 20 and engine.chunk_bytes == 4 << 20

@@ -22,6 +22,7 @@ import ckpt
 from ckpt import _commit, _plan
 from ckpt.coordinator import Coordinator, _file
 from ckpt.errors import CheckpointError, PeerError, StorageError
+from ckpt.saving import inspection
 
 
 class Wire:
@@ -209,7 +210,7 @@ def test_an_error_without_ranks_is_a_failure(pair: Pair, monkeypatch: pytest.Mon
     def gather(key: str, payload: bytes, timeout_s: float) -> None:
         raise PeerError("the network is down")
 
-    monkeypatch.setattr(pair.ranks[0]._coordinator, "gather", gather)
+    monkeypatch.setattr(inspection.coordinator_of(pair.ranks[0]), "gather", gather)
     errors = pair.save_both(2)
     assert "the network is down" in str(errors[0]) and isinstance(errors[1], CheckpointError)
     monkeypatch.undo()
@@ -287,7 +288,7 @@ def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkey
         assert file.sharing.index == 1 or heard.wait(60)
         return share_of(file)
 
-    monkeypatch.setattr(pair.ranks[1]._coordinator, "gather", gather)
+    monkeypatch.setattr(inspection.coordinator_of(pair.ranks[1]), "gather", gather)
     monkeypatch.setattr(_commit, "share_of", share_once_the_other_has_ended)
     one, other = (pair.save(rank, 2) for rank in range(2))
     assert isinstance(one, ckpt.PendingSave) and isinstance(other, ckpt.PendingSave)

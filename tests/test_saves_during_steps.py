@@ -15,7 +15,7 @@ import torch
 from support import DEADLINE_S, assert_same, options
 
 import ckpt
-from ckpt import _laziness, _runtime
+from ckpt.saving import inspection
 
 
 class Interrupted(torch.optim.Optimizer):
@@ -39,7 +39,7 @@ def make(middle: Callable[[], object] = lambda: None) -> tuple[list[torch.nn.Par
     optimizer = Interrupted(weights)
     optimizer.step()  # from now on it is known
     optimizer.middle = middle
-    assert not _laziness.step_is_running()
+    assert not inspection.step_is_running()
     return weights, optimizer
 
 
@@ -141,7 +141,7 @@ def test_a_step_that_raises_does_not_make_everything_eager(compiled: bool, nativ
     assert not saves.made[0][0].captured, "it is lazy again"
     optimizer.step()
     saves.check(1)
-    assert not _laziness._running
+    assert inspection.running_steps() == 0
 
 
 def test_a_step_that_raised_on_a_thread_that_is_gone(native: Any, tmp_path: Path) -> None:
@@ -154,8 +154,8 @@ def test_a_step_that_raised_on_a_thread_that_is_gone(native: Any, tmp_path: Path
     thread = threading.Thread(target=fail)
     thread.start()
     thread.join()
-    assert _laziness._running
-    assert not _laziness.step_is_running() and not _laziness._running
+    assert inspection.running_steps()
+    assert not inspection.step_is_running() and inspection.running_steps() == 0
 
 
 def test_a_save_from_the_closure_of_a_step(native: Any, tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_a_fence_waits_for_a_save_that_is_beginning_on_another_thread(fence: str
     blocking.go_on.set()
     saver.join()
     writer.join()
-    assert ended.is_set() and not _runtime._beginning
+    assert ended.is_set() and inspection.beginning() == 0
     assert_same([7, *expected], ckpt.load(made[0].result(DEADLINE_S), weights_only=False))
 
 
@@ -229,7 +229,7 @@ def test_a_save_that_cannot_begin_holds_up_nobody(tmp_path: Path) -> None:
     _, optimizer = make()
     with pytest.raises(ZeroDivisionError):
         ckpt.save([Unpicklable()], tmp_path / "x.pt", options=options())
-    assert not _runtime._beginning
+    assert inspection.beginning() == 0
     threading.Thread(target=optimizer.step).start()
     optimizer.step()
 

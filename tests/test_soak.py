@@ -16,6 +16,7 @@ from support import assert_no_leak, assert_same, clear_faults, options, resource
 
 import ckpt
 from ckpt.errors import CheckpointError, FailedSavesError, SkippedError
+from ckpt.saving import inspection
 
 SOAK_S = 180.0
 MEMORY_BYTES = 48 << 20
@@ -111,7 +112,7 @@ class Run:
     def reopen(self) -> None:
         clear_faults()
         self.settle()
-        self.checkpointer._last_failed = None  # its faults were meant
+        inspection.forget_failures(self.checkpointer)  # its faults were meant
         self.checkpointer.close()
         self.checkpointer = self.open()
         self.counts["reopened"] += 1
@@ -152,7 +153,7 @@ def test_soak(seed: int, tmp_path: Path, native: Any) -> None:
             run.settle()
             warm = resources()
     run.restore()
-    engine = run.checkpointer._runtime._engine
+    engine = inspection.engine_of(run.checkpointer)
     wait_until(lambda: engine.arena_used == 0, what="an empty arena")
     run.reopen()
     run.save()

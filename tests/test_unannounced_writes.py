@@ -15,6 +15,7 @@ from support import DEADLINE_S, assert_same, clear_faults, options, wait_until
 
 import ckpt
 from ckpt.errors import CaptureError
+from ckpt.saving import inspection
 
 MIB = 1 << 20
 Write = Callable[[list[torch.Tensor]], object]
@@ -137,7 +138,7 @@ def test_a_write_that_was_under_way_at_the_capture_is_found_at_the_end(native: A
     native.set_fault("fdatasync", delay_s=DEADLINE_S)
     training = Training()
     pending = ckpt.save(training.state(), tmp_path / "x.pt", options=options())
-    job = pending._files[0].job
+    job = inspection.files_of(pending)[0].job
     wait_until(lambda: job.captured, DEADLINE_S, "the capture")
     swap_averages_in(training.written)
     clear_faults()
@@ -176,7 +177,7 @@ def test_bytes_that_come_back_between_the_checksum_and_the_write(native: Any, tm
     pending = ckpt.save([tensor], tmp_path / "x.pt", lazy=True, options=options())
     tensor.data.add_(1)
     native.clear_faults("fallocate")
-    wait_until(lambda: pending._files[0].job.error is not None, DEADLINE_S, "the look behind the checksum")
+    wait_until(lambda: inspection.files_of(pending)[0].job.error is not None, DEADLINE_S, "the look behind the checksum")
     tensor.data.sub_(1)
     clear_faults()
     assert isinstance(pending.exception(DEADLINE_S), CaptureError)

@@ -30,6 +30,7 @@ from dist.deepspeed_models import Case, Training, batch
 from dist.deepspeed_training import Recorder, digest, start
 
 from ckpt.integrations import _deepspeed_writes as writes
+from ckpt.saving import inspection
 
 torch._dynamo.config.disable = True  # DeepSpeed's Muon would be compiled, for a minute
 
@@ -157,7 +158,7 @@ def written(case: Case, directory: Path) -> dict[str, Any]:
     with fault(call="fallocate", delay_s=LATE_S):
         training.save(str(directory), "saved")
         raised = error_of(write)
-        saves = training.engine.checkpoint_engine._checkpointer._pending
+        saves = inspection.pending_of(training.engine.checkpoint_engine._checkpointer)
         found = {"raised": raised, "captured": [save.captured for save in saves]}
         found |= {"changed": digest(training.state() | {"client": None}) != before}
         found["wait"] = wait_error(training)

@@ -15,6 +15,7 @@ from support import assert_same, options, wait_until
 
 import ckpt
 from ckpt.errors import FailedSavesError, StorageError
+from ckpt.saving import inspection
 
 SMALL = options(arena_bytes="1MiB", chunk_bytes="64KiB")
 BUFFERED = options(arena_bytes="1MiB", chunk_bytes="64KiB", direct_io=False)
@@ -93,7 +94,7 @@ def assert_run_is_good(checkpointer: ckpt.Checkpointer) -> int:
 
 
 def assert_nothing_is_held(checkpointer: ckpt.Checkpointer) -> None:
-    engine = checkpointer._runtime._engine
+    engine = inspection.engine_of(checkpointer)
     wait_until(lambda: engine.arena_used == 0, what="an empty arena")
     assert engine.in_flight == 0
 
@@ -171,7 +172,7 @@ def test_tidying_fails(call: str, code: int, tmp_path: Path, native: Any, caplog
         with start_run(directory, keep=1) as checkpointer:
             sweep.arm()
             assert checkpointer.save(2, make_state(2)).result(30) == step_path(directory, 2)
-            wait_until(lambda checkpointer=checkpointer: checkpointer._committer._in_flight == 0)  # its space is given back
+            wait_until(lambda checkpointer=checkpointer: inspection.places_taken(checkpointer) == 0)  # its space is given back
             native.clear_faults()
             if sweep.struck():
                 strikes += 1

@@ -16,6 +16,7 @@ from support import assert_same, options, patience, wait_until
 
 import ckpt
 from ckpt.errors import ClosedError, DeadlineError, SkippedError, StorageError
+from ckpt.saving import inspection
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -95,7 +96,7 @@ def test_a_capture_that_outruns_its_deadline_fails_the_save_and_not_the_training
         assert checkpointer.steps() == []
         checkpointer.save(2, tensors).result(30)
         assert checkpointer.steps() == [2]
-        engine = checkpointer._runtime._engine
+        engine = inspection.engine_of(checkpointer)
         wait_until(lambda: engine.arena_used == 0, what="an empty arena")
 
 
@@ -197,7 +198,7 @@ def train(directory: Path | None) -> dict[str, Any]:
             checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
     if checkpointer:
         checkpointer.restore()  # waits for all
-        checkpointer._last_failed = None  # the faults are meant
+        inspection.forget_failures(checkpointer)  # the faults are meant
         checkpointer.close()
     return {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
 

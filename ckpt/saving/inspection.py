@@ -1,0 +1,119 @@
+"""What tests and measurements look at inside: engines, saves in flight, and what is noted of optimizers.
+
+Everything that reads private members of this package from outside stands here, so that they can change in one place.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt import _committer, _laziness, _runtime
+from ckpt._file_save import FileSave
+from ckpt.options import Options
+from ckpt.pending import PendingSave
+
+# ---- engines ---------------------------------------------------------------------------------------------------------
+
+
+def engine_for(options: Options) -> Any:
+    """The native engine that saves of single files with these options use; made if there is none yet."""
+    return _runtime.keep(options)[0]._engine
+
+
+def engine_of(checkpointer: Any) -> Any:
+    """The native engine of a Checkpointer or BundleCheckpointer; None once that is closed for good."""
+    return checkpointer._runtime._engine
+
+
+def engine_count() -> int:
+    """How many engines this process keeps."""
+    return len(_runtime._runtimes)
+
+
+def close_engines(timeout_s: float) -> None:
+    """Drains and ends every engine that this process keeps, with its threads and its arena."""
+    with _runtime._registry_lock:
+        runtimes = list(_runtime._runtimes.values())
+        _runtime._runtimes.clear()
+    for runtime in runtimes:
+        runtime.close(timeout_s)
+
+
+# ---- saves in flight -------------------------------------------------------------------------------------------------
+
+
+def files_of(pending: PendingSave) -> tuple[FileSave, ...]:
+    """The files that this process writes for a save."""
+    return pending._files
+
+
+def pending_of(checkpointer: Any) -> list[PendingSave]:
+    """The saves that a Checkpointer or BundleCheckpointer still remembers."""
+    return checkpointer._pending
+
+
+def places_taken(checkpointer: Any) -> int:
+    """Of those that Options.max_in_flight allows; a save gives its place back once it has cleared up."""
+    return checkpointer._committer._in_flight
+
+
+def is_idle(checkpointer: Any) -> bool:
+    """Whether every save that was handed to the background has its outcome."""
+    return checkpointer._committer.wait_idle(0)
+
+
+def forget_failures(checkpointer: Any) -> None:
+    """As if no save had failed: close() does not raise the last error."""
+    checkpointer._last_failed = None
+
+
+def coordinator_of(checkpointer: Any) -> Any:
+    """By what its ranks agree."""
+    return checkpointer._coordinator
+
+
+def being_removed(checkpointer: Any) -> set[str]:
+    """The step directories that a Checkpointer is just taking away."""
+    return checkpointer._directories._removing
+
+
+def known_limits(checkpointer: Any) -> tuple[int, int] | None:
+    """What direct I/O was found to demand in the directory of a Checkpointer."""
+    return checkpointer._directories._limits
+
+
+# ---- fences and optimizers -------------------------------------------------------------------------------------------
+
+
+def uncaptured() -> int:
+    """How many files fences have to look after."""
+    return len(_runtime._uncaptured)
+
+
+def beginning() -> int:
+    """How many saves are just looking for what is lazy."""
+    return len(_runtime._beginning)
+
+
+def step_is_running() -> bool:
+    """Whether any thread is inside a step of any optimizer. Steps that have raised are forgotten here."""
+    return _laziness.step_is_running()
+
+
+def running_steps() -> int:
+    """The same as a number, and those that have raised with it."""
+    return len(_laziness._running)
+
+
+def known_optimizers() -> int:
+    """How many optimizers have stepped, and still live."""
+    return len(_laziness._stepped)
+
+
+# ---- what is said once -----------------------------------------------------------------------------------------------
+
+
+def forget_notices() -> None:
+    """What a process says once (no direct I/O, no pinned memory) is said again."""
+    _committer._noted_buffered.clear()
+    _committer._noted_pageable.clear()
