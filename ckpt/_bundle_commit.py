@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _manifest, _storage
+from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
 from ckpt._bundle_directory import BundleRoot
 from ckpt._file_save import FileSave
 from ckpt._manifest import RANK, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, without_numbers
 from ckpt.errors import CheckpointError, StorageError
+from ckpt.storage import durable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class BundleTicket:
     root: BundleRoot | None = None
     node: str = ""
     files: tuple[FileSave, ...] = ()
-    held: _storage.Directory | None = None
+    held: durable.Directory | None = None
 
     @property
     def what(self) -> str:
@@ -141,10 +142,10 @@ class BundleCommitter:
             _bundle_directory.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
-                    _storage.rename_durably(file.reach(file.temporary), file.reach(file.target))
+                    durable.rename_durably(file.reach(file.temporary), file.reach(file.target))
         except Exception as caught:
             return caught.with_traceback(None)
-        _storage.crash_point("placed")
+        durable.crash_point("placed")
         return None
 
     def _settle(
@@ -155,9 +156,9 @@ class BundleCommitter:
         if self._agreement.rank == 0:
             failure, answers = self._agreement.collect(f"{ticket.number}-{phase}", own)
             if phase == "prepared":
-                _storage.crash_point("prepared")
+                durable.crash_point("prepared")
             elif phase == "placed":
-                _storage.crash_point("all-placed")
+                durable.crash_point("all-placed")
             more: dict[str, Any] = {}
             if failure is None:
                 failure, error, more = act(ticket, answers)
@@ -173,7 +174,7 @@ class BundleCommitter:
                     file.undecided &= phase != "prepared"
                 raise
             if phase == "prepared":
-                _storage.crash_point("prepared")
+                durable.crash_point("prepared")
             outcome = self._agreement.hear(f"{ticket.number}-{phase}-verdict")
             failure = outcome_of(outcome)
         if failure is not None:
@@ -195,7 +196,7 @@ class BundleCommitter:
             if own := files.pop(ticket.node, []):
                 manifest = Manifest(ticket.step, sequence, self._agreement.world_size, tuple(own))
                 self._publish_manifest(ticket, manifest)
-            _storage.crash_point("published")
+            durable.crash_point("published")
             elsewhere = {node: [dataclasses.asdict(file) for file in there] for node, there in files.items()}
             return None, None, {"sequence": sequence, "files": elsewhere, "dropped": dropped}
         except Exception as caught:

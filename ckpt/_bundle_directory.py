@@ -20,10 +20,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt import _manifest, _storage
-from ckpt._lock import DirectoryLock
+from ckpt import _manifest
 from ckpt._manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
@@ -42,7 +43,7 @@ class BundleRoot:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._held = _storage.Directory(path)  # a framework may rename it as soon as it has given us its files
+        self._held = durable.Directory(path)  # a framework may rename it as soon as it has given us its files
         self._lock = DirectoryLock(path)
         self._users = 0  # guarded by _guard, as the next
         self._next_sequence: int | None = None
@@ -56,7 +57,7 @@ class BundleRoot:
             StorageError: it cannot be made or locked.
         """
         with _guard:
-            _storage.make_directory(path, durable=False)
+            durable.make_directory(path, durable=False)
             root = BundleRoot(path)
             key = root._key()  # it may have several names
             root = _roots.get(key, root)
@@ -83,7 +84,7 @@ class BundleRoot:
         """Whether the path still leads here."""
         return self._held.is_at(path)
 
-    def name_of(self, directory: _storage.Directory, name: str) -> str:
+    def name_of(self, directory: durable.Directory, name: str) -> str:
         """Of a bundle that was begun as `name`, for `latest`."""
         now = directory.now()
         if now == directory.path:
@@ -103,11 +104,11 @@ class BundleRoot:
     def _remove_leftovers_in(self, directory: Path) -> None:
         wanted = _named_in(directory)
         for path in directory.iterdir():
-            behind = _storage.name_behind(path.name)
-            if behind is None or path.name in wanted or _storage.may_be_in_use(path.name) or not path.is_file():
+            behind = durable.name_behind(path.name)
+            if behind is None or path.name in wanted or durable.may_be_in_use(path.name) or not path.is_file():
                 continue
             if directory != self.path or behind == LATEST:  # beside the bundles, others save files of their own
-                _storage.remove_file(path)
+                durable.remove_file(path)
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
@@ -135,13 +136,13 @@ class BundleRoot:
                     f"'{called}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
-        _storage.sync_directory(self._held.reach)
-        _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+        durable.sync_directory(self._held.reach)
+        durable.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
 
     def point_latest(self, name: str) -> None:
         """Raises StorageError."""
         self._lock.assert_held()
-        _storage.replace_durably(self._held.reach / LATEST, name.encode(), "latest")
+        durable.replace_durably(self._held.reach / LATEST, name.encode(), "latest")
 
 
 def look(root: Path) -> list[tuple[Path, Manifest]]:
@@ -158,13 +159,13 @@ def place(directory: Path, files: Sequence[FileEntry]) -> None:
     """
     for file in files:
         try:
-            _storage.give_name(directory / file.temporary, directory / file.name)
+            durable.give_name(directory / file.temporary, directory / file.name)
         except StorageError as error:
             # Somebody who read the manifest may have been here before us.
             if error.errno != errno.ENOENT or not _has_size(directory / file.name, file.bytes):
                 raise
     if files:
-        _storage.sync_directory(directory)
+        durable.sync_directory(directory)
 
 
 def complete(directory: Path, manifest: Manifest) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _manifest, _storage
+from ckpt import _manifest
 from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
 from ckpt._directory import StepDirectories
 from ckpt._file_save import FileSave
@@ -25,6 +25,7 @@ from ckpt._manifest import REPLICATED, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, first_difference, without_devices
 from ckpt._shares import Share, join_shares, share_of
 from ckpt.errors import StorageError
+from ckpt.storage import durable
 
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
 
@@ -131,7 +132,7 @@ class StepCommitter:
         self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
     ) -> tuple[Failure | None, BaseException | None]:
         failure, said = self._agreement.collect(f"{ticket.number}-prepared", own)
-        _storage.crash_point("prepared")
+        durable.crash_point("prepared")
         manifest = before = None
         differing: tuple[int, ...] = ()
         if failure is None:
@@ -151,11 +152,11 @@ class StepCommitter:
                 failure = Failure(f"rank 0 could not publish it: {error}", (0,))
                 if manifest is not None and _manifest.stands(manifest, ticket.directory):
                     failure = Failure(f"it is a checkpoint, but not all of it is certain to last: {error}", (0,), stands=True)
-        _storage.crash_point("published")
+        durable.crash_point("published")
         if manifest is not None and failure is None:
             # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
             self._directories.tidy(ticket.directory, manifest, before)
-            _storage.crash_point("tidied")
+            durable.crash_point("tidied")
         self._agreement.tell_outcome(f"{ticket.number}-verdict{'-again' if differing else ''}", failure)
         return failure, error
 
@@ -163,7 +164,7 @@ class StepCommitter:
         """Completes the files that all ranks have written, and gives them their names."""
         joined = []
         for number, part in enumerate(part for part in ticket.parts if part.is_shared):
-            _storage.crash_point("shares-written")
+            durable.crash_point("shares-written")
             crc = join_shares(part.file, [answer.shares[number] for answer in answers])
             self._directories.place(part.file.temporary, part.file.target)
             joined.append(FileEntry(part.file.target.name, part.file.job.size, crc, part.kind))
@@ -201,7 +202,7 @@ class StepCommitter:
             # Rank 0 cannot publish without our word. But it may still be busy with what all write together, and removes that.
             self._take_back(ticket)
             raise error or undelivered.with_traceback(None) from None
-        _storage.crash_point("prepared")
+        durable.crash_point("prepared")
         verdict = self._agreement.hear(f"{ticket.number}-verdict")
         if "compare" in verdict:
             text = ""

@@ -23,12 +23,13 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckpt import _manifest, _storage, _unpublished
-from ckpt._lock import DirectoryLock
+from ckpt import _manifest, _unpublished
 from ckpt._manifest import FileEntry, Manifest
 from ckpt._steps import LATEST, Found, is_step_name, look
 from ckpt._unpublished import names_in, written_for
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
+from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
@@ -48,7 +49,7 @@ class StepDirectories:
         self._keep = keep
         self._max_in_flight = max_in_flight
         self._shared = shared
-        self._held = _storage.Directory(directory)
+        self._held = durable.Directory(directory)
         self._file_lock = DirectoryLock(directory, self.give_way)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
@@ -68,8 +69,6 @@ class StepDirectories:
         self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
         self._retired: list[Path] = []  # no steps any more, but still there
-
-    # ---- looking ---------------------------------------------------------------------------------------------------
 
     def look(self) -> Found:
         """See _steps.py."""
@@ -247,14 +246,14 @@ class StepDirectories:
             with self._taking_away(directory.name) as nobody_writes:
                 if nobody_writes:
                     self._unmark(directory)
-                    _storage.remove_if_empty(directory)  # it is when the first save to this step has failed
+                    durable.remove_if_empty(directory)  # it is when the first save to this step has failed
 
     def _unmark(self, directory: Path) -> None:
         """As long as files of the save that failed are there, their mark stays."""
         with contextlib.suppress(OSError):
             names = names_in(directory)
             if _manifest.NAME in names or not _unpublished.finished(names):
-                _storage.remove_quietly(_unpublished.mark_of(directory, self.token))
+                durable.remove_quietly(_unpublished.mark_of(directory, self.token))
 
     @contextlib.contextmanager
     def _taking_away(self, name: str) -> Iterator[bool]:
@@ -287,15 +286,15 @@ class StepDirectories:
                 f"'{target}' was put there from elsewhere; it was not replaced: save this step again, or under another number"
             )
         if there is None and target.parent.name not in self._others:
-            _storage.make_empty_file(_unpublished.mark_of(target.parent, self.token))
+            durable.make_empty_file(_unpublished.mark_of(target.parent, self.token))
         self._placed.add(target)
-        _storage.crash_point("before-rename")
+        durable.crash_point("before-rename")
         try:
-            _storage.rename_durably(temporary, target)
+            durable.rename_durably(temporary, target)
         except BaseException:
             self.take_back(target)
             raise
-        _storage.crash_point("renamed")
+        durable.crash_point("renamed")
 
     def publish(self, manifest: Manifest, directory: Path) -> None:
         """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
@@ -317,12 +316,12 @@ class StepDirectories:
                     raise CorruptError(
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )
-            _storage.sync_directory(self._directory)
+            durable.sync_directory(self._directory)
             if (before := _manifest.read_if_any(directory)) is not None:
                 self._replaced.setdefault(directory.name, set()).update(_manifest.names(before.files))
             with _unpublished.aside(directory, self.token) as aside:
-                _storage.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest", aside)
-            _storage.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
+                durable.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest", aside)
+            durable.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
 
     def _refuse_another_directory(self) -> None:
         """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.
@@ -348,7 +347,7 @@ class StepDirectories:
         with contextlib.suppress(NotACheckpointError):
             if target.name in _manifest.names(_manifest.read(target.parent).files):
                 return  # committed after all: only the last fsync has failed
-        _storage.remove_quietly(target)
+        durable.remove_quietly(target)
 
     def others_in(self, directory: Path, files: Sequence[FileEntry], before: Manifest | None) -> tuple[str, ...]:
         """Names for Manifest.others: what lies in the step's directory and is not ours.
@@ -395,7 +394,7 @@ class StepDirectories:
         path = self._retired.pop()
         try:
             with self._still_ours():
-                _storage.remove_tree(path)
+                durable.remove_tree(path)
         except (CheckpointError, OSError) as error:  # the next tidy() tries again
             logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
 
@@ -406,7 +405,7 @@ class StepDirectories:
         # Also what a save has replaced that failed behind that.
         replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else _manifest.names(before.files))
         for name in replaced - _manifest.names(manifest.files) - {*manifest.others}:
-            _storage.remove_file(directory / name)
+            durable.remove_file(directory / name)
         if self._keep is None:
             return
         largest = _manifest.bytes_of(manifest)
@@ -416,7 +415,7 @@ class StepDirectories:
             else:
                 self._remove_step(path)
             largest = max(largest, _manifest.bytes_of(old))
-        while self._retired and not _storage.has_room(self._directory, self._max_in_flight * largest):
+        while self._retired and not durable.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
 
     def _remove_leftovers(self) -> None:
@@ -424,8 +423,8 @@ class StepDirectories:
         try:
             self._remove_retired()
             for path in self._directory.iterdir():
-                if _storage.name_behind(path.name) == LATEST:
-                    _storage.remove_file(path)
+                if durable.name_behind(path.name) == LATEST:
+                    durable.remove_file(path)
             for path in self._step_directories():
                 try:
                     self._remove_unnamed(path, _manifest.read(path))
@@ -433,15 +432,15 @@ class StepDirectories:
                     if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
                         self._remove_if_leftover(path)
             while self._retired:
-                _storage.remove_tree(self._retired.pop())
+                durable.remove_tree(self._retired.pop())
         except OSError as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
 
     def _remove_retired(self) -> None:
         """Steps whose removal failed half-way."""
         for path in self._directory.iterdir():
-            if is_step_name(_storage.name_behind(path.name) or "") and path.is_dir():
-                _storage.remove_tree(path)
+            if is_step_name(durable.name_behind(path.name) or "") and path.is_dir():
+                durable.remove_tree(path)
 
     def _remove_if_leftover(self, path: Path) -> None:
         if _unpublished.is_leftover(names_in(path)):
@@ -454,8 +453,8 @@ class StepDirectories:
         wanted = _manifest.names(manifest.files) | {*manifest.others, _manifest.NAME}
         for path in directory.iterdir():
             owner = written_for(path.name)
-            if owner is not None and (owner not in wanted or _storage.is_temporary(path.name)):
-                _storage.remove_file(path)
+            if owner is not None and (owner not in wanted or durable.is_temporary(path.name)):
+                durable.remove_file(path)
 
     def _remove_temporaries(self, directory: Path) -> None:
         """Of saves that are over."""
@@ -463,27 +462,27 @@ class StepDirectories:
         with self._lock:
             wanted = self._in_flight.get(directory.name, set())
         for path in found:
-            if _storage.name_behind(path.name) not in {None, *wanted}:
-                _storage.remove_file(path)
+            if durable.name_behind(path.name) not in {None, *wanted}:
+                durable.remove_file(path)
 
     def _withdraw(self, directory: Path, manifest: Manifest) -> None:
         """Takes a step away that has files of others in its directory: those stay."""
         with self._taking_away(directory.name) as nobody_writes:
             if not nobody_writes:
                 return
-            _storage.remove_file(directory / _manifest.NAME)
-            _storage.sync_directory(directory)
+            durable.remove_file(directory / _manifest.NAME)
+            durable.sync_directory(directory)
             for file in manifest.files:
-                _storage.remove_file(directory / file.name)
+                durable.remove_file(directory / file.name)
 
     def _remove_step(self, directory: Path) -> None:
         with self._taking_away(directory.name) as nobody_writes:
             if not nobody_writes:
                 return
-            retired = _storage.retire_directory(directory)
+            retired = durable.retire_directory(directory)
         self._retired.append(retired)
-        _storage.sync_directory(self._directory)
-        _storage.crash_point("removal-begun")
+        durable.sync_directory(self._directory)
+        durable.crash_point("removal-begun")
 
 
 def _names_in_manifest(directory: Path) -> set[str]:

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _storage
 from ckpt._native import Record
 from ckpt._tripwire import Tripwire
 from ckpt.errors import CaptureError
+from ckpt.storage import durable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class FileSave:
         with_directory: bool = False,
         replicated: bool = False,
         like: Path | None = None,
-        directory: _storage.Directory | None = None,
+        directory: durable.Directory | None = None,
     ) -> None:
         self.target = target
         self.sharing = sharing
@@ -53,7 +53,7 @@ class FileSave:
         self.replicated = replicated
         self.like = like or target
         self.directory = directory
-        self.temporary = _storage.temporary_path(target) if sharing is None else _storage.shared_path(target, sharing.token)
+        self.temporary = durable.temporary_path(target) if sharing is None else durable.shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
@@ -188,4 +188,4 @@ class FileSave:
         Then every rank removes it: one that comes late may have made it anew.
         """
         if not self.undecided and (self.sharing is None or self.sharing.index == 0 or self.given_up):
-            _storage.remove_quietly(self.reach(self.temporary))
+            durable.remove_quietly(self.reach(self.temporary))

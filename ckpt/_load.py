@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from ckpt import _native, _storage
+from ckpt import _native
 from ckpt._archive import TIMEOUT_S, Archive, reader_threads
 from ckpt._memory import Memory, fill, read_whole
 from ckpt._outline import Outline, Selection
 from ckpt._placing import all_on_host
 from ckpt._unpickle import STAY, first_line, has_outlines, is_pretending, only_weights, raise_explained
 from ckpt.errors import CheckpointError, CorruptError, StorageError
+from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
@@ -124,7 +125,7 @@ def is_zip(path: Path) -> bool:
         StorageError: the file cannot be read.
         CorruptError: it is neither.
     """
-    _storage.refuse_irregular(path, "load")
+    durable.refuse_irregular(path, "load")
     try:
         with open(path, "rb") as file:
             start = file.read(len(_OLD_FORMAT))

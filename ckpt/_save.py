@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _devices, _runtime, _storage
+from ckpt import _devices, _runtime
 from ckpt._committer import Committer, Publish
 from ckpt._devices import HOST
 from ckpt._file_save import FileSave
@@ -25,6 +25,7 @@ from ckpt._tripwire import Tripwire
 from ckpt.errors import SkippedError
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
@@ -62,24 +63,24 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     """
     options = options or _DEFAULT
     target = Path(os.path.abspath(os.fsdecode(path)))
-    target = _storage.file_target(target)
-    _storage.directory_of_target(target)
+    target = durable.file_target(target)
+    durable.directory_of_target(target)
     pending = PendingSave(target, on_done=log_failure)
 
-    directory = _storage.Directory(target.parent)
+    directory = durable.Directory(target.parent)
     file = FileSave(target, directory=directory)
 
     def publish(error: BaseException | None) -> Path:
         if error is not None:
             raise error
-        _storage.crash_point("before-rename")
-        if _storage.has_room(directory.reach, options.max_in_flight * file.job.size):
-            pending._afterwards = _storage.keep_space(file.reach(target))
-        _storage.rename_durably(file.reach(file.temporary), file.reach(target))
-        _storage.crash_point("renamed")
+        durable.crash_point("before-rename")
+        if durable.has_room(directory.reach, options.max_in_flight * file.job.size):
+            pending._afterwards = durable.keep_space(file.reach(target))
+        durable.rename_durably(file.reach(file.temporary), file.reach(target))
+        durable.crash_point("renamed")
         return directory.now() / target.name
 
-    _storage.remove_stale(target)
+    durable.remove_stale(target)
     start(*_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
     return pending
 

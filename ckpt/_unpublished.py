@@ -20,8 +20,9 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ckpt import _manifest, _storage
+from ckpt import _manifest
 from ckpt.errors import StorageError
+from ckpt.storage import durable
 
 _FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
 _UNMARKED = "unmarked"
@@ -30,7 +31,7 @@ _MOST_NAMED = 4
 
 def mark_of(directory: Path, token: str) -> Path:
     """The same on all ranks of a job that have the token of its rank 0."""
-    return _storage.temporary_by(directory / _manifest.NAME, token)
+    return durable.temporary_by(directory / _manifest.NAME, token)
 
 
 @contextlib.contextmanager
@@ -40,21 +41,21 @@ def aside(directory: Path, token: str) -> Iterator[Path]:
     if os.path.lexists(mark):
         yield mark
         return
-    other = _storage.temporary_path(directory / _UNMARKED)
+    other = durable.temporary_path(directory / _UNMARKED)
     try:
         yield other
     except BaseException:
-        _storage.remove_quietly(other)
+        durable.remove_quietly(other)
         raise
 
 
 def is_marked(names: Iterable[str]) -> bool:
-    return any(_storage.name_behind(name) == _manifest.NAME for name in names)
+    return any(durable.name_behind(name) == _manifest.NAME for name in names)
 
 
 def finished(names: Iterable[str]) -> set[str]:
     """Those that are not temporary ones of ours."""
-    return {name for name in names if _storage.name_behind(name) is None}
+    return {name for name in names if durable.name_behind(name) is None}
 
 
 def may_hold_others(names: Iterable[str]) -> bool:
@@ -84,8 +85,8 @@ def is_lost(directory: Path) -> bool:
 
 def written_for(name: str) -> str | None:
     """The final name of a file of a step or of a temporary on its way to one; None for files that are not ours."""
-    if _storage.is_temporary(name):
-        return _storage.name_behind(name)
+    if durable.is_temporary(name):
+        return durable.name_behind(name)
     return name if _FILE.fullmatch(name) else None
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _held, _manifest, _storage
+from ckpt import _bundle_directory, _held, _manifest
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
@@ -39,6 +39,7 @@ from ckpt.errors import (
 )
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
@@ -59,7 +60,7 @@ class Bundle:
         self._admitted = False
         self._committed = False
         self._included: list[Path] = []
-        self._held: dict[Path, _storage.Directory] = {}  # where its files are made
+        self._held: dict[Path, durable.Directory] = {}  # where its files are made
         self.pending = pending
 
     @property
@@ -83,10 +84,10 @@ class Bundle:
             return
         try:
             target = Path(os.path.abspath(os.fspath(path)))
-            _storage.file_target(target)
+            durable.file_target(target)
             # Its directory is not made with it: a user may have removed the bundle meanwhile.
             limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
-            _storage.make_directory(target.parent, durable=False)
+            durable.make_directory(target.parent, durable=False)
             file = FileSave(target, limits=limits, directory=self._hold(target.parent))
             add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
@@ -94,10 +95,10 @@ class Bundle:
         except Exception as error:
             self.fail(error)
 
-    def _hold(self, directory: Path) -> _storage.Directory:
+    def _hold(self, directory: Path) -> durable.Directory:
         """From now on all goes there, whatever it is called by then."""
         if directory not in self._held:
-            self._held[directory] = _storage.Directory(directory)
+            self._held[directory] = durable.Directory(directory)
         return self._held[directory]
 
     def include(self, path: str | os.PathLike[str]) -> None:
@@ -288,7 +289,7 @@ class BundleCheckpointer(Saver):
                 self._note_limits(bundle, file)
             try:
                 for path in bundle._included:
-                    _storage.sync_tree(path)
+                    durable.sync_tree(path)
             except OSError as unsynced:
                 failed = failed or unsynced
             there = held.get(ticket.directory)
@@ -407,7 +408,7 @@ class BundleCheckpointer(Saver):
         else:
             return f"'{directory}' has a manifest here, and none on rank 0: all ranks must see the same directory"
         files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-        if all(_storage.is_temporary(file) for file in files):
+        if all(durable.is_temporary(file) for file in files):
             return f"'{directory}' was never completed: it holds no finished file"
         return None
 

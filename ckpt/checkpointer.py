@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _directory, _storage
+from ckpt import _directory
 from ckpt._agreement import Agreement
 from ckpt._choice import Chooser
 from ckpt._commit import Part, StepCommitter, Ticket
@@ -32,6 +32,7 @@ from ckpt.errors import (
 )
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.storage import durable
 
 _tokens = itertools.count()
 
@@ -70,7 +71,7 @@ class Checkpointer(Saver):
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
-        _storage.make_directory(self.directory, durable=True)
+        durable.make_directory(self.directory, durable=True)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt")
@@ -140,7 +141,7 @@ class Checkpointer(Saver):
             try:
                 if not self._claimed:
                     self._directories.claim(self.options.timeout_s)
-                    self._claimed, self._token = True, _storage.shared_token(next(_tokens))
+                    self._claimed, self._token = True, durable.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise

@@ -21,9 +21,9 @@ from support import assert_same, options, patience
 from test_ranks_apart import IMPATIENT, PATIENT, Threaded, Wire
 
 import ckpt
-from ckpt._lock import DirectoryLock
 from ckpt.errors import CheckpointError, CorruptError, InUseError, PeerError, SkippedError, StorageError
 from ckpt.saving import inspection
+from ckpt.storage.directory_lock import DirectoryLock
 
 FILES = ("model_states.pt", "rank_{rank}_optim_states.pt")
 

@@ -21,7 +21,6 @@ from states import Position
 from support import DEADLINE_S, assert_same, clear_faults, options, patience, wait_until
 
 import ckpt
-from ckpt._storage import temporary_path
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
@@ -31,6 +30,7 @@ from ckpt.errors import (
     SkippedError,
     StorageError,
 )
+from ckpt.storage.durable import temporary_path
 
 
 def state(step: int) -> dict[str, Any]:

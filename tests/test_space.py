@@ -12,7 +12,8 @@ import torch
 from support import DEADLINE_S, clear_faults, options, somebody_is_in, wait_until
 
 import ckpt
-from ckpt import _storage, _unpublished
+from ckpt import _unpublished
+from ckpt.storage import durable
 
 STATE = {"weights": torch.arange(50_000)}
 pytestmark = pytest.mark.usefixtures("native")
@@ -104,7 +105,7 @@ def test_what_a_crash_left_gives_its_space_back_before_a_byte_is_written(
     left = tmp_path / "step-000000000007"
     left.mkdir()
     (left / "state.pt").write_bytes(b"half")
-    _unpublished.mark_of(left, _storage.shared_token(7)).touch()
+    _unpublished.mark_of(left, durable.shared_token(7)).touch()
     native.set_fault("fallocate", delay_s=DEADLINE_S)
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         checkpointer.save(1, STATE)

@@ -27,8 +27,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt import _storage
-from ckpt._lock import DirectoryLock
 from ckpt.coordinator._base import (
     OPENING,
     VERDICT_S,
@@ -43,6 +41,8 @@ from ckpt.coordinator._base import (
     unposted_error,
 )
 from ckpt.errors import CheckpointError, StorageError
+from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
 
 FOLDER = ".coordination"
 HELLO_S = 300.0  # for all ranks to come
@@ -105,7 +105,7 @@ class FileCoordinator(Coordinator):
         self._ledger = Ledger()
         self._farewell = Farewell(f"the coordinator over '{directory}'")
         if world_size > 1:
-            _storage.make_directory(self._root / "hello", durable=False)
+            durable.make_directory(self._root / "hello", durable=False)
             (self._open if rank == 0 else self._enter)(timeout_s, origin)
             self._reserve = _Reserve(self._session / "reserve" / str(rank))
             self._reserve.lay_by()
@@ -131,7 +131,7 @@ class FileCoordinator(Coordinator):
             dropped = self._ledger.spoke(key)
             self._put(self._word_path(key), word)
             for old in dropped:
-                _storage.remove_quietly(self._word_path(old))
+                durable.remove_quietly(self._word_path(old))
         return word
 
     def interrupt(self) -> None:
@@ -148,21 +148,21 @@ class FileCoordinator(Coordinator):
         self._alive.release()
         if everybody_read or spent.words:  # else ranks are missing that may still come and read: the next run removes it
             with contextlib.suppress(OSError):
-                _storage.remove_tree(self._session)
-            _storage.remove_if_empty(self._root / "hello")
-            _storage.remove_if_empty(self._root)
+                durable.remove_tree(self._session)
+            durable.remove_if_empty(self._root / "hello")
+            durable.remove_if_empty(self._root)
 
     # ---- messages --------------------------------------------------------------------------------------------------
 
     def _put(self, path: Path, content: bytes) -> None:
         """Where the disk is full, in the place of the reserve."""
         try:
-            _storage.replace_quickly(path, content)
+            durable.replace_quickly(path, content)
         except StorageError as error:
             if error.errno not in _FULL:
                 raise
             self._reserve.give_up()
-            _storage.replace_quickly(path, content)
+            durable.replace_quickly(path, content)
         else:
             self._reserve.renew()
 
@@ -189,7 +189,7 @@ class FileCoordinator(Coordinator):
             for path, rank in self._posts({stem}):
                 if rank not in answers and (payload := _get(path)) is not None:
                     answers[rank] = payload
-                    _storage.remove_quietly(path)
+                    durable.remove_quietly(path)
             if len(answers) == self.world_size - 1 or not pace.rest(found=len(answers) > before):
                 return answers
 
@@ -197,10 +197,10 @@ class FileCoordinator(Coordinator):
         """Removes what nobody will ask for, now that `key` is gathered."""
         spent = self._ledger.heard(key, missing)
         for word in spent.words:
-            _storage.remove_quietly(self._word_path(word))
+            durable.remove_quietly(self._word_path(word))
         if spent.boxes:
             for path, _ in self._posts({_name(box) for box in spent.boxes}):
-                _storage.remove_quietly(path)
+                durable.remove_quietly(path)
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
         pace, path = Pace(self._farewell.patience(key, timeout_s), *_PACE_S), self._word_path(key)
@@ -227,11 +227,11 @@ class FileCoordinator(Coordinator):
         deadline = Deadline(timeout_s)
         own = secrets.token_hex(_ID_BYTES // 2).encode()
         hello = self._root / "hello" / str(self.rank)
-        _storage.replace_quickly(hello, own)
+        durable.replace_quickly(hello, own)
         pace = Pace(deadline, *_PACE_S)
         while (session := _session_naming(self._root / "session", self.rank, own)) is None:
             if not pace.rest():
-                _storage.remove_quietly(hello)
+                durable.remove_quietly(hello)
                 why = f"nobody opened a session in '{self._root}'{origin}"
                 raise silent_error("hello", self.rank, timeout_s, why)
         self._session = self._root / session
@@ -244,21 +244,21 @@ class FileCoordinator(Coordinator):
             if name.startswith("s-"):
                 _remove_if_dead(self._root / name)
         self._session = self._root / f"s-{secrets.token_hex(_ID_BYTES // 2)}"
-        _storage.make_directory(self._session, durable=False)
+        durable.make_directory(self._session, durable=False)
         self._alive = DirectoryLock(self._session)
         self._alive.acquire()
         for folder in ("posts", "words", "reserve"):
-            _storage.make_directory(self._session / folder, durable=False)
+            durable.make_directory(self._session / folder, durable=False)
         entered = self._await_all(Deadline(timeout_s))
         missing = [rank for rank in range(1, self.world_size) if rank not in entered]
-        _storage.remove_quietly(self._root / "session")
+        durable.remove_quietly(self._root / "session")
         if missing:
             self._alive.release()
             with contextlib.suppress(OSError):
-                _storage.remove_tree(self._session)
+                durable.remove_tree(self._session)
             raise missing_error(f"hello in {self._root}", missing, {}, timeout_s, origin)
         for name in os.listdir(self._root / "hello"):
-            _storage.remove_quietly(self._root / "hello" / name)
+            durable.remove_quietly(self._root / "hello" / name)
         self.broadcast(OPENING, b"", timeout_s)
 
     def _await_all(self, deadline: Deadline) -> set[int]:
@@ -268,11 +268,11 @@ class FileCoordinator(Coordinator):
         while True:
             before = len(entered)
             if hellos.look() and len(hellos.ids) == self.world_size - 1:
-                _storage.replace_quickly(self._root / "session", hellos.session_file(self._session.name))
+                durable.replace_quickly(self._root / "session", hellos.session_file(self._session.name))
             for path, rank in self._posts({_name(OPENING)}):
                 if _get(path) == hellos.ids.get(rank):  # else it is of a process that a new one has replaced
                     entered.add(rank)
-                _storage.remove_quietly(path)
+                durable.remove_quietly(path)
             if len(entered) == self.world_size - 1 or not pace.rest(found=len(entered) > before):
                 return entered
 
@@ -283,7 +283,7 @@ def _remove_if_dead(session: Path) -> None:
     with contextlib.suppress(CheckpointError, OSError):
         lock.acquire()
         try:
-            _storage.remove_tree(session)
+            durable.remove_tree(session)
         finally:
             lock.release()
 
@@ -301,13 +301,13 @@ class _Reserve:
         with self._lock:
             self._wanted = True
             with contextlib.suppress(StorageError):
-                _storage.replace_quickly(self._path, secrets.token_bytes(RESERVE_BYTES))  # zeros may take no room
+                durable.replace_quickly(self._path, secrets.token_bytes(RESERVE_BYTES))  # zeros may take no room
                 self._wanted = False
 
     def give_up(self) -> None:
         with self._lock:
             self._wanted = True
-            _storage.remove_quietly(self._path)
+            durable.remove_quietly(self._path)
 
     def renew(self) -> None:
         """There has been room for a message: perhaps there is for the reserve."""
@@ -317,7 +317,7 @@ class _Reserve:
     def remove(self) -> None:
         with self._lock:
             self._wanted = False
-            _storage.remove_quietly(self._path)
+            durable.remove_quietly(self._path)
 
 
 class _Hellos:

@@ -18,8 +18,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from ckpt import _storage
 from ckpt.errors import InUseError
+from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
@@ -61,7 +61,7 @@ class DirectoryLock:
             # Looked at before it is opened: closing any descriptor of the file would drop the lock that this process has on it.
             if self._owner_here() is not None:
                 raise self._in_use("another Checkpointer of this process")
-            descriptor = _storage.open_lock_file(self._path)
+            descriptor = durable.open_lock_file(self._path)
             key = _key_of(os.fstat(descriptor))
             try:
                 fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -76,7 +76,7 @@ class DirectoryLock:
                 raise self._in_use(holder or "another process") from error
             _held[key] = self
         self._descriptor, self._key = descriptor, key
-        _storage.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+        durable.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
 
     def expect_free(self, timeout_s: float) -> None:
         """Looks whether acquire() would come to its end, and takes nothing.

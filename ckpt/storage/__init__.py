@@ -1,0 +1,1 @@
+"""What this package changes on a file system, and only this package."""
