@@ -18,7 +18,7 @@ import torch
 from harness import clock
 from machine import output_of
 
-from ckpt import _devices
+from ckpt import devices as torch_devices
 
 SAMPLE_EVERY_S = 0.01
 ASKED_OF_SMI = "driver_version,pcie.link.gen.current,pcie.link.width.current,clocks.max.memory,power.limit"
@@ -125,10 +125,10 @@ class StandIn:
         self.name = "no GPU: host memory and a fake driver stand in for it"
         self._library = ctypes.CDLL(str(library))
         self._library.fake_configure(1, ctypes.c_uint64(0), ctypes.c_double(0.0))
-        _devices.driver = str(library)
-        _devices.pretended = lambda storage: 0
-        _devices.pretended_stream = lambda device: 0
-        _devices.pretended_memory = lambda nbytes, device: torch.UntypedStorage(nbytes)
+        torch_devices.driver = str(library)
+        torch_devices.pretended = lambda storage: 0
+        torch_devices.pretended_stream = lambda device: 0
+        torch_devices.pretended_memory = lambda nbytes, device: torch.UntypedStorage(nbytes)
 
     def synchronize(self) -> None:
         self._library.fake_synchronize(0, ctypes.c_void_p(None))

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt import _devices, _native
-from ckpt._devices import HOST
+from ckpt import _native
+from ckpt import devices as torch_devices
+from ckpt.devices import HOST
 from ckpt.errors import CorruptError
 
 # Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
@@ -97,7 +98,7 @@ class Archive:
             RuntimeError: a device has not enough memory.
         """
         return {
-            name: _devices.allocate(self.records[name].size, devices[name])
+            name: torch_devices.allocate(self.records[name].size, devices[name])
             if name in devices
             else allocate(self.records[name].size, self.records[name].offset)
             for name in names
@@ -121,8 +122,8 @@ class Archive:
             threads=reader_threads(),
             timeout_s=self._timeout_s,
             keep=list(destinations.values()),
-            driver=_devices.driver,
-            streams=_devices.streams_of(set(devices.values())),
+            driver=torch_devices.driver,
+            streams=torch_devices.streams_of(set(devices.values())),
         )
 
     def fill_share(self, destinations: Mapping[str, Any], begin: int, end: int) -> int:

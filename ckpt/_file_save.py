@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt._native import Record
-from ckpt._tripwire import Tripwire
 from ckpt.errors import CaptureError
+from ckpt.plan.change_detector import Tripwire
 from ckpt.storage import durable
 
 

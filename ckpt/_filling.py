@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from ckpt import _devices
+from ckpt import devices as torch_devices
 from ckpt._archive import Archive, allocate
-from ckpt._devices import HOST
 from ckpt._fit import Pair
 from ckpt._memory import Memory
 from ckpt._outline import view_of
+from ckpt.devices import HOST
 
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
 
@@ -50,7 +50,7 @@ class Filling:
             direct = name not in self.places and takes_whole(first, self._archive.records[name].size, devices)
             if direct and taken.add(first.target):
                 self.places[name] = first.target
-                if (device := _devices.holding(first.target)) != HOST:
+                if (device := torch_devices.holding(first.target)) != HOST:
                     self.devices[name] = device
         if self._together:
             self.places |= self._archive.allocate([name for name in self._by_record if name not in self.places])
@@ -81,7 +81,7 @@ def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
         devices: whether devices can be sent bytes.
     """
     source, target = pair.source, pair.target
-    within_reach = target.device.type == "cpu" if _devices.holding(target) == HOST else devices
+    within_reach = target.device.type == "cpu" if torch_devices.holding(target) == HOST else devices
     span = sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) + 1
     return (
         within_reach

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt import _devices, optimizers
-from ckpt._devices import HOST
+from ckpt import devices as torch_devices
+from ckpt import optimizers
 from ckpt._memory import Memory, allocate_on
 from ckpt._outline import PLAIN, Outline, is_plain_tensor, view_of
+from ckpt.devices import HOST
 from ckpt.errors import MismatchError
 
 _SHOWN_PROBLEMS = 20
@@ -204,7 +205,7 @@ class Fit:
             and self._outline.record_of(part) is not None
         ):
             cast = parameter.is_floating_point() and part.dtype != parameter.dtype
-            device = HOST if cast else _devices.holding(parameter)
+            device = HOST if cast else torch_devices.holding(parameter)
         for record in self._outline.records_of(part):
             self.adopted.setdefault(record, set()).add(device)
 

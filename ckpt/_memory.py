@@ -10,7 +10,8 @@ from typing import Any, Protocol
 
 import torch
 
-from ckpt import _devices, _placing
+from ckpt import _placing
+from ckpt import devices as torch_devices
 from ckpt._archive import Archive, bytes_of
 from ckpt._unpickle import Contents, read_small
 from ckpt.errors import DeviceError
@@ -92,7 +93,7 @@ class Memory:
             absent: storages of other records, which will not be returned.
         """
         on_devices = {name: self.places[name] for name in self.devices}
-        alone = _devices.strangers(on_devices.values()) | set(map(id, absent.values()))
+        alone = torch_devices.strangers(on_devices.values()) | set(map(id, absent.values()))
         return Contents(self._archive, small, {**absent, **self.places}, alone, on_devices)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from ckpt import _devices
-from ckpt._devices import HOST
+from ckpt import devices as torch_devices
+from ckpt.devices import HOST
 
 _PICKLE = "data.pkl"
 _LARGEST = 16 << 20  # bytes of a pickle that is gone through for its places: the tensors of a larger one are small
@@ -32,7 +32,7 @@ def devices_of(names: Iterable[str], read: Callable[[], Small], map_location: An
     Raises:
         what `read` raises.
     """
-    if not _devices.are_possible() or not isinstance(map_location, (str, torch.device, dict, type(None))):
+    if not torch_devices.are_possible() or not isinstance(map_location, (str, torch.device, dict, type(None))):
         return {}
     if isinstance(map_location, (str, torch.device)) and not str(map_location).startswith("cuda"):
         return {}
@@ -57,7 +57,7 @@ def _devices_of(names: Iterable[str], small: Small, map_location: Any) -> dict[s
 
 
 def _known(places: Mapping[str, str]) -> dict[str, int]:
-    indices = {place: _devices.index_named(place) for place in set(places.values())}
+    indices = {place: torch_devices.index_named(place) for place in set(places.values())}
     return {name: indices[place] for name, place in places.items() if indices[place] != HOST}
 
 

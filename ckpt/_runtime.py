@@ -18,11 +18,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ckpt import _devices, _laziness, _native
+from ckpt import _native
+from ckpt import devices as torch_devices
 from ckpt._committer import Committer
 from ckpt._file_save import FileSave
 from ckpt.errors import CheckpointError, ClosedError
 from ckpt.options import Options
+from ckpt.plan import lazy_storages
 
 logger = logging.getLogger("ckpt")
 
@@ -33,10 +35,10 @@ class Runtime:
             arena_bytes=options.size("arena_bytes"),
             chunk_bytes=options.size("chunk_bytes"),
             writers=options.writers,
-            cuda_library=_devices.driver,
+            cuda_library=torch_devices.driver,
             device_cache_bytes=options.size("device_cache"),
         )
-        if options.device_lazy and (devices := _devices.at_work()):
+        if options.device_lazy and (devices := torch_devices.at_work()):
             self._engine.open_devices(devices)
         self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept: Committer | None = None
@@ -226,7 +228,7 @@ def fence() -> None:
     """
     _await_beginnings()
     watched = list(_uncaptured.values())
-    streams = _devices.streams_of(_devices_at_work())
+    streams = torch_devices.streams_of(_devices_at_work())
     for runtime in {runtime for _, runtime in watched}:
         runtime.fence(streams)
     for file, _ in watched:
@@ -272,9 +274,9 @@ def _forget_after_fork() -> None:
     _fetched.clear()
     _beginning.clear()
     _begun = threading.Condition()
-    _laziness.forget_threads()
+    lazy_storages.forget_threads()
 
 
-_laziness.install_hooks(_before_step)
+lazy_storages.install_hooks(_before_step)
 atexit.register(_drain_at_exit)
 os.register_at_fork(after_in_child=_forget_after_fork)

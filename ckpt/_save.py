@@ -15,16 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _devices, _runtime
+from ckpt import _runtime
+from ckpt import devices as torch_devices
 from ckpt._committer import Committer, Publish
-from ckpt._devices import HOST
 from ckpt._file_save import FileSave
-from ckpt._laziness import LazyStorages, lazy_storages
-from ckpt._plan import OWNED, SavePlan, make_plan, outline
-from ckpt._tripwire import Tripwire
+from ckpt.devices import HOST
 from ckpt.errors import SkippedError
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.plan.change_detector import Tripwire
+from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
+from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -239,7 +240,7 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             share_index=sharing.index if sharing else 0,
             share_count=sharing.count if sharing else 1,
             devices=plan.devices,
-            streams=_devices.streams_of(file.devices),
+            streams=torch_devices.streams_of(file.devices),
             expected_limits=file.limits,
             with_directory=file.with_directory,
             like=os.fsencode(file.like),

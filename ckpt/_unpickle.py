@@ -1,7 +1,7 @@
 """From records in memory to the object that was saved, by torch's own unpickling, with errors that say what to do.
 
 There are three ways to it. The first is the part of torch.load that comes after a file has been opened, which is given the
-records (see _torch_private.py). It is tried on a small object before it is relied on. If it does not do what it has to,
+records (see torch_private.py). It is tried on a small object before it is relied on. If it does not do what it has to,
 torch.load itself is given a file that exists only in memory (see _served.py); if that does not go either, the path, once all
 bytes have been checked.
 """
@@ -24,8 +24,8 @@ from torch.serialization import default_restore_location
 
 from ckpt._archive import Archive, Record, TorchReader, bytes_of
 from ckpt._served import MistakenError, load_served
-from ckpt._torch_private import Loader, find_loader, warn_once
 from ckpt.errors import CheckpointError, CorruptError
+from ckpt.torch_private import Loader, find_loader, warn_once
 
 
 class Contents:

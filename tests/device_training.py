@@ -12,7 +12,7 @@ from fake_driver import FakeCuda, cuda, fake_library
 from support import close_engines
 
 import ckpt
-from ckpt import _devices
+from ckpt import devices as torch_devices
 
 __all__ = ["cuda", "fake_library"]
 
@@ -56,10 +56,10 @@ class Training:
 def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
     close_engines()
     training = Training(cuda)
-    monkeypatch.setattr(_devices, "driver", cuda.path)
-    monkeypatch.setattr(_devices, "pretended", lambda storage: training.on(storage))
-    monkeypatch.setattr(_devices, "pretended_stream", training.streams.__getitem__)
-    monkeypatch.setattr(_devices, "pretended_memory", training.allocate)
+    monkeypatch.setattr(torch_devices, "driver", cuda.path)
+    monkeypatch.setattr(torch_devices, "pretended", lambda storage: training.on(storage))
+    monkeypatch.setattr(torch_devices, "pretended_stream", training.streams.__getitem__)
+    monkeypatch.setattr(torch_devices, "pretended_memory", training.allocate)
     yield training
     cuda.hold_copies(False)
     training.synchronize()

@@ -16,7 +16,7 @@ from support import patience
 
 import ckpt
 from ckpt import _native
-from ckpt._plan import make_plan
+from ckpt.plan.save_plan import make_plan
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.append(str(BENCH))

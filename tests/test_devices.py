@@ -16,8 +16,8 @@ from states import STATES
 from support import assert_same, wait_until
 
 import ckpt
-from ckpt import _devices
-from ckpt._devices import HOST
+from ckpt import devices as torch_devices
+from ckpt.devices import HOST
 from ckpt.errors import CaptureError, DeadlineError, DeviceError
 from ckpt.saving import inspection
 
@@ -194,10 +194,10 @@ def test_an_arena_that_is_not_pinned_is_told_once(
 
 
 def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(_devices, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
+    monkeypatch.setattr(torch_devices, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
     with pytest.raises(DeviceError, match="libcuda-that-is-not-there"):
         ckpt.save(state(), tmp_path / "a.pt", options=options())
-    monkeypatch.setattr(_devices, "pretended", None)
+    monkeypatch.setattr(torch_devices, "pretended", None)
     ckpt.save(state(), tmp_path / "a.pt", options=options()).result(30)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
 

@@ -17,7 +17,7 @@ from test_ranks_apart import Threaded, Wire
 from torch import nn
 
 import ckpt
-from ckpt._devices import HOST
+from ckpt.devices import HOST
 from ckpt.integrations._deepspeed_engine import LazyCheckpointEngine
 from ckpt.integrations.torch import CheckpointCallback
 from ckpt.saving import inspection

@@ -18,8 +18,8 @@ import torch
 from support import assert_same, patience
 
 import ckpt
-from ckpt._torch_private import find_loader
 from ckpt.errors import CheckpointError, CorruptError
+from ckpt.torch_private import find_loader
 
 FUZZED = int(os.environ.get("LAZYCKPT_FUZZ_FILES", "3000"))
 STATE = {"a": torch.arange(1000.0), "b": torch.ones(7)}

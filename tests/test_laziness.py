@@ -14,8 +14,8 @@ import torch
 from support import DEADLINE_S, assert_same, clear_faults, options
 
 import ckpt
-from ckpt._laziness import lazy_storages
-from ckpt._plan import COPY, LAZY, make_plan
+from ckpt.plan.lazy_storages import lazy_storages
+from ckpt.plan.save_plan import COPY, LAZY, make_plan
 from ckpt.saving import inspection
 
 

@@ -18,9 +18,10 @@ from states import ALL_STATES
 from support import assert_no_leak, assert_same, options, resources
 
 import ckpt
-from ckpt import _archive, _devices, _native
-from ckpt._torch_private import find_loader
+from ckpt import _archive, _native
+from ckpt import devices as torch_devices
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
+from ckpt.torch_private import find_loader
 
 SIZES = [0, 1, 511, 4096, 70_001, (256 << 10) - 1, 256 << 10, (1 << 20) + 3, (9 << 20) + 17]
 
@@ -159,7 +160,7 @@ def test_restore_reads_every_byte_once(tmp_path: Path, monkeypatch: pytest.Monke
         with zipfile.ZipFile(next(tmp_path.glob("step-*/*.pt"))) as archive:
             small = [name for name in archive.namelist() if "/data/" not in name]
             # A torch that knows devices reads the pickle first, to see whether anything is to go to one.
-            before = [(len(small), False)] if _devices.are_possible() else []
+            before = [(len(small), False)] if torch_devices.are_possible() else []
             assert read == [*before, (len(archive.namelist()), True)]
 
 

@@ -21,8 +21,9 @@ from test_load_into import mixed_state, network, train, zeros_like
 from test_restore_into import common, file_of, flip, own
 
 import ckpt
-from ckpt import _archive, _devices, _placing
-from ckpt._devices import HOST
+from ckpt import _archive, _placing
+from ckpt import devices as torch_devices
+from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, CorruptError, MismatchError
 
 __all__ = ["cuda", "fake_library", "training"]
@@ -161,7 +162,7 @@ def test_a_device_without_memory_is_left_to_torch(training: Training, tmp_path: 
         asked.append(nbytes)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(_devices, "pretended_memory", refuse)
+    monkeypatch.setattr(torch_devices, "pretended_memory", refuse)
     with pytest.raises(Exception, match="CUDA"):  # what torch says, which sees no device here
         ckpt.load(path, map_location="cuda:0")
     assert asked and not carried(training)
@@ -258,9 +259,9 @@ def test_devices_are_those_that_torch_names(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     names = ("cpu", "cuda:0", "cuda:1", "cuda", "cuda:2", "meta", "xpu:0")
-    assert [_devices.index_named(name) for name in names] == [HOST, 0, 1, 1, HOST, HOST, HOST]
+    assert [torch_devices.index_named(name) for name in names] == [HOST, 0, 1, 1, HOST, HOST, HOST]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _devices.index_named("cuda:0") == HOST
+    assert torch_devices.index_named("cuda:0") == HOST
 
 
 # ---- into what is there ----------------------------------------------------------------------------------------------

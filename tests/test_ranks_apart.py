@@ -19,9 +19,10 @@ import torch
 from support import DEADLINE_S, assert_same, options, patience
 
 import ckpt
-from ckpt import _commit, _plan
+from ckpt import _commit
 from ckpt.coordinator import Coordinator, _file
 from ckpt.errors import CheckpointError, PeerError, StorageError
+from ckpt.plan import save_plan
 from ckpt.saving import inspection
 
 
@@ -351,6 +352,6 @@ def test_values_replaced_while_they_are_pickled(native: Any) -> None:
             return func(*args, **(kwargs or {}))
 
     with Replace():
-        data, _ = _plan._dump(state, {})
+        data, _ = save_plan._dump(state, {})
     appended = sum(opcode.name == "EMPTY_LIST" for opcode, _, _ in pickletools.genops(data))
     assert appended == 2 + 1 + 50, "each list is one of its own"

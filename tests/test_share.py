@@ -13,7 +13,7 @@ import torch
 from support import DEADLINE_S, assert_same
 
 from ckpt import _native
-from ckpt._plan import LAZY, make_plan
+from ckpt.plan.save_plan import LAZY, make_plan
 
 CHUNK = 1 << 16
 

@@ -277,7 +277,7 @@ def test_the_storage_check_itself(tmp_path: Path) -> None:
     assert sample_calls(passed, tmp_path) == []
 
 
-PRIVATE_TORCH = {"ckpt/_torch_private.py", "integrations/_torch_private.py"}
+PRIVATE_TORCH = {"ckpt/torch_private.py", "integrations/_torch_private.py"}
 PRIVATE_ATTRIBUTES = {
     *("_cdata", "_version", "_backward_hooks", "_untyped_storage", "_typed_storage", "_pickle_storage_type", "_size"),
     *("_get_default_store", "_metadata", "_modules", "_parameters", "_buffers", "_load_state_dict_pre_hooks"),
@@ -311,7 +311,7 @@ def test_the_core_is_told_private_names(path: Path) -> None:
 
 
 def test_the_check_for_private_names_itself(tmp_path: Path) -> None:
-    path = ROOT / "ckpt" / "_torch_private.py"
+    path = ROOT / "ckpt" / "torch_private.py"
     assert len(private_torch_names(path)) >= 6
     assert (
         is_private_torch("torch._utils.x")
@@ -330,7 +330,7 @@ def test_tested_versions_are_told_alike() -> None:
     named = re.search(r"^# Newest torch tested: (\d+)\.(\d+)\.(\d+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert named is not None and tested
     assert tested[-1] >= tuple(map(int, named.groups())) and (2, 15, 0) in tested
-    source = (ROOT / "ckpt" / "_torch_private.py").read_text(encoding="utf-8")
+    source = (ROOT / "ckpt" / "torch_private.py").read_text(encoding="utf-8")
     newest = f"{tested[-1][0]}.{tested[-1][1]}"
     assert re.search(rf'^TESTED = "2\.6 to {re.escape(newest)}"', source, re.MULTILINE)
 

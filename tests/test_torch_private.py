@@ -17,29 +17,30 @@ import support
 import torch
 
 import ckpt
-from ckpt import _outline, _plan, _torch_private, _unpickle
+from ckpt import _outline, _unpickle, torch_private
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.integrations.torch import CheckpointCallback
+from ckpt.plan import save_plan
 
 LOADING = ["serialization._load", "_weights_only_unpickler", "noted"]
 SAVING = ["_utils._rebuild_tensor_v2", "_utils._rebuild_tensor_v3", "_utils._rebuild_parameter", "_backward_hooks"]
 OTHERS = ["_cdata", "_cdata, storages anew", "_version"]
 CHANGED = ["load without sharing", "load with another signature", "load that trusts", "pickles otherwise"]
 CACHED = (
-    _torch_private.rebuilding,
-    _torch_private._has_addresses,
-    _torch_private._has_versions,
-    _torch_private._storages_last,
+    torch_private.rebuilding,
+    torch_private._has_addresses,
+    torch_private._has_versions,
+    torch_private._storages_last,
     _unpickle.private_loader,
     _unpickle.can_serve,
-    _plan.short_way,
+    save_plan.short_way,
 )
 
 
 def forget() -> None:
     for each in CACHED:
         each.cache_clear()
-    _torch_private._warned.clear()
+    torch_private._warned.clear()
 
 
 @pytest.fixture
@@ -49,25 +50,25 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
     with monkeypatch.context() as patch:
         yield patch
     forget()
-    _torch_private.inform_core()
+    torch_private.inform_core()
 
 
 def take_away(patch: pytest.MonkeyPatch, name: str) -> None:
     """What looking up gives in a torch without it. Torch itself needs all of them, so they stay where they are."""
     hidden = {"noted": ["_utils._get_sparse_tensors_to_validate", "_utils._sparse_tensors_to_validate"]}.get(name, [name])
-    found = _torch_private.find
-    patch.setattr(_torch_private, "find", lambda path: None if path in hidden else found(path))
+    found = torch_private.find
+    patch.setattr(torch_private, "find", lambda path: None if path in hidden else found(path))
     if name.startswith("_cdata"):
-        patch.setattr(_torch_private, "_has_addresses", lambda: False)
+        patch.setattr(torch_private, "_has_addresses", lambda: False)
     if name == "_cdata, storages anew":
-        patch.setattr(_torch_private, "_storages_last", lambda: False)
+        patch.setattr(torch_private, "_storages_last", lambda: False)
     if name == "_version":
-        patch.setattr(_torch_private, "_has_versions", lambda: False)
+        patch.setattr(torch_private, "_has_versions", lambda: False)
     if name == "_backward_hooks":
-        patch.setattr(_plan, "has_hooks", lambda tensor: tensor._no_such_thing)
-    patch.setattr(_plan, "_rebuild", _torch_private.rebuilding())
-    patch.setattr(_plan, "_state_pickler", _plan._make_state_pickler())
-    _torch_private.inform_core()
+        patch.setattr(save_plan, "has_hooks", lambda tensor: tensor._no_such_thing)
+    patch.setattr(save_plan, "_rebuild", torch_private.rebuilding())
+    patch.setattr(save_plan, "_state_pickler", save_plan._make_state_pickler())
+    torch_private.inform_core()
 
 
 def change(patch: pytest.MonkeyPatch, how: str) -> None:
@@ -89,11 +90,11 @@ def change(patch: pytest.MonkeyPatch, how: str) -> None:
         return torch.Tensor.clone, (tensor.detach(),)
 
     loads = {"load without sharing": copying, "load with another signature": other, "load that trusts": trusting}
-    found = _torch_private.find
+    found = torch_private.find
     if how in loads:
-        patch.setattr(_torch_private, "find", lambda path: loads[how] if path == "serialization._load" else found(path))
+        patch.setattr(torch_private, "find", lambda path: loads[how] if path == "serialization._load" else found(path))
     else:
-        patch.setattr(_plan._StorageTable, "reduce", reduce)
+        patch.setattr(save_plan._StorageTable, "reduce", reduce)
 
 
 @pytest.fixture(params=[*LOADING, *SAVING, *OTHERS, *CHANGED])
@@ -227,13 +228,13 @@ def test_resumed(other_torch: str, tmp_path: Path) -> None:
 
 
 def test_one_warning_names_the_tested_versions(other_torch: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    _torch_private._warned.clear()
+    torch_private._warned.clear()
     with caplog.at_level(logging.WARNING, "ckpt"):
-        _torch_private.inform_core()
+        torch_private.inform_core()
         for _ in range(3):
             ckpt.load(saved(tmp_path / "state.pt", {"a": torch.ones(3)}))
     found = [record.getMessage() for record in caplog.records]
-    assert len(found) == 1 and _torch_private.TESTED in found[0] and torch.__version__ in found[0]
+    assert len(found) == 1 and torch_private.TESTED in found[0] and torch.__version__ in found[0]
 
 
 class Calls:
@@ -281,10 +282,10 @@ def test_not_even_a_served_file(fresh: pytest.MonkeyPatch, tmp_path: Path) -> No
 
 RANK = """
 import sys, torch.distributed as dist
-from ckpt import _torch_private
+from ckpt import torch_private
 from ckpt.coordinator import make_coordinator
-found = _torch_private.find
-_torch_private.find = lambda path: None if path.endswith("_get_default_store") else found(path)
+found = torch_private.find
+torch_private.find = lambda path: None if path.endswith("_get_default_store") else found(path)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 coordinator = make_coordinator("auto")
@@ -314,8 +315,8 @@ def test_ranks_agree_without_the_store_of_torch(tmp_path: Path) -> None:
 
 def test_classes_of_storages_are_those_of_torch() -> None:
     named = torch.storage._dtype_to_storage_type_map()
-    assert named == _torch_private.STORAGE_CLASSES
-    assert set(_torch_private.NEWER_DTYPES) == torch.storage._new_dtypes()
+    assert named == torch_private.STORAGE_CLASSES
+    assert set(torch_private.NEWER_DTYPES) == torch.storage._new_dtypes()
 
 
 def test_storages_of_one_dtype_by_public_methods(fresh: pytest.MonkeyPatch) -> None:
@@ -329,4 +330,4 @@ def test_storages_of_one_dtype_by_public_methods(fresh: pytest.MonkeyPatch) -> N
             return self._bytes
 
     storage = torch.arange(5, dtype=torch.int16).untyped_storage()
-    assert _torch_private.parts_of(Storage(storage)) == (storage, "ShortStorage", 5)  # type: ignore[arg-type]
+    assert torch_private.parts_of(Storage(storage)) == (storage, "ShortStorage", 5)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
-from ckpt import _torch_private
+from ckpt import torch_private
 from ckpt.coordinator._base import (
     LINGER_S,
     OPENING,
@@ -329,7 +329,7 @@ def default_store() -> tuple[Any, int, int]:
         )
     if not has_store():
         raise CheckpointError("torch.distributed was initialised with a backend that has no store (mpi): use coordinator 'mpi'")
-    store = _torch_private.default_store()
+    store = torch_private.default_store()
     return _own_store() if store is None else store, dist.get_rank(), dist.get_world_size()
 
 
@@ -337,7 +337,7 @@ def has_store() -> bool:
     """Whether the default process group has one: that of torch's backend "mpi" has none."""
     from torch import distributed
 
-    return distributed.get_backend() != "mpi" or _torch_private.default_store() is not None
+    return distributed.get_backend() != "mpi" or torch_private.default_store() is not None
 
 
 _servers: list[Any] = []  # for as long as this process lives
@@ -347,7 +347,7 @@ def _own_store() -> Any:
     """A server in rank 0, of whose address it tells the others. A collective."""
     import torch.distributed as dist
 
-    _torch_private.warn_once("the ranks agree by a store of our own, and not by that of torch's default process group")
+    torch_private.warn_once("the ranks agree by a store of our own, and not by that of torch's default process group")
     address: list[Any] = ["", 0]
     if dist.get_rank() == 0:
         host = os.environ.get("MASTER_ADDR") or socket.gethostname()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt import _committer, _laziness, _runtime
+from ckpt import _committer, _runtime
 from ckpt._file_save import FileSave
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.plan import lazy_storages
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
 
@@ -97,17 +98,17 @@ def beginning() -> int:
 
 def step_is_running() -> bool:
     """Whether any thread is inside a step of any optimizer. Steps that have raised are forgotten here."""
-    return _laziness.step_is_running()
+    return lazy_storages.step_is_running()
 
 
 def running_steps() -> int:
     """The same as a number, and those that have raised with it."""
-    return len(_laziness._running)
+    return len(lazy_storages._running)
 
 
 def known_optimizers() -> int:
     """How many optimizers have stepped, and still live."""
-    return len(_laziness._stepped)
+    return len(lazy_storages._stepped)
 
 
 # ---- what is said once -----------------------------------------------------------------------------------------------

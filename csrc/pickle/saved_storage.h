@@ -1,5 +1,5 @@
 // One storage, or one run of it, on its way to the file as `data/<key>`: the Python type ckpt._native.Record, and what is done
-// for each of them in the time of whoever saves. ckpt/_plan.py says what all of it is for.
+// for each of them in the time of whoever saves. ckpt/plan/save_plan.py says what all of it is for.
 #pragma once
 
 #include "pickle/objects.h"
@@ -26,7 +26,7 @@ struct Record {
 
 bool is_record(PyTypeObject* type);
 
-// Attributes that torch does not promise to keep, as ckpt/_torch_private.py has found them; null: without it.
+// Attributes that torch does not promise to keep, as ckpt/torch_private.py has found them; null: without it.
 struct TorchNames {
   PyObject *storage_key = nullptr, *version = nullptr, *backward_hooks = nullptr;
   bool keys_last = false;  // a storage has one key for all its life

@@ -6,7 +6,7 @@ through Python's own pickler. There, plain strided tensors take a short way thro
 (subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
 Two passes at most. The first assumes whole storages and notes which bytes of each are viewed. Only if some storage turns
-out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see _views.py).
+out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see plan/views.py).
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from torch.nn.parameter import Parameter
 from torch.serialization import location_tag, normalize_storage_type
 from torch.storage import TypedStorage, UntypedStorage
 
-from ckpt import _devices, _native
-from ckpt._devices import HOST
-from ckpt._laziness import LazyStorages, are_all_written
+from ckpt import _native
+from ckpt import devices as torch_devices
 from ckpt._native import Record
-from ckpt._torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
-from ckpt._views import ByteInterval, VirtualStorages, byte_interval
+from ckpt.devices import HOST
+from ckpt.plan.lazy_storages import LazyStorages, are_all_written
+from ckpt.plan.views import ByteInterval, VirtualStorages, byte_interval
+from ckpt.torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
 
 COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of records: see _native.pyi
 
@@ -377,7 +378,7 @@ def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: 
 def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[int]:
     """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay."""
     records = plan.records
-    if _devices.pretended is not None:
+    if torch_devices.pretended is not None:
         elsewhere = list(range(len(records)))
     else:
         elsewhere = [index for index, location in enumerate(map(_location, records)) if location != "cpu"]
@@ -385,7 +386,7 @@ def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[
     for index in elsewhere:
         record = records[index]
         if record.nbytes and from_devices:
-            devices[index] = _devices.index_of(record.storage)
+            devices[index] = torch_devices.index_of(record.storage)
         if devices[index] == HOST and record.location != "cpu":
             record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, record.nbytes), 0, None
             record.address = 0

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ckpt import _native, _torch_private
+from ckpt import _native, torch_private
 from ckpt._native import StorageIndex
-from ckpt._views import ByteInterval, byte_interval
+from ckpt.plan.views import ByteInterval, byte_interval
 
 _stepped: dict[int, weakref.ref[Optimizer]] = {}
 
@@ -48,7 +48,7 @@ def install_hooks(before_step: Callable[[], None]) -> None:
         _running.pop((threading.get_ident(), id(optimizer)), None)
 
     for hook in (before, after):
-        _torch_private.hide_from_compiler(hook)
+        torch_private.hide_from_compiler(hook)
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
 
