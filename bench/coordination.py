@@ -27,9 +27,9 @@ from typing import Any
 
 from harness import Report, Sample, Settings, clock, note
 
-from ckpt.coordinator._base import Coordinator
-from ckpt.coordinator._file import FOLDER, FileCoordinator
-from ckpt.coordinator._store import StoreCoordinator
+from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator
+from ckpt.coordinator.torch_store import StoreCoordinator
 
 STORE_RANKS = (64, 512, 4096, 16384)
 FILE_RANKS = (64, 512, 4096)

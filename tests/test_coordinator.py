@@ -27,10 +27,10 @@ from dist.coordinator_worker import NEED_TWO, SCENARIOS
 from support import patience
 
 from ckpt.coordinator import _best, make_coordinator
-from ckpt.coordinator._base import MOST_LATE, MOST_UNREAD, Coordinator, Ledger
-from ckpt.coordinator._file import FOLDER, FileCoordinator, world_of
-from ckpt.coordinator._local import LocalCoordinator
-from ckpt.coordinator._store import StoreCoordinator
+from ckpt.coordinator.base import MOST_LATE, MOST_UNREAD, Coordinator, Ledger
+from ckpt.coordinator.local import LocalCoordinator
+from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator, world_of
+from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.errors import CheckpointError, PeerError
 
 TESTS = Path(__file__).parent

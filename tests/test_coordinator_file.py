@@ -13,8 +13,8 @@ from fault.test_disk_full import fill, small_disk
 from support import patience
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
-from ckpt.coordinator._base import Coordinator
-from ckpt.coordinator._file import FOLDER, RESERVE_BYTES, FileCoordinator, world_of
+from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.shared_directory import FOLDER, RESERVE_BYTES, FileCoordinator, world_of
 from ckpt.errors import PeerError, StorageError
 
 __all__ = ["small_disk"]

@@ -20,7 +20,7 @@ from support import DEADLINE_S, assert_same, options, patience
 
 import ckpt
 from ckpt import _commit
-from ckpt.coordinator import Coordinator, _file
+from ckpt.coordinator import Coordinator, shared_directory
 from ckpt.errors import CheckpointError, PeerError, StorageError
 from ckpt.plan import save_plan
 from ckpt.saving import inspection
@@ -332,10 +332,10 @@ def test_a_job_that_looks_leaves_the_messages_of_another_alone(tmp_path: Path, n
     living.mkdir()
     dead = tmp_path / "s-dead"
     dead.mkdir()
-    lock = _file.DirectoryLock(living)
+    lock = shared_directory.DirectoryLock(living)
     lock.acquire()
     for session in (living, dead):
-        _file._remove_if_dead(session)
+        shared_directory._remove_if_dead(session)
     assert living.is_dir() and not dead.exists()
     lock.release()
 

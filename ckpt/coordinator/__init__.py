@@ -13,11 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-from ckpt.coordinator._base import Coordinator
-from ckpt.coordinator._file import FileCoordinator, world_of
-from ckpt.coordinator._local import LocalCoordinator
-from ckpt.coordinator._mpi import MPICoordinator
-from ckpt.coordinator._store import StoreCoordinator, has_store
+from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.local import LocalCoordinator
+from ckpt.coordinator.mpi import MPICoordinator
+from ckpt.coordinator.shared_directory import FileCoordinator, world_of
+from ckpt.coordinator.torch_store import StoreCoordinator, has_store
 from ckpt.errors import CheckpointError
 
 __all__ = ["Coordinator", "make_coordinator"]

@@ -14,7 +14,7 @@ from torch.distributed import PrefixStore, TCPStore
 from support import patience
 
 from ckpt.coordinator import make_coordinator
-from ckpt.coordinator._store import StoreCoordinator
+from ckpt.coordinator.torch_store import StoreCoordinator
 
 TIMEOUT_S = patience(20.0)
 

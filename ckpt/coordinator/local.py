@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ckpt.coordinator._base import Coordinator, given
+from ckpt.coordinator.base import Coordinator, given
 
 
 class LocalCoordinator(Coordinator):

@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ckpt import torch_private
-from ckpt.coordinator._base import (
+from ckpt.coordinator.base import (
     LINGER_S,
     OPENING,
     VERDICT_S,
@@ -39,7 +39,7 @@ from ckpt.coordinator._base import (
     silent_error,
     unposted_error,
 )
-from ckpt.coordinator._lines import Hung, Lines, Lost, Work, as_timedelta, connector
+from ckpt.coordinator.store_connections import Hung, Lines, Lost, Work, as_timedelta, connector
 from ckpt.errors import CheckpointError, ClosedError
 
 _T = TypeVar("_T")

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ckpt.coordinator._base import (
+from ckpt.coordinator.base import (
     LINGER_S,
     MOST_UNREAD,
     Coordinator,

@@ -27,7 +27,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt.coordinator._base import (
+from ckpt.coordinator.base import (
     OPENING,
     VERDICT_S,
     Coordinator,
