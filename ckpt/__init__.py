@@ -16,13 +16,13 @@ For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path
 derive from CheckpointError.
 """
 
-from ckpt._load import load
-from ckpt._load_into import load_into
 from ckpt._runtime import fence
 from ckpt._save import save
 from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
+from ckpt.loading.load import load
+from ckpt.loading.load_into import load_into
 from ckpt.options import Options
 from ckpt.pending import PendingSave, SaveStats
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from ckpt._archive import bytes_of
-from ckpt._unpickle import first_line
 from ckpt.errors import CheckpointError, PeerError
+from ckpt.loading.archive import bytes_of
+from ckpt.loading.unpickle import first_line
 
 _MESSAGE_BYTES = 8192  # of one rank; as much is sent whatever the message is, so that one collective does
 TEXT = 600  # characters of an error that the others are told

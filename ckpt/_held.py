@@ -19,15 +19,15 @@ from typing import Any
 
 import torch
 
-from ckpt._archive import TIMEOUT_S, Archive, reader_threads
-from ckpt._filling import Filling, Intervals, takes_whole
-from ckpt._fit import Fit, Pair
 from ckpt._manifest import FileEntry
-from ckpt._memory import Memory, fill, read_whole
 from ckpt._native import digest_file
-from ckpt._outline import Outline
 from ckpt._spread import fill_spread, read_spread
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, StorageError
+from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
+from ckpt.loading.in_place import Filling, Intervals, takes_whole
+from ckpt.loading.record_memory import Memory, fill, read_whole
+from ckpt.loading.skeleton import Outline
+from ckpt.loading.target_match import Fit, Pair
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
 

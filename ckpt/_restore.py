@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt import _held, _manifest
-from ckpt._archive import TIMEOUT_S
 from ckpt._choice import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
 from ckpt._directory import StepDirectories
 from ckpt._group import Readiness
@@ -31,6 +30,7 @@ from ckpt.errors import (
     PeerError,
     StorageError,
 )
+from ckpt.loading.archive import TIMEOUT_S
 
 logger = logging.getLogger("ckpt")
 

@@ -18,9 +18,10 @@ from states import ALL_STATES
 from support import assert_no_leak, assert_same, options, resources
 
 import ckpt
-from ckpt import _archive, _native
+from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, StorageError
+from ckpt.loading.archive import Archive
 from ckpt.torch_private import find_loader
 
 SIZES = [0, 1, 511, 4096, 70_001, (256 << 10) - 1, 256 << 10, (1 << 20) + 3, (9 << 20) + 17]
@@ -124,7 +125,7 @@ def test_loads_leave_nothing_behind(sized_file: Path) -> None:
 
 
 def test_a_file_that_is_cut_off_while_it_is_read(sized_file: Path) -> None:
-    archive = _archive.Archive(sized_file)
+    archive = Archive(sized_file)
     places = archive.allocate(archive.storage_names())
     sized_file.write_bytes(sized_file.read_bytes()[: 4 << 20])
     with pytest.raises(CorruptError, match="truncated"):
@@ -132,7 +133,7 @@ def test_a_file_that_is_cut_off_while_it_is_read(sized_file: Path) -> None:
 
 
 def test_large_tensors_lie_as_in_the_file(sized_file: Path) -> None:
-    archive = _archive.Archive(sized_file)
+    archive = Archive(sized_file)
     for name, tensor in archive.allocate(archive.storage_names()).items():
         record = archive.records[name]
         if record.size >= 256 << 10 and record.offset % 64 == 0:
@@ -146,13 +147,13 @@ def test_restore_reads_every_byte_once(tmp_path: Path, monkeypatch: pytest.Monke
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         checkpointer.save(3, state).result(60)
         read: list[tuple[int, bool]] = []
-        fill = _archive.Archive.fill
+        fill = Archive.fill
 
-        def spy(self: _archive.Archive, destinations: Any, *, whole: bool = False, **how: Any) -> Any:
+        def spy(self: Archive, destinations: Any, *, whole: bool = False, **how: Any) -> Any:
             read.append((len(destinations), whole))
             return fill(self, destinations, whole=whole, **how)
 
-        monkeypatch.setattr(_archive.Archive, "fill", spy)
+        monkeypatch.setattr(Archive, "fill", spy)
         monkeypatch.setattr("ckpt._held.digest_file", None)  # it would read it all again
         found = checkpointer.restore()
         assert found is not None and found.step == 3

@@ -21,10 +21,10 @@ from test_load_into import mixed_state, network, train, zeros_like
 from test_restore_into import common, file_of, flip, own
 
 import ckpt
-from ckpt import _archive, _placing
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, CorruptError, MismatchError
+from ckpt.loading import archive, device_placement
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -146,11 +146,11 @@ def test_memory_beside_it_is_bounded(training: Training, tmp_path: Path, monkeyp
     """Two buffers for each thread, and none of the size of the state on the host."""
     path = torch_saved(layers(), tmp_path / "state.pt")
     made: list[int] = []
-    allocate = _archive.allocate
-    monkeypatch.setattr(_archive, "allocate", lambda nbytes, *how: made.append(nbytes) or allocate(nbytes, *how))
+    allocate = archive.allocate
+    monkeypatch.setattr(archive, "allocate", lambda nbytes, *how: made.append(nbytes) or allocate(nbytes, *how))
     ckpt.load(path, map_location="cuda:0")
     assert max(made) < 1 << 20, "the pickle"
-    assert 0 < training.cuda.count("cuMemHostRegister") <= 2 * _archive.reader_threads()
+    assert 0 < training.cuda.count("cuMemHostRegister") <= 2 * archive.reader_threads()
 
 
 def test_a_device_without_memory_is_left_to_torch(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,7 +174,7 @@ HUGE_BUFFER = b"\x80\x05" + pickle.BYTEARRAY8 + (1 << 40).to_bytes(8, "little") 
 
 def place(content: bytes, map_location: Any = None) -> dict[str, int]:
     small = {"data.pkl": content, "byteorder": b"little"}
-    return _placing.devices_of(["data/0"], lambda: small, map_location)
+    return device_placement.devices_of(["data/0"], lambda: small, map_location)
 
 
 def named(key: Any, location: Any) -> bytes:
@@ -362,9 +362,9 @@ def test_whatever_the_default_device_is(device: str, tmp_path: Path) -> None:
 
 def test_restore_reads_every_byte_once(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: dict[Path, int] = {}
-    close = _archive.Archive.close
+    close = archive.Archive.close
 
-    def spy(self: _archive.Archive) -> None:
+    def spy(self: archive.Archive) -> None:
         read[self.path] = self.bytes_read
         close(self)
 
@@ -372,7 +372,7 @@ def test_restore_reads_every_byte_once(training: Training, tmp_path: Path, monke
     with ckpt.Checkpointer(tmp_path, options=host_options()) as checkpointer:
         for step in (1, 2):
             checkpointer.save(step, own(step), replicated=common(step)).result(DEADLINE_S)
-        monkeypatch.setattr(_archive.Archive, "close", spy)
+        monkeypatch.setattr(archive.Archive, "close", spy)
         target, replicated = zeros_like(own(1)), zeros_like(common(1))
         devices = {target["large"].data_ptr(): 0, replicated["weights"].data_ptr(): 1}
         training.on = lambda storage: devices.get(storage.data_ptr(), HOST)

@@ -11,8 +11,8 @@ import torch
 from support import assert_same, options
 
 import ckpt
-from ckpt import _archive
 from ckpt.errors import CheckpointError, CorruptError, MismatchError
+from ckpt.loading import archive
 
 
 def zeros_like(state: Any) -> Any:
@@ -263,13 +263,13 @@ def test_large_tensors_need_no_second_copy(tmp_path: Path, monkeypatch: pytest.M
     torch.save(state, tmp_path / "state.pt")
     target = zeros_like(state)
     read: list[int] = []
-    fill = _archive.Archive.fill
+    fill = archive.Archive.fill
 
-    def spy(self: _archive.Archive, destinations: Any, **how: Any) -> Any:
+    def spy(self: archive.Archive, destinations: Any, **how: Any) -> Any:
         read.extend(place.data_ptr() for place in destinations.values())
         return fill(self, destinations, **how)
 
-    monkeypatch.setattr(_archive.Archive, "fill", spy)
+    monkeypatch.setattr(archive.Archive, "fill", spy)
     ckpt.load_into(tmp_path / "state.pt", target)
     assert_same(state, target)
     assert set(pointers(target)) <= set(read)

@@ -18,8 +18,9 @@ from test_ranks_apart import Threaded, Wire
 from torch import nn
 
 import ckpt
-from ckpt import _archive, _manifest, _outline
+from ckpt import _manifest
 from ckpt.errors import CheckpointError, CorruptError, MismatchError
+from ckpt.loading import archive, skeleton
 
 
 def own(step: int, rank: int = 0) -> dict[str, Any]:
@@ -48,7 +49,7 @@ def flip(path: Path, offset: int) -> None:
 
 def damage_payload(path: Path) -> None:
     """In the middle of the largest record: what is before and behind it has been read by then."""
-    records = _archive.Archive(path).records.values()
+    records = archive.Archive(path).records.values()
     largest = max(records, key=lambda record: record.size)
     flip(path, largest.offset + largest.size // 2)
 
@@ -167,7 +168,7 @@ def replace_without_checksums(path: Path, state: Any) -> None:
         torch.save(state, path)
     finally:
         torch.serialization.set_crc32_options(was)
-    assert not _archive.Archive(path).checksummed
+    assert not archive.Archive(path).checksummed
     at = path.with_name("manifest.json")
     manifest = json.loads(at.read_text())
     manifest["files"][0] |= {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
@@ -191,7 +192,7 @@ def test_the_older_one_fills_again(name: str, job: ckpt.Checkpointer, tmp_path: 
 def test_a_flip_anywhere_leaves_no_trace(job: ckpt.Checkpointer, tmp_path: Path) -> None:
     path = file_of(tmp_path, 2, "replicated")
     content = path.read_bytes()
-    records = _archive.Archive(path).records
+    records = archive.Archive(path).records
     pickle = records["data.pkl"]
     places = {0, 20, 45, pickle.offset, pickle.offset + pickle.size // 2, records["data/0"].offset, len(content) - 1}
     places |= set(range(7, len(content), len(content) // 25)) | set(range(len(content) - 700, len(content), 53))
@@ -329,7 +330,7 @@ def test_memory_that_is_lent_twice(tmp_path: Path) -> None:
 def test_counters_need_no_records(tmp_path: Path) -> None:
     """As in the state of a MultiStepLR, which must not make all records needed."""
     torch.save({"weight": torch.ones(9), "milestones": collections.Counter([30, 60])}, tmp_path / "state.pt")
-    outline = _outline.Outline(_archive.Archive(tmp_path / "state.pt"), weights_only=True)
+    outline = skeleton.Outline(archive.Archive(tmp_path / "state.pt"), weights_only=True)
     assert outline.records_of(outline.value["milestones"]) == set()
     assert outline.records_of(outline.value) == {"data/0"}
 

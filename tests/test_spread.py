@@ -24,8 +24,8 @@ from support import DEADLINE_S, options
 
 import ckpt
 from ckpt import _spread
-from ckpt._archive import Archive, bytes_of
 from ckpt.errors import CheckpointError, CorruptError
+from ckpt.loading.archive import Archive, bytes_of
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)

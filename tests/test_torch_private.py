@@ -17,9 +17,10 @@ import support
 import torch
 
 import ckpt
-from ckpt import _outline, _unpickle, torch_private
+from ckpt import torch_private
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.integrations.torch import CheckpointCallback
+from ckpt.loading import skeleton, unpickle
 from ckpt.plan import save_plan
 
 LOADING = ["serialization._load", "_weights_only_unpickler", "noted"]
@@ -31,8 +32,8 @@ CACHED = (
     torch_private._has_addresses,
     torch_private._has_versions,
     torch_private._storages_last,
-    _unpickle.private_loader,
-    _unpickle.can_serve,
+    unpickle.private_loader,
+    unpickle.can_serve,
     save_plan.short_way,
 )
 
@@ -268,7 +269,7 @@ def test_damage_is_found_all_the_same(name: str, fresh: pytest.MonkeyPatch, tmp_
 def test_not_even_a_served_file(fresh: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """torch.load reads the path, and what needs the places of records says so."""
     take_away(fresh, "serialization._load")
-    for module in (_unpickle, _outline):
+    for module in (unpickle, skeleton):
         fresh.setattr(module, "can_serve", lambda: False)
     before = state()
     path = saved(tmp_path / "state.pt", before)

@@ -6,7 +6,7 @@ through Python's own pickler. There, plain strided tensors take a short way thro
 (subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
 Two passes at most. The first assumes whole storages and notes which bytes of each are viewed. Only if some storage turns
-out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see plan/views.py).
+out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see views.py).
 """
 
 from __future__ import annotations

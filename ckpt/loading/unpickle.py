@@ -2,8 +2,8 @@
 
 There are three ways to it. The first is the part of torch.load that comes after a file has been opened, which is given the
 records (see torch_private.py). It is tried on a small object before it is relied on. If it does not do what it has to,
-torch.load itself is given a file that exists only in memory (see _served.py); if that does not go either, the path, once all
-bytes have been checked.
+torch.load itself is given a file that exists only in memory (see served_file.py); if that does not go either, the path, once
+all bytes have been checked.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch.serialization import default_restore_location
 
-from ckpt._archive import Archive, Record, TorchReader, bytes_of
-from ckpt._served import MistakenError, load_served
 from ckpt.errors import CheckpointError, CorruptError
+from ckpt.loading.archive import Archive, Record, TorchReader, bytes_of
+from ckpt.loading.served_file import MistakenError, load_served
 from ckpt.torch_private import Loader, find_loader, warn_once
 
 

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt._archive import TIMEOUT_S, Archive
-from ckpt._filling import Filling
-from ckpt._fit import Fit
-from ckpt._load import is_zip, open_archive
-from ckpt._memory import fill
-from ckpt._outline import Outline
 from ckpt._runtime import fence
 from ckpt.errors import CheckpointError
+from ckpt.loading.archive import TIMEOUT_S, Archive
+from ckpt.loading.in_place import Filling
+from ckpt.loading.load import is_zip, open_archive
+from ckpt.loading.record_memory import fill
+from ckpt.loading.skeleton import Outline
+from ckpt.loading.target_match import Fit
 
 
 class Loaded(NamedTuple):

@@ -10,10 +10,10 @@ import torch
 
 from ckpt import devices as torch_devices
 from ckpt import optimizers
-from ckpt._memory import Memory, allocate_on
-from ckpt._outline import PLAIN, Outline, is_plain_tensor, view_of
 from ckpt.devices import HOST
 from ckpt.errors import MismatchError
+from ckpt.loading.record_memory import Memory, allocate_on
+from ckpt.loading.skeleton import PLAIN, Outline, is_plain_tensor, view_of
 
 _SHOWN_PROBLEMS = 20
 _SHOWN_KEYS = 5

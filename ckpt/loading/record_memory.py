@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import torch
 
-from ckpt import _placing
 from ckpt import devices as torch_devices
-from ckpt._archive import Archive, bytes_of
-from ckpt._unpickle import Contents, read_small
 from ckpt.errors import DeviceError
+from ckpt.loading import device_placement
+from ckpt.loading.archive import Archive, bytes_of
+from ckpt.loading.unpickle import Contents, read_small
 
 logger = logging.getLogger("ckpt")
 
@@ -79,7 +79,7 @@ class Memory:
             small: the records that are not of tensors, if they have been read.
         """
         names = list(names)
-        devices = _placing.devices_of(names, lambda: read_small(archive) if small is None else small, map_location)
+        devices = device_placement.devices_of(names, lambda: read_small(archive) if small is None else small, map_location)
         return cls(archive, *allocate_on(archive, names, devices))
 
     def retreat(self) -> None:

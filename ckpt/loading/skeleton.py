@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from ckpt._archive import Archive, Record, allocate, fixed
-from ckpt._unpickle import STAY, Contents, can_serve, is_pretending, private_loader, read_small
 from ckpt.errors import CheckpointError
+from ckpt.loading.archive import Archive, Record, allocate, fixed
+from ckpt.loading.unpickle import STAY, Contents, can_serve, is_pretending, private_loader, read_small
 from ckpt.torch_private import key_of
 
 _MOST_VISITS = 1_000_000  # of values: a small pickle can share containers so that its paths are without number

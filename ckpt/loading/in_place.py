@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from ckpt import devices as torch_devices
-from ckpt._archive import Archive, allocate
-from ckpt._fit import Pair
-from ckpt._memory import Memory
-from ckpt._outline import view_of
 from ckpt.devices import HOST
+from ckpt.loading.archive import Archive, allocate
+from ckpt.loading.record_memory import Memory
+from ckpt.loading.skeleton import view_of
+from ckpt.loading.target_match import Pair
 
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
 
