@@ -15,14 +15,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _held, _manifest
+from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
-from ckpt._choice import GONE, Candidate, Chooser, Objection, Seen
 from ckpt._file_save import FileSave
 from ckpt._manifest import FileEntry, Manifest
-from ckpt._restore import verify_files
 from ckpt._save import add_file
 from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
@@ -39,6 +37,9 @@ from ckpt.errors import (
 )
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.restore import file_readers
+from ckpt.restore.candidates import GONE, Candidate, Chooser, Objection, Seen
+from ckpt.restore.restorer import verify_files
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -388,7 +389,7 @@ class BundleCheckpointer(Saver):
     def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> Objection | None:
         def check(directory: Path, _: Manifest, file: FileEntry) -> None:
             if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
-                _held.verify(directory / file.name, file, self.options.timeout_s)
+                file_readers.verify(directory / file.name, file, self.options.timeout_s)
 
         if sequence == _UNVERIFIED:
             cause = self._verify_foreign(directory)

@@ -13,11 +13,9 @@ from typing import Any
 
 from ckpt import _directory
 from ckpt._agreement import Agreement
-from ckpt._choice import Chooser
 from ckpt._commit import Part, StepCommitter, Ticket
 from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
-from ckpt._restore import Loading, Restored, Restorer
 from ckpt._runtime import fence
 from ckpt._save import start
 from ckpt._saver import Saver
@@ -32,6 +30,8 @@ from ckpt.errors import (
 )
 from ckpt.options import Options
 from ckpt.pending import PendingSave
+from ckpt.restore.candidates import Chooser
+from ckpt.restore.restorer import Loading, Restored, Restorer
 from ckpt.storage import durable
 
 _tokens = itertools.count()

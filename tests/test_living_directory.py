@@ -80,7 +80,7 @@ def test_several_ranks(job: Job, tmp_path: Path) -> None:
 
 
 def test_one_that_never_comes_to_an_end_says_so(job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ckpt._choice._MOST_LOOKS", 5)
+    monkeypatch.setattr("ckpt.restore.candidates._MOST_LOOKS", 5)
     job.times = 1000
     with (
         ckpt.Checkpointer(tmp_path, options=options()) as reader,
@@ -98,9 +98,9 @@ def test_a_file_that_is_missing_while_its_manifest_stands_is_damage(job: Job, tm
 
 def when_read(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Before the first file of a bundle is verified."""
-    from ckpt import _held
+    from ckpt.restore import file_readers
 
-    verify, acted = _held.verify, []
+    verify, acted = file_readers.verify, []
 
     def verify_after(*args: Any) -> None:
         if not acted:
@@ -108,7 +108,7 @@ def when_read(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
             act()
         verify(*args)
 
-    monkeypatch.setattr(_held, "verify", verify_after)
+    monkeypatch.setattr(file_readers, "verify", verify_after)
 
 
 def test_a_bundle_that_is_saved_again_or_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,7 +154,7 @@ def test_restore_reads_every_byte_once(tmp_path: Path, monkeypatch: pytest.Monke
             return fill(self, destinations, whole=whole, **how)
 
         monkeypatch.setattr(Archive, "fill", spy)
-        monkeypatch.setattr("ckpt._held.digest_file", None)  # it would read it all again
+        monkeypatch.setattr("ckpt.restore.file_readers.digest_file", None)  # it would read it all again
         found = checkpointer.restore()
         assert found is not None and found.step == 3
         assert_same(state, found.state)

@@ -12,8 +12,8 @@ from support import DEADLINE_S, options
 from test_restore_into import damage_payload, file_of
 
 import ckpt
-from ckpt import _held
 from ckpt.errors import CheckpointError, DeadlineError, MismatchError
+from ckpt.restore import file_readers
 
 
 @pytest.fixture
@@ -57,13 +57,13 @@ def test_lent_memory_that_the_older_one_fills(job: ckpt.Checkpointer) -> None:
 def test_a_read_that_hangs_may_come_back_later(job: ckpt.Checkpointer, lends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """So the memory that it was to fill must not be used, however good the older checkpoint is."""
 
-    class Hanging(_held.Archive):
+    class Hanging(file_readers.Archive):
         def fill(self, destinations: Any, *, whole: bool = False, **how: Any) -> int | None:
             if whole and "step-000000000002" in str(self.path):
                 raise DeadlineError("reading took too long")
             return super().fill(destinations, whole=whole, **how)
 
-    monkeypatch.setattr(_held, "Archive", Hanging)
+    monkeypatch.setattr(file_readers, "Archive", Hanging)
     memory = target()
     del memory["more"]
     with pytest.raises(CheckpointError, match="make that anew"):

@@ -23,9 +23,9 @@ from states import ALL_STATES
 from support import DEADLINE_S, options
 
 import ckpt
-from ckpt import _spread
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.loading.archive import Archive, bytes_of
+from ckpt.restore import shared_read
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -272,7 +272,7 @@ def test_a_peer_that_does_not_answer(how: str, tmp_path: Path) -> None:
 
 def test_without_a_process_group(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not initialised.*init_process_group"):
-        _spread.read_spread(lambda: Archive(tmp_path / "any.pt"))
+        shared_read.read_spread(lambda: Archive(tmp_path / "any.pt"))
 
 
 # ---- shares ----------------------------------------------------------------------------------------------------------
@@ -281,7 +281,7 @@ def test_without_a_process_group(tmp_path: Path) -> None:
 @pytest.mark.parametrize("size", [1, 4095, 4096, 10_000, 1 << 20, (1 << 30) + 12_345])
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 64])
 def test_shares_cover_the_file_evenly(size: int, count: int) -> None:
-    shares = _spread.cut(size, count)
+    shares = shared_read.cut(size, count)
     assert len(shares) == count
     assert (shares[0][0], shares[-1][1]) == (0, size)
     assert all(end == begin for (_, end), (begin, _) in itertools.pairwise(shares))
@@ -292,8 +292,8 @@ def test_shares_cover_the_file_evenly(size: int, count: int) -> None:
 def test_small_parts_share_broadcasts(tmp_path: Path) -> None:
     archive = Archive(save([filled(size) for size in [5000, 1 << 20] * 40 + [40 << 20]], tmp_path / "state.pt", "torch"))
     names = archive.storage_names()
-    bounds = _spread.cut(archive.size, 4)
-    batches = _spread.plan(archive, archive.allocate(names), bounds)
+    bounds = shared_read.cut(archive.size, 4)
+    batches = shared_read.plan(archive, archive.allocate(names), bounds)
     assert sum(batch.nbytes for batch in batches) == sum(archive.records[name].size for name in names)
     assert all(batch.nbytes <= 16 << 20 for batch in batches)
     assert {batch.owner for batch in batches[:4]} == {0, 1, 2, 3}
@@ -304,7 +304,7 @@ def test_small_parts_share_broadcasts(tmp_path: Path) -> None:
 def test_a_place_that_is_too_small(tmp_path: Path) -> None:
     archive = Archive(save({"a": filled(100)}, tmp_path / "state.pt"))
     with pytest.raises(ValueError, match="100 bytes is to go where there is room for 99"):
-        _spread.plan(archive, {"data/0": torch.zeros(99, dtype=torch.uint8)}, _spread.cut(archive.size, 2))
+        shared_read.plan(archive, {"data/0": torch.zeros(99, dtype=torch.uint8)}, shared_read.cut(archive.size, 2))
 
 
 @pytest.mark.parametrize("align", [1, 512, 4096])

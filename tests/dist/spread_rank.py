@@ -21,7 +21,7 @@ from support import DEADLINE_S, assert_same, options
 import ckpt
 from ckpt import _native
 from ckpt.loading.archive import Archive
-from ckpt._spread import Place, fill_spread, read_spread
+from ckpt.restore.shared_read import Place, fill_spread, read_spread
 
 RANK, SIZE = int(sys.argv[1]), int(sys.argv[2])
 

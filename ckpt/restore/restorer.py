@@ -1,9 +1,9 @@
 """Finding the newest checkpoint that every rank can read, and reading it.
 
-The ranks choose it together, see _choice.py. What a rank is going to load is read, and checked on the way, while the ranks
+The ranks choose it together, see candidates.py. What a rank is going to load is read, and checked on the way, while the ranks
 choose: so its bytes are read once, and nothing is read after the choice, when the checkpoint may have been removed. It is
 unpickled when the choice has been made. If there is a target, its tensors are filled while the ranks choose, and all else is
-put there afterwards: see _held.py.
+put there afterwards: see file_readers.py.
 """
 
 from __future__ import annotations
@@ -15,11 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt import _held, _manifest
-from ckpt._choice import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
+from ckpt import _manifest
 from ckpt._directory import StepDirectories
-from ckpt._group import Readiness
-from ckpt._held import Fresh, Into, Lent
 from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
 from ckpt.errors import (
     CheckpointError,
@@ -31,6 +28,10 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.loading.archive import TIMEOUT_S
+from ckpt.restore import file_readers
+from ckpt.restore.candidates import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
+from ckpt.restore.file_readers import Fresh, Into, Lent
+from ckpt.restore.process_group import Readiness
 
 logger = logging.getLogger("ckpt")
 
@@ -182,7 +183,7 @@ class Restorer:
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
                     self._fill({path: beside[path]})
             elif self._is_mine(file):
-                _held.verify(path, file, loading.timeout_s)
+                file_readers.verify(path, file, loading.timeout_s)
 
         def finish(manifest: Manifest) -> None:
             refusal: Exception | None = self._lost or self._why_not_filled(directory, beside)

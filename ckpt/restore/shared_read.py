@@ -22,10 +22,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt import _native
-from ckpt._group import TEXT, Group
 from ckpt.errors import CheckpointError, CorruptError, PeerError
 from ckpt.loading.archive import Archive, bytes_of
 from ckpt.loading.unpickle import Contents
+from ckpt.restore.process_group import TEXT, Group
 
 Place = torch.UntypedStorage | torch.Tensor
 Prepare = Callable[[], tuple[Archive, Mapping[str, Place]]]

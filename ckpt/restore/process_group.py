@@ -1,6 +1,6 @@
 """A process group of torch.distributed, for reading a file together: small messages among all, and large broadcasts.
 
-These are collectives, so they belong to the thread that trains: see _spread.py.
+These are collectives, so they belong to the thread that trains: see shared_read.py.
 """
 
 from __future__ import annotations

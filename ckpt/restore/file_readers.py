@@ -6,7 +6,7 @@ There are three ways to read a file, each in one pass that checks every byte of 
     Into        into tensors that are there, a target as for load_into()
     Lent        to new memory, but for tensors that are lent to it
 
-A file that all ranks need they may read together, see _spread.py. Then that pass is a collective.
+A file that all ranks need they may read together, see shared_read.py. Then that pass is a collective.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ import torch
 
 from ckpt._manifest import FileEntry
 from ckpt._native import digest_file
-from ckpt._spread import fill_spread, read_spread
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.in_place import Filling, Intervals, takes_whole
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Outline
 from ckpt.loading.target_match import Fit, Pair
+from ckpt.restore.shared_read import fill_spread, read_spread
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
 

@@ -1,0 +1,1 @@
+"""Which checkpoint the ranks of a job restore, and how its files are read."""
