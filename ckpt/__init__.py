@@ -16,15 +16,15 @@ For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path
 derive from CheckpointError.
 """
 
-from ckpt._runtime import fence
-from ckpt._save import save
 from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
 from ckpt.loading.load import load
 from ckpt.loading.load_into import load_into
 from ckpt.options import Options
-from ckpt.pending import PendingSave, SaveStats
+from ckpt.saving.pending import PendingSave, SaveStats
+from ckpt.saving.runtime import fence
+from ckpt.saving.submit import save
 
 __version__ = "0.1.0"
 

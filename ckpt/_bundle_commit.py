@@ -19,10 +19,10 @@ from typing import Any
 from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
 from ckpt._bundle_directory import BundleRoot
-from ckpt._file_save import FileSave
 from ckpt._manifest import RANK, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, without_numbers
 from ckpt.errors import CheckpointError, StorageError
+from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
 
 

@@ -20,11 +20,11 @@ from typing import Any
 from ckpt import _manifest
 from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
 from ckpt._directory import StepDirectories
-from ckpt._file_save import FileSave
 from ckpt._manifest import REPLICATED, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, first_difference, without_devices
 from ckpt._shares import Share, join_shares, share_of
 from ckpt.errors import StorageError
+from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
 
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference

@@ -9,12 +9,12 @@ import weakref
 from types import TracebackType
 from typing import TypeVar
 
-from ckpt import _runtime
-from ckpt._save import log_failure
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
 from ckpt.options import Options
-from ckpt.pending import PendingSave, wait_all
+from ckpt.saving import runtime
+from ckpt.saving.pending import PendingSave, wait_all
+from ckpt.saving.submit import log_failure
 
 logger = logging.getLogger("ckpt")
 
@@ -38,7 +38,7 @@ class Saver:
         self._owns_coordinator = owned
         self._what = what
         self._stream = stream if owned else f"{stream}-{next(_streams.setdefault(coordinator, itertools.count()))}"
-        self._runtime = _runtime.lease(options)
+        self._runtime = runtime.lease(options)
         # One that is not our own is not interrupted: that would end it for all.
         self._committer = self._runtime.committer(*((coordinator.interrupt, coordinator.close) if owned else ()))
         weakref.finalize(self, self._committer.retire).atexit = False
@@ -95,7 +95,7 @@ class Saver:
             self._drain(self.options.drain_timeout_s)
         finally:
             self._committer.close(0.0)  # what has not come by now is given up
-            _runtime.give_back(self._runtime, 0.0)
+            runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()
             self._release()

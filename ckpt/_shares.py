@@ -13,8 +13,8 @@ import os
 from collections.abc import Iterable, Sequence
 
 from ckpt import _native
-from ckpt._file_save import FileSave
 from ckpt.errors import CorruptError, StorageError
+from ckpt.saving.file_in_flight import FileSave
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,9 +19,7 @@ from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
 from ckpt._bundle_directory import BundleRoot
-from ckpt._file_save import FileSave
 from ckpt._manifest import FileEntry, Manifest
-from ckpt._save import add_file
 from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.errors import (
@@ -36,10 +34,12 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.options import Options
-from ckpt.pending import PendingSave
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, Candidate, Chooser, Objection, Seen
 from ckpt.restore.restorer import verify_files
+from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.pending import PendingSave
+from ckpt.saving.submit import add_file
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")

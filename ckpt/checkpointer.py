@@ -14,10 +14,7 @@ from typing import Any
 from ckpt import _directory
 from ckpt._agreement import Agreement
 from ckpt._commit import Part, StepCommitter, Ticket
-from ckpt._file_save import FileSave, Sharing
 from ckpt._manifest import RANK, REPLICATED
-from ckpt._runtime import fence
-from ckpt._save import start
 from ckpt._saver import Saver
 from ckpt._steps import step_name
 from ckpt.coordinator import Coordinator, make_coordinator
@@ -29,9 +26,12 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.options import Options
-from ckpt.pending import PendingSave
 from ckpt.restore.candidates import Chooser
 from ckpt.restore.restorer import Loading, Restored, Restorer
+from ckpt.saving.file_in_flight import FileSave, Sharing
+from ckpt.saving.pending import PendingSave
+from ckpt.saving.runtime import fence
+from ckpt.saving.submit import start
 from ckpt.storage import durable
 
 _tokens = itertools.count()

@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ckpt._runtime import fence
 from ckpt.errors import CheckpointError
 from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.in_place import Filling
@@ -14,6 +13,7 @@ from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
 from ckpt.loading.skeleton import Outline
 from ckpt.loading.target_match import Fit
+from ckpt.saving.runtime import fence
 
 
 class Loaded(NamedTuple):

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ckpt import _committer, _runtime
-from ckpt._file_save import FileSave
 from ckpt.options import Options
-from ckpt.pending import PendingSave
 from ckpt.plan import lazy_storages
+from ckpt.saving import background, runtime
+from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.pending import PendingSave
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
 
 
 def engine_for(options: Options) -> Any:
     """The native engine that saves of single files with these options use; made if there is none yet."""
-    return _runtime.keep(options)[0]._engine
+    return runtime.keep(options)[0]._engine
 
 
 def engine_of(checkpointer: Any) -> Any:
@@ -28,16 +28,16 @@ def engine_of(checkpointer: Any) -> Any:
 
 def engine_count() -> int:
     """How many engines this process keeps."""
-    return len(_runtime._runtimes)
+    return len(runtime._runtimes)
 
 
 def close_engines(timeout_s: float) -> None:
     """Drains and ends every engine that this process keeps, with its threads and its arena."""
-    with _runtime._registry_lock:
-        runtimes = list(_runtime._runtimes.values())
-        _runtime._runtimes.clear()
-    for runtime in runtimes:
-        runtime.close(timeout_s)
+    with runtime._registry_lock:
+        runtimes = list(runtime._runtimes.values())
+        runtime._runtimes.clear()
+    for each in runtimes:
+        each.close(timeout_s)
 
 
 # ---- saves in flight -------------------------------------------------------------------------------------------------
@@ -88,12 +88,12 @@ def known_limits(checkpointer: Any) -> tuple[int, int] | None:
 
 def uncaptured() -> int:
     """How many files fences have to look after."""
-    return len(_runtime._uncaptured)
+    return len(runtime._uncaptured)
 
 
 def beginning() -> int:
     """How many saves are just looking for what is lazy."""
-    return len(_runtime._beginning)
+    return len(runtime._beginning)
 
 
 def step_is_running() -> bool:
@@ -116,5 +116,5 @@ def known_optimizers() -> int:
 
 def forget_notices() -> None:
     """What a process says once (no direct I/O, no pinned memory) is said again."""
-    _committer._noted_buffered.clear()
-    _committer._noted_pageable.clear()
+    background._noted_buffered.clear()
+    background._noted_pageable.clear()

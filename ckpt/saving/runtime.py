@@ -20,11 +20,11 @@ from typing import Any
 
 from ckpt import _native
 from ckpt import devices as torch_devices
-from ckpt._committer import Committer
-from ckpt._file_save import FileSave
 from ckpt.errors import CheckpointError, ClosedError
 from ckpt.options import Options
 from ckpt.plan import lazy_storages
+from ckpt.saving.background import Committer
+from ckpt.saving.file_in_flight import FileSave
 
 logger = logging.getLogger("ckpt")
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import _native
-from ckpt._file_save import FileSave
 from ckpt.errors import ClosedError, DeadlineError, SkippedError
 from ckpt.options import Options
-from ckpt.pending import PendingSave
+from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.pending import PendingSave
 
 logger = logging.getLogger("ckpt")
 

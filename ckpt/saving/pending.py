@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt._file_save import FileSave
 from ckpt.errors import DeadlineError, ForkedError
+from ckpt.saving.file_in_flight import FileSave
 
 logger = logging.getLogger("ckpt")
 

@@ -15,17 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _runtime
 from ckpt import devices as torch_devices
-from ckpt._committer import Committer, Publish
-from ckpt._file_save import FileSave
 from ckpt.devices import HOST
 from ckpt.errors import SkippedError
 from ckpt.options import Options
-from ckpt.pending import PendingSave
 from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
+from ckpt.saving.background import Committer, Publish
+from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.pending import PendingSave
+from ckpt.saving.runtime import Runtime, beginning, keep, orphan, unwatch, watch
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -82,12 +82,12 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         return directory.now() / target.name
 
     durable.remove_stale(target)
-    start(*_runtime.keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
+    start(*keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
     return pending
 
 
 def start(
-    runtime: _runtime.Runtime,
+    runtime: Runtime,
     committer: Committer,
     pending: PendingSave,
     contents: Sequence[tuple[FileSave, Any, bool]],
@@ -114,7 +114,7 @@ def start(
         pending._fail(skipped)
         return
     try:
-        with _runtime.beginning():
+        with beginning():
             _begin(runtime, pending, contents, lazy, options)
     except BaseException as error:
         if pending._files:  # those in flight are the committer's to clean up
@@ -131,7 +131,7 @@ def start(
 
 
 def _begin(
-    runtime: _runtime.Runtime, pending: PendingSave, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
+    runtime: Runtime, pending: PendingSave, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
 ) -> None:
     with _without_collector():
         storages = lazy_storages(lazy)
@@ -160,7 +160,7 @@ def _refuse_shards(pickled: bytes) -> None:
         )
 
 
-def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
+def add_file(runtime: Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
     """Begins one more file of a save that has been admitted; the caller hands it over when all are there.
 
     Raises:
@@ -169,7 +169,7 @@ def add_file(runtime: _runtime.Runtime, pending: PendingSave, file: FileSave, ob
     began = time.monotonic()
     pending._planned += (file,)
     try:
-        with _runtime.beginning():
+        with beginning():
             with _without_collector():
                 plan = _plan(obj, lazy_storages(lazy), options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
@@ -201,7 +201,7 @@ def _plan(obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
     return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
 
 
-def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
+def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
     records = plan.records
     alignment = options.record_alignment
     head = [("data.pkl", plan.pickle)]
@@ -220,9 +220,9 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
         first_record=len(head),
         until_durable=(head, tail, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
         names_to_the_end=options.verify_capture or bool(file.devices),
-        on_sealed=_runtime.unwatch,
+        on_sealed=unwatch,
     )
-    _runtime.watch(file, runtime)
+    watch(file, runtime)
     try:
         file.job = runtime.submit(
             path=os.fsencode(file.temporary),
@@ -247,9 +247,9 @@ def _submit(runtime: _runtime.Runtime, file: FileSave, obj: Any, plan: SavePlan,
             directory=-1 if file.directory is None else file.directory.descriptor,
         )
     except BaseException as error:
-        _runtime.unwatch(file)
+        unwatch(file)
         if not isinstance(error, Exception):  # interrupted: a writer that hangs may still read what we hold
-            _runtime.orphan(file.memory)
+            orphan(file.memory)
         raise
 
 
