@@ -1,4 +1,4 @@
-"""Two-phase commit of bundles. Unlike that of steps, it may replace files, see _bundle_directory.py; so it has one phase more.
+"""Two-phase commit of bundles. Unlike that of steps, it may replace files, see directory/bundles.py; so it has one phase more.
 
     prepare    every rank: its files are durable under temporary names; or an error. Rank 0 gathers all of it.
     publish    rank 0, if all are well: the manifest. Now the bundle is a checkpoint. It tells everybody.
@@ -16,11 +16,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
-from ckpt._bundle_directory import BundleRoot
-from ckpt._manifest import RANK, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, without_numbers
+from ckpt.directory import bundles
+from ckpt.directory import manifest as manifests
+from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.manifest import RANK, FileEntry, Manifest
 from ckpt.errors import CheckpointError, StorageError
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
@@ -135,11 +136,11 @@ class BundleCommitter:
                 file.discard()
         try:
             if self._agreement.rank != 0 and ticket.root is not None:  # of a node with a directory of its own
-                files = _manifest.parse_files(said["files"].get(ticket.node, []))
+                files = manifests.parse_files(said["files"].get(ticket.node, []))
                 if files:
                     manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
                     ticket.root.publish(ticket.place, manifest, ticket.directory)
-            _bundle_directory.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
+            bundles.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
                     durable.rename_durably(file.reach(file.temporary), file.reach(file.target))
@@ -208,7 +209,7 @@ class BundleCommitter:
         try:
             ticket.root.publish(ticket.place, manifest, ticket.directory)
         except StorageError as error:
-            if not _manifest.stands(manifest, ticket.place):
+            if not manifests.stands(manifest, ticket.place):
                 raise
             self._doubt = error.with_traceback(None)  # it is decided, but may not last: the files get their names all the same
 
@@ -240,7 +241,7 @@ def _one_of_each(answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[F
     dropped = []
     for answer in answers:
         there = chosen.setdefault(answer["node"], {})
-        for file, digest in zip(_manifest.parse_files(answer["files"]), answer["digests"], strict=True):
+        for file, digest in zip(manifests.parse_files(answer["files"]), answer["digests"], strict=True):
             first, expected = there.setdefault(file.name, (file, digest))
             if first.rank != file.rank:
                 if digest != expected:

@@ -17,12 +17,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt import _manifest
 from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
-from ckpt._directory import StepDirectories
-from ckpt._manifest import REPLICATED, FileEntry, Manifest
 from ckpt._replicas import Digest, digest_of, first_difference, without_devices
 from ckpt._shares import Share, join_shares, share_of
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.directory.steps import StepDirectories
 from ckpt.errors import StorageError
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
@@ -68,7 +68,7 @@ class Prepared:
 
     @staticmethod
     def parse(said: Mapping[str, Any]) -> Prepared:
-        files = _manifest.parse_files(said["files"])
+        files = manifests.parse_files(said["files"])
         digests = tuple(Digest(**digest) for digest in said["digests"])
         return Prepared(files, digests, tuple(Share(**share) for share in said["shares"]))
 
@@ -141,7 +141,7 @@ class StepCommitter:
                 differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
                 failure = self._explain(ticket, differing) if differing else None
                 if failure is None:
-                    before = _manifest.read_if_any(ticket.directory)
+                    before = manifests.read_if_any(ticket.directory)
                     files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
                     others = self._directories.others_in(ticket.directory, files, before)
                     world, sequence = self._agreement.world_size, self._directories.take_sequence()
@@ -150,7 +150,7 @@ class StepCommitter:
             except Exception as caught:
                 error = caught.with_traceback(None)
                 failure = Failure(f"rank 0 could not publish it: {error}", (0,))
-                if manifest is not None and _manifest.stands(manifest, ticket.directory):
+                if manifest is not None and manifests.stands(manifest, ticket.directory):
                     failure = Failure(f"it is a checkpoint, but not all of it is certain to last: {error}", (0,), stands=True)
         durable.crash_point("published")
         if manifest is not None and failure is None:

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _bundle_directory, _manifest
 from ckpt._agreement import Agreement
 from ckpt._bundle_commit import BundleCommitter, BundleTicket
-from ckpt._bundle_directory import BundleRoot
-from ckpt._manifest import FileEntry, Manifest
 from ckpt._saver import Saver
 from ckpt.coordinator import Coordinator, make_coordinator
+from ckpt.directory import bundles
+from ckpt.directory import manifest as manifests
+from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
@@ -254,7 +255,7 @@ class BundleCheckpointer(Saver):
 
     def _check_remaining(self) -> None:
         """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
-        if self._last_failed is None or not self._published or any(_manifest.read_if_any(path) for path in self._published):
+        if self._last_failed is None or not self._published or any(manifests.read_if_any(path) for path in self._published):
             return
         cause, gone = self._last_failed, ", ".join(f"'{path}'" for path in self._published)
         self._published.clear()
@@ -352,7 +353,7 @@ class BundleCheckpointer(Saver):
             return self._verify(path / candidate.name, candidate.sequence, reads)
 
         def complete() -> None:
-            _bundle_directory.complete_all(path, name or _bundle_directory.read_latest(path))
+            bundles.complete_all(path, name or bundles.read_latest(path))
 
         def look() -> Seen:
             complete()
@@ -363,23 +364,23 @@ class BundleCheckpointer(Saver):
         self._chooser.meet()  # nobody looks at files that are just getting their names
         found, refusal = self._chooser.lead(look, verify) if self.rank == 0 else self._chooser.follow(verify)
         if found is not None:
-            wanted = name or _bundle_directory.read_latest(path)
+            wanted = name or bundles.read_latest(path)
             if wanted is not None and found.name != wanted:
                 logger.warning("'%s' is not a good checkpoint; '%s' is taken instead", path / wanted, found.name)
             return found.name
         if not refusal.causes:
             return None
-        others = [directory.name for directory, _ in _bundle_directory.look(path) if directory.name != name]
+        others = [directory.name for directory, _ in bundles.look(path) if directory.name != name]
         published = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
         kind = CheckpointError if refusal.kind == GONE else CorruptError
         raise kind(f"no checkpoint to load from '{path}': {'; '.join(refusal.causes)}{published}")
 
     def _candidates(self, root: Path, name: str | None) -> list[Candidate]:
-        published = {directory.name: manifest.sequence for directory, manifest in _bundle_directory.look(root)}
-        first = name or _bundle_directory.read_latest(root)
+        published = {directory.name: manifest.sequence for directory, manifest in bundles.look(root)}
+        first = name or bundles.read_latest(root)
         candidates = []
         if first is not None and (root / first).is_dir():
-            manifest = _manifest.read_if_any(root / first)  # its name may have slashes
+            manifest = manifests.read_if_any(root / first)  # its name may have slashes
             candidates = [Candidate(first, _UNVERIFIED if manifest is None else manifest.sequence)]
             published.pop(first, None)
         if name is None:
@@ -394,15 +395,15 @@ class BundleCheckpointer(Saver):
         if sequence == _UNVERIFIED:
             cause = self._verify_foreign(directory)
             return None if cause is None else Objection(cause)
-        unsettled = _bundle_directory.is_unsettled(directory)
+        unsettled = bundles.is_unsettled(directory)
         cause = verify_files(directory, sequence, check)
         if cause is None:
             return None
-        return Objection(cause, unsettled or not _manifest.is_at(directory, sequence))
+        return Objection(cause, unsettled or not manifests.is_at(directory, sequence))
 
     def _verify_foreign(self, directory: Path) -> str | None:
         try:
-            _manifest.read(directory)
+            manifests.read(directory)
         except NotACheckpointError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 return str(error)

@@ -1,4 +1,4 @@
-"""Checkpoints of a training job, step by step: saved by all ranks together, kept, restored. See _directory.py for the files."""
+"""Checkpoints of a training job, step by step: saved by all ranks together, kept, restored. Files: see directory/steps.py."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt import _directory
 from ckpt._agreement import Agreement
 from ckpt._commit import Part, StepCommitter, Ticket
-from ckpt._manifest import RANK, REPLICATED
 from ckpt._saver import Saver
-from ckpt._steps import step_name
 from ckpt.coordinator import Coordinator, make_coordinator
+from ckpt.directory.listing import step_name
+from ckpt.directory.manifest import RANK, REPLICATED
+from ckpt.directory.steps import StepDirectories
 from ckpt.errors import (
     CheckpointError,
     DeadlineError,
@@ -75,7 +75,7 @@ class Checkpointer(Saver):
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt")
-        self._directories = _directory.StepDirectories(
+        self._directories = StepDirectories(
             self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
         )
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain

@@ -19,7 +19,7 @@ from support import DEADLINE_S, assert_same, clear_faults, options, somebody_is_
 from test_ranks_apart import IMPATIENT, PATIENT, Pair, Threaded, Wire
 
 import ckpt
-from ckpt import _manifest
+from ckpt.directory import manifest as manifests
 from ckpt.errors import CheckpointError, PeerError, SkippedError, StorageError
 from ckpt.saving import inspection
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_that_appears_meanwhile_is_not_replaced(begun: ckpt.Checkpo
     assert_same(state(7), torch.load(theirs / "state.pt"))
     assert sorted(path.name for path in theirs.iterdir()) == ["manifest.json", "state.pt"]
     begun.save(2, state(8)).result(DEADLINE_S)
-    assert _manifest.names(_manifest.read(theirs).files) == {"state-2.pt"}
+    assert manifests.names(manifests.read(theirs).files) == {"state-2.pt"}
     with pytest.raises(CheckpointError):
         begun.wait()
 

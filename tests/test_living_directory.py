@@ -16,8 +16,8 @@ from support import DEADLINE_S, options
 from test_ranks_apart import PATIENT, Threaded, Wire
 
 import ckpt
-from ckpt import _directory
 from ckpt.bundles import BundleCheckpointer
+from ckpt.directory import steps
 from ckpt.errors import CheckpointError, CorruptError
 
 
@@ -32,7 +32,7 @@ class Job:
         self.checkpointer = ckpt.Checkpointer(directory, keep=1, options=options(), coordinator="local")
         self.times, self.step = 0, 0
         self.save()
-        look = _directory.look
+        look = steps.look
 
         def look_and_save(root: Path) -> Any:
             found = look(root)
@@ -41,7 +41,7 @@ class Job:
                 self.save()
             return found
 
-        monkeypatch.setattr(_directory, "look", look_and_save)
+        monkeypatch.setattr(steps, "look", look_and_save)
 
     def save(self) -> None:
         self.step += 1

@@ -17,7 +17,7 @@ from test_bundles import Job
 from test_ranks_apart import PATIENT
 
 import ckpt
-from ckpt import _manifest
+from ckpt.directory import manifest as manifests
 from ckpt.errors import FailedSavesError, StorageError
 
 STATE = {"weights": torch.arange(300_000)}
@@ -45,7 +45,7 @@ def begin(saver: ckpt.BundleCheckpointer, root: Path, name: str) -> ckpt.Pending
 def assert_bundle(root: Path, name: str, latest: str) -> None:
     for file in ("model.pt", "optimizer.pt"):
         assert_same(STATE, torch.load(root / name / file))
-    assert _manifest.names(_manifest.read(root / name).files) == {"model.pt", "optimizer.pt"}
+    assert manifests.names(manifests.read(root / name).files) == {"model.pt", "optimizer.pt"}
     assert (root / "latest").read_text() == latest
     assert list(root.rglob(".tmp-*")) == []
 

@@ -18,7 +18,7 @@ from test_ranks_apart import Threaded, Wire
 from torch import nn
 
 import ckpt
-from ckpt import _manifest
+from ckpt.directory import manifest as manifests
 from ckpt.errors import CheckpointError, CorruptError, MismatchError
 from ckpt.loading import archive, skeleton
 
@@ -172,7 +172,7 @@ def replace_without_checksums(path: Path, state: Any) -> None:
     at = path.with_name("manifest.json")
     manifest = json.loads(at.read_text())
     manifest["files"][0] |= {"bytes": path.stat().st_size, "crc32": zlib.crc32(path.read_bytes())}
-    manifest["crc32"] = _manifest._checksum(manifest)
+    manifest["crc32"] = manifests._checksum(manifest)
     at.write_text(json.dumps(manifest))
 
 

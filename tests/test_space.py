@@ -12,7 +12,7 @@ import torch
 from support import DEADLINE_S, clear_faults, options, somebody_is_in, wait_until
 
 import ckpt
-from ckpt import _unpublished
+from ckpt.directory import unpublished
 from ckpt.storage import durable
 
 STATE = {"weights": torch.arange(50_000)}
@@ -105,7 +105,7 @@ def test_what_a_crash_left_gives_its_space_back_before_a_byte_is_written(
     left = tmp_path / "step-000000000007"
     left.mkdir()
     (left / "state.pt").write_bytes(b"half")
-    _unpublished.mark_of(left, durable.shared_token(7)).touch()
+    unpublished.mark_of(left, durable.shared_token(7)).touch()
     native.set_fault("fallocate", delay_s=DEADLINE_S)
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         checkpointer.save(1, STATE)

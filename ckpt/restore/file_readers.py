@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from ckpt._manifest import FileEntry
 from ckpt._native import digest_file
+from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.in_place import Filling, Intervals, takes_whole

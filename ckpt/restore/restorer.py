@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt import _manifest
-from ckpt._directory import StepDirectories
-from ckpt._manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory.steps import StepDirectories
 from ckpt.errors import (
     CheckpointError,
     CorruptError,
@@ -199,7 +199,7 @@ class Restorer:
             readiness.settle(error)
             raise
         readiness.settle(cause)
-        return None if cause is None else Objection(cause, not _manifest.is_at(directory, candidate.sequence))
+        return None if cause is None else Objection(cause, not manifests.is_at(directory, candidate.sequence))
 
     def _fill(self, beside: dict[Path, Fresh]) -> None:
         # What all read together comes first: nothing may fail on this rank alone before that.
@@ -296,7 +296,7 @@ def verify_files(
         finish: called after that.
     """
     try:
-        manifest = _manifest.read(directory)
+        manifest = manifests.read(directory)
         if manifest.sequence != sequence:
             return f"'{directory}' is another checkpoint than on rank 0: all ranks must see the same directory"
         for file in manifest.files:

@@ -3,7 +3,7 @@
     .lock                     held by the one job that writes here
     latest                    the name of the newest committed step directory; written last
     step-000000000042/
-        manifest.json         the commit record; without one the directory is no checkpoint, see _unpublished.py
+        manifest.json         the commit record; without one the directory is no checkpoint, see unpublished.py
         state.pt              what a job of one process gave; or, of several:
         rank-00000.pt  ...    what each rank gave for itself
         replicated.pt         what was the same on all ranks
@@ -23,10 +23,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ckpt import _manifest, _unpublished
-from ckpt._manifest import FileEntry, Manifest
-from ckpt._steps import LATEST, Found, is_step_name, look
-from ckpt._unpublished import names_in, written_for
+from ckpt.directory import manifest as manifests
+from ckpt.directory import unpublished
+from ckpt.directory.listing import LATEST, Found, is_step_name, look
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.unpublished import names_in, written_for
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
@@ -71,18 +72,18 @@ class StepDirectories:
         self._retired: list[Path] = []  # no steps any more, but still there
 
     def look(self) -> Found:
-        """See _steps.py."""
+        """See listing.py."""
         return look(self._directory)
 
     def lost(self, found: Found) -> str:
         """What to say if there are no checkpoints, but files of some; empty if there are none. Logs each such directory."""
-        lost = [path for path in found.bare if _unpublished.is_lost(path)]
+        lost = [path for path in found.bare if unpublished.is_lost(path)]
         for path in lost:
             self._note_lost(path)
         if not found.checkpoints and not found.damaged and not lost and os.path.lexists(self._directory / LATEST):
             text = "'%s' says that there were checkpoints, but there is none: they have been removed"
             self.warn_once(LATEST, text, self._directory / LATEST)
-        return _unpublished.describe(self._directory, lost) if lost else ""
+        return unpublished.describe(self._directory, lost) if lost else ""
 
     def _note_lost(self, path: Path) -> None:
         text = (
@@ -203,7 +204,7 @@ class StepDirectories:
             if not new:
                 names = names_in(directory)
                 taken |= names | _names_in_manifest(directory)
-                if _unpublished.may_hold_others(names):
+                if unpublished.may_hold_others(names):
                     self._others.add(name)
             files = [_free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
@@ -220,9 +221,9 @@ class StepDirectories:
         """The file of the committed step that `target`, from begin(), will take the place of."""
         if target.parent.name != self._begun_again:
             return None
-        manifest = _manifest.read_if_any(target.parent)
-        names = () if manifest is None else sorted(_manifest.names(manifest.files))
-        return next((target.parent / name for name in names if _unpublished.stem_of(name) == stem), None)
+        manifest = manifests.read_if_any(target.parent)
+        names = () if manifest is None else sorted(manifests.names(manifest.files))
+        return next((target.parent / name for name in names if unpublished.stem_of(name) == stem), None)
 
     def note_limits(self, limits: tuple[int, int] | None) -> None:
         """Of a file that was written here."""
@@ -252,8 +253,8 @@ class StepDirectories:
         """As long as files of the save that failed are there, their mark stays."""
         with contextlib.suppress(OSError):
             names = names_in(directory)
-            if _manifest.NAME in names or not _unpublished.finished(names):
-                durable.remove_quietly(_unpublished.mark_of(directory, self.token))
+            if manifests.NAME in names or not unpublished.finished(names):
+                durable.remove_quietly(unpublished.mark_of(directory, self.token))
 
     @contextlib.contextmanager
     def _taking_away(self, name: str) -> Iterator[bool]:
@@ -280,13 +281,13 @@ class StepDirectories:
             CheckpointError: somebody else has put a checkpoint there meanwhile; it is left alone.
         """
         self._refuse_another_directory()
-        there = _manifest.read_if_any(target.parent)
-        if os.path.lexists(target) or (there is not None and target.name in _manifest.names(there.files)):
+        there = manifests.read_if_any(target.parent)
+        if os.path.lexists(target) or (there is not None and target.name in manifests.names(there.files)):
             raise CheckpointError(
                 f"'{target}' was put there from elsewhere; it was not replaced: save this step again, or under another number"
             )
         if there is None and target.parent.name not in self._others:
-            durable.make_empty_file(_unpublished.mark_of(target.parent, self.token))
+            durable.make_empty_file(unpublished.mark_of(target.parent, self.token))
         self._placed.add(target)
         durable.crash_point("before-rename")
         try:
@@ -317,10 +318,10 @@ class StepDirectories:
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )
             durable.sync_directory(self._directory)
-            if (before := _manifest.read_if_any(directory)) is not None:
-                self._replaced.setdefault(directory.name, set()).update(_manifest.names(before.files))
-            with _unpublished.aside(directory, self.token) as aside:
-                durable.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest", aside)
+            if (before := manifests.read_if_any(directory)) is not None:
+                self._replaced.setdefault(directory.name, set()).update(manifests.names(before.files))
+            with unpublished.aside(directory, self.token) as aside:
+                durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
             durable.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
 
     def _refuse_another_directory(self) -> None:
@@ -345,7 +346,7 @@ class StepDirectories:
         if target not in self._placed:
             return
         with contextlib.suppress(NotACheckpointError):
-            if target.name in _manifest.names(_manifest.read(target.parent).files):
+            if target.name in manifests.names(manifests.read(target.parent).files):
                 return  # committed after all: only the last fsync has failed
         durable.remove_quietly(target)
 
@@ -361,8 +362,8 @@ class StepDirectories:
         with self._lock:
             if directory.name not in self._others:
                 return ()
-            ours = _manifest.names(files) | self._in_flight.get(directory.name, set()) | {_manifest.NAME}
-        return tuple(sorted(_unpublished.finished(names_in(directory)) - ours))
+            ours = manifests.names(files) | self._in_flight.get(directory.name, set()) | {manifests.NAME}
+        return tuple(sorted(unpublished.finished(names_in(directory)) - ours))
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
@@ -403,18 +404,18 @@ class StepDirectories:
         if not self._shared:
             self._remove_temporaries(directory)
         # Also what a save has replaced that failed behind that.
-        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else _manifest.names(before.files))
-        for name in replaced - _manifest.names(manifest.files) - {*manifest.others}:
+        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else manifests.names(before.files))
+        for name in replaced - manifests.names(manifest.files) - {*manifest.others}:
             durable.remove_file(directory / name)
         if self._keep is None:
             return
-        largest = _manifest.bytes_of(manifest)
+        largest = manifests.bytes_of(manifest)
         for path, old in self.look().checkpoints[self._keep :]:
             if old.others:
                 self._withdraw(path, old)
             else:
                 self._remove_step(path)
-            largest = max(largest, _manifest.bytes_of(old))
+            largest = max(largest, manifests.bytes_of(old))
         while self._retired and not durable.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
 
@@ -427,7 +428,7 @@ class StepDirectories:
                     durable.remove_file(path)
             for path in self._step_directories():
                 try:
-                    self._remove_unnamed(path, _manifest.read(path))
+                    self._remove_unnamed(path, manifests.read(path))
                 except NotACheckpointError as error:
                     if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
                         self._remove_if_leftover(path)
@@ -443,14 +444,14 @@ class StepDirectories:
                 durable.remove_tree(path)
 
     def _remove_if_leftover(self, path: Path) -> None:
-        if _unpublished.is_leftover(names_in(path)):
+        if unpublished.is_leftover(names_in(path)):
             self._remove_step(path)
-        elif _unpublished.is_lost(path):
+        elif unpublished.is_lost(path):
             self._note_lost(path)
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
         """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
-        wanted = _manifest.names(manifest.files) | {*manifest.others, _manifest.NAME}
+        wanted = manifests.names(manifest.files) | {*manifest.others, manifests.NAME}
         for path in directory.iterdir():
             owner = written_for(path.name)
             if owner is not None and (owner not in wanted or durable.is_temporary(path.name)):
@@ -470,7 +471,7 @@ class StepDirectories:
         with self._taking_away(directory.name) as nobody_writes:
             if not nobody_writes:
                 return
-            durable.remove_file(directory / _manifest.NAME)
+            durable.remove_file(directory / manifests.NAME)
             durable.sync_directory(directory)
             for file in manifest.files:
                 durable.remove_file(directory / file.name)
@@ -487,8 +488,8 @@ class StepDirectories:
 
 def _names_in_manifest(directory: Path) -> set[str]:
     """Also of a file whose save ended without word from rank 0, which may publish it yet."""
-    manifest = _manifest.read_if_any(directory)
-    return set() if manifest is None else _manifest.names(manifest.files)
+    manifest = manifests.read_if_any(directory)
+    return set() if manifest is None else manifests.names(manifest.files)
 
 
 def _free_name(stem: str, taken: set[str]) -> str:

@@ -20,8 +20,8 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from ckpt import _manifest
-from ckpt._manifest import FileEntry, Manifest
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
@@ -137,7 +137,7 @@ class BundleRoot:
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
         durable.sync_directory(self._held.reach)
-        durable.replace_durably(directory / _manifest.NAME, manifest.to_json(), "manifest")
+        durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest")
 
     def point_latest(self, name: str) -> None:
         """Raises StorageError."""
@@ -147,7 +147,7 @@ class BundleRoot:
 
 def look(root: Path) -> list[tuple[Path, Manifest]]:
     """The bundles that were published, newest first."""
-    found = [(path, manifest) for path in _subdirectories(root) if (manifest := _manifest.read_if_any(path)) is not None]
+    found = [(path, manifest) for path in _subdirectories(root) if (manifest := manifests.read_if_any(path)) is not None]
     return sorted(found, key=lambda item: item[1].sequence, reverse=True)
 
 
@@ -182,7 +182,7 @@ def complete(directory: Path, manifest: Manifest) -> None:
 
 def is_unsettled(directory: Path) -> bool:
     """Whether files that its manifest names are just getting their own names, as a living job gives them."""
-    manifest = _manifest.read_if_any(directory)
+    manifest = manifests.read_if_any(directory)
     return manifest is not None and any(file.temporary and (directory / file.temporary).exists() for file in manifest.files)
 
 
@@ -193,7 +193,7 @@ def complete_all(root: Path, name: str | None = None) -> None:
         name: of one more, which may lie deeper.
     """
     found = dict(look(root))
-    if name is not None and (manifest := _manifest.read_if_any(root / name)) is not None:
+    if name is not None and (manifest := manifests.read_if_any(root / name)) is not None:
         found[root / name] = manifest
     for directory, manifest in found.items():
         try:
@@ -209,7 +209,7 @@ def _named_in(directory: Path) -> set[str]:
         NotACheckpointError: there is one, and it cannot be read.
     """
     try:
-        return {file.temporary for file in _manifest.read(directory).files}
+        return {file.temporary for file in manifests.read(directory).files}
     except NotACheckpointError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return set()

@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from ckpt import _manifest
+from ckpt.directory import manifest as manifests
 from ckpt.errors import StorageError
 from ckpt.storage import durable
 
@@ -31,7 +31,7 @@ _MOST_NAMED = 4
 
 def mark_of(directory: Path, token: str) -> Path:
     """The same on all ranks of a job that have the token of its rank 0."""
-    return durable.temporary_by(directory / _manifest.NAME, token)
+    return durable.temporary_by(directory / manifests.NAME, token)
 
 
 @contextlib.contextmanager
@@ -50,7 +50,7 @@ def aside(directory: Path, token: str) -> Iterator[Path]:
 
 
 def is_marked(names: Iterable[str]) -> bool:
-    return any(durable.name_behind(name) == _manifest.NAME for name in names)
+    return any(durable.name_behind(name) == manifests.NAME for name in names)
 
 
 def finished(names: Iterable[str]) -> set[str]:
@@ -77,10 +77,10 @@ def is_lost(directory: Path) -> bool:
         names = names_in(directory)
     except StorageError:
         return True  # who cannot look cannot say that it is nothing
-    if _manifest.NAME in names or is_leftover(names):
+    if manifests.NAME in names or is_leftover(names):
         return False
     # Once more: a living job may have published or removed it while its names were read.
-    return os.path.isdir(directory) and not os.path.lexists(directory / _manifest.NAME)
+    return os.path.isdir(directory) and not os.path.lexists(directory / manifests.NAME)
 
 
 def written_for(name: str) -> str | None:
@@ -109,7 +109,7 @@ def describe(root: Path, lost: list[Path]) -> str:
     named = ", ".join(path.name for path in sorted(lost)[:_MOST_NAMED]) + (", ..." if len(lost) > _MOST_NAMED else "")
     count = "1 step directory" if len(lost) == 1 else f"{len(lost)} step directories"
     return (
-        f"'{root}' holds {count} without {_manifest.NAME} ({named}) and no checkpoint: nothing was resumed, and nothing of "
+        f"'{root}' holds {count} without {manifests.NAME} ({named}) and no checkpoint: nothing was resumed, and nothing of "
         "this will be deleted. Bring the manifests back, as from a backup, and resume then; or move these directories away; or "
         "begin anew beside them: resume(fresh=True), or restore(fresh=True) of a Checkpointer"
     )

@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt import _manifest
-from ckpt._manifest import Manifest
-from ckpt._unpublished import names_in
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import Manifest
+from ckpt.directory.unpublished import names_in
 from ckpt.errors import NotACheckpointError
 
 LATEST = "latest"
@@ -67,9 +67,9 @@ def _look_once(directory: Path) -> tuple[Found, bool]:
     for name in filter(is_step_name, names_in(directory)):
         path = directory / name
         try:
-            found.checkpoints.append((path, _manifest.read(path)))
+            found.checkpoints.append((path, manifests.read(path)))
         except NotACheckpointError as error:
-            if os.path.lexists(path / _manifest.NAME):
+            if os.path.lexists(path / manifests.NAME):
                 found.damaged.append(error)
             elif path.is_dir():
                 found.bare.append(path)

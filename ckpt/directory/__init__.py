@@ -1,0 +1,1 @@
+"""Directories of checkpoints: names, manifests, and what is no longer wanted."""
