@@ -15,9 +15,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt._agreement import Agreement
-from ckpt._bundle_commit import BundleCommitter, BundleTicket
-from ckpt._saver import Saver
+from ckpt.commit.bundle_publication import BundleCommitter, BundleTicket
+from ckpt.commit.conversation import Agreement
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
@@ -41,6 +40,7 @@ from ckpt.restore.restorer import verify_files
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
+from ckpt.session import Saver
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")

@@ -11,9 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt._agreement import Agreement
-from ckpt._commit import Part, StepCommitter, Ticket
-from ckpt._saver import Saver
+from ckpt.commit.conversation import Agreement
+from ckpt.commit.publication import Part, StepCommitter, Ticket
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory.listing import step_name
 from ckpt.directory.manifest import RANK, REPLICATED
@@ -32,6 +31,7 @@ from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import fence
 from ckpt.saving.submit import start
+from ckpt.session import Saver
 from ckpt.storage import durable
 
 _tokens = itertools.count()

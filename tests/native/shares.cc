@@ -170,7 +170,7 @@ bool check_share(const Rank& rank, const std::string& expected, const std::strin
   return true;
 }
 
-// As ckpt/_shares.py does it. The CRC-32 of the file.
+// As ckpt/commit/shared_file.py does it. The CRC-32 of the file.
 uint32_t join_shares(const SharedFile& file) {
   const Rank& first = file.ranks.front();
   std::vector<uint32_t> record_crcs(file.contents.size());

@@ -17,9 +17,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt._agreement import Agreement, Failure, failed_answer, good_answer, outcome_of
-from ckpt._replicas import Digest, digest_of, first_difference, without_devices
-from ckpt._shares import Share, join_shares, share_of
+from ckpt.commit.conversation import Agreement, Failure, failed_answer, good_answer, outcome_of
+from ckpt.commit.replica_check import Digest, digest_of, first_difference, without_devices
+from ckpt.commit.shared_file import Share, join_shares, share_of
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.directory.steps import StepDirectories

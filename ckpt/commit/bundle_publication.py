@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt._agreement import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
-from ckpt._replicas import Digest, digest_of, without_numbers
+from ckpt.commit.conversation import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
+from ckpt.commit.replica_check import Digest, digest_of, without_numbers
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
