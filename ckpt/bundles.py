@@ -41,7 +41,7 @@ from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
 from ckpt.session import Saver
-from ckpt.storage import durable
+from ckpt.storage import durable, temporary_names
 
 logger = logging.getLogger("ckpt")
 
@@ -410,7 +410,7 @@ class BundleCheckpointer(Saver):
         else:
             return f"'{directory}' has a manifest here, and none on rank 0: all ranks must see the same directory"
         files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-        if all(durable.is_temporary(file) for file in files):
+        if all(temporary_names.is_temporary(file) for file in files):
             return f"'{directory}' was never completed: it holds no finished file"
         return None
 

@@ -32,7 +32,7 @@ from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import fence
 from ckpt.saving.submit import start
 from ckpt.session import Saver
-from ckpt.storage import durable
+from ckpt.storage import durable, temporary_names
 
 _tokens = itertools.count()
 
@@ -141,7 +141,7 @@ class Checkpointer(Saver):
             try:
                 if not self._claimed:
                     self._directories.claim(self.options.timeout_s)
-                    self._claimed, self._token = True, durable.shared_token(next(_tokens))
+                    self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise

@@ -30,7 +30,7 @@ from ckpt.errors import (
     SkippedError,
     StorageError,
 )
-from ckpt.storage.durable import temporary_path
+from ckpt.storage.temporary_names import temporary_path
 
 
 def state(step: int) -> dict[str, Any]:

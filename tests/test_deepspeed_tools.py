@@ -23,7 +23,7 @@ from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
 from dist.deepspeed_runs import TIMEOUT_S, Fields, Outcomes, environment
 from support import assert_same
 
-from ckpt.storage import durable
+from ckpt.storage import temporary_names
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -378,8 +378,8 @@ def looks(by_two: Jobs, nurseries: list[DeepSpeedNursery], tmp_path_factory: pyt
 def strew(root: Path) -> None:
     tag = root / f"step{LATEST}"
     for file in [root / "latest", *tag.iterdir()]:
-        durable.temporary_path(file).write_bytes(b"half of it")
-        durable.shared_path(file, durable.shared_token(0)).write_bytes(b"half of it")
+        temporary_names.temporary_path(file).write_bytes(b"half of it")
+        temporary_names.shared_path(file, temporary_names.shared_token(0)).write_bytes(b"half of it")
 
 
 @pytest.mark.parametrize("kind", KINDS)

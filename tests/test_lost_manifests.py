@@ -14,7 +14,7 @@ from support import DEADLINE_S, options
 import ckpt
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.integrations.torch import CheckpointCallback
-from ckpt.storage import durable
+from ckpt.storage import temporary_names
 
 
 def make(directory: Path, keep: int | None = None) -> ckpt.Checkpointer:
@@ -137,10 +137,10 @@ def test_what_a_dead_save_left_is_nobodys(finished: bool, tmp_path: Path) -> Non
     """Its first one: the job begins at 0, and without a word of complaint."""
     left = step_directory(tmp_path, 1)
     left.mkdir()
-    durable.temporary_path(left / "state.pt").write_bytes(b"half")
+    temporary_names.temporary_path(left / "state.pt").write_bytes(b"half")
     if finished:
         (left / "rank-00001.pt").write_bytes(b"whole")
-        durable.temporary_path(left / "manifest.json").write_bytes(b"")
+        temporary_names.temporary_path(left / "manifest.json").write_bytes(b"")
     with make(tmp_path) as checkpointer:
         assert checkpointer.restore() is None
         save(checkpointer, 2)

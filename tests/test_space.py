@@ -13,7 +13,7 @@ from support import DEADLINE_S, clear_faults, options, somebody_is_in, wait_unti
 
 import ckpt
 from ckpt.directory import unpublished
-from ckpt.storage import durable
+from ckpt.storage import temporary_names
 
 STATE = {"weights": torch.arange(50_000)}
 pytestmark = pytest.mark.usefixtures("native")
@@ -105,7 +105,7 @@ def test_what_a_crash_left_gives_its_space_back_before_a_byte_is_written(
     left = tmp_path / "step-000000000007"
     left.mkdir()
     (left / "state.pt").write_bytes(b"half")
-    unpublished.mark_of(left, durable.shared_token(7)).touch()
+    unpublished.mark_of(left, temporary_names.shared_token(7)).touch()
     native.set_fault("fallocate", delay_s=DEADLINE_S)
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
         checkpointer.save(1, STATE)

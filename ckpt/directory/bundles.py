@@ -23,7 +23,7 @@ from pathlib import Path
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
-from ckpt.storage import durable
+from ckpt.storage import durable, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
@@ -104,8 +104,8 @@ class BundleRoot:
     def _remove_leftovers_in(self, directory: Path) -> None:
         wanted = _named_in(directory)
         for path in directory.iterdir():
-            behind = durable.name_behind(path.name)
-            if behind is None or path.name in wanted or durable.may_be_in_use(path.name) or not path.is_file():
+            behind = temporary_names.name_behind(path.name)
+            if behind is None or path.name in wanted or temporary_names.may_be_in_use(path.name) or not path.is_file():
                 continue
             if directory != self.path or behind == LATEST:  # beside the bundles, others save files of their own
                 durable.remove_file(path)

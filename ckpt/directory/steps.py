@@ -29,7 +29,7 @@ from ckpt.directory.listing import LATEST, Found, is_step_name, look
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.unpublished import names_in, written_for
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
-from ckpt.storage import durable
+from ckpt.storage import durable, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
@@ -424,7 +424,7 @@ class StepDirectories:
         try:
             self._remove_retired()
             for path in self._directory.iterdir():
-                if durable.name_behind(path.name) == LATEST:
+                if temporary_names.name_behind(path.name) == LATEST:
                     durable.remove_file(path)
             for path in self._step_directories():
                 try:
@@ -440,7 +440,7 @@ class StepDirectories:
     def _remove_retired(self) -> None:
         """Steps whose removal failed half-way."""
         for path in self._directory.iterdir():
-            if is_step_name(durable.name_behind(path.name) or "") and path.is_dir():
+            if is_step_name(temporary_names.name_behind(path.name) or "") and path.is_dir():
                 durable.remove_tree(path)
 
     def _remove_if_leftover(self, path: Path) -> None:
@@ -454,7 +454,7 @@ class StepDirectories:
         wanted = manifests.names(manifest.files) | {*manifest.others, manifests.NAME}
         for path in directory.iterdir():
             owner = written_for(path.name)
-            if owner is not None and (owner not in wanted or durable.is_temporary(path.name)):
+            if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):
                 durable.remove_file(path)
 
     def _remove_temporaries(self, directory: Path) -> None:
@@ -463,7 +463,7 @@ class StepDirectories:
         with self._lock:
             wanted = self._in_flight.get(directory.name, set())
         for path in found:
-            if durable.name_behind(path.name) not in {None, *wanted}:
+            if temporary_names.name_behind(path.name) not in {None, *wanted}:
                 durable.remove_file(path)
 
     def _withdraw(self, directory: Path, manifest: Manifest) -> None:

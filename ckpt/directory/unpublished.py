@@ -22,7 +22,7 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.errors import StorageError
-from ckpt.storage import durable
+from ckpt.storage import durable, temporary_names
 
 _FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
 _UNMARKED = "unmarked"
@@ -31,7 +31,7 @@ _MOST_NAMED = 4
 
 def mark_of(directory: Path, token: str) -> Path:
     """The same on all ranks of a job that have the token of its rank 0."""
-    return durable.temporary_by(directory / manifests.NAME, token)
+    return temporary_names.temporary_by(directory / manifests.NAME, token)
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def aside(directory: Path, token: str) -> Iterator[Path]:
     if os.path.lexists(mark):
         yield mark
         return
-    other = durable.temporary_path(directory / _UNMARKED)
+    other = temporary_names.temporary_path(directory / _UNMARKED)
     try:
         yield other
     except BaseException:
@@ -50,12 +50,12 @@ def aside(directory: Path, token: str) -> Iterator[Path]:
 
 
 def is_marked(names: Iterable[str]) -> bool:
-    return any(durable.name_behind(name) == manifests.NAME for name in names)
+    return any(temporary_names.name_behind(name) == manifests.NAME for name in names)
 
 
 def finished(names: Iterable[str]) -> set[str]:
     """Those that are not temporary ones of ours."""
-    return {name for name in names if durable.name_behind(name) is None}
+    return {name for name in names if temporary_names.name_behind(name) is None}
 
 
 def may_hold_others(names: Iterable[str]) -> bool:
@@ -85,8 +85,8 @@ def is_lost(directory: Path) -> bool:
 
 def written_for(name: str) -> str | None:
     """The final name of a file of a step or of a temporary on its way to one; None for files that are not ours."""
-    if durable.is_temporary(name):
-        return durable.name_behind(name)
+    if temporary_names.is_temporary(name):
+        return temporary_names.name_behind(name)
     return name if _FILE.fullmatch(name) else None
 
 

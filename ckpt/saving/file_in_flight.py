@@ -12,6 +12,7 @@ from ckpt._native import Record
 from ckpt.errors import CaptureError
 from ckpt.plan.change_detector import Tripwire
 from ckpt.storage import durable
+from ckpt.storage.temporary_names import shared_path, temporary_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class FileSave:
         self.replicated = replicated
         self.like = like or target
         self.directory = directory
-        self.temporary = durable.temporary_path(target) if sharing is None else durable.shared_path(target, sharing.token)
+        self.temporary = temporary_path(target) if sharing is None else shared_path(target, sharing.token)
         self.job: Any = None
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
