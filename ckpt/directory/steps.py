@@ -29,7 +29,7 @@ from ckpt.directory.listing import LATEST, Found, is_step_name, look
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.unpublished import names_in, written_for
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
-from ckpt.storage import durable, temporary_names
+from ckpt.storage import durable, free_space, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
@@ -416,7 +416,7 @@ class StepDirectories:
             else:
                 self._remove_step(path)
             largest = max(largest, manifests.bytes_of(old))
-        while self._retired and not durable.has_room(self._directory, self._max_in_flight * largest):
+        while self._retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
 
     def _remove_leftovers(self) -> None:

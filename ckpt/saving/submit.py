@@ -26,7 +26,7 @@ from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import Runtime, beginning, keep, orphan, unwatch, watch
-from ckpt.storage import durable
+from ckpt.storage import durable, free_space
 
 logger = logging.getLogger("ckpt")
 
@@ -75,8 +75,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         if error is not None:
             raise error
         durable.crash_point("before-rename")
-        if durable.has_room(directory.reach, options.max_in_flight * file.job.size):
-            pending._afterwards = durable.keep_space(file.reach(target))
+        if free_space.has_room(directory.reach, options.max_in_flight * file.job.size):
+            pending._afterwards = free_space.keep_space(file.reach(target))
         durable.rename_durably(file.reach(file.temporary), file.reach(target))
         durable.crash_point("renamed")
         return directory.now() / target.name

@@ -10,7 +10,6 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import _native
@@ -18,7 +17,6 @@ from ckpt.errors import StorageError
 from ckpt.storage.temporary_names import TEMPORARY, is_abandoned, temporary_path
 
 _looked_after: set[Path] = set()  # by remove_stale()
-_kept: set[int] = set()  # descriptors, by keep_space()
 
 crash_point = _native.crash_point
 
@@ -294,41 +292,6 @@ def sign_lock_file(descriptor: int, owner: str) -> None:
     with contextlib.suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, owner.encode(), 0)
-
-
-def keep_space(path: Path) -> Callable[[], None]:
-    """Lets a file that is about to be replaced keep its space until the returned function is called: freeing takes long."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # it may be a FIFO
-    except OSError:
-        return lambda: None
-    _kept.add(descriptor)
-
-    def free() -> None:
-        if descriptor in _kept:
-            os.close(descriptor)  # first: a child that is forked just now must not keep it
-            _kept.discard(descriptor)
-
-    return free
-
-
-def has_room(directory: Path, size: int) -> bool:
-    """Whether its file system has this many bytes to give. No, if that cannot be told."""
-    try:
-        found = os.statvfs(directory)
-    except OSError:
-        return False
-    return found.f_bavail * found.f_frsize >= size
-
-
-def _free_in_child() -> None:
-    """Else a process that lives on would keep the space."""
-    while _kept:
-        with contextlib.suppress(OSError):
-            os.close(_kept.pop())
-
-
-os.register_at_fork(after_in_child=_free_in_child)
 
 
 def remove_file(path: Path) -> None:
