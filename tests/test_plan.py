@@ -20,7 +20,7 @@ from support import as_bytes
 
 import ckpt
 from ckpt import _native
-from ckpt.plan import save_plan
+from ckpt.plan import pickler as torch_pickler
 from ckpt.plan.lazy_storages import LazyStorages
 from ckpt.plan.save_plan import COPY, LAZY, SavePlan, make_plan
 
@@ -180,18 +180,18 @@ def test_planning_needs_time_in_proportion_to_the_tensors() -> None:
 @pytest.fixture(params=[True, False], ids=["dlpack", "methods"])
 def pickler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors are asked by the exchange API of DLPack, and by their methods, as in a torch that has none."""
-    made = save_plan._make_state_pickler(exchange=request.param)
+    made = torch_pickler.make_state_pickler(exchange=request.param)
     if request.param and not made.exchanges:
         pytest.skip(f"torch {torch.__version__} has no exchange API that tells strides as they are")
     assert made.exchanges == request.param
-    monkeypatch.setattr(save_plan, "_state_pickler", made)
+    monkeypatch.setattr(torch_pickler, "state_pickler", made)
 
 
 def pickled_twice(obj: Any, remaps: dict[int, Any] | None = None) -> tuple[bytes | None, bytes]:
-    table = save_plan._StorageTable(remaps or {})
+    table = torch_pickler.StorageTable(remaps or {})
     records = {"records": table.records, "order": table.order}
-    native = save_plan._state_pickler.dump(obj, **records, remaps=table._remaps, reduce=table.reducer_override)
-    return native, save_plan._dump_in_python(obj, remaps or {})[0]
+    native = torch_pickler.state_pickler.dump(obj, **records, remaps=remaps or {}, reduce=table.reducer_override)
+    return native, torch_pickler.dump_in_python(obj, remaps or {})[0]
 
 
 def assert_native(obj: Any) -> None:
@@ -362,7 +362,7 @@ def test_random_states_are_pickled_alike(seed: int) -> None:
             lambda: random.choice(shared),
             lambda: shared[0][random.randrange(10) : random.randrange(10, 20)],
             lambda: torch.empty(
-                [random.randrange(3) for _ in range(random.randrange(6))], dtype=random.choice(list(save_plan._CLASSES))
+                [random.randrange(3) for _ in range(random.randrange(6))], dtype=random.choice(list(torch_pickler.CLASSES))
             ),
             lambda: torch.nn.Parameter(torch.zeros(random.randrange(3)), random.random() < 0.5),
             lambda: torch.empty(4, 4).t(),
@@ -377,7 +377,7 @@ def test_random_states_are_pickled_alike(seed: int) -> None:
 
     state = [make(4), shared, make(4)]
     assert_native(state)
-    _, table = save_plan._dump_in_python(state, {})
-    remaps = save_plan._find_remaps(table)  # of the views
+    _, table = torch_pickler.dump_in_python(state, {})
+    remaps = torch_pickler.find_remaps(table)  # of the views
     native, reference = pickled_twice(state, remaps)
     assert native == reference

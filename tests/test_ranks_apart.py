@@ -22,7 +22,7 @@ import ckpt
 from ckpt.commit import publication
 from ckpt.coordinator import Coordinator, shared_directory
 from ckpt.errors import CheckpointError, PeerError, StorageError
-from ckpt.plan import save_plan
+from ckpt.plan import pickler
 from ckpt.saving import inspection
 
 
@@ -352,6 +352,6 @@ def test_values_replaced_while_they_are_pickled(native: Any) -> None:
             return func(*args, **(kwargs or {}))
 
     with Replace():
-        data, _ = save_plan._dump(state, {})
+        data, _ = pickler.dump(state, {})
     appended = sum(opcode.name == "EMPTY_LIST" for opcode, _, _ in pickletools.genops(data))
     assert appended == 2 + 1 + 50, "each list is one of its own"

@@ -21,7 +21,7 @@ from ckpt import torch_private
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.integrations.torch import CheckpointCallback
 from ckpt.loading import skeleton, unpickle
-from ckpt.plan import save_plan
+from ckpt.plan import pickler
 
 LOADING = ["serialization._load", "_weights_only_unpickler", "noted"]
 SAVING = ["_utils._rebuild_tensor_v2", "_utils._rebuild_tensor_v3", "_utils._rebuild_parameter", "_backward_hooks"]
@@ -34,7 +34,7 @@ CACHED = (
     torch_private._storages_last,
     unpickle.private_loader,
     unpickle.can_serve,
-    save_plan.short_way,
+    pickler.short_way,
 )
 
 
@@ -66,9 +66,9 @@ def take_away(patch: pytest.MonkeyPatch, name: str) -> None:
     if name == "_version":
         patch.setattr(torch_private, "_has_versions", lambda: False)
     if name == "_backward_hooks":
-        patch.setattr(save_plan, "has_hooks", lambda tensor: tensor._no_such_thing)
-    patch.setattr(save_plan, "_rebuild", torch_private.rebuilding())
-    patch.setattr(save_plan, "_state_pickler", save_plan._make_state_pickler())
+        patch.setattr(pickler, "has_hooks", lambda tensor: tensor._no_such_thing)
+    patch.setattr(pickler, "rebuild", torch_private.rebuilding())
+    patch.setattr(pickler, "state_pickler", pickler.make_state_pickler())
     torch_private.inform_core()
 
 
@@ -95,7 +95,7 @@ def change(patch: pytest.MonkeyPatch, how: str) -> None:
     if how in loads:
         patch.setattr(torch_private, "find", lambda path: loads[how] if path == "serialization._load" else found(path))
     else:
-        patch.setattr(save_plan._StorageTable, "reduce", reduce)
+        patch.setattr(pickler.StorageTable, "reduce", reduce)
 
 
 @pytest.fixture(params=[*LOADING, *SAVING, *OTHERS, *CHANGED])

@@ -1,5 +1,5 @@
 // One storage, or one run of it, on its way to the file as `data/<key>`: the Python type ckpt._native.Record, and what is done
-// for each of them in the time of whoever saves. ckpt/plan/save_plan.py says what all of it is for.
+// for each of them in the time of whoever saves. ckpt/plan/pickler.py says what all of it is for.
 #pragma once
 
 #include "pickle/objects.h"

@@ -49,7 +49,7 @@ const Names& names() {
 // An object that this pickler leaves to the one in Python.
 struct Unsupported {};
 
-// What stays the same from save to save; see ckpt/plan/save_plan.py, which makes it.
+// What stays the same from save to save; see ckpt/plan/pickler.py, which makes it.
 struct Vocabulary {
   py::dict globals;        // function, class or dtype -> the opcodes that name it
   py::dict classes;        // dtype -> (class of its storages or None, bytes per element)
@@ -287,7 +287,7 @@ class StatePickler {
     return true;
   }
 
-  // As _is_plain() in ckpt/plan/save_plan.py.
+  // As _is_plain() in ckpt/plan/pickler.py.
   static bool is_bare(PyObject* tensor, PyObject* dtype) {
     const Names& name = names();
     return !is_true(name.is_neg.call_on(tensor)) &&
