@@ -27,7 +27,8 @@ from dist.coordinator_worker import NEED_TWO, SCENARIOS
 from support import patience
 
 from ckpt.coordinator import _best, make_coordinator
-from ckpt.coordinator.base import MOST_LATE, MOST_UNREAD, Coordinator, Ledger
+from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.key_cleanup import MOST_LATE, MOST_UNREAD, Ledger
 from ckpt.coordinator.local import LocalCoordinator
 from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator, world_of
 from ckpt.coordinator.torch_store import StoreCoordinator

@@ -17,7 +17,7 @@ import torch.distributed
 from support import patience, stop, wait_until
 from test_coordinator import WORKER, free_port, make_together, without_ranks
 
-from ckpt.coordinator import base
+from ckpt.coordinator import closing, waiting
 from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.errors import CheckpointError, ClosedError, PeerError
 
@@ -102,7 +102,7 @@ def assert_ended(future: Outcome, kind: type[CheckpointError] | None, within_s: 
 
 
 def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base, "PARTING_S", PARTING_S)
+    monkeypatch.setattr(waiting, "PARTING_S", PARTING_S)
     pid, port = server
     store = torch.distributed.TCPStore("127.0.0.1", port, timeout=CONNECTING, wait_for_workers=False)
     zero, one = make_together([lambda rank=rank: StoreCoordinator(store, rank, 2, timeout_s=10) for rank in range(2)])
@@ -131,7 +131,7 @@ def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: p
                 assert_ended(future, CheckpointError, PARTING_S + SLACK_S)
             timed.started = time.monotonic()
             for future in [timed.call(zero.close), timed.call(one.close)]:
-                assert_ended(future, None, base.LINGER_S + SLACK_S)
+                assert_ended(future, None, closing.LINGER_S + SLACK_S)
         finally:
             os.kill(pid, signal.SIGCONT)
 

@@ -12,18 +12,10 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from ckpt.coordinator.base import (
-    LINGER_S,
-    MOST_UNREAD,
-    Coordinator,
-    Deadline,
-    Farewell,
-    Ledger,
-    Pace,
-    given,
-    missing_error,
-    silent_error,
-)
+from ckpt.coordinator.base import Coordinator, given, missing_error, silent_error
+from ckpt.coordinator.closing import LINGER_S, Farewell
+from ckpt.coordinator.key_cleanup import MOST_UNREAD, Ledger
+from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError
 
 _TAG = 1

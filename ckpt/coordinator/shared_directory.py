@@ -27,19 +27,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt.coordinator.base import (
-    OPENING,
-    VERDICT_S,
-    Coordinator,
-    Deadline,
-    Farewell,
-    Ledger,
-    Pace,
-    given,
-    missing_error,
-    silent_error,
-    unposted_error,
-)
+from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
+from ckpt.coordinator.closing import Farewell
+from ckpt.coordinator.key_cleanup import OPENING, Ledger
+from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
-from ckpt.coordinator.base import GRACE_S, Deadline
+from ckpt.coordinator.waiting import GRACE_S, Deadline
 
 PREFIX = "lazyckpt/"
 _CONNECTING_S = 60.0

@@ -25,21 +25,11 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 from ckpt import torch_private
-from ckpt.coordinator.base import (
-    LINGER_S,
-    OPENING,
-    VERDICT_S,
-    Coordinator,
-    Deadline,
-    Farewell,
-    Ledger,
-    Parting,
-    given,
-    missing_error,
-    silent_error,
-    unposted_error,
-)
+from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
+from ckpt.coordinator.closing import LINGER_S, Farewell
+from ckpt.coordinator.key_cleanup import OPENING, Ledger
 from ckpt.coordinator.store_connections import Hung, Lines, Lost, Work, as_timedelta, connector
+from ckpt.coordinator.waiting import Deadline, Parting
 from ckpt.errors import CheckpointError, ClosedError
 
 _T = TypeVar("_T")

@@ -32,7 +32,7 @@ import torch
 from support import patience
 
 from ckpt.coordinator import Coordinator, make_coordinator
-from ckpt.coordinator.base import Pace
+from ckpt.coordinator.waiting import Pace
 from ckpt.errors import ClosedError, PeerError
 
 TIMEOUT_S = patience(20.0)  # for what takes milliseconds
