@@ -24,7 +24,8 @@ from support import DEADLINE_S, options
 
 import ckpt
 from ckpt.errors import CheckpointError, CorruptError
-from ckpt.loading.archive import Archive, bytes_of
+from ckpt.loading.archive import Archive
+from ckpt.loading.host_memory import bytes_of
 from ckpt.restore import shared_read
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):

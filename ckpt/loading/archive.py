@@ -1,14 +1,7 @@
-"""A torch zip file: its records, and memory for them.
-
-The core reads the directory and the bytes (csrc/reading). Here they get memory, and torch's own loader gets an object that
-looks to it like its reader: so what a file means is decided by torch alone, and how its bytes come by us.
-"""
+"""A torch zip file: its records, and how their bytes are read. The core does that (csrc/reading), into memory of ours."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import mmap
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,12 +13,8 @@ import torch
 from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.errors import CorruptError
+from ckpt.loading.host_memory import allocate, bytes_of
 
-# Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
-_LARGE = 256 * 1024
-_ALIGNMENT = 64  # of every storage, as torch's allocator has it
-_HUGE_PAGE = 2 << 20
 TIMEOUT_S = 1800.0
 _NONE: Mapping[str, int] = MappingProxyType({})  # of the records is on a device
 
@@ -165,92 +154,3 @@ class Archive:
     def close(self) -> None:
         """Lets go of the file. Nothing can be read after that."""
         del self._file
-
-
-def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStorage:
-    """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet.
-
-    In huge pages if torch is told to have such for its own (THP_MEM_ALLOC_ENABLE=1), and not of our own accord: where the host
-    of a virtual machine takes free ones back, the first touch of one costs several times as much as those of 512 small ones.
-
-    It cannot be resized: torch would do so for a tensor that reaches beyond its end, which a forged pickle may ask for.
-    """
-    if nbytes < large:
-        return fixed(torch.UntypedStorage(nbytes))
-    lead = offset % mmap.PAGESIZE
-    if lead % _ALIGNMENT:
-        lead = 0
-    try:
-        pages = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    except OSError:  # the kernel's limit on the number of mappings
-        return fixed(torch.UntypedStorage(nbytes))
-    if nbytes >= _HUGE_PAGE and os.getenv("THP_MEM_ALLOC_ENABLE") == "1":
-        with contextlib.suppress(OSError):  # a kernel without them
-            pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8, count=nbytes, offset=lead).untyped_storage()
-
-
-def fixed(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """The same memory, as a storage that cannot be resized."""
-    whole: torch.UntypedStorage = storage[0 : storage.nbytes()]
-    return whole
-
-
-def bytes_of(storage: torch.UntypedStorage) -> bytes:
-    return ctypes.string_at(storage.data_ptr(), storage.nbytes()) if storage.nbytes() else b""
-
-
-class TorchReader:
-    """What torch.serialization takes for its PyTorchFileReader: records that are in memory already.
-
-    Args:
-        small: the contents of all records but those of tensors.
-        storages: those, by name.
-    """
-
-    def __init__(self, archive: Archive, small: Mapping[str, bytes], storages: Mapping[str, torch.UntypedStorage]) -> None:
-        self.path = archive.path
-        self.small = small
-        self.storages = storages
-        self._records = archive.records
-
-    def has_record(self, name: str) -> bool:
-        # The version promises that offsets can be computed; they need not be: all are known.
-        return name in self._records and name != ".format_version"
-
-    def get_all_records(self) -> list[str]:
-        return list(self._records)
-
-    def get_record(self, name: str) -> bytes:
-        if name in self.small:
-            return self.small[name]
-        return bytes_of(self._storage(name))
-
-    def get_record_offset(self, name: str) -> int:
-        if name not in self._records:
-            raise CorruptError(f"'{self.path}' has no record '{name}', which its pickle asks for")
-        return self._records[name].offset
-
-    def get_storage_from_record(self, name: str, nbytes: int, dtype: Any) -> Any:
-        """A storage, as something that torch asks for its `_typed_storage()._untyped_storage`."""
-        storage = self._storage(name)
-        if storage.nbytes() != nbytes:
-            raise CorruptError(f"record '{name}' of '{self.path}' has {storage.nbytes()} bytes, and its pickle says {nbytes}")
-        return _AsTyped(storage)
-
-    def serialization_id(self) -> str:
-        return self.small.get(".data/serialization_id", b"").decode("ascii", "replace")
-
-    def _storage(self, name: str) -> torch.UntypedStorage:
-        try:
-            return self.storages[name]
-        except KeyError:
-            raise CorruptError(f"'{self.path}' has no record '{name}', which its pickle asks for") from None
-
-
-class _AsTyped:
-    def __init__(self, storage: torch.UntypedStorage) -> None:
-        self._untyped_storage = storage
-
-    def _typed_storage(self) -> _AsTyped:
-        return self

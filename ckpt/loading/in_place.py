@@ -10,7 +10,8 @@ import torch
 
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.loading.archive import Archive, allocate
+from ckpt.loading.archive import Archive
+from ckpt.loading.host_memory import allocate
 from ckpt.loading.record_memory import Memory
 from ckpt.loading.skeleton import view_of
 from ckpt.loading.target_match import Pair

@@ -18,7 +18,8 @@ from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.record_memory import Memory, fill, read_whole
-from ckpt.loading.skeleton import Outline, Selection
+from ckpt.loading.selection import Selection
+from ckpt.loading.skeleton import Outline
 from ckpt.loading.unpickle import STAY, first_line, has_outlines, is_pretending, only_weights, raise_explained
 from ckpt.storage import durable
 

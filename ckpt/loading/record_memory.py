@@ -13,7 +13,8 @@ import torch
 from ckpt import devices as torch_devices
 from ckpt.errors import DeviceError
 from ckpt.loading import device_placement
-from ckpt.loading.archive import Archive, bytes_of
+from ckpt.loading.archive import Archive
+from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.unpickle import Contents, read_small
 
 logger = logging.getLogger("ckpt")

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ckpt.errors import CorruptError
-from ckpt.loading.archive import bytes_of
+from ckpt.loading.host_memory import bytes_of
 
 _LOCAL = struct.Struct("<4s5H3L2H")
 _CENTRAL = struct.Struct("<4s6H3L5H2L")

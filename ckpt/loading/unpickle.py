@@ -23,8 +23,10 @@ import torch
 from torch.serialization import default_restore_location
 
 from ckpt.errors import CheckpointError, CorruptError
-from ckpt.loading.archive import Archive, Record, TorchReader, bytes_of
+from ckpt.loading.archive import Archive, Record
+from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.served_file import MistakenError, load_served
+from ckpt.loading.torch_reader import TorchReader
 from ckpt.torch_private import Loader, find_loader, warn_once
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ckpt.errors import CheckpointError, PeerError
-from ckpt.loading.archive import bytes_of
+from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.unpickle import first_line
 
 _MESSAGE_BYTES = 8192  # of one rank; as much is sent whatever the message is, so that one collective does

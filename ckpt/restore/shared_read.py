@@ -23,7 +23,8 @@ import torch
 
 from ckpt import _native
 from ckpt.errors import CheckpointError, CorruptError, PeerError
-from ckpt.loading.archive import Archive, bytes_of
+from ckpt.loading.archive import Archive
+from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.unpickle import Contents
 from ckpt.restore.process_group import TEXT, Group
 
