@@ -31,7 +31,7 @@ from ckpt.loading.archive import TIMEOUT_S
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
 from ckpt.restore.file_readers import Fresh, Into, Lent
-from ckpt.restore.process_group import Readiness
+from ckpt.restore.readiness import Readiness
 
 logger = logging.getLogger("ckpt")
 
