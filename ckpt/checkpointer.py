@@ -14,8 +14,8 @@ from typing import Any
 from ckpt.commit.conversation import Agreement
 from ckpt.commit.publication import Part, StepCommitter, Ticket
 from ckpt.coordinator import Coordinator, make_coordinator
-from ckpt.directory.listing import step_name
 from ckpt.directory.manifest import RANK, REPLICATED
+from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import (
     CheckpointError,

@@ -1,4 +1,4 @@
-"""Step directories: their names, and what is in a directory of them."""
+"""What is in a directory of step directories."""
 
 from __future__ import annotations
 
@@ -9,31 +9,11 @@ from typing import NamedTuple
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import Manifest
-from ckpt.directory.unpublished import names_in
+from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.errors import NotACheckpointError
 
 LATEST = "latest"
-_PREFIX = "step-"
-_DIGITS = 12  # so that names sort like numbers
 _PAUSES_S = (0.0, 0.0, 0.01, 0.05, 0.2)  # before looking again at a directory that a living job changes
-
-
-def step_name(step: int) -> str:
-    """The directory name of a step.
-
-    Raises:
-        TypeError, ValueError: it is not a count of at most 12 digits.
-    """
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step must be an int, not {type(step).__name__}")
-    if not 0 <= step < 10**_DIGITS:
-        raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
-    return f"{_PREFIX}{step:0{_DIGITS}d}"
-
-
-def is_step_name(name: str) -> bool:
-    digits = name.removeprefix(_PREFIX)
-    return name.startswith(_PREFIX) and len(digits) == _DIGITS and digits.isdecimal() and digits.isascii()
 
 
 class Found(NamedTuple):

@@ -24,10 +24,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory import unpublished
-from ckpt.directory.listing import LATEST, Found, is_step_name, look
+from ckpt.directory import step_names, unpublished
+from ckpt.directory.listing import LATEST, Found, look
 from ckpt.directory.manifest import FileEntry, Manifest
-from ckpt.directory.unpublished import names_in, written_for
+from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, written_for
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable, free_space, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
@@ -70,6 +70,8 @@ class StepDirectories:
         self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
         self._retired: list[Path] = []  # no steps any more, but still there
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
 
     def look(self) -> Found:
         """See listing.py."""
@@ -203,10 +205,10 @@ class StepDirectories:
             self._begun_again = "" if new else name
             if not new:
                 names = names_in(directory)
-                taken |= names | _names_in_manifest(directory)
+                taken |= names | names_in_manifest(directory)
                 if unpublished.may_hold_others(names):
                     self._others.add(name)
-            files = [_free_name(stem, taken) for stem in stems]
+            files = [free_name(stem, taken) for stem in stems]
             self._in_flight.setdefault(name, set()).update(files)
             return [directory / file for file in files], self._limits
 
@@ -223,7 +225,7 @@ class StepDirectories:
             return None
         manifest = manifests.read_if_any(target.parent)
         names = () if manifest is None else sorted(manifests.names(manifest.files))
-        return next((target.parent / name for name in names if unpublished.stem_of(name) == stem), None)
+        return next((target.parent / name for name in names if step_names.stem_of(name) == stem), None)
 
     def note_limits(self, limits: tuple[int, int] | None) -> None:
         """Of a file that was written here."""
@@ -484,17 +486,3 @@ class StepDirectories:
         self._retired.append(retired)
         durable.sync_directory(self._directory)
         durable.crash_point("removal-begun")
-
-
-def _names_in_manifest(directory: Path) -> set[str]:
-    """Also of a file whose save ended without word from rank 0, which may publish it yet."""
-    manifest = manifests.read_if_any(directory)
-    return set() if manifest is None else manifests.names(manifest.files)
-
-
-def _free_name(stem: str, taken: set[str]) -> str:
-    name, number = f"{stem}.pt", 1
-    while name in taken:
-        number += 1
-        name = f"{stem}-{number}.pt"
-    return name

@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.step_names import STEP_FILE, names_in
 from ckpt.errors import StorageError
 from ckpt.storage import durable, temporary_names
 
-_FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
 _UNMARKED = "unmarked"
 _MOST_NAMED = 4
 
@@ -68,7 +67,7 @@ def is_leftover(names: Iterable[str]) -> bool:
     """Whether a directory without a manifest, of these files, may go: all is of saves that are known to be dead."""
     names = list(names)
     left = finished(names)
-    return not left or (is_marked(names) and all(_FILE.fullmatch(name) for name in left))
+    return not left or (is_marked(names) and all(STEP_FILE.fullmatch(name) for name in left))
 
 
 def is_lost(directory: Path) -> bool:
@@ -83,27 +82,6 @@ def is_lost(directory: Path) -> bool:
     return os.path.isdir(directory) and not os.path.lexists(directory / manifests.NAME)
 
 
-def written_for(name: str) -> str | None:
-    """The final name of a file of a step or of a temporary on its way to one; None for files that are not ours."""
-    if temporary_names.is_temporary(name):
-        return temporary_names.name_behind(name)
-    return name if _FILE.fullmatch(name) else None
-
-
-def names_in(directory: Path) -> set[str]:
-    """None if it is not there.
-
-    Raises:
-        StorageError: it cannot be read.
-    """
-    try:
-        return set(os.listdir(directory))
-    except FileNotFoundError:
-        return set()
-    except OSError as error:
-        raise StorageError(error.errno or 0, f"cannot read '{directory}': {error.strerror}", str(directory)) from error
-
-
 def describe(root: Path, lost: list[Path]) -> str:
     """What to say if there is nothing else."""
     named = ", ".join(path.name for path in sorted(lost)[:_MOST_NAMED]) + (", ..." if len(lost) > _MOST_NAMED else "")
@@ -113,9 +91,3 @@ def describe(root: Path, lost: list[Path]) -> str:
         "this will be deleted. Bring the manifests back, as from a backup, and resume then; or move these directories away; or "
         "begin anew beside them: resume(fresh=True), or restore(fresh=True) of a Checkpointer"
     )
-
-
-def stem_of(name: str) -> str | None:
-    """ "rank-00003" of "rank-00003-2.pt"; None for files that are not of a step."""
-    match = _FILE.fullmatch(name)
-    return None if match is None else match[1]
