@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -19,6 +18,7 @@ from ckpt import _native
 from ckpt.errors import ClosedError, DeadlineError, SkippedError
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.notices import note_buffered, note_pageable
 from ckpt.saving.pending import PendingSave
 
 logger = logging.getLogger("ckpt")
@@ -154,8 +154,8 @@ class Committer:
         errors = [error for file in pending._files if (error := file.error()) is not None]
         for file in pending._files:
             file.let_go()
-            _note_buffered(file)
-            _note_pageable(file)
+            note_buffered(file)
+            note_pageable(file)
         if errors and self._given_up_at is not None:
             return DeadlineError(f"the save to '{pending.path}' was given up: it was not durable at the deadline of the drain")
         return pending._begin_error or (errors[0] if errors else None)
@@ -223,42 +223,3 @@ class Committer:
         """The same, without waiting for it."""
         self.stop_admitting()
         self._queue.put(None)
-
-
-_noted_pageable: set[str] = set()
-
-
-def _note_pageable(file: FileSave) -> None:
-    """Says once that the arena is not pinned, and why."""
-    cause = file.job.stats["pin_failure"]
-    if not cause or cause in _noted_pageable:
-        return
-    _noted_pageable.add(cause)
-    logger.warning(
-        "the arena could not be pinned: copies from devices hold up whoever enqueues them, save() and the fence among them; "
-        "raise the limit of locked memory (ulimit -l) or choose a smaller arena_bytes: %s",
-        cause,
-    )
-
-
-_NOT_DIRECT = (1, 1)  # as Job.limits
-_noted_buffered: set[int] = set()
-
-
-def _note_buffered(file: FileSave) -> None:
-    """Says once for each file system that it has no direct I/O."""
-    if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
-        return
-    if file.limits is not None and file.job.limits != _NOT_DIRECT:  # laid out for something else, this time
-        return
-    try:
-        device = os.stat(file.target.parent).st_dev
-    except OSError:
-        return
-    if device not in _noted_buffered:
-        _noted_buffered.add(device)
-        logger.warning(
-            "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
-            "bandwidth",
-            file.target.parent,
-        )

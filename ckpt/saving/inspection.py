@@ -9,7 +9,7 @@ from typing import Any
 
 from ckpt.options import Options
 from ckpt.plan import lazy_storages
-from ckpt.saving import background, runtime
+from ckpt.saving import notices, runtime
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 
@@ -116,5 +116,5 @@ def known_optimizers() -> int:
 
 def forget_notices() -> None:
     """What a process says once (no direct I/O, no pinned memory) is said again."""
-    background._noted_buffered.clear()
-    background._noted_pageable.clear()
+    notices.noted_buffered.clear()
+    notices.noted_pageable.clear()
