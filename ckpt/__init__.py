@@ -24,7 +24,7 @@ from ckpt.loading.load_into import load_into
 from ckpt.options import Options
 from ckpt.saving.pending import PendingSave, SaveStats
 from ckpt.saving.runtime import fence
-from ckpt.saving.submit import save
+from ckpt.saving.single_file import save
 
 __version__ = "0.1.0"
 

@@ -62,7 +62,7 @@ def serialization_id(path: Path) -> str:
 def assert_same_bytes(obj: Any, directory: Path, alignment: int, monkeypatch: pytest.MonkeyPatch, **how: Any) -> None:
     theirs = torch_file(obj, directory / "torch" / "state.v1.pt")
     identity = serialization_id(theirs)
-    monkeypatch.setattr("ckpt.saving.submit.serialization_id", lambda _: identity)
+    monkeypatch.setattr("ckpt.formats.torch_zip.serialization_id", lambda _: identity)
     ours = directory / "state.v1.pt"
     ckpt.save(obj, ours, options=options(record_alignment=alignment), **how).result(DEADLINE_S)
     assert os.path.getsize(ours) == os.path.getsize(theirs)
@@ -95,7 +95,7 @@ def test_the_headers_of_torch_save_beyond_4_gib(tmp_path: Path, monkeypatch: pyt
     with torch.serialization.skip_data():
         torch.save(state, theirs)
     identity = serialization_id(theirs)
-    monkeypatch.setattr("ckpt.saving.submit.serialization_id", lambda _: identity)
+    monkeypatch.setattr("ckpt.formats.torch_zip.serialization_id", lambda _: identity)
     ours = tmp_path / "large.pt"
     try:
         big = ckpt.Options(arena_bytes="32MiB", record_alignment=64, direct_io=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import hashlib
 import logging
 import os
 import re
@@ -12,12 +11,12 @@ import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import SkippedError
+from ckpt.formats import torch_zip
 from ckpt.options import Options
 from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
@@ -25,65 +24,9 @@ from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
 from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
-from ckpt.saving.runtime import Runtime, beginning, keep, orphan, unwatch, watch
-from ckpt.storage import durable, free_space
+from ckpt.saving.runtime import Runtime, beginning, orphan, unwatch, watch
 
 logger = logging.getLogger("ckpt")
-
-_DEFAULT = Options()
-_SHARED_ARCHIVE = b"replicated"  # the same on all ranks, whatever the file will be called
-
-
-def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: Options | None = None) -> PendingSave:
-    """Saves `obj` to `path` in the background, as a file that stock `torch.load` reads.
-
-    Returns within milliseconds. Python values are pickled, and tensors that anything may write to are copied, before it
-    returns. Lazy tensors are not copied: they must not change before the next fence, which comes by itself before every step
-    of a `torch.optim.Optimizer`. Lazy are the parameters and the state of optimizers that have stepped, and what `lazy`
-    declares, unless they are small and in host memory (`Options.eager_bytes`).
-
-    Args:
-        obj: anything that `torch.save` can save.
-        path: the file to create or replace, atomically, once all is durable. Its directory must exist. What is replaced keeps
-            its permissions.
-        lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
-            True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
-            save(), for states that something other than an optimizer's step writes to.
-        options: see Options. Saves with the same arena, chunk and writer options share one engine.
-
-    Returns:
-        The save on its way; see PendingSave.
-
-    Raises:
-        StorageError: the file cannot be created, or what is there is no regular file. Later errors are raised by `result()`,
-            and logged.
-        DeviceError: with `Options.device_lazy`: the CUDA driver is missing or fails, or a current stream is being captured
-            into a graph. Later errors are the result's.
-        FailedSavesError, ClosedError: no more saves are taken.
-        TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
-    """
-    options = options or _DEFAULT
-    target = Path(os.path.abspath(os.fsdecode(path)))
-    target = durable.file_target(target)
-    durable.directory_of_target(target)
-    pending = PendingSave(target, on_done=log_failure)
-
-    directory = durable.Directory(target.parent)
-    file = FileSave(target, directory=directory)
-
-    def publish(error: BaseException | None) -> Path:
-        if error is not None:
-            raise error
-        durable.crash_point("before-rename")
-        if free_space.has_room(directory.reach, options.max_in_flight * file.job.size):
-            pending._afterwards = free_space.keep_space(file.reach(target))
-        durable.rename_durably(file.reach(file.temporary), file.reach(target))
-        durable.crash_point("renamed")
-        return directory.now() / target.name
-
-    durable.remove_stale(target)
-    start(*keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
-    return pending
 
 
 def start(
@@ -212,7 +155,7 @@ def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options:
     file.devices = frozenset(plan.devices) - {HOST}
     file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
     sharing = file.sharing
-    serial = serialization_id(sharing.token if sharing else secrets.token_hex())
+    serial = torch_zip.serialization_id(sharing.token if sharing else secrets.token_hex())
     tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
     file.hold(
         Tripwire(obj, plan.lazy),
@@ -227,7 +170,7 @@ def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options:
         file.job = runtime.submit(
             path=os.fsencode(file.temporary),
             direct=file.wants_direct,
-            archive=os.fsencode(_archive_name(file.target)) if sharing is None else _SHARED_ARCHIVE,
+            archive=os.fsencode(torch_zip.archive_name(file.target)) if sharing is None else torch_zip.SHARED_ARCHIVE,
             head=head,
             addresses=plan.addresses,
             sizes=plan.sizes,
@@ -251,18 +194,6 @@ def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options:
         if not isinstance(error, Exception):  # interrupted: a writer that hangs may still read what we hold
             orphan(file.memory)
         raise
-
-
-def serialization_id(token: str) -> str:
-    """40 digits that tell this file from every other one. torch.save derives them from the content, which we have not read."""
-    return f"{int.from_bytes(hashlib.sha256(token.encode()).digest(), 'big') % 10**40:040d}"
-
-
-def _archive_name(path: Path) -> str:
-    """The folder inside the zip: as torch.save, the base name up to its last dot."""
-    name = path.name
-    dot = name.rfind(".")
-    return name[:dot] if dot > 0 else name
 
 
 def log_failure(pending: PendingSave, error: BaseException | None) -> None:

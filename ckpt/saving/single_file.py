@@ -1,0 +1,68 @@
+"""save(): one file, saved by this process alone."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from ckpt.options import Options
+from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.pending import PendingSave
+from ckpt.saving.runtime import keep
+from ckpt.saving.submit import log_failure, start
+from ckpt.storage import durable, free_space
+
+_DEFAULT = Options()
+
+
+def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: Options | None = None) -> PendingSave:
+    """Saves `obj` to `path` in the background, as a file that stock `torch.load` reads.
+
+    Returns within milliseconds. Python values are pickled, and tensors that anything may write to are copied, before it
+    returns. Lazy tensors are not copied: they must not change before the next fence, which comes by itself before every step
+    of a `torch.optim.Optimizer`. Lazy are the parameters and the state of optimizers that have stepped, and what `lazy`
+    declares, unless they are small and in host memory (`Options.eager_bytes`).
+
+    Args:
+        obj: anything that `torch.save` can save.
+        path: the file to create or replace, atomically, once all is durable. Its directory must exist. What is replaced keeps
+            its permissions.
+        lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
+            True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
+            save(), for states that something other than an optimizer's step writes to.
+        options: see Options. Saves with the same arena, chunk and writer options share one engine.
+
+    Returns:
+        The save on its way; see PendingSave.
+
+    Raises:
+        StorageError: the file cannot be created, or what is there is no regular file. Later errors are raised by `result()`,
+            and logged.
+        DeviceError: with `Options.device_lazy`: the CUDA driver is missing or fails, or a current stream is being captured
+            into a graph. Later errors are the result's.
+        FailedSavesError, ClosedError: no more saves are taken.
+        TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
+    """
+    options = options or _DEFAULT
+    target = Path(os.path.abspath(os.fsdecode(path)))
+    target = durable.file_target(target)
+    durable.directory_of_target(target)
+    pending = PendingSave(target, on_done=log_failure)
+
+    directory = durable.Directory(target.parent)
+    file = FileSave(target, directory=directory)
+
+    def publish(error: BaseException | None) -> Path:
+        if error is not None:
+            raise error
+        durable.crash_point("before-rename")
+        if free_space.has_room(directory.reach, options.max_in_flight * file.job.size):
+            pending._afterwards = free_space.keep_space(file.reach(target))
+        durable.rename_durably(file.reach(file.temporary), file.reach(target))
+        durable.crash_point("renamed")
+        return directory.now() / target.name
+
+    durable.remove_stale(target)
+    start(*keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
+    return pending
