@@ -19,11 +19,11 @@ derive from CheckpointError.
 from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
+from ckpt.fence import fence
 from ckpt.loading.load import load
 from ckpt.loading.load_into import load_into
 from ckpt.options import Options
 from ckpt.saving.pending import PendingSave, SaveStats
-from ckpt.saving.runtime import fence
 from ckpt.saving.single_file import save
 
 __version__ = "0.1.0"

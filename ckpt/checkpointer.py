@@ -24,12 +24,12 @@ from ckpt.errors import (
     SkippedError,
     StorageError,
 )
+from ckpt.fence import fence
 from ckpt.options import Options
 from ckpt.restore.candidates import Chooser
 from ckpt.restore.restorer import Loading, Restored, Restorer
 from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
-from ckpt.saving.runtime import fence
 from ckpt.saving.submit import start
 from ckpt.session import Saver
 from ckpt.storage import durable, temporary_names

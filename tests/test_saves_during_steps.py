@@ -15,6 +15,7 @@ import torch
 from support import DEADLINE_S, assert_same, options
 
 import ckpt
+from ckpt.fence import step_is_running
 from ckpt.saving import inspection
 
 
@@ -39,7 +40,7 @@ def make(middle: Callable[[], object] = lambda: None) -> tuple[list[torch.nn.Par
     optimizer = Interrupted(weights)
     optimizer.step()  # from now on it is known
     optimizer.middle = middle
-    assert not inspection.step_is_running()
+    assert not step_is_running()
     return weights, optimizer
 
 
@@ -155,7 +156,7 @@ def test_a_step_that_raised_on_a_thread_that_is_gone(native: Any, tmp_path: Path
     thread.start()
     thread.join()
     assert inspection.running_steps()
-    assert not inspection.step_is_running() and inspection.running_steps() == 0
+    assert not step_is_running() and inspection.running_steps() == 0
 
 
 def test_a_save_from_the_closure_of_a_step(native: Any, tmp_path: Path) -> None:

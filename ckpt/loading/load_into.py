@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt.errors import CheckpointError
+from ckpt.fence import fence
 from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.in_place import Filling
 from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
 from ckpt.loading.skeleton import Outline
 from ckpt.loading.target_match import Fit
-from ckpt.saving.runtime import fence
 
 
 class Loaded(NamedTuple):

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from ckpt.fence import _beginning, _running, _stepped, _uncaptured
 from ckpt.options import Options
-from ckpt.plan import lazy_storages
 from ckpt.saving import notices, runtime
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
@@ -88,27 +88,22 @@ def known_limits(checkpointer: Any) -> tuple[int, int] | None:
 
 def uncaptured() -> int:
     """How many files fences have to look after."""
-    return len(runtime._uncaptured)
+    return len(_uncaptured)
 
 
 def beginning() -> int:
     """How many saves are just looking for what is lazy."""
-    return len(runtime._beginning)
-
-
-def step_is_running() -> bool:
-    """Whether any thread is inside a step of any optimizer. Steps that have raised are forgotten here."""
-    return lazy_storages.step_is_running()
+    return len(_beginning)
 
 
 def running_steps() -> int:
-    """The same as a number, and those that have raised with it."""
-    return len(lazy_storages._running)
+    """How many steps of optimizers are running, or have raised and have not been forgotten."""
+    return len(_running)
 
 
 def known_optimizers() -> int:
     """How many optimizers have stepped, and still live."""
-    return len(lazy_storages._stepped)
+    return len(_stepped)
 
 
 # ---- what is said once -----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from typing import Any
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import SkippedError
+from ckpt.fence import beginning, unwatch, watch
 from ckpt.formats import torch_zip
 from ckpt.options import Options
 from ckpt.plan.change_detector import Tripwire
@@ -24,7 +25,7 @@ from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
 from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
-from ckpt.saving.runtime import Runtime, beginning, orphan, unwatch, watch
+from ckpt.saving.runtime import Runtime, orphan
 
 logger = logging.getLogger("ckpt")
 
