@@ -12,7 +12,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from ckpt.options import parse_size
+from ckpt.quantities import parse_size
 
 SOURCE = Path(__file__).with_suffix(".c")
 VARIABLE = "RANK_RATE_BYTES_PER_S"

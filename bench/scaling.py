@@ -28,7 +28,7 @@ from machine import ROOT, describe_run
 from rate_limit import active_rate, limited, parse_rate
 from scaling_rank import STRONG, WEAK, Measured, Ranks, Shape, measure, shared_workspace
 
-from ckpt.options import parse_size
+from ckpt.quantities import parse_size
 
 sys.path.insert(0, str(ROOT / "examples"))
 import launch

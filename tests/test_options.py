@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support import DEADLINE_S, options
 
 import ckpt
-from ckpt.options import parse_size
+from ckpt.quantities import parse_size
 from ckpt.saving import inspection
 
 SIZES = {
