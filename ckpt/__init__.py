@@ -19,7 +19,7 @@ derive from CheckpointError.
 from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
 from ckpt.errors import CheckpointError
-from ckpt.fence import fence
+from ckpt.fence import fence  # as an attribute it hides its module, which `from ckpt.fence import` still finds
 from ckpt.loading.load import load
 from ckpt.loading.load_into import load_into
 from ckpt.options import Options
