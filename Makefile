@@ -49,7 +49,7 @@ test: $(NATIVE_STAMP)
 	$(if $(filter-out 0,$(BUSY)),$(PY) tests/beside.py $(BUSY)) $(PY) -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(NATIVE_STAMP)
-	$(PY) bench/run.py $(ARGS)
+	$(PY) -m bench.run $(ARGS)
 
 lint: $(PYTHON_STAMP)
 	$(PY) -m ruff check .

@@ -1,7 +1,7 @@
 """Draws what the benchmarks have measured.
 
-    python bench/run.py --workload rivals --workload frequency --workload sizes --out lines.jsonl
-    python bench/plot.py lines.jsonl --out plots
+    python -m bench.run --workload rivals --workload frequency --workload sizes --out lines.jsonl
+    python -m bench.plot lines.jsonl --out plots
 
 Bars and points are medians, whiskers reach from the smallest to the largest sample. Each picture names machine, date, commit
 and command. Exits with 1 if the lines hold nothing that can be drawn.
@@ -253,7 +253,7 @@ def write(name: str, figure: Figure, lines: list[Line], directory: Path) -> Path
 
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lines", type=Path, nargs="+", help="files of JSON lines, as bench/run.py --out writes them")
+    parser.add_argument("lines", type=Path, nargs="+", help="files of JSON lines, as bench.run --out writes them")
     parser.add_argument("--out", type=Path, default=Path("out/plots"), help="where the pictures go")
     asked = parser.parse_args(arguments)
     made = draw(read(asked.lines), asked.out)

@@ -1,16 +1,16 @@
 """The benchmarks of ckpt: one driver, named workloads, one JSON line a result and a table for the reader.
 
-    python bench/run.py                                   all workloads at full size, less than ten minutes
-    python bench/run.py --workload stall --workload crc   some of them
-    python bench/run.py --scale 0.01 --rounds 2           quickly, to see that all works; no bar is judged
-    python bench/run.py --workload sweep                  writer threads x chunk sizes; not part of "all"
-    python bench/run.py --workload coordination           how long many ranks need to agree; not part of "all"
-    python bench/run.py --workload deepspeed              beside DeepSpeed's own checkpoint engines; not part of "all"
-    python bench/run.py --workload gpu                    saving from a GPU; needs one; not part of "all"
-    python bench/run.py --workload rivals                 beside every other way of saving that runs here; not part of "all"
-    python bench/run.py --workload frequency              a save every 10 to every iteration; not part of "all"
-    python bench/run.py --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
-    python bench/run.py --workload restore                how fast a state comes back, beside others; not part of "all"
+    python -m bench.run                                   all workloads at full size, less than ten minutes
+    python -m bench.run --workload stall --workload crc   some of them
+    python -m bench.run --scale 0.01 --rounds 2           quickly, to see that all works; no bar is judged
+    python -m bench.run --workload sweep                  writer threads x chunk sizes; not part of "all"
+    python -m bench.run --workload coordination           how long many ranks need to agree; not part of "all"
+    python -m bench.run --workload deepspeed              beside DeepSpeed's own checkpoint engines; not part of "all"
+    python -m bench.run --workload gpu                    saving from a GPU; needs one; not part of "all"
+    python -m bench.run --workload rivals                 beside every other way of saving that runs here; not part of "all"
+    python -m bench.run --workload frequency              a save every 10 to every iteration; not part of "all"
+    python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
+    python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -27,24 +27,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import fio
-from coordination import measure_coordination
-from crc import measure_crc
-from deepspeed_engines import measure_deepspeed
-from durable import measure_durable, measure_sweep
-from frequency import measure_frequency
-from harness import Report, Settings, clock, note, table
-from machine import ROOT, describe_run
-from many import measure_many
-from memory import measure_memory
-from restore import measure_restore
-from sizes import measure_sizes
-from stall import measure_overhead, measure_stall
-from versus import measure_rivals
+from bench.deepspeed_engines.workload import measure_deepspeed
+from bench.measure import fio
+from bench.measure.machine import ROOT, describe_run
+from bench.measure.sampling import Report, Settings, clock, note, table
+from bench.workloads.coordination import measure_coordination
+from bench.workloads.crc import measure_crc
+from bench.workloads.durable import measure_durable, measure_sweep
+from bench.workloads.frequency import measure_frequency
+from bench.workloads.many import measure_many
+from bench.workloads.memory import measure_memory
+from bench.workloads.restore import measure_restore
+from bench.workloads.rivals import measure_rivals
+from bench.workloads.sizes import measure_sizes
+from bench.workloads.stall import measure_overhead, measure_stall
 
 
 def measure_gpu(settings: Settings, report: Report) -> None:
-    from gpu import measure_gpu  # with the rivals of torch.distributed, which the others need not import
+    from bench.gpu.workload import measure_gpu  # with the rivals of torch.distributed, which the others need not import
 
     measure_gpu(settings, report)
 
@@ -133,7 +133,7 @@ def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[st
     for name in names:
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "lines"
-            command = [sys.executable, __file__, *arguments, "--workload", name, "--one-process", "--out", str(out)]
+            command = [sys.executable, "-m", "bench.run", *arguments, "--workload", name, "--one-process", "--out", str(out)]
             done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=CHILD_TIMEOUT_S)
             if done.returncode != 0:
                 failed.append(name)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support import patience
 
-BENCH = Path(__file__).parents[1] / "bench"
+ROOT = Path(__file__).parents[1]
 TINY = ["--scale=0.002", "--rest-s=0", "--iteration-s=0.02"]
 DEADLINE_S = patience(120.0)
 IN_TURN = ("stall", "durable", "many", "crc")
@@ -29,9 +29,9 @@ Run = tuple[list[Line], str]  # the JSON lines, and what else was said
 
 def run_bench(directory: Path, *arguments: str, deadline_s: float = DEADLINE_S) -> Run:
     out = directory / "lines.jsonl"
-    command = [sys.executable, str(BENCH / "run.py"), *TINY, f"--directory={directory / 'files'}", f"--out={out}"]
+    command = [sys.executable, "-m", "bench.run", *TINY, f"--directory={directory / 'files'}", f"--out={out}"]
     env = os.environ | {"OMP_NUM_THREADS": "1"}  # threads that spin for tiny work slow each other down
-    done = subprocess.run([*command, *arguments], env=env, capture_output=True, text=True, timeout=deadline_s)
+    done = subprocess.run([*command, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=deadline_s)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in out.read_text().splitlines()], done.stdout + done.stderr
 
@@ -72,7 +72,7 @@ def check_line(line: Line) -> None:
     assert line["how"]
     assert line["scale"] == 0.002
     assert line["passed"] is None, "bars are stated for full sizes"
-    assert "bench/run.py" in line["command"]
+    assert "-m bench.run" in line["command"]
     assert line["commit"]
     assert isinstance(line["uncommitted_changes"], bool)
     assert {"ckpt", "torch", "python", "native_build"} <= line["versions"].keys()
@@ -205,8 +205,7 @@ def test_ways_of_restoring(tmp_path: Path) -> None:
 
 
 def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    from harness import Bar, Report, Sample
+    from bench.measure.sampling import Bar, Report, Sample
 
     for relation, limit, value, passed in (("<=", 2.0, 2.0, True), ("<=", 1.0, 2.0, False), (">=", 3.0, 2.0, False)):
         report = Report({}, scale=1.0)
@@ -218,8 +217,7 @@ def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_batch_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a network knows by heart makes its gradients denormal, and each iteration slower than the one before."""
-    monkeypatch.syspath_prepend(str(BENCH))
-    from training import Trainer
+    from bench.workloads.training import Trainer
 
     trainer = Trainer(1 << 20)
     seen = []
@@ -232,8 +230,7 @@ def test_no_batch_comes_twice(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fio_is_asked_for_a_new_file_made_durable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import fio
+    from bench.measure import fio
 
     with pytest.raises(fio.FioError, match="engine:depth:block"):
         fio.Config.parse("psync:0:4m")
@@ -252,8 +249,7 @@ def test_fio_is_asked_for_a_new_file_made_durable(tmp_path: Path, monkeypatch: p
 
 
 def test_fio_reads_a_file_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import fio
+    from bench.measure import fio
 
     config = fio.Config.parse("psync:2:1m")
     command = fio.read_command(config, tmp_path / "f", 8 << 20)

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from fake_driver import fake_library
-from test_bench import BENCH, DEADLINE_S, TINY, Line, check_line, only, run_bench
+from test_bench import DEADLINE_S, ROOT, TINY, Line, check_line, only, run_bench
 
 import ckpt
 
@@ -166,8 +166,8 @@ def test_a_rival_that_ends_the_program_is_a_result(tmp_path: Path, fake_library:
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
-    command = [sys.executable, str(BENCH / "run.py"), *TINY, "--workload=gpu", f"--directory={tmp_path}"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    command = [sys.executable, "-m", "bench.run", *TINY, "--workload=gpu", f"--directory={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 1
     assert "gpu failed: RuntimeError: this workload needs an NVIDIA GPU and a torch built for CUDA" in done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("{")] == []
@@ -176,14 +176,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def bench_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-
-
-@pytest.mark.usefixtures("bench_path")
 def test_a_stand_in_judges_no_bar_at_full_size() -> None:
-    from harness import Bar, Report, Sample
+    from bench.measure.sampling import Bar, Report, Sample
 
     for judged, passed in ((True, True), (False, None)):
         line = Report({}, 1.0).add(
@@ -192,9 +186,8 @@ def test_a_stand_in_judges_no_bar_at_full_size() -> None:
         assert (line["bar"], line["passed"]) == ("<= 2", passed)
 
 
-@pytest.mark.usefixtures("bench_path")
 def test_a_file_that_holds_something_else_is_found(tmp_path: Path) -> None:
-    from gpu_bench import check_file, tensors_of
+    from bench.gpu.setup import check_file, tensors_of
 
     state = {"a": torch.full((3,), float("nan")), "b": [torch.ones(2, dtype=torch.bfloat16), 7]}
     device: Any = SimpleNamespace(torch_device=torch.device("cpu"))
@@ -205,9 +198,8 @@ def test_a_file_that_holds_something_else_is_found(tmp_path: Path) -> None:
         check_file(tmp_path / "a.pt", other, device)
 
 
-@pytest.mark.usefixtures("bench_path")
 def test_the_device_cache_is_measured_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpu_bench import Bench
+    from bench.gpu.setup import Bench
 
     @dataclasses.dataclass(frozen=True)
     class Cached(ckpt.Options):
@@ -226,10 +218,9 @@ def test_the_device_cache_is_measured_where_there_is_one(monkeypatch: pytest.Mon
     assert list(Bench.variants(bench)) == ["ckpt"], "which is always measured"
 
 
-@pytest.mark.usefixtures("bench_path")
 @pytest.mark.parametrize("parameters", [10_000, 2_000_000, 100_000_000, 1_000_000_000, 7_000_000_000])
 def test_the_network_has_the_size_that_is_asked_for(parameters: int) -> None:
-    from gpu_training import CONTEXT, LARGE, SMALL_CONTEXT, Gpt, shape_for
+    from bench.gpu.training import CONTEXT, LARGE, SMALL_CONTEXT, Gpt, shape_for
 
     shape = shape_for(parameters)
     with torch.device("meta"):
@@ -239,10 +230,9 @@ def test_the_network_has_the_size_that_is_asked_for(parameters: int) -> None:
     assert parameters <= found <= parameters + 2 * layer
 
 
-@pytest.mark.usefixtures("bench_path")
 def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import gpu
-    from harness import Report, Sample, Settings
+    from bench.gpu import workload
+    from bench.measure.sampling import Report, Sample, Settings
 
     def fail(*_: Any) -> None:
         raise AssertionError("the file holds something else")
@@ -251,21 +241,20 @@ def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path: Path, monkeypa
         report.add("gpu", "c", "s", [Sample(0.0, {"x": 1.0})], nbytes=1, how="-")
 
     made = SimpleNamespace(stand_in=False, describe=lambda: {"name": "a GPU"})
-    monkeypatch.setattr(gpu, "find_device", lambda pretended: made)
-    monkeypatch.setattr(gpu, "Bench", lambda *_: SimpleNamespace(describe_job=lambda: {"parameters": 1}))
-    monkeypatch.setattr(gpu, "PARTS", {"first": fail, "second": measure})
+    monkeypatch.setattr(workload, "find_device", lambda pretended: made)
+    monkeypatch.setattr(workload, "Bench", lambda *_: SimpleNamespace(describe_job=lambda: {"parameters": 1}))
+    monkeypatch.setattr(workload, "PARTS", {"first": fail, "second": measure})
     report = Report({"machine": {"cpu": "one"}}, 1.0, tmp_path / "out.jsonl")
     with pytest.raises(RuntimeError, match=r"these parts failed: first$"):
-        gpu.measure_gpu(Settings(tmp_path), report)
+        workload.measure_gpu(Settings(tmp_path), report)
     (line,) = (json.loads(text) for text in (tmp_path / "out.jsonl").read_text().splitlines())
     assert line["machine"] == {"cpu": "one", "gpu": {"name": "a GPU"}}
     assert line["job"] == {"parameters": 1}
 
 
-@pytest.mark.usefixtures("bench_path")
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
-    from gpu import measure_gpu
-    from harness import Report, Settings
+    from bench.gpu.workload import measure_gpu
+    from bench.measure.sampling import Report, Settings
 
     with pytest.raises(ValueError, match=r"no part speed; it has blocked, early, rate"):
         measure_gpu(Settings(tmp_path, parts=("speed",)), Report({}, 1.0))

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support import patience
-from test_bench import BENCH, check_line, only, run_bench
+from test_bench import ROOT, check_line, only, run_bench
 
 pytestmark = pytest.mark.slow
 
@@ -141,9 +141,8 @@ def test_sizes_from_small_to_large(lines: list[Line]) -> None:
 
 
 def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import sizes
-    from harness import Report, Settings, clock
+    from bench.measure.sampling import Report, Settings, clock
+    from bench.workloads import sizes
 
     huge = sizes.of_size(1 << 60)
     settings, report = Settings(tmp_path), Report({}, 1.0)
@@ -158,20 +157,20 @@ def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pyte
 
 
 def test_an_engine_whose_tensors_change_is_not_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import engines
     import torch
 
+    from bench.rivals import registry
+
     state, into = {"model": {"w": torch.ones(3)}}, {"model": {"w": torch.zeros(3)}}
-    field = engines.start(["ckpt", "torch.save + fsync"], tmp_path)
-    monkeypatch.setattr(engines.TorchSave, "_load", lambda self, path, into: {"model": {"w": torch.full((3,), 2.0)}})
-    engines.try_out(field, state, into)
+    field = registry.start(["ckpt", "torch.save + fsync"], tmp_path)
+    monkeypatch.setattr(registry.TorchSave, "_load", lambda self, path, into: {"model": {"w": torch.full((3,), 2.0)}})
+    registry.try_out(field, state, into)
     assert list(field.engines) == ["ckpt"]
     assert "model/w came back changed" in field.errors["torch.save + fsync"]
     field.close()
     with pytest.raises(ValueError, match="no engine has 'nonesuch' in its name"):
-        engines.chosen(["nonesuch"])
-    assert engines.chosen(["CRC"], engines.FEW) == ["ckpt", "torch.save without CRC-32 + fsync"]
+        registry.chosen(["nonesuch"])
+    assert registry.chosen(["CRC"], registry.FEW) == ["ckpt", "torch.save without CRC-32 + fsync"]
 
 
 def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> None:
@@ -179,9 +178,13 @@ def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> No
         pytest.skip("matplotlib is not installed")
     (tmp_path / "lines").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     (tmp_path / "none").write_text("", encoding="utf-8")
-    plot, pictures = [sys.executable, str(BENCH / "plot.py")], tmp_path / "pictures"
+    plot, pictures = [sys.executable, "-m", "bench.plot"], tmp_path / "pictures"
     done = subprocess.run(
-        [*plot, str(tmp_path / "lines"), "--out", str(pictures)], capture_output=True, text=True, timeout=patience(120)
+        [*plot, str(tmp_path / "lines"), "--out", str(pictures)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=patience(120),
     )
     assert done.returncode == 0, done.stderr
     names = {"rivals-blocked", "rivals-durable", "rivals-restore-memory", "frequency", "sizes"}
@@ -191,7 +194,7 @@ def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> No
         assert picture.startswith(PNG)
         assert len(picture) > 10_000, "more than an empty canvas"
     done = subprocess.run(
-        [*plot, str(tmp_path / "none"), "--out", str(pictures)], capture_output=True, text=True, timeout=patience(120)
+        [*plot, str(tmp_path / "none"), "--out", str(pictures)], cwd=ROOT, capture_output=True, text=True, timeout=patience(120)
     )
     assert done.returncode == 1
     assert "nothing that can be drawn" in done.stderr
@@ -200,8 +203,7 @@ def test_pictures_come_out_of_the_lines(lines: list[Line], tmp_path: Path) -> No
 def test_a_caption_names_machine_date_and_command(lines: list[Line], monkeypatch: pytest.MonkeyPatch) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("matplotlib is not installed")
-    monkeypatch.syspath_prepend(str(BENCH))
-    import plot
+    from bench import plot
 
     caption = plot.caption(lines).replace("\n", " ")
     for text in (lines[0]["machine"]["cpu"], lines[0]["date"], lines[0]["commit"][:12], "--workload=sizes", "scale 0.002"):

@@ -17,7 +17,6 @@ import pytest
 from support import patience
 
 ROOT = Path(__file__).parents[1]
-BENCH = ROOT / "bench"
 DEADLINE_S = patience(240.0)
 RATE = 50_000_000
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -33,8 +32,8 @@ pytestmark = [pytest.mark.usefixtures("native"), pytest.mark.slow]
 
 
 def scaling(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCH / "scaling.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    command = [sys.executable, "-m", "bench.scaling.run", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
 
 
 def lines_of(path: Path) -> list[Line]:
@@ -135,8 +134,7 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_limit_of_a_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(BENCH))
-    import rate_limit
+    from bench.measure import rate_limit
 
     assert rate_limit.parse_rate("200MB/s") == 200_000_000
     assert rate_limit.parse_rate("1GiB/s") == 1 << 30

@@ -18,14 +18,13 @@ import ckpt
 from ckpt import _native
 from ckpt.plan.save_plan import make_plan
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
+ROOT = Path(__file__).parents[1]
 pytest.importorskip("simpy", reason="the simulation needs simpy")
 
-import simulation_scale as scale  # noqa: E402
-import simulation_studies as studies  # noqa: E402
-from simulation_model import DEVICE, HOST, INFINITE, Cluster, Job, Outcome, Saving, share_of  # noqa: E402
-from simulation_rank import simulate  # noqa: E402
+from bench.simulation import published as studies  # noqa: E402
+from bench.simulation import scale  # noqa: E402
+from bench.simulation.model import DEVICE, HOST, INFINITE, Cluster, Job, Outcome, Saving, share_of  # noqa: E402
+from bench.simulation.rank import simulate  # noqa: E402
 
 DEADLINE_S = patience(240.0)
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -220,8 +219,8 @@ def test_each_level_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def simulation(*arguments: str) -> str:
-    command = [sys.executable, str(BENCH / "simulate.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S)
+    command = [sys.executable, "-m", "bench.simulation.run", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE_S)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -245,7 +244,7 @@ def test_beside_real_saves(native: Any, tmp_path: Path) -> None:
 def test_the_published_setting_and_what_lies_beyond(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import simulate as program
+    from bench.simulation import run as program
 
     for module, name, value in ((studies, "CHUNKS", 16), (scale, "CHUNKS", 16), (scale, "SAVES", 4), (scale, "PRECISION", 2.0)):
         monkeypatch.setattr(module, name, value)
