@@ -30,7 +30,8 @@ from typing import Any
 from bench.deepspeed_engines.workload import measure_deepspeed
 from bench.measure import fio
 from bench.measure.machine import ROOT, describe_run
-from bench.measure.sampling import Report, Settings, clock, note, table
+from bench.measure.report import Report, table
+from bench.measure.sampling import Settings, clock, note
 from bench.workloads.coordination import measure_coordination
 from bench.workloads.crc import measure_crc
 from bench.workloads.durable import measure_durable, measure_sweep

@@ -205,7 +205,8 @@ def test_ways_of_restoring(tmp_path: Path) -> None:
 
 
 def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.measure.sampling import Bar, Report, Sample
+    from bench.measure.report import Bar, Report
+    from bench.measure.sampling import Sample
 
     for relation, limit, value, passed in (("<=", 2.0, 2.0, True), ("<=", 1.0, 2.0, False), (">=", 3.0, 2.0, False)):
         report = Report({}, scale=1.0)

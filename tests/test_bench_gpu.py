@@ -177,7 +177,8 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
 
 
 def test_a_stand_in_judges_no_bar_at_full_size() -> None:
-    from bench.measure.sampling import Bar, Report, Sample
+    from bench.measure.report import Bar, Report
+    from bench.measure.sampling import Sample
 
     for judged, passed in ((True, True), (False, None)):
         line = Report({}, 1.0).add(
@@ -232,7 +233,8 @@ def test_the_network_has_the_size_that_is_asked_for(parameters: int) -> None:
 
 def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.gpu import workload
-    from bench.measure.sampling import Report, Sample, Settings
+    from bench.measure.report import Report
+    from bench.measure.sampling import Sample, Settings
 
     def fail(*_: Any) -> None:
         raise AssertionError("the file holds something else")
@@ -254,7 +256,8 @@ def test_a_part_that_fails_leaves_the_others_their_turn(tmp_path: Path, monkeypa
 
 def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     from bench.gpu.workload import measure_gpu
-    from bench.measure.sampling import Report, Settings
+    from bench.measure.report import Report
+    from bench.measure.sampling import Settings
 
     with pytest.raises(ValueError, match=r"no part speed; it has blocked, early, rate"):
         measure_gpu(Settings(tmp_path, parts=("speed",)), Report({}, 1.0))

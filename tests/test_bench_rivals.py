@@ -141,7 +141,8 @@ def test_sizes_from_small_to_large(lines: list[Line]) -> None:
 
 
 def test_what_does_not_fit_is_skipped_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from bench.measure.sampling import Report, Settings, clock
+    from bench.measure.report import Report
+    from bench.measure.sampling import Settings, clock
     from bench.workloads import sizes
 
     huge = sizes.of_size(1 << 60)

@@ -15,7 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench.measure.sampling import MIB, Bar, Report, Sample, Settings, column
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import MIB, Sample, Settings, column
 
 STATE_BYTES = 700 * MIB
 ITERATION_S = 1.5  # forward + backward of the compute-bound setting takes at least so long

@@ -11,7 +11,8 @@ from typing import Any
 from bench.gpu.device import Watch
 from bench.gpu.rivals import DCP_ASYNC, NOTHING, Ckpt, Nothing, Saver, group_of_one, make_rivals
 from bench.gpu.setup import OURS, Bench, check_file, medians_of, tensors_of, used
-from bench.measure.sampling import MIB, Bar, Report, Sample, Samples, Side, Values, clock, column, interleave, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import MIB, Sample, Samples, Side, Values, clock, column, interleave, note
 
 COPIES_PER_ITERATION = 2.0  # forward + backward takes so many times what the copies take
 HOST_BAR, BLOCKED_BAR = Bar("<=", 0.005), Bar("<=", 1 / 20)

@@ -11,7 +11,8 @@ from typing import Any
 
 import ckpt
 from bench.gpu.setup import OURS, Bench, medians_of
-from bench.measure.sampling import Bar, Report, Sample, Samples, clock, column, in_order, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import Sample, Samples, clock, column, in_order, note
 
 COPIES_PER_ITERATION = 2.0  # forward + backward takes at least so many times what the copies take,
 FLUSHES_PER_ITERATION = 1.25  # so many times what a flush takes,

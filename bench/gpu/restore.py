@@ -16,7 +16,8 @@ from bench.gpu.device import Device, Watch
 from bench.gpu.rivals import DCP, TORCH
 from bench.gpu.setup import Bench, check_file, same_bytes, tensors_of
 from bench.measure.disk_pages import forget_pages
-from bench.measure.sampling import GIB, MIB, Bar, Report, Samples, Side, Values, clock, column, interleave
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, MIB, Samples, Side, Values, clock, column, interleave
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.restore import best_limits, fio_rate
 

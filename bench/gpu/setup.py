@@ -16,7 +16,8 @@ import ckpt
 from bench.gpu.device import Device
 from bench.gpu.rivals import Ckpt
 from bench.gpu.training import GpuTrainer
-from bench.measure.sampling import GIB, MIB, Report, Settings, Values
+from bench.measure.report import Report
+from bench.measure.sampling import GIB, MIB, Settings, Values
 from bench.workloads.training import bytes_of
 
 PARAMETERS = 1_000_000_000

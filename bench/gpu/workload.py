@@ -14,7 +14,8 @@ from bench.gpu.iterations import measure_iterations
 from bench.gpu.restore import measure_restore
 from bench.gpu.rivals import Ckpt
 from bench.gpu.setup import OURS, Bench, medians_of, used
-from bench.measure.sampling import Bar, Report, Settings, Side, Values, clock, interleave, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import Settings, Side, Values, clock, interleave, note
 
 LIMIT = "pinned limit"
 BAR = Bar(">=", 0.95)

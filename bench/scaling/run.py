@@ -25,7 +25,8 @@ from typing import Any
 
 from bench.measure.machine import ROOT, describe_run
 from bench.measure.rate_limit import active_rate, limited, parse_rate
-from bench.measure.sampling import Report, Settings, column, note, table
+from bench.measure.report import Report, table
+from bench.measure.sampling import Settings, column, note
 from bench.scaling.rank import STRONG, WEAK, Measured, Ranks, Shape, measure, shared_workspace
 from examples import launch
 from ckpt.quantities import parse_size

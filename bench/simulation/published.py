@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure.sampling import Report, Sample, note
+from bench.measure.report import Report
+from bench.measure.sampling import Sample, note
 from bench.simulation.model import Cluster, Job, Outcome, Saving
 from bench.simulation.rank import simulate
 

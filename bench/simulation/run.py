@@ -20,7 +20,8 @@ from pathlib import Path
 
 from bench.measure.machine import ROOT, describe_run
 from bench.measure.rate_limit import parse_rate
-from bench.measure.sampling import Report, Settings, note
+from bench.measure.report import Report
+from bench.measure.sampling import Settings, note
 from bench.simulation.published import SOURCES, published
 from bench.simulation.scale import ARENA_EXPLANATION, EXPLANATION, SIZES, Study, arena_rows, cases, critical_rows, study
 from bench.simulation.validate import validate

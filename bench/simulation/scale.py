@@ -12,7 +12,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bench.measure.sampling import Report, note
+from bench.measure.report import Report
+from bench.measure.sampling import note
 from bench.simulation.model import INFINITE, Cluster, Job, Outcome, Saving
 from bench.simulation.published import ARENA_PER_NODE, POLARIS, PUBLISHED, add_line, saving_for
 from bench.simulation.rank import simulate

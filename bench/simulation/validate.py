@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bench.measure.rate_limit import limited
-from bench.measure.sampling import MIB, Report, Sample, Settings
+from bench.measure.report import Report
+from bench.measure.sampling import MIB, Sample, Settings
 from bench.simulation.model import HOST, Cluster, Job, Outcome, Saving
 from bench.simulation.rank import simulate
 

@@ -25,7 +25,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from bench.measure.sampling import Report, Sample, Settings, clock, note
+from bench.measure.report import Report
+from bench.measure.sampling import Sample, Settings, clock, note
 from ckpt.coordinator.base import Coordinator
 from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator
 from ckpt.coordinator.torch_store import StoreCoordinator

@@ -7,7 +7,8 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 
-from bench.measure.sampling import MIB, Report, Settings, Side, Values, clock, interleave
+from bench.measure.report import Report
+from bench.measure.sampling import MIB, Settings, Side, Values, clock, interleave
 from ckpt import _native
 
 AT_LEAST_S = 0.05  # a sample repeats its work for so long

@@ -14,8 +14,10 @@ import torch
 
 import ckpt
 from bench.measure import fio
-from bench.measure.sampling import GIB, MIB, Bar, Report, Samples, Settings, Side, Values, clock, interleave, note
-from bench.rivals.torch_save import DirectLoop, torch_save_durable
+from bench.measure.direct_writes import DirectLoop
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, MIB, Samples, Settings, Side, Values, clock, interleave, note
+from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.training import BYTES_PER_PARAMETER, bytes_of, in_huge_pages, state_of
 from ckpt import _native
 

@@ -9,7 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bench.measure.sampling import GIB, Report, Sample, Settings, Side, clock, in_order, note
+from bench.measure.report import Report
+from bench.measure.sampling import GIB, Sample, Settings, Side, clock, in_order, note
 from bench.rivals import registry
 from bench.rivals.registry import FEW, OURS, Engine, Field
 from bench.workloads.rivals import add_errors, add_versions, configured

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import ckpt
-from bench.measure.sampling import Bar, Report, Sample, Settings, Side, Values, clock, column, interleave
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import Sample, Settings, Side, Values, clock, column, interleave
 from bench.workloads.training import bytes_of
 
 TENSORS = 10_000

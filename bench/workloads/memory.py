@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
-from bench.measure.sampling import GIB, MIB, Bar, Report, Settings, Side, Values, interleave
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, MIB, Settings, Side, Values, interleave
 
 ALLOWANCE = 64 * MIB  # beyond the arena
 TIMEOUT_S = 600

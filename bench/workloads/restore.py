@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure import fio
-from bench.measure.sampling import GIB, MIB, Bar, Report, Samples, Settings, Side, Values, column, interleave, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, MIB, Samples, Settings, Side, Values, column, interleave, note
 
 ALLOWANCE = 64 * MIB  # beyond the state
 TIMEOUT_S = 1200

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.measure.disk_pages import forget_pages
-from bench.measure.sampling import GIB, Bar, Report, Sample, Samples, Settings, Side, Values, clock, column, interleave, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, Sample, Samples, Settings, Side, Values, clock, column, interleave, note
 from bench.rivals import registry
 from bench.rivals.memory_need import HOW as HOW_MEMORY
 from bench.rivals.memory_need import extra_memory

@@ -15,7 +15,8 @@ import psutil
 import torch
 
 import ckpt
-from bench.measure.sampling import GIB, Report, Sample, Settings, Side, Values, clock, in_order, note
+from bench.measure.report import Report
+from bench.measure.sampling import GIB, Sample, Settings, Side, Values, clock, in_order, note
 from bench.rivals import registry
 from bench.rivals.registry import FEW, OURS, Engine, Field
 from bench.workloads.rivals import add_versions, configured

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
-from bench.measure.sampling import GIB, Bar, Report, Sample, Settings, Side, Values, clock, column, interleave, note
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, Sample, Settings, Side, Values, clock, column, interleave, note
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.training import Trainer, bytes_of
 
