@@ -166,7 +166,7 @@ def test_an_engine_whose_tensors_change_is_not_measured(tmp_path: Path, monkeypa
     field = registry.start(["ckpt", "torch.save + fsync"], tmp_path)
     monkeypatch.setattr(registry.TorchSave, "_load", lambda self, path, into: {"model": {"w": torch.full((3,), 2.0)}})
     registry.try_out(field, state, into)
-    assert list(field.engines) == ["ckpt"]
+    assert list(field.rivals) == ["ckpt"]
     assert "model/w came back changed" in field.errors["torch.save + fsync"]
     field.close()
     with pytest.raises(ValueError, match="no engine has 'nonesuch' in its name"):

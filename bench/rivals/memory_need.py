@@ -1,4 +1,4 @@
-"""How much memory an engine needs on top of the state: in a process of its own, all its children counted.
+"""How much memory a rival needs on top of the state: in a process of its own, all its children counted.
 
 python -m bench.rivals.memory_need NAME BYTES DIRECTORY   # the measured process says when it is ready and when it has ended
 """
@@ -88,7 +88,7 @@ def main() -> None:
     name, nbytes, directory = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3])
     elements = max(1, nbytes // TENSORS // 4)
     state = {"model": {f"tensor{i}": torch.randn(elements) for i in range(TENSORS)}}
-    registry.all_engines()
+    registry.all_rivals()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     print("ready", flush=True)
@@ -96,14 +96,14 @@ def main() -> None:
     field = registry.start([name], directory / "checkpoints", lazy=True)
     if field.errors:
         raise RuntimeError(field.errors[name])
-    engine = field.engines[name]
+    rival = field.rivals[name]
     for _ in range(SAVES):
-        engine.save(state)
-        engine.before_step()
-        engine.finish()
-        engine.synchronise()
-        engine.prune()
-    engine.close()
+        rival.save(state)
+        rival.before_step()
+        rival.finish()
+        rival.synchronise()
+        rival.prune()
+    rival.close()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 from bench.measure.report import Report
 from bench.measure.sampling import GIB, Sample, Settings, Side, clock, in_order, note
 from bench.rivals import registry
-from bench.rivals.registry import FEW, OURS, Engine, Field
+from bench.rivals.base import Rival
+from bench.rivals.registry import FEW, OURS, Field
 from bench.workloads.rivals import add_errors, add_versions, configured
 from bench.workloads.training import Trainer, bytes_of
 
@@ -32,7 +33,7 @@ HOW_TOTAL = (
 )
 HOW_ITERATION = "clock around each iteration of the block, with or without a save, removing old checkpoints excepted"
 
-Cell = tuple[str, int, str]  # setting, every so many iterations, engine
+Cell = tuple[str, int, str]  # setting, every so many iterations, rival
 
 
 class Block(NamedTuple):
@@ -50,13 +51,13 @@ class Bench:
         self.iterations = max(EVERY[0], settings.sized(ITERATIONS) if settings.scale < 1 else ITERATIONS)
         self.field: Field = registry.start(registry.chosen(settings.rivals, FEW), directory)
         registry.try_out(self.field, self.trainer.state(), copy.deepcopy(self.trainer.state()))
-        self.flush_s = statistics.median(self._flush(self.field.engines[OURS]) for _ in range(5))
+        self.flush_s = statistics.median(self._flush(self.field.rivals[OURS]) for _ in range(5))
 
-    def _flush(self, engine: Engine) -> float:
+    def _flush(self, rival: Rival) -> float:
         self.settings.settle()
         started = clock()
-        engine.save(self.trainer.state())
-        engine.finish()
+        rival.save(self.trainer.state())
+        rival.finish()
         return clock() - started
 
     def shape(self, setting: str) -> float:
@@ -68,34 +69,34 @@ class Bench:
 
     def block(self, every: int, name: str) -> Block:
         """Iterations until the last save is durable. Before them one that saves nothing."""
-        engine = self.field.engines.get(name)
-        if engine is not None:
-            engine.prune()
+        rival = self.field.rivals.get(name)
+        if rival is not None:
+            rival.prune()
         self.settings.settle()
         self.trainer.forward_backward()
         self.trainer.step()
         iterations: list[Sample] = []
         saves, aside_s, begun = 0, 0.0, clock()
         for number in range(self.iterations):
-            due = engine if engine is not None and number % every == 0 else None
+            due = rival if rival is not None and number % every == 0 else None
             if due is not None:
                 before = clock()
                 due.prune()
                 aside_s += clock() - before
                 saves += 1
             iterations.append(self._iterate(due))
-        if engine is not None:
-            engine.finish()
-            engine.synchronise()
+        if rival is not None:
+            rival.finish()
+            rival.synchronise()
         return Block(begun, clock() - begun - aside_s, iterations, saves)
 
-    def _iterate(self, engine: Engine | None) -> Sample:
+    def _iterate(self, rival: Rival | None) -> Sample:
         started = clock()
-        if engine is not None:
-            engine.save(self.trainer.state())
+        if rival is not None:
+            rival.save(self.trainer.state())
         self.trainer.forward_backward()
-        if engine is not None:
-            engine.before_step()
+        if rival is not None:
+            rival.before_step()
         self.trainer.step()
         return Sample(started, {"iteration_s": clock() - started})
 
@@ -117,9 +118,9 @@ def measure_frequency(settings: Settings, report: Report) -> None:
 
 
 def measure_setting(settings: Settings, bench: Bench, setting: str, blocks: dict[Cell, list[Block]]) -> None:
-    """Engines in turn at each frequency, and the job without saves once a round."""
+    """Rivals in turn at each frequency, and the job without saves once a round."""
     begun = clock()
-    names = [Side(name, dict) for name in bench.field.engines]
+    names = [Side(name, dict) for name in bench.field.rivals]
     for number in range(settings.rounds_or(1)):
         order = [(0, NO_SAVING)] + [(every, side.name) for i, every in enumerate(EVERY) for side in in_order(names, number + i)]
         for every, name in order:

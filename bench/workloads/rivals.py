@@ -13,10 +13,12 @@ from typing import Any
 from bench.measure.disk_pages import forget_pages
 from bench.measure.report import Bar, Report
 from bench.measure.sampling import GIB, Sample, Samples, Settings, Side, Values, clock, column, interleave, note
-from bench.rivals import registry
+from bench.rivals import base, registry
+from bench.rivals.base import Rival
 from bench.rivals.memory_need import HOW as HOW_MEMORY
 from bench.rivals.memory_need import extra_memory
-from bench.rivals.registry import OURS, TORCH, Ckpt, Engine, Field
+from bench.rivals.ours import Ckpt
+from bench.rivals.registry import OURS, TORCH, Field
 from bench.workloads.durable import FINALISTS, disk_limits, how_measured, limit_rate, screen
 from bench.workloads.training import Trainer, bytes_of
 
@@ -46,7 +48,7 @@ UNITS = {"bytes_per_blocked_GBps": "GB/s", "rate_GBps": "GB/s"}
 
 
 class Bench:
-    """The job, the state that restores go into, and the engines."""
+    """The job, the state that restores go into, and the rivals."""
 
     def __init__(self, settings: Settings, directory: Path) -> None:
         self.settings = settings
@@ -62,43 +64,43 @@ class Bench:
 
     def alone(self, name: str) -> Values:
         """A save with nothing but waiting behind it, and a restore."""
-        engine, state = self.field.engines[name], self.trainer.state()
-        engine.prune()
+        rival, state = self.field.rivals[name], self.trainer.state()
+        rival.prune()
         self.settings.settle()
         started = clock()
-        engine.save(state)
-        engine.before_step()
-        engine.finish()
-        engine.synchronise()
+        rival.save(state)
+        rival.before_step()
+        rival.finish()
+        rival.synchronise()
         durable_s = clock() - started
-        return {"durable_s": durable_s, "rate_GBps": self.nbytes / durable_s / 1e9, "restore_s": self._restore(engine)}
+        return {"durable_s": durable_s, "rate_GBps": self.nbytes / durable_s / 1e9, "restore_s": self._restore(rival)}
 
-    def _restore(self, engine: Engine) -> float:
-        forget_pages(engine.directory)
+    def _restore(self, rival: Rival) -> float:
+        forget_pages(rival.directory)
         started = clock()
-        engine.load(self.landing)
+        rival.load(self.landing)
         return clock() - started
 
     def training(self, name: str) -> Values:
         """An iteration that begins with a save."""
-        engine, state = self.field.engines[name], self.trainer.state()
-        engine.prune()
+        rival, state = self.field.rivals[name], self.trainer.state()
+        rival.prune()
         started = clock()
-        engine.save(state)
+        rival.save(state)
         save_s = clock() - started
         self.trainer.forward_backward()
         before = clock()
-        engine.before_step()
+        rival.before_step()
         waited_s = clock() - before
         fence_s = self.trainer.step()
         iteration_s = clock() - started
-        engine.finish()
-        engine.synchronise()
+        rival.finish()
+        rival.synchronise()
         blocked_s = save_s + waited_s + fence_s
         values = {"blocked_s": blocked_s, "bytes_per_blocked_GBps": self.nbytes / blocked_s / 1e9, "iteration_s": iteration_s}
         values |= {"save_s": save_s, "before_step_s": waited_s, "fence_s": fence_s}
-        if isinstance(engine, Ckpt):
-            stats = engine.stats
+        if isinstance(rival, Ckpt):
+            stats = rival.stats
             assert stats.durable_at and stats.started_at
             values["flush_s"] = stats.durable_at - stats.started_at
         return values
@@ -113,7 +115,7 @@ class Bench:
         """All of the state copied once, tensor by tensor, by torch's threads."""
         state = self.trainer.state()
         started = clock()
-        registry.copy(state, self.landing)
+        base.copy(state, self.landing)
         return {"rate_GBps": self.nbytes / (clock() - started) / 1e9}
 
 
@@ -121,7 +123,7 @@ def measure_rivals(settings: Settings, report: Report) -> None:
     first = len(report.lines)
     with settings.workspace() as directory:
         bench = Bench(settings, directory)
-        names = list(bench.field.engines)
+        names = list(bench.field.rivals)
         limits = disk_limits(settings, directory / "limit", bench.nbytes)
         screened, failed = screen(limits, settings)
         best = sorted(screened, key=lambda name: -screened[name])[:FINALISTS]
@@ -141,8 +143,8 @@ def measure_rivals(settings: Settings, report: Report) -> None:
 
 
 def measure_memory(settings: Settings, bench: Bench, directory: Path) -> Samples:
-    """Each engine in processes of its own."""
-    names = list(bench.field.engines)
+    """Each rival in processes of its own."""
+    names = list(bench.field.rivals)
     if settings.scale < SMALL:
         names = [name for name in names if name in (OURS, TORCH)]
     found: Samples = {name: [] for name in names}
@@ -161,7 +163,7 @@ def measure_memory(settings: Settings, bench: Bench, directory: Path) -> Samples
 
 
 def configured(name: str) -> str:
-    return registry.all_engines()[name].configuration
+    return registry.all_rivals()[name].configuration
 
 
 def add_errors(report: Report, workload: str, field: Field, nbytes: int) -> None:
@@ -201,7 +203,7 @@ def add_training(report: Report, bench: Bench, training: Samples) -> None:
 
 def add_alone(report: Report, bench: Bench, alone: Samples, limits: list[str], detail: dict[str, Any]) -> None:
     add = partial(report.add, "rivals", nbytes=bench.nbytes)
-    for name in bench.field.engines:
+    for name in bench.field.rivals:
         for quantity in ("durable_s", "rate_GBps", "restore_s"):
             samples = column(alone[name], quantity)
             add(name, UNITS.get(quantity, "s"), samples, how=HOW[quantity], configuration=configured(name))
@@ -210,7 +212,7 @@ def add_alone(report: Report, bench: Bench, alone: Samples, limits: list[str], d
     add(MEMCPY, "GB/s", alone[MEMCPY], how="clock around copying all tensors, from memory to memory", role="limit")
     ratio = partial(report.add_ratio, "rivals", nbytes=bench.nbytes)
     ours = alone[OURS]
-    rivals = [name for name in bench.field.engines if name != OURS]
+    rivals = [name for name in bench.field.rivals if name != OURS]
     if rivals:
         best = min(rivals, key=lambda name: statistics.median(s.values["durable_s"] for s in alone[name]))
         pair = column(ours, "durable_s"), column(alone[best], "durable_s")

@@ -18,7 +18,8 @@ import ckpt
 from bench.measure.report import Report
 from bench.measure.sampling import GIB, Sample, Settings, Side, Values, clock, in_order, note
 from bench.rivals import registry
-from bench.rivals.registry import FEW, OURS, Engine, Field
+from bench.rivals.base import Rival
+from bench.rivals.registry import FEW, OURS, Field
 from bench.workloads.rivals import add_versions, configured
 from bench.workloads.training import bytes_of
 
@@ -30,8 +31,8 @@ BYTES_OF_A_COUNT = GIB // 4
 HUGE = 5 * GB  # more than 32 bits can count
 FLAT, GROUPS = 3, 5_000  # of the mix; a group is four small objects, one of them a tensor
 ROUNDS = 3
-KEEP = 1  # checkpoints of each engine: the largest must fit the disk
-PATIENCE_S = 60.0  # an engine that has taken so long at one point is not asked again there
+KEEP = 1  # checkpoints of each rival: the largest must fit the disk
+PATIENCE_S = 60.0  # a rival that has taken so long at one point is not asked again there
 LIMIT_S = 2400.0  # no point begins later than this
 SPARE_BYTES = 3 * GIB  # of memory, for the arena, this program and the page cache
 SHORTEST_PAUSE_S, FLUSHES_PER_PAUSE = 0.1, 2.0
@@ -97,7 +98,7 @@ def mix(nbytes: int, groups: int) -> dict[str, Any]:
 
 
 class Bench:
-    """One state, and the engines that are asked to save it."""
+    """One state, and the rivals that are asked to save it."""
 
     def __init__(self, settings: Settings, point: Point, directory: Path) -> None:
         self.settings = settings
@@ -109,17 +110,17 @@ class Bench:
         self.pause_s = SHORTEST_PAUSE_S
 
     def measure(self, name: str) -> Values:
-        engine = self.field.engines[name]
-        engine.prune()
+        rival = self.field.rivals[name]
+        rival.prune()
         self.settings.settle()
         with ThreadPoolExecutor(1) as waiter:
             started = clock()
-            engine.save(self.state)
+            rival.save(self.state)
             save_s = clock() - started
-            durable = waiter.submit(wait_until_durable, engine)
+            durable = waiter.submit(wait_until_durable, rival)
             time.sleep(self.pause_s)
             before = clock()
-            engine.before_step()
+            rival.before_step()
             ckpt.fence()
             waited_s = clock() - before
             durable_s = durable.result() - started
@@ -130,7 +131,7 @@ class Bench:
         samples: dict[str, list[Sample]] = {}
         spent_s: dict[str, float] = {}
         for number in range(-1, self.settings.rounds_or(ROUNDS)):
-            for side in in_order([Side(name, dict) for name in self.field.engines], number):
+            for side in in_order([Side(name, dict) for name in self.field.rivals], number):
                 name = side.name
                 if spent_s.get(name, 0.0) > PATIENCE_S and samples[name]:
                     continue
@@ -150,21 +151,21 @@ class Bench:
                 found = samples.setdefault(name, [])
                 if number >= 0 or spent_s[name] > PATIENCE_S:
                     found.append(Sample(started, values))
-        return {name: samples[name] for name in self.field.engines}
+        return {name: samples[name] for name in self.field.rivals}
 
 
-def wait_until_durable(engine: Engine) -> float:
-    engine.finish()
-    engine.synchronise()
+def wait_until_durable(rival: Rival) -> float:
+    rival.finish()
+    rival.synchronise()
     return clock()
 
 
 def affordable(names: list[str], point: Point) -> tuple[list[str], dict[str, str]]:
-    """The engines whose copies of the state fit the memory that is free; and why the others do not run."""
+    """The rivals whose copies of the state fit the memory that is free; and why the others do not run."""
     free = psutil.virtual_memory().available
     fit, skipped = [], {}
     for name in names:
-        needed = registry.all_engines()[name].copies * point.nbytes + SPARE_BYTES
+        needed = registry.all_rivals()[name].copies * point.nbytes + SPARE_BYTES
         if needed <= free:
             fit.append(name)
         else:
