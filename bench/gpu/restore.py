@@ -50,11 +50,12 @@ def measure_restore(bench: Bench, directory: Path, report: Report) -> None:
 def ways_of(bench: Bench, directory: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     """By name the file, which is written, and what brings it back."""
     device = bench.device
-    (saver, *_) = bench.savers()
-    ours, stock, sharded = directory / "ckpt.pt", directory / "torch.pt", directory / "dcp"
+    (rival, *_) = bench.ours(directory)
+    stock, sharded = directory / "torch.pt", directory / "dcp"
     state = bench.trainer.state()
-    saver.begin(state, ours)
-    saver.finish()
+    rival.save(state)
+    rival.finish()
+    ours = rival.newest
     torch_save_durable(state, stock)
     dcp.save(state, storage_writer=dcp.FileSystemWriter(sharded))
     check_file(ours, list(tensors_of(state)), device)

@@ -14,7 +14,7 @@ import torch
 
 import ckpt
 from bench.gpu.device import Device
-from bench.gpu.rivals import Ckpt
+from bench.gpu.rivals import CkptFile
 from bench.gpu.training import GpuTrainer
 from bench.measure.report import Report
 from bench.measure.sampling import GIB, MIB, Settings, Values
@@ -59,8 +59,10 @@ class Bench:
         found["ckpt, small arena, device cache"] = dataclasses.replace(found["ckpt, small arena"], device_cache=cache)
         return {name: options for name, options in found.items() if name == OURS or self.chosen(name)}
 
-    def savers(self) -> list[Ckpt]:
-        return [Ckpt(name, options, self.trainer.model) for name, options in self.variants().items()]
+    def ours(self, directory: Path) -> list[CkptFile]:
+        """The variants, each with a directory of its own in this one, where it keeps nothing."""
+        model, variants = self.trainer.model, self.variants().items()
+        return [CkptFile(directory / f"ckpt{i}", name, options, model) for i, (name, options) in enumerate(variants)]
 
     def describe_job(self) -> dict[str, Any]:
         trainer = self.trainer
@@ -94,11 +96,11 @@ class Bench:
         return partial(report.add_ratio, self.workload, nbytes=self.nbytes, judged=not self.device.stand_in)
 
 
-def used(saver: Ckpt) -> dict[str, Any]:
+def used(rival: CkptFile) -> dict[str, Any]:
     """What a reader must know of it."""
-    options = saver.options
+    options = rival.options
     cache = getattr(options, "device_cache", None)
-    return {"arena_bytes": options.size("arena_bytes"), "arena_pinned": saver.arena_pinned, "device_cache": cache}
+    return {"arena_bytes": options.size("arena_bytes"), "arena_pinned": rival.arena_pinned, "device_cache": cache}
 
 
 def medians_of(stats: Sequence[ckpt.SaveStats]) -> Values:

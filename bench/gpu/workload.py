@@ -12,7 +12,7 @@ from bench.gpu.blocked import measure_blocked, measure_early
 from bench.gpu.device import find_device
 from bench.gpu.iterations import measure_iterations
 from bench.gpu.restore import measure_restore
-from bench.gpu.rivals import Ckpt
+from bench.gpu.rivals import CkptFile
 from bench.gpu.setup import OURS, Bench, medians_of, used
 from bench.measure.report import Bar, Report
 from bench.measure.sampling import Settings, Side, Values, clock, interleave, note
@@ -63,27 +63,27 @@ def measure_gpu(settings: Settings, report: Report) -> None:
 def measure_rate(bench: Bench, directory: Path, report: Report) -> None:
     """How fast a save empties the device, beside a bare copy."""
     settings = bench.settings
-    savers = bench.savers()
-    sides = [Side(saver.name, partial(save_rate, bench, saver, directory)) for saver in savers]
+    ours = bench.ours(directory)
+    sides = [Side(rival.name, partial(save_rate, bench, rival)) for rival in ours]
     samples = interleave([*sides, Side(LIMIT, bench.pinned_rate)], settings.rounds_or(5), settings.settle)
     add, add_ratio = bench.adder(report), bench.ratio_adder(report)
     add(LIMIT, "GB/s", samples[LIMIT], how=HOW_LIMIT)
-    for saver in savers:
-        found, bar = samples[saver.name], BAR if saver.name == OURS else None
-        add(saver.name, "GB/s", found, how=HOW_RATE, stats_medians=medians_of(saver.stats[-len(found) :]), **used(saver))
-        add_ratio(f"{saver.name} / {LIMIT}", found, samples[LIMIT], how="rates of both", bar=bar)
+    for rival in ours:
+        found, bar = samples[rival.name], BAR if rival.name == OURS else None
+        add(rival.name, "GB/s", found, how=HOW_RATE, stats_medians=medians_of(rival.stats[-len(found) :]), **used(rival))
+        add_ratio(f"{rival.name} / {LIMIT}", found, samples[LIMIT], how="rates of both", bar=bar)
 
 
-def save_rate(bench: Bench, saver: Ckpt, directory: Path) -> Values:
-    path, state = bench.path(directory), bench.trainer.state()
+def save_rate(bench: Bench, rival: CkptFile) -> Values:
+    state = bench.trainer.state()
     bench.device.synchronize()
     started = clock()
-    saver.begin(state, path)
-    saver.wait_released()
+    rival.save(state)
+    rival.wait_released()
     elapsed = clock() - started
-    saver.finish()
-    path.unlink()
-    return {"rate_GBps": saver.stats[-1].bytes_from_devices / elapsed / 1e9}
+    rival.finish()
+    rival.prune()
+    return {"rate_GBps": rival.stats[-1].bytes_from_devices / elapsed / 1e9}
 
 
 # In this order, whatever is asked for: the first part measures the memory that each engine takes when it is made.

@@ -46,6 +46,19 @@ class DcpSave(Rival):
         return into
 
 
+class InGroup:
+    """With the writer's defaults, by all processes of the group that there is."""
+
+    no_dist = False
+
+    def _writer(self, path: Path) -> dcp.FileSystemWriter:
+        return dcp.FileSystemWriter(path)
+
+
+class DcpSaveInGroup(InGroup, DcpSave):
+    configuration = "torch.distributed.checkpoint.save with FileSystemWriter's defaults, which fsync the data"
+
+
 class DcpAsync(DcpSave):
     """A stager copies the state, then a thread or a process writes it."""
 
