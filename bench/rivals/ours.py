@@ -15,6 +15,8 @@ class Ckpt(Rival):
 
     Args:
         lazy: as `Checkpointer.save` has it; None: what an optimizer owns.
+        options, coordinator: the Checkpointer's.
+        replicated: the state is the same on all ranks.
     """
 
     name = "ckpt"
@@ -22,13 +24,25 @@ class Ckpt(Rival):
     copies = 0
     ours = True
 
-    def __init__(self, directory: Path, keep: int = KEEP, lazy: bool | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = KEEP,
+        lazy: bool | None = None,
+        *,
+        options: ckpt.Options | None = None,
+        coordinator: str = "local",
+        replicated: bool = False,
+    ) -> None:
         super().__init__(directory, keep)
-        self._lazy = lazy
+        self._lazy, self._replicated = lazy, replicated
+        self._options, self._coordinator = options, coordinator
         self._pending: ckpt.PendingSave | None = None
 
     def open(self) -> None:
-        self._checkpointer = ckpt.Checkpointer(self.directory, keep=self.keep, coordinator="local")
+        self._checkpointer = ckpt.Checkpointer(
+            self.directory, keep=self.keep, options=self._options, coordinator=self._coordinator
+        )
 
     @property
     def stats(self) -> ckpt.SaveStats:
@@ -38,7 +52,8 @@ class Ckpt(Rival):
 
     def save(self, state: dict[str, Any]) -> None:
         self._saves += 1
-        self._pending = self._checkpointer.save(self._saves, state, lazy=self._lazy)
+        what = {"replicated": state} if self._replicated else {"state": state}
+        self._pending = self._checkpointer.save(self._saves, **what, lazy=self._lazy)
 
     def before_step(self) -> None:
         """Nothing: the optimizer's step fences by itself, and that is on the clock of the step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
+import math
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -16,7 +16,10 @@ import torch.distributed as dist
 
 import ckpt
 from bench.measure.sampling import Sample, Settings, Side, Values, clock, interleave
-from bench.rivals.torch_save import torch_save_durable
+from bench.rivals.base import Rival
+from bench.rivals.dcp import DcpSaveInGroup
+from bench.rivals.ours import Ckpt
+from bench.rivals.torch_save import TorchSave
 from bench.workloads.training import BYTES_PER_PARAMETER, bytes_of, state_of
 from examples.launch import Place
 
@@ -24,7 +27,7 @@ State = dict[str, Any]
 
 WEAK, STRONG = "weak", "strong"
 OWN_FILES, STRIPED, RANK_0 = "own files", "striped", "rank 0 alone"
-TORCH, TORCH_RANK_0, DCP = "torch.save + fsync, own files", "torch.save + fsync, rank 0 alone", "DCP save"
+TORCH, TORCH_RANK_0, DCP = f"{TorchSave.name}, {OWN_FILES}", f"{TorchSave.name}, {RANK_0}", DcpSaveInGroup.name
 
 
 class Shape(NamedTuple):
@@ -63,89 +66,69 @@ class Ranks:
             dist.barrier()
 
 
-class Way(NamedTuple):
-    """A way of saving, on this rank.
-
-    Attributes:
-        save: saves once; returns seconds: blocked_s, durable_s, and what else it knows.
-        nbytes: what all ranks together make durable.
-        clean: removes what the rank has written; no clock runs.
-    """
-
-    name: str
-    save: Callable[[], Values]
-    nbytes: int
-    clean: Callable[[], None] = lambda: None
-
-
-# ---- ours ------------------------------------------------------------------------------------------------------------
-
-
-class Lazy:
-    """Saves with a Checkpointer.
-
-    Args:
-        state, replicated: as in `Checkpointer.save`.
-    """
-
-    def __init__(
-        self, directory: Path, shape: Shape, *, state: Any = None, replicated: Any = None, writers: str = "all"
-    ) -> None:
-        options = ckpt.Options(arena_bytes=shape.arena, replicated_writers=writers)
-        self.checkpointer = ckpt.Checkpointer(directory, keep=1, options=options, coordinator=shape.coordinator)
-        self._state, self._replicated, self._compute_s = state, replicated, shape.compute_s
-        self._step = 0
-
-    def save(self) -> Values:
-        started = clock()
-        pending = self.checkpointer.save(self._step, self._state, replicated=self._replicated, lazy=True)
-        save_s = clock() - started
-        self._step += 1
-        time.sleep(self._compute_s)
-        reached = clock()
-        ckpt.fence()
-        fence_s = clock() - reached
-        pending.result()
-        stats = pending.stats
-        assert stats.durable_at is not None
-        flushed_at = stats.flushed_at or started  # of a rank that writes nothing
-        values = {"blocked_s": save_s + fence_s, "durable_s": stats.durable_at - started, "flush_s": flushed_at - started}
-        return values | {"save_s": save_s, "fence_s": fence_s}
-
-
 # ---- rivals ----------------------------------------------------------------------------------------------------------
 
 
-def save_by_torch(state: State, path: Path, ranks: Ranks, writes: bool) -> Values:
+class TorchSaveOfRanks(TorchSave):
     """A checkpoint is complete when all ranks are; the one that writes nothing trains on, and is not blocked."""
-    started = clock()
-    if writes:
-        torch_save_durable(state, path)
-    flush_s = clock() - started
-    ranks.meet()
-    return {"blocked_s": flush_s, "durable_s": clock() - started, "flush_s": flush_s}
+
+    def __init__(self, directory: Path, ranks: Ranks, writes: bool = True) -> None:
+        super().__init__(directory, keep=0)
+        self._ranks, self._writes = ranks, writes
+        self._met = True
+
+    def _begin(self, state: State, path: Path) -> None:
+        self._met = False
+        if self._writes:
+            super()._begin(state, path)
+        self.flushed_at = clock()
+
+    def finish(self) -> None:
+        if not self._met:
+            self._met = True
+            self._ranks.meet()
+            self.durable_at = clock()
+
+    def close(self) -> None:
+        """Nothing: a rank that has failed would be waited for in vain."""
 
 
-def save_by_dcp(state: State, path: Path) -> Values:
-    import torch.distributed.checkpoint as dcp
+class DcpSaveOfRanks(DcpSaveInGroup):
+    """All ranks write into one directory; it returns when all have written."""
 
-    started = clock()
-    dcp.save(state, checkpoint_id=path)  # FileSystemWriter fsyncs its files; it returns when all ranks have written
-    seconds = clock() - started
-    return {"blocked_s": seconds, "durable_s": seconds}
+    def __init__(self, directory: Path, ranks: Ranks) -> None:
+        super().__init__(directory, keep=0)
+        self._ranks = ranks
+
+    def prune(self) -> None:
+        if self._ranks.rank == 0:
+            super().prune()
 
 
 # ---- sides -----------------------------------------------------------------------------------------------------------
 
 
+class Contender(NamedTuple):
+    """A rival on this rank, and what it saves.
+
+    Attributes:
+        nbytes: what all ranks together make durable.
+    """
+
+    name: str
+    rival: Rival
+    state: State
+    nbytes: int
+
+
 class Sides:
-    """The sides of one kind of scaling. A context manager, because the Checkpointers must be closed."""
+    """The sides of one kind of scaling. A context manager, because rivals must be closed."""
 
     def __init__(self, kind: str, shape: Shape, ranks: Ranks, directory: Path) -> None:
         self._kind, self._shape, self._ranks, self._directory = kind, shape, ranks, directory
-        self._open: list[ckpt.Checkpointer] = []
+        self._open: list[Rival] = []
 
-    def make(self) -> list[Way]:
+    def make(self) -> list[Contender]:
         ranks = self._ranks
         nbytes = self._shape.weak_bytes if self._kind == WEAK else self._shape.model_bytes
         torch.manual_seed(ranks.rank if self._kind == WEAK else 0)
@@ -153,45 +136,45 @@ class Sides:
         own = whole if self._kind == WEAK else shard(whole, ranks)
         total = sum(ranks.gather(bytes_of(own)))
         sides = [
-            self._lazily(f"ckpt, {OWN_FILES}", total, state=own),
-            self._by_torch(TORCH, own, total, True),
+            Contender(f"ckpt, {OWN_FILES}", self._ours("own"), own, total),
+            Contender(TORCH, self._torch("torch", True), own, total),
         ]
         if self._kind == WEAK:
             keyed = {f"rank {ranks.rank}": own}  # under names of its own nothing is taken for replicated
-            return [*sides, self._by_dcp(keyed, total)]
+            return [*sides, Contender(DCP, self._dcp(), keyed, total)]
         total = bytes_of(whole)
         return [
             *sides,
-            self._lazily(f"ckpt, {STRIPED}", total, replicated=whole),
-            self._lazily(f"ckpt, {RANK_0}", total, replicated=whole, writers="rank0"),
-            self._by_torch(TORCH_RANK_0, whole, total, ranks.rank == 0),
-            self._by_dcp(whole, total),
+            Contender(f"ckpt, {STRIPED}", self._ours("striped", replicated=True), whole, total),
+            Contender(f"ckpt, {RANK_0}", self._ours("rank-0", replicated=True, writers="rank0"), whole, total),
+            Contender(TORCH_RANK_0, self._torch("torch-rank-0", ranks.rank == 0), whole, total),
+            Contender(DCP, self._dcp(), whole, total),
         ]
 
-    def _lazily(self, name: str, nbytes: int, **what: Any) -> Way:
-        lazy = Lazy(self._directory / f"{self._kind}-{len(self._open)}", self._shape, **what)
-        self._open.append(lazy.checkpointer)
-        return Way(name, lazy.save, nbytes)
+    def _ours(self, place: str, *, replicated: bool = False, writers: str = "all") -> Rival:
+        shape, directory = self._shape, self._directory / f"{self._kind}-{place}"
+        options = ckpt.Options(arena_bytes=shape.arena, replicated_writers=writers)
+        more: dict[str, Any] = {"options": options, "coordinator": shape.coordinator, "replicated": replicated}
+        return self._opened(Ckpt(directory, keep=1, lazy=True, **more))
 
-    def _by_torch(self, name: str, state: State, nbytes: int, writes: bool) -> Way:
-        path = self._directory / f"{self._kind}-rank-{self._ranks.rank}.pt"
-        return Way(name, lambda: save_by_torch(state, path, self._ranks, writes), nbytes, lambda: path.unlink(missing_ok=True))
+    def _torch(self, place: str, writes: bool) -> Rival:
+        directory = self._directory / f"{self._kind}-{place}-{self._ranks.rank}"
+        return self._opened(TorchSaveOfRanks(directory, self._ranks, writes))
 
-    def _by_dcp(self, state: State, nbytes: int) -> Way:
-        path = self._directory / f"{self._kind}-dcp"
+    def _dcp(self) -> Rival:
+        return self._opened(DcpSaveOfRanks(self._directory / f"{self._kind}-dcp", self._ranks))
 
-        def clean() -> None:
-            if self._ranks.rank == 0:
-                shutil.rmtree(path)
-
-        return Way(DCP, lambda: save_by_dcp(state, path), nbytes, clean)
+    def _opened(self, rival: Rival) -> Rival:
+        rival.open()
+        self._open.append(rival)
+        return rival
 
     def __enter__(self) -> Sides:
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for checkpointer in self._open:
-            checkpointer.close()
+        for rival in self._open:
+            rival.close()
 
 
 def shard(state: State, ranks: Ranks) -> State:
@@ -206,14 +189,31 @@ def shard(state: State, ranks: Ranks) -> State:
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def together(side: Way, ranks: Ranks) -> Callable[[], Values]:
+def save_once(side: Contender, compute_s: float) -> Values:
+    """Seconds on this rank: blocked_s, durable_s, and what else is known. Only ours writes while the rank sleeps."""
+    rival, waited_s, started = side.rival, 0.0, clock()
+    rival.save(side.state)
+    save_s = clock() - started
+    if rival.ours:
+        time.sleep(compute_s)
+        reached = clock()
+        ckpt.fence()
+        waited_s = clock() - reached
+    rival.finish()
+    values = {"blocked_s": save_s + waited_s, "durable_s": rival.durable_at - started}
+    if not math.isnan(rival.flushed_at):
+        values["flush_s"] = rival.flushed_at - started
+    return values | {"save_s": save_s, "fence_s": waited_s} if rival.ours else values
+
+
+def together(side: Contender, ranks: Ranks, compute_s: float) -> Callable[[], Values]:
     """Measures once on all ranks; returns what is true of all of them, on each."""
 
     def measure() -> Values:
         ranks.meet()
-        mine = side.save()
+        mine = save_once(side, compute_s)
         values = joined(ranks.gather(mine), side.nbytes)
-        side.clean()
+        side.rival.prune()
         return values
 
     return measure
@@ -247,7 +247,7 @@ def measure(ranks: Ranks, shape: Shape, settings: Settings, directory: Path) -> 
     for kind in shape.kinds:
         with Sides(kind, shape, ranks, directory) as sides:
             made = sides.make()
-            to_measure = [Side(side.name, together(side, ranks)) for side in made]
+            to_measure = [Side(side.name, together(side, ranks, shape.compute_s)) for side in made]
             samples = interleave(to_measure, settings.rounds_or(3), settle)
         for side in made:
             yield Measured(kind, side.name, side.nbytes, samples[side.name])
