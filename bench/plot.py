@@ -15,25 +15,25 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # no display is needed
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-Line = dict[str, Any]
-Picture = tuple[str, Figure, list[Line]]  # file name without suffix, and the lines that were drawn
+from bench.measure import picture_style
+from bench.measure.picture_style import (
+    CAPTION_SIZE,
+    Line,
+    caption,
+    colour_of,
+    plt,
+    short,
+    styles,
+    whiskers,
+)
 
-OURS, NO_SAVING = "ckpt", "no saving"
-OUR_COLOUR, THEIR_COLOUR = "#d55e00", "#6e8fb0"
-# Okabe and Ito's colours, which readers with any colour vision can tell apart; ours is always the first.
-COLOURS = ("#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#8a6d3b", "#7f3c8d", "#444444", "#999933", "#117733")
-MARKERS = "os^vDPX<>*"
-CAPTION_WIDTH, CAPTION_SIZE = 150, 6.5  # characters, points
+NO_SAVING = "no saving"
+
+Picture = tuple[str, Figure, list[Line]]  # file name without suffix, and the lines that were drawn
 
 
 def read(paths: Iterable[Path]) -> list[Line]:
@@ -46,35 +46,11 @@ def pick(lines: Sequence[Line], workload: str, quantity: str) -> list[Line]:
     return [line for line in lines if (line["workload"], line["quantity"]) == (workload, quantity)]
 
 
-def caption(lines: Sequence[Line]) -> str:
-    """Machine, date, commit and command of what was drawn; several, if the lines come from several runs."""
-    texts = {}
-    for line in lines:
-        machine, versions = line["machine"], line["versions"]
-        text = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, "
-        text += f"Linux {machine['kernel']}, {machine['file_system']}; torch {versions['torch']}, "
-        text += f"ckpt {versions['ckpt']} at {line['commit'][:12]}; "
-        scale = "" if line["scale"] == 1 else f"; scale {line['scale']}"
-        texts[f"{text}{line['date']}; {line['command']}{scale}"] = None
-    return "\n".join(textwrap.fill(text, CAPTION_WIDTH) for text in texts)
-
-
-def whiskers(lines: Sequence[Line], scale: float = 1.0) -> list[list[float]]:
-    return [
-        [(line["median"] - line["min"]) * scale for line in lines],
-        [(line["max"] - line["median"]) * scale for line in lines],
-    ]
-
-
-def short(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def bars(axes: Axes, lines: Sequence[Line], title: str, unit: str, scale: float = 1.0) -> None:
-    """A horizontal bar for each engine, the first at the top, its median written beside it."""
+    """A horizontal bar for each rival, the first at the top, its median written beside it."""
     names = [line["case"] for line in lines]
     values = [line["median"] * scale for line in lines]
-    colours = [OUR_COLOUR if name == OURS else THEIR_COLOUR for name in names]
+    colours = [colour_of(name) for name in names]
     axes.barh(names, values, xerr=whiskers(lines, scale), color=colours, error_kw={"lw": 0.8, "capsize": 2})
     axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_title(title, fontsize=9, loc="left")
@@ -220,20 +196,11 @@ def place_of(line: Line, axis: str, shapes: list[str]) -> float:
     return float(line["bytes"] if axis == "bytes" else line["detail"]["tensors"])
 
 
-def styles(names: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(name, colour, marker) of each engine, in the order in which they come."""
-    found = list(dict.fromkeys(names))
-    others = [name for name in found if name != OURS]
-    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)} | {OURS: OUR_COLOUR}
-    return [(name, colours[name], MARKERS[i % len(MARKERS)]) for i, name in enumerate(found)]
-
-
 PICTURES: tuple[Callable[[list[Line]], Picture | None], ...] = (blocked, durable, cost, frequency, sizes)
 
 
 def draw(lines: list[Line], directory: Path) -> list[Path]:
     """Writes the pictures that these lines can fill; returns their paths."""
-    directory.mkdir(parents=True, exist_ok=True)
     made = []
     for picture in PICTURES:
         if drawn := picture(lines):
@@ -246,9 +213,7 @@ def write(name: str, figure: Figure, lines: list[Line], directory: Path) -> Path
     height = (text.count("\n") + 1) * CAPTION_SIZE * 1.3 / 72 / figure.get_figheight()  # of the caption, a part of the figure
     figure.text(0.01, 0.01, text, fontsize=CAPTION_SIZE, va="bottom", family="monospace")
     figure.tight_layout(rect=(0, min(0.5, height + 0.02), 1, 1))
-    figure.savefig(path, dpi=160)
-    plt.close(figure)
-    return path
+    return picture_style.write(figure, path, dots_per_inch=160)
 
 
 def main(arguments: list[str]) -> int:

@@ -263,3 +263,14 @@ def test_fio_reads_a_file_that_stays(tmp_path: Path, monkeypatch: pytest.MonkeyP
     except fio.FioError as error:
         assert str(error)  # no direct I/O here: it must say so
     assert (tmp_path / "f").stat().st_size == 4 << 20
+
+
+def test_our_colour_is_the_same_in_every_picture() -> None:
+    pytest.importorskip("matplotlib")
+    from bench.measure.picture_style import COLOURS, OUR_COLOUR, colour_of, styles
+
+    sides = ["torch.save + fsync", "ckpt, own files", "ckpt_like", "ckpt", *(f"rival {number}" for number in range(20))]
+    colours = {name: colour for name, colour, _ in styles(sides)}
+    assert [name for name, colour in colours.items() if colour == OUR_COLOUR] == ["ckpt, own files", "ckpt"]
+    assert OUR_COLOUR not in COLOURS
+    assert len({colour_of(name) for name in ("ckpt", "ckpt, buffered", "safetensors")}) == 3

@@ -5,15 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, ScalarFormatter
 
-Line = dict[str, Any]
+from bench.measure.picture_style import GUIDE_COLOUR, Line, plt, styles, whiskers, write
 
 QUANTITIES = {
     "rate_GBps": "aggregate rate (GB/s)",
@@ -22,8 +17,6 @@ QUANTITIES = {
     "blocked_s": "training blocked (s)",
     "commit_s": "commit (s)",
 }
-# Colours that are told apart in grey and by colour-blind eyes (Okabe and Ito), and a mark of its own for each side.
-STYLES = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P")]
 
 
 def draw(lines: list[Line], path: Path) -> None:
@@ -35,8 +28,7 @@ def draw(lines: list[Line], path: Path) -> None:
     kinds = list(dict.fromkeys(line["detail"]["kind"] for line in lines))
     if not kinds:
         raise ValueError("there are no lines of the workload 'scaling' to draw")
-    sides = list(dict.fromkeys(line["detail"]["side"] for line in lines))
-    styles = dict(zip(sides, STYLES, strict=False))
+    sides = styles(line["detail"]["side"] for line in lines)
     shape = (len(kinds), len(QUANTITIES))
     size = (3.1 * shape[1], 2.8 * shape[0] + 0.8)
     figure, axes = plt.subplots(*shape, figsize=size, layout="constrained", squeeze=False)
@@ -44,17 +36,15 @@ def draw(lines: list[Line], path: Path) -> None:
     for row, kind in zip(axes, kinds, strict=True):
         for axis, (quantity, label) in zip(row, QUANTITIES.items(), strict=True):
             found = [line for line in lines if line["detail"]["kind"] == kind and line["quantity"] == quantity]
-            for side in sides:
+            for side, colour, mark in sides:
                 points = sorted((line for line in found if line["detail"]["side"] == side), key=ranks_of)
                 if points:
-                    handles[side] = curve(axis, points, *styles[side])
+                    handles[side] = curve(axis, points, colour, mark)
             finish(axis, f"{kind} scaling", label, sorted({ranks_of(line) for line in found}))
             if quantity == "rate_GBps":
                 add_ideal(axis, found)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
+    write(figure, path)
 
 
 def ranks_of(line: Line) -> int:
@@ -62,13 +52,10 @@ def ranks_of(line: Line) -> int:
 
 
 def curve(axis: Axes, points: list[Line], colour: str, mark: str) -> Any:
-    medians = [line["median"] for line in points]
-    below = [line["median"] - line["min"] for line in points]
-    above = [line["max"] - line["median"] for line in points]
     return axis.errorbar(
         [ranks_of(line) for line in points],
-        medians,
-        yerr=(below, above),
+        [line["median"] for line in points],
+        yerr=whiskers(points),
         color=colour,
         marker=mark,
         markersize=4,
@@ -82,7 +69,7 @@ def add_ideal(axis: Axes, found: list[Line]) -> None:
     fewest = min(map(ranks_of, found))
     most = max(map(ranks_of, found))
     best = max(line["median"] for line in found if ranks_of(line) == fewest)
-    axis.plot([fewest, most], [best, best * most / fewest], color="0.6", lw=0.8, ls=":", zorder=0)
+    axis.plot([fewest, most], [best, best * most / fewest], color=GUIDE_COLOUR, lw=0.8, ls=":", zorder=0)
 
 
 def finish(axis: Axes, title: str, label: str, ticks: list[int]) -> None:

@@ -4,28 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")  # a file, never a window
-
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
+from bench.measure.picture_style import COLOURS, GUIDE_COLOUR, OUR_COLOUR, OUR_LIGHT_COLOUR, THEIR_COLOUR, Line, plt, write
 from bench.simulation.scale import FREE, Study
 
-Line = dict[str, Any]
-
-PAPER, LAZY, COPIED = "#999999", "#0072b2", "#d55e00"
 # The level that limits, as a mark; free of charge: a dot.
 MARKS = {"-": ".", "save() itself": "D", "D2H link": "^", "node link": "v", "file system": "s", "commit": "P"}
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 
 
 def draw(lines: Sequence[Line], studies: Sequence[Study], directory: Path) -> list[Path]:
     """Draws what there is lines for; returns the pictures."""
-    directory.mkdir(parents=True, exist_ok=True)
     made = []
     beside_paper = [line for line in lines if line["case"].startswith("published")]
     beside_real = [line for line in lines if line["case"].startswith("validation")]
@@ -38,20 +28,14 @@ def draw(lines: Sequence[Line], studies: Sequence[Study], directory: Path) -> li
     return made
 
 
-def save(figure: Any, path: Path) -> Path:
-    figure.savefig(path, dpi=200)
-    plt.close(figure)
-    return path
-
-
 def draw_published(lines: list[Line], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(6.5, 3.4), layout="constrained")
     lazy = [line for line in lines if line["case"].endswith("lazy")]
     copied = [line for line in lines if not line["case"].endswith("lazy")]
     columns = [
-        ("paper", PAPER, [line["detail"]["published_GBps"] for line in lazy]),
-        ("simulated, lazy", LAZY, [line["detail"]["rate_GBps"] for line in lazy]),
-        ("simulated, copied in save()", COPIED, [line["detail"]["rate_GBps"] for line in copied]),
+        ("paper", THEIR_COLOUR, [line["detail"]["published_GBps"] for line in lazy]),
+        ("simulated, lazy", OUR_COLOUR, [line["detail"]["rate_GBps"] for line in lazy]),
+        ("simulated, copied in save()", OUR_LIGHT_COLOUR, [line["detail"]["rate_GBps"] for line in copied]),
     ]
     for at, (label, colour, heights) in enumerate(columns):
         axis.bar([place + 0.27 * (at - 1) for place in range(len(lazy))], heights, 0.25, label=label, color=colour)
@@ -60,21 +44,21 @@ def draw_published(lines: list[Line], path: Path) -> Path:
     axis.set_yscale("log")
     axis.set_ylabel("checkpoint bytes / time blocked (GB/s)")
     axis.legend(frameon=False)
-    return save(figure, path)
+    return write(figure, path)
 
 
 def draw_validation(lines: list[Line], path: Path) -> Path:
     figure, axis = plt.subplots(figsize=(4.2, 4), layout="constrained")
-    for colour, role in zip((PAPER, LAZY), ("calibrates", "predicted"), strict=True):
+    for colour, role in zip((OUR_LIGHT_COLOUR, OUR_COLOUR), ("calibrates", "predicted"), strict=True):
         shown = [line for line in lines if line["detail"]["role"] == role]
         real = [mean(line["detail"]["real_blocked_s"]) for line in shown]
         axis.loglog(real, [mean(line["samples"]) for line in shown], "o", color=colour, label=role)
     low, high = axis.get_xlim()
-    axis.plot([low, high], [low, high], color="0.6", lw=0.8, ls=":")
+    axis.plot([low, high], [low, high], color=GUIDE_COLOUR, lw=0.8, ls=":")
     axis.set_xlabel("blocked by a real save (s)")
     axis.set_ylabel("by a simulated one (s)")
     axis.legend(frameon=False)
-    return save(figure, path)
+    return write(figure, path)
 
 
 def mean(numbers: Sequence[float]) -> float:
@@ -91,7 +75,7 @@ def draw_scale(studies: Sequence[Study], path: Path) -> Path:
         shown = [study for study in studies if study.case.growth == growth]
         for colour, study in zip(COLOURS, shown, strict=False):
             draw_curve(axis, study, colour)
-        axis.axhline(100 * FREE, color="0.6", lw=0.8, ls=":")
+        axis.axhline(100 * FREE, color=GUIDE_COLOUR, lw=0.8, ls=":")
         axis.set_title(growth, fontsize="medium")
         axis.set_xlabel("seconds of training between saves")
         axis.set_xscale("log")
@@ -103,7 +87,7 @@ def draw_scale(studies: Sequence[Study], path: Path) -> Path:
     marks = [plt.Line2D([], [], color="0.3", ls="", marker=MARKS[limit]) for limit in used]
     names = [f"at most {FREE:.0%}" if limit == "-" else f"limit: {limit}" for limit in used]
     figure.legend(marks, names, loc="outside lower center", ncols=len(used), frameon=False, fontsize="small")
-    return save(figure, path)
+    return write(figure, path)
 
 
 def draw_curve(axis: Axes, study: Study, colour: str) -> None:
