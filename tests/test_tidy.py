@@ -176,9 +176,15 @@ def own_imports(path: Path, modules: set[str]) -> set[str]:
     return found - {module_name(path)}
 
 
-def test_imports_go_one_way() -> None:
-    modules = {module_name(path): path for path in python_files("ckpt")}
-    waiting = {name: own_imports(path, set(modules)) for name, path in modules.items()}
+def needs_of(folder: str) -> dict[str, set[str]]:
+    """Each module of a folder, and those of the folder that it imports."""
+    modules = {module_name(path): path for path in python_files(folder)}
+    return {name: own_imports(path, set(modules)) for name, path in modules.items()}
+
+
+@pytest.mark.parametrize("folder", ["ckpt", "bench"])
+def test_imports_go_one_way(folder: str) -> None:
+    waiting = needs_of(folder)
     assert [name for name, needs in waiting.items() if "ckpt.integrations" in needs] == []
     while ready := [name for name, needs in waiting.items() if not needs & waiting.keys()]:
         for name in ready:

@@ -18,11 +18,11 @@ from deepspeed.runtime.model_checkpointing.config import get_checkpoint_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bench.deepspeed_engines.workload import FLOOR, NO_SAVING, OURS, TORCH
 from bench.measure.disk_pages import fsync_path
 from bench.measure.sampling import Values, clock
 from bench.workloads.training import Net
 
-NO_SAVING, FLOOR, OURS, TORCH = "no saving", "nothing written", "ckpt", "TorchCheckpointEngine"
 FAST, DECOUPLED, DATASTATES = "FastCheckpointEngine", "DecoupledCheckpointEngine", "DataStatesCheckpointEngine"
 WRITER = {"data_parallel": "replica"}  # the default asks a grid for its size, which a model without one has not
 SECTIONS: dict[str, dict[str, Any]] = {  # what the configuration says to each
