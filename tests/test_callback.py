@@ -25,8 +25,8 @@ from torch.optim.swa_utils import AveragedModel
 
 import ckpt
 from ckpt.integrations import torch as callbacks
-from ckpt.integrations._rng import rng_state, set_rng_state
 from ckpt.integrations.torch import CheckpointCallback, Preempted
+from ckpt.integrations.torch.random_state import rng_state, set_rng_state
 
 SCRIPT = Path(__file__).parent / "dist" / "ddp_training.py"
 STEPS = 60

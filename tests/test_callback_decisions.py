@@ -16,9 +16,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import ckpt
-from ckpt.integrations import _interval
-from ckpt.integrations._rng import rng_state
-from ckpt.integrations.torch import Auto, CheckpointCallback
+from ckpt.integrations.torch import Auto, CheckpointCallback, when_to_save
+from ckpt.integrations.torch.random_state import rng_state
 
 # ---- when ------------------------------------------------------------------------------------------------------------
 
@@ -26,7 +25,7 @@ from ckpt.integrations.torch import Auto, CheckpointCallback
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(_interval, "now", lambda: self.now)
+        monkeypatch.setattr(when_to_save, "now", lambda: self.now)
 
 
 @pytest.fixture
@@ -115,7 +114,7 @@ def test_impossible_auto(mtbf: str, overhead: float, error: type[Exception]) -> 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("10min", 600), ("2h", 7200), ("1.5 d", 129600), ("250MS", 0.25)])
 def test_durations(text: str, seconds: float) -> None:
-    assert _interval.parse_duration(text, "every") == seconds
+    assert when_to_save.parse_duration(text, "every") == seconds
 
 
 def auto_steps(fake: type[FakeCheckpointer], clock: Clock, auto: Any, cost_s: float, durable_s: float, steps: int) -> list[int]:
@@ -163,8 +162,8 @@ class Ranks:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, every: Any, drift: list[float]) -> None:
         self.drift, self.time, self.rank, self.calls = drift, 0.0, 0, [0] * len(drift)
         self._values: list[bytes] = []
-        monkeypatch.setattr(_interval, "now", lambda: self.time * self.drift[self.rank])
-        self.intervals = [_interval.make_interval(every, self._agree) for _ in drift]
+        monkeypatch.setattr(when_to_save, "now", lambda: self.time * self.drift[self.rank])
+        self.intervals = [when_to_save.make_interval(every, self._agree) for _ in drift]
 
     def _agree(self, value: bytes) -> bytes:
         if self.rank == 0:

@@ -14,8 +14,7 @@ from test_load_into import pointers
 from torch import nn
 
 import ckpt
-from ckpt.integrations import _parts
-from ckpt.integrations.torch import CheckpointCallback
+from ckpt.integrations.torch import CheckpointCallback, state_parts
 
 
 def stepped(seed: int) -> Setup:
@@ -202,22 +201,22 @@ def test_nothing_is_filled_if_a_part_does_not_fit(misfit: dict[str, Any], tmp_pa
 
 def test_shapes_and_names_are_looked_at_first() -> None:
     saved_state = make_model().state_dict()
-    assert _parts.lend_memory(narrow(), saved_state, strict=True) is None
+    assert state_parts.lend_memory(narrow(), saved_state, strict=True) is None
     headless = make_model()[:2]
-    assert _parts.lend_memory(headless, saved_state, strict=True) is None
-    some = _parts.lend_memory(headless, saved_state, strict=False)
+    assert state_parts.lend_memory(headless, saved_state, strict=True) is None
+    some = state_parts.lend_memory(headless, saved_state, strict=False)
     assert some is not None and some.keys() == {(key,) for key in headless.state_dict()}
-    assert _parts.lend_memory(make_model(), [], strict=False) is None
-    assert _parts.lend_memory(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), {"state": {}}, strict=True) is None
+    assert state_parts.lend_memory(make_model(), [], strict=False) is None
+    assert state_parts.lend_memory(torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1), {"state": {}}, strict=True) is None
 
 
 @pytest.mark.parametrize("groups", [None, 3, [None], [{}], [{"params": 1}], [{"params": [0, 1]}]], ids=str)
 def test_states_that_are_none_of_an_optimizer_lend_nothing(groups: Any) -> None:
     optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], 0.1)
-    assert _parts.lend_memory(optimizer, {"state": {}, "param_groups": groups}, strict=True) is None
+    assert state_parts.lend_memory(optimizer, {"state": {}, "param_groups": groups}, strict=True) is None
     fits = [{"params": [0]}]
-    assert _parts.lend_memory(optimizer, {"state": [], "param_groups": fits}, strict=True) is None
-    assert _parts.lend_memory(optimizer, {"state": {0: 7}, "param_groups": fits}, strict=True) == {}
+    assert state_parts.lend_memory(optimizer, {"state": [], "param_groups": fits}, strict=True) is None
+    assert state_parts.lend_memory(optimizer, {"state": {0: 7}, "param_groups": fits}, strict=True) == {}
 
 
 def test_another_dtype_is_cast(tmp_path: Path, lent: list[tuple[Any, ...]]) -> None:
@@ -246,5 +245,5 @@ def test_a_damaged_checkpoint_is_overwritten_by_the_older(tmp_path: Path) -> Non
 def test_buffers_that_no_state_holds_are_not_lent() -> None:
     model = nn.Linear(4, 4)
     model.register_buffer("scratch", torch.zeros(4), persistent=False)
-    lent = _parts.lend_memory(model, {**nn.Linear(4, 4).state_dict(), "scratch": torch.ones(4)}, strict=False)
+    lent = state_parts.lend_memory(model, {**nn.Linear(4, 4).state_dict(), "scratch": torch.ones(4)}, strict=False)
     assert lent is not None and set(lent) == {("weight",), ("bias",)}

@@ -22,7 +22,7 @@ import ckpt
 import ckpt.integrations.deepspeed as lazy
 from ckpt import Options
 from ckpt.errors import ClosedError, DeadlineError
-from ckpt.integrations._deepspeed_config import options_from
+from ckpt.integrations.deepspeed.config import options_from
 
 GIB = 2**30
 FIELDS = [field.name for field in dataclasses.fields(Options)]

@@ -21,7 +21,7 @@ if importlib.util.find_spec("deepspeed") is None:
 
 from dist.deepspeed_runs import Fields, Outcomes
 
-from ckpt.integrations._deepspeed_wrapping import wrap_function
+from ckpt.integrations.deepspeed.wrapping import wrap_function
 
 pytestmark = pytest.mark.usefixtures("native")
 

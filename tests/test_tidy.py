@@ -284,7 +284,7 @@ def test_the_storage_check_itself(tmp_path: Path) -> None:
     assert sample_calls(passed, tmp_path) == []
 
 
-PRIVATE_TORCH = {"ckpt/torch_private.py", "integrations/_torch_private.py"}
+PRIVATE_TORCH = {"ckpt/torch_private.py", "integrations/torch/torch_private.py"}
 PRIVATE_ATTRIBUTES = {
     *("_cdata", "_version", "_backward_hooks", "_untyped_storage", "_typed_storage", "_pickle_storage_type", "_size"),
     *("_get_default_store", "_metadata", "_modules", "_parameters", "_buffers", "_load_state_dict_pre_hooks"),

@@ -40,7 +40,7 @@ from dist.deepspeed_models import Case, Network, Training, build
 from support import assert_same, patience, wait_until
 
 from ckpt import Options, _native
-from ckpt.integrations._deepspeed_readers import reading
+from ckpt.integrations.deepspeed.readers import reading
 
 DEADLINE_S = patience(60.0)
 OTHERS_S = patience(15.0)  # how long a rank that has failed waits for the others before it takes all down

@@ -29,7 +29,7 @@ from dist.deepspeed_behaviour import LATE_S, error_of, fault, wait_error
 from dist.deepspeed_models import Case, Training, batch
 from dist.deepspeed_training import Recorder, digest, start
 
-from ckpt.integrations import _deepspeed_writes as writes
+from ckpt.integrations.deepspeed import fenced_writes as writes
 from ckpt.saving import inspection
 
 torch._dynamo.config.disable = True  # DeepSpeed's Muon would be compiled, for a minute

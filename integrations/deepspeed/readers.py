@@ -16,7 +16,7 @@ from typing import Any
 
 import ckpt
 
-from ._deepspeed_wrapping import Call, wrap_function
+from .wrapping import Call, wrap_function
 
 _MOST_SAVES = 64  # that are remembered; a framework may take a new directory for each
 

@@ -13,9 +13,9 @@ import torch
 
 import ckpt
 
-from ._deepspeed_config import options_from, waits_from
-from ._deepspeed_readers import note_save
-from ._deepspeed_state import lazy_tensors
+from .config import options_from, waits_from
+from .lazy_tensors import lazy_tensors
+from .readers import note_save
 
 logger = logging.getLogger("ckpt")
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import ckpt
 
-from ._deepspeed_wrapping import Call, wrap_function, wrap_method
+from .wrapping import Call, wrap_function, wrap_method
 
 _FUNCTIONS: dict[str, tuple[str, ...]] = {
     # Bound to each parameter, and behind safe_set_full_fp32_param() and safe_set_full_optimizer_state().

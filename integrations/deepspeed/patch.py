@@ -12,9 +12,9 @@ from typing import Any
 
 import ckpt
 
-from ._deepspeed_engine import LazyCheckpointEngine, ask, ours_of
-from ._deepspeed_readers import make_readers_wait, reading, wait_for_saves
-from ._deepspeed_writes import fence_writes
+from .engine import LazyCheckpointEngine, ask, ours_of
+from .fenced_writes import fence_writes
+from .readers import make_readers_wait, reading, wait_for_saves
 
 logger = logging.getLogger("ckpt")
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ._torch_private import is_flat_parameter
+from .torch_private import is_flat_parameter
 
 # (module, class, what to use instead). Looked up where the module has been imported: else no object can be one of them.
 _WRAPPERS = (

@@ -1,28 +1,4 @@
-"""Checkpoints for a plain PyTorch loop, the same on one process and under DistributedDataParallel.
-
-    from ckpt.integrations.torch import CheckpointCallback
-
-    with CheckpointCallback("checkpoints", model=model, optimizer=optimizer, scheduler=scheduler, data=sampler) as callback:
-        start = callback.resume()  # steps done; 0 if there is nothing to resume
-        for step in range(start, steps):
-            ...
-            optimizer.step()
-            scheduler.step()
-            callback.step(step + 1)  # last in the iteration: what has happened by now is what is saved
-
-A run that was killed and goes on from resume() computes what it would have computed, bit for bit, if its operations are
-deterministic and all that changes is among what the callback was given. With more than two ranks, DistributedDataParallel sums
-gradients in another order in the first iteration of a process: run one forward and backward, and drop it, before resume().
-
-* **Gradient accumulation** needs nothing: call step() once after each optimizer step, never between two backwards.
-* **Data.** A DataLoader draws from torch's global generator whenever an iterator is made of it, which a resumed run does once
-  more: give it a `generator=` of its own. `data=` takes samplers of torch (DistributedSampler, RandomSampler, ...): they learn
-  to go on in the middle of an epoch, behind the batches that training has got, however many workers have fetched ahead. Begin
-  the loop at `sampler.epoch` after resume(). Also StatefulDataLoader of torchdata, and whatever has state_dict() and
-  load_state_dict().
-* **Weights that something other than an optimizer's step changes** (EMA copies, target networks) are copied inside save().
-  Whatever changes parameters of a given optimizer outside its step() must call `ckpt.fence()` before.
-"""
+"""Saves and resumes a plain PyTorch loop: when, what of it, and how it ends."""
 
 from __future__ import annotations
 
@@ -39,13 +15,11 @@ from torch import nn
 
 import ckpt
 
-from . import _interval
-from ._interval import Auto, Duration, Every
-from ._parts import Stateful, lend_memory, load_state, name_parts, same, take_state
-from ._preemption import Preempted, Preemption
-from ._rng import rng_state, set_rng_state
-
-__all__ = ["Auto", "CheckpointCallback", "Preempted"]
+from . import when_to_save
+from .preemption import Preempted, Preemption
+from .random_state import rng_state, set_rng_state
+from .state_parts import Stateful, lend_memory, load_state, name_parts, same, take_state
+from .when_to_save import Duration, Every
 
 logger = logging.getLogger("ckpt")
 
@@ -129,12 +103,12 @@ class CheckpointCallback:
         self._newest: ckpt.PendingSave | None = None  # whose outcome has not been seen
         self._published = False  # a checkpoint was there
         grace = _GRACE if preemption is True else preemption
-        grace_s = _interval.parse_duration(grace, "preemption") if grace is not False else None
-        _interval.make_interval(every, None)  # complains before anything is made
+        grace_s = when_to_save.parse_duration(grace, "preemption") if grace is not False else None
+        when_to_save.make_interval(every, None)  # complains before anything is made
         self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator)
         self._several = self._checkpointer.world_size > 1
         self._agreed = 0
-        self._interval = _interval.make_interval(every, self._agree if self._several else None)
+        self._interval = when_to_save.make_interval(every, self._agree if self._several else None)
         self._step: int | None = None
         self._preemption: Preemption | None = None
         if grace_s is not None:
@@ -180,7 +154,7 @@ class CheckpointCallback:
                 this one.
         """
         self._check_remaining()
-        began_at = _interval.now()
+        began_at = when_to_save.now()
         replicated: State = {}
         state: State = {"rng": rng_state()}
         for name, part in self._parts.items():
@@ -192,7 +166,7 @@ class CheckpointCallback:
         self._step, self._newest = step, pending
         if self._waits:
             pending.result()
-        self._interval.note_save(step, pending, _interval.now() - began_at)
+        self._interval.note_save(step, pending, when_to_save.now() - began_at)
         return pending
 
     def _check_remaining(self) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils.data import BatchSampler, Sampler, SequentialSampler
 
-from . import _torch_private
+from . import torch_private
 
 logger = logging.getLogger("ckpt")
 
@@ -124,10 +124,10 @@ class _Progress:
         iterator = None if self._iterator is None else self._iterator()
         if iterator is None:
             return self._handed_out
-        yielded, size = _torch_private.batches_given_away(iterator), _batch_size(iterator)
+        yielded, size = torch_private.batches_given_away(iterator), _batch_size(iterator)
         if yielded is not None and size is not None:
             return min(self._begun_at + yielded * size, self._handed_out)
-        if not _torch_private.has_workers(iterator):
+        if not torch_private.has_workers(iterator):
             return self._handed_out
         raise TypeError(
             "how far training has come cannot be told for a DataLoader with workers and a batch sampler of another kind; use "
@@ -137,7 +137,7 @@ class _Progress:
 
 def _batch_size(iterator: Any) -> int | None:
     """Samples in a batch of a loader; None if that may vary."""
-    sampler = _torch_private.index_sampler(iterator)
+    sampler = torch_private.index_sampler(iterator)
     if hasattr(sampler, "_progress"):
         return 1  # the loader makes no batches
     return int(sampler.batch_size) if type(sampler) is BatchSampler else None
@@ -150,7 +150,7 @@ def _find_iterator() -> weakref.ref[Any] | None:
         if frame is None:
             return None
         candidate = frame.f_locals.get("self")
-        if _torch_private.is_loader_iterator(candidate):
+        if torch_private.is_loader_iterator(candidate):
             return weakref.ref(candidate)
         frame = frame.f_back
     return None

@@ -16,9 +16,9 @@ from torch import nn
 
 from ckpt import optimizers
 
-from . import _torch_private
-from ._sampler import make_resumable
-from ._shards import refuse_shards
+from . import torch_private
+from .resumable_sampler import make_resumable
+from .sharding_check import refuse_shards
 
 
 @runtime_checkable
@@ -87,8 +87,8 @@ def take_state(part: Any, split: bool) -> tuple[Any, dict[str, Any] | None]:
     parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)} if split else set(state)
     for key, value in state.items():
         (shared if key in parameters else own)[_bare(key)] = value
-    metadata = _torch_private.metadata_of(state)
-    _torch_private.set_metadata(shared, {_bare(prefix): dict(value) for prefix, value in metadata.items()})
+    metadata = torch_private.metadata_of(state)
+    torch_private.set_metadata(shared, {_bare(prefix): dict(value) for prefix, value in metadata.items()})
     return shared, own if split else None
 
 
@@ -125,13 +125,13 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
 def _loads_plainly(module: nn.Module) -> bool:
     """Whether nothing but torch decides what becomes of a state dict."""
     plain = getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
-    return plain and all(map(_torch_private.module_loads_plainly, module.modules()))
+    return plain and all(map(torch_private.module_loads_plainly, module.modules()))
 
 
 def _lend_optimizer(optimizer: torch.optim.Optimizer, shared: Any) -> dict[tuple[Any, ...], torch.Tensor] | None:
     """What it has from steps that it has made; one that has made none takes up what is in the file as it is."""
     plain = getattr(optimizer.load_state_dict, "__func__", None) is torch.optim.Optimizer.load_state_dict
-    if not plain or not _torch_private.optimizer_loads_plainly(optimizer):
+    if not plain or not torch_private.optimizer_loads_plainly(optimizer):
         return {}
     if not isinstance(shared, Mapping) or not {"state", "param_groups"} <= shared.keys():
         return None
@@ -164,9 +164,9 @@ def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool)
         return []
     names = {_bare(key): key for key in part.state_dict()}
     state = collections.OrderedDict((names.get(key, key), value) for key, value in {**shared, **(own or {})}.items())
-    metadata = _torch_private.metadata_of(shared)
+    metadata = torch_private.metadata_of(shared)
     prefixes = [prefix for prefix, _ in part.named_modules(remove_duplicate=False)]
-    _torch_private.set_metadata(state, {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata})
+    torch_private.set_metadata(state, {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata})
     differing = part.load_state_dict(state, strict=strict)
     return [*differing.missing_keys, *differing.unexpected_keys]
 

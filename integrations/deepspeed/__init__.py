@@ -41,8 +41,8 @@ from typing import Any
 
 import ckpt
 
-from ._deepspeed_engine import LazyCheckpointEngine, ours_of
-from ._deepspeed_patch import patch
+from .engine import LazyCheckpointEngine, ours_of
+from .patch import patch
 
 __all__ = ["LazyCheckpointEngine", "attach", "disable", "enable", "wait"]
 
