@@ -18,6 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 import ckpt
 from ckpt.integrations.torch import Auto, CheckpointCallback, when_to_save
 from ckpt.integrations.torch.random_state import rng_state
+from ckpt.quantities import parse_duration
 
 # ---- when ------------------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,7 @@ def test_impossible_auto(mtbf: str, overhead: float, error: type[Exception]) -> 
 
 @pytest.mark.parametrize(("text", "seconds"), [("30s", 30), ("10min", 600), ("2h", 7200), ("1.5 d", 129600), ("250MS", 0.25)])
 def test_durations(text: str, seconds: float) -> None:
-    assert when_to_save.parse_duration(text, "every") == seconds
+    assert parse_duration(text, "every") == seconds
 
 
 def auto_steps(fake: type[FakeCheckpointer], clock: Clock, auto: Any, cost_s: float, durable_s: float, steps: int) -> list[int]:

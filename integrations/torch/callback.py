@@ -14,12 +14,13 @@ import torch
 from torch import nn
 
 import ckpt
+from ckpt.quantities import Duration, parse_duration
 
 from . import when_to_save
 from .preemption import Preempted, Preemption
 from .random_state import rng_state, set_rng_state
 from .state_parts import Stateful, lend_memory, load_state, name_parts, same, take_state
-from .when_to_save import Duration, Every
+from .when_to_save import Every
 
 logger = logging.getLogger("ckpt")
 
@@ -103,7 +104,7 @@ class CheckpointCallback:
         self._newest: ckpt.PendingSave | None = None  # whose outcome has not been seen
         self._published = False  # a checkpoint was there
         grace = _GRACE if preemption is True else preemption
-        grace_s = when_to_save.parse_duration(grace, "preemption") if grace is not False else None
+        grace_s = parse_duration(grace, "preemption") if grace is not False else None
         when_to_save.make_interval(every, None)  # complains before anything is made
         self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator)
         self._several = self._checkpointer.world_size > 1

@@ -12,44 +12,19 @@ import collections
 import dataclasses
 import datetime
 import math
-import re
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
-Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
-Duration = float | int | str | datetime.timedelta
+from ckpt.quantities import Duration, parse_duration
 
-_UNITS_S = {"ms": 1e-3, "s": 1.0, "sec": 1.0, "min": 60.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-_DURATION = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", re.IGNORECASE)
+Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
+
 _COSTS_KEPT = 5  # saves whose median cost is what a save costs
 _LOOK_GROWTH = 2  # a look is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
 
 now = time.monotonic
-
-
-def parse_duration(value: Duration, name: str) -> float:
-    """Seconds from a timedelta, a text such as "30s", "10min", "6h", "1d", "500ms", or a number of seconds.
-
-    Raises:
-        ValueError: the text is no duration, or the duration is not positive and finite.
-        TypeError: the value is something else.
-    """
-    if isinstance(value, datetime.timedelta):
-        seconds = value.total_seconds()
-    elif isinstance(value, str):
-        match = _DURATION.fullmatch(value)
-        if match is None or match[2].lower() not in _UNITS_S:
-            raise ValueError(f"{name} must be a duration such as '30s', '10min' or '6h', not {value!r}")
-        seconds = float(match[1]) * _UNITS_S[match[2].lower()]
-    elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        seconds = float(value)
-    else:
-        raise TypeError(f"{name} must be a duration: a timedelta, a text such as '10min', or seconds; not {value!r}")
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise ValueError(f"{name} must be a positive duration, not {value!r}")
-    return seconds
 
 
 @dataclasses.dataclass(frozen=True)
