@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 import ckpt
@@ -18,15 +17,13 @@ from ckpt.quantities import Duration, parse_duration
 
 from . import when_to_save
 from .preemption import Preempted, Preemption
-from .random_state import rng_state, set_rng_state
-from .state_parts import Stateful, lend_memory, load_state, name_parts, same, take_state
+from .state_parts import Stateful, name_parts
+from .training_state import NamedParts
 from .when_to_save import Every
 
 logger = logging.getLogger("ckpt")
 
 _GRACE = "25s"  # torchrun, Slurm and Kubernetes by default kill 30 s after SIGTERM
-_Optimizer = torch.optim.Optimizer
-State = dict[str, Any]
 Given = Stateful | Mapping[str, Stateful] | None
 
 
@@ -95,11 +92,9 @@ class CheckpointCallback:
     ) -> None:
         if extra is not None and not isinstance(extra, Mapping):
             raise TypeError(f"extra must be a dict of named objects, not {type(extra).__name__}")
-        self._parts = name_parts("model", model) | name_parts("optimizer", optimizer) | name_parts("scheduler", scheduler)
-        self._parts |= name_parts("scaler", scaler) | name_parts("extra", extra)
-        self._data = name_parts("data", data)
-        self._lazy = [part for part in self._parts.values() if isinstance(part, _Optimizer)] + ([] if lazy is None else [lazy])
-        self._merge_data = merge_data
+        parts = name_parts("model", model) | name_parts("optimizer", optimizer) | name_parts("scheduler", scheduler)
+        parts |= name_parts("scaler", scaler) | name_parts("extra", extra)
+        positions = name_parts("data", data)
         self._waits = wait_before_return
         self._newest: ckpt.PendingSave | None = None  # whose outcome has not been seen
         self._published = False  # a checkpoint was there
@@ -107,14 +102,16 @@ class CheckpointCallback:
         grace_s = parse_duration(grace, "preemption") if grace is not False else None
         when_to_save.make_interval(every, None)  # complains before anything is made
         self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator)
-        self._several = self._checkpointer.world_size > 1
+        self._state = NamedParts(parts, positions, self._checkpointer, merge_data)
+        self._lazy = [*self._state.optimizers(), *([] if lazy is None else [lazy])]
         self._agreed = 0
-        self._interval = when_to_save.make_interval(every, self._agree if self._several else None)
+        several = self._checkpointer.world_size > 1
+        self._interval = when_to_save.make_interval(every, self._agree if several else None)
         self._step: int | None = None
         self._preemption: Preemption | None = None
         if grace_s is not None:
             try:
-                self._preemption = Preemption(grace_s, self._several)
+                self._preemption = Preemption(grace_s, several)
             except BaseException:
                 self._checkpointer.close()
                 raise
@@ -156,13 +153,7 @@ class CheckpointCallback:
         """
         self._check_remaining()
         began_at = when_to_save.now()
-        replicated: State = {}
-        state: State = {"rng": rng_state()}
-        for name, part in self._parts.items():
-            replicated[name], own = take_state(part, split=self._several)
-            if own is not None:
-                state[f"buffers/{name}"] = own
-        state.update((name, part.state_dict()) for name, part in self._data.items())
+        replicated, state = self._state.capture()
         pending = self._checkpointer.save(step, state, replicated=replicated, lazy=self._lazy)
         self._step, self._newest = step, pending
         if self._waits:
@@ -226,94 +217,21 @@ class CheckpointCallback:
             ckpt.CheckpointError: the checkpoint does not fit, and the message says which part of it; the objects may have been
                 loaded in part. Also what `ckpt.Checkpointer.restore` raises; then, too, for instance if no checkpoint is good.
         """
-        lend = functools.partial(self._lend, strict=strict)
         found = self._checkpointer.restore(
-            merge=self._merge,
+            merge=self._state.merge,
             map_location="cpu",
             weights_only=weights_only,
-            replicated_into=lend,
+            replicated_into=functools.partial(self._state.lend_memory, strict=strict),
             fresh=fresh,
             exclusive=True,
         )
         step = 0
         if found is not None:
-            step, self._published = found.step, True
-            ckpt.fence()  # loading writes to tensors
-            self._load(step, found.replicated or {}, found.state or {}, strict)
+            self._published = True
+            step = self._state.resume(found, strict=strict)
         self._step = step
         self._interval.note_start(step)
         return step
-
-    def _lend(self, replicated: Any, *, strict: bool) -> dict[tuple[Any, ...], torch.Tensor]:
-        """Tensors of the parts into which a checkpoint can be read, by their paths in it; none if not all of it fits."""
-        lent: dict[tuple[Any, ...], torch.Tensor] = {}
-        if not isinstance(replicated, Mapping) or (strict and replicated.keys() != self._parts.keys()):
-            return {}
-        for name, part in self._parts.items():
-            if name in replicated:
-                tensors = lend_memory(part, replicated[name], strict)
-                if tensors is None:
-                    return {}
-                lent.update(((name, *path), tensor) for path, tensor in tensors.items())
-        return lent
-
-    def _load(self, step: int, replicated: State, state: State, strict: bool) -> None:
-        self._check_parts(step, replicated, self._parts, strict)
-        dropped = state.get("dropped", ())
-        held = _positions(state)
-        self._check_parts(step, held, {name: part for name, part in self._data.items() if name not in dropped}, strict)
-        for name, part in self._parts.items():
-            if name in replicated:
-                with _Naming(step, name):
-                    passed_over = load_state(part, replicated[name], state.get(f"buffers/{name}"), strict)
-                if passed_over:
-                    logger.warning("'%s' of checkpoint %d: only one side has %s", name, step, ", ".join(passed_over))
-        for name, part in self._data.items():
-            if name in held:
-                with _Naming(step, name):
-                    part.load_state_dict(held[name])
-        if "rng" in state:
-            with _Naming(step, "rng"):
-                set_rng_state(state["rng"])
-
-    def _check_parts(self, step: int, held: State, wanted: State, strict: bool) -> None:
-        missing, surplus = sorted(wanted.keys() - held.keys()), sorted(held.keys() - wanted.keys())
-        problems = [f"it holds no {', '.join(missing)}"] if missing else []
-        problems += [f"it holds {', '.join(surplus)}, which the callback was not given"] if surplus else []
-        if not problems:
-            return
-        text = f"checkpoint {step} in '{self._checkpointer.directory}' does not fit: " + "; ".join(problems)
-        if strict:
-            raise ckpt.CheckpointError(f"{text}. Give the callback what it had when it saved, or resume(strict=False)")
-        logger.warning("%s", text)
-
-    def _merge(self, states: list[State]) -> State:
-        """This rank's state from those of another number of ranks."""
-        rank, old = self._checkpointer.rank, len(states)
-        merged = {name: value for name, value in states[0].items() if name.startswith("buffers/")}
-        merged |= {name: value for name, value in states[rank % old].items() if name == "rng"}
-        logger.warning(
-            "the checkpoint was saved by %d rank(s), now there are %d: rank %d goes on with the random numbers of rank %d",
-            *(old, self._checkpointer.world_size, rank, rank % old),
-        )
-        return merged | self._merge_positions(states)
-
-    def _merge_positions(self, states: list[State]) -> State:
-        positions = [_positions(state) for state in states]
-        if not any(positions):
-            return {}
-        if self._merge_data is not None:
-            merged = self._merge_data([_unpack_data(each) for each in positions])
-            return {"data": merged} if "data" in self._data else {f"data/{name}": value for name, value in merged.items()}
-        if all(same(each, positions[0]) for each in positions):
-            logger.warning("the position in the data that all ranks had is taken up; give merge_data= if it means another now")
-            return positions[0]
-        logger.warning(
-            "the positions in the data differ between the %d ranks that saved, and are not taken up: the data begin anew; give "
-            "merge_data= to tell how they are shared out now",
-            len(states),
-        )
-        return {"dropped": sorted(positions[0])}
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 
@@ -349,26 +267,3 @@ class CheckpointCallback:
             if error is None:
                 raise
             logger.exception("closing the checkpoint callback failed while another error was on its way")
-
-
-class _Naming:
-    """Turns an error inside the block into one that names the part of the checkpoint."""
-
-    def __init__(self, step: int, name: str) -> None:
-        self._step, self._name = step, name
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        if isinstance(error, Exception):
-            raise ckpt.CheckpointError(f"'{self._name}' of checkpoint {self._step} does not fit: {error}") from error
-
-
-def _positions(state: State) -> State:
-    return {name: value for name, value in state.items() if name.partition("/")[0] == "data"}
-
-
-def _unpack_data(parts: State) -> Any:
-    """As `data=` was given: one state, or states by name."""
-    return parts["data"] if "data" in parts else {name.removeprefix("data/"): value for name, value in parts.items()}
