@@ -42,7 +42,7 @@ from typing import Any
 import ckpt
 
 from .engine import LazyCheckpointEngine, ours_of
-from .patch import patch
+from .patch import patch_deepspeed
 
 __all__ = ["LazyCheckpointEngine", "attach", "disable", "enable", "wait"]
 
@@ -64,7 +64,7 @@ def enable(options: ckpt.Options | None = None) -> None:
         ImportError: deepspeed is not installed.
     """
     global _enabled, _options
-    patch(_options_if_enabled)
+    patch_deepspeed(_options_if_enabled)
     _enabled, _options = True, options
 
 
@@ -83,7 +83,7 @@ def attach(engine: Any, options: ckpt.Options | None = None) -> LazyCheckpointEn
     Raises:
         ValueError, TypeError: the section in the config is wrong.
     """
-    patch(_options_if_enabled)
+    patch_deepspeed(_options_if_enabled)
     ours = LazyCheckpointEngine(getattr(engine, "_config", None), options)
     ours.bind(engine)
     if (before := ours_of(engine)) is not None:

@@ -22,7 +22,7 @@ _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _stock: dict[str, Any] = {}  # methods of DeepSpeedEngine
 
 
-def patch(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> None:
+def patch_deepspeed(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> None:
     """
     Args:
         enabled: whether engines that are made get ours, and with which options.
