@@ -2,8 +2,8 @@
 
 On several ranks the decision must be the same everywhere, although clocks and costs differ. Numbers of steps are the same on
 all ranks by themselves. Time is not, so only rank 0's clock counts, and it is asked only at steps that all ranks know before,
-its *looks*: each look tells all ranks whether to save now, and at which step the next look is. A look aims at the step at which
-the next save will be due, so there is about one for each save, and between looks nothing is exchanged.
+its *checks*: each check tells all ranks whether to save now, and at which step the next check is. A check aims at the step at
+which the next save will be due, so there is about one for each save, and between checks nothing is exchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ckpt.quantities import Duration, parse_duration
 Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
 
 _COSTS_KEPT = 5  # saves whose median cost is what a save costs
-_LOOK_GROWTH = 2  # a look is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
+_CHECK_GROWTH = 2  # a check is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
 
 now = time.monotonic
 
@@ -91,10 +91,10 @@ def make_interval(every: Every, agree: Agree | None) -> Interval:
     if every == "auto":
         every = Auto()
     if isinstance(every, Auto):
-        return Clocked(_Worthwhile(every), agree)
+        return TimedInterval(_CostInterval(every), agree)
     if not isinstance(every, (str, datetime.timedelta)):
         raise TypeError(f"every must be a number of steps, a duration, 'auto' or Auto(...), not {every!r}")
-    return Clocked(_Fixed(parse_duration(every, "every")), agree)
+    return TimedInterval(_FixedInterval(parse_duration(every, "every")), agree)
 
 
 class Steps:
@@ -113,7 +113,7 @@ class Steps:
         pass
 
 
-class _Fixed:
+class _FixedInterval:
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
 
@@ -128,7 +128,7 @@ class _Fixed:
         pass
 
 
-class _Worthwhile:
+class _CostInterval:
     """The interval of an Auto, from what the saves so far have cost."""
 
     def __init__(self, auto: Auto) -> None:
@@ -144,7 +144,7 @@ class _Worthwhile:
         if not self._saves:
             return 0.0  # what a save costs is learnt from the first
         if not self.may_save():
-            return elapsed_s / 2  # look again in a while
+            return elapsed_s / 2  # check again in a while
         stats = self._saves[-1][0].stats
         if stats.durable_at is not None and stats.started_at is not None:
             self._durable_s = stats.durable_at - stats.started_at
@@ -155,21 +155,21 @@ class _Worthwhile:
         self._saves.append((pending, blocked_s))
 
 
-class Clocked:
-    """By rank 0's clock, looked at in steps that all ranks know beforehand; see the top of this file.
+class TimedInterval:
+    """By rank 0's clock, checked at steps that all ranks know beforehand; see the top of this file.
 
-    With one rank every step is a look.
+    With one rank every step is a check.
     """
 
-    def __init__(self, rule: _Fixed | _Worthwhile, agree: Agree | None) -> None:
+    def __init__(self, rule: _FixedInterval | _CostInterval, agree: Agree | None) -> None:
         self._rule = rule
         self._agree = agree
         self._began_at = now()  # the last save; before the first, training
         self._began_step = 0  # the steps done then
-        self._next_look = 0
+        self._next_check = 0
 
     def note_start(self, step: int) -> None:
-        self._began_at, self._began_step, self._next_look = now(), step, step
+        self._began_at, self._began_step, self._next_check = now(), step, step
 
     def note_save(self, step: int, pending: Any, blocked_s: float) -> None:
         self._began_at, self._began_step = now() - blocked_s, step
@@ -178,13 +178,13 @@ class Clocked:
     def is_due(self, step: int) -> bool:
         if self._agree is None:
             return self._rule.may_save() and self._rule.wait_s(now() - self._began_at) <= 0
-        if step < self._next_look:
+        if step < self._next_check:
             return False
-        due, self._next_look = _decode(self._agree(_encode(*self._look(step))))
+        due, self._next_check = _decode(self._agree(_encode(*self._check(step))))
         return due
 
-    def _look(self, step: int) -> tuple[bool, int]:
-        """Whether to save at `step`, and the step to look at next."""
+    def _check(self, step: int) -> tuple[bool, int]:
+        """Whether to save at `step`, and the step to check at next."""
         elapsed_s = now() - self._began_at
         steps = max(1, step - self._began_step)
         step_s = max(elapsed_s / steps, 1e-9)
@@ -192,14 +192,14 @@ class Clocked:
         due = self._rule.may_save() and wait_s <= step_s / 2  # else the next step would be later than this one is early
         if due:
             wait_s = self._rule.wait_s(0.0)
-        ahead = min(round(wait_s / step_s), _LOOK_GROWTH * steps)
+        ahead = min(round(wait_s / step_s), _CHECK_GROWTH * steps)
         return due, step + max(1, ahead)
 
 
-def _encode(due: bool, next_look: int) -> bytes:
-    return b"%d %d" % (due, next_look)
+def _encode(due: bool, next_check: int) -> bytes:
+    return b"%d %d" % (due, next_check)
 
 
 def _decode(answer: bytes) -> tuple[bool, int]:
-    due, next_look = answer.split()
-    return due == b"1", int(next_look)
+    due, next_check = answer.split()
+    return due == b"1", int(next_check)
