@@ -81,7 +81,7 @@ class LazyCheckpointEngine:
         )
 
     def save(self, state_dict: Any, path: str) -> None:
-        """Captures all of a file but what is lazy."""
+        """Begins to save one file. All but the lazy tensors is captured before it returns."""
         if self._bundle is None:
             raise ckpt.CheckpointError(f"save('{path}') without create(): DeepSpeed begins a checkpoint with create()")
         lazy: Any = False
@@ -111,7 +111,7 @@ class LazyCheckpointEngine:
         return dp_rank == 0
 
     def is_decoupled(self) -> bool:
-        """True: DeepSpeed leaves commit and `latest` to us. It asks at the end of save_checkpoint(); so does our part end."""
+        """True: DeepSpeed leaves commit and `latest` to us. It asks at the end of save_checkpoint(), which ends the save."""
         self.end_save()
         return True
 
@@ -128,7 +128,7 @@ class LazyCheckpointEngine:
         return False
 
     def cleanup(self) -> None:
-        """Drains what is pending, and ends. Failures have been logged."""
+        """Waits for the saves in flight, and closes. It logs what failed."""
         self.end_save()
         try:
             self._checkpointer.close()
@@ -142,13 +142,13 @@ class LazyCheckpointEngine:
         self._exporting = exporting
 
     def end_save(self, error: BaseException | None = None) -> ckpt.PendingSave | None:
-        """What has been put together goes to the background; safe to call at any time."""
+        """Hands the checkpoint that is being put together to the background; safe to call at any time."""
         bundle, self._bundle = self._bundle, None
         if bundle is None:
             return None
         engine: Any = self._engine()
         if ask(engine, "zero_nvme_offload_optimizer"):
-            # DeepSpeed has copied them there itself, and fsynced nothing.
+            # DeepSpeed has copied the swapped states there itself, without an fsync.
             rank = engine.local_rank if ask(engine, "use_node_local_storage") else engine.global_rank
             bundle.include(bundle.directory / "offloaded_tensors" / f"rank{rank:02d}")
         if error is not None:
@@ -160,7 +160,8 @@ class LazyCheckpointEngine:
         return pending
 
     def finish_save(self, save_dir: Any) -> None:
-        """At the end of save_checkpoint(). Who names a new directory each time removes old ones himself, maybe at once.
+        """Ends save_checkpoint(), and waits if the config says so. By default it waits for a save to another directory than
+        before: whoever names a new one each time may remove the old one at once.
 
         Raises:
             CheckpointError: it was waited for, and did not become durable; on all ranks.
@@ -174,7 +175,6 @@ class LazyCheckpointEngine:
 
     def find(self, load_dir: Any, tag: Any, optimizer: bool = True) -> str | None:
         """The tag to load.
-
 
         Args:
             optimizer: whether the files of the optimizer's states are going to be read; users remove them to save space.

@@ -1,6 +1,6 @@
-"""What of DeepSpeed writes to parameters, or to the optimizer's state, elsewhere than in the step of the optimizer inside.
+"""DeepSpeed's functions that write to parameters, or to the optimizer's state, outside the step of the optimizer inside.
 
-All of it waits at a fence first, which costs nothing if no save is in flight. Gradients, loss scales and the values of
+All of them wait at a fence first, which costs nothing if no save is in flight. Gradients, loss scales and the values of
 parameter groups are not here: the former are not saved, the latter are no tensors.
 """
 
@@ -55,7 +55,7 @@ _METHODS: dict[tuple[str, str], tuple[str, ...]] = {
 
 
 def fence_writes() -> None:
-    """To be called once in a process. What this version of DeepSpeed does not have is left out."""
+    """To be called once in a process. Functions that this version of DeepSpeed lacks are left out."""
     for module, names in _FUNCTIONS.items():
         for name in names:
             wrap_function(module, name, _fenced)

@@ -1,6 +1,6 @@
 """Which tensors of DeepSpeed's state dicts change only in an optimizer's update.
 
-Two things are known to: the parameters that learn (for ZeRO, the flat buffers that they are views of), and all that stands in
+Two kinds are known to: the parameters that learn (for ZeRO, the flat buffers that they are views of), and all that stands in
 an optimizer's state dict. Anything else may be written by a forward, or by the user, at any time: buffers, frozen parameters
 (the teacher of a student), what a module saves by get_extra_state(), the client's state.
 """

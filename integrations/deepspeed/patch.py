@@ -1,4 +1,4 @@
-"""What is exchanged inside DeepSpeed, once in a process. Engines that are not ours go through unchanged."""
+"""Replaces functions and methods of DeepSpeed, once in a process. Engines that are not ours go through unchanged."""
 
 from __future__ import annotations
 

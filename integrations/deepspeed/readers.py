@@ -45,7 +45,7 @@ class _Save:
         self._pending = None
 
     def error(self) -> BaseException | None:
-        """What it has failed with, if it has; waits for its end, and raises DeadlineError."""
+        """Waits for its end. The error with which it failed; None if it succeeded. Raises DeadlineError."""
         pending = self._pending
         return self._error if pending is None else pending.exception(self._timeout_s)
 
@@ -107,7 +107,7 @@ def reading(directory: str | os.PathLike[str], tag: str | None) -> Iterator[None
 
 
 def make_readers_wait() -> None:
-    """To be called once in a process. What this version of DeepSpeed does not have is left out."""
+    """To be called once in a process. Functions that this version of DeepSpeed lacks are left out."""
     for module, names in _LISTINGS.items():
         for name in names:
             wrap_function(module, name, _waiting)

@@ -1,4 +1,4 @@
-"""Puts something of ours around functions of DeepSpeed, by whatever name they are reached."""
+"""Wraps functions and methods of DeepSpeed, by whatever name they are reached."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 Call = Callable[..., Any]
-Wrap = Callable[[Call], Call]  # makes from what DeepSpeed has what is called in its place
+Wrap = Callable[[Call], Call]  # takes DeepSpeed's function, returns the one to call in its place
 
 
 def wrap_function(module: str, name: str, wrap: Wrap) -> None:

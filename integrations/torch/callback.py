@@ -1,4 +1,4 @@
-"""Saves and resumes a plain PyTorch loop: when, what of it, and how it ends."""
+"""Saves a plain PyTorch loop when it is time to, resumes it, and ends it at SIGTERM."""
 
 from __future__ import annotations
 

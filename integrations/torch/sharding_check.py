@@ -1,4 +1,4 @@
-"""What holds only a part of a training state on each rank: it must not be saved as if it were the same on all of them."""
+"""Refuses objects of which each rank holds only a part: they must not be saved as if they were the same on all ranks."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""What the adapters use of torch that torch does not promise to keep, and what they do without it.
+"""The names of torch that adapters use although torch does not promise to keep them, and what adapters do without them.
 
-Nothing else here names any of it; the core has a module of the same name, which adapters do not reach into.
+No other module of an adapter names any of them. The core has such a module of its own, which adapters do not reach into.
 """
 
 from __future__ import annotations
