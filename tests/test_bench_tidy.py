@@ -3,7 +3,7 @@
 import ast
 from pathlib import Path
 
-from test_tidy import dotted, each, needs_of, parse, python_files
+from sources import dotted, each, needs_of, parse, python_files
 
 # Packages and programs from the bottom up: a package may import only itself, and lower layers.
 LAYERS = (

@@ -17,8 +17,8 @@ from test_ranks_apart import Threaded, Wire
 from torch import nn
 
 import ckpt
-from ckpt.integrations.deepspeed.engine import LazyCheckpointEngine
 from ckpt.devices import HOST
+from ckpt.integrations.deepspeed.engine import LazyCheckpointEngine
 from ckpt.integrations.torch import CheckpointCallback
 from ckpt.saving import inspection
 

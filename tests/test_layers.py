@@ -3,7 +3,8 @@
 import importlib
 from pathlib import Path
 
-from test_tidy import PUBLIC_MODULES, ROOT, each, imports, python_files
+from sources import ROOT, each, imports, python_files
+from test_tidy import PUBLIC_MODULES
 
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
@@ -30,7 +31,7 @@ PUBLIC_NAMES = {
     "ckpt.formats": set(),
     "ckpt.optimizers": {"load_state"},
     "ckpt.options": {"Options"},
-    "ckpt.quantities": {"parse_size"},
+    "ckpt.quantities": {"parse_duration", "parse_size"},
 }
 
 

@@ -16,9 +16,9 @@ from test_load_into import zeros_like
 from test_restore_into import own
 
 import ckpt
-from ckpt import _archive
-from ckpt._devices import HOST
+from ckpt.devices import HOST
 from ckpt.errors import DeadlineError, DeviceError
+from ckpt.loading import archive
 
 __all__ = ["cuda", "fake_library", "training"]
 
@@ -66,7 +66,7 @@ def test_memory_that_cannot_be_pinned_serves_all_the_same(
 ) -> None:
     state = layers()
     training.cuda.configure(seed=7, most_delay_s=0.001)
-    for _ in range(2 * _archive.reader_threads()):
+    for _ in range(2 * archive.reader_threads()):
         training.cuda.fail("cuMemHostRegister")
     assert_same(state, ckpt.load(torch_saved(state, tmp_path / "state.pt"), "cuda:0"))
     assert training.cuda.count("pageable copies") > 0 and not warnings_of(caplog)

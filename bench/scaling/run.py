@@ -28,8 +28,8 @@ from bench.measure.rate_limit import active_rate, limited, parse_rate
 from bench.measure.report import Report, table
 from bench.measure.sampling import Settings, column, note
 from bench.scaling.rank import STRONG, WEAK, Measured, Ranks, Shape, measure, shared_workspace
-from examples import launch
 from ckpt.quantities import parse_size
+from examples import launch
 
 TIMEOUT_S = 3600.0
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI", "PMIX", "PRTE")
