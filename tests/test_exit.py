@@ -160,6 +160,27 @@ def last():
     assert "saved" in before.stdout or "refused" in before.stdout
 
 
+def test_a_save_where_no_thread_starts_any_more_says_no(run: Run, tmp_path: Path) -> None:
+    """As it is during the calls of atexit since Python 3.12."""
+    body = """
+def refuse(_):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
+starting, threading.Thread.start = threading.Thread.start, refuse
+for call in (lambda: ckpt.save(state, directory + "/a.pt", options=options), lambda: ckpt.Checkpointer(directory)):
+    try:
+        call()
+    except ckpt.ClosedError as error:
+        print("refused:", error)
+threading.Thread.start = starting
+ckpt.save(state, directory + "/a.pt", options=options).result(20)
+"""
+    done = run(body)
+    assert done.returncode == 0, done.stderr
+    assert_no_crash(done)
+    assert done.stdout.count("refused: the interpreter is shutting down") == 2, done.stdout
+    assert_is_the_state(ckpt.load(tmp_path / "a.pt"))
+
+
 # ---- storage that does not come back ---------------------------------------------------------------------------------
 
 

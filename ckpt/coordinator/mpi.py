@@ -7,6 +7,7 @@ Large messages need both sides to make progress: a thread does that for sends th
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import threading
 from collections.abc import Callable
@@ -109,8 +110,17 @@ class MPICoordinator(Coordinator):
                 self._sending.append((self._communicator.Isend([message, self._mpi.BYTE], rank, _TAG), message))
             self._progress()
             if self._sending and self._courier is None:
-                self._courier = threading.Thread(target=self._deliver, name="ckpt-mpi", daemon=True)
-                self._courier.start()
+                self._start_courier()
+
+    def _start_courier(self) -> None:
+        """Needs the lock. Where no thread starts, every wait makes progress, and close() waits until all is out.
+
+        Since Python 3.12, none starts once the interpreter ends; saves that are drained then still have to be agreed on.
+        """
+        courier = threading.Thread(target=self._deliver, name="ckpt-mpi", daemon=True)
+        with contextlib.suppress(RuntimeError):
+            courier.start()
+            self._courier = courier
 
     def _deliver(self) -> None:
         """The courier: makes progress while anything is on its way out."""

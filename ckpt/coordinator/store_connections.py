@@ -39,7 +39,10 @@ class Hung(Exception):
 
 
 class Lost(Exception):
-    """A call of the store failed: mostly because there is no server any more, or because its own timeout is over."""
+    """A call of the store failed: mostly because there is no server any more, or because its own timeout is over.
+
+    Also raised where no thread can be started for a further connection.
+    """
 
 
 class Lines:
@@ -110,7 +113,10 @@ class _Line:
         self._socket = _Socket()
         ends = (self._orders, self._replies, self._socket, connect)
         self._thread = threading.Thread(target=_serve, args=ends, name="ckpt-store", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:  # the interpreter is shutting down, or there are too many threads
+            raise Lost(f"no connection to the store: {error}") from error
 
     def call(self, work: Work[_T], deadline: Deadline, last: Deadline | None) -> _T:
         deadline.check()

@@ -37,6 +37,9 @@ class Committer:
     Args:
         interrupt: ends the waits for other ranks that a publication may be in; called when the deadline of a drain is over.
         farewell: called when the interpreter ends and all is drained; what was said to the other ranks must still reach them.
+
+    Raises:
+        ClosedError: the interpreter is shutting down.
     """
 
     def __init__(self, interrupt: Callable[[], None] | None = None, farewell: Callable[[], None] | None = None) -> None:
@@ -51,7 +54,13 @@ class Committer:
         self._queue: queue.SimpleQueue[tuple[PendingSave, Publish, bool] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ckpt-committer", daemon=True)
-        self._thread.start()
+        try:
+            self._thread.start()
+        except RuntimeError as error:
+            if "shutdown" not in str(error):
+                raise
+            # Since Python 3.12, no thread starts once the interpreter ends, which is before the calls of atexit.
+            raise ClosedError("the interpreter is shutting down: saves cannot be begun any more") from error
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class Runtime:
         """A new one, which drains with this runtime.
 
         Raises:
-            ClosedError: the runtime is closed.
+            ClosedError: the runtime is closed, or the interpreter is shutting down.
         """
         with self._lock:
             if self._closed:
