@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from support import assert_same, options
+from support import assert_same, options, standard_output_for_answers
 
 import ckpt
 from ckpt import CheckpointError
@@ -198,4 +198,5 @@ def main(count: int, seed: int, directory: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    print(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))))
+    answers = standard_output_for_answers()
+    answers.write(json.dumps(main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))) + "\n")

@@ -11,7 +11,7 @@ import traceback
 import types
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import psutil
 import torch
@@ -70,6 +70,17 @@ def clear_faults() -> None:
 def close_engines(timeout_s: float = DEADLINE_S) -> None:
     """Drains and ends every engine that this process keeps, with its threads and its arena."""
     inspection.close_engines(timeout_s)
+
+
+# ---- what a process says -----------------------------------------------------------------------------------------------
+
+
+def standard_output_for_answers() -> TextIO:
+    """For answers that another process reads; what libraries print goes to standard error from now on, as gloo's greetings."""
+    sys.stdout.flush()
+    answers = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
 
 
 # ---- resources -------------------------------------------------------------------------------------------------------

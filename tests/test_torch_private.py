@@ -285,20 +285,23 @@ RANK = """
 import sys, torch.distributed as dist
 from ckpt import torch_private
 from ckpt.coordinator import make_coordinator
+from support import standard_output_for_answers
+answers = standard_output_for_answers()
 found = torch_private.find
 torch_private.find = lambda path: None if path.endswith("_get_default_store") else found(path)
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=rank, world_size=2)
 coordinator = make_coordinator("auto")
 word = coordinator.broadcast("key", b"word" if rank == 0 else None, 60)
-print(coordinator.name, word)
+print(coordinator.name, word, file=answers)
 dist.barrier()
 coordinator.close()
 """
 
 
 def test_ranks_agree_without_the_store_of_torch(tmp_path: Path) -> None:
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1"}
+    tests = Path(__file__).parent
+    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [sys.executable, "-c", RANK]
     ranks = [
         subprocess.Popen(

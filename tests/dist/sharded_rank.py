@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import options
+from support import options, standard_output_for_answers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -19,6 +19,7 @@ import ckpt
 from ckpt.integrations.torch import CheckpointCallback
 
 directory = Path(sys.argv[1])
+answers = standard_output_for_answers()
 
 
 def told(name: str, call: Any) -> None:
@@ -30,7 +31,7 @@ def told(name: str, call: Any) -> None:
     except Exception as error:
         line = f"{type(error).__name__}: {error}"
     if dist.get_rank() == 0:
-        print(f"{name}: {line}", flush=True)
+        print(f"{name}: {line}", file=answers)
     dist.barrier()
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from support import DEADLINE_S, assert_same, options
+from support import DEADLINE_S, assert_same, options, standard_output_for_answers
 
 import ckpt
 from ckpt import _native
@@ -170,9 +170,9 @@ def answer(line: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    answers = standard_output_for_answers()
     torch.set_num_threads(1)
     timeout = datetime.timedelta(seconds=float(sys.argv[4]))
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[3]}", rank=RANK, world_size=SIZE, timeout=timeout)
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(answer(line)) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(answer(line)) + "\n")
