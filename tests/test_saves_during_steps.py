@@ -72,13 +72,24 @@ def on_signal(handler: Callable[..., object]) -> Iterator[None]:
         signal.signal(signal.SIGUSR1, before)
 
 
+@contextlib.contextmanager
+def skipping_where_the_compiler_fails() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        major, minor = map(int, torch.__version__.split(".")[:2])
+        if type(error).__name__ == "InternalTorchDynamoError" and (major, minor) < (2, 9):
+            pytest.skip(f"the compiler of torch {torch.__version__} looks into a signal's handler, and fails there")
+        raise
+
+
 @pytest.mark.parametrize("lazy", [None, True, "optimizer"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
 def test_a_signal_handler_saves_in_the_middle_of_a_step(compiled: bool, lazy: Any, native: Any, tmp_path: Path) -> None:
     weights, optimizer = make(lambda: os.kill(os.getpid(), signal.SIGUSR1))
     saves = Saves(tmp_path, native, weights, optimizer if lazy == "optimizer" else lazy)
     step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
-    with on_signal(saves.begin):
+    with on_signal(saves.begin), skipping_where_the_compiler_fails():
         step()
         step()
     saves.check(2)
