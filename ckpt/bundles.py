@@ -40,6 +40,7 @@ from ckpt.restore.restorer import verify_files
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
+from ckpt.saving.task import SaveTask
 from ckpt.session import Saver
 from ckpt.storage import durable, temporary_names
 
@@ -54,7 +55,7 @@ _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one 
 class Bundle:
     """One checkpoint that is being put together; made by BundleCheckpointer.begin()."""
 
-    def __init__(self, owner: BundleCheckpointer, root: Path, ticket: BundleTicket, pending: PendingSave) -> None:
+    def __init__(self, owner: BundleCheckpointer, root: Path, ticket: BundleTicket, task: SaveTask) -> None:
         self._owner = owner
         self._root = root
         self._ticket = ticket
@@ -63,7 +64,8 @@ class Bundle:
         self._committed = False
         self._included: list[Path] = []
         self._held: dict[Path, durable.Directory] = {}  # where its files are made
-        self.pending = pending
+        self._task = task
+        self.pending = PendingSave(task)
 
     @property
     def directory(self) -> Path:
@@ -91,7 +93,7 @@ class Bundle:
             limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
             durable.make_directory(target.parent, durable=False)
             file = FileSave(target, limits=limits, directory=self._hold(target.parent))
-            add_file(self._owner._runtime, self.pending, file, obj, lazy=lazy, options=self._owner.options)
+            add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()
         except Exception as error:
@@ -113,8 +115,8 @@ class Bundle:
             if not isinstance(error, CheckpointError):
                 error = CheckpointError(f"the bundle '{self.directory}' cannot be saved: {type(error).__name__}: {error}")
             self._error = error.with_traceback(None)  # whose frames would keep the state alive
-            self.pending._begin_error = self._error
-            for file in self.pending._files:
+            self._task.begin_error = self._error
+            for file in self._task.files:
                 file.job.fail("another file of the same bundle could not be begun")
 
     def commit(self) -> PendingSave:
@@ -201,14 +203,14 @@ class BundleCheckpointer(Saver):
         path = Path(os.path.abspath(os.fspath(root)))
         number = self._saves
         self._saves += 1  # whatever happens: all ranks count their calls
-        pending = PendingSave(path / name, step, on_done=functools.partial(self._note_done, number))
+        task = SaveTask(path / name, step, on_done=functools.partial(self._note_done, number))
         ticket = BundleTicket(
             number, path / name, name, step, move_latest, self._claim(path, name, number, together), self._node
         )
-        bundle = Bundle(self, path, ticket, pending)
+        bundle = Bundle(self, path, ticket, task)
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
-            self._committer.admit(pending, options)
+            self._committer.admit(task, options)
             bundle._admitted = True
         except (SkippedError, StorageError, DeadlineError) as error:
             bundle.fail(error)
@@ -271,22 +273,22 @@ class BundleCheckpointer(Saver):
             own = None
         own = own or BundleRoot.claim(root)
         self._roots[root] = own
-        if self._moved and all(pending.done() for pending in self._pending):
+        if self._moved and all(task.done() for task in self._pending):
             _release_moved(self._moved)
-        busy = [pending.path for pending in self._pending if not pending.done()]
+        busy = [task.path for task in self._pending if not task.done()]
         idle = [path for path in self._roots if path != root and not any(each.is_relative_to(path) for each in busy)]
         for path in idle[: max(0, len(self._roots) - _MOST_ROOTS)]:
             self._roots.pop(path).release()
         return own
 
     def _commit(self, bundle: Bundle) -> None:
-        pending = bundle.pending
+        task = bundle._task
         ticket = bundle._ticket
         error = bundle._error
         held = bundle._held
 
         def publish(failed: BaseException | None) -> Path:
-            files = pending._files
+            files = task.files
             for file in files:
                 self._note_limits(bundle, file)
             try:
@@ -297,8 +299,8 @@ class BundleCheckpointer(Saver):
             there = held.get(ticket.directory)
             return self._committing.commit(dataclasses.replace(ticket, files=files, held=there), error or failed)
 
-        (self._committer.commit_later if bundle._admitted else self._committer.attend)(pending, publish)
-        self._remember(pending)
+        (self._committer.commit_later if bundle._admitted else self._committer.attend)(task, publish)
+        self._remember(task)
 
     def _note_limits(self, bundle: Bundle, file: FileSave) -> None:
         limits = file.found_limits()
@@ -307,15 +309,15 @@ class BundleCheckpointer(Saver):
                 self._limits.clear()
             self._limits[bundle._root] = limits
 
-    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
-        if error is not None and _has_vanished(pending, error):
+    def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
+        if error is not None and _has_vanished(task, error):
             self._unreported = error
-            logger.warning("'%s' was removed while it was being saved", pending.path)
+            logger.warning("'%s' was removed while it was being saved", task.path)
         else:
-            super()._note_done(number, pending, error)
+            super()._note_done(number, task, error)
         if error is None:
-            before = [path for path in self._published if path != pending.path]
-            self._published = [*before[1 - _MOST_PUBLISHED :], pending.path]
+            before = [path for path in self._published if path != task.path]
+            self._published = [*before[1 - _MOST_PUBLISHED :], task.path]
 
     def _release(self) -> None:
         _release_all(self._roots)
@@ -444,13 +446,13 @@ def _find_refusal(answers: list[dict[str, Any]]) -> dict[str, str] | None:
     return None
 
 
-def _has_vanished(pending: PendingSave, error: BaseException) -> bool:
+def _has_vanished(task: SaveTask, error: BaseException) -> bool:
     """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
-    own = [file for file in pending._planned if file.target.parent == pending.path]
+    own = [file for file in task.planned if file.target.parent == task.path]
     if not own or any(file.directory is not None and file.directory.moved for file in own):
         return False
     gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
-    return gone and _is_gone(pending.path)
+    return gone and _is_gone(task.path)
 
 
 def _is_gone(path: Path) -> bool:

@@ -31,6 +31,7 @@ from ckpt.restore.restorer import Loading, Restored, Restorer
 from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
+from ckpt.saving.task import SaveTask
 from ckpt.session import Saver
 from ckpt.storage import durable, temporary_names
 
@@ -116,18 +117,18 @@ class Checkpointer(Saver):
         name = step_name(step)
         ticket = Ticket(self._saves, step, self.directory / name)
         self._saves += 1  # whatever happens: all ranks count their calls
-        pending = PendingSave(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
+        task = SaveTask(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
         try:
             self._claim_directory(ticket.number)
             self._check_failures()
-            self._begin(pending, ticket, state, replicated, lazy)
+            self._begin(task, ticket, state, replicated, lazy)
         except BaseException as error:
-            self._attend(pending, ticket, error)
+            self._attend(task, ticket, error)
             if not isinstance(error, (StorageError, DeadlineError)):
                 raise
-            pending._fail(error.with_traceback(None))  # whose frames would keep the state alive
-        self._remember(pending)
-        return pending
+            task.fail(error.with_traceback(None))  # whose frames would keep the state alive
+        self._remember(task)
+        return PendingSave(task)
 
     def _claim_directory(self, number: int) -> None:
         """At the first save: rank 0 locks the directory and cleans it, before any rank writes.
@@ -152,7 +153,7 @@ class Checkpointer(Saver):
         self._claimed, self._token = True, answer["token"]
         self._directories.token = self._token
 
-    def _begin(self, pending: PendingSave, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
+    def _begin(self, task: SaveTask, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
         contents += [] if replicated is None else [(REPLICATED, replicated)]
         written = [kind for kind, _ in contents if self._writes(kind)]
@@ -167,25 +168,25 @@ class Checkpointer(Saver):
                 failed = False
                 return path
             except BaseException:
-                pending._discard()  # before abandon() looks whether anything is left
+                task.discard()  # before abandon() looks whether anything is left
                 raise
             finally:
                 self._directories.abandon(ticket.directory, targets, failed=failed)
-                pending._afterwards = self._directories.sweep
+                task.afterwards = self._directories.sweep
                 for part in parts:
                     self._directories.note_limits(part.file.found_limits())
                     part.file.forget_structure()
 
         files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
         try:
-            start(self._runtime, self._committer, pending, files, publish, lazy=lazy, options=self.options)
+            start(self._runtime, self._committer, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
-            if not pending._handed_over:
+            if not task.handed_over:
                 self._directories.abandon(ticket.directory, targets)
             raise
-        if (skipped := pending._skipped) is not None:
+        if (skipped := task.skipped) is not None:
             self._directories.abandon(ticket.directory, targets)
-            self._attend(pending, ticket, skipped)
+            self._attend(task, ticket, skipped)
 
     def _writes(self, kind: str) -> bool:
         """Whether this rank writes it, or its share of it."""
@@ -210,10 +211,10 @@ class Checkpointer(Saver):
             return "replicated"
         return "state" if self.world_size == 1 else f"rank-{self.rank:05d}"
 
-    def _attend(self, pending: PendingSave, ticket: Ticket, error: BaseException) -> None:
+    def _attend(self, task: SaveTask, ticket: Ticket, error: BaseException) -> None:
         """Lets the other ranks know of a save that could not even be begun here: they wait for word from this one."""
-        if pending._handed_over:
-            self._pending.append(pending)
+        if task.handed_over:
+            self._pending.append(task)
         elif self.world_size > 1:
             # Words, not the error itself: its frames hold the state.
             said = (SkippedError if isinstance(error, SkippedError) else CheckpointError)(str(error) or type(error).__name__)
@@ -222,15 +223,15 @@ class Checkpointer(Saver):
                 try:
                     return self._steps.commit(ticket, said)
                 finally:
-                    pending._discard()  # what the others have written of a file that all write together
+                    task.discard()  # what the others have written of a file that all write together
 
-            attended = PendingSave(ticket.directory, ticket.step)
+            attended = SaveTask(ticket.directory, ticket.step)
             self._committer.attend(attended, publish)
             self._pending.append(attended)
 
-    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
+    def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         self._succeeded |= error is None
-        super()._note_done(number, pending, error)
+        super()._note_done(number, task, error)
 
     def _release(self) -> None:
         self._directories.release()

@@ -13,8 +13,8 @@ from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
 from ckpt.options import Options
 from ckpt.saving import runtime
-from ckpt.saving.pending import PendingSave, wait_all
 from ckpt.saving.submit import log_failure
+from ckpt.saving.task import SaveTask, wait_all
 
 logger = logging.getLogger("ckpt")
 
@@ -45,7 +45,7 @@ class Saver:
         self._owner = os.getpid()
         self._closed = False
         self._saves = 0  # that were asked for, whatever came of them: all ranks count their calls
-        self._pending: list[PendingSave] = []
+        self._pending: list[SaveTask] = []
         self._unreported: BaseException | None = None  # of the newest save that failed since the last wait()
         self._failed_in_a_row = 0
         self._raised_at = 0  # saves before this one were in flight when so many failures were raised
@@ -118,8 +118,8 @@ class Saver:
     def _release(self) -> None:
         """Gives directories back."""
 
-    def _remember(self, pending: PendingSave) -> None:
-        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), pending]
+    def _remember(self, task: SaveTask) -> None:
+        self._pending = [*(earlier for earlier in self._pending if not earlier.done()), task]
 
     def _drain(self, timeout: float | None) -> None:
         if not wait_all(self._pending, timeout):
@@ -142,7 +142,7 @@ class Saver:
                 "checkpoints; mend the cause, or set Options.max_failed_saves=0 to go on regardless"
             ) from cause
 
-    def _note_done(self, number: int, pending: PendingSave, error: BaseException | None) -> None:
+    def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         """The outcome of save `number`."""
         if error is None:
             self._failed_in_a_row = 0
@@ -150,4 +150,4 @@ class Saver:
         elif not isinstance(error, SkippedError):
             self._failed_in_a_row += number >= self._raised_at
             self._last_failed = self._unreported = error
-            log_failure(pending, error)
+            log_failure(task, error)

@@ -143,7 +143,7 @@ def test_a_finished_save_is_let_go(tmp_path: Path) -> None:
         tensor, memory = watched_tensor()
         pending = checkpointer.save(1, {"weights": tensor}, lazy=True)
         pending.result(30)
-        save = weakref.ref(pending)
+        save = weakref.ref(inspection.task_of(pending))
         del pending, tensor
         wait_until(lambda: gc.collect() >= 0 and memory() is None, 10, "the end of the tensor's memory")
         checkpointer.wait()

@@ -24,6 +24,7 @@ from bench.measure.sampling import GIB, clock
 from bench.rivals.base import Rival
 from bench.rivals.dcp import DcpAsync, DcpSaveInGroup, InGroup
 from bench.rivals.torch_save import TorchSave
+from ckpt.saving import inspection
 
 NOTHING = "nothing saved"
 TORCH, DCP, DCP_ASYNC, DATASTATES = TorchSave.name, DcpSaveInGroup.name, "DCP async_save", "DataStates"
@@ -57,12 +58,12 @@ class CkptFile(Rival):
     def finish(self) -> None:
         self.pending.result()
         self.stats.append(self.pending.stats)
-        self.arena_pinned = all(file.job.stats["arena_pinned"] for file in self.pending._files)
+        self.arena_pinned = all(file.job.stats["arena_pinned"] for file in inspection.files_of(self.pending))
         self.durable_at = self.pending.stats.durable_at or math.nan
 
     def wait_released(self) -> None:
         """Until all bytes have left the device: nothing reads its memory any more."""
-        for file in self.pending._files:
+        for file in inspection.files_of(self.pending):
             if not file.job.wait_released(self.options.timeout_s):
                 raise TimeoutError("the copies from the device have not ended")
 

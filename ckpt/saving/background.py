@@ -19,7 +19,7 @@ from ckpt.errors import ClosedError, DeadlineError, SkippedError
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.notices import note_buffered, note_pageable
-from ckpt.saving.pending import PendingSave
+from ckpt.saving.task import SaveTask
 
 logger = logging.getLogger("ckpt")
 
@@ -51,7 +51,7 @@ class Committer:
         self._owed = 0  # guarded by _changed: what has been handed over, and has no outcome yet
         self._stopping = False  # guarded by _changed
         self._given_up_at: float | None = None  # the drain's deadline has passed: nothing is waited for any more
-        self._queue: queue.SimpleQueue[tuple[PendingSave, Publish, bool] | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[tuple[SaveTask, Publish, bool] | None] = queue.SimpleQueue()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="ckpt-committer", daemon=True)
         try:
@@ -64,7 +64,7 @@ class Committer:
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def admit(self, pending: PendingSave, options: Options) -> None:
+    def admit(self, task: SaveTask, options: Options) -> None:
         """Takes one of the places in flight for this save; waits for one or refuses, as the options say.
 
         Raises:
@@ -74,7 +74,7 @@ class Committer:
         with self._changed:
             busy = self._in_flight - self._ending
             if busy >= options.max_in_flight and options.when_busy == "skip":
-                raise SkippedError(f"the save to '{pending.path}' was skipped: {busy} earlier ones are still in flight")
+                raise SkippedError(f"the save to '{task.path}' was skipped: {busy} earlier ones are still in flight")
             own = self._ending if self.is_current_thread else 0  # what it would clear up itself, after this call
             free = self._changed.wait_for(
                 lambda: self._in_flight - own < options.max_in_flight or self._stopping, options.timeout_s
@@ -83,7 +83,7 @@ class Committer:
                 raise ClosedError("the interpreter or the checkpoint engine is shutting down; no more saves are taken")
             if not free:
                 raise DeadlineError(
-                    f"no earlier save ended within {options.timeout_s} s, so the one to '{pending.path}' was not "
+                    f"no earlier save ended within {options.timeout_s} s, so the one to '{task.path}' was not "
                     "begun; the storage is too slow or hangs"
                 )
             self._in_flight += 1
@@ -94,19 +94,19 @@ class Committer:
             self._in_flight -= 1
             self._changed.notify_all()
 
-    def commit_later(self, pending: PendingSave, publish: Publish) -> None:
+    def commit_later(self, task: SaveTask, publish: Publish) -> None:
         """Takes over an admitted and submitted save, and releases its place in the end."""
-        pending._handed_over = True
-        self._take(pending, publish, admitted=True)
+        task.handed_over = True
+        self._take(task, publish, admitted=True)
 
-    def attend(self, pending: PendingSave, publish: Publish) -> None:
+    def attend(self, task: SaveTask, publish: Publish) -> None:
         """The same for a save that was never admitted, so that the other ranks hear of it in its turn."""
-        self._take(pending, publish, admitted=False)
+        self._take(task, publish, admitted=False)
 
-    def _take(self, pending: PendingSave, publish: Publish, admitted: bool) -> None:
+    def _take(self, task: SaveTask, publish: Publish, admitted: bool) -> None:
         with self._changed:
             self._owed += 1
-        self._queue.put((pending, publish, admitted))
+        self._queue.put((task, publish, admitted))
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
@@ -118,56 +118,56 @@ class Committer:
 
     def _commit_all(self) -> None:
         while (item := self._queue.get()) is not None:
-            pending, publish, admitted = item
+            task, publish, admitted = item
             published, error = None, None
             try:
-                published = publish(self._finish(pending))
+                published = publish(self._finish(task))
             except BaseException as caught:  # whatever it is must reach result(), never die with this thread
                 error = caught.with_traceback(None)  # whose frames would keep the state alive
-                pending._discard()
-            pending._let_go()
+                task.discard()
+            task.let_go()
             with self._changed:  # first, so that whoever waits for the outcome finds the place free, or as good as that
                 self._owed -= 1
                 self._ending += admitted
                 self._changed.notify_all()
             if published is not None:
-                pending._succeed(published)
+                task.succeed(published)
             elif error is not None:
-                pending._fail(error)
-            pending._clear_up()
+                task.fail(error)
+            task.clear_up()
             with self._changed:  # not before: the next save may need the space
                 self._ending -= admitted
                 self._in_flight -= admitted
                 self._changed.notify_all()
-            del item, pending, publish, published, error  # else the last save would live until the next
+            del item, task, publish, published, error  # else the last save would live until the next
 
-    def _finish(self, pending: PendingSave) -> BaseException | None:
+    def _finish(self, task: SaveTask) -> BaseException | None:
         """Waits until all files are written and durable under their temporary names; what went wrong, if anything."""
         try:
-            for file in pending._files:
+            for file in task.files:
                 self._await(file, file.job.wait_captured)
-            for file in pending._files:
+            for file in task.files:
                 if file.devices:
                     self._await(file, file.job.wait_released)
                     file.try_seal()
                     file.free()
             # Those that no fence has sealed. Not sooner: as long as nobody has been told that the tensors may change, a write
             # to them breaks the promise, and shows here even if it had just begun when the last byte was captured.
-            for file in pending._files:
+            for file in task.files:
                 self._await(file, file.job.wait_finished)
                 file.try_seal()
         except DeadlineError as given_up:
-            for file in pending._files:
+            for file in task.files:
                 _native.leak(file.memory)  # a writer may still read it
             return given_up
-        errors = [error for file in pending._files if (error := file.error()) is not None]
-        for file in pending._files:
+        errors = [error for file in task.files if (error := file.error()) is not None]
+        for file in task.files:
             file.let_go()
             note_buffered(file)
             note_pageable(file)
         if errors and self._given_up_at is not None:
-            return DeadlineError(f"the save to '{pending.path}' was given up: it was not durable at the deadline of the drain")
-        return pending._begin_error or (errors[0] if errors else None)
+            return DeadlineError(f"the save to '{task.path}' was given up: it was not durable at the deadline of the drain")
+        return task.begin_error or (errors[0] if errors else None)
 
     def _await(self, file: FileSave, done: Callable[[float], bool]) -> None:
         while not done(_SLICE_S):

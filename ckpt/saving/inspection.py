@@ -12,6 +12,7 @@ from ckpt.options import Options
 from ckpt.saving import notices, runtime
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
+from ckpt.saving.task import SaveTask
 
 # ---- engines ---------------------------------------------------------------------------------------------------------
 
@@ -43,14 +44,19 @@ def close_engines(timeout_s: float) -> None:
 # ---- saves in flight -------------------------------------------------------------------------------------------------
 
 
+def task_of(pending: PendingSave) -> SaveTask:
+    """What a PendingSave looks at."""
+    return pending._task
+
+
 def files_of(pending: PendingSave) -> tuple[FileSave, ...]:
     """The files that this process writes for a save."""
-    return pending._files
+    return pending._task.files
 
 
 def pending_of(checkpointer: Any) -> list[PendingSave]:
     """The saves that a Checkpointer or BundleCheckpointer still remembers."""
-    return checkpointer._pending
+    return [PendingSave(task) for task in checkpointer._pending]
 
 
 def places_taken(checkpointer: Any) -> int:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import logging
 import os
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ckpt.errors import DeadlineError, ForkedError
-from ckpt.saving.file_in_flight import FileSave
-
-logger = logging.getLogger("ckpt")
+from ckpt.saving.task import SaveTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,38 +72,23 @@ class PendingSave:
     power cut and is the one that a restore finds).
     """
 
-    def __init__(
-        self, path: Path, step: int | None = None, on_done: Callable[[PendingSave, BaseException | None], None] | None = None
-    ) -> None:
-        self.path = path
-        self.step = step
-        self._on_done = on_done  # runs before anybody who waits sees the outcome
-        self._future: concurrent.futures.Future[Path] = concurrent.futures.Future()
-        self._owner = os.getpid()
-        self._files: tuple[FileSave, ...] = ()  # once submitted
-        self._planned: tuple[FileSave, ...] = ()  # these, and those that are not submitted, or not written by this process
-        self._begin_error: BaseException | None = None  # not all files could be submitted
-        self._handed_over = False  # the committer has it
-        self._skipped: BaseException | None = None
-        self._afterwards: Callable[[], object] | None = None  # once whoever waits has the outcome: gives space back
-        self._started_at = time.monotonic()
-        self._save_s = 0.0
-        self._durable_at: float | None = None
-
-    # ---- the public face -------------------------------------------------------------------------------------------
+    def __init__(self, task: SaveTask) -> None:
+        self._task = task
+        self.path = task.path
+        self.step = task.step
 
     def done(self) -> bool:
         """True once durable, or failed."""
-        return self._future.done()
+        return self._task.future.done()
 
     @property
     def captured(self) -> bool:
         """True once the tensors may change: all bytes have been copied or written, or the save has failed."""
-        if self._future.done():
+        if self._task.future.done():
             return True
         self._check_owner()
-        sealed = [file.try_seal() for file in self._files]  # each of them, whatever the first says
-        return self._handed_over and all(sealed)
+        sealed = [file.try_seal() for file in self._task.files]  # each of them, whatever the first says
+        return self._task.handed_over and all(sealed)
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
@@ -123,9 +104,9 @@ class PendingSave:
         """
         self._check_owner()
         try:
-            return self._future.result(timeout)
+            return self._task.future.result(timeout)
         except (concurrent.futures.TimeoutError, TimeoutError) as error:
-            if self._future.done():
+            if self._task.future.done():
                 raise
             raise self._not_done(timeout) from error
 
@@ -137,85 +118,45 @@ class PendingSave:
         """
         self._check_owner()
         try:
-            return self._future.exception(timeout)
+            return self._task.future.exception(timeout)
         except (concurrent.futures.TimeoutError, TimeoutError) as error:
             raise self._not_done(timeout) from error
 
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
         """Calls `callback(self)` once done, on a background thread; at once if done already. Its errors are logged."""
-        self._future.add_done_callback(lambda _: callback(self))
+        self._task.future.add_done_callback(lambda _: callback(self))
 
     @property
     def stats(self) -> SaveStats:
         """What this save has cost so far."""
-        stats = SaveStats(save_s=self._save_s, started_at=self._started_at, durable_at=self._durable_at)
-        if not self._files or os.getpid() != self._owner:
+        task = self._task
+        stats = SaveStats(save_s=task.save_s, started_at=task.started_at, durable_at=task.durable_at)
+        if not task.files or os.getpid() != task.owner:
             return stats
-        native = [dict(file.job.stats) for file in self._files]
+        native = [dict(file.job.stats) for file in task.files]
         found: dict[str, Any] = {name: sum(each[name] for each in native) for name in _SUMS}
         from_devices = [each for each in native if each["bytes_from_devices"]]
         found["arena_pinned"] = bool(from_devices) and all(each["arena_pinned"] for each in from_devices)
         for name in ("captured_at", "flushed_at"):
             instants = [each[name] for each in native]
             found[name] = max(instants) if all(instants) else None
-        if all(file.job.finished for file in self._files):
+        if all(file.job.finished for file in task.files):
             found["direct_io"] = all(each["direct_io"] for each in native)
         return dataclasses.replace(stats, **found)
 
     def __repr__(self) -> str:
         if not self.done():
-            state = "of the parent process" if os.getpid() != self._owner else "captured" if self.captured else "in flight"
-        elif self._future.cancelled() or self._future.exception():
-            state = f"failed: {self._future.exception()}"
+            state = "of the parent process" if os.getpid() != self._task.owner else "captured" if self.captured else "in flight"
+        elif self._task.future.cancelled() or self._task.future.exception():
+            state = f"failed: {self._task.future.exception()}"
         else:
             state = "durable"
         return f"<PendingSave {str(self.path)!r} {state}>"
 
-    # ---- for the runtime -------------------------------------------------------------------------------------------
-
-    def _discard(self) -> None:
-        """Removes the files, which will not be published."""
-        for file in self._planned:
-            file.discard()
-
-    def _let_go(self) -> None:
-        for file in self._files:
-            file.forget_structure()
-        for file in self._planned:
-            file.close_directory()
-
-    def _succeed(self, path: Path) -> None:
-        self._durable_at = time.monotonic()
-        on_done, self._on_done = self._on_done, None  # else the two would hold each other
-        if on_done is not None:
-            on_done(self, None)
-        self._future.set_result(path)
-
-    def _fail(self, error: BaseException) -> None:
-        if self._future.done():
-            return
-        on_done, self._on_done = self._on_done, None
-        if on_done is not None:
-            on_done(self, error)
-        self._future.set_exception(error)
-
-    def _clear_up(self) -> None:
-        call, self._afterwards = self._afterwards, None
-        try:
-            if call is not None:
-                call()
-        except Exception as error:
-            logger.warning("clearing up behind the save to '%s' failed, its outcome stands: %s", self.path, error)
-
     def _check_owner(self) -> None:
-        if os.getpid() != self._owner and not self._future.done():
+        if os.getpid() != self._task.owner and not self._task.future.done():
             raise ForkedError(f"the save to '{self.path}' belongs to the parent process; wait for it there")
 
     def _not_done(self, timeout: float | None) -> DeadlineError:
         state = "captured, not yet durable" if self.captured else "not yet captured"
         return DeadlineError(f"the save to '{self.path}' is {state} after {timeout} s; it goes on in the background")
-
-
-def wait_all(saves: Iterable[PendingSave], timeout: float | None) -> bool:
-    """Waits until all are done; False if the timeout (seconds) came first."""
-    return not concurrent.futures.wait([save._future for save in saves], timeout).not_done

@@ -11,6 +11,7 @@ from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import keep
 from ckpt.saving.submit import log_failure, start
+from ckpt.saving.task import SaveTask
 from ckpt.storage import durable, free_space
 
 _DEFAULT = Options()
@@ -48,7 +49,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     target = Path(os.path.abspath(os.fsdecode(path)))
     target = durable.file_target(target)
     durable.directory_of_target(target)
-    pending = PendingSave(target, on_done=log_failure)
+    task = SaveTask(target, on_done=log_failure)
 
     directory = durable.Directory(target.parent)
     file = FileSave(target, directory=directory)
@@ -58,11 +59,11 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
             raise error
         durable.crash_point("before-rename")
         if free_space.has_room(directory.reach, options.max_in_flight * file.job.size):
-            pending._afterwards = free_space.keep_space(file.reach(target))
+            task.afterwards = free_space.keep_space(file.reach(target))
         durable.rename_durably(file.reach(file.temporary), file.reach(target))
         durable.crash_point("renamed")
         return directory.now() / target.name
 
     durable.remove_stale(target)
-    start(*keep(options), pending, [(file, obj, True)], publish, lazy=lazy, options=options)
-    return pending
+    start(*keep(options), task, [(file, obj, True)], publish, lazy=lazy, options=options)
+    return PendingSave(task)

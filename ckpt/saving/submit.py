@@ -24,8 +24,8 @@ from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
 from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
-from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import Runtime, orphan
+from ckpt.saving.task import SaveTask
 
 logger = logging.getLogger("ckpt")
 
@@ -33,49 +33,49 @@ logger = logging.getLogger("ckpt")
 def start(
     runtime: Runtime,
     committer: Committer,
-    pending: PendingSave,
+    task: SaveTask,
     contents: Sequence[tuple[FileSave, Any, bool]],
     publish: Publish,
     *,
     lazy: Any,
     options: Options,
 ) -> None:
-    """Begins the save of one or more files; on return `pending` is on its way, or skipped.
+    """Begins the save of one or more files; on return `task` is on its way, or skipped.
 
     Args:
         contents: the files, what goes into each, and whether this process writes it: if not, only its structure is noted.
         publish: called on the committer's thread once the data of all files is durable under their temporary names, or with the
-            error; returns what `pending.result()` returns. Not called if this function raises before a file was submitted.
+            error; returns what the save's `result()` returns. Not called if this function raises before a file was submitted.
 
     Raises:
-        whatever went wrong; then nothing is left behind, and `pending` is not resolved, or will be by the committer.
+        whatever went wrong; then nothing is left behind, and `task` is not resolved, or will be by the committer.
     """
-    pending._planned = tuple(file for file, _, _ in contents)  # also if it is not begun: others may have written to them
+    task.planned = tuple(file for file, _, _ in contents)  # also if it is not begun: others may have written to them
     try:
-        committer.admit(pending, options)
+        committer.admit(task, options)
     except SkippedError as skipped:
-        pending._skipped = skipped
-        pending._fail(skipped)
+        task.skipped = skipped
+        task.fail(skipped)
         return
     try:
         with beginning():
-            _begin(runtime, pending, contents, lazy, options)
+            _begin(runtime, task, contents, lazy, options)
     except BaseException as error:
-        if pending._files:  # those in flight are the committer's to clean up
-            pending._begin_error = error
-            for file in pending._files:
+        if task.files:  # those in flight are the committer's to clean up
+            task.begin_error = error
+            for file in task.files:
                 file.job.fail("another file of the same save could not be begun")
-            committer.commit_later(pending, publish)
+            committer.commit_later(task, publish)
         else:
             committer.release()
         raise
     finally:
-        pending._save_s = time.monotonic() - pending._started_at
-    committer.commit_later(pending, publish)
+        task.save_s = time.monotonic() - task.started_at
+    committer.commit_later(task, publish)
 
 
 def _begin(
-    runtime: Runtime, pending: PendingSave, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
+    runtime: Runtime, task: SaveTask, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
 ) -> None:
     with _without_collector():
         storages = lazy_storages(lazy)
@@ -88,7 +88,7 @@ def _begin(
         file.pickle, file.sizes = plan.pickle, plan.sizes
         if written:
             _submit(runtime, file, obj, plan, options)
-            pending._files += (file,)
+            task.files += (file,)
 
 
 # In a pickle, the classes of tensors of which each rank holds a part: their structure is the same everywhere, their bytes are
@@ -104,23 +104,23 @@ def _refuse_shards(pickled: bytes) -> None:
         )
 
 
-def add_file(runtime: Runtime, pending: PendingSave, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
+def add_file(runtime: Runtime, task: SaveTask, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
     """Begins one more file of a save that has been admitted; the caller hands it over when all are there.
 
     Raises:
         whatever went wrong with it. Its name is not among the files in flight then.
     """
     began = time.monotonic()
-    pending._planned += (file,)
+    task.planned += (file,)
     try:
         with beginning():
             with _without_collector():
                 plan = _plan(obj, lazy_storages(lazy), options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
             _submit(runtime, file, obj, plan, options)
-        pending._files += (file,)
+        task.files += (file,)
     finally:
-        pending._save_s += time.monotonic() - began
+        task.save_s += time.monotonic() - began
 
 
 @contextlib.contextmanager
@@ -197,6 +197,6 @@ def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options:
         raise
 
 
-def log_failure(pending: PendingSave, error: BaseException | None) -> None:
+def log_failure(task: SaveTask, error: BaseException | None) -> None:
     if error is not None and not isinstance(error, SkippedError):
-        logger.error("the save to '%s' failed: %s", pending.path, error)
+        logger.error("the save to '%s' failed: %s", task.path, error)

@@ -1,0 +1,99 @@
+"""A save as those see it who carry it out. Users get a PendingSave, which looks at one of these."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ckpt.saving.file_in_flight import FileSave
+
+logger = logging.getLogger("ckpt")
+
+
+class SaveTask:
+    """
+    Args:
+        path: where the save is published.
+        on_done: runs before anybody who waits sees the outcome; gets the error, if there is one.
+
+    Attributes:
+        owner: the process that carries it out.
+        future: the outcome.
+        files: those that are submitted.
+        planned: these, and those that are not submitted, or not written by this process.
+        begin_error: why not all files could be submitted.
+        handed_over: the committer has it.
+        skipped: why it was not begun at all, if that is so.
+        afterwards: runs once whoever waits has the outcome: gives space back.
+        started_at, durable_at: instants of `time.monotonic()`.
+        save_s: seconds the caller has spent inside save().
+    """
+
+    def __init__(
+        self, path: Path, step: int | None = None, on_done: Callable[[SaveTask, BaseException | None], None] | None = None
+    ) -> None:
+        self.path = path
+        self.step = step
+        self._on_done = on_done
+        self.owner = os.getpid()
+        self.future: concurrent.futures.Future[Path] = concurrent.futures.Future()
+        self.files: tuple[FileSave, ...] = ()
+        self.planned: tuple[FileSave, ...] = ()
+        self.begin_error: BaseException | None = None
+        self.handed_over = False
+        self.skipped: BaseException | None = None
+        self.afterwards: Callable[[], object] | None = None
+        self.started_at = time.monotonic()
+        self.durable_at: float | None = None
+        self.save_s = 0.0
+
+    def done(self) -> bool:
+        """True once durable, or failed."""
+        return self.future.done()
+
+    def discard(self) -> None:
+        """Removes the files, which will not be published."""
+        for file in self.planned:
+            file.discard()
+
+    def let_go(self) -> None:
+        """Of what is needed no more once the files are published or removed."""
+        for file in self.files:
+            file.forget_structure()
+        for file in self.planned:
+            file.close_directory()
+
+    def succeed(self, path: Path) -> None:
+        """Ends it: `path` was published."""
+        self.durable_at = time.monotonic()
+        on_done, self._on_done = self._on_done, None  # else the two would hold each other
+        if on_done is not None:
+            on_done(self, None)
+        self.future.set_result(path)
+
+    def fail(self, error: BaseException) -> None:
+        """Ends it with an error, unless it has its outcome already."""
+        if self.future.done():
+            return
+        on_done, self._on_done = self._on_done, None
+        if on_done is not None:
+            on_done(self, error)
+        self.future.set_exception(error)
+
+    def clear_up(self) -> None:
+        """What is left to do once whoever waits has the outcome."""
+        call, self.afterwards = self.afterwards, None
+        try:
+            if call is not None:
+                call()
+        except Exception as error:
+            logger.warning("clearing up behind the save to '%s' failed, its outcome stands: %s", self.path, error)
+
+
+def wait_all(tasks: Iterable[SaveTask], timeout: float | None) -> bool:
+    """Waits until all are done; False if the timeout (seconds) came first."""
+    return not concurrent.futures.wait([task.future for task in tasks], timeout).not_done
