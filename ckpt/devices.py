@@ -1,43 +1,95 @@
-"""CUDA devices as torch has them: what lies on which, and the streams on which it computes just now."""
+"""CUDA devices: what lies on which, and the streams on which they compute just now. Those of torch, or a stand-in."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Iterable
+from typing import Protocol
 
 import torch
 from torch.storage import UntypedStorage
 
 HOST = -1
-# The file of the CUDA driver; None: the system's. Tests put one of their own here,
-driver: str | None = None
-# and let host memory play a device's: the device of a storage, or HOST; and the stream of a device.
-pretended: Callable[[UntypedStorage], int] | None = None
-pretended_stream: Callable[[int], int] | None = None
-# and give it out.
-pretended_memory: Callable[[int, int], UntypedStorage] | None = None
+
+
+class Devices(Protocol):
+    """The devices of this process.
+
+    Attributes:
+        driver: the file of the CUDA driver; None: the system's.
+        in_host_memory: host memory plays theirs, where there are none: torch takes for the host's what lies on them.
+    """
+
+    driver: str | None
+    in_host_memory: bool
+
+    def are_possible(self) -> bool:
+        """Whether there may be any. Asks no driver: a process that has asked can fork none that computes on devices."""
+
+    def at_work(self) -> list[int]:
+        """The device that this process has begun to use, if any."""
+
+    def index_of(self, storage: UntypedStorage) -> int:
+        """The device whose bytes the engine can fetch itself; HOST for all others."""
+
+    def index_named(self, location: str) -> int:
+        """The device of a name that begins with "cuda"; HOST for what is none of this process."""
+
+    def stream_of(self, device: int) -> int:
+        """The handle of the stream that is current for this thread."""
+
+    def allocate(self, nbytes: int, device: int) -> UntypedStorage:
+        """Memory of the device."""
+
+
+@dataclasses.dataclass
+class TorchDevices:
+    """Those that torch computes on."""
+
+    driver: str | None = None
+    in_host_memory: bool = False
+
+    def are_possible(self) -> bool:
+        return torch.version.cuda is not None
+
+    def at_work(self) -> list[int]:
+        return [torch.cuda.current_device()] if self.are_possible() and torch.cuda.is_initialized() else []
+
+    def index_of(self, storage: UntypedStorage) -> int:
+        if storage.device.type != "cuda" or torch.version.cuda is None:  # ROCm calls its devices so, too
+            return HOST
+        return int(storage.device.index or 0)
+
+    def index_named(self, location: str) -> int:
+        if not torch.cuda.is_available():
+            return HOST
+        named = torch.device(location).index
+        index = torch.cuda.current_device() if named is None else int(named)
+        return index if index < torch.cuda.device_count() else HOST
+
+    def stream_of(self, device: int) -> int:
+        return int(torch.cuda.current_stream(device).cuda_stream)
+
+    def allocate(self, nbytes: int, device: int) -> UntypedStorage:
+        return UntypedStorage(nbytes, device=f"cuda:{device}")
+
+
+in_use: Devices = TorchDevices()  # what all below asks; those who have no devices put others here
 
 
 def index_of(storage: UntypedStorage) -> int:
     """The device whose bytes the engine can fetch itself; HOST for all others."""
-    if pretended is not None:
-        return pretended(storage)
-    if storage.device.type != "cuda" or torch.version.cuda is None:  # ROCm calls its devices so, too
-        return HOST
-    return int(storage.device.index or 0)
+    return in_use.index_of(storage)
 
 
 def streams_of(devices: Iterable[int]) -> dict[int, int]:
     """For each device the handle of the stream that is current for this thread."""
-    if pretended_stream is not None:
-        return {device: pretended_stream(device) for device in devices}
-    return {device: int(torch.cuda.current_stream(device).cuda_stream) for device in devices}
+    return {device: in_use.stream_of(device) for device in devices}
 
 
 def at_work() -> list[int]:
     """The device that this process has begun to use, if any: the engine gets ready for it before the first save."""
-    if pretended is None and torch.version.cuda is not None and torch.cuda.is_initialized():
-        return [torch.cuda.current_device()]
-    return []
+    return in_use.at_work()
 
 
 # ---- loading ---------------------------------------------------------------------------------------------------------
@@ -45,7 +97,7 @@ def at_work() -> list[int]:
 
 def holding(tensor: torch.Tensor) -> int:
     """The device that can be sent bytes for the tensor; HOST for all others."""
-    if pretended is None and tensor.device.type != "cuda":
+    if not in_use.in_host_memory and tensor.device.type != "cuda":
         return HOST
     try:
         return index_of(tensor.untyped_storage())
@@ -54,8 +106,8 @@ def holding(tensor: torch.Tensor) -> int:
 
 
 def are_possible() -> bool:
-    """Whether this process may have any. Asks no driver: a process that has asked can fork none that computes on devices."""
-    return pretended_memory is not None or torch.version.cuda is not None
+    """Whether this process may have any. Asks no driver."""
+    return in_use.are_possible()
 
 
 def index_named(location: str) -> int:
@@ -64,16 +116,8 @@ def index_named(location: str) -> int:
     Raises:
         whatever torch says of such a name.
     """
-    name, _, number = location.partition(":")
-    if name != "cuda" or not are_possible():
-        return HOST
-    if pretended_memory is not None:
-        return int(number or 0)
-    if not torch.cuda.is_available():
-        return HOST
-    named = torch.device(location).index
-    index = torch.cuda.current_device() if named is None else int(named)
-    return index if index < torch.cuda.device_count() else HOST
+    is_device = location.partition(":")[0] == "cuda" and are_possible()
+    return in_use.index_named(location) if is_device else HOST
 
 
 def allocate(nbytes: int, device: int) -> UntypedStorage:
@@ -82,11 +126,9 @@ def allocate(nbytes: int, device: int) -> UntypedStorage:
     Raises:
         Exception: there is not enough, or the device cannot be used.
     """
-    if pretended_memory is not None:
-        return pretended_memory(nbytes, device)
-    return UntypedStorage(nbytes, device=f"cuda:{device}")
+    return in_use.allocate(nbytes, device)
 
 
 def strangers(storages: Iterable[UntypedStorage]) -> set[int]:
-    """The id() of storages on devices that torch takes for host memory: where that plays a device's."""
-    return set() if pretended_memory is None else set(map(id, storages))
+    """The id() of storages on devices that torch takes for host memory."""
+    return set(map(id, storages)) if in_use.in_host_memory else set()

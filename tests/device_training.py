@@ -22,13 +22,36 @@ def options(**how: Any) -> ckpt.Options:
 
 
 class Training:
-    """Two devices, each with the stream on which it computes."""
+    """Two devices, each with the stream on which it computes.
+
+    Attributes:
+        on: the device of a storage, or HOST.
+        given: to loads, and of which device.
+    """
+
+    in_host_memory = True
 
     def __init__(self, cuda: FakeCuda) -> None:
         self.cuda = cuda
+        self.driver: str | None = cuda.path
         self.streams = {device: cuda.stream(device) for device in (0, 1)}
         self.on: Callable[[Any], int] = lambda storage: 0
-        self.given: list[tuple[torch.UntypedStorage, int]] = []  # to loads, and of which device
+        self.given: list[tuple[torch.UntypedStorage, int]] = []
+
+    def are_possible(self) -> bool:
+        return True
+
+    def at_work(self) -> list[int]:
+        return []
+
+    def index_of(self, storage: torch.UntypedStorage) -> int:
+        return self.on(storage)
+
+    def index_named(self, location: str) -> int:
+        return int(location.partition(":")[2] or 0)
+
+    def stream_of(self, device: int) -> int:
+        return self.streams[device]
 
     def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
         """What a kernel would do, in its turn."""
@@ -56,10 +79,7 @@ class Training:
 def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> Iterator[Training]:
     close_engines()
     training = Training(cuda)
-    monkeypatch.setattr(torch_devices, "driver", cuda.path)
-    monkeypatch.setattr(torch_devices, "pretended", lambda storage: training.on(storage))
-    monkeypatch.setattr(torch_devices, "pretended_stream", training.streams.__getitem__)
-    monkeypatch.setattr(torch_devices, "pretended_memory", training.allocate)
+    monkeypatch.setattr(torch_devices, "in_use", training)
     yield training
     cuda.hold_copies(False)
     training.synchronize()

@@ -194,10 +194,10 @@ def test_an_arena_that_is_not_pinned_is_told_once(
 
 
 def test_without_a_driver(training: Training, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(torch_devices, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
+    monkeypatch.setattr(training, "driver", str(tmp_path / "libcuda-that-is-not-there.so"))
     with pytest.raises(DeviceError, match="libcuda-that-is-not-there"):
         ckpt.save(state(), tmp_path / "a.pt", options=options())
-    monkeypatch.setattr(torch_devices, "pretended", None)
+    monkeypatch.setattr(torch_devices, "in_use", torch_devices.TorchDevices())
     ckpt.save(state(), tmp_path / "a.pt", options=options()).result(30)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".tmp-")]
 

@@ -162,7 +162,7 @@ def test_a_device_without_memory_is_left_to_torch(training: Training, tmp_path: 
         asked.append(nbytes)
         raise torch.OutOfMemoryError("no room")
 
-    monkeypatch.setattr(torch_devices, "pretended_memory", refuse)
+    monkeypatch.setattr(training, "allocate", refuse)
     with pytest.raises(Exception, match="CUDA"):  # what torch says, which sees no device here
         ckpt.load(path, map_location="cuda:0")
     assert asked and not carried(training)

@@ -7,6 +7,7 @@ of the CUDA driver carries the copies. It shows that the program works, and noth
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import shutil
 import threading
@@ -111,6 +112,32 @@ class Gpu:
         return self.torch_device.index if uuid is None else f"GPU-{uuid}"
 
 
+@dataclasses.dataclass
+class InHostMemory:
+    """The one device, as the library is to see it, where host memory plays its memory. See ckpt.devices.Devices."""
+
+    driver: str | None
+    in_host_memory: bool = True
+
+    def are_possible(self) -> bool:
+        return True
+
+    def at_work(self) -> list[int]:
+        return []
+
+    def index_of(self, storage: torch.UntypedStorage) -> int:
+        return 0
+
+    def index_named(self, location: str) -> int:
+        return int(location.partition(":")[2] or 0)
+
+    def stream_of(self, device: int) -> int:
+        return 0
+
+    def allocate(self, nbytes: int, device: int) -> torch.UntypedStorage:
+        return torch.UntypedStorage(nbytes)
+
+
 class StandIn:
     """
     Args:
@@ -125,10 +152,7 @@ class StandIn:
         self.name = "no GPU: host memory and a fake driver stand in for it"
         self._library = ctypes.CDLL(str(library))
         self._library.fake_configure(1, ctypes.c_uint64(0), ctypes.c_double(0.0))
-        torch_devices.driver = str(library)
-        torch_devices.pretended = lambda storage: 0
-        torch_devices.pretended_stream = lambda device: 0
-        torch_devices.pretended_memory = lambda nbytes, device: torch.UntypedStorage(nbytes)
+        torch_devices.in_use = InHostMemory(str(library))
 
     def synchronize(self) -> None:
         self._library.fake_synchronize(0, ctypes.c_void_p(None))

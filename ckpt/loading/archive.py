@@ -111,7 +111,7 @@ class Archive:
             threads=reader_threads(),
             timeout_s=self._timeout_s,
             keep=list(destinations.values()),
-            driver=torch_devices.driver,
+            driver=torch_devices.in_use.driver,
             streams=torch_devices.streams_of(set(devices.values())),
         )
 

@@ -77,7 +77,7 @@ def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: 
 def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[int]:
     """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay."""
     records = plan.records
-    if torch_devices.pretended is not None:
+    if torch_devices.in_use.in_host_memory:
         elsewhere = list(range(len(records)))
     else:
         elsewhere = [index for index, location in enumerate(map(_location, records)) if location != "cpu"]

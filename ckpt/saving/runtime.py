@@ -30,7 +30,7 @@ class Runtime:
             arena_bytes=options.size("arena_bytes"),
             chunk_bytes=options.size("chunk_bytes"),
             writers=options.writers,
-            cuda_library=torch_devices.driver,
+            cuda_library=torch_devices.in_use.driver,
             device_cache_bytes=options.size("device_cache"),
         )
         if options.device_lazy and (devices := torch_devices.at_work()):
