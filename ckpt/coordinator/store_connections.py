@@ -45,14 +45,14 @@ class Lost(Exception):
     """
 
 
-class Lines:
+class StoreConnections:
     """As many connections as there are threads that wait at the same time: mostly one."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
         self._connect = connect
         self._lock = threading.Lock()
-        self._idle: list[_Line] = []  # guarded by _lock, as the next three
-        self._in_use: set[_Line] = set()
+        self._idle: list[StoreConnection] = []  # guarded by _lock, as the next three
+        self._in_use: set[StoreConnection] = set()
         self._last: Deadline | None = None
         self._closed = False
 
@@ -65,19 +65,19 @@ class Lines:
             ClosedError: the wait was given up.
         """
         with self._lock:
-            line = self._idle.pop() if self._idle else _Line(self._connect)
-            self._in_use.add(line)
+            connection = self._idle.pop() if self._idle else StoreConnection(self._connect)
+            self._in_use.add(connection)
             last = self._last
         try:
-            return line.call(work, deadline, last)
+            return connection.call(work, deadline, last)
         finally:
-            self._give_back(line)
+            self._give_back(connection)
 
     def wake(self) -> None:
         """Lets every call in progress look at its deadline again."""
         with self._lock:
-            for line in self._in_use:
-                line.wake()
+            for connection in self._in_use:
+                connection.wake()
 
     def end_by(self, deadline: Deadline) -> None:
         """No call that begins from now on takes longer, whatever its own deadline, and without the grace."""
@@ -89,21 +89,21 @@ class Lines:
         with self._lock:
             self._closed = True
             idle, self._idle = self._idle, []
-        for line in idle:
-            line.end(GRACE_S)
+        for connection in idle:
+            connection.end(GRACE_S)
 
-    def _give_back(self, line: _Line) -> None:
+    def _give_back(self, connection: StoreConnection) -> None:
         with self._lock:
-            self._in_use.discard(line)
-            kept = not line.busy and not self._closed
+            self._in_use.discard(connection)
+            kept = not connection.busy and not self._closed
             if kept:
-                self._idle.append(line)
+                self._idle.append(connection)
         if not kept:
-            line.hang_up()
-            line.end(_PARTING_S)
+            connection.hang_up()
+            connection.end(_PARTING_S)
 
 
-class _Line:
+class StoreConnection:
     """One connection and its thread; used by one caller at a time."""
 
     def __init__(self, connect: Callable[[], Any]) -> None:
@@ -196,7 +196,7 @@ def _serve(
     own: _Socket,
     connect: Callable[[], Any],
 ) -> None:
-    """The thread of a line. It connects when the first call comes, and again when connecting failed."""
+    """The thread of a connection. It connects when the first call comes, and again when connecting failed."""
     client = None
     while (work := orders.get()) is not None:
         try:

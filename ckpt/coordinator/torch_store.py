@@ -28,7 +28,7 @@ from ckpt import torch_private
 from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
 from ckpt.coordinator.closing import LINGER_S, Farewell
 from ckpt.coordinator.key_cleanup import OPENING, Ledger
-from ckpt.coordinator.store_connections import Hung, Lines, Lost, Work, as_timedelta, connector
+from ckpt.coordinator.store_connections import Hung, Lost, StoreConnections, Work, as_timedelta, connector
 from ckpt.coordinator.waiting import Deadline, Parting
 from ckpt.errors import CheckpointError, ClosedError
 
@@ -65,7 +65,7 @@ class StoreCoordinator(Coordinator):
             store, rank, world_size = default_store()
         self.rank, self.world_size = rank, world_size
         self._extended = bool(store.has_extended_api())
-        self._lines = Lines(connector(store))
+        self._connections = StoreConnections(connector(store))
         self._ledger = Ledger()
         self._farewell = Farewell("the coordinator over the torch store")
         self._parts: dict[str, int] = {}  # words in more than one part; each key is touched by one thread at a time
@@ -74,7 +74,7 @@ class StoreCoordinator(Coordinator):
             try:
                 self._greet(timeout_s)
             except BaseException:
-                self._lines.close()
+                self._connections.close()
                 raise
 
     def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
@@ -92,10 +92,10 @@ class StoreCoordinator(Coordinator):
 
     def interrupt(self) -> None:
         self._farewell.interrupt.say()
-        self._lines.wake()
+        self._connections.wake()
 
     def close(self) -> None:
-        self._lines.end_by(Deadline(LINGER_S))
+        self._connections.end_by(Deadline(LINGER_S))
         spent = self._farewell.say(self, self._ledger)
         if spent is None:
             return
@@ -103,14 +103,14 @@ class StoreCoordinator(Coordinator):
         doomed += [name for key in spent.boxes for name in self._box_names(key)]
         if doomed:
             self._delete(doomed, Deadline(DELETING_S))
-        self._lines.close()
+        self._connections.close()
 
     # ---- to rank 0 -------------------------------------------------------------------------------------------------
 
     def _gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
         if self.rank != 0:
             try:
-                self._lines.call(lambda store: self._post(store, key, payload), self._parting(timeout_s))
+                self._connections.call(lambda store: self._post(store, key, payload), self._parting(timeout_s))
             except (Hung, Lost) as error:
                 raise unposted_error(key, self.rank, str(error)) from error
             return None
@@ -148,7 +148,7 @@ class StoreCoordinator(Coordinator):
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
         reading = self._farewell.patience(key, max(READING_S, deadline.left_s))
         try:
-            return self._lines.call(lambda store: self._read_box(store, box), reading)
+            return self._connections.call(lambda store: self._read_box(store, box), reading)
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
 
@@ -178,7 +178,7 @@ class StoreCoordinator(Coordinator):
     def _delete(self, names: list[str], deadline: Deadline) -> None:
         """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
         with contextlib.suppress(Hung, Lost):
-            self._lines.call(lambda store: delete_all(store, names), deadline)
+            self._connections.call(lambda store: delete_all(store, names), deadline)
 
     # ---- from rank 0 -----------------------------------------------------------------------------------------------
 
@@ -197,7 +197,7 @@ class StoreCoordinator(Coordinator):
             delete_all(store, dropped)
 
         try:
-            self._lines.call(say, self._parting(timeout_s))
+            self._connections.call(say, self._parting(timeout_s))
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
@@ -225,7 +225,7 @@ class StoreCoordinator(Coordinator):
     def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
         """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""
         try:
-            return self._lines.call(work, deadline)
+            return self._connections.call(work, deadline)
         except Hung:
             return None
         except Lost:
@@ -294,7 +294,7 @@ class StoreCoordinator(Coordinator):
             return bool(store.check([full]))
 
         try:
-            while not self._lines.call(welcome, deadline) and not deadline.over:
+            while not self._connections.call(welcome, deadline) and not deadline.over:
                 time.sleep(min(look_s, deadline.left_s))
                 look_s = min(look_s * 1.5, _LOOK_S[1])
         except (Hung, Lost) as error:
