@@ -21,7 +21,7 @@ from ckpt.coordinator import closing, waiting
 from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.errors import CheckpointError, ClosedError, PeerError
 
-PARTING_S = 1.0  # instead of 5, so that this does not take so long
+POST_S = 1.0  # instead of 5, so that this does not take so long
 LONG_S = 600.0
 CONNECTING = timedelta(seconds=5)
 PROMPT_S = patience(5.0)
@@ -102,7 +102,7 @@ def assert_ended(future: Outcome, kind: type[CheckpointError] | None, within_s: 
 
 
 def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(waiting, "PARTING_S", PARTING_S)
+    monkeypatch.setattr(waiting, "POST_S", POST_S)
     pid, port = server
     store = torch.distributed.TCPStore("127.0.0.1", port, timeout=CONNECTING, wait_for_workers=False)
     zero, one = make_together([lambda rank=rank: StoreCoordinator(store, rank, 2, timeout_s=10) for rank in range(2)])
@@ -126,9 +126,9 @@ def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: p
             for future in waits:
                 assert_ended(future, ClosedError, PROMPT_S)
             for future in posts:
-                assert_ended(future, PeerError, PARTING_S + SLACK_S)
+                assert_ended(future, PeerError, POST_S + SLACK_S)
             for future in words:
-                assert_ended(future, CheckpointError, PARTING_S + SLACK_S)
+                assert_ended(future, CheckpointError, POST_S + SLACK_S)
             timed.started = time.monotonic()
             for future in [timed.call(zero.close), timed.call(one.close)]:
                 assert_ended(future, None, closing.LINGER_S + SLACK_S)

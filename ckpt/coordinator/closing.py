@@ -7,7 +7,7 @@ import threading
 
 from ckpt.coordinator.base import Coordinator
 from ckpt.coordinator.key_cleanup import Ledger, Spent
-from ckpt.coordinator.waiting import Deadline, Interrupt, Patience
+from ckpt.coordinator.waiting import Deadline, Interrupt, InterruptibleDeadline
 from ckpt.errors import CheckpointError, ClosedError
 
 LINGER_S = 5.0  # how long rank 0 stays at close() for ranks that have not read its last word
@@ -32,13 +32,13 @@ class Farewell:
         if self._closed:
             raise ClosedError(f"{self._what} is closed; make a new one")
 
-    def patience(self, key: str, timeout_s: float) -> Deadline:
+    def deadline_for(self, key: str, timeout_s: float) -> Deadline:
         """How long to wait for other ranks at this key.
 
         Raises:
             ClosedError: not at all.
         """
-        return Deadline(timeout_s) if key == _CLOSING else Patience(timeout_s, self.interrupt, key)
+        return Deadline(timeout_s) if key == _CLOSING else InterruptibleDeadline(timeout_s, self.interrupt, key)
 
     def say(self, coordinator: Coordinator, ledger: Ledger) -> Spent | None:
         """Tells rank 0 that this rank is done, or waits on rank 0 until all are; None if that was done before.

@@ -61,8 +61,8 @@ class MPICoordinator(Coordinator):
             return None
         if self.world_size == 1:
             return [payload]
-        patience = self._farewell.patience(key, timeout_s)
-        self._wait(lambda: len(self._answers.get(key, ())) == self.world_size - 1, patience)
+        deadline = self._farewell.deadline_for(key, timeout_s)
+        self._wait(lambda: len(self._answers.get(key, ())) == self.world_size - 1, deadline)
         with self._lock:
             answers = {0: payload} | self._answers.pop(key, {})
             missing = [rank for rank in range(self.world_size) if rank not in answers]
@@ -79,7 +79,7 @@ class MPICoordinator(Coordinator):
                 self._ledger.spoke(key)
                 self._send(range(1, self.world_size), _WORD, key, word)
             return word
-        self._wait(lambda: key in self._words, self._farewell.patience(key, timeout_s))
+        self._wait(lambda: key in self._words, self._farewell.deadline_for(key, timeout_s))
         with self._lock:
             if key in self._words:
                 return self._words.pop(key)

@@ -174,7 +174,7 @@ class FileCoordinator(Coordinator):
         answers: dict[int, bytes] = {}
         if self.world_size == 1:
             return answers
-        pace, stem = Pace(self._farewell.patience(key, timeout_s), *_PACE_S), _name(key)
+        pace, stem = Pace(self._farewell.deadline_for(key, timeout_s), *_PACE_S), _name(key)
         while True:
             before = len(answers)
             for path, rank in self._posts({stem}):
@@ -194,7 +194,7 @@ class FileCoordinator(Coordinator):
                 durable.remove_quietly(path)
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        pace, path = Pace(self._farewell.patience(key, timeout_s), *_PACE_S), self._word_path(key)
+        pace, path = Pace(self._farewell.deadline_for(key, timeout_s), *_PACE_S), self._word_path(key)
         while (word := _get(path)) is None:
             if not pace.rest():
                 raise silent_error(key, self.rank, timeout_s)

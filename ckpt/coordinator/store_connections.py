@@ -26,7 +26,7 @@ from ckpt.coordinator.waiting import GRACE_S, Deadline
 
 PREFIX = "lazyckpt/"
 _CONNECTING_S = 60.0
-_PARTING_S = 0.2  # for a thread to end whose connection is shut down
+_ENDING_S = 0.2  # for a thread to end whose connection is shut down
 _DESCRIPTOR = re.compile(r"client=.*?\bfd=(\d+)")
 
 _T = TypeVar("_T")
@@ -100,7 +100,7 @@ class StoreConnections:
                 self._idle.append(connection)
         if not kept:
             connection.hang_up()
-            connection.end(_PARTING_S)
+            connection.end(_ENDING_S)
 
 
 class StoreConnection:

@@ -29,7 +29,7 @@ from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, 
 from ckpt.coordinator.closing import LINGER_S, Farewell
 from ckpt.coordinator.key_cleanup import OPENING, Ledger
 from ckpt.coordinator.store_connections import Hung, Lost, StoreConnections, Work, as_timedelta, connector
-from ckpt.coordinator.waiting import Deadline, Parting
+from ckpt.coordinator.waiting import Deadline, PostDeadline
 from ckpt.errors import CheckpointError, ClosedError
 
 _T = TypeVar("_T")
@@ -110,7 +110,7 @@ class StoreCoordinator(Coordinator):
     def _gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
         if self.rank != 0:
             try:
-                self._connections.call(lambda store: self._post(store, key, payload), self._parting(timeout_s))
+                self._connections.call(lambda store: self._post(store, key, payload), self._post_deadline(timeout_s))
             except (Hung, Lost) as error:
                 raise unposted_error(key, self.rank, str(error)) from error
             return None
@@ -136,7 +136,7 @@ class StoreCoordinator(Coordinator):
             store.set(full, b"1")
 
     def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
-        deadline = self._farewell.patience(key, timeout_s)
+        deadline = self._farewell.deadline_for(key, timeout_s)
         box, _, full = self._box_names(key)[:3]
 
         def wait(store: Any) -> None:
@@ -146,7 +146,7 @@ class StoreCoordinator(Coordinator):
             self._wait_for(wait, deadline)
         except Lost as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
-        reading = self._farewell.patience(key, max(READING_S, deadline.left_s))
+        reading = self._farewell.deadline_for(key, max(READING_S, deadline.left_s))
         try:
             return self._connections.call(lambda store: self._read_box(store, box), reading)
         except (Hung, Lost) as error:
@@ -173,7 +173,7 @@ class StoreCoordinator(Coordinator):
         doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
         doomed += [name for word in spent.words for name in self._word_names(word)]
         with contextlib.suppress(ClosedError):
-            self._delete(doomed, self._farewell.patience(key, DELETING_S))
+            self._delete(doomed, self._farewell.deadline_for(key, DELETING_S))
 
     def _delete(self, names: list[str], deadline: Deadline) -> None:
         """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
@@ -197,12 +197,12 @@ class StoreCoordinator(Coordinator):
             delete_all(store, dropped)
 
         try:
-            self._connections.call(say, self._parting(timeout_s))
+            self._connections.call(say, self._post_deadline(timeout_s))
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        deadline = self._farewell.patience(key, timeout_s)
+        deadline = self._farewell.deadline_for(key, timeout_s)
         name = f"{self._session}/{key}/word"
 
         def get(store: Any) -> bytes:
@@ -219,8 +219,8 @@ class StoreCoordinator(Coordinator):
             raise silent_error(key, self.rank, timeout_s)
         return word
 
-    def _parting(self, timeout_s: float) -> Deadline:
-        return Parting(timeout_s, self._farewell.interrupt)
+    def _post_deadline(self, timeout_s: float) -> Deadline:
+        return PostDeadline(timeout_s, self._farewell.interrupt)
 
     def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
         """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""

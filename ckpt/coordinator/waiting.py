@@ -7,7 +7,7 @@ import time
 
 from ckpt.errors import ClosedError
 
-PARTING_S = 5.0  # how long what is only posted may take after interrupt()
+POST_S = 5.0  # how long what is only posted may take after interrupt()
 GRACE_S = 0.5  # after its deadline, for a call that ends by itself to come back before it is abandoned
 
 
@@ -46,7 +46,7 @@ class Deadline:
         return self.left_s == 0.0
 
     def check(self) -> None:
-        """Raises ClosedError if the wait is given up before its time; see Patience."""
+        """Raises ClosedError if the wait is given up before its time; see InterruptibleDeadline."""
 
     def sleep(self, seconds: float) -> None:
         """But not beyond it.
@@ -57,7 +57,7 @@ class Deadline:
         time.sleep(min(seconds, self.left_s))
 
 
-class Patience(Deadline):
+class InterruptibleDeadline(Deadline):
     """How long to wait for other ranks: until a moment, or until the interrupt."""
 
     def __init__(self, timeout_s: float, interrupt: Interrupt, key: str) -> None:
@@ -75,8 +75,8 @@ class Patience(Deadline):
         self.check()
 
 
-class Parting(Deadline):
-    """How long a post may take: until a moment, but after the interrupt PARTING_S at most, with the grace."""
+class PostDeadline(Deadline):
+    """How long a post may take: until a moment, but after the interrupt POST_S at most, with the grace."""
 
     def __init__(self, timeout_s: float, interrupt: Interrupt) -> None:
         super().__init__(timeout_s)
@@ -85,7 +85,7 @@ class Parting(Deadline):
 
     @property
     def left_s(self) -> float:
-        last = max(self._began, self._interrupt.at) + PARTING_S - GRACE_S
+        last = max(self._began, self._interrupt.at) + POST_S - GRACE_S
         return max(0.0, min(self._at, last) - time.monotonic())
 
 
