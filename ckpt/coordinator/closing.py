@@ -14,7 +14,7 @@ LINGER_S = 5.0  # how long rank 0 stays at close() for ranks that have not read 
 _CLOSING = ".close/"
 
 
-class Farewell:
+class OrderlyClose:
     """The end of a coordinator: done once, and not before the others have read rank 0's last word, if they still live.
 
     Attributes:
@@ -40,7 +40,7 @@ class Farewell:
         """
         return Deadline(timeout_s) if key == _CLOSING else InterruptibleDeadline(timeout_s, self.interrupt, key)
 
-    def say(self, coordinator: Coordinator, ledger: Ledger) -> Spent | None:
+    def close(self, coordinator: Coordinator, ledger: Ledger) -> Spent | None:
         """Tells rank 0 that this rank is done, or waits on rank 0 until all are; None if that was done before.
 
         Returns what rank 0 may delete: nothing while ranks are missing, for they may still come and read.

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ckpt.coordinator.base import Coordinator, given, missing_error, silent_error
-from ckpt.coordinator.closing import LINGER_S, Farewell
+from ckpt.coordinator.closing import LINGER_S, OrderlyClose
 from ckpt.coordinator.key_cleanup import MOST_UNREAD, Ledger
 from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError
@@ -45,7 +45,7 @@ class MPICoordinator(Coordinator):
         self.rank = int(self._communicator.Get_rank())
         self.world_size = int(self._communicator.Get_size())
         self._ledger = Ledger()
-        self._farewell = Farewell("the coordinator over MPI")
+        self._closing = OrderlyClose("the coordinator over MPI")
         self._lock = threading.Lock()  # guards everything below, and every call of MPI
         self._answers: dict[str, dict[int, bytes]] = {}  # on rank 0: key to payloads by rank
         self._words: dict[str, bytes] = {}
@@ -55,13 +55,13 @@ class MPICoordinator(Coordinator):
         self._courier: threading.Thread | None = None
 
     def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        self._farewell.check()
+        self._closing.check()
         if self.rank != 0:
             self._send([0], _ANSWER, key, payload)
             return None
         if self.world_size == 1:
             return [payload]
-        deadline = self._farewell.deadline_for(key, timeout_s)
+        deadline = self._closing.deadline_for(key, timeout_s)
         self._wait(lambda: len(self._answers.get(key, ())) == self.world_size - 1, deadline)
         with self._lock:
             answers = {0: payload} | self._answers.pop(key, {})
@@ -72,14 +72,14 @@ class MPICoordinator(Coordinator):
         return [answers[rank] for rank in range(self.world_size)]
 
     def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-        self._farewell.check()
+        self._closing.check()
         if self.rank == 0:
             word = given(payload, key)
             if self.world_size > 1:
                 self._ledger.spoke(key)
                 self._send(range(1, self.world_size), _WORD, key, word)
             return word
-        self._wait(lambda: key in self._words, self._farewell.deadline_for(key, timeout_s))
+        self._wait(lambda: key in self._words, self._closing.deadline_for(key, timeout_s))
         with self._lock:
             if key in self._words:
                 return self._words.pop(key)
@@ -89,11 +89,11 @@ class MPICoordinator(Coordinator):
         raise silent_error(key, self.rank, timeout_s)
 
     def interrupt(self) -> None:
-        self._farewell.interrupt.say()
+        self._closing.interrupt.say()
 
     def close(self) -> None:
         deadline = Deadline(LINGER_S)
-        if self._farewell.say(self, self._ledger) is None:
+        if self._closing.close(self, self._ledger) is None:
             return
         self._wait(lambda: not self._sending, deadline)
         with self._lock:

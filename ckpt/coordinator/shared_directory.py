@@ -28,7 +28,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
-from ckpt.coordinator.closing import Farewell
+from ckpt.coordinator.closing import OrderlyClose
 from ckpt.coordinator.key_cleanup import OPENING, Ledger
 from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError, StorageError
@@ -94,7 +94,7 @@ class FileCoordinator(Coordinator):
         self._session = self._root / "none"
         self._reserve = _Reserve(self._session)
         self._ledger = Ledger()
-        self._farewell = Farewell(f"the coordinator over '{directory}'")
+        self._closing = OrderlyClose(f"the coordinator over '{directory}'")
         if world_size > 1:
             durable.make_directory(self._root / "hello", durable=False)
             (self._open if rank == 0 else self._enter)(timeout_s, origin)
@@ -102,7 +102,7 @@ class FileCoordinator(Coordinator):
             self._reserve.lay_by()
 
     def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        self._farewell.check()
+        self._closing.check()
         if self.rank != 0:
             self._post(key, payload)
             return None
@@ -114,7 +114,7 @@ class FileCoordinator(Coordinator):
         return [answers[rank] for rank in range(self.world_size)]
 
     def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-        self._farewell.check()
+        self._closing.check()
         if self.rank != 0:
             return self._hear(key, timeout_s)
         word = given(payload, key)
@@ -126,11 +126,11 @@ class FileCoordinator(Coordinator):
         return word
 
     def interrupt(self) -> None:
-        self._farewell.interrupt.say()
+        self._closing.interrupt.say()
 
     def close(self) -> None:
         everybody_read = self.world_size > 1 and self.rank == 0 and self._ledger.all_read
-        spent = self._farewell.say(self, self._ledger)
+        spent = self._closing.close(self, self._ledger)
         if spent is None or self.world_size == 1:
             return
         self._reserve.remove()
@@ -174,7 +174,7 @@ class FileCoordinator(Coordinator):
         answers: dict[int, bytes] = {}
         if self.world_size == 1:
             return answers
-        pace, stem = Pace(self._farewell.deadline_for(key, timeout_s), *_PACE_S), _name(key)
+        pace, stem = Pace(self._closing.deadline_for(key, timeout_s), *_PACE_S), _name(key)
         while True:
             before = len(answers)
             for path, rank in self._posts({stem}):
@@ -194,7 +194,7 @@ class FileCoordinator(Coordinator):
                 durable.remove_quietly(path)
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        pace, path = Pace(self._farewell.deadline_for(key, timeout_s), *_PACE_S), self._word_path(key)
+        pace, path = Pace(self._closing.deadline_for(key, timeout_s), *_PACE_S), self._word_path(key)
         while (word := _get(path)) is None:
             if not pace.rest():
                 raise silent_error(key, self.rank, timeout_s)

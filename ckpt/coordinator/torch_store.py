@@ -26,7 +26,7 @@ from typing import Any, TypeVar
 
 from ckpt import torch_private
 from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
-from ckpt.coordinator.closing import LINGER_S, Farewell
+from ckpt.coordinator.closing import LINGER_S, OrderlyClose
 from ckpt.coordinator.key_cleanup import OPENING, Ledger
 from ckpt.coordinator.store_connections import Hung, Lost, StoreConnections, Work, as_timedelta, connector
 from ckpt.coordinator.waiting import Deadline, PostDeadline
@@ -67,7 +67,7 @@ class StoreCoordinator(Coordinator):
         self._extended = bool(store.has_extended_api())
         self._connections = StoreConnections(connector(store))
         self._ledger = Ledger()
-        self._farewell = Farewell("the coordinator over the torch store")
+        self._closing = OrderlyClose("the coordinator over the torch store")
         self._parts: dict[str, int] = {}  # words in more than one part; each key is touched by one thread at a time
         self._session = ""
         if world_size > 1:
@@ -78,11 +78,11 @@ class StoreCoordinator(Coordinator):
                 raise
 
     def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        self._farewell.check()
+        self._closing.check()
         return self._gather(key, payload, timeout_s)
 
     def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-        self._farewell.check()
+        self._closing.check()
         if self.rank != 0:
             return self._hear(key, timeout_s)
         word = given(payload, key)
@@ -91,12 +91,12 @@ class StoreCoordinator(Coordinator):
         return word
 
     def interrupt(self) -> None:
-        self._farewell.interrupt.say()
+        self._closing.interrupt.say()
         self._connections.wake()
 
     def close(self) -> None:
         self._connections.end_by(Deadline(LINGER_S))
-        spent = self._farewell.say(self, self._ledger)
+        spent = self._closing.close(self, self._ledger)
         if spent is None:
             return
         doomed = [name for key in spent.words for name in self._word_names(key)]
@@ -136,7 +136,7 @@ class StoreCoordinator(Coordinator):
             store.set(full, b"1")
 
     def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
-        deadline = self._farewell.deadline_for(key, timeout_s)
+        deadline = self._closing.deadline_for(key, timeout_s)
         box, _, full = self._box_names(key)[:3]
 
         def wait(store: Any) -> None:
@@ -146,7 +146,7 @@ class StoreCoordinator(Coordinator):
             self._wait_for(wait, deadline)
         except Lost as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
-        reading = self._farewell.deadline_for(key, max(READING_S, deadline.left_s))
+        reading = self._closing.deadline_for(key, max(READING_S, deadline.left_s))
         try:
             return self._connections.call(lambda store: self._read_box(store, box), reading)
         except (Hung, Lost) as error:
@@ -173,7 +173,7 @@ class StoreCoordinator(Coordinator):
         doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
         doomed += [name for word in spent.words for name in self._word_names(word)]
         with contextlib.suppress(ClosedError):
-            self._delete(doomed, self._farewell.deadline_for(key, DELETING_S))
+            self._delete(doomed, self._closing.deadline_for(key, DELETING_S))
 
     def _delete(self, names: list[str], deadline: Deadline) -> None:
         """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
@@ -202,7 +202,7 @@ class StoreCoordinator(Coordinator):
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
     def _hear(self, key: str, timeout_s: float) -> bytes:
-        deadline = self._farewell.deadline_for(key, timeout_s)
+        deadline = self._closing.deadline_for(key, timeout_s)
         name = f"{self._session}/{key}/word"
 
         def get(store: Any) -> bytes:
@@ -220,7 +220,7 @@ class StoreCoordinator(Coordinator):
         return word
 
     def _post_deadline(self, timeout_s: float) -> Deadline:
-        return PostDeadline(timeout_s, self._farewell.interrupt)
+        return PostDeadline(timeout_s, self._closing.interrupt)
 
     def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
         """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""
