@@ -28,7 +28,7 @@ from support import patience
 
 from ckpt.coordinator import _best, make_coordinator
 from ckpt.coordinator.base import Coordinator
-from ckpt.coordinator.key_cleanup import MOST_LATE, MOST_UNREAD, Ledger
+from ckpt.coordinator.key_cleanup import MOST_LATE, MOST_UNREAD, KeyCleanup
 from ckpt.coordinator.local import LocalCoordinator
 from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator, world_of
 from ckpt.coordinator.torch_store import StoreCoordinator
@@ -395,27 +395,27 @@ def test_a_peer_error_survives_pickling() -> None:
 
 
 def test_the_account_of_broadcasts() -> None:
-    ledger = Ledger()
-    assert [ledger.spoke(f"a/{number}") for number in range(3)] == [[]] * 3
-    ledger.spoke("b/0")
-    assert ledger.heard("a/3", [2]).words == [], "nobody knows what rank 2 has read"
-    assert ledger.heard("a/4", []).words == ["a/0", "a/1", "a/2"]
-    assert not ledger.all_read
-    assert ledger.heard("b/1", []).words == ["b/0"]
-    assert ledger.all_read
-    dropped = [old for number in range(MOST_UNREAD + 3) for old in ledger.spoke(f"c/{number}")]
+    cleanup = KeyCleanup()
+    assert [cleanup.spoke(f"a/{number}") for number in range(3)] == [[]] * 3
+    cleanup.spoke("b/0")
+    assert cleanup.heard("a/3", [2]).words == [], "nobody knows what rank 2 has read"
+    assert cleanup.heard("a/4", []).words == ["a/0", "a/1", "a/2"]
+    assert not cleanup.all_read
+    assert cleanup.heard("b/1", []).words == ["b/0"]
+    assert cleanup.all_read
+    dropped = [old for number in range(MOST_UNREAD + 3) for old in cleanup.spoke(f"c/{number}")]
     assert dropped == ["c/0", "c/1", "c/2"]
 
 
 def test_the_account_of_late_answers() -> None:
-    ledger = Ledger()
-    assert ledger.heard("a/0", [1, 2]).boxes == []
-    assert ledger.is_late("a/0")
-    assert ledger.heard("b/0", []).boxes == [], "another stream"
-    assert ledger.heard("a/1", [2, 3]).boxes == []
-    assert ledger.heard("a/2", [3]).boxes == ["a/0"]
-    assert ledger.heard("a/3", []).boxes == ["a/1", "a/2"]
-    dropped = [box for number in range(MOST_LATE + 2) for box in ledger.heard(f"c/{number}", [9]).boxes]
+    cleanup = KeyCleanup()
+    assert cleanup.heard("a/0", [1, 2]).boxes == []
+    assert cleanup.is_late("a/0")
+    assert cleanup.heard("b/0", []).boxes == [], "another stream"
+    assert cleanup.heard("a/1", [2, 3]).boxes == []
+    assert cleanup.heard("a/2", [3]).boxes == ["a/0"]
+    assert cleanup.heard("a/3", []).boxes == ["a/1", "a/2"]
+    dropped = [box for number in range(MOST_LATE + 2) for box in cleanup.heard(f"c/{number}", [9]).boxes]
     assert dropped == ["c/0", "c/1"]
 
 

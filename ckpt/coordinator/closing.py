@@ -6,7 +6,7 @@ import contextlib
 import threading
 
 from ckpt.coordinator.base import Coordinator
-from ckpt.coordinator.key_cleanup import Ledger, Spent
+from ckpt.coordinator.key_cleanup import KeyCleanup, Spent
 from ckpt.coordinator.waiting import Deadline, Interrupt, InterruptibleDeadline
 from ckpt.errors import CheckpointError, ClosedError
 
@@ -40,7 +40,7 @@ class OrderlyClose:
         """
         return Deadline(timeout_s) if key == _CLOSING else InterruptibleDeadline(timeout_s, self.interrupt, key)
 
-    def close(self, coordinator: Coordinator, ledger: Ledger) -> Spent | None:
+    def close(self, coordinator: Coordinator, cleanup: KeyCleanup) -> Spent | None:
         """Tells rank 0 that this rank is done, or waits on rank 0 until all are; None if that was done before.
 
         Returns what rank 0 may delete: nothing while ranks are missing, for they may still come and read.
@@ -50,8 +50,8 @@ class OrderlyClose:
                 return None
             spent = Spent([], [])
             with contextlib.suppress(CheckpointError):
-                if coordinator.world_size > 1 and not (coordinator.rank == 0 and ledger.all_read):
+                if coordinator.world_size > 1 and not (coordinator.rank == 0 and cleanup.all_read):
                     coordinator.gather(_CLOSING, b"", LINGER_S)
-                spent = ledger.close()
+                spent = cleanup.close()
             self._closed = True
             return spent

@@ -18,7 +18,7 @@ class Spent(NamedTuple):
     boxes: list[str]  # of gathers that had failed
 
 
-class Ledger:
+class KeyCleanup:
     """Rank 0's account of what may still be read or may still arrive. For several threads."""
 
     def __init__(self) -> None:

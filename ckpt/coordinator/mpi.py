@@ -15,7 +15,7 @@ from typing import Any
 
 from ckpt.coordinator.base import Coordinator, given, missing_error, silent_error
 from ckpt.coordinator.closing import LINGER_S, OrderlyClose
-from ckpt.coordinator.key_cleanup import MOST_UNREAD, Ledger
+from ckpt.coordinator.key_cleanup import MOST_UNREAD, KeyCleanup
 from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError
 
@@ -44,7 +44,7 @@ class MPICoordinator(Coordinator):
         self._communicator = (communicator or self._mpi.COMM_WORLD).Dup()
         self.rank = int(self._communicator.Get_rank())
         self.world_size = int(self._communicator.Get_size())
-        self._ledger = Ledger()
+        self._cleanup = KeyCleanup()
         self._closing = OrderlyClose("the coordinator over MPI")
         self._lock = threading.Lock()  # guards everything below, and every call of MPI
         self._answers: dict[str, dict[int, bytes]] = {}  # on rank 0: key to payloads by rank
@@ -66,7 +66,7 @@ class MPICoordinator(Coordinator):
         with self._lock:
             answers = {0: payload} | self._answers.pop(key, {})
             missing = [rank for rank in range(self.world_size) if rank not in answers]
-            self._ledger.heard(key, missing)
+            self._cleanup.heard(key, missing)
         if missing:
             raise missing_error(key, missing, answers, timeout_s)
         return [answers[rank] for rank in range(self.world_size)]
@@ -76,7 +76,7 @@ class MPICoordinator(Coordinator):
         if self.rank == 0:
             word = given(payload, key)
             if self.world_size > 1:
-                self._ledger.spoke(key)
+                self._cleanup.spoke(key)
                 self._send(range(1, self.world_size), _WORD, key, word)
             return word
         self._wait(lambda: key in self._words, self._closing.deadline_for(key, timeout_s))
@@ -93,7 +93,7 @@ class MPICoordinator(Coordinator):
 
     def close(self) -> None:
         deadline = Deadline(LINGER_S)
-        if self._closing.close(self, self._ledger) is None:
+        if self._closing.close(self, self._cleanup) is None:
             return
         self._wait(lambda: not self._sending, deadline)
         with self._lock:
@@ -172,7 +172,7 @@ class MPICoordinator(Coordinator):
                 del self._given_up[key]
             else:
                 self._words[key] = payload
-        elif not self._ledger.is_late(key):
+        elif not self._cleanup.is_late(key):
             self._answers.setdefault(key, {})[source] = payload
 
 

@@ -29,7 +29,7 @@ from urllib.parse import quote
 
 from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
 from ckpt.coordinator.closing import OrderlyClose
-from ckpt.coordinator.key_cleanup import OPENING, Ledger
+from ckpt.coordinator.key_cleanup import OPENING, KeyCleanup
 from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
@@ -93,7 +93,7 @@ class FileCoordinator(Coordinator):
         self._root = directory / FOLDER
         self._session = self._root / "none"
         self._reserve = _Reserve(self._session)
-        self._ledger = Ledger()
+        self._cleanup = KeyCleanup()
         self._closing = OrderlyClose(f"the coordinator over '{directory}'")
         if world_size > 1:
             durable.make_directory(self._root / "hello", durable=False)
@@ -119,7 +119,7 @@ class FileCoordinator(Coordinator):
             return self._hear(key, timeout_s)
         word = given(payload, key)
         if self.world_size > 1:
-            dropped = self._ledger.spoke(key)
+            dropped = self._cleanup.spoke(key)
             self._put(self._word_path(key), word)
             for old in dropped:
                 durable.remove_quietly(self._word_path(old))
@@ -129,8 +129,8 @@ class FileCoordinator(Coordinator):
         self._closing.interrupt.say()
 
     def close(self) -> None:
-        everybody_read = self.world_size > 1 and self.rank == 0 and self._ledger.all_read
-        spent = self._closing.close(self, self._ledger)
+        everybody_read = self.world_size > 1 and self.rank == 0 and self._cleanup.all_read
+        spent = self._closing.close(self, self._cleanup)
         if spent is None or self.world_size == 1:
             return
         self._reserve.remove()
@@ -186,7 +186,7 @@ class FileCoordinator(Coordinator):
 
     def _forget(self, key: str, missing: list[int]) -> None:
         """Removes what nobody will ask for, now that `key` is gathered."""
-        spent = self._ledger.heard(key, missing)
+        spent = self._cleanup.heard(key, missing)
         for word in spent.words:
             durable.remove_quietly(self._word_path(word))
         if spent.boxes:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from ckpt import torch_private
 from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
 from ckpt.coordinator.closing import LINGER_S, OrderlyClose
-from ckpt.coordinator.key_cleanup import OPENING, Ledger
+from ckpt.coordinator.key_cleanup import OPENING, KeyCleanup
 from ckpt.coordinator.store_connections import Hung, Lost, StoreConnections, Work, as_timedelta, connector
 from ckpt.coordinator.waiting import Deadline, PostDeadline
 from ckpt.errors import CheckpointError, ClosedError
@@ -66,7 +66,7 @@ class StoreCoordinator(Coordinator):
         self.rank, self.world_size = rank, world_size
         self._extended = bool(store.has_extended_api())
         self._connections = StoreConnections(connector(store))
-        self._ledger = Ledger()
+        self._cleanup = KeyCleanup()
         self._closing = OrderlyClose("the coordinator over the torch store")
         self._parts: dict[str, int] = {}  # words in more than one part; each key is touched by one thread at a time
         self._session = ""
@@ -96,7 +96,7 @@ class StoreCoordinator(Coordinator):
 
     def close(self) -> None:
         self._connections.end_by(Deadline(LINGER_S))
-        spent = self._closing.close(self, self._ledger)
+        spent = self._closing.close(self, self._cleanup)
         if spent is None:
             return
         doomed = [name for key in spent.words for name in self._word_names(key)]
@@ -169,7 +169,7 @@ class StoreCoordinator(Coordinator):
         """Deletes what was gathered under `key`, and what nobody will ask for now that it is."""
         if self.world_size == 1:
             return
-        spent = self._ledger.heard(key, missing)
+        spent = self._cleanup.heard(key, missing)
         doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
         doomed += [name for word in spent.words for name in self._word_names(word)]
         with contextlib.suppress(ClosedError):
@@ -188,7 +188,7 @@ class StoreCoordinator(Coordinator):
         more = [word[place : place + PART_BYTES] for place in range(PART_BYTES, len(word), PART_BYTES)]
         if more:
             self._parts[key] = len(more)
-        dropped = [name for old in self._ledger.spoke(key) for name in self._word_names(old)]
+        dropped = [name for old in self._cleanup.spoke(key) for name in self._word_names(old)]
 
         def say(store: Any) -> None:
             for number, part in enumerate(more, start=1):
