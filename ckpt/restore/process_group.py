@@ -20,7 +20,7 @@ _MESSAGE_BYTES = 8192  # of one rank; as much is sent whatever the message is, s
 TEXT = 600  # characters of an error that the others are told
 
 
-class Group:
+class RankGroup:
     """
     Args:
         group: of torch.distributed; default: its default group.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ckpt.errors import CheckpointError, PeerError
-from ckpt.restore.process_group import TEXT, Group
+from ckpt.restore.process_group import TEXT, RankGroup
 
 
 class Readiness:
@@ -29,7 +29,7 @@ class Readiness:
         if self._settled:
             return None
         self._settled = True
-        group = Group()
+        group = RankGroup()
         stray: CheckpointError | None = None
         if (group.rank, group.size) != (self._rank, self._world_size):
             stray = CheckpointError(

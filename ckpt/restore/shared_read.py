@@ -26,7 +26,7 @@ from ckpt.errors import CheckpointError, CorruptError, PeerError
 from ckpt.loading.archive import Archive
 from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.unpickle import Contents
-from ckpt.restore.process_group import TEXT, Group
+from ckpt.restore.process_group import TEXT, RankGroup
 
 Place = torch.UntypedStorage | torch.Tensor
 Prepare = Callable[[], tuple[Archive, Mapping[str, Place]]]
@@ -55,7 +55,7 @@ def read_spread(
             of them before this call can be raised here.
         map_location: as in `torch.load`; nothing is unpickled yet.
         group: of torch.distributed; default: its default group.
-        device: see Group.
+        device: see RankGroup.
 
     Raises:
         as fill_spread().
@@ -84,7 +84,7 @@ def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None
             them, by name; on all ranks the same names. Whatever error it raises, the other ranks are told; a rank that leaves
             by Ctrl-C says nothing, and the others wait until it has ended or the group's timeout has passed.
         group: of torch.distributed; default: its default group.
-        device: see Group.
+        device: see RankGroup.
 
     Raises:
         PeerError: another rank could not read its share (`ranks`: which; all ranks are still in step, and may go on with
@@ -93,7 +93,7 @@ def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None
         CheckpointError: the ranks want different records; torch.distributed is not initialised.
         What prepare() and reading raise on this rank. After any of these, destinations are in any state.
     """
-    ranks = Group(group, device)
+    ranks = RankGroup(group, device)
     try:
         share = _Share(prepare, ranks)
     except Exception as error:
@@ -113,7 +113,7 @@ def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None
 class _Share:
     """What this rank has read, and all that sending needs: nothing is left that can fail on this rank alone."""
 
-    def __init__(self, prepare: Prepare, ranks: Group) -> None:
+    def __init__(self, prepare: Prepare, ranks: RankGroup) -> None:
         self.archive, self.destinations = prepare()
         self.bounds = cut(self.archive.size, ranks.size)
         self.batches = plan(self.archive, self.destinations, self.bounds) if ranks.size > 1 else []
@@ -138,7 +138,7 @@ def cut(size: int, ranks: int) -> list[tuple[int, int]]:
 # ---- what the ranks tell each other ----------------------------------------------------------------------------------
 
 
-def _tell_failure(ranks: Group, error: Exception) -> None:
+def _tell_failure(ranks: RankGroup, error: Exception) -> None:
     text = str(error) or type(error).__name__
     try:
         ranks.gather({"failure": text[:TEXT]})
@@ -191,7 +191,7 @@ class Batch:
         self.parts.append(part)
         self.nbytes += part.nbytes
 
-    def must_be_packed(self, ranks: Group) -> bool:
+    def must_be_packed(self, ranks: RankGroup) -> bool:
         return ranks.staged or len(self.parts) > 1
 
 
@@ -250,7 +250,7 @@ class _Flight(NamedTuple):
     buffer: torch.Tensor | None  # None: it goes from place to place
 
 
-def _send(ranks: Group, share: _Share) -> None:
+def _send(ranks: RankGroup, share: _Share) -> None:
     """Every batch from its owner to all others."""
     spare = list(share.buffers)
     flights: deque[_Flight] = deque()
@@ -263,7 +263,7 @@ def _send(ranks: Group, share: _Share) -> None:
             _land(ranks, flights.popleft(), spare)
 
 
-def _launch(ranks: Group, batch: Batch, spare: list[torch.Tensor]) -> _Flight:
+def _launch(ranks: RankGroup, batch: Batch, spare: list[torch.Tensor]) -> _Flight:
     buffer = spare.pop() if batch.must_be_packed(ranks) else None
     if buffer is None:
         return _Flight(batch, ranks.start_broadcast(batch.parts[0], batch.owner), None)
@@ -274,7 +274,7 @@ def _launch(ranks: Group, batch: Batch, spare: list[torch.Tensor]) -> _Flight:
     return _Flight(batch, ranks.start_broadcast(sent, batch.owner), buffer)
 
 
-def _land(ranks: Group, flight: _Flight, spare: list[torch.Tensor]) -> None:
+def _land(ranks: RankGroup, flight: _Flight, spare: list[torch.Tensor]) -> None:
     flight.work.wait()
     if flight.buffer is None:
         return
