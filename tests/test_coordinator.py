@@ -24,6 +24,7 @@ from typing import Any
 import pytest
 import torch.distributed
 from dist.coordinator_worker import NEED_TWO, SCENARIOS
+from dist.exchange import exchange
 from support import patience
 
 from ckpt.coordinator import _best, make_coordinator
@@ -220,7 +221,7 @@ def make_together(makers: list[Callable[[], Coordinator]]) -> list[Coordinator]:
 def exchange_together(coordinators: list[Coordinator], key: str, timeout_s: float = 10.0) -> list[Any]:
     def one(c: Coordinator) -> Any:
         try:
-            return c.exchange(key, b"%d" % c.rank, timeout_s)
+            return exchange(c, key, b"%d" % c.rank, timeout_s)
         except PeerError as error:
             return error
 
@@ -373,7 +374,7 @@ def test_the_automatic_choice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert _best() == "torch"
         chosen = make_coordinator(directory=tmp_path)
         assert (chosen.name, chosen.rank, chosen.world_size) == ("torch", 0, 1)
-        assert chosen.exchange("one/1", b"alone", 1.0) == [b"alone"]
+        assert exchange(chosen, "one/1", b"alone", 1.0) == [b"alone"]
         chosen.close()
     finally:
         torch.distributed.destroy_process_group()

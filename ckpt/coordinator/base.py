@@ -1,16 +1,14 @@
-"""What every coordinator does, and the packets and errors that they share."""
+"""What every coordinator does, and the errors that they share."""
 
 from __future__ import annotations
 
 import abc
-import struct
 from collections.abc import Iterable, Mapping
 
 from ckpt.errors import PeerError
 
-VERDICT_S = 1.0  # how much longer than rank 0 the others wait in exchange(), so that its verdict can still reach them
+VERDICT_S = 1.0  # how much longer than rank 0 gathers the others wait for its verdict, so that it still reaches them
 MOST_NAMED = 8  # ranks that a message names
-_FRAME = struct.Struct("<II")  # rank, length; then so many bytes
 
 
 class Coordinator(abc.ABC):
@@ -85,46 +83,8 @@ class Coordinator(abc.ABC):
         It may take up to 5 seconds: rank 0 stays until the others have closed too, if its last word may still be unread.
         """
 
-    def exchange(self, key: str, payload: bytes, timeout_s: float) -> list[bytes]:
-        """Everybody gets the payloads of all, in the order of ranks. Costs world_size² bytes on the wire: for rare use.
 
-        Raises:
-            PeerError: ranks have not answered within timeout_s (seconds); every rank that is there gets the same. If rank 0 is
-                the one that is missing, the others say so a second later.
-            ClosedError: interrupt() has been called. The payload of another rank than 0 has gone out to it all the same.
-        """
-        try:
-            gathered = self.gather(key, payload, timeout_s)
-        except PeerError as error:
-            if self.rank == 0:
-                self.broadcast(key, pack(error.payloads), timeout_s)
-            raise
-        if gathered is not None:
-            self.broadcast(key, pack(dict(enumerate(gathered))), timeout_s)
-            return gathered
-        answers = unpack(self.broadcast(key, None, timeout_s + VERDICT_S))
-        missing = [rank for rank in range(self.world_size) if rank not in answers]
-        if missing:
-            raise missing_error(key, missing, answers, timeout_s)
-        return [answers[rank] for rank in range(self.world_size)]
-
-
-# ---- packets and errors -----------------------------------------------------------------------------------------------
-
-
-def pack(payloads: Mapping[int, bytes]) -> bytes:
-    """Payloads by rank, as bytes."""
-    return b"".join(part for rank, payload in payloads.items() for part in (_FRAME.pack(rank, len(payload)), payload))
-
-
-def unpack(packed: bytes) -> dict[int, bytes]:
-    payloads, place = {}, 0
-    while place < len(packed):
-        rank, length = _FRAME.unpack_from(packed, place)
-        place += _FRAME.size
-        payloads[rank] = packed[place : place + length]
-        place += length
-    return payloads
+# ---- errors -----------------------------------------------------------------------------------------------------------
 
 
 def given(payload: bytes | None, key: str) -> bytes:

@@ -29,6 +29,7 @@ from typing import Any
 
 import psutil
 import torch
+from dist.exchange import exchange
 from support import patience
 
 from ckpt.coordinator import Coordinator, make_coordinator
@@ -51,7 +52,7 @@ def payload_of(rank: int, key: str) -> bytes:
 
 def meet(c: Coordinator, key: str) -> None:
     """One exchange that must succeed."""
-    assert c.exchange(key, payload_of(c.rank, key), TIMEOUT_S) == [payload_of(rank, key) for rank in range(c.world_size)]
+    assert exchange(c, key, payload_of(c.rank, key), TIMEOUT_S) == [payload_of(rank, key) for rank in range(c.world_size)]
 
 
 def expect_missing(ranks: tuple[int, ...], call: Callable[[], object], timeout_s: float = SHORT_S) -> PeerError:
@@ -117,7 +118,7 @@ def order(c: Coordinator) -> None:
     assert c.broadcast("order/1", b"verdict" if c.rank == 0 else None, TIMEOUT_S) == b"verdict"
     assert c.broadcast("order/an odd key: ä/\\?*", b"" if c.rank == 0 else None, TIMEOUT_S) == b""
     meet(c, "order/" + "long" * 100)
-    assert c.exchange("order/empty", b"", TIMEOUT_S) == [b""] * c.world_size
+    assert exchange(c, "order/empty", b"", TIMEOUT_S) == [b""] * c.world_size
 
 
 def large(c: Coordinator) -> None:
@@ -177,7 +178,7 @@ def missing(c: Coordinator) -> None:
     for attempt in range(3):
         if c.rank == last:
             assert c.broadcast(f"missed/{attempt}", None, TIMEOUT_S) == b"now"
-        error = expect_missing((last,), lambda key=f"missing/{attempt}": c.exchange(key, b"%d" % c.rank, SHORT_S))
+        error = expect_missing((last,), lambda key=f"missing/{attempt}": exchange(c, key, b"%d" % c.rank, SHORT_S))
         assert error.payloads == {rank: b"%d" % rank for rank in range(last)}
         if c.rank == 0:
             c.broadcast(f"missed/{attempt}", b"now", TIMEOUT_S)
@@ -290,7 +291,7 @@ def counted_looks() -> Iterator[list[Pace]]:
 def stopped(c: Coordinator) -> None:
     """The last rank is stopped; when it goes on, what it does late harms nobody."""
     last = c.world_size - 1
-    pids = [int(pid) for pid in c.exchange("stopped/pids", b"%d" % os.getpid(), TIMEOUT_S)]
+    pids = [int(pid) for pid in exchange(c, "stopped/pids", b"%d" % os.getpid(), TIMEOUT_S)]
     if c.rank == last:
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
@@ -298,9 +299,9 @@ def stopped(c: Coordinator) -> None:
             time.sleep(0.002)
     try:
         if c.rank == last:
-            expect_missing((last,), lambda: c.exchange("stopped/1", b"", SHORT_S))
+            expect_missing((last,), lambda: exchange(c, "stopped/1", b"", SHORT_S))
         else:
-            expect_missing((last,), lambda: c.exchange("stopped/1", b"", SHORT_S))
+            expect_missing((last,), lambda: exchange(c, "stopped/1", b"", SHORT_S))
     finally:
         if c.rank == 0:
             os.kill(pids[last], signal.SIGCONT)
@@ -310,7 +311,7 @@ def stopped(c: Coordinator) -> None:
 
 def stopped_zero(c: Coordinator) -> None:
     """Rank 0 is stopped, and with it whatever it serves: the deadlines of the others hold."""
-    pids = [int(pid) for pid in c.exchange("stopped-zero/pids", b"%d" % os.getpid(), TIMEOUT_S)]
+    pids = [int(pid) for pid in exchange(c, "stopped-zero/pids", b"%d" % os.getpid(), TIMEOUT_S)]
     if c.rank == 0:
         c.gather("stopped-zero/1", b"", TIMEOUT_S)
         os.kill(os.getpid(), signal.SIGSTOP)
@@ -355,7 +356,7 @@ def interrupted(c: Coordinator) -> None:
     if c.rank == 0:
         expect_given_up(c, lambda: c.gather("interrupted/1", b"", TIMEOUT_S), after_s=0.2)
         expect_given_up(c, lambda: c.gather("interrupted/2", b"", TIMEOUT_S))
-        expect_given_up(c, lambda: c.exchange("interrupted/3", b"", TIMEOUT_S))
+        expect_given_up(c, lambda: exchange(c, "interrupted/3", b"", TIMEOUT_S))
         assert c.broadcast("interrupted/4", b"given up", TIMEOUT_S) == b"given up"
     else:
         if c.rank < c.world_size - 1:
@@ -370,12 +371,12 @@ def interrupted_others(c: Coordinator) -> None:
     if c.rank == 0:
         answers = [payload_of(rank, "2") for rank in range(c.world_size)]
         assert c.gather("interrupted-others/2", answers[0], TIMEOUT_S) == answers
-        assert c.exchange("interrupted-others/3", answers[0], TIMEOUT_S) == answers
+        assert exchange(c, "interrupted-others/3", answers[0], TIMEOUT_S) == answers
     else:
         expect_given_up(c, lambda: c.broadcast("interrupted-others/1", None, TIMEOUT_S), after_s=0.2)
         expect_given_up(c, lambda: c.broadcast("interrupted-others/1", None, TIMEOUT_S))
         c.gather("interrupted-others/2", payload_of(c.rank, "2"), TIMEOUT_S)
-        expect_given_up(c, lambda: c.exchange("interrupted-others/3", payload_of(c.rank, "2"), TIMEOUT_S))
+        expect_given_up(c, lambda: exchange(c, "interrupted-others/3", payload_of(c.rank, "2"), TIMEOUT_S))
     close_soon(c)
 
 
@@ -402,7 +403,7 @@ def killed(c: Coordinator) -> None:
     if c.rank == last:
         report("killed")
         os.kill(os.getpid(), signal.SIGKILL)
-    expect_missing((last,), lambda: c.exchange("killed/2", b"", SHORT_S))
+    expect_missing((last,), lambda: exchange(c, "killed/2", b"", SHORT_S))
     c.gather("killed.aware/1", b"", SHORT_S) if c.rank else None
     if c.rank == 0:
         expect_missing((last,), lambda: c.gather("killed.aware/1", b"", SHORT_S))

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed import PrefixStore, TCPStore
+from dist.exchange import exchange
 from support import patience
 
 from ckpt.coordinator import make_coordinator
@@ -44,7 +45,7 @@ def main(directory: Path) -> None:
         c.gather("save/3", own, TIMEOUT_S)  # nobody reads it
     (directory / f"{attempt.decode()}.{rank}").write_text(f"{word.decode()}, {stale} stale keys", encoding="utf-8")
     if attempt == b"0":
-        c.exchange("other/1", b"", TIMEOUT_S)
+        exchange(c, "other/1", b"", TIMEOUT_S)
         os._exit(1)
     c.close()
     # gloo would find the addresses of the first attempt in that store: it gets a prefix
@@ -53,7 +54,7 @@ def main(directory: Path) -> None:
     )
     c = make_coordinator(directory=directory)
     assert c.name == "torch"
-    assert c.exchange("save/1", own, TIMEOUT_S) == [b"1:0", b"1:1"]
+    assert exchange(c, "save/1", own, TIMEOUT_S) == [b"1:0", b"1:1"]
     c.close()
     torch.distributed.destroy_process_group()
 
