@@ -35,7 +35,7 @@ from ckpt.errors import (
 )
 from ckpt.options import Options
 from ckpt.restore import file_readers
-from ckpt.restore.candidates import GONE, Candidate, Chooser, Objection, Seen
+from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
 from ckpt.restore.restorer import verify_files
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
@@ -163,7 +163,7 @@ class BundleCheckpointer(Saver):
         self._claims = f"{self._stream}-claim"
         saving = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._committing = BundleCommitter(saving, tuple(varying))
-        self._chooser = Chooser(made, f"{self._stream}-find", self.options.timeout_s)
+        self._vote = CandidateVote(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)
         self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
@@ -347,7 +347,7 @@ class BundleCheckpointer(Saver):
             CheckpointError: each was replaced or removed before it could be read, time and again.
         """
         self._check_usable()
-        self._chooser.begin()
+        self._vote.begin()
         self._drain(self.options.drain_timeout_s)
         path = Path(os.path.abspath(os.fspath(root)))
 
@@ -363,8 +363,8 @@ class BundleCheckpointer(Saver):
 
         if self._leads:
             complete()
-        self._chooser.meet()  # nobody looks at files that are just getting their names
-        found, refusal = self._chooser.lead(look, verify) if self.rank == 0 else self._chooser.follow(verify)
+        self._vote.meet()  # nobody looks at files that are just getting their names
+        found, refusal = self._vote.lead(look, verify) if self.rank == 0 else self._vote.follow(verify)
         if found is not None:
             wanted = name or bundles.read_latest(path)
             if wanted is not None and found.name != wanted:

@@ -26,7 +26,7 @@ from ckpt.errors import (
 )
 from ckpt.fence import fence
 from ckpt.options import Options
-from ckpt.restore.candidates import Chooser
+from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.restorer import Loading, Restored, Restorer
 from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
@@ -82,9 +82,9 @@ class Checkpointer(Saver):
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
         agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._steps = StepCommitter(self._directories, agreement)
-        chooser = Chooser(made, f"{self._stream}-restore", self.options.timeout_s)
+        vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         together = self.options.replicated_readers == "all"
-        self._restorer = Restorer(self._directories, self.rank, self.world_size, chooser, together)
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, together)
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together

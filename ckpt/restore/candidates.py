@@ -66,7 +66,7 @@ Verify = Callable[[Candidate], "Objection | None"]
 Choice = tuple["Candidate | None", Refusal]
 
 
-class Chooser:
+class CandidateVote:
     """
     Args:
         stream: of the keys; no other conversation of this job uses it.

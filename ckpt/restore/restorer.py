@@ -29,7 +29,7 @@ from ckpt.errors import (
 )
 from ckpt.loading.archive import TIMEOUT_S
 from ckpt.restore import file_readers
-from ckpt.restore.candidates import GONE, LOST, Candidate, Chooser, Objection, Refusal, Seen
+from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.file_readers import Fresh, Into, Lent
 from ckpt.restore.readiness import Readiness
 
@@ -96,11 +96,11 @@ def _lends(target: Any) -> bool:
 class Restorer:
     """See the module."""
 
-    def __init__(self, directories: StepDirectories, rank: int, world_size: int, chooser: Chooser, together: bool) -> None:
+    def __init__(self, directories: StepDirectories, rank: int, world_size: int, vote: CandidateVote, together: bool) -> None:
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
-        self._chooser = chooser
+        self._vote = vote
         self._together = together and world_size > 1
         # Of the candidate: what has been read, and found good; and why it cannot be loaded as asked, although it may be good.
         self._manifest: Manifest | None = None
@@ -112,7 +112,7 @@ class Restorer:
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
-        self._chooser.begin()
+        self._vote.begin()
 
     def restore(self, root: Path, loading: Loading, *, fresh: bool = False, exclusive: bool = False) -> Restored | None:
         """See Checkpointer.restore()."""
@@ -125,9 +125,9 @@ class Restorer:
             if self._rank == 0:
                 if exclusive:
                     self._refuse_a_second_job(loading.timeout_s)
-                found, refusal = self._chooser.lead(lambda: self._look(fresh), verify)
+                found, refusal = self._vote.lead(lambda: self._look(fresh), verify)
             else:
-                found, refusal = self._chooser.follow(verify)
+                found, refusal = self._vote.follow(verify)
             if found is not None:
                 return self._load(root / found.name, loading)
             if refusal.causes:
@@ -140,7 +140,7 @@ class Restorer:
         try:
             self._directories.expect_no_other(timeout_s)
         except InUseError as error:
-            self._chooser.refuse(str(error))
+            self._vote.refuse(str(error))
             raise
 
     def _look(self, fresh: bool) -> Seen:
