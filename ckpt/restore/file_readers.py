@@ -2,9 +2,9 @@
 
 There are three ways to read a file, each in one pass that checks every byte of it:
 
-    Fresh       to new memory, the default
-    Into        into tensors that are there, a target as for load_into()
-    Lent        to new memory, but for tensors that are lent to it
+    NewMemoryReader     to new memory, the default
+    InPlaceReader       into tensors that are there, a target as for load_into()
+    LentMemoryReader    to new memory, but for tensors that are lent to it
 
 A file that all ranks need they may read together, see shared_read.py. Then that pass is a collective.
 """
@@ -52,7 +52,7 @@ def verify(path: Path, file: FileEntry, timeout_s: float) -> None:
     compare(path, file, size, crc)
 
 
-class Fresh:
+class NewMemoryReader:
     """A file to new memory. Making one reads no more than the directory.
 
     Args:
@@ -148,7 +148,7 @@ class Fresh:
         self.archive.close()
 
 
-class Into(Fresh):
+class InPlaceReader(NewMemoryReader):
     """
     Args:
         target, strict, weights_only: as for load_into().
@@ -199,7 +199,7 @@ class Into(Fresh):
         return self._target
 
 
-class Lent(Fresh):
+class LentMemoryReader(NewMemoryReader):
     """What cannot be read straight into what is lent goes to new memory, like all else. Unpickles twice."""
 
     def __init__(

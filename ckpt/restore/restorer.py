@@ -30,7 +30,7 @@ from ckpt.errors import (
 from ckpt.loading.archive import TIMEOUT_S
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
-from ckpt.restore.file_readers import Fresh, Into, Lent
+from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
 from ckpt.restore.readiness import Readiness
 
 logger = logging.getLogger("ckpt")
@@ -73,7 +73,7 @@ class Loading(NamedTuple):
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into
 
-    def place(self, path: Path, file: FileEntry, touched: bool, together: bool) -> Fresh:
+    def place(self, path: Path, file: FileEntry, touched: bool, together: bool) -> NewMemoryReader:
         """Beside its target.
 
         Args:
@@ -82,11 +82,11 @@ class Loading(NamedTuple):
         """
         target = self.target_of(file)
         if target is None:
-            return Fresh(path, file, self.map_location, self.weights_only, together, self.timeout_s)
+            return NewMemoryReader(path, file, self.map_location, self.weights_only, together, self.timeout_s)
         if _lends(target):
-            return Lent(path, file, target, self.map_location, self.weights_only, together, self.timeout_s)
+            return LentMemoryReader(path, file, target, self.map_location, self.weights_only, together, self.timeout_s)
         strict = self.strict or touched  # else what it lacks would keep the parts of the other
-        return Into(path, file, target, strict, self.weights_only, touched, together, self.timeout_s)
+        return InPlaceReader(path, file, target, strict, self.weights_only, touched, together, self.timeout_s)
 
 
 def _lends(target: Any) -> bool:
@@ -173,7 +173,7 @@ class Restorer:
         Nothing is written to a target before all targets have been found to fit.
         """
         self._held, self._refusal = {}, None  # before there is memory for the next
-        beside: dict[Path, Fresh] = {}
+        beside: dict[Path, NewMemoryReader] = {}
         readiness = Readiness(self._rank, self._world_size if candidate.together else 1)
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
@@ -201,7 +201,7 @@ class Restorer:
         readiness.settle(cause)
         return None if cause is None else Objection(cause, not manifests.is_at(directory, candidate.sequence))
 
-    def _fill(self, beside: dict[Path, Fresh]) -> None:
+    def _fill(self, beside: dict[Path, NewMemoryReader]) -> None:
         # What all read together comes first: nothing may fail on this rank alone before that.
         for path, each in sorted(beside.items(), key=lambda item: not item[1].together):
             if self._refusal:
@@ -221,7 +221,7 @@ class Restorer:
             self._refusal = each.refusal
             self._held[path] = each.take
 
-    def _why_not_filled(self, directory: Path, beside: dict[Path, Fresh]) -> CheckpointError | None:
+    def _why_not_filled(self, directory: Path, beside: dict[Path, NewMemoryReader]) -> CheckpointError | None:
         """Whether memory that was lent to a checkpoint that was passed over is not filled by this one."""
         left = self._owed.difference(*(each.lent() for each in beside.values()))
         if not left:
