@@ -83,8 +83,8 @@ class Checkpointer(Saver):
         agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._steps = StepCommitter(self._directories, agreement)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
-        together = self.options.replicated_readers == "all"
-        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, together)
+        collective = self.options.replicated_readers == "all"
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together

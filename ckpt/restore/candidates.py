@@ -30,7 +30,7 @@ class Candidate(NamedTuple):
 
     name: str
     sequence: int
-    together: bool = False
+    collective: bool = False
 
 
 class Seen(NamedTuple):

@@ -56,7 +56,7 @@ class NewMemoryReader:
     """A file to new memory. Making one reads no more than the directory.
 
     Args:
-        together: all ranks read it together.
+        collective: all ranks read it together, so that reading it is a collective.
         timeout_s: longest that one pass over it may take, seconds.
 
     Attributes:
@@ -72,10 +72,10 @@ class NewMemoryReader:
         file: FileEntry,
         map_location: Any,
         weights_only: bool,
-        together: bool = False,
+        collective: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._path, self._file, self.together, self._timeout_s = path, file, together, timeout_s
+        self._path, self._file, self.collective, self._timeout_s = path, file, collective, timeout_s
         self._how = (map_location, weights_only)
         self._make: Callable[[], Any]
         self.archive = Archive(path, timeout_s)
@@ -100,7 +100,7 @@ class NewMemoryReader:
             self.check()
 
     def _read(self) -> None:
-        if self.together:
+        if self.collective:
             contents, crc = read_spread(lambda: self.archive, self._how[0])
         else:
             contents, crc = read_whole(self.archive, self._how[0])
@@ -128,11 +128,11 @@ class NewMemoryReader:
         fillings: list[Filling] = []
 
         def prepare() -> tuple[Archive, Mapping[str, Any]]:
-            fillings.append(Filling(self.archive, pairs, make(), self.together))
+            fillings.append(Filling(self.archive, pairs, make(), self.collective))
             fillings[0].begin()
             return self.archive, fillings[0].places
 
-        if self.together:
+        if self.collective:
             self._compare(fill_spread(prepare).crc32)
         else:
             prepare()
@@ -163,10 +163,10 @@ class InPlaceReader(NewMemoryReader):
         strict: bool,
         weights_only: bool,
         touched: bool,
-        together: bool = False,
+        collective: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        super().__init__(path, file, None, weights_only, together, timeout_s)
+        super().__init__(path, file, None, weights_only, collective, timeout_s)
         self._check_first()
         self._target = target
         try:
@@ -190,7 +190,7 @@ class InPlaceReader(NewMemoryReader):
         return True
 
     def _read(self) -> None:
-        self._fill(self._fit.pairs, lambda: self._fit.memory(devices=not self.together))
+        self._fill(self._fit.pairs, lambda: self._fit.memory(devices=not self.collective))
 
     def take(self) -> Any:
         """Puts the rest into the target, and returns it."""
@@ -209,10 +209,10 @@ class LentMemoryReader(NewMemoryReader):
         lend: Lend,
         map_location: Any,
         weights_only: bool,
-        together: bool = False,
+        collective: bool = False,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        super().__init__(path, file, map_location, weights_only, together, timeout_s)
+        super().__init__(path, file, map_location, weights_only, collective, timeout_s)
         self._check_first()
         self._lent: dict[tuple[Any, ...], torch.Tensor] = {}
         self._pairs: list[Pair] = []
@@ -242,7 +242,7 @@ class LentMemoryReader(NewMemoryReader):
             pair = fit.pairs[-1]
             place = (pair.record, tensor.data_ptr(), source.storage_offset())
             size = self.archive.records[pair.record].size
-            if takes_whole(pair, size, devices=not self.together) and (place in known or taken.add(tensor)):
+            if takes_whole(pair, size, devices=not self.collective) and (place in known or taken.add(tensor)):
                 known.add(place)
                 self._pairs.append(pair)
                 self._lent[path] = tensor
@@ -257,7 +257,7 @@ class LentMemoryReader(NewMemoryReader):
         self._fill(self._pairs, functools.partial(self._allocate, needed))
 
     def _allocate(self, names: set[str]) -> Memory:
-        if self.together:  # ranks send each other what lies on the host
+        if self.collective:  # ranks send each other what lies on the host
             self._memory = Memory(self.archive, self.archive.allocate(names))
         else:
             self._memory = Memory.where_loaded(self.archive, names, self._how[0], self._outline.small)

@@ -73,20 +73,20 @@ class Loading(NamedTuple):
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into
 
-    def place(self, path: Path, file: FileEntry, touched: bool, together: bool) -> NewMemoryReader:
+    def place(self, path: Path, file: FileEntry, touched: bool, collective: bool) -> NewMemoryReader:
         """Beside its target.
 
         Args:
             touched: that holds parts of another checkpoint already.
-            together: all ranks read it together.
+            collective: all ranks read it together, so that reading it is a collective.
         """
         target = self.target_of(file)
         if target is None:
-            return NewMemoryReader(path, file, self.map_location, self.weights_only, together, self.timeout_s)
+            return NewMemoryReader(path, file, self.map_location, self.weights_only, collective, self.timeout_s)
         if _lends(target):
-            return LentMemoryReader(path, file, target, self.map_location, self.weights_only, together, self.timeout_s)
+            return LentMemoryReader(path, file, target, self.map_location, self.weights_only, collective, self.timeout_s)
         strict = self.strict or touched  # else what it lacks would keep the parts of the other
-        return InPlaceReader(path, file, target, strict, self.weights_only, touched, together, self.timeout_s)
+        return InPlaceReader(path, file, target, strict, self.weights_only, touched, collective, self.timeout_s)
 
 
 def _lends(target: Any) -> bool:
@@ -96,12 +96,12 @@ def _lends(target: Any) -> bool:
 class Restorer:
     """See the module."""
 
-    def __init__(self, directories: StepDirectories, rank: int, world_size: int, vote: CandidateVote, together: bool) -> None:
+    def __init__(self, directories: StepDirectories, rank: int, world_size: int, vote: CandidateVote, collective: bool) -> None:
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
         self._vote = vote
-        self._together = together and world_size > 1
+        self._collective = collective and world_size > 1
         # Of the candidate: what has been read, and found good; and why it cannot be loaded as asked, although it may be good.
         self._manifest: Manifest | None = None
         self._held: dict[Path, Callable[[], Any]] = {}
@@ -162,8 +162,8 @@ class Restorer:
         return CorruptError(f"no checkpoint in '{root}' is good: {text}{after}")
 
     def _candidate(self, directory: Path, manifest: Manifest) -> Candidate:
-        together = self._together and any(file.kind == REPLICATED for file in manifest.files)
-        return Candidate(directory.name, manifest.sequence, together)
+        collective = self._collective and any(file.kind == REPLICATED for file in manifest.files)
+        return Candidate(directory.name, manifest.sequence, collective)
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
@@ -174,12 +174,12 @@ class Restorer:
         """
         self._held, self._refusal = {}, None  # before there is memory for the next
         beside: dict[Path, NewMemoryReader] = {}
-        readiness = Readiness(self._rank, self._world_size if candidate.together else 1)
+        readiness = Readiness(self._rank, self._world_size if candidate.collective else 1)
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
             path = directory / file.name
             if self._will_load(manifest, file, loading):
-                beside[path] = loading.place(path, file, self._touched, candidate.together and file.kind == REPLICATED)
+                beside[path] = loading.place(path, file, self._touched, candidate.collective and file.kind == REPLICATED)
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
                     self._fill({path: beside[path]})
             elif self._is_mine(file):
@@ -203,7 +203,7 @@ class Restorer:
 
     def _fill(self, beside: dict[Path, NewMemoryReader]) -> None:
         # What all read together comes first: nothing may fail on this rank alone before that.
-        for path, each in sorted(beside.items(), key=lambda item: not item[1].together):
+        for path, each in sorted(beside.items(), key=lambda item: not item[1].collective):
             if self._refusal:
                 each.check()
                 continue
