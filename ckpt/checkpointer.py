@@ -27,7 +27,7 @@ from ckpt.errors import (
 from ckpt.fence import fence
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
-from ckpt.restore.restorer import Loading, Restored, Restorer
+from ckpt.restore.restorer import Restored, Restorer, RestoreRequest
 from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
@@ -308,8 +308,8 @@ class Checkpointer(Saver):
         self._drain(self.options.drain_timeout_s)
         if into is not None or replicated_into is not None:
             fence()
-        loading = Loading(map_location, weights_only, merge, into, replicated_into, strict, self.options.timeout_s)
-        return self._restorer.restore(self.directory, loading, fresh=fresh, exclusive=exclusive)
+        request = RestoreRequest(map_location, weights_only, merge, into, replicated_into, strict, self.options.timeout_s)
+        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
 
     def agree(self, key: str, value: bytes) -> bytes:
         """Rank 0's value, on every rank. Waits for rank 0, a round trip; no collective of the training is used.

@@ -56,7 +56,7 @@ class Restored(_Pair):
         return self
 
 
-class Loading(NamedTuple):
+class RestoreRequest(NamedTuple):
     """How to load, as given to restore().
 
     `timeout_s`: longest that reading a file may take, seconds.
@@ -114,22 +114,22 @@ class Restorer:
         """To be called first, on all ranks."""
         self._vote.begin()
 
-    def restore(self, root: Path, loading: Loading, *, fresh: bool = False, exclusive: bool = False) -> Restored | None:
+    def restore(self, root: Path, request: RestoreRequest, *, fresh: bool = False, exclusive: bool = False) -> Restored | None:
         """See Checkpointer.restore()."""
 
         def verify(candidate: Candidate) -> Objection | None:
-            return self._verify(root / candidate.name, candidate, loading)
+            return self._verify(root / candidate.name, candidate, request)
 
         self._touched, self._owed, self._lost = False, set(), None
         try:
             if self._rank == 0:
                 if exclusive:
-                    self._refuse_a_second_job(loading.timeout_s)
+                    self._refuse_a_second_job(request.timeout_s)
                 found, refusal = self._vote.lead(lambda: self._look(fresh), verify)
             else:
                 found, refusal = self._vote.follow(verify)
             if found is not None:
-                return self._load(root / found.name, loading)
+                return self._load(root / found.name, request)
             if refusal.causes:
                 raise self._nothing_good(root, refusal)
             return None
@@ -167,7 +167,7 @@ class Restorer:
 
     # ---- reading ---------------------------------------------------------------------------------------------------
 
-    def _verify(self, directory: Path, candidate: Candidate, loading: Loading) -> Objection | None:
+    def _verify(self, directory: Path, candidate: Candidate, request: RestoreRequest) -> Objection | None:
         """Checks the files that this rank is to load, and its share of those that nobody loads; says what is wrong.
 
         Nothing is written to a target before all targets have been found to fit.
@@ -178,17 +178,17 @@ class Restorer:
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
             path = directory / file.name
-            if self._will_load(manifest, file, loading):
-                beside[path] = loading.place(path, file, self._touched, candidate.collective and file.kind == REPLICATED)
+            if self._will_load(manifest, file, request):
+                beside[path] = request.place(path, file, self._touched, candidate.collective and file.kind == REPLICATED)
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
                     self._fill({path: beside[path]})
             elif self._is_mine(file):
-                file_readers.verify(path, file, loading.timeout_s)
+                file_readers.verify(path, file, request.timeout_s)
 
         def finish(manifest: Manifest) -> None:
             refusal: Exception | None = self._lost or self._why_not_filled(directory, beside)
             refusal = refusal or next((each.refusal for each in beside.values() if each.refusal), None)
-            refusal = refusal or self._why_not(directory, manifest, loading)
+            refusal = refusal or self._why_not(directory, manifest, request)
             others = readiness.settle(refusal)
             self._manifest, self._refusal = manifest, refusal or others
             self._fill({path: each for path, each in beside.items() if path not in self._held})
@@ -231,11 +231,11 @@ class Restorer:
             "over: make what is to be loaded into anew"
         )
 
-    def _why_not(self, directory: Path, manifest: Manifest, loading: Loading) -> CheckpointError | None:
+    def _why_not(self, directory: Path, manifest: Manifest, request: RestoreRequest) -> CheckpointError | None:
         """What the checkpoint has not that is asked for."""
         own = [file.rank for file in manifest.files if file.kind == RANK]
         common = any(file.kind == REPLICATED for file in manifest.files)
-        if own and manifest.world_size != self._world_size and loading.merge is None:
+        if own and manifest.world_size != self._world_size and request.merge is None:
             return CheckpointError(
                 f"'{directory}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job has "
                 f"{self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
@@ -244,27 +244,27 @@ class Restorer:
         has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
         has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)
         for name, target, found in (
-            ("into", loading.into, self._rank in own),
-            ("replicated_into", loading.replicated_into, common),
+            ("into", request.into, self._rank in own),
+            ("replicated_into", request.replicated_into, common),
         ):
             if target is not None and not found and not _lends(target):
                 what = " and ".join(has) or "no state at all"
                 return CheckpointError(f"'{directory}' has nothing for {name}= on rank {self._rank}; it has {what}")
         return None
 
-    def _will_load(self, manifest: Manifest, file: FileEntry, loading: Loading) -> bool:
+    def _will_load(self, manifest: Manifest, file: FileEntry, request: RestoreRequest) -> bool:
         if file.kind == REPLICATED:
             return True
         if manifest.world_size == self._world_size:
             return file.rank == self._rank
-        return loading.merge is not None
+        return request.merge is not None
 
     def _is_mine(self, file: FileEntry) -> bool:
         if file.kind == REPLICATED:
             return True  # as every rank loads it
         return file.rank % self._world_size == self._rank
 
-    def _load(self, directory: Path, loading: Loading) -> Restored:
+    def _load(self, directory: Path, request: RestoreRequest) -> Restored:
         if self._refusal is not None:
             raise self._refusal
         manifest = self._manifest
@@ -278,8 +278,8 @@ class Restorer:
         state = None
         if own and manifest.world_size == self._world_size:
             state = next((load(file) for file in own if file.rank == self._rank), None)
-        elif own and loading.merge is not None:
-            state = loading.merge([load(file) for file in own])
+        elif own and request.merge is not None:
+            state = request.merge([load(file) for file in own])
         return Restored(manifest.step, state, replicated[0] if replicated else None)
 
 
