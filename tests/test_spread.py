@@ -273,7 +273,7 @@ def test_a_peer_that_does_not_answer(how: str, tmp_path: Path) -> None:
 
 def test_without_a_process_group(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"not initialised.*init_process_group"):
-        shared_read.read_spread(lambda: Archive(tmp_path / "any.pt"))
+        shared_read.read_together(lambda: Archive(tmp_path / "any.pt"))
 
 
 # ---- shares ----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from ckpt.loading.in_place import Filling, Intervals, takes_whole
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Outline
 from ckpt.loading.target_match import Fit, Pair
-from ckpt.restore.shared_read import fill_spread, read_spread
+from ckpt.restore.shared_read import read_together, read_together_into
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
 
@@ -101,7 +101,7 @@ class NewMemoryReader:
 
     def _read(self) -> None:
         if self.collective:
-            contents, crc = read_spread(lambda: self.archive, self._how[0])
+            contents, crc = read_together(lambda: self.archive, self._how[0])
         else:
             contents, crc = read_whole(self.archive, self._how[0])
         self._compare(crc)
@@ -133,7 +133,7 @@ class NewMemoryReader:
             return self.archive, fillings[0].places
 
         if self.collective:
-            self._compare(fill_spread(prepare).crc32)
+            self._compare(read_together_into(prepare).crc32)
         else:
             prepare()
             self._compare(fill(self.archive, fillings[0], whole=True))

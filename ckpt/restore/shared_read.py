@@ -38,14 +38,14 @@ _LARGE = 1 << 20  # parts from this size are sent from where they lie
 
 
 class Filled(NamedTuple):
-    """What fill_spread() has done: `crc32` is that of the file."""
+    """What read_together_into() has done: `crc32` is that of the file."""
 
     archive: Archive
     destinations: Mapping[str, Place]
     crc32: int
 
 
-def read_spread(
+def read_together(
     open_archive: Callable[[], Archive], map_location: Any = None, group: Any = None, device: torch.device | None = None
 ) -> tuple[Contents, int]:
     """All records of a file, as read_whole() gives them, and the CRC-32 of the file. A collective.
@@ -58,7 +58,7 @@ def read_spread(
         device: see RankGroup.
 
     Raises:
-        as fill_spread().
+        as read_together_into().
     """
 
     def prepare() -> tuple[Archive, Mapping[str, Place]]:
@@ -66,14 +66,14 @@ def read_spread(
         tensors = [] if str(map_location) == "meta" else archive.storage_names()
         return archive, archive.allocate([*archive.small_names(), *tensors])
 
-    archive, filled, crc = fill_spread(prepare, group, device)
+    archive, filled, crc = read_together_into(prepare, group, device)
     storages = {name: place for name, place in filled.items() if isinstance(place, torch.UntypedStorage)}
     small = {name: bytes_of(storages.pop(name)) for name in archive.small_names()}
     archive.close()
     return Contents(archive, small, storages), crc
 
 
-def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None = None) -> Filled:
+def read_together_into(prepare: Prepare, group: Any = None, device: torch.device | None = None) -> Filled:
     """Fills memory of this rank with records of a file, of which it reads only its share. A collective.
 
     The bytes of all records that are wanted are checked on every rank, if the file has checksums of its own. What lies between
@@ -95,7 +95,7 @@ def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None
     """
     ranks = RankGroup(group, device)
     try:
-        share = _Share(prepare, ranks)
+        share = ReadShare(prepare, ranks)
     except Exception as error:
         _tell_failure(ranks, error)
         raise
@@ -110,7 +110,7 @@ def fill_spread(prepare: Prepare, group: Any = None, device: torch.device | None
     return Filled(share.archive, share.destinations, crc)
 
 
-class _Share:
+class ReadShare:
     """What this rank has read, and all that sending needs: nothing is left that can fail on this rank alone."""
 
     def __init__(self, prepare: Prepare, ranks: RankGroup) -> None:
@@ -149,7 +149,7 @@ def _tell_failure(ranks: RankGroup, error: Exception) -> None:
 def _compare(archive: Archive, answers: list[dict[str, Any]]) -> None:
     """
     Raises:
-        PeerError, CorruptError, CheckpointError: see fill_spread(); the same on all ranks but those that failed.
+        PeerError, CorruptError, CheckpointError: see read_together_into(); the same on all ranks but those that failed.
     """
     failed = {rank: answer["failure"] for rank, answer in enumerate(answers) if answer["failure"] is not None}
     if failed:
@@ -250,7 +250,7 @@ class _Flight(NamedTuple):
     buffer: torch.Tensor | None  # None: it goes from place to place
 
 
-def _send(ranks: RankGroup, share: _Share) -> None:
+def _send(ranks: RankGroup, share: ReadShare) -> None:
     """Every batch from its owner to all others."""
     spare = list(share.buffers)
     flights: deque[_Flight] = deque()

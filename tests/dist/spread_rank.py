@@ -21,7 +21,7 @@ from support import DEADLINE_S, assert_same, options, standard_output_for_answer
 import ckpt
 from ckpt import _native
 from ckpt.loading.archive import Archive
-from ckpt.restore.shared_read import Place, fill_spread, read_spread
+from ckpt.restore.shared_read import Place, read_together_into, read_together
 
 RANK, SIZE = int(sys.argv[1]), int(sys.argv[2])
 
@@ -72,7 +72,7 @@ def load(
 
     group = dist.new_group(ranks) if ranks else None
     try:
-        contents, crc = read_spread(open_archive, map_location, group, torch.device("cpu") if staged else None)
+        contents, crc = read_together(open_archive, map_location, group, torch.device("cpu") if staged else None)
     finally:
         if fault:
             _native.clear_faults()
@@ -92,7 +92,7 @@ def fill(path: str, staged: bool = False) -> Any:
         archive = Archive(Path(path))
         return archive, {f"data/{index}": target for index, target in enumerate(targets.values())}
 
-    filled = fill_spread(prepare, device=torch.device("cpu") if staged else None)
+    filled = read_together_into(prepare, device=torch.device("cpu") if staged else None)
     for name, tensor in expected.items():
         assert torch.equal(targets[name], tensor), name
         assert around[name][:2].tolist() == [7, 7] and around[name][-3:].tolist() == [7, 7, 7], name
