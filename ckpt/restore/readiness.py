@@ -6,14 +6,14 @@ from ckpt.errors import CheckpointError, PeerError
 from ckpt.restore.process_group import TEXT, RankGroup
 
 
-class Readiness:
+class StartVote:
     """Whether all ranks can begin to read a file together, which they have to say before they do; nothing for a rank alone."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
         self._settled = world_size == 1
 
-    def settle(self, obstacle: object) -> CheckpointError | None:
+    def cast(self, obstacle: object) -> CheckpointError | None:
         """The first call is a collective, later ones do nothing.
 
         Args:

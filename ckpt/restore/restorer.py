@@ -31,7 +31,7 @@ from ckpt.loading.archive import TIMEOUT_S
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
-from ckpt.restore.readiness import Readiness
+from ckpt.restore.readiness import StartVote
 
 logger = logging.getLogger("ckpt")
 
@@ -174,7 +174,7 @@ class Restorer:
         """
         self._held, self._refusal = {}, None  # before there is memory for the next
         beside: dict[Path, NewMemoryReader] = {}
-        readiness = Readiness(self._rank, self._world_size if candidate.collective else 1)
+        start_vote = StartVote(self._rank, self._world_size if candidate.collective else 1)
 
         def check(directory: Path, manifest: Manifest, file: FileEntry) -> None:
             path = directory / file.name
@@ -189,16 +189,16 @@ class Restorer:
             refusal: Exception | None = self._lost or self._why_not_filled(directory, beside)
             refusal = refusal or next((each.refusal for each in beside.values() if each.refusal), None)
             refusal = refusal or self._why_not(directory, manifest, request)
-            others = readiness.settle(refusal)
+            others = start_vote.cast(refusal)
             self._manifest, self._refusal = manifest, refusal or others
             self._fill({path: each for path, each in beside.items() if path not in self._held})
 
         try:
             cause = verify_files(directory, candidate.sequence, check, finish)
         except Exception as error:
-            readiness.settle(error)
+            start_vote.cast(error)
             raise
-        readiness.settle(cause)
+        start_vote.cast(cause)
         return None if cause is None else Objection(cause, not manifests.is_at(directory, candidate.sequence))
 
     def _fill(self, beside: dict[Path, NewMemoryReader]) -> None:
