@@ -21,7 +21,6 @@ from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
-from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
@@ -36,7 +35,6 @@ from ckpt.errors import (
 from ckpt.options import Options
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
-from ckpt.restore.restorer import verify_files
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
@@ -390,18 +388,17 @@ class BundleCheckpointer(Saver):
         return candidates
 
     def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> Objection | None:
-        def check(directory: Path, _: Manifest, file: FileEntry) -> None:
-            if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
-                file_readers.verify(directory / file.name, file, self.options.timeout_s)
-
         if sequence == _UNVERIFIED:
             cause = self._verify_foreign(directory)
             return None if cause is None else Objection(cause)
         unsettled = bundles.is_unsettled(directory)
-        cause = verify_files(directory, sequence, check)
-        if cause is None:
-            return None
-        return Objection(cause, unsettled or not manifests.is_at(directory, sequence))
+        try:
+            for file in file_readers.read_manifest(directory, sequence).files:
+                if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
+                    file_readers.verify(directory / file.name, file, self.options.timeout_s)
+        except file_readers.UNFIT as error:
+            return Objection(str(error), unsettled or not manifests.is_at(directory, sequence))
+        return None
 
     def _verify_foreign(self, directory: Path) -> str | None:
         try:

@@ -27,7 +27,8 @@ from ckpt.errors import (
 from ckpt.fence import fence
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
-from ckpt.restore.restorer import Restored, Restorer, RestoreRequest
+from ckpt.restore.request import Restored, RestoreRequest
+from ckpt.restore.restorer import Restorer
 from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start

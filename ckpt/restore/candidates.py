@@ -61,7 +61,8 @@ class Refusal(NamedTuple):
     kind: str = DAMAGED
 
 
-# Looks at a candidate on this rank; says what is wrong with it, or None.
+# Looks at a candidate on this rank; says what is wrong with it, or None. All ranks call it for the same candidates, in the same
+# order, so it may make collectives.
 Verify = Callable[[Candidate], "Objection | None"]
 Choice = tuple["Candidate | None", Refusal]
 

@@ -20,8 +20,9 @@ from typing import Any
 import torch
 
 from ckpt._native import digest_file
-from ckpt.directory.manifest import FileEntry
-from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, StorageError
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.in_place import Filling, Intervals, takes_whole
 from ckpt.loading.record_memory import Memory, fill, read_whole
@@ -30,9 +31,23 @@ from ckpt.loading.target_match import Fit, Pair
 from ckpt.restore.shared_read import read_together, read_together_into
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
+UNFIT = (NotACheckpointError, *DAMAGE)  # that speak against the checkpoint
 
 # Given the object of a file, whose tensors have no contents yet: tensors that may get these, by their paths in it.
 Lend = Callable[[Any], "Mapping[tuple[Any, ...], torch.Tensor]"]
+
+
+def read_manifest(directory: Path, sequence: int) -> Manifest:
+    """Of the checkpoint that rank 0 has named by this sequence number.
+
+    Raises:
+        CorruptError: it is damaged, or another checkpoint is there.
+        NotACheckpointError, StorageError: there is none, or it cannot be read.
+    """
+    manifest = manifests.read(directory)
+    if manifest.sequence != sequence:
+        raise CorruptError(f"'{directory}' is another checkpoint than on rank 0: all ranks must see the same directory")
+    return manifest
 
 
 def compare(path: Path, file: FileEntry, size: int, crc: int) -> None:

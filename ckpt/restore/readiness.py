@@ -7,14 +7,13 @@ from ckpt.restore.process_group import TEXT, RankGroup
 
 
 class StartVote:
-    """Whether all ranks can begin to read a file together, which they have to say before they do; nothing for a rank alone."""
+    """Whether all ranks can begin to read a file together, which they have to say before they do."""
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._settled = world_size == 1
 
     def cast(self, obstacle: object) -> CheckpointError | None:
-        """The first call is a collective, later ones do nothing.
+        """A collective.
 
         Args:
             obstacle: why this rank cannot; None: it can.
@@ -26,9 +25,6 @@ class StartVote:
             PeerError: the collective failed.
             CheckpointError: the process group is another than the ranks that restore.
         """
-        if self._settled:
-            return None
-        self._settled = True
         group = RankGroup()
         stray: CheckpointError | None = None
         if (group.rank, group.size) != (self._rank, self._world_size):

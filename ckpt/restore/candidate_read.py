@@ -1,0 +1,218 @@
+"""A candidate on one rank. All ranks go through these phases in step, for one candidate after the other:
+
+    open    local       opens the files that this rank loads, and checks those that nobody loads; touches no target
+    agree   collective  of all ranks, where they read a file together: each says whether it can begin, see readiness.py
+    read    collective  first, for the file that all read together, see shared_read.py
+            local       then, for what else this rank loads
+
+A rank that fails in the first phase takes part in the second all the same, because the others wait for it there; then nobody
+reads together. Where there is no such file, none of this is a collective.
+
+These collectives are of torch.distributed. What the ranks say of the candidate afterwards goes through the coordinator: see
+candidates.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.errors import CheckpointError, DeadlineError, PeerError
+from ckpt.restore import file_readers
+from ckpt.restore.candidates import Candidate, Objection
+from ckpt.restore.file_readers import UNFIT, NewMemoryReader
+from ckpt.restore.readiness import StartVote
+from ckpt.restore.request import Restored, RestoreRequest, lends
+
+
+@dataclasses.dataclass
+class TargetState:
+    """What the targets of a restore hold, of any candidate up to now.
+
+    Attributes:
+        touched: whether one holds parts of a checkpoint.
+        owed: addresses of lent tensors that hold parts of one.
+        lost: why targets must not be used any more, whatever is chosen.
+    """
+
+    touched: bool = False
+    owed: set[int] = dataclasses.field(default_factory=set)
+    lost: CheckpointError | None = None
+
+
+class CandidateRead:
+    """See the module.
+
+    Args:
+        directory: of the candidate.
+        targets: of this restore; what reading does to them is noted there.
+    """
+
+    def __init__(
+        self, directory: Path, candidate: Candidate, request: RestoreRequest, targets: TargetState, rank: int, world_size: int
+    ) -> None:
+        self._directory = directory
+        self._candidate = candidate
+        self._request = request
+        self._targets = targets
+        self._rank = rank
+        self._world_size = world_size
+        self._manifest: Manifest | None = None
+        self._readers: dict[Path, NewMemoryReader] = {}
+        self._held: dict[Path, Callable[[], Any]] = {}  # what has been read, and found good
+        self._refusal: Exception | None = None  # why it cannot be loaded as asked, although it may be good
+
+    def examine(self) -> Objection | None:
+        """Goes through the phases; says what is wrong. All ranks call it for the same candidate."""
+        failure = _failure_of(self._open)
+        try:
+            self._agree(failure)
+            if failure is None:
+                failure = _failure_of(self._read)
+            if failure is None:
+                return None
+            if not _speaks_against_candidate(failure):
+                raise failure
+            return Objection(str(failure), not manifests.is_at(self._directory, self._candidate.sequence))
+        finally:
+            del failure  # its frames would keep memory alive, and themselves
+            self._readers = {}
+
+    def take(self) -> Restored:
+        """What has been read, once all ranks have found the candidate good. Local."""
+        if self._refusal is not None:
+            raise self._refusal
+        manifest = self._manifest
+        assert manifest is not None
+
+        def load(file: FileEntry) -> Any:
+            return self._held.pop(self._directory / file.name)()
+
+        own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
+        replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
+        state = None
+        if own and manifest.world_size == self._world_size:
+            state = next((load(file) for file in own if file.rank == self._rank), None)
+        elif own and self._request.merge is not None:
+            state = self._request.merge([load(file) for file in own])
+        return Restored(manifest.step, state, replicated[0] if replicated else None)
+
+    # ---- the phases ------------------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
+        manifest = file_readers.read_manifest(self._directory, self._candidate.sequence)
+        for file in manifest.files:
+            path = self._directory / file.name
+            if self._will_load(manifest, file):
+                collective = self._candidate.collective and file.kind == REPLICATED
+                reader = self._request.reader_of(path, file, self._targets.touched, collective)
+                self._readers[path] = reader
+                if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
+                    self._read_file(path, reader)
+            elif self._is_mine(file):
+                file_readers.verify(path, file, self._request.timeout_s)
+        refusal: Exception | None = self._targets.lost or self._why_not_filled()
+        refusal = refusal or next((each.refusal for each in self._readers.values() if each.refusal), None)
+        self._manifest, self._refusal = manifest, refusal or self._why_not_there(manifest)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """A collective, where ranks read a file together: they all begin to, or none does.
+
+        Args:
+            failure: of the phase before, on this rank.
+        """
+        if not self._candidate.collective:
+            return
+        others = StartVote(self._rank, self._world_size).cast(failure or self._refusal)
+        self._refusal = self._refusal or others
+
+    def _read(self) -> None:
+        """A collective first, where ranks read a file together and nobody has refused; the rest is local.
+
+        That comes first because nothing may fail on this rank alone before it.
+        """
+        left = [(path, reader) for path, reader in self._readers.items() if path not in self._held]
+        for path, reader in sorted(left, key=lambda item: not item[1].collective):
+            self._read_file(path, reader)
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _read_file(self, path: Path, reader: NewMemoryReader) -> None:
+        """For its checksums alone, and then never a collective, if there has been a refusal."""
+        if self._refusal:
+            reader.check()
+            return
+        self._targets.touched |= reader.has_target
+        self._targets.owed |= reader.lent()
+        try:
+            reader.fill()
+        except DeadlineError as error:
+            if not reader.has_target:
+                raise
+            self._targets.lost = self._refusal = CheckpointError(
+                f"{error}. A read that hangs may still write to what was to be loaded into, at any time: make that anew"
+            )
+            return
+        self._refusal = reader.refusal
+        self._held[path] = reader.take
+
+    def _will_load(self, manifest: Manifest, file: FileEntry) -> bool:
+        if file.kind == REPLICATED:
+            return True
+        if manifest.world_size == self._world_size:
+            return file.rank == self._rank
+        return self._request.merge is not None
+
+    def _is_mine(self, file: FileEntry) -> bool:
+        if file.kind == REPLICATED:
+            return True  # as every rank loads it
+        return file.rank % self._world_size == self._rank
+
+    def _why_not_filled(self) -> CheckpointError | None:
+        """Whether memory that was lent to a checkpoint that was passed over is not filled by this one."""
+        left = self._targets.owed.difference(*(each.lent() for each in self._readers.values()))
+        if not left:
+            return None
+        return CheckpointError(
+            f"'{self._directory}' has nothing for {len(left)} tensors that hold parts of a damaged checkpoint now, which was "
+            "passed over: make what is to be loaded into anew"
+        )
+
+    def _why_not_there(self, manifest: Manifest) -> CheckpointError | None:
+        """Whether the checkpoint lacks what is asked for."""
+        own = [file.rank for file in manifest.files if file.kind == RANK]
+        common = any(file.kind == REPLICATED for file in manifest.files)
+        if own and manifest.world_size != self._world_size and self._request.merge is None:
+            return CheckpointError(
+                f"'{self._directory}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job "
+                f"has {self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
+                "many ranks"
+            )
+        has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
+        has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)
+        for name, target, found in (
+            ("into", self._request.into, self._rank in own),
+            ("replicated_into", self._request.replicated_into, common),
+        ):
+            if target is not None and not found and not lends(target):
+                what = " and ".join(has) or "no state at all"
+                return CheckpointError(f"'{self._directory}' has nothing for {name}= on rank {self._rank}; it has {what}")
+        return None
+
+
+def _failure_of(phase: Callable[[], None]) -> Exception | None:
+    try:
+        phase()
+    except Exception as error:
+        return error.with_traceback(None) if _speaks_against_candidate(error) else error
+    return None
+
+
+def _speaks_against_candidate(error: Exception) -> bool:
+    """Else it ends the restore. A PeerError that names no ranks says that the ranks have lost each other."""
+    return isinstance(error, UNFIT) or (isinstance(error, PeerError) and bool(error.ranks))

@@ -1,0 +1,69 @@
+"""What restore() is asked for, and what it gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt.directory.manifest import REPLICATED, FileEntry
+from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
+
+
+class _Pair(NamedTuple):
+    step: int
+    state: Any
+
+
+class Restored(_Pair):
+    """What restore() found: a pair of the step and the state as it was given to save(), this rank's own.
+
+    Attributes:
+        replicated: what was given as such; None if nothing was. Then `state` may be the one that is None.
+    """
+
+    replicated: Any
+
+    def __new__(cls, step: int, state: Any, replicated: Any = None) -> Restored:
+        self = super().__new__(cls, step, state)
+        self.replicated = replicated
+        return self
+
+
+class RestoreRequest(NamedTuple):
+    """How to load, as given to restore().
+
+    `timeout_s`: longest that reading a file may take, seconds.
+    """
+
+    map_location: Any
+    weights_only: bool
+    merge: Callable[[list[Any]], Any] | None
+    into: Any
+    replicated_into: Any
+    strict: bool
+    timeout_s: float
+
+    def target_of(self, file: FileEntry) -> Any:
+        return self.replicated_into if file.kind == REPLICATED else self.into
+
+    def reader_of(self, path: Path, file: FileEntry, touched: bool, collective: bool) -> NewMemoryReader:
+        """Opens a file, and lays it beside its target.
+
+        Args:
+            touched: the target holds parts of another checkpoint already.
+            collective: all ranks read it together, so that reading it is a collective.
+        """
+        target = self.target_of(file)
+        if target is None:
+            return NewMemoryReader(path, file, self.map_location, self.weights_only, collective, self.timeout_s)
+        if lends(target):
+            return LentMemoryReader(path, file, target, self.map_location, self.weights_only, collective, self.timeout_s)
+        strict = self.strict or touched  # else what it lacks would keep the parts of the other
+        return InPlaceReader(path, file, target, strict, self.weights_only, touched, collective, self.timeout_s)
+
+
+def lends(target: Any) -> bool:
+    return callable(target) and not isinstance(target, torch.nn.Module)
