@@ -23,7 +23,7 @@ from ckpt._native import digest_file
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
-from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
+from ckpt.loading.archive import Archive, reader_threads
 from ckpt.loading.in_place import Filling, Intervals, takes_whole
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Outline
@@ -87,8 +87,8 @@ class NewMemoryReader:
         file: FileEntry,
         map_location: Any,
         weights_only: bool,
-        collective: bool = False,
-        timeout_s: float = TIMEOUT_S,
+        collective: bool,
+        timeout_s: float,
     ) -> None:
         self._path, self._file, self.collective, self._timeout_s = path, file, collective, timeout_s
         self._how = (map_location, weights_only)
@@ -178,8 +178,8 @@ class InPlaceReader(NewMemoryReader):
         strict: bool,
         weights_only: bool,
         touched: bool,
-        collective: bool = False,
-        timeout_s: float = TIMEOUT_S,
+        collective: bool,
+        timeout_s: float,
     ) -> None:
         super().__init__(path, file, None, weights_only, collective, timeout_s)
         self._check_first()
@@ -224,8 +224,8 @@ class LentMemoryReader(NewMemoryReader):
         lend: Lend,
         map_location: Any,
         weights_only: bool,
-        collective: bool = False,
-        timeout_s: float = TIMEOUT_S,
+        collective: bool,
+        timeout_s: float,
     ) -> None:
         super().__init__(path, file, map_location, weights_only, collective, timeout_s)
         self._check_first()
