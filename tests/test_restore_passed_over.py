@@ -80,3 +80,20 @@ def test_nothing_can_be_lent_to_a_tuple(tmp_path: Path) -> None:
         found = checkpointer.restore(into=lambda _: {("pair", 0): memory})
     assert found is not None and torch.equal(found.state["pair"][0], torch.ones(50_000))
     assert not memory.any()
+
+
+@pytest.mark.parametrize("to", ["new memory", "a target", "lent memory"])
+def test_every_read_has_the_deadline_of_the_options(job: ckpt.Checkpointer, to: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    deadlines: list[float] = []
+
+    class Noting(file_readers.Archive):
+        def __init__(self, path: Path, timeout_s: float = -1.0) -> None:
+            deadlines.append(timeout_s)
+            super().__init__(path, timeout_s)
+
+    monkeypatch.setattr(file_readers, "Archive", Noting)
+    memory = torch.zeros(100_000)
+    into = {"new memory": None, "a target": {"weights": memory}, "lent memory": lambda _: {("weights",): memory}}[to]
+    found = job.restore(into=into, strict=False)
+    assert found is not None and found.step == 1
+    assert deadlines == [job.options.timeout_s] * 2
