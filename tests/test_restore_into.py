@@ -229,6 +229,19 @@ def test_none_is_good(job: ckpt.Checkpointer, tmp_path: Path) -> None:
     assert "holds parts" not in str(raised.value)
 
 
+def test_a_cause_that_several_have_in_common_is_told_once(tmp_path: Path) -> None:
+    two = Two(tmp_path)
+    for step in (1, 2):
+        damage_payload(file_of(tmp_path, step, "replicated"))
+    errors = two.both(lambda rank: two.ranks[rank].restore())
+    for checkpointer in two.ranks:
+        checkpointer.close()
+    for error in errors:
+        assert isinstance(error, CorruptError)
+        assert str(error).count("replicated.pt") == 1 and "ranks 0, 1: " in str(error)
+        assert str(error).endswith("(so it is with step-000000000001)")
+
+
 # ---- misfits ---------------------------------------------------------------------------------------------------------
 
 

@@ -10,7 +10,7 @@ import collections
 import json
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.coordinator import Coordinator
@@ -20,6 +20,7 @@ logger = logging.getLogger("ckpt")
 
 _MOST_LOOKS = 100
 _LOOKS_AT_ONE = 3  # that is gone for one rank, and still there for rank 0: a network file system tells both late
+_SHOWN = 8  # ranks or candidates that a message names
 _PAUSE_S = 0.1  # before the same candidate is looked at again
 
 DAMAGED, LOST, GONE = "damaged", "lost", "gone"
@@ -123,7 +124,8 @@ class CandidateVote:
                 rejected[key] = objection.cause
                 logger.warning("checkpoint '%s' is passed over: %s", candidate.name, objection.cause)
             else:
-                return None, self._give_up([*seen.rejected, *rejected.values()], seen.lost)
+                causes = {candidate: cause for (candidate, _), cause in rejected.items()}
+                return None, self._give_up([*seen.rejected, *_each_once(causes)], seen.lost)
             logger.info("checkpoint '%s' went while it was being read: looking again", candidate.name)
             if time.monotonic() > end:
                 break
@@ -171,13 +173,34 @@ class CandidateVote:
         found = {rank: Objection(**json.loads(answer)) for rank, answer in enumerate(answers) if answer}
         if not found:
             return None
+        ranks: dict[str, list[int]] = {}
+        for rank, each in found.items():
+            ranks.setdefault(each.cause, []).append(rank)
         several = self._coordinator.world_size > 1
-        causes = [f"rank {rank}: {each.cause}" if several else each.cause for rank, each in found.items()]
+        causes = [f"{_name_ranks(those)}: {cause}" if several else cause for cause, those in ranks.items()]
         return Objection("; ".join(causes), any(each.gone for each in found.values()))
 
     def _next_key(self) -> str:
         self._asked += 1
         return f"{self._stream}/{self._calls}-{self._asked}"
+
+
+def _name_ranks(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    return "ranks " + ", ".join(map(str, ranks[:_SHOWN])) + f" and {len(ranks) - _SHOWN} more" * (len(ranks) > _SHOWN)
+
+
+def _each_once(causes: Mapping[str, str]) -> list[str]:
+    """What is wrong with candidates, by their names; what is the same but for the name is said of the first of them."""
+    alike: dict[str, list[str]] = {}
+    for name, cause in causes.items():
+        alike.setdefault(cause.replace(name, ""), []).append(name)
+    told = []
+    for first, *others in alike.values():
+        more = f" and {len(others) - _SHOWN} more" * (len(others) > _SHOWN)
+        told.append(causes[first] + (f" (so it is with {', '.join(others[:_SHOWN])}{more})" if others else ""))
+    return told
 
 
 def _outrun(candidate: Candidate, there: int, times: int) -> str:
