@@ -57,11 +57,18 @@ def _undo_casts(optimizer: Optimizer, given: Mapping[str, Any]) -> None:
 
 
 def _with_dtypes_of(before: Any, now: Any) -> Any:
-    """`now`, but for tensors that were cast: these are taken from `before`, and moved to where they are now."""
+    """`now`, but for tensors that were cast: these are taken from `before`, and moved to where they are now.
+
+    And but for texts, of which torch makes a text that names a generator, because it takes them for containers.
+    """
+    if isinstance(before, str):
+        return before
     if isinstance(before, torch.Tensor) and isinstance(now, torch.Tensor):
         return now if before.dtype == now.dtype else before.to(now.device)
     if type(now) is dict and isinstance(before, Mapping):
         return {key: _with_dtypes_of(before.get(key), value) for key, value in now.items()}
     if type(now) in (list, tuple) and isinstance(before, (list, tuple)) and len(before) == len(now):
         return type(now)(map(_with_dtypes_of, before, now))
+    if type(now) in (set, frozenset) and isinstance(before, (set, frozenset)) and any(isinstance(part, str) for part in before):
+        return type(now)(before)
     return now

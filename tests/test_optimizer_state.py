@@ -232,6 +232,23 @@ def test_modules_that_are_lazy_cannot_be_filled_and_are_told_what_to_do(tmp_path
         ckpt.load_into(tmp_path / "x.pt", make_lazy())
 
 
+def test_texts_stay_texts(tmp_path: Path) -> None:
+    held: dict[str, Any] = {
+        "kind": "warm",
+        "more": {"names": ["a", "bc"], "pair": ("x", torch.ones(2, dtype=torch.float64)), "few": {"y", "z"}},
+        "raw": b"ab",
+    }
+    for load in (by_load_into, by_restore_into, by_callback):
+        saved, other = Training(1, 1), Training(2, 1)
+        for number, state in enumerate(saved.optimizer.state.values()):
+            state.update(copy.deepcopy(held), number=str(number))
+        (directory := tmp_path / load.__name__).mkdir()
+        load(saved, other, directory)
+        assert_same(saved.optimizer.state_dict(), other.optimizer.state_dict())
+    optimizers.load_state(other.optimizer, saved.optimizer.state_dict())
+    assert_same(saved.optimizer.state_dict(), other.optimizer.state_dict())
+
+
 # ---- what load_into() says -------------------------------------------------------------------------------------------
 
 
