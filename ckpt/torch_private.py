@@ -123,7 +123,16 @@ class Rebuilding(NamedTuple):
 @functools.cache
 def rebuilding() -> Rebuilding | None:
     found = [find(f"_utils.{name}") for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3", "_rebuild_parameter")]
-    return None if None in found else Rebuilding(*found)
+    return Rebuilding(*found) if all(map(_has_name, found)) else None
+
+
+def _has_name(found: Any) -> bool:
+    """Whether pickles can name it, as they can nothing that has been wrapped or made inside a function."""
+    try:
+        named = pickle.dumps(found, protocol=2)
+        return named.startswith(b"\x80\x02c") and pickle.loads(named) is found
+    except Exception:
+        return False
 
 
 def has_hooks(tensor: torch.Tensor) -> bool:

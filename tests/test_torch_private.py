@@ -26,6 +26,7 @@ from ckpt.plan import pickler
 LOADING = ["serialization._load", "_weights_only_unpickler", "noted"]
 SAVING = ["_utils._rebuild_tensor_v2", "_utils._rebuild_tensor_v3", "_utils._rebuild_parameter", "_backward_hooks"]
 OTHERS = ["_cdata", "_cdata, storages anew", "_version"]
+UNNAMED = ["unnamed _rebuild_tensor_v2", "unnamed _rebuild_parameter"]
 CHANGED = ["load without sharing", "load with another signature", "load that trusts", "pickles otherwise"]
 CACHED = (
     torch_private.rebuilding,
@@ -90,6 +91,12 @@ def change(patch: pytest.MonkeyPatch, how: str) -> None:
     def reduce(self: Any, tensor: torch.Tensor) -> Any:
         return torch.Tensor.clone, (tensor.detach(),)
 
+    if how in UNNAMED:
+        name, lookup = f"_utils.{how.split()[1]}", torch_private.find
+        patch.setattr(torch_private, "find", lambda path: (lambda *given: None) if path == name else lookup(path))
+        patch.setattr(pickler, "rebuild", torch_private.rebuilding())
+        patch.setattr(pickler, "state_pickler", pickler.make_state_pickler())
+        return
     loads = {"load without sharing": copying, "load with another signature": other, "load that trusts": trusting}
     found = torch_private.find
     if how in loads:
@@ -98,9 +105,9 @@ def change(patch: pytest.MonkeyPatch, how: str) -> None:
         patch.setattr(pickler.StorageTable, "reduce", reduce)
 
 
-@pytest.fixture(params=[*LOADING, *SAVING, *OTHERS, *CHANGED])
+@pytest.fixture(params=[*LOADING, *SAVING, *OTHERS, *CHANGED, *UNNAMED])
 def other_torch(request: pytest.FixtureRequest, fresh: pytest.MonkeyPatch) -> str:
-    if request.param in CHANGED:
+    if request.param in CHANGED + UNNAMED:
         change(fresh, request.param)
     else:
         take_away(fresh, request.param)
