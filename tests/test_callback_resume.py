@@ -140,6 +140,18 @@ class Own(nn.Sequential):
         return super().load_state_dict({key: value + 1 for key, value in state.items()}, *rest, **how)
 
 
+def patched() -> nn.Module:
+    """A method of one module, and not of its class."""
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    load = model[0]._load_from_state_dict
+
+    def swapping(state: Any, prefix: str, *rest: Any) -> None:
+        load({f"{prefix}weight": state[f"{prefix}weight"].t(), f"{prefix}bias": state[f"{prefix}bias"].flip(0)}, prefix, *rest)
+
+    model[0]._load_from_state_dict = swapping  # type: ignore[method-assign]
+    return model
+
+
 def with_hook() -> nn.Module:
     model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     model.register_load_state_dict_pre_hook(swap)
@@ -148,8 +160,13 @@ def with_hook() -> nn.Module:
 
 @pytest.mark.parametrize(
     "make",
-    [with_hook, lambda: nn.Sequential(Doubling(64, 64), nn.Linear(64, 64)), lambda: Own(nn.Linear(64, 64), nn.Linear(64, 64))],
-    ids=["hook", "submodule", "module"],
+    [
+        with_hook,
+        lambda: nn.Sequential(Doubling(64, 64), nn.Linear(64, 64)),
+        lambda: Own(nn.Linear(64, 64), nn.Linear(64, 64)),
+        patched,
+    ],
+    ids=["hook", "submodule", "module", "patched"],
 )
 def test_modules_that_load_in_their_own_way(make: Callable[[], nn.Module], tmp_path: Path, lent: list[tuple[Any, ...]]) -> None:
     first, second, third = make(), make(), make()
@@ -160,6 +177,37 @@ def test_modules_that_load_in_their_own_way(make: Callable[[], nn.Module], tmp_p
         assert callback.resume() == 1
     assert_equal(third.state_dict(), second.state_dict())
     assert lent == []
+
+
+@pytest.mark.parametrize("turned", [False, True], ids=["in order", "turned"])
+@pytest.mark.parametrize("how", ["tied", "overlapping"])
+def test_memory_that_is_shared_only_here(how: str, turned: bool, tmp_path: Path) -> None:
+    """The last one stays, as with load_state_dict(), in whatever order the file has them."""
+
+    class Model(nn.Module):
+        def __init__(self, shared: bool) -> None:
+            super().__init__()
+            base = torch.zeros(200)
+            self.first = nn.Parameter(base[:100] if shared else torch.ones(100))
+            self.last = nn.Parameter(torch.full((100,), 2.0))
+            if shared and how == "tied":
+                self.last = self.first
+            elif shared:
+                self.last = nn.Parameter(base[50:150])
+
+        def state_dict(self, *rest: Any, **how: Any) -> Any:
+            state = super().state_dict(*rest, **how)
+            for key in list(state)[:1] if turned else []:
+                state.move_to_end(key)
+            return state
+
+    saved, stock, other = Model(False), Model(True), Model(True)
+    with CheckpointCallback(tmp_path, model=saved, options=options()) as callback:
+        callback.save(1).result(DEADLINE_S)
+    stock.load_state_dict(copied(saved.state_dict()))
+    with CheckpointCallback(tmp_path, model=other, options=options()) as callback:
+        assert callback.resume() == 1
+    assert_equal(stock.state_dict(), other.state_dict())
 
 
 def test_an_optimizer_that_loads_in_its_own_way(tmp_path: Path, lent: list[tuple[Any, ...]]) -> None:

@@ -112,14 +112,30 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
     persistent = {_bare(key) for key in module.state_dict()}
     if strict and not parameters.keys() <= shared.keys() <= persistent:
         return None
-    buffers = {_bare(name): tensor for name, tensor in module.named_buffers(remove_duplicate=False)}
-    here = {key: tensor for key, tensor in (parameters | buffers).items() if key in persistent}
+    here: dict[str, torch.Tensor] = {}  # in the order in which torch loads them
+    for prefix, each in module.named_modules(remove_duplicate=False):
+        own = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
+        named = [*each.named_parameters(**own), *each.named_buffers(**own)]
+        here |= {_bare(name): tensor for name, tensor in named if _bare(name) in persistent}
     if any(nn.parameter.is_lazy(tensor) for tensor in here.values()):
         return {}  # it gets memory by load_state_dict()
-    common = {key: (found, here[key]) for key, found in shared.items() if key in here}
+    common = {key: (shared[key], tensor) for key, tensor in here.items() if key in shared}
     if not all(isinstance(found, torch.Tensor) and found.shape == tensor.shape for found, tensor in common.values()):
         return None
-    return {(key,): tensor for key, (_, tensor) in common.items()} if _loads_plainly(module) else {}
+    if not _loads_plainly(module):
+        return {}
+    clashing = _tied_only_here(common)
+    return {(key,): tensor for key, (_, tensor) in common.items() if key not in clashing}
+
+
+def _tied_only_here(common: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> set[str]:
+    """Names of tensors that several in the file are to be copied to, one over the other."""
+    names: dict[int, dict[int, list[str]]] = {}
+    for key, (found, tensor) in common.items():
+        plain = {type(found), type(tensor)} <= {torch.Tensor, nn.Parameter} and found.layout is tensor.layout is torch.strided
+        if plain and tensor.numel():
+            names.setdefault(tensor.data_ptr(), {}).setdefault(found.data_ptr(), []).append(key)
+    return {key for sources in names.values() if len(sources) > 1 for keys in sources.values() for key in keys}
 
 
 def _loads_plainly(module: nn.Module) -> bool:

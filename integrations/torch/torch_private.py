@@ -27,7 +27,7 @@ def set_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
 def module_loads_plainly(module: torch.nn.Module) -> bool:
     """Whether nothing but torch decides what becomes of the state of a module; False too if that cannot be told."""
     hooks = getattr(module, "_load_state_dict_pre_hooks", None)
-    load = getattr(type(module), "_load_from_state_dict", None)
+    load = getattr(module, "_load_from_state_dict", None)  # of the class, or put into this one module
     return hooks is not None and not hooks and getattr(load, "__module__", "").partition(".")[0] == "torch"
 
 
