@@ -291,8 +291,9 @@ class Checkpointer(Saver):
             NotACheckpointError: there is no checkpoint, but step directories with files, whose manifests are lost, or have not
                 arrived yet. Nothing of them will be removed.
             InUseError: exclusive, and another job is saving into the directory; on all ranks.
-            MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here. The
-                others have restored it; or, with `Options.replicated_readers="all"`, they raise PeerError.
+            MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here, unless
+                a module has refused it in its load_state_dict(), which the message says. The others have restored
+                it; or, with `Options.replicated_readers="all"`, they raise PeerError.
             CheckpointError: the newest good one holds objects that weights_only refuses, or needs `merge`, or has no state of
                 the kind that there is a target for; the target must not be used any more (a read that hangs may still
                 write to it, or it holds parts that the chosen one does not fill); with `replicated_readers="all"`:

@@ -4,7 +4,7 @@
     ├── StorageError        a storage system call failed (also an OSError: errno, filename)
     ├── CaptureError        a tensor changed before its bytes were captured; nothing was published
     ├── CorruptError        a file, or every checkpoint of a directory, fails its checksums
-    ├── MismatchError       a file does not fit what it is to be loaded into; nothing was changed
+    ├── MismatchError       a file does not fit what it is to be loaded into; says whether anything was changed
     ├── NotACheckpointError a directory or manifest is not what it should be
     ├── DeadlineError       a wait outran its timeout (also a TimeoutError)
     ├── SkippedError        this save was not made: another was in flight and when_busy is "skip"

@@ -109,6 +109,48 @@ def find_loader() -> Loader | None:
     return Loader(load, only_weights, noted)
 
 
+# ---- loading into what is there --------------------------------------------------------------------------------------
+
+_MODULE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks")
+_MODULE_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
+_OPTIMIZER_HOOKS = (
+    *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
+    "_optimizer_load_state_dict_pre_hooks",
+)
+
+
+def module_is_plain(module: torch.nn.Module) -> bool:
+    """Whether nothing but torch decides what its part of a state dict is, and what becomes of that; not of modules below it.
+
+    False too if that cannot be told.
+    """
+    given, base = type(module), torch.nn.Module
+    methods = [getattr(getattr(given, name, None), "__module__", "") for name in _MODULE_METHODS]
+    if vars(module).keys() & {*_MODULE_METHODS} or not all(name.startswith("torch.nn.") for name in methods):
+        return False
+    gives, takes = given.get_extra_state is not base.get_extra_state, given.set_extra_state is not base.set_extra_state
+    return gives == takes and _has_none_of(_MODULE_HOOKS, module)
+
+
+def optimizer_is_plain(optimizer: torch.optim.Optimizer) -> bool:
+    """As of a module."""
+    given, base = type(optimizer), torch.optim.Optimizer
+    plain = given.state_dict is base.state_dict and given.load_state_dict is base.load_state_dict
+    patched = vars(optimizer).keys() & {"state_dict", "load_state_dict"}
+    return plain and not patched and _has_none_of(_OPTIMIZER_HOOKS, optimizer)
+
+
+def _has_none_of(hooks: tuple[str, ...], owner: object) -> bool:
+    """False if one is not known to this torch."""
+    return not any(getattr(owner, name, True) for name in hooks)
+
+
+def copy_versions(state: object, copy: Any) -> None:
+    """Gives a part of a module's state what the whole says of the versions of modules."""
+    if (versions := getattr(state, "_metadata", None)) is not None:
+        copy._metadata = versions
+
+
 # ---- saving ----------------------------------------------------------------------------------------------------------
 
 

@@ -196,10 +196,14 @@ def test_all_that_does_not_fit_is_told_at_once_and_nothing_changes(tmp_path: Pat
 
 
 def test_many_problems_are_counted(tmp_path: Path) -> None:
-    torch.save({str(n): n for n in range(100)}, tmp_path / "state.pt")
-    with pytest.raises(MismatchError, match=r"and 80 more") as caught:
-        ckpt.load_into(tmp_path / "state.pt", {})
-    assert len(caught.value.problems) == 100
+    state = {str(n): torch.ones(1) for n in range(100)}
+    torch.save(state, tmp_path / "state.pt")
+    with pytest.raises(MismatchError, match=r"4 is in the file, and not here; 95 more are in the file, and not here") as caught:
+        ckpt.load_into(tmp_path / "state.pt", {"net": dict(state)})
+    assert len(caught.value.problems) == 101
+    assert "net is missing in the file" in str(caught.value) and "5 is in" not in str(caught.value)
+    with pytest.raises(MismatchError, match=r"19 has shape .* here; and 80 more\. Nothing"):
+        ckpt.load_into(tmp_path / "state.pt", {key: torch.ones(2) for key in state})
 
 
 def test_not_strict_passes_over_keys_and_nothing_else(tmp_path: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +11,9 @@ from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.loading.archive import Archive
 from ckpt.loading.host_memory import allocate
+from ckpt.loading.overlap import Pair, span, split
 from ckpt.loading.record_memory import Memory
 from ckpt.loading.skeleton import view_of
-from ckpt.loading.target_match import Pair
 
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
 
@@ -37,24 +36,23 @@ class Filling:
         self._pairs = list(pairs)
         self._memory = memory
         self._by_record: dict[str, list[Pair]] = {}
-        for pair in self._pairs:
-            if pair.source.numel():
-                self._by_record.setdefault(pair.record, []).append(pair)
+        free, self._in_order = split([pair for pair in self._pairs if pair.source.numel()])
+        for pair in free:
+            self._by_record.setdefault(pair.record, []).append(pair)
         self._together = together
         self._choose(devices=not together)
 
     def _choose(self, devices: bool) -> None:
         self.places: dict[str, Any] = dict(self._memory.places)
         self.devices = dict(self._memory.devices)
-        taken = Intervals()
         for name, (first, *_) in self._by_record.items():
-            direct = name not in self.places and takes_whole(first, self._archive.records[name].size, devices)
-            if direct and taken.add(first.target):
+            if name not in self.places and takes_whole(first, self._archive.records[name].size, devices):
                 self.places[name] = first.target
                 if (device := torch_devices.holding(first.target)) != HOST:
                     self.devices[name] = device
         if self._together:
-            self.places |= self._archive.allocate([name for name in self._by_record if name not in self.places])
+            wanted = dict.fromkeys([*self._by_record, *(pair.record for pair in self._in_order)])
+            self.places |= self._archive.allocate([name for name in wanted if name not in self.places])
 
     def retreat(self) -> None:
         self._memory.retreat()
@@ -71,8 +69,8 @@ class Filling:
         with torch.no_grad():
             for name in self._by_record.keys() & self.places.keys():
                 _copy_to_others(self._by_record[name], self.places[name])
-            rest = {name: pairs for name, pairs in self._by_record.items() if name not in self.places}
-            _fill_the_rest(self._archive, rest)
+            rest = [pair for name, pairs in self._by_record.items() if name not in self.places for pair in pairs]
+            _fill_in_order(self._archive, [*rest, *self._in_order], self.places)
 
 
 def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
@@ -83,32 +81,13 @@ def takes_whole(pair: Pair, nbytes: int, devices: bool = True) -> bool:
     """
     source, target = pair.source, pair.target
     within_reach = target.device.type == "cpu" if torch_devices.holding(target) == HOST else devices
-    span = sum((size - 1) * stride for size, stride in zip(source.shape, source.stride(), strict=True)) + 1
     return (
         within_reach
         and source.stride() == target.stride()
         and source.storage_offset() == 0
-        and source.numel() == span  # dense: no gaps, nothing twice
+        and source.numel() == span(source)  # dense: no gaps, nothing twice
         and source.nbytes == nbytes
     )
-
-
-class Intervals:
-    """Memory that threads write to: no byte twice."""
-
-    def __init__(self) -> None:
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-
-    def add(self, tensor: torch.Tensor) -> bool:
-        """False if it overlaps with what was added."""
-        begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-        at = bisect.bisect_right(self._begins, begin)
-        if (at and self._ends[at - 1] > begin) or (at < len(self._begins) and self._begins[at] < end):
-            return False
-        self._begins.insert(at, begin)
-        self._ends.insert(at, end)
-        return True
 
 
 def _copy_to_others(pairs: list[Pair], filled: torch.Tensor | torch.UntypedStorage) -> None:
@@ -120,21 +99,30 @@ def _copy_to_others(pairs: list[Pair], filled: torch.Tensor | torch.UntypedStora
             pair.target.copy_(source)
 
 
-def _fill_the_rest(archive: Archive, by_record: dict[str, list[Pair]]) -> None:
-    batch: dict[str, torch.UntypedStorage] = {}
+def _fill_in_order(archive: Archive, pairs: list[Pair], places: Mapping[str, Any]) -> None:
+    """
+    Args:
+        places: of records that have been read. The others are read to temporaries.
+    """
+    batch: list[Pair] = []
+    names: set[str] = set()
     held = 0
-    for name in by_record:
-        record = archive.records[name]
-        if batch and held + record.size > _TEMPORARY_BYTES:
-            _fill_batch(archive, by_record, batch)
-            batch, held = {}, 0
-        batch[name] = allocate(record.size, record.offset)
-        held += record.size
-    _fill_batch(archive, by_record, batch)
+    for pair in pairs:
+        if pair.record not in places and pair.record not in names:
+            size = archive.records[pair.record].size
+            if batch and held + size > _TEMPORARY_BYTES:
+                _fill_batch(archive, batch, places)
+                batch, names, held = [], set(), 0
+            names.add(pair.record)
+            held += size
+        batch.append(pair)
+    _fill_batch(archive, batch, places)
 
 
-def _fill_batch(archive: Archive, by_record: dict[str, list[Pair]], batch: dict[str, torch.UntypedStorage]) -> None:
-    archive.fill(batch)
-    for name, storage in batch.items():
-        for pair in by_record[name]:
-            pair.target.copy_(view_of(pair.source, storage))
+def _fill_batch(archive: Archive, batch: list[Pair], places: Mapping[str, Any]) -> None:
+    names = dict.fromkeys(pair.record for pair in batch if pair.record not in places)
+    temporaries = {name: allocate(archive.records[name].size, archive.records[name].offset) for name in names}
+    archive.fill(temporaries)
+    for pair in batch:
+        filled = temporaries[pair.record] if pair.record in temporaries else places[pair.record]
+        pair.target.copy_(view_of(pair.source, filled))

@@ -40,16 +40,19 @@ def load_into(
 ) -> Loaded:
     """Loads a file written by save() or by `torch.save` into tensors that exist: no second copy of the state is made.
 
-    Everything is compared before a byte is written. Then records are read straight into the memory of tensors on the CPU or a
-    CUDA device that are laid out as in the file; for each other tensor (strided otherwise, a part of a record) through a
-    temporary of its size. Saves in flight are fenced first. Version counters move, as for any change in place.
+    Everything is compared before a byte is written, but for modules that load in a way of their own. Then records are read
+    straight into the memory of tensors on the CPU or a CUDA device that are laid out as in the file; for each other tensor
+    (strided otherwise, a part of a record) through a temporary of its size. Saves in flight are fenced first. Version counters
+    move, as for any change in place.
 
     Args:
         path: the file.
         target: what load() would return, with memory already: nested dicts, lists and tuples of tensors, modules and
             optimizers. A module stands for its state_dict(), an optimizer for its own; an optimizer that has not stepped yet
             takes the state from the file. Its groups and state follow the file, as with its load_state_dict(), in the dtypes of
-            the file. Numbers, texts and other plain values are replaced where their container allows it.
+            the file. Numbers, texts and other plain values are replaced where their container allows it. A module with hooks or
+            methods of its own for its state is given a copy of what the file holds, by its load_state_dict(), when all has been
+            read. Where several tensors of the target share memory, the last of them stays.
         strict: keys that only one side has are an error; False passes over them, and returns them.
         weights_only: as in `torch.load`.
         timeout_s: longest that reading may take, seconds.
@@ -59,7 +62,8 @@ def load_into(
 
     Raises:
         MismatchError: the two do not fit; lists all keys, dtypes and shapes that differ. Also with strict=False if they have no
-            key in common. Nothing has been written.
+            key in common. Nothing has been written, unless it is a module that refuses in its load_state_dict(), which the
+            message says.
         CorruptError, StorageError, DeadlineError: as from load(). If that is found while reading, the target holds parts of the
             file: load another one into it.
         DeviceError: the current stream of a CUDA device is being captured into a graph. Nothing has been written.
@@ -69,8 +73,7 @@ def load_into(
     outline = Outline(archive, weights_only)
     fit = Fit(outline, strict)
     fit.lay(outline.value, target)
-    if not fit.loaded and (fit.missing or fit.unexpected):
-        fit.note_nothing_in_common()
+    fit.expect_something()
     if fit.problems:
         raise fit.mismatch()
     fence()
@@ -78,8 +81,7 @@ def load_into(
     filling.begin()
     fill(archive, filling)
     filling.finish()
-    for put in fit.last:
-        put()
+    fit.put_rest()
     return Loaded(fit.loaded, fit.missing, fit.unexpected)
 
 

@@ -24,10 +24,11 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
 from ckpt.loading.archive import Archive, reader_threads
-from ckpt.loading.in_place import Filling, Intervals, takes_whole
+from ckpt.loading.in_place import Filling, takes_whole
+from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Outline
-from ckpt.loading.target_match import Fit, Pair
+from ckpt.loading.target_match import Fit
 from ckpt.restore.shared_read import read_together, read_together_into
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
@@ -209,8 +210,7 @@ class InPlaceReader(NewMemoryReader):
 
     def take(self) -> Any:
         """Puts the rest into the target, and returns it."""
-        for put in self._fit.last:
-            put()
+        self._fit.put_rest()
         return self._target
 
 
