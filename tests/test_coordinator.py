@@ -245,7 +245,7 @@ def warm_store() -> None:
 @pytest.mark.usefixtures("warm_store", "leaks_nothing")
 def test_every_store_of_torch(kind: str, clone: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not clone:
-        monkeypatch.delattr(torch.distributed.Store, "clone")
+        monkeypatch.delattr(torch.distributed.Store, "clone", raising=False)  # older torch has none
     timeout = timedelta(seconds=10)
     if kind.endswith("tcp"):
         server = torch.distributed.TCPStore(

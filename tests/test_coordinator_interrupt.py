@@ -41,12 +41,14 @@ import os, sys, threading, time, torch.distributed
 from pathlib import Path
 from ckpt.coordinator import make_coordinator
 from ckpt.errors import ClosedError
+from support import standard_output_for_answers
+answers = standard_output_for_answers()
 
 def wait():
     try:
         coordinator.gather("never/1", b"", 600.0) if coordinator.rank == 0 else coordinator.broadcast("never/1", None, 600.0)
     except ClosedError:
-        print("given up", flush=True)
+        print("given up", file=answers)
 
 torch.distributed.init_process_group("gloo")
 coordinator = make_coordinator("torch", directory=Path("unused"))
@@ -185,7 +187,8 @@ def test_what_is_posted_in_time_after_a_stop_arrives(server: tuple[int, int]) ->
 def test_a_process_whose_wait_was_given_up_ends_well() -> None:
     """In spite of threads that are still in a call of the store, and of a store that ends with the process."""
     variables = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    variables |= {"PYTHONPATH": str(WORKER.parents[2]), "OMP_NUM_THREADS": "1"}
+    paths = os.pathsep.join(map(str, WORKER.parents[1:3]))
+    variables |= {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", ENDING],

@@ -169,7 +169,7 @@ starting, threading.Thread.start = threading.Thread.start, refuse
 for call in (lambda: ckpt.save(state, directory + "/a.pt", options=options), lambda: ckpt.Checkpointer(directory)):
     try:
         call()
-    except ckpt.ClosedError as error:
+    except ckpt.errors.ClosedError as error:
         print("refused:", error)
 threading.Thread.start = starting
 ckpt.save(state, directory + "/a.pt", options=options).result(20)

@@ -78,7 +78,7 @@ def skipping_where_the_compiler_fails() -> Iterator[None]:
         yield
     except Exception as error:
         major, minor = map(int, torch.__version__.split(".")[:2])
-        if type(error).__name__ == "InternalTorchDynamoError" and (major, minor) < (2, 9):
+        if type(error).__name__ == "InternalTorchDynamoError" and (major, minor) < (2, 13):
             pytest.skip(f"the compiler of torch {torch.__version__} looks into a signal's handler, and fails there")
         raise
 

@@ -109,6 +109,11 @@ def allocate_on(
     return archive.allocate(names), _NOTHING
 
 
+def sizes_alone(archive: Archive) -> dict[str, torch.UntypedStorage]:
+    """Storages for map_location="meta": nobody wants the contents, but older torch asks for what has the size."""
+    return {name: torch.UntypedStorage(archive.records[name].size, device="meta") for name in archive.storage_names()}
+
+
 def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:
     """All records, in one pass that checks every byte; and the CRC-32 of the file."""
     to_meta = str(map_location) == "meta"
@@ -116,9 +121,7 @@ def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, in
     small = archive.allocate(archive.small_names())
     crc = fill(archive, memory, small, whole=True)
     assert crc is not None
-    if to_meta:  # nobody wants the contents, but torch before 2.7 asks for storages that have the size
-        memory.places = {
-            name: torch.UntypedStorage(archive.records[name].size, device="meta") for name in archive.storage_names()
-        }
+    if to_meta:
+        memory.places = sizes_alone(archive)
     archive.close()
     return memory.contents({name: bytes_of(storage) for name, storage in small.items()}), crc

@@ -25,6 +25,7 @@ from ckpt import _native
 from ckpt.errors import CheckpointError, CorruptError, PeerError
 from ckpt.loading.archive import Archive
 from ckpt.loading.host_memory import bytes_of
+from ckpt.loading.record_memory import sizes_alone
 from ckpt.loading.unpickle import Contents
 from ckpt.restore.process_group import TEXT, RankGroup
 
@@ -61,14 +62,18 @@ def read_together(
         as read_together_into().
     """
 
+    to_meta = str(map_location) == "meta"
+
     def prepare() -> tuple[Archive, Mapping[str, Place]]:
         archive = open_archive()
-        tensors = [] if str(map_location) == "meta" else archive.storage_names()
+        tensors = [] if to_meta else archive.storage_names()
         return archive, archive.allocate([*archive.small_names(), *tensors])
 
     archive, filled, crc = read_together_into(prepare, group, device)
     storages = {name: place for name, place in filled.items() if isinstance(place, torch.UntypedStorage)}
     small = {name: bytes_of(storages.pop(name)) for name in archive.small_names()}
+    if to_meta:
+        storages = sizes_alone(archive)
     archive.close()
     return Contents(archive, small, storages), crc
 
