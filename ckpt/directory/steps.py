@@ -1,4 +1,4 @@
-"""A directory of checkpoints: its names, what is in it, and what happens to steps that are no longer wanted.
+"""A directory of checkpoints: its names, what is in it, and how steps come into it. How they leave it: see retention.py.
 
     .lock                     held by the one job that writes here
     latest                    the name of the newest committed step directory; written last
@@ -25,11 +25,13 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import step_names, unpublished
+from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, look
 from ckpt.directory.manifest import FileEntry, Manifest
-from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, written_for
+from ckpt.directory.retention import Retention
+from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
-from ckpt.storage import durable, free_space, temporary_names
+from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
@@ -47,17 +49,14 @@ class StepDirectories:
 
     def __init__(self, directory: Path, keep: int | None, shared: bool, max_in_flight: int) -> None:
         self._directory = directory
-        self._keep = keep
-        self._max_in_flight = max_in_flight
         self._shared = shared
         self._held = durable.Directory(directory)
         self._file_lock = DirectoryLock(directory, self.give_way)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
         # Guards what follows. The caller's thread waits for it: the committer's does not hold it while the file system works.
-        self._lock = threading.Condition()
-        self._in_flight: dict[str, set[str]] = {}  # step directory -> names of files being written
-        self._removing: set[str] = set()  # step directories that are just being taken away
+        self._in_flight = FilesInFlight()
+        self._lock = self._in_flight.changed
         self._others: set[str] = set()  # step directories that held finished files when a save to them began
         self._taken_over = False  # another Checkpointer of this process writes here now
         self._limits: tuple[int, int] | None = None  # what direct I/O demands here, once a file has been written
@@ -67,9 +66,8 @@ class StepDirectories:
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
-        self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
-        self._retired: list[Path] = []  # no steps any more, but still there
+        self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -108,11 +106,6 @@ class StepDirectories:
         """
         self._file_lock.expect_free(timeout_s)
 
-    def _step_directories(self) -> list[Path]:
-        if not self._directory.is_dir():
-            return []
-        return [path for path in self._directory.iterdir() if is_step_name(path.name) and path.is_dir()]
-
     # ---- the caller's side -----------------------------------------------------------------------------------------
 
     def claim(self, timeout_s: float) -> None:
@@ -126,7 +119,7 @@ class StepDirectories:
             StorageError: the lock cannot be made.
         """
         self._file_lock.acquire(timeout_s)
-        self._remove_leftovers()  # before a byte is written: a full disk may be full of them
+        self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
 
     def release(self) -> None:
         """From now on nothing is published or removed: the directory may belong to another job."""
@@ -162,7 +155,7 @@ class StepDirectories:
                 self._changing.release()
 
     def _is_idle(self) -> bool:
-        return not self._in_flight and not self._retired
+        return not self._in_flight and not self._retention.retired
 
     def _refusal(self) -> InUseError:
         return InUseError(
@@ -197,10 +190,10 @@ class StepDirectories:
         """
         directory = self._directory / name
         with self._lock:
-            self._lock.wait_for(lambda: name not in self._removing)
+            self._in_flight.wait_until_it_stays(name)
             if self._taken_over:
                 raise self._refusal()
-            taken = set(self._in_flight.get(name, ()))
+            taken = self._in_flight.files_of(name)
             new = self._is_new(name)
             self._begun_again = "" if new else name
             if not new:
@@ -209,7 +202,7 @@ class StepDirectories:
                 if unpublished.may_hold_others(names):
                     self._others.add(name)
             files = [free_name(stem, taken) for stem in stems]
-            self._in_flight.setdefault(name, set()).update(files)
+            self._in_flight.add(name, files)
             return [directory / file for file in files], self._limits
 
     def _is_new(self, name: str) -> bool:
@@ -236,17 +229,13 @@ class StepDirectories:
     def abandon(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
         """The save that begin() returned `targets` for is over: published, failed on the way, or never begun."""
         with self._lock:
-            names = self._in_flight.get(directory.name, set())
-            names.difference_update(target.name for target in targets)
             self._placed.difference_update(targets)
-            if not names:
-                self._in_flight.pop(directory.name, None)
+            if self._in_flight.discard(directory.name, (target.name for target in targets)):
                 self._others.discard(directory.name)
-                self._lock.notify_all()
         if failed and self._shared:
             self._unmark(directory)  # the last rank to take its files back finds none
         if failed and not self._shared:
-            with self._taking_away(directory.name) as nobody_writes:
+            with self._in_flight.taking_away(directory.name) as nobody_writes:
                 if nobody_writes:
                     self._unmark(directory)
                     durable.remove_if_empty(directory)  # it is when the first save to this step has failed
@@ -257,21 +246,6 @@ class StepDirectories:
             names = names_in(directory)
             if manifests.NAME in names or not unpublished.finished(names):
                 durable.remove_quietly(unpublished.mark_of(directory, self.token))
-
-    @contextlib.contextmanager
-    def _taking_away(self, name: str) -> Iterator[bool]:
-        """Meanwhile no save begins in this step directory. False if one is under way there: then it must stay."""
-        with self._lock:
-            free = name not in self._in_flight
-            if free:
-                self._removing.add(name)
-        try:
-            yield free
-        finally:
-            if free:
-                with self._lock:
-                    self._removing.discard(name)
-                    self._lock.notify_all()
 
     # ---- the committer's side --------------------------------------------------------------------------------------
 
@@ -321,7 +295,7 @@ class StepDirectories:
                     )
             durable.sync_directory(self._directory)
             if (before := manifests.read_if_any(directory)) is not None:
-                self._replaced.setdefault(directory.name, set()).update(manifests.names(before.files))
+                self._retention.note_replaced(directory, manifests.names(before.files))
             with unpublished.aside(directory, self.token) as aside:
                 durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
             durable.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
@@ -364,7 +338,7 @@ class StepDirectories:
         with self._lock:
             if directory.name not in self._others:
                 return ()
-            ours = manifests.names(files) | self._in_flight.get(directory.name, set()) | {manifests.NAME}
+            ours = manifests.names(files) | self._in_flight.files_of(directory.name) | {manifests.NAME}
         return tuple(sorted(unpublished.finished(names_in(directory)) - ours))
 
     def take_sequence(self) -> int:
@@ -382,107 +356,18 @@ class StepDirectories:
         """
         try:
             with self._still_ours():
-                self._tidy(directory, manifest, before)
+                self._retention.tidy(directory, manifest, before)
         except (CheckpointError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)
 
     def sweep(self) -> None:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
-        while self._retired:
-            self._sweep_one()
+        while self._retention.retired:
+            path = self._retention.retired.pop()
+            try:
+                with self._still_ours():
+                    durable.remove_tree(path)
+            except (CheckpointError, OSError) as error:  # the next tidy() tries again
+                logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
         with self._lock:
             self._lock.notify_all()
-
-    def _sweep_one(self) -> None:
-        path = self._retired.pop()
-        try:
-            with self._still_ours():
-                durable.remove_tree(path)
-        except (CheckpointError, OSError) as error:  # the next tidy() tries again
-            logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
-
-    def _tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
-        self._remove_retired()
-        if not self._shared:
-            self._remove_temporaries(directory)
-        # Also what a save has replaced that failed behind that.
-        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else manifests.names(before.files))
-        for name in replaced - manifests.names(manifest.files) - {*manifest.others}:
-            durable.remove_file(directory / name)
-        if self._keep is None:
-            return
-        largest = manifests.bytes_of(manifest)
-        for path, old in self.look().checkpoints[self._keep :]:
-            if old.others:
-                self._withdraw(path, old)
-            else:
-                self._remove_step(path)
-            largest = max(largest, manifests.bytes_of(old))
-        while self._retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
-            self._sweep_one()  # before the outcome: the next save of any rank needs the space
-
-    def _remove_leftovers(self) -> None:
-        """What a crash left behind."""
-        try:
-            self._remove_retired()
-            for path in self._directory.iterdir():
-                if temporary_names.name_behind(path.name) == LATEST:
-                    durable.remove_file(path)
-            for path in self._step_directories():
-                try:
-                    self._remove_unnamed(path, manifests.read(path))
-                except NotACheckpointError as error:
-                    if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
-                        self._remove_if_leftover(path)
-            while self._retired:
-                durable.remove_tree(self._retired.pop())
-        except OSError as error:
-            logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
-
-    def _remove_retired(self) -> None:
-        """Steps whose removal failed half-way."""
-        for path in self._directory.iterdir():
-            if is_step_name(temporary_names.name_behind(path.name) or "") and path.is_dir():
-                durable.remove_tree(path)
-
-    def _remove_if_leftover(self, path: Path) -> None:
-        if unpublished.is_leftover(names_in(path)):
-            self._remove_step(path)
-        elif unpublished.is_lost(path):
-            self._note_lost(path)
-
-    def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
-        """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
-        wanted = manifests.names(manifest.files) | {*manifest.others, manifests.NAME}
-        for path in directory.iterdir():
-            owner = written_for(path.name)
-            if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):
-                durable.remove_file(path)
-
-    def _remove_temporaries(self, directory: Path) -> None:
-        """Of saves that are over."""
-        found = list(directory.iterdir())  # first: whatever a save that begins now will write is not among them
-        with self._lock:
-            wanted = self._in_flight.get(directory.name, set())
-        for path in found:
-            if temporary_names.name_behind(path.name) not in {None, *wanted}:
-                durable.remove_file(path)
-
-    def _withdraw(self, directory: Path, manifest: Manifest) -> None:
-        """Takes a step away that has files of others in its directory: those stay."""
-        with self._taking_away(directory.name) as nobody_writes:
-            if not nobody_writes:
-                return
-            durable.remove_file(directory / manifests.NAME)
-            durable.sync_directory(directory)
-            for file in manifest.files:
-                durable.remove_file(directory / file.name)
-
-    def _remove_step(self, directory: Path) -> None:
-        with self._taking_away(directory.name) as nobody_writes:
-            if not nobody_writes:
-                return
-            retired = durable.retire_directory(directory)
-        self._retired.append(retired)
-        durable.sync_directory(self._directory)
-        durable.crash_point("removal-begun")

@@ -81,7 +81,7 @@ def coordinator_of(checkpointer: Any) -> Any:
 
 def being_removed(checkpointer: Any) -> set[str]:
     """The step directories that a Checkpointer is just taking away."""
-    return checkpointer._directories._removing
+    return checkpointer._directories._in_flight.being_removed
 
 
 def known_limits(checkpointer: Any) -> tuple[int, int] | None:

@@ -1,0 +1,144 @@
+"""Removes what is no longer wanted: steps beyond those to be kept, files that saves have replaced, and what a crash left."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory import unpublished
+from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.listing import LATEST, look
+from ckpt.directory.manifest import Manifest
+from ckpt.directory.step_names import is_step_name, names_in, written_for
+from ckpt.errors import NotACheckpointError
+from ckpt.storage import durable, free_space, temporary_names
+
+logger = logging.getLogger("ckpt")
+
+
+class Retention:
+    """Of one process. Who calls it sees to it that the directory is ours, and that one thread does so at a time.
+
+    Args:
+        keep: how many committed steps stay; None: all.
+        shared: ranks of one job write here together, and we do not know what the others are writing just now.
+        max_in_flight: how many steps may be on their way at once.
+        note_lost: called for each step directory that holds files, but has lost its manifest.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        in_flight: FilesInFlight,
+        keep: int | None,
+        shared: bool,
+        max_in_flight: int,
+        note_lost: Callable[[Path], None],
+    ) -> None:
+        self._directory = directory
+        self._in_flight = in_flight
+        self._keep = keep
+        self._shared = shared
+        self._max_in_flight = max_in_flight
+        self._note_lost = note_lost
+        self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
+        self.retired: list[Path] = []  # no steps any more, but still there
+
+    def note_replaced(self, directory: Path, files: Iterable[str]) -> None:
+        """What the manifest of a step names until now."""
+        self._replaced.setdefault(directory.name, set()).update(files)
+
+    def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
+        """Behind the publication of a step. What it retires, its owner is to remove.
+
+        Args:
+            before: what the step was until now.
+        """
+        self._remove_retired()
+        if not self._shared:
+            self._remove_temporaries(directory)
+        # Also what a save has replaced that failed behind that.
+        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else manifests.names(before.files))
+        for name in replaced - manifests.names(manifest.files) - {*manifest.others}:
+            durable.remove_file(directory / name)
+        if self._keep is None:
+            return
+        largest = manifests.bytes_of(manifest)
+        for path, old in look(self._directory).checkpoints[self._keep :]:
+            if old.others:
+                self._withdraw(path, old)
+            else:
+                self._remove_step(path)
+            largest = max(largest, manifests.bytes_of(old))
+        while self.retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
+            durable.remove_tree(self.retired.pop())  # before the outcome: the next save of any rank needs the space
+
+    def remove_leftovers(self) -> None:
+        """What a crash left behind."""
+        try:
+            self._remove_retired()
+            for path in self._directory.iterdir():
+                if temporary_names.name_behind(path.name) == LATEST:
+                    durable.remove_file(path)
+            for path in self._step_directories():
+                try:
+                    self._remove_unnamed(path, manifests.read(path))
+                except NotACheckpointError as error:
+                    if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
+                        self._remove_if_leftover(path)
+            while self.retired:
+                durable.remove_tree(self.retired.pop())
+        except OSError as error:
+            logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
+
+    def _step_directories(self) -> list[Path]:
+        return [path for path in self._directory.iterdir() if is_step_name(path.name) and path.is_dir()]
+
+    def _remove_retired(self) -> None:
+        """Steps whose removal failed half-way."""
+        for path in self._directory.iterdir():
+            if is_step_name(temporary_names.name_behind(path.name) or "") and path.is_dir():
+                durable.remove_tree(path)
+
+    def _remove_if_leftover(self, path: Path) -> None:
+        if unpublished.is_leftover(names_in(path)):
+            self._remove_step(path)
+        elif unpublished.is_lost(path):
+            self._note_lost(path)
+
+    def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
+        """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
+        wanted = manifests.names(manifest.files) | {*manifest.others, manifests.NAME}
+        for path in directory.iterdir():
+            owner = written_for(path.name)
+            if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):
+                durable.remove_file(path)
+
+    def _remove_temporaries(self, directory: Path) -> None:
+        """Of saves that are over."""
+        found = list(directory.iterdir())  # first: whatever a save that begins now will write is not among them
+        wanted = self._in_flight.files_of(directory.name)
+        for path in found:
+            if temporary_names.name_behind(path.name) not in {None, *wanted}:
+                durable.remove_file(path)
+
+    def _withdraw(self, directory: Path, manifest: Manifest) -> None:
+        """Takes a step away that has files of others in its directory: those stay."""
+        with self._in_flight.taking_away(directory.name) as nobody_writes:
+            if not nobody_writes:
+                return
+            durable.remove_file(directory / manifests.NAME)
+            durable.sync_directory(directory)
+            for file in manifest.files:
+                durable.remove_file(directory / file.name)
+
+    def _remove_step(self, directory: Path) -> None:
+        with self._in_flight.taking_away(directory.name) as nobody_writes:
+            if not nobody_writes:
+                return
+            retired = durable.retire_directory(directory)
+        self.retired.append(retired)
+        durable.sync_directory(self._directory)
+        durable.crash_point("removal-begun")
