@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support import DEADLINE_S, options, patience, wait_until
+from support import DEADLINE_S, options, patience, somebody_is_in, wait_until
 
 import ckpt
 from ckpt.errors import CheckpointError, InUseError
+from ckpt.storage import durable, temporary_names
 
 
 def make(directory: Path) -> ckpt.Checkpointer:
@@ -64,6 +68,77 @@ def test_a_new_one_does_not_take_over_what_hangs(tmp_path: Path, native: Any) ->
         native.clear_faults()
         assert pending.exception(30) is None
         save(old, 3)
+
+
+def leave_unfinished(directory: Path, step: int) -> None:
+    """As a save that died leaves it."""
+    path = directory / f"step-{step:012d}"
+    path.mkdir()
+    temporary_names.temporary_path(path / "state.pt").touch()
+
+
+@pytest.mark.parametrize("timeout_s", [0.2, DEADLINE_S])
+def test_one_that_cleans_does_not_give_way(timeout_s: float, tmp_path: Path, native: Any) -> None:
+    """Else it would remove what the new one has saved in the meantime."""
+    leave_unfinished(tmp_path, 5)
+    outcomes: list[BaseException | None] = []
+
+    def run(checkpointer: ckpt.Checkpointer, step: int) -> None:
+        try:
+            outcomes.append(save(checkpointer, step))
+        except CheckpointError as error:
+            outcomes.append(error)
+
+    native.set_fault("rename", ".tmp-step-000000000005", delay_s=DEADLINE_S)
+    with (
+        make(tmp_path) as old,
+        ckpt.Checkpointer(tmp_path, options=options(timeout_s=timeout_s)) as new,
+        contextlib.ExitStack() as on_the_way_out,
+    ):
+        on_the_way_out.callback(native.clear_faults)
+        cleaning = threading.Thread(target=run, args=(old, 9))
+        cleaning.start()
+        wait_until(lambda: somebody_is_in("retire_directory"))
+        coming = threading.Thread(target=run, args=(new, 5))
+        coming.start()
+        if timeout_s < DEADLINE_S:
+            coming.join(patience(10))
+        else:
+            wait_until(lambda: somebody_is_in("give_way"))
+        first = outcomes[:]
+        native.clear_faults()
+        cleaning.join(patience(30))
+        coming.join(patience(30))
+        if timeout_s < DEADLINE_S:
+            assert isinstance(first[0], InUseError) and "still had saves in flight" in str(first[0])
+        save(new, 5)
+        assert 5 in new.steps() and new.restore() == (5, {"step": 5})
+
+
+def test_who_takes_an_empty_step_back_has_not_given_way(tmp_path: Path, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    removing, go_on = threading.Event(), threading.Event()
+    real = durable.remove_if_empty
+
+    def slow(directory: Path) -> None:
+        removing.set()
+        go_on.wait(patience(30))
+        real(directory)
+
+    monkeypatch.setattr(durable, "remove_if_empty", slow)
+    with make(tmp_path) as old, ckpt.Checkpointer(tmp_path, options=options(timeout_s=0.2)) as new:
+        native.set_fault("pwritev", error=errno.ENOSPC)
+        pending = old.save(1, {"step": 1})
+        assert removing.wait(patience(30))
+        native.clear_faults()
+        with pytest.raises(InUseError, match="in flight"):
+            new.save(1, {"step": 1})
+        go_on.set()
+        assert pending.exception(30) is not None
+        save(new, 1)
+        with pytest.raises(CheckpointError):
+            old.wait()
+        with pytest.raises(CheckpointError):
+            old.close()
 
 
 def test_a_second_trainer_hears_of_it_before_it_trains(tmp_path: Path, native: Any) -> None:

@@ -45,8 +45,9 @@ class FilesInFlight:
             return True
 
     def __bool__(self) -> bool:
+        """Whether anything is being written or taken away."""
         with self.changed:
-            return bool(self._files)
+            return bool(self._files or self.being_removed)
 
     @contextlib.contextmanager
     def taking_away(self, directory: str) -> Iterator[bool]:

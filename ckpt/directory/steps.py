@@ -58,6 +58,7 @@ class StepDirectories:
         self._in_flight = FilesInFlight()
         self._lock = self._in_flight.changed
         self._others: set[str] = set()  # step directories that held finished files when a save to them began
+        self._is_claiming = False
         self._taken_over = False  # another Checkpointer of this process writes here now
         self._limits: tuple[int, int] | None = None  # what direct I/O demands here, once a file has been written
         self._begun_again = ""  # the step that was begun last, if it may be there already
@@ -118,8 +119,21 @@ class StepDirectories:
             InUseError: another job is writing to it.
             StorageError: the lock cannot be made.
         """
-        self._file_lock.acquire(timeout_s)
-        self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
+        with self._claiming():
+            self._file_lock.acquire(timeout_s)
+            self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
+
+    @contextlib.contextmanager
+    def _claiming(self) -> Iterator[None]:
+        """Meanwhile this one gives way to nobody, who would save into what is removed here."""
+        with self._lock:
+            self._is_claiming = True
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._is_claiming = False
+                self._lock.notify_all()
 
     def release(self) -> None:
         """From now on nothing is published or removed: the directory may belong to another job."""
@@ -155,7 +169,7 @@ class StepDirectories:
                 self._changing.release()
 
     def _is_idle(self) -> bool:
-        return not self._in_flight and not self._retention.retired
+        return not (self._is_claiming or self._in_flight or self._retention.retired)
 
     def _refusal(self) -> InUseError:
         return InUseError(
@@ -228,17 +242,19 @@ class StepDirectories:
 
     def abandon(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
         """The save that begin() returned `targets` for is over: published, failed on the way, or never begun."""
-        with self._lock:
-            self._placed.difference_update(targets)
-            if self._in_flight.discard(directory.name, (target.name for target in targets)):
-                self._others.discard(directory.name)
-        if failed and self._shared:
-            self._unmark(directory)  # the last rank to take its files back finds none
-        if failed and not self._shared:
-            with self._in_flight.taking_away(directory.name) as nobody_writes:
-                if nobody_writes:
-                    self._unmark(directory)
-                    durable.remove_if_empty(directory)  # it is when the first save to this step has failed
+        with contextlib.ExitStack() as cleaning:
+            with self._lock:
+                self._placed.difference_update(targets)
+                last = self._in_flight.discard(directory.name, (target.name for target in targets))
+                if last:
+                    self._others.discard(directory.name)
+                if last and failed and not self._shared:  # under the same lock: nothing may begin in between
+                    cleaning.enter_context(self._in_flight.taking_away(directory.name))
+            if failed and self._shared:
+                self._unmark(directory)  # the last rank to take its files back finds none
+            elif last and failed:
+                self._unmark(directory)
+                durable.remove_if_empty(directory)  # it is when the first save to this step has failed
 
     def _unmark(self, directory: Path) -> None:
         """As long as files of the save that failed are there, their mark stays."""
