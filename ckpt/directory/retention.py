@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
@@ -12,7 +14,7 @@ from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, look
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name, names_in, written_for
-from ckpt.errors import NotACheckpointError
+from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.storage import durable, free_space, temporary_names
 
 logger = logging.getLogger("ckpt")
@@ -26,6 +28,7 @@ class Retention:
         shared: ranks of one job write here together, and we do not know what the others are writing just now.
         max_in_flight: how many steps may be on their way at once.
         note_lost: called for each step directory that holds files, but has lost its manifest.
+        warn_once: logs a warning, given a key, a text and what goes into that, unless it has logged one of this key.
     """
 
     def __init__(
@@ -36,6 +39,7 @@ class Retention:
         shared: bool,
         max_in_flight: int,
         note_lost: Callable[[Path], None],
+        warn_once: Callable[..., None],
     ) -> None:
         self._directory = directory
         self._in_flight = in_flight
@@ -43,6 +47,7 @@ class Retention:
         self._shared = shared
         self._max_in_flight = max_in_flight
         self._note_lost = note_lost
+        self._warn_once = warn_once
         self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self.retired: list[Path] = []  # no steps any more, but still there
 
@@ -67,13 +72,27 @@ class Retention:
             return
         largest = manifests.bytes_of(manifest)
         for path, old in look(self._directory).checkpoints[self._keep :]:
-            if old.others:
-                self._withdraw(path, old)
-            else:
-                self._remove_step(path)
+            with self.going_on(path):
+                if old.others and not path.is_symlink():
+                    self._withdraw(path, old)
+                else:
+                    self._remove_step(path)
             largest = max(largest, manifests.bytes_of(old))
         while self.retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
-            durable.remove_tree(self.retired.pop())  # before the outcome: the next save of any rank needs the space
+            self._sweep_one()  # before the outcome: the next save of any rank needs the space
+
+    def _sweep_one(self) -> None:
+        path = self.retired.pop()
+        with self.going_on(path):
+            durable.remove_tree(path)
+
+    @contextlib.contextmanager
+    def going_on(self, path: Path) -> Iterator[None]:
+        """What cannot be removed must not keep the rest from it. It is tried again at each save, and said once."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
+            self._warn_once(f"removing {path}", "removing '%s' failed, the checkpoint is good: %s", path, error)
 
     def remove_leftovers(self) -> None:
         """What a crash left behind."""
@@ -81,17 +100,26 @@ class Retention:
             self._remove_retired()
             for path in self._directory.iterdir():
                 if temporary_names.name_behind(path.name) == LATEST:
-                    durable.remove_file(path)
+                    with self.going_on(path):
+                        durable.remove_file(path)
             for path in self._step_directories():
-                try:
-                    self._remove_unnamed(path, manifests.read(path))
-                except NotACheckpointError as error:
-                    if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
-                        self._remove_if_leftover(path)
+                with self.going_on(path):
+                    self._clean(path)
             while self.retired:
-                durable.remove_tree(self.retired.pop())
-        except OSError as error:
+                self._sweep_one()
+        except (CheckpointError, OSError) as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
+
+    def _clean(self, path: Path) -> None:
+        """A step directory. What is behind a link is left alone: others may be writing there."""
+        try:
+            manifest = manifests.read(path)
+        except NotACheckpointError as error:
+            if isinstance(error.__cause__, FileNotFoundError):  # a damaged manifest is evidence: leave it to a person
+                self._remove_if_leftover(path)
+            return
+        if not path.is_symlink():
+            self._remove_unnamed(path, manifest)
 
     def _step_directories(self) -> list[Path]:
         return [path for path in self._directory.iterdir() if is_step_name(path.name) and path.is_dir()]
@@ -99,12 +127,14 @@ class Retention:
     def _remove_retired(self) -> None:
         """Steps whose removal failed half-way."""
         for path in self._directory.iterdir():
-            if is_step_name(temporary_names.name_behind(path.name) or "") and path.is_dir():
-                durable.remove_tree(path)
+            if is_step_name(temporary_names.name_behind(path.name) or "") and (path.is_dir() or path.is_symlink()):
+                with self.going_on(path):
+                    durable.remove_tree(path)
 
     def _remove_if_leftover(self, path: Path) -> None:
         if unpublished.is_leftover(names_in(path)):
-            self._remove_step(path)
+            if not path.is_symlink():
+                self._remove_step(path)
         elif unpublished.is_lost(path):
             self._note_lost(path)
 
@@ -138,6 +168,9 @@ class Retention:
         with self._in_flight.taking_away(directory.name) as nobody_writes:
             if not nobody_writes:
                 return
+            if directory.is_symlink():
+                text = "'%s' is a link and no longer wanted: it is removed, and '%s', where it leads, is left alone"
+                self._warn_once(f"link {directory}", text, directory, os.path.realpath(directory))
             retired = durable.retire_directory(directory)
         self.retired.append(retired)
         durable.sync_directory(self._directory)

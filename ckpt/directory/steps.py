@@ -68,7 +68,7 @@ class StepDirectories:
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
-        self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost)
+        self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -94,10 +94,12 @@ class StepDirectories:
         self.warn_once(path.name, text, path)
 
     def warn_once(self, key: str, text: str, *details: object) -> None:
-        """To be called by one thread at a time, as all that looks or claims is."""
-        if key not in self._warned:
+        """Unless something was said under this key."""
+        with self._lock:
+            if key in self._warned:
+                return
             self._warned.add(key)
-            logger.warning(text, *details)
+        logger.warning(text, *details)
 
     def expect_no_other(self, timeout_s: float) -> None:
         """Takes nothing. Waits for what another Checkpointer of this process has in flight.
@@ -380,10 +382,7 @@ class StepDirectories:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
         while self._retention.retired:
             path = self._retention.retired.pop()
-            try:
-                with self._still_ours():
-                    durable.remove_tree(path)
-            except (CheckpointError, OSError) as error:  # the next tidy() tries again
-                logger.warning("removing '%s' failed, the checkpoint is good: %s", path, error)
+            with self._retention.going_on(path), self._still_ours():
+                durable.remove_tree(path)
         with self._lock:
             self._lock.notify_all()

@@ -331,11 +331,22 @@ def retire_directory(directory: Path) -> Path:
 
 
 def remove_tree(directory: Path) -> None:
+    """As much of it as can be removed. A link goes as a link: what it leads to is not ours.
+
+    Raises:
+        StorageError: something is left; the first cause.
+    """
+    if directory.is_symlink():
+        remove_file(directory)
+        return
+    failed: OSError | None = None
     with os.scandir(directory) as entries:
-        for entry in list(entries):
-            path = Path(entry.path)
-            if entry.is_dir(follow_symlinks=False):
-                remove_tree(path)
-            else:
-                remove_file(path)
+        found = list(entries)
+    for entry in found:
+        try:
+            (remove_tree if entry.is_dir(follow_symlinks=False) else remove_file)(Path(entry.path))
+        except OSError as error:
+            failed = failed or error
+    if failed is not None:
+        raise failed
     _native.remove_directory(os.fsencode(directory))
