@@ -107,7 +107,9 @@ class Checkpointer(Saver):
                 as it may while this one has nothing in flight.
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
             ClosedError: after close().
-            PeerError: at the first save, rank 0 does not answer, or may not save.
+            CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
+                by restore(), and `step` is not above the newest. Nothing has been written or removed.
+            PeerError: at the first save, rank 0 does not answer, or may not save, for instance because of that.
             TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; also what
                 pickling a state raises.
 
@@ -120,7 +122,7 @@ class Checkpointer(Saver):
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
         try:
-            self._claim_directory(ticket.number)
+            self._claim_directory(ticket)
             self._check_failures()
             self._begin(task, ticket, state, replicated, lazy)
         except BaseException as error:
@@ -131,18 +133,18 @@ class Checkpointer(Saver):
         self._remember(task)
         return PendingSave(task)
 
-    def _claim_directory(self, number: int) -> None:
+    def _claim_directory(self, ticket: Ticket) -> None:
         """At the first save: rank 0 locks the directory and cleans it, before any rank writes.
 
         Rank 0 says so again at each save until one has succeeded: a rank may have missed it.
         """
         if self._claimed and (self.rank != 0 or self._succeeded):
             return
-        key = f"{self._stream}-claim/{number}"
+        key = f"{self._stream}-claim/{ticket.number}"
         if self.rank == 0:
             try:
                 if not self._claimed:
-                    self._directories.claim(self.options.timeout_s)
+                    self._directories.claim(ticket.step, self.options.timeout_s)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)

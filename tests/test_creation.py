@@ -133,6 +133,7 @@ def test_steps_below_the_highest_are_looked_at(begun: ckpt.Checkpointer, tmp_pat
     begun.save(9, state(9)).result(DEADLINE_S)
     begun.close()
     with ckpt.Checkpointer(tmp_path, keep=None, options=SMALL) as checkpointer:
+        checkpointer.restore()
         for step in (4, 9, 5, 9, 1):
             checkpointer.save(step, state(step + 100)).result(DEADLINE_S)
             found = checkpointer.restore()

@@ -76,6 +76,7 @@ def test_the_callback_does_not_begin_at_0_unless_told_to(saved: Path, native: An
         assert callback.checkpointer.steps() == [4]
         assert callback.resume() == 4
     with make(saved, keep=1) as checkpointer:  # nor does the next job remove them
+        checkpointer.restore()
         save(checkpointer, 3, 5)
         assert checkpointer.steps() == [5]
     assert_there(files)

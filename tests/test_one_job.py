@@ -96,7 +96,7 @@ def test_one_that_cleans_does_not_give_way(timeout_s: float, tmp_path: Path, nat
         contextlib.ExitStack() as on_the_way_out,
     ):
         on_the_way_out.callback(native.clear_faults)
-        cleaning = threading.Thread(target=run, args=(old, 9))
+        cleaning = threading.Thread(target=run, args=(old, 4))
         cleaning.start()
         wait_until(lambda: somebody_is_in("retire_directory"))
         coming = threading.Thread(target=run, args=(new, 5))

@@ -40,6 +40,12 @@ def look(directory: Path) -> Found:
     return found
 
 
+def newest_after(directory: Path, sequence: int) -> Manifest | None:
+    """Of the checkpoint that was committed last, if that was after this commit."""
+    newest = next((manifest for _, manifest in look(directory).checkpoints), None)
+    return newest if newest is not None and newest.sequence > sequence else None
+
+
 def _look_once(directory: Path) -> tuple[Found, bool]:
     """Also whether something went while it was looked at: then there may be newer ones, which were not there before."""
     found = Found([], [], [])

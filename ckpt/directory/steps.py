@@ -26,7 +26,7 @@ from pathlib import Path
 from ckpt.directory import manifest as manifests
 from ckpt.directory import step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
-from ckpt.directory.listing import LATEST, Found, look
+from ckpt.directory.listing import LATEST, Found, look, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
@@ -64,6 +64,7 @@ class StepDirectories:
         self._begun_again = ""  # the step that was begun last, if it may be there already
         self._highest: str | None = None  # no step above has been begun, or lay here when the first one was
         self._warned: set[str] = set()
+        self._seen = -1  # the highest sequence number that a restore has come across
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the committer's thread, once there is a save:
         self._next_sequence: int | None = None
@@ -75,6 +76,12 @@ class StepDirectories:
     def look(self) -> Found:
         """See listing.py."""
         return look(self._directory)
+
+    def look_for_restore(self) -> Found:
+        """The same, for who wants to know what there is before it saves."""
+        found = self.look()
+        self._seen = max([self._seen, *(manifest.sequence for _, manifest in found.checkpoints)])
+        return found
 
     def lost(self, found: Found) -> str:
         """What to say if there are no checkpoints, but files of some; empty if there are none. Logs each such directory."""
@@ -111,19 +118,37 @@ class StepDirectories:
 
     # ---- the caller's side -----------------------------------------------------------------------------------------
 
-    def claim(self, timeout_s: float) -> None:
+    def claim(self, step: int, timeout_s: float) -> None:
         """Once, before the first save of the job: makes the directory ours, and removes what a crash left.
 
         Args:
+            step: to be saved first.
             timeout_s: how long to wait for what another Checkpointer of this process has in flight.
 
         Raises:
+            CheckpointError: the step is not above the newest checkpoint, and nobody has looked at that.
             InUseError: another job is writing to it.
             StorageError: the lock cannot be made.
         """
         with self._claiming():
+            self._refuse_to_begin_again(step)  # before anything is taken from another Checkpointer of this process
             self._file_lock.acquire(timeout_s)
+            try:
+                self._refuse_to_begin_again(step)  # which may have had saves in flight
+            except BaseException:
+                self._file_lock.release()
+                raise
             self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
+
+    def _refuse_to_begin_again(self, step: int) -> None:
+        """A job that forgets to resume would begin at its first step, and retention would remove what was saved before."""
+        newest = newest_after(self._directory, self._seen)
+        if newest is not None and step <= newest.step:
+            raise CheckpointError(
+                f"step {step} was not saved: '{self._directory}' holds checkpoints that this job has not looked at, the newest "
+                f"of step {newest.step}, and saving lower steps beside them would replace or remove them. Call restore(), or "
+                "resume() of a callback, before the first save; or save into another directory; or move the old ones away"
+            )
 
     @contextlib.contextmanager
     def _claiming(self) -> Iterator[None]:

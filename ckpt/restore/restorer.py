@@ -71,7 +71,7 @@ class Restorer:
             raise
 
     def _look(self, fresh: bool) -> Seen:
-        found = self._directories.look()
+        found = self._directories.look_for_restore()
         for error in found.damaged:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
         lost = self._directories.lost(found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from ckpt.integrations.torch import CheckpointCallback
 
 directory = Path(sys.argv[1])
 answers = standard_output_for_answers()
+numbers = itertools.count()
 
 
 def told(name: str, call: Any) -> None:
@@ -36,7 +38,7 @@ def told(name: str, call: Any) -> None:
 
 
 def callback(**arguments: Any) -> None:
-    with CheckpointCallback(directory / "steps", options=options(), **arguments) as made:
+    with CheckpointCallback(directory / f"steps-{next(numbers)}", options=options(), **arguments) as made:
         made.save(1).result(60)
 
 
