@@ -58,6 +58,39 @@ def test_a_callback_says_that_no_checkpoint_is_left(tmp_path: Path, native: Any)
         assert callback.checkpointer.steps() == [4]
 
 
+def test_a_callback_says_so_at_the_next_step(tmp_path: Path, native: Any) -> None:
+    """Not only at the next that saves, which may be hours away."""
+    with make(tmp_path, every=100) as callback:
+        callback.save(1).result(DEADLINE_S)
+        native.set_fault("pwritev", error=errno.ENOSPC)
+        failed = callback.step(100)
+        assert failed is not None and failed.exception(DEADLINE_S) is not None
+        clear_faults()
+        shutil.rmtree(tmp_path / "step-000000000001")
+        with pytest.raises(ckpt.CheckpointError, match=r"no checkpoint is left in .*where there was one"):
+            callback.step(101)
+        assert callback.step(102) is None, "it is said once"
+        assert callback.step(200) is not None
+
+
+def test_one_that_was_published_while_the_next_was_in_flight_counts(tmp_path: Path, native: Any) -> None:
+    model = torch.nn.Linear(30, 30)
+    with CheckpointCallback(tmp_path, model=model, options=options(max_in_flight=2)) as callback:
+        native.set_fault("fdatasync", "step-000000000001", delay_s=DEADLINE_S)
+        first = callback.save(1)
+        native.set_fault("pwritev", "step-000000000002", error=errno.ENOSPC)
+        second = callback.save(2)
+        assert not first.done()
+        native.clear_faults("fdatasync")
+        first.result(DEADLINE_S)
+        assert second.exception(DEADLINE_S) is not None
+        clear_faults()
+        shutil.rmtree(tmp_path / "step-000000000001")
+        with pytest.raises(ckpt.CheckpointError, match=r"no checkpoint is left in .*where there was one"):
+            callback.step(3)
+        assert callback.save(4).result(DEADLINE_S)
+
+
 def test_a_first_save_that_fails_does_not_stop_the_training(tmp_path: Path, native: Any) -> None:
     with make(tmp_path) as callback:
         native.set_fault("pwritev", error=errno.ENOSPC)

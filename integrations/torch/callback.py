@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 import ckpt
+from ckpt.errors import SkippedError
 from ckpt.quantities import Duration, parse_duration
 
 from . import when_to_save
@@ -96,7 +97,7 @@ class CheckpointCallback:
         parts |= name_parts("scaler", scaler) | name_parts("extra", extra)
         positions = name_parts("data", data)
         self._waits = wait_before_return
-        self._newest: ckpt.PendingSave | None = None  # whose outcome has not been seen
+        self._unseen: list[ckpt.PendingSave] = []  # whose outcome has not been looked at, in their order
         self._published = False  # a checkpoint was there
         grace = _GRACE if preemption is True else preemption
         grace_s = parse_duration(grace, "preemption") if grace is not False else None
@@ -136,12 +137,14 @@ class CheckpointCallback:
         Raises:
             Preempted: SIGTERM has come and all is saved, or the grace time is over. A handler of SIGTERM written in Python that
                 was there before the callback is called first.
-            ckpt.CheckpointError: saves have failed time and again, as `ckpt.Checkpointer.save` says.
+            ckpt.CheckpointError: saves have failed time and again, or the first one is refused, as `ckpt.Checkpointer.save`
+                says; or the newest has failed, and no checkpoint is left where there was one.
         """
         self._step = step
         due = self._interval.is_due(step)
         if self._preemption is not None and self._preemption.is_due():
             self._end(step, self._preemption)
+        self._check_remaining()
         return self.save(step) if due else None
 
     def save(self, step: int) -> ckpt.PendingSave:
@@ -155,7 +158,8 @@ class CheckpointCallback:
         began_at = when_to_save.now()
         replicated, state = self._state.capture()
         pending = self._checkpointer.save(step, state, replicated=replicated, lazy=self._lazy)
-        self._step, self._newest = step, pending
+        self._step = step
+        self._unseen.append(pending)
         if self._waits:
             pending.result()
         self._interval.note_save(step, pending, when_to_save.now() - began_at)
@@ -163,13 +167,13 @@ class CheckpointCallback:
 
     def _check_remaining(self) -> None:
         """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
-        newest = self._newest
-        if newest is None or not newest.done():
-            return
-        self._newest, error = None, newest.exception()
-        if error is None:
-            self._published = True
-        elif self._published and not self._checkpointer.steps():
+        error = None
+        while self._unseen and self._unseen[0].done():
+            outcome = self._unseen.pop(0).exception()
+            if not isinstance(outcome, SkippedError):
+                error = outcome
+                self._published |= error is None
+        if error is not None and self._published and not self._checkpointer.steps():
             self._published = False
             raise ckpt.CheckpointError(
                 f"the newest save failed with: {error}; and no checkpoint is left in '{self._checkpointer.directory}', where "
