@@ -4,6 +4,8 @@
 #include <chrono>
 #include <cstring>
 
+#include "base/random.h"
+
 namespace lazyckpt {
 namespace {
 
@@ -12,14 +14,6 @@ constexpr size_t kWanted = 256;
 constexpr size_t kMostInRun = 16;
 // Whoever writes to a run of this length is seen at its first bytes before it has come far; a shorter one is over at once.
 constexpr size_t kLongRun = size_t{1} << 20;
-
-// splitmix64 (Steele, Lea, Flood 2014). Nobody's writes shall happen to miss the same places each time.
-uint64_t next_random(uint64_t& state) {
-  uint64_t value = state += 0x9e3779b97f4a7c15;
-  value = (value ^ (value >> 30)) * 0xbf58476d1ce4e5b9;
-  value = (value ^ (value >> 27)) * 0x94d049bb133111eb;
-  return value ^ (value >> 31);
-}
 
 bool is_lazy(const Segment& segment) { return segment.kind == Source::kLazy; }
 
@@ -35,6 +29,7 @@ Witnesses::Witnesses(const std::vector<Chunk>& chunks) {
   const size_t runs = lazy_runs(chunks);
   if (runs == 0) return;
   const size_t places = std::clamp<size_t>(kWanted / runs, 1, kMostInRun);
+  // Nobody's writes shall happen to miss the same places each time.
   auto random = static_cast<uint64_t>(std::chrono::steady_clock::now().time_since_epoch().count());
   witnesses_.reserve(runs * (places + 1));
   ends_.reserve(chunks.size());
