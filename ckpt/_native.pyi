@@ -19,6 +19,7 @@ class Job:
     crc32: int  # of what this process wrote
     written: tuple[int, int]
     checksums: tuple[list[int], list[int]]
+    edges: tuple[tuple[int, int, int], tuple[int, int, int]]  # only read, and last written: record, bytes, CRC-32
     layout_crc32: int
     limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int

@@ -13,6 +13,7 @@ import torch
 from support import DEADLINE_S, assert_same
 
 from ckpt import _native
+from ckpt.commit.shared_file import Disagreement, Share, find_disagreement
 from ckpt.plan.save_plan import LAZY, make_plan
 
 CHUNK = 1 << 16
@@ -56,8 +57,14 @@ class Writers:
         self.held.append((state, plan))
         return job
 
+    def disagreement(self) -> Disagreement | None:
+        for job in self.jobs:
+            assert job.wait_finished(DEADLINE_S) and job.error is None, job.error
+        return find_disagreement([Share(*job.written, job.crc32, "", "", 0, *job.edges) for job in self.jobs])
+
     def finish(self) -> int:
         """Joins the shares; returns the CRC-32 of the file as it follows from theirs."""
+        assert self.disagreement() is None
         crcs, whole, at = [0] * self.jobs[0].record_count, 0, 0
         for job in self.jobs:
             assert job.wait_finished(DEADLINE_S)
@@ -106,6 +113,41 @@ def test_shares_make_one_file(kind: str, count: int, engine: Any, tmp_path: Path
     for index in range(count):
         writers.submit(state, index)
     assert_file(tmp_path / "a.pt", state, writers.finish())
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["lazy", "copied"])
+def test_records_that_end_at_a_border(lazy: bool, engine: Any, tmp_path: Path) -> None:
+    """Their checksum lies in the next share, or in both."""
+    for short in range(0, 200, 3):
+        state = {"a": torch.arange(3 * CHUNK - 2000 - short, dtype=torch.int32), "b": torch.ones(9 * CHUNK, dtype=torch.uint8)}
+        writers = Writers(engine, tmp_path / "a.pt", 7, lazy=lazy)
+        for index in range(7):
+            writers.submit(state, index)
+        assert_file(tmp_path / "a.pt", state, writers.finish())
+
+
+@pytest.mark.parametrize(
+    ("odd", "at", "expected"),
+    [
+        (0, 5, Disagreement(1, (0, 1, 2), 3)),
+        (2, 260_000, Disagreement(1, (0, 1, 2), 3)),
+        (3, 5, Disagreement(1, (0, 1, 2), 3)),
+        (3, 499_999, None),
+    ],
+    ids=["the first writer", "one between", "the last, who reads it", "the last, in its own part"],
+)
+def test_a_record_of_several_that_differs(
+    odd: int, at: int, expected: Disagreement | None, engine: Any, tmp_path: Path
+) -> None:
+    """One element differs on one of four, who write the tensor together. Where it goes unseen, the file is the last one's."""
+    states = [{"x": torch.arange(500_000, dtype=torch.int32)} for _ in range(4)]
+    states[odd]["x"][at] += 1
+    writers = Writers(engine, tmp_path / "a.pt", 4)
+    for index, state in enumerate(states):
+        writers.submit(state, index)
+    assert writers.disagreement() == expected
+    if expected is None:
+        assert_file(tmp_path / "a.pt", states[3], writers.finish())
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["direct", "buffered"])

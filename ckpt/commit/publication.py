@@ -1,7 +1,7 @@
 """Two-phase commit: a step is a checkpoint when the files of every rank are durable, and not before.
 
     prepare    every rank: its files have their names, durably; or an error. Rank 0 gathers all of it.
-    publish    rank 0, if all are well: manifest, then `latest`. See StepDirectories.publish().
+    publish    rank 0, if all are well and alike: manifest, then `latest`. See StepDirectories.publish().
     verdict    rank 0 tells everybody. Only now a rank's result() returns, or it takes its files back.
 
 A rank that does not hear the verdict does not know the outcome, and leaves its files alone: the manifest decides. Every save()
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import Agreement, Failure, failed_answer, good_answer, outcome_of
+from ckpt.commit.record_path import name_of_record
 from ckpt.commit.replica_check import Digest, digest_of, first_difference, without_devices
-from ckpt.commit.shared_file import Share, join_shares, share_of
+from ckpt.commit.shared_file import Share, find_disagreement, join_shares, share_of
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.directory.steps import StepDirectories
@@ -28,6 +29,16 @@ from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
 
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
+_NOT_ALIKE = "the replicated state is not the same on all ranks: "
+_REMEDY = (
+    ". Give what differs as the rank's own state (state= of save(), data= of the callback), or make it the same on every rank, "
+    "to the byte"
+)
+# Other differences between pickles show in their digests.
+_REMEDY_FOR_DEVICES = (
+    ": the devices of its tensors have other names there. Let each process see its own device alone (CUDA_VISIBLE_DEVICES), or "
+    "let rank 0 write it all (Options.replicated_writers='rank0')"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +150,7 @@ class StepCommitter:
             try:
                 answers = [Prepared.parse(answer) for answer in said]
                 differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
-                failure = self._explain(ticket, differing) if differing else None
+                failure = self._explain(ticket, differing) if differing else _compare_shares(ticket, answers)
                 if failure is None:
                     before = manifests.read_if_any(ticket.directory)
                     files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
@@ -179,9 +190,7 @@ class StepCommitter:
         first = differing[0]
         found = texts[first] if first < len(texts) else ""
         return Failure(
-            f"the replicated state is not the same on all ranks: that of rank {first} differs from that of rank 0"
-            + (f", {found}" if found else "")
-            + ". Give what differs as the rank's own state",
+            f"{_NOT_ALIKE}that of rank {first} differs from that of rank 0" + (f", {found}" if found else "") + _REMEDY,
             differing,
         )
 
@@ -226,3 +235,30 @@ def _digest(part: Part) -> Digest:
 
 def _replicated_pickle(ticket: Ticket) -> bytes:
     return b"".join(without_devices(part.file.pickle) for part in ticket.parts if part.kind == REPLICATED)
+
+
+def _compare_shares(ticket: Ticket, answers: Sequence[Prepared]) -> Failure | None:
+    """What samples have not seen, of the records that several ranks write."""
+    for number, part in enumerate(part for part in ticket.parts if part.is_shared):
+        found = find_disagreement([answer.shares[number] for answer in answers])
+        if found is not None:
+            key = found.record - part.file.first_record
+            wrote = f"{_in_words(found.writers)} {'has' if len(found.writers) == 1 else 'have'} written"
+            if key >= 0:
+                what = name_of_record(part.file.pickle, key)
+                text = f"rank {found.reader} holds other values of {what} than {wrote}{_REMEDY}"
+            else:
+                text = f"rank {found.reader} has pickled it otherwise than {wrote}{_REMEDY_FOR_DEVICES}"
+            return Failure(_NOT_ALIKE + text, (found.reader,))
+    return None
+
+
+_MOST_NAMED = 8  # ranks in a message
+
+
+def _in_words(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    named = [str(rank) for rank in ranks[:_MOST_NAMED]]
+    named += [f"{len(ranks) - _MOST_NAMED} more"] if len(ranks) > _MOST_NAMED else []
+    return f"ranks {', '.join(named[:-1])} and {named[-1]}"

@@ -19,7 +19,13 @@ from ckpt.saving.file_in_flight import FileSave
 
 @dataclasses.dataclass(frozen=True)
 class Share:
-    """Bytes [begin, end) of the file, their CRC-32, and the CRC-32s of the records that end there, as texts of numbers."""
+    """Bytes [begin, end) of the file, their CRC-32, and the CRC-32s of the records that end there, as texts of numbers.
+
+    Attributes:
+        read: of a record that ends there and began before: what was read of it, for its checksum, and others have written. Its
+            number, bytes and CRC-32; 0 bytes if there is none.
+        written: the same of what was written of the last record.
+    """
 
     begin: int
     end: int
@@ -27,6 +33,8 @@ class Share:
     records: str
     crcs: str
     inode: int
+    read: Sequence[int]
+    written: Sequence[int]
 
 
 def share_of(file: FileSave) -> Share:
@@ -45,7 +53,37 @@ def share_of(file: FileSave) -> Share:
             f"'{file.temporary}' is gone: rank 0 has given this save up already, or does not see the same directory",
             str(file.temporary),
         ) from error
-    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode)
+    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, *file.job.edges)
+
+
+@dataclasses.dataclass(frozen=True)
+class Disagreement:
+    """Rank `reader` holds other bytes of a record than those ranks have written that write it before."""
+
+    record: int
+    writers: tuple[int, ...]
+    reader: int
+
+
+def find_disagreement(shares: Sequence[Share]) -> Disagreement | None:
+    """The first one. A file whose shares do not agree would have records that fail their checksums.
+
+    Who writes the end of a record finds the checksum of all of it in its own memory. So all of the record is compared but the
+    last rank's part, and what is published is all that rank's.
+    """
+    record, length, crc = 0, 0, 0  # what has been written of the last record
+    writers: tuple[int, ...] = ()
+    for rank, share in enumerate(shares):
+        if share.read[1] and list(share.read) != [record, length, crc]:
+            return Disagreement(share.read[0], writers, rank)
+        if not share.written[1]:
+            continue
+        if share.written[0] != record or not length:
+            record, length, crc, writers = share.written[0], 0, 0, ()
+        length += share.written[1]
+        crc = _native.crc32_combine(crc, share.written[2], share.written[1])
+        writers += (rank,)
+    return None
 
 
 def join_shares(file: FileSave, shares: Sequence[Share]) -> int:

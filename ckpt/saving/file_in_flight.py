@@ -62,13 +62,13 @@ class FileSave:
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
+        self.first_record = 0  # the core's number of the record data/0
         self._lock = threading.Lock()  # guards what follows
         self._sealed = False
         self._until_captured: Any = None  # keeps the tensors' memory
         self._until_durable: Any = None  # keeps the memory that is ours
         self._tripwire: Tripwire | None = None
         self._records: Sequence[Record] | None = None  # for their names
-        self._first_record = 0
         self._names_to_the_end = False
         self._on_sealed: Callable[[FileSave], None] | None = None
         self._seal_error: CaptureError | None = None
@@ -89,7 +89,7 @@ class FileSave:
             first_record: the core's number of the first of `records`.
             names_to_the_end: a change may be found after the fence, and must be named then.
         """
-        self._tripwire, self._records, self._first_record = tripwire, records, first_record
+        self._tripwire, self._records, self.first_record = tripwire, records, first_record
         self._names_to_the_end, self._on_sealed = names_to_the_end, on_sealed
         self._until_captured, self._until_durable = records, until_durable
 
@@ -143,7 +143,7 @@ class FileSave:
     def _name_of(self, record: int) -> str:
         if self._tripwire is None or self._records is None:
             return "a tensor"
-        return self._tripwire.describe(self._records[record - self._first_record].tensor)
+        return self._tripwire.describe(self._records[record - self.first_record].tensor)
 
     def _capture_error(self, name: str) -> CaptureError:
         return CaptureError(

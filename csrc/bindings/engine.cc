@@ -185,6 +185,13 @@ uint32_t layout_checksum(const ZipLayout& layout) {
   return crc32(crc, &layout.file_size, sizeof layout.file_size);
 }
 
+// (record, bytes, CRC-32) each: what was only read, and what was written of the last record; 0 bytes where there is nothing.
+py::tuple edges_of(const Job& job) {
+  const Checksums checksums = locked(job, [&] { return job.checksums; });
+  const auto part = [](const RecordPart& each) { return py::make_tuple(each.record, each.length, each.crc); };
+  return py::make_tuple(part(checksums.only_read), part(checksums.last_written));
+}
+
 // Of the records whose first CRC field lies in the job's share; the job must be finished.
 std::vector<uint32_t> checksums_of(const Job& job) {
   std::vector<uint32_t> found;
@@ -204,6 +211,7 @@ void bind_job(py::module_& module) {
       .def_property_readonly("stats", stats_of)
       .def_property_readonly("written", [](const Job& job) { return py::make_tuple(job.range.begin, job.range.end); })
       .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })
+      .def_property_readonly("edges", edges_of)
       .def_property_readonly("layout_crc32", [](const Job& job) { return layout_checksum(shared_layout(job)); })
       .def("directory", [](const Job& job, const std::vector<uint32_t>& record_crcs) {
         if (record_crcs.size() != job.spec.record_count) throw py::value_error("one checksum for each record");
@@ -213,7 +221,7 @@ void bind_job(py::module_& module) {
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
       .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
-      .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.file_crc; }); })
+      .def_property_readonly("crc32", [](const Job& job) { return locked(job, [&] { return job.checksums.written; }); })
       .def("wait_captured", [](const Job& job, double timeout_s) {
         return wait_for(job, timeout_s, [&] { return job.captured() || job.failed(); });
       })

@@ -481,13 +481,12 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
       job->fail(error);
     }
   }
-  uint32_t crc = 0;
-  for (const Chunk& chunk : job->chunks) crc = chunk.written ? crc32_combine(crc, chunk.crc, chunk.content) : crc;
+  const Checksums checksums = job->sum_up();
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) chunk.release_memory();  // of chunks that were claimed when their job failed
   job->stats.direct_io = job->file->wrote_direct();
-  job->file_crc = crc;
+  job->checksums = checksums;
   job->phase = Phase::kFinished;
   job->chunks.clear();
   job->spec.extents = {};

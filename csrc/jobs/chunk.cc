@@ -353,6 +353,38 @@ uint32_t find_changed_since(Chunk& chunk) {
   return kStructure;
 }
 
+namespace {
+
+void add_to(RecordPart& part, const Piece& piece) {
+  part.record = piece.record;
+  part.length += piece.length;
+  part.crc = crc32_combine(part.crc, piece.crc, piece.length);
+}
+
+}  // namespace
+
+RecordPart part_only_read(const std::vector<Chunk>& chunks) {
+  RecordPart part;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.written) break;
+    for (const Piece& piece : chunk.pieces) add_to(part, piece);
+  }
+  return part;
+}
+
+RecordPart last_part_written(const std::vector<Chunk>& chunks) {
+  RecordPart part;
+  for (const Chunk& chunk : chunks) {
+    if (!chunk.written) continue;
+    for (const Piece& piece : chunk.pieces) {
+      if (piece.record == kStructure) continue;
+      if (piece.record != part.record) part = {};
+      add_to(part, piece);
+    }
+  }
+  return part;
+}
+
 void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs) {
   size_t segment = 0;
   uint64_t segment_at = chunk.offset;

@@ -85,6 +85,18 @@ struct Chunk {
   void release_memory();
 };
 
+// Some bytes of a record, from where it begins or a share of the file does.
+struct RecordPart {
+  uint32_t record = kStructure;  // which is that there is none
+  uint64_t length = 0;
+  uint32_t crc = 0;
+};
+
+// Of chunks that are done: what was only read of the record whose end we write, and what we have written of the last record. A
+// record that several processes write is as long as what they have written of it, and the checksums must agree.
+RecordPart part_only_read(const std::vector<Chunk>& chunks);
+RecordPart last_part_written(const std::vector<Chunk>& chunks);
+
 // What this process writes of the file.
 ByteRange written_range(const FileSpec& spec, size_t chunk_bytes);
 

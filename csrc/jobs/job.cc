@@ -78,6 +78,17 @@ void Job::look_at_witnesses(size_t chunk) const {
   if (const uint32_t record = witnesses->find_changed(chunk); record != kStructure) throw changed_error(*this, record);
 }
 
+Checksums Job::sum_up() const {
+  Checksums sums;
+  for (const Chunk& chunk : chunks) {
+    if (chunk.written) sums.written = crc32_combine(sums.written, chunk.crc, chunk.content);
+  }
+  if (spec.share.whole()) return sums;
+  sums.only_read = part_only_read(chunks);
+  sums.last_written = last_part_written(chunks);
+  return sums;
+}
+
 bool Job::has_device(int device) const {
   return std::any_of(devices.begin(), devices.end(), [&](const DeviceProgress& each) { return each.device == device; });
 }

@@ -89,6 +89,12 @@ struct DeviceProgress {
   std::map<size_t, CachedShare> cached;  // by chunk; until they have landed, or their job has ended
 };
 
+// Of what a job has written, and, where the file is shared, of the records that others write a part of.
+struct Checksums {
+  uint32_t written = 0;
+  RecordPart only_read, last_written;
+};
+
 enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished };
 
 struct Job {
@@ -121,10 +127,11 @@ struct Job {
   bool submitted = false;  // submit() has published its last chunk, or given up
   bool waited_for_room = false;  // its chunks are more than the arena holds just now
   std::optional<Error> error;  // the first one
-  uint32_t file_crc = 0;
+  Checksums checksums;  // once finished
   JobStats stats;
 
   void note_witnesses();
+  Checksums sum_up() const;  // when all chunks are done
   // For who holds the chunk: throws if its lazy bytes are others now. What the fence has copied is looked at by whoever waits for it.
   void look_at_witnesses(size_t chunk) const;
 

@@ -166,8 +166,19 @@ bool check_share(const Rank& rank, const std::string& expected, const std::strin
   };
   const std::string wanted = part(expected);
   expect(part(found) == wanted, rank.path + ": the share does not hold what it should");
-  expect(rank.job->file_crc == plain_crc32(wanted), rank.path + ": the share has another CRC-32");
+  expect(rank.job->checksums.written == plain_crc32(wanted), rank.path + ": the share has another CRC-32");
   return true;
+}
+
+// Adds what a rank has written of the last record; whoever ends that record must have read the same before.
+void check_edges(const Rank& rank, RecordPart& last) {
+  const RecordPart &read = rank.job->checksums.only_read, &written = rank.job->checksums.last_written;
+  const bool same = read.record == last.record && read.length == last.length && read.crc == last.crc;
+  expect(read.length == 0 || same, rank.path + ": the share ends a record that the ones before have begun otherwise");
+  if (written.length == 0) return;
+  if (written.record != last.record) last = {written.record, 0, 0};
+  last.length += written.length;
+  last.crc = crc32_combine(last.crc, written.crc, written.length);
 }
 
 // As ckpt/commit/shared_file.py does it. The CRC-32 of the file.
@@ -176,10 +187,12 @@ uint32_t join_shares(const SharedFile& file) {
   std::vector<uint32_t> record_crcs(file.contents.size());
   uint32_t whole = 0;
   uint64_t at = 0;
+  RecordPart last;
   for (const Rank& rank : file.ranks) {
     const Job& job = *rank.job;
+    check_edges(rank, last);
     expect(job.range.begin == at, rank.path + ": the share begins elsewhere than the one before it ends");
-    whole = crc32_combine(whole, job.file_crc, job.range.end - job.range.begin);
+    whole = crc32_combine(whole, job.checksums.written, job.range.end - job.range.begin);
     at = job.range.end;
     for (const uint32_t record : job.field_records) record_crcs[record] = job.crcs.record_crcs()[record];
   }
@@ -207,7 +220,7 @@ void check_records(const SharedFile& file, const std::string& path, const std::s
 
 void check_whole(const SharedFile& file, const std::string& expected) {
   const Rank& first = file.ranks.front();
-  const uint32_t crc = file.ranks.size() > 1 ? join_shares(file) : first.job->file_crc;
+  const uint32_t crc = file.ranks.size() > 1 ? join_shares(file) : first.job->checksums.written;
   const std::string found = read_back(first.path);
   expect(found == expected, first.path + " does not hold what it should");
   expect(crc == plain_crc32(expected), first.path + " has another CRC-32");

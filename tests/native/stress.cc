@@ -64,7 +64,7 @@ void check_finished(Flight& flight, bool engine_ended) {
   }
   const std::string found = read_back(flight.path);
   expect(found == flight.sample.expected, flight.path + " does not hold what it should");
-  expect(flight.job->file_crc == plain_crc32(flight.sample.expected), flight.path + " has another CRC-32");
+  expect(flight.job->checksums.written == plain_crc32(flight.sample.expected), flight.path + " has another CRC-32");
   ++durable;
   bytes_verified += found.size();
   ::unlink(flight.path.c_str());
