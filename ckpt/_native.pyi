@@ -29,6 +29,13 @@ class Job:
     def wait_finished(self, timeout_s: float) -> bool: ...
     def fail(self, why: str) -> None: ...
 
+def sample_records(
+    *,
+    addresses: Sequence[int],  # 0: of a record that is not looked at
+    sizes: Sequence[int],
+    seed: int,
+) -> bytes: ...
+
 class Engine:
     def __init__(
         self,

@@ -99,7 +99,12 @@ class Checkpointer(Saver):
             step: not negative; need not grow. The newest checkpoint is the one committed last. The same on all ranks.
             state: what this rank has for itself: a file for each rank.
             replicated: what is the same on all ranks (under DistributedDataParallel: model and optimizer): one file for all.
-                That structure, values and shapes are the same everywhere is verified; the bytes of tensors are not compared.
+                It must be equal to the byte on every rank, with the bytes between the elements of strided views. Structure,
+                values and shapes are compared, and of the bytes of tensors samples: small ones (4 KiB) whole, of larger ones
+                some 64 bytes here and there, at other places each time. If anything differs, the save fails on all ranks, and
+                the error names it. A difference of a few elements may go unseen; then a tensor has the value of one of the
+                ranks. Of what lies on devices nothing is compared by samples with `Options.device_lazy`, or with
+                `Options.replicated_writers="rank0"`.
             lazy: as in `ckpt.save`, for both.
 
         Raises:
@@ -206,7 +211,7 @@ class Checkpointer(Saver):
             sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
         named = target or ticket.directory / f"{self._stem(kind)}.pt"
         like = self._directories.replaced_by(named, self._stem(kind))
-        file = FileSave(named, sharing, limits=limits, with_directory=True, replicated=several, like=like)
+        file = FileSave(named, sharing, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like)
         return Part(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:

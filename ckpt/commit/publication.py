@@ -11,15 +11,13 @@ takes part, also one that failed before it began, because the others wait for wo
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from base64 import b85decode, b85encode
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import Agreement, Failure, failed_answer, good_answer, outcome_of
 from ckpt.commit.record_path import name_of_record
-from ckpt.commit.replica_check import Digest, digest_of, first_difference, without_devices
+from ckpt.commit.replica_check import Digest, Replica, difference, digest_of, without_devices
 from ckpt.commit.shared_file import Share, find_disagreement, join_shares, share_of
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
@@ -28,7 +26,6 @@ from ckpt.errors import StorageError
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.storage import durable
 
-_LARGEST_COMPARED = 4 << 20  # bytes of a pickle that is sent to all ranks to find the first difference
 _NOT_ALIKE = "the replicated state is not the same on all ranks: "
 _REMEDY = (
     ". Give what differs as the rank's own state (state= of save(), data= of the callback), or make it the same on every rank, "
@@ -183,16 +180,15 @@ class StepCommitter:
 
     def _explain(self, ticket: Ticket, differing: tuple[int, ...]) -> Failure:
         """Asks the ranks whose replicated state is not that of rank 0 for the first difference."""
-        ours = _replicated_pickle(ticket)
-        sent = b85encode(zlib.compress(ours)).decode() if len(ours) <= _LARGEST_COMPARED else ""
-        self._agreement.tell(f"{ticket.number}-verdict", {"compare": sent, "ranks": differing})
+        ours = _replica(ticket)
+        compare = ours.to_message() if ours is not None else None
+        self._agreement.tell(f"{ticket.number}-verdict", {"compare": compare, "ranks": differing})
         texts = self._agreement.collect_texts(f"{ticket.number}-differences")
         first = differing[0]
         found = texts[first] if first < len(texts) else ""
-        return Failure(
-            f"{_NOT_ALIKE}that of rank {first} differs from that of rank 0" + (f", {found}" if found else "") + _REMEDY,
-            differing,
-        )
+        who = f"that of {_in_words(differing)} differs" if len(differing) == 1 else f"those of {_in_words(differing)} differ"
+        text = f"{_NOT_ALIKE}{who} from that of rank 0" + (f", {found}" if found else "")
+        return Failure(text + _REMEDY, differing)
 
     # ---- the other ranks -------------------------------------------------------------------------------------------
 
@@ -215,9 +211,9 @@ class StepCommitter:
         verdict = self._agreement.hear(f"{ticket.number}-verdict")
         if "compare" in verdict:
             text = ""
-            if rank in verdict["ranks"] and verdict["compare"]:
-                theirs = zlib.decompress(b85decode(verdict["compare"]))
-                text = first_difference(_replicated_pickle(ticket), theirs, rank, 0)
+            if rank in verdict["ranks"]:
+                theirs = Replica.from_message(verdict["compare"]) if verdict["compare"] is not None else None
+                text = difference(_replica(ticket), theirs, rank, 0)
             self._agreement.answer_text(f"{ticket.number}-differences", text)
             verdict = self._agreement.hear(f"{ticket.number}-verdict-again")
         return outcome_of(verdict), error
@@ -230,11 +226,15 @@ class StepCommitter:
 
 
 def _digest(part: Part) -> Digest:
-    return digest_of(part.file.pickle, part.file.sizes, part.file.job.layout_crc32 if part.is_shared else 0)
+    file = part.file
+    return digest_of(file.pickle, file.sizes, file.job.layout_crc32 if part.is_shared else 0, file.samples)
 
 
-def _replicated_pickle(ticket: Ticket) -> bytes:
-    return b"".join(without_devices(part.file.pickle) for part in ticket.parts if part.kind == REPLICATED)
+def _replica(ticket: Ticket) -> Replica | None:
+    for part in ticket.parts:
+        if part.kind == REPLICATED:
+            return Replica(_digest(part), without_devices(part.file.pickle), part.file.samples)
+    return None
 
 
 def _compare_shares(ticket: Ticket, answers: Sequence[Prepared]) -> Failure | None:

@@ -1,4 +1,4 @@
-"""Whether what was given as replicated is the same on all ranks: the structure and the layout, not the tensors' bytes."""
+"""Whether what was given as replicated is the same on all ranks: structure, layout, and samples of the tensors' bytes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import dataclasses
 import pickletools
 import re
 import zlib
-from collections.abc import Iterable, Sequence
+from base64 import b85decode, b85encode
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ckpt.commit.record_path import name_of_record
+
+_LARGEST_COMPARED = 4 << 20  # bytes of a pickle, or of samples, that are sent to all ranks to find the first difference
 _CONTEXT = 3  # values before the difference that a message shows
 _LONGEST_VALUE = 40  # characters of each
 _CONSTANTS = {"NONE": "None", "NEWTRUE": "True", "NEWFALSE": "False", "EMPTY_DICT": "{", "EMPTY_LIST": "[", "EMPTY_TUPLE": "()"}
@@ -26,16 +30,61 @@ class Digest:
     sizes_crc: int
     records: int
     layout_crc: int
+    samples_crc: int
 
 
-def digest_of(pickle: bytes, sizes: Sequence[int], layout_crc: int) -> Digest:
+def digest_of(pickle: bytes, sizes: Sequence[int], layout_crc: int, samples: bytes = b"") -> Digest:
     """
     Args:
         sizes: of the records, bytes.
         layout_crc: of where they lie in the file; 0 if this rank does not write it.
+        samples: of their bytes, see `FileSave.samples`; none if these are not to be compared.
     """
     plain = without_devices(pickle)
-    return Digest(zlib.crc32(plain), len(plain), zlib.crc32(array.array("Q", sizes).tobytes()), len(sizes), layout_crc)
+    sizes_crc = zlib.crc32(array.array("Q", sizes).tobytes())
+    return Digest(zlib.crc32(plain), len(plain), sizes_crc, len(sizes), layout_crc, zlib.crc32(samples))
+
+
+@dataclasses.dataclass(frozen=True)
+class Replica:
+    """One rank's replicated state, as far as it takes to find what differs. What is too large to be sent is missing there."""
+
+    digest: Digest
+    pickle: bytes  # without devices
+    samples: bytes
+
+    def to_message(self) -> dict[str, Any]:
+        texts = {"pickle": _pack(self.pickle), "samples": _pack(self.samples)}
+        return {"digest": dataclasses.asdict(self.digest), **texts}
+
+    @staticmethod
+    def from_message(message: Mapping[str, Any]) -> Replica:
+        return Replica(Digest(**message["digest"]), *(zlib.decompress(b85decode(message[it])) for it in ("pickle", "samples")))
+
+
+def _pack(content: bytes) -> str:
+    return b85encode(zlib.compress(content if len(content) <= _LARGEST_COMPARED else b"")).decode()
+
+
+def difference(ours: Replica | None, theirs: Replica | None, our_rank: int, their_rank: int) -> str:
+    """What differs first, in words; nothing if it cannot be told."""
+    if ours is None or theirs is None:
+        return f"rank {our_rank if ours is None else their_rank} gave no replicated state"
+    mine, other = ours.digest, theirs.digest
+    if (mine.pickle_crc, mine.pickle_bytes) != (other.pickle_crc, other.pickle_bytes):
+        return first_difference(ours.pickle, theirs.pickle, our_rank, their_rank) if theirs.pickle else ""
+    if dataclasses.replace(mine, samples_crc=other.samples_crc) != other:
+        return f"in the sizes or the layout of its tensors: what is lazy must be the same on rank {our_rank} and {their_rank}"
+    return _differing_tensors(ours, theirs)
+
+
+def _differing_tensors(ours: Replica, theirs: Replica) -> str:
+    pairs = zip(array.array("I", ours.samples), array.array("I", theirs.samples), strict=False)
+    differing = [key for key, (mine, other) in enumerate(pairs) if mine != other]
+    if not differing:
+        return "in the values of its tensors"
+    more = f" and of {len(differing) - 1} more" if len(differing) > 1 else ""
+    return f"in the values of {name_of_record(ours.pickle, differing[0])}{more}"
 
 
 def without_devices(pickle: bytes) -> bytes:
@@ -53,16 +102,12 @@ def without_numbers(pickle: bytes, keys: Iterable[str]) -> bytes:
 
 def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int) -> str:
     """Where two pickles part, in words: the values just before, then both values."""
-    if not ours or not theirs:
-        return f"rank {our_rank if not ours else their_rank} gave no replicated state"
     before: list[str] = []
     for mine, other in zip(_values(ours), _values(theirs), strict=False):
         if mine != other:
             where = " after " + ", ".join(before[-_CONTEXT:]) if before else " at the beginning"
             return f"{where.strip()}: {mine} on rank {our_rank}, {other} on rank {their_rank}"
         before.append(mine)
-    if ours == theirs:
-        return f"in the sizes or the layout of its tensors: what is lazy must be the same on rank {our_rank} and {their_rank}"
     return "only in which objects are shared, in the order of a set (give sorted lists), or in where one of them ends"
 
 

@@ -51,13 +51,31 @@ def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = Fa
 
 
 def outline(obj: Any) -> SavePlan:
-    """The pickle and the sizes alone, without a look at where the bytes lie; what make_plan() gives where it is the same state.
+    """The pickle, the sizes, and where the bytes are now; what make_plan() gives where it is the same state. Copies nothing.
 
     Raises:
         as make_plan().
     """
     data, records = pickle_object(obj)
-    return SavePlan(data, [], list(map(_nbytes, records)), bytearray())
+    plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
+    plan.addresses, _ = _native.place(records, lambda _: False, are_all_written, 0, [], plan.kinds)
+    return plan
+
+
+def addresses_on_host(plan: SavePlan, copied: bool) -> list[int]:
+    """Where the bytes of each record can be looked at; 0 where they cannot.
+
+    Args:
+        copied: also where make_plan() has copied what lay on a device. Another rank that has but an outline has no copy.
+    """
+    if copied and plan.devices:
+        return [address if device == HOST else 0 for address, device in zip(plan.addresses, plan.devices, strict=True)]
+    if copied:
+        return plan.addresses
+    if torch_devices.in_use.in_host_memory:
+        return [0] * len(plan.addresses)
+    locations = map(_location, plan.records)
+    return [address if location == "cpu" else 0 for address, location in zip(plan.addresses, locations, strict=True)]
 
 
 def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStorage:

@@ -32,6 +32,7 @@ class FileSave:
             take long where many create files at once. None: submit() creates it, and looks.
         with_directory: make the directory with it, if that is not there.
         replicated: what it holds is said to be the same on several ranks.
+        number: of the save, the same on all these ranks: each save takes samples of other bytes.
         directory: that the file lies in: then it is made there, whatever that is called by then.
         like: the file whose permissions it takes over; if not given, what is there under its name, if anything.
     """
@@ -44,6 +45,7 @@ class FileSave:
         limits: tuple[int, int] | None = None,
         with_directory: bool = False,
         replicated: bool = False,
+        number: int = 0,
         like: Path | None = None,
         directory: durable.Directory | None = None,
     ) -> None:
@@ -52,6 +54,7 @@ class FileSave:
         self.limits = limits
         self.with_directory = with_directory
         self.replicated = replicated
+        self.number = number
         self.like = like or target
         self.directory = directory
         self.temporary = temporary_path(target) if sharing is None else shared_path(target, sharing.token)
@@ -61,6 +64,7 @@ class FileSave:
         self.given_up = False  # by rank 0, if it is shared: nobody will publish it
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
+        self.samples = b""  # a checksum of some bytes of each record, if it is replicated
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
         self.first_record = 0  # the core's number of the record data/0
         self._lock = threading.Lock()  # guards what follows
@@ -181,7 +185,7 @@ class FileSave:
         return None if self.job is None else self.job.limits
 
     def forget_structure(self) -> None:
-        self.pickle, self.sizes = b"", ()
+        self.pickle, self.sizes, self.samples = b"", (), b""
 
     def discard(self) -> None:
         """Removes the file that will not be published. One that is shared may be published by rank 0, until that gives it up.

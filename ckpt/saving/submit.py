@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import SkippedError
@@ -21,7 +22,7 @@ from ckpt.formats import torch_zip
 from ckpt.options import Options
 from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
-from ckpt.plan.save_plan import OWNED, SavePlan, make_plan, outline
+from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, outline
 from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.runtime import Runtime, orphan
@@ -86,6 +87,9 @@ def _begin(
             _refuse_shards(plan.pickle)
     for (file, obj, written), plan in zip(contents, plans, strict=True):
         file.pickle, file.sizes = plan.pickle, plan.sizes
+        if file.replicated:
+            where = addresses_on_host(plan, copied=file.sharing is not None)
+            file.samples = _native.sample_records(addresses=where, sizes=plan.sizes, seed=file.number)
         if written:
             _submit(runtime, file, obj, plan, options)
             task.files += (file,)

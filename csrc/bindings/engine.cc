@@ -18,6 +18,7 @@
 #include "engine/save_request.h"
 #include "format/file_spec.h"
 #include "format/torch_zip.h"
+#include "jobs/replica_sample.h"
 #include "os/file.h"
 
 namespace py = pybind11;
@@ -114,6 +115,20 @@ py::dict device_caches_of(Engine& engine) {
     dict[py::int_(cache.device)] = py::make_tuple(cache.bytes, cache.used, to_text(cache.failure));
   }
   return dict;
+}
+
+// A checksum for each record, four bytes each in the machine's order.
+py::bytes sample_records(const std::vector<uintptr_t>& addresses, const std::vector<uint64_t>& sizes, uint64_t seed) {
+  if (addresses.size() != sizes.size()) throw py::value_error("addresses and sizes must have one entry for each record");
+  std::vector<Replica> records;
+  records.reserve(sizes.size());
+  for (size_t i = 0; i < sizes.size(); ++i) records.push_back({reinterpret_cast<const std::byte*>(addresses[i]), sizes[i]});
+  std::vector<uint32_t> found;
+  {
+    py::gil_scoped_release release;
+    found = sample_replicas(records, seed);
+  }
+  return {reinterpret_cast<const char*>(found.data()), found.size() * sizeof(uint32_t)};
 }
 
 // ---- Job ---------------------------------------------------------------------------------------------------------
@@ -241,6 +256,10 @@ void bind_kinds(py::module_& module) {
   module.attr("COPY") = static_cast<int>(Source::kCopy);
   module.attr("LAZY") = static_cast<int>(Source::kLazy);
   module.attr("OWNED") = static_cast<int>(Source::kOwned);
+}
+
+void bind_samples(py::module_& module) {
+  module.def("sample_records", &sample_records, py::kw_only(), py::arg("addresses"), py::arg("sizes"), py::arg("seed"));
 }
 
 void bind_engine(py::module_& module) {

@@ -12,6 +12,7 @@ namespace lazyckpt {
 
 void bind_kinds(pybind11::module_& module);
 void bind_job(pybind11::module_& module);
+void bind_samples(pybind11::module_& module);
 void bind_engine(pybind11::module_& module);
 
 }  // namespace lazyckpt

@@ -15,6 +15,7 @@ PYBIND11_MODULE(_native, module) {
   pybind11::register_exception_translator(&translate);
   bind_kinds(module);
   bind_job(module);
+  bind_samples(module);
   bind_engine(module);
   bind_files(module);
   bind_reading(module);

@@ -50,7 +50,10 @@ class CheckpointCallback:
         optimizer, scheduler, scaler: as for `torch.amp.GradScaler`: whatever has state_dict() and load_state_dict().
         data: what knows the position in the data: a sampler of torch, which is changed in place so that it does; a
             StatefulDataLoader; or a sampler or data set with such methods.
-        extra: more such objects by name, equal on all ranks, for example {"ema": ema_model}.
+        extra: more such objects by name, for example {"ema": ema_model}. They must be equal on all ranks, to the byte, as an
+            average of the weights is. If samples tell that they are not, the save fails, and its error names what differs. What
+            each rank computes from its own batches (running statistics, metrics) goes to `data`, or is averaged over the ranks
+            before. Of a module only the parameters have to be equal.
         every: when step() saves: a number of steps; a time, as timedelta or text ("30s", "10min", "2h"); or "auto" or
             `Auto(mtbf=..., overhead=...)`: as often as pays.
         keep, options, coordinator: as for `ckpt.Checkpointer`.
