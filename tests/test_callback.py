@@ -22,6 +22,7 @@ import torch
 from support import DEADLINE_S, assert_same, options, wait_until
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader
 
 import ckpt
 from ckpt.integrations import torch as callbacks
@@ -300,6 +301,9 @@ def test_messages_name_the_part(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ("arguments", "error", "text"),
     [
         ({"data": [1, 2]}, TypeError, "data must have state_dict.* list has not; give a sampler"),
+        ({"data": DataLoader(range(4))}, TypeError, r"DataLoader has not: give its sampler, data=loader\.sampler"),
+        ({"data": DataLoader(range(4), batch_size=None)}, TypeError, r"data=loader\.sampler"),
+        ({"data": DataLoader(range(4), batch_sampler=[[1]])}, TypeError, r"data=loader\.batch_sampler"),
         ({"scheduler": {"a": nn.Linear}}, TypeError, "scheduler/a must have"),
         ({"extra": nn.Linear(1, 1)}, TypeError, "extra must be a dict"),
         ({"extra": {"a/b": nn.Linear(1, 1)}}, ValueError, "extra= takes names"),

@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
+from torch.utils.data import BatchSampler, DataLoader
 
 from ckpt import optimizers
 
@@ -55,11 +56,20 @@ def _usable(name: str, item: Any) -> Any:
         item = make_resumable(item)
     if isinstance(item, type) or not isinstance(item, Stateful):
         raise TypeError(
-            f"{name} must have state_dict() and load_state_dict(), and {type(item).__name__} has not"
-            + ("; give a sampler with a state, or a StatefulDataLoader" if name.partition("/")[0] == "data" else "")
+            f"{name} must have state_dict() and load_state_dict(), and {type(item).__name__} has not{_instead(name, item)}"
         )
     refuse_shards(name, item)
     return unwrap(item) if isinstance(item, nn.Module) else item
+
+
+def _instead(name: str, item: Any) -> str:
+    """What to give for it."""
+    if name.partition("/")[0] != "data":
+        return ""
+    if isinstance(item, DataLoader):
+        which = "sampler" if type(item.batch_sampler) in (BatchSampler, type(None)) else "batch_sampler"
+        return f": give its sampler, data=loader.{which}, or a StatefulDataLoader of torchdata"
+    return "; give a sampler with a state, or a StatefulDataLoader"
 
 
 def unwrap(module: nn.Module) -> nn.Module:
