@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import pickletools
+import threading
 import time
 import weakref
 from collections import OrderedDict
@@ -131,6 +132,42 @@ def test_an_object_that_cannot_be_pickled_raises_its_own_error(tmp_path: Any) ->
     assert gc.isenabled()
     ckpt.save([torch.ones(3)], tmp_path / "x.pt").result(60)  # its place in flight was given back
     ckpt.save([torch.ones(3)], tmp_path / "x.pt").result(60)
+
+
+class Holder:
+    def __init__(self, held: Any) -> None:
+        self.held = held
+
+
+@pytest.mark.parametrize(
+    ("wrap", "path"),
+    [
+        (lambda bad: {"model": [torch.ones(3), {"f": bad}], "other": 3}, "['model'][1]['f']"),
+        (lambda bad: {"ema": Holder((1, bad))}, "['ema'].held[1]"),
+        (lambda bad: bad, ""),
+    ],
+)
+def test_the_error_says_where_pickling_failed(wrap: Any, path: str, tmp_path: Any) -> None:
+    """Also for which file; it keeps its type."""
+    with pytest.raises(TypeError, match=r"cannot pickle '_thread\.lock'") as caught:
+        ckpt.save(wrap(threading.Lock()), tmp_path / "x.pt")
+    where = f"what is at {path} cannot be pickled: " if path else ""
+    assert str(caught.value).startswith(f"cannot save to '{tmp_path / 'x.pt'}': {where}cannot pickle")
+
+
+def test_an_error_of_the_object_keeps_what_it_carries(tmp_path: Any) -> None:
+    class Code(Exception):
+        pass
+
+    class Refuses:
+        def __reduce__(self) -> Any:
+            raise Code("E17")
+
+    with pytest.raises(Code) as caught:
+        ckpt.save({"a": [Refuses()]}, tmp_path / "x.pt")
+    assert caught.value.args == ("E17",)
+    if hasattr(caught.value, "__notes__"):
+        assert caught.value.__notes__ == [f"cannot save to '{tmp_path / 'x.pt'}': what is at ['a'][0] cannot be pickled"]
 
 
 def test_a_disabled_collector_stays_disabled(tmp_path: Any) -> None:

@@ -16,13 +16,14 @@ from typing import Any
 from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.errors import SkippedError
+from ckpt.errors import CheckpointError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
 from ckpt.formats import torch_zip
 from ckpt.options import Options
 from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, outline
+from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Committer, Publish
 from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.runtime import Runtime, orphan
@@ -81,7 +82,7 @@ def _begin(
     with _without_collector():
         storages = lazy_storages(lazy)
         # All of them before the first is submitted: what cannot be pickled is found here.
-        plans = [_plan(obj, storages if written else None, options) for _, obj, written in contents]
+        plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
     for (file, _, _), plan in zip(contents, plans, strict=True):
         if file.replicated:
             _refuse_shards(plan.pickle)
@@ -119,7 +120,7 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileSave, obj: Any, *, lazy
     try:
         with beginning():
             with _without_collector():
-                plan = _plan(obj, lazy_storages(lazy), options)
+                plan = _plan(file, obj, lazy_storages(lazy), options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
             _submit(runtime, file, obj, plan, options)
         task.files += (file,)
@@ -139,14 +140,20 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
+def _plan(file: FileSave, obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
     """
     Args:
         lazy: None: only pickle it, for its structure.
     """
-    if lazy is None:
-        return outline(obj)
-    return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
+    try:
+        if lazy is None:
+            return outline(obj)
+        return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        explain(error, obj, file.target)
+        raise
 
 
 def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
