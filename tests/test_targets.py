@@ -234,6 +234,23 @@ def test_a_directory_that_is_a_file(opener: str, tmp_path: Path) -> None:
 
 
 @opened_by
+def test_nobody_is_told_to_take_away_what_is_not_ours(opener: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (Path("/dev/full"), tmp_path / "file", tmp_path / "link"):
+        with pytest.raises(StorageError, match="choose another path") as caught:
+            OPENERS[opener](path)
+        assert "remove" not in str(caught.value)
+
+
+def test_a_file_system_that_takes_no_new_files() -> None:
+    with pytest.raises(StorageError, match=r"'/proc/.*No such file.*no files can be made in its directory.*save elsewhere"):
+        ckpt.save(STATE, "/proc/model.pt", options=SMALL).result(60)
+    with pytest.raises(StorageError, match=r"'/proc/run'.*no files can be made in its directory"):
+        ckpt.Checkpointer("/proc/run", options=SMALL)
+
+
+@opened_by
 def test_a_directory_with_a_name_too_long(opener: str, tmp_path: Path) -> None:
     with nothing_changes_in(tmp_path), pytest.raises(StorageError, match=r"256 bytes.*255") as caught:
         OPENERS[opener](tmp_path / LONG_NAME)

@@ -85,16 +85,18 @@ def _obstacle(path: Path, code: int) -> str | None:
         if (length := len(os.fsencode(name))) > 255:
             return f"the name '{name[:40]}...' has {length} bytes, file systems take 255; choose a shorter name"
     if code == errno.ELOOP:
-        return "its links lead in a circle; remove one of them"
+        return "its links lead in a circle; choose another path"
     if code in (errno.EACCES, errno.EPERM):
         return f"{os.strerror(code)}; check the permissions of the directories and the user that runs the job"
     for parent in reversed([path, *path.parents]):
         with contextlib.suppress(OSError):
             if parent.is_symlink() and not parent.exists():
-                return f"'{parent}' is a link to '{os.readlink(parent)}', which does not exist; make that, or remove the link"
+                return (
+                    f"'{parent}' is a link to '{os.readlink(parent)}', which does not exist; make that, or choose another path"
+                )
             if parent.exists() and not parent.is_dir():
                 kind = kind_of(parent.stat().st_mode)
-                return f"'{parent}' is a {kind}, not a directory; remove it, or choose another place"
+                return f"'{parent}' is a {kind}, not a directory; choose another path"
     return None
 
 

@@ -40,11 +40,23 @@ const char* remedy(int error) {
     case EACCES:
     case EPERM: return "; check the permissions of the directory and the user that runs the job";
     case ENAMETOOLONG: return "; choose a shorter name or path";
+    case EFBIG: return "; files may not be that large here: raise the limit of the process (ulimit -f), or save elsewhere";
     case ENOENT: return "; was a directory of the path removed?";
     case EMFILE:
     case ENFILE: return "; too many open files: raise the limit (ulimit -n)";
     default: return "";
   }
+}
+
+std::string parent_of(const std::string& path) {
+  const size_t slash = path.find_last_of('/');
+  if (slash == std::string::npos) return ".";
+  return slash == 0 ? "/" : path.substr(0, slash);
+}
+
+bool is_there(const std::string& path) {
+  struct stat found {};
+  return ::stat(path.c_str(), &found) == 0;
 }
 
 // For messages and faults: a directory that is held by a descriptor is named as it is called now.
@@ -57,13 +69,25 @@ std::string readable(const std::string& path) {
   return length <= 0 ? path : std::string(target.data(), static_cast<size_t>(length)) + path.substr(link.size());
 }
 
-[[noreturn]] void fail(const char* call, const std::string& given, int error, int64_t offset = -1) {
-  const std::string path = readable(given);
+[[noreturn]] void throw_error(const char* call, const std::string& path, int error, int64_t offset, const char* advice) {
   std::string text = std::string(call) + " failed on '" + path + "'";
   if (offset >= 0) text += " at offset " + std::to_string(offset);
   text += ": ";
   text += std::strerror(error);
-  throw Error(ErrorKind::kStorage, text + remedy(error), error, path);
+  throw Error(ErrorKind::kStorage, text + advice, error, path);
+}
+
+[[noreturn]] void fail(const char* call, const std::string& given, int error, int64_t offset = -1) {
+  const std::string path = readable(given);
+  const bool says_all = error == ENOENT && is_there(parent_of(path));
+  throw_error(call, path, error, offset, says_all ? "" : remedy(error));
+}
+
+// What was to be made cannot be missing; where its directory is not, the file system takes nothing new.
+[[noreturn]] void fail_to_make(const char* call, const std::string& given, int error) {
+  const std::string path = readable(given);
+  const bool refused = error == ENOENT && is_there(parent_of(path));
+  throw_error(call, path, error, -1, refused ? "; no files can be made in its directory (of /proc, or the like): save elsewhere" : remedy(error));
 }
 
 // Runs one system call behind its fault hook; EINTR is continued. `system_call` returns -1 and sets errno on failure.
@@ -108,12 +132,6 @@ void write_all(int fd, const std::string& path, const std::string& bytes) {
     if (written < 0) fail("write", path, errno, static_cast<int64_t>(done));
     done += static_cast<size_t>(written);
   }
-}
-
-std::string parent_of(const std::string& path) {
-  const size_t slash = path.find_last_of('/');
-  if (slash == std::string::npos) return ".";
-  return slash == 0 ? "/" : path.substr(0, slash);
 }
 
 std::string name_of(const std::string& path) { return path.substr(path.find_last_of('/') + 1); }
@@ -219,7 +237,7 @@ void WritableFile::open_new() {
     made_directory_ = make_directory(parent_of(path_), false);
     fd_ = Descriptor(open_here(flags, mode));
   }
-  if (!fd_.valid()) fail("open", path_, errno);
+  if (!fd_.valid()) fail_to_make("open", path_, errno);
   if (replaces) take_permissions(access_list_of(like_), old.st_mode & kDirectoryMode, old.st_uid, old.st_gid);
 }
 
@@ -398,7 +416,7 @@ size_t ReadableFile::read_blocks(void* to, size_t bytes, uint64_t offset) const 
 
 void write_small_file(const std::string& path, const std::string& bytes) {
   Descriptor fd(open_file(path, O_WRONLY | O_CREAT | O_TRUNC));
-  if (!fd.valid()) fail("open", path, errno);
+  if (!fd.valid()) fail_to_make("open", path, errno);
   write_all(fd.get(), path, bytes);
   if (invoke("fsync", path, [&] { return ::fsync(fd.get()); }) != 0) fail("fsync", path, errno);
   close_file(fd, path);
@@ -444,10 +462,10 @@ bool make_directory(const std::string& path, bool durable) {
     struct stat stat {};
     if (error == EEXIST && ::stat(path.c_str(), &stat) == 0 && S_ISDIR(stat.st_mode)) return false;
     const std::string parent = parent_of(path);
-    if (error != ENOENT || parent == path) fail("mkdir", path, error);
+    if (error != ENOENT || parent == path) fail_to_make("mkdir", path, error);
     make_directory(parent, durable);
     made = invoke("mkdir", path, [&] { return ::mkdir(path.c_str(), kDirectoryMode); }) == 0;
-    if (!made && errno != EEXIST) fail("mkdir", path, errno);
+    if (!made && errno != EEXIST) fail_to_make("mkdir", path, errno);
   }
   if (durable) sync_directory(parent_of(path));
   return made;

@@ -28,6 +28,7 @@ REMEDIES = {
     errno.EACCES: "permissions",
     errno.EROFS: "read-only",
     errno.EMFILE: "ulimit -n",
+    errno.EFBIG: "ulimit -f",
 }
 
 # For each call: how often at least one save of a step makes it.
