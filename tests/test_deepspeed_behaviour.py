@@ -215,7 +215,7 @@ def test_none_is_good(ranks: Outcomes) -> None:
     for outcomes in ranks["damaged"]:
         error = outcomes["all of them"]["newest"]["error"]
         assert error["type"] == "CorruptError"
-        assert "/one/" in error["text"] and "/two/" in error["text"]
+        assert "/two/" in error["text"] and "so it is with one" in error["text"]
 
 
 @pytest.mark.parametrize("what", ["no directory", "empty directory", "missing tag", "latest alone"])
