@@ -26,6 +26,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import psutil
 import torch
@@ -121,18 +122,26 @@ def order(c: Coordinator) -> None:
     assert exchange(c, "order/empty", b"", TIMEOUT_S) == [b""] * c.world_size
 
 
-def large(c: Coordinator) -> None:
+def large(c: Coordinator, key: str = "large/1") -> None:
     def big(rank: int) -> bytes:
         return random.Random(rank).randbytes(5_000_000 + rank)
 
     def digests(payloads: list[bytes]) -> list[str]:
         return [hashlib.sha256(payload).hexdigest() for payload in payloads]
 
-    gathered = c.gather("large/1", big(c.rank), TIMEOUT_S)
+    gathered = c.gather(key, big(c.rank), TIMEOUT_S)
     if gathered is not None:
         assert digests(gathered) == digests([big(rank) for rank in range(c.world_size)])
-    word = c.broadcast("large/1", big(100) * 2 if c.rank == 0 else None, TIMEOUT_S)
+    word = c.broadcast(key, big(100) * 2 if c.rank == 0 else None, TIMEOUT_S)
     assert word == big(100) * 2
+
+
+def at_exit(c: Coordinator) -> None:
+    """No thread starts, as while the interpreter ends."""
+    meet(c, "at_exit/before")
+    with mock.patch.object(threading.Thread, "start", side_effect=RuntimeError("can't create new thread")):
+        large(c, "at_exit/1")
+        meet(c, "at_exit/after")
 
 
 def many(c: Coordinator) -> None:
@@ -415,7 +424,7 @@ def killed(c: Coordinator) -> None:
 SCENARIOS: dict[str, Callable[[Coordinator], None]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(order, large, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
+        *(order, large, at_exit, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
         *(close, interrupted, interrupted_others, interrupted_alone, killed),
     )
 }
