@@ -342,9 +342,15 @@ def test_parameters_without_memory_are_told(tmp_path: Path) -> None:
     model(torch.ones(3)).sum().backward()
     optimizer.step()
     torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "state.pt")
-    lazy = torch.nn.LazyLinear(3)
+    bare = torch.nn.Linear(3, 3, device="meta")
     with pytest.raises(MismatchError, match="no memory"):
-        ckpt.load_into(tmp_path / "state.pt", {"model": lazy, "optimizer": torch.optim.Adam(lazy.parameters())})
+        ckpt.load_into(tmp_path / "state.pt", {"model": bare, "optimizer": torch.optim.Adam(bare.parameters())})
+    for names in (("model", "optimizer"), ("optimizer", "model")):
+        lazy = torch.nn.LazyLinear(3)
+        parts = {"model": lazy, "optimizer": (other := torch.optim.Adam(lazy.parameters()))}
+        ckpt.load_into(tmp_path / "state.pt", {name: parts[name] for name in names})  # gets its memory by load_state_dict()
+        assert_same(dict(model.state_dict()), dict(lazy.state_dict()))
+        assert_same(optimizer.state_dict(), other.state_dict())
 
 
 @pytest.mark.parametrize("device", ["meta", "cpu"])
