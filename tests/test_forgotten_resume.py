@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from support import DEADLINE_S, assert_same, options
+from support import assert_same, options
 from test_ranks_apart import Pair
+from test_retention import save, state
 
 import ckpt
 from ckpt.errors import CheckpointError, CorruptError, PeerError
@@ -17,17 +18,8 @@ from ckpt.integrations.torch import CheckpointCallback
 REFUSED = r"step {} was not saved: '.*' holds checkpoints that .*newest of step {}.*restore\(\).*resume\(\).*another directory"
 
 
-def state(step: int) -> dict[str, Any]:
-    return {"weights": torch.full((5_000,), float(step))}
-
-
 def make(directory: Path, keep: int | None = 3) -> ckpt.Checkpointer:
     return ckpt.Checkpointer(directory, keep=keep, options=options())
-
-
-def save(checkpointer: ckpt.Checkpointer, *steps: int) -> None:
-    for step in steps:
-        checkpointer.save(step, state(step)).result(DEADLINE_S)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -6,19 +6,21 @@ Real processes save three steps; in the second, a tensor of one rank has other v
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from nursery import Nursery
+from test_commit import nurseries
 
 from ckpt import _native
 from ckpt.commit.record_path import name_of_record
 from ckpt.plan.pickler import pickle_object
 
-MOST_RANKS = 3
+__all__ = ["nurseries"]
+
 SMALL, MEDIUM, LARGE = 1000, 200_000, 1_300_000  # elements: within a chunk, of several ranks, of all
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -36,14 +38,6 @@ def sample(*tensors: torch.Tensor, seed: int = 0) -> list[bytes]:
     addresses, sizes = [tensor.data_ptr() for tensor in tensors], [tensor.nbytes for tensor in tensors]
     found = _native.sample_records(addresses=addresses, sizes=sizes, seed=seed)
     return [found[at : at + 4] for at in range(0, len(found), 4)]
-
-
-@pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True) for _ in range(MOST_RANKS)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
 
 
 @pytest.fixture
