@@ -4,20 +4,21 @@ Torch's global step pre-hook hands us each optimizer before it writes: the fence
 optimizer is known as one whose steps are fenced. What saves have in flight is registered here by those who make it; this module
 knows no more of it than what a fence asks of it.
 
-Between the two hooks of a step nothing may leave lazily: the fence has passed, and the step is writing. A save may begin there
-all the same, in a signal handler or on another thread.
+From the hook before a step until that step has returned nothing may leave lazily: the fence has passed, and the step is
+writing. A save may begin there all the same, in a signal handler or on another thread.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import sys
 import threading
 import weakref
 from collections.abc import Iterator
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
@@ -107,7 +108,7 @@ def fence() -> None:
 
     Called automatically before every step of a `torch.optim.Optimizer`. Call it by hand before anything else that writes to
     saved tensors and fires no optimizer hook: replaying a CUDA graph that holds the step, functional optimizers, manual
-    updates, loading a state dict, swapping in EMA weights.
+    updates, loading a state dict, swapping in EMA weights, a forward that writes to its weights (`nn.Embedding(max_norm=)`).
 
     Not for memory that goes away: `share_memory_()`, `resize_()` and the like free what a background write may still be
     reading. Wait with `result()`, or save such tensors with `lazy=False`.
@@ -136,9 +137,32 @@ def fence() -> None:
 
 _stepped: dict[int, weakref.ref[Optimizer]] = {}
 
-# (thread, optimizer) -> the frame that called the pre-hook, by its id and its code: it lasts as long as the step. The frame
-# itself would keep what the step has in its variables. A step that raises leaves its entry behind.
-_running: dict[tuple[int, int], tuple[int, CodeType]] = {}
+
+class _Step:
+    """It lasts as long as a frame is on its thread's stack: that which called the hook before it, or an outer one.
+
+    Of frames only the identity is kept: one itself would keep what the step has in its variables.
+    """
+
+    __slots__ = ("caller", "code", "frame", "has_ended", "optimizer", "thread", "times")
+
+    def __init__(self, optimizer: int, caller: FrameType, outermost: FrameType) -> None:
+        self.thread = threading.get_ident()
+        self.optimizer = optimizer
+        self.caller = id(caller)
+        self.frame, self.code = id(outermost), outermost.f_code
+        self.times = 1  # that it was begun: a compiler may make one frame of a step and of that which it calls
+        self.has_ended = False  # the hook behind it was called, and its frame may be still there
+
+    def is_on(self, frame: FrameType) -> bool:
+        return id(frame) == self.frame and frame.f_code is self.code
+
+
+# Those that are running, in the order in which they have begun, and some that have ended and were not forgotten yet. Each is an
+# object of its own, so that to forget one cannot take away another of the same thread and optimizer, as where a step calls the
+# one that it inherits.
+_running: dict[_Step, None] = {}
+_MOST_FORGOTTEN = 100  # of threads that are gone
 
 
 def _install_hooks() -> None:
@@ -149,18 +173,86 @@ def _install_hooks() -> None:
         known = _stepped.get(key)
         if known is None or known() is not optimizer:
             _stepped[key] = weakref.ref(optimizer, lambda _: _stepped.pop(key, None))
-        caller = sys._getframe(1)
         # Before the fence: a save that does not see it is one that the fence sees.
-        _running[threading.get_ident(), key] = id(caller), caller.f_code
+        _note_step(key, sys._getframe(1))
         _before_step()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        _running.pop((threading.get_ident(), id(optimizer)), None)
+        _note_end(id(optimizer), sys._getframe(1))
 
     for hook in (before, after):
         torch_private.hide_from_compiler(hook)
     register_optimizer_step_pre_hook(before)
     register_optimizer_step_post_hook(after)
+
+
+def _note_step(optimizer: int, caller: FrameType) -> None:
+    """And forgets those of this thread that have ended."""
+    own = _own_steps()
+    frames, outermost = {step.frame for step in own}, caller
+    alive: set[_Step] = set()
+    frame: FrameType | None = caller
+    while frame is not None:
+        if id(frame) in frames:
+            alive.update(step for step in own if step.is_on(frame))
+        if frame.f_code.co_name == "step" and _is_step_of_optimizer(frame.f_code):
+            outermost = frame
+        frame = frame.f_back
+    new = _Step(optimizer, caller, outermost)
+    for step in own:
+        # One may seem to live because its frame's place is used again.
+        same = step.frame == new.frame
+        again = same and step.caller == new.caller and step.optimizer == optimizer and not step.has_ended
+        if again:
+            new.times += step.times
+        if again or step not in alive or (same and step.has_ended):
+            _running.pop(step, None)
+    if len(_running) > _MOST_FORGOTTEN:
+        step_is_running()
+    _running[new] = None
+
+
+def _note_end(optimizer: int, caller: FrameType) -> None:
+    """Nothing is forgotten, mostly: hooks behind ours may write as well, and so may a step that has called this one.
+
+    What torch.compile makes of a step may call its hooks from several frames, one of which may stay for long.
+    """
+    own = [step for step in reversed(_own_steps()) if step.optimizer == optimizer and not step.has_ended]
+    for step in own:
+        if step.caller == id(caller):
+            step.has_ended = True
+            return
+    if own and own[0].frame == own[0].caller:
+        own[0].times -= 1
+        if own[0].times == 0:
+            _running.pop(own[0], None)
+
+
+def _own_steps() -> list[_Step]:
+    thread = threading.get_ident()
+    return [step for step in list(_running) if step.thread == thread]
+
+
+_steps: weakref.WeakKeyDictionary[CodeType, bool] = weakref.WeakKeyDictionary()
+
+
+def _is_step_of_optimizer(code: CodeType) -> bool:
+    """Also of one that was never initialised, and fires no hooks: it steps another, and may write behind that."""
+    known = _steps.get(code)
+    if known is None:
+        known = _steps[code] = any(_code_of(kind.__dict__.get("step")) is code for kind in _kinds_of(Optimizer))
+    return known
+
+
+def _kinds_of(kind: type[Any]) -> Iterator[type[Any]]:
+    yield kind
+    for each in kind.__subclasses__():
+        yield from _kinds_of(each)
+
+
+def _code_of(step: Any) -> CodeType | None:
+    """Of the function itself, inside of what decorates it."""
+    return getattr(inspect.unwrap(step), "__code__", None)
 
 
 def _before_step() -> None:
@@ -174,20 +266,32 @@ def stepped_optimizers() -> list[Optimizer]:
 
 
 def step_is_running() -> bool:
-    """Whether any thread is inside a step of any optimizer. Steps that have raised are forgotten here."""
-    for key, frame in list(_running.items()):
-        if _is_on_stack(key[0], *frame):
+    """Whether any thread is inside a step of any optimizer. Steps that have ended are forgotten here."""
+    for step in list(_running):
+        if _is_on_stack(step):
             return True
-        if _running.get(key) == frame:  # else it has begun anew meanwhile
-            del _running[key]
+        _running.pop(step, None)
     return False
 
 
-def _is_on_stack(thread: int, frame_id: int, code: CodeType) -> bool:
-    frame = sys._current_frames().get(thread)
-    while frame is not None and not (id(frame) == frame_id and frame.f_code is code):
-        frame = frame.f_back
-    return frame is not None
+_MOST_WALKS = 100
+_SUSPENDED = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
+
+
+def _is_on_stack(step: _Step) -> bool:
+    """Threads run on meanwhile. A function's frame knows its caller even when it has returned; a generator's forgets it when it
+    yields: then the walk has ended too early.
+    """
+    for _ in range(_MOST_WALKS):
+        frame = sys._current_frames().get(step.thread)
+        last = frame
+        while frame is not None:
+            if step.is_on(frame):
+                return True
+            last, frame = frame, frame.f_back
+        if last is None or not last.f_code.co_flags & _SUSPENDED:
+            return False
+    return True  # who knows
 
 
 def _forget_after_fork() -> None:
@@ -198,8 +302,8 @@ def _forget_after_fork() -> None:
     _fetched.clear()
     _beginning.clear()
     _begun = threading.Condition()
-    for key in [key for key in _running if key[0] != threading.get_ident()]:
-        del _running[key]
+    for step in [step for step in _running if step.thread != threading.get_ident()]:
+        del _running[step]
 
 
 _install_hooks()

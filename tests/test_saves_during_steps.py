@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import DEADLINE_S, assert_same, options
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import ckpt
 from ckpt.fence import step_is_running
@@ -153,7 +156,7 @@ def test_a_step_that_raises_does_not_make_everything_eager(compiled: bool, nativ
     assert not saves.made[0][0].captured, "it is lazy again"
     optimizer.step()
     saves.check(1)
-    assert inspection.running_steps() == 0
+    assert not step_is_running() and inspection.running_steps() == 0
 
 
 def test_a_step_that_raised_on_a_thread_that_is_gone(native: Any, tmp_path: Path) -> None:
@@ -186,6 +189,212 @@ def test_a_save_from_the_closure_of_a_step(native: Any, tmp_path: Path) -> None:
     optimizer.step(closure)
     saves.check(len(saves.made))
     assert len(saves.made) > 3
+
+
+# ---- steps within steps ----------------------------------------------------------------------------------------------
+
+
+class Meeting:
+    """The step waits here until a save of another thread has begun."""
+
+    def __init__(self) -> None:
+        self.reached, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self) -> None:
+        self.reached.set()
+        assert self.go_on.wait(DEADLINE_S)
+
+
+def write_a_little(parameters: list[torch.nn.Parameter]) -> None:
+    """As clipping does: too little for a witness, and no version counts it."""
+    for parameter in parameters:
+        parameter.data[555_555] = -1.0
+
+
+class Clipped(torch.optim.SGD):
+    """Writes behind the step that it inherits, whose hooks fire if there has ever been a plain SGD."""
+
+    meeting: Meeting | None = None
+
+    def update(self, closure: Any) -> None:
+        super().step(closure)
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.update(closure)
+        if self.meeting is not None:
+            self.meeting()
+            write_a_little(self.param_groups[0]["params"])
+
+
+class Recovering(Clipped):
+    """A step within this one raises."""
+
+    def update(self, closure: Any) -> None:
+        def fail() -> float:
+            raise ZeroDivisionError
+
+        with contextlib.suppress(ZeroDivisionError):
+            super().update(fail)
+
+
+class Repeating(Recovering):
+    """Several steps within this one; some raise."""
+
+    def update(self, closure: Any) -> None:
+        for _ in range(2):
+            super().update(closure)
+            Clipped.update(self, closure)
+
+
+class Reentrant(Clipped):
+    """Its step takes one of its own, all the way."""
+
+    def update(self, closure: Any) -> None:
+        if self.meeting is not None:
+            meeting, self.meeting = self.meeting, None
+            self.step()
+            self.meeting = meeting
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As torch's PostLocalSGDOptimizer: never initialised, so no hook knows of it; it writes behind the other's step."""
+
+    def __init__(self, inner: torch.optim.Optimizer) -> None:
+        self.optim = inner
+        self.param_groups = inner.param_groups
+        self.meeting: Meeting | None = None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        self.optim.step()
+        if self.meeting is not None:
+            self.meeting()
+            write_a_little(self.param_groups[0]["params"])
+
+
+NESTED: dict[str, Callable[[Any], Any]] = {
+    "inherited": lambda weights: Clipped(weights, lr=0.1),
+    "raising": lambda weights: Recovering(weights, lr=0.1),
+    "repeating": lambda weights: Repeating(weights, lr=0.1),
+    "reentrant": lambda weights: Reentrant(weights, lr=0.1),
+    "wrapped": lambda weights: Wrapper(torch.optim.SGD(weights, lr=0.1)),
+    "wrapped_twice": lambda weights: Wrapper(Wrapper(Clipped(weights, lr=0.1))),
+}
+
+
+def nested(kind: str) -> tuple[list[torch.nn.Parameter], Any]:
+    torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))])  # now SGD.step has hooks
+    weights = [torch.nn.Parameter(torch.rand(1_000_000)) for _ in range(2)]
+    optimizer = NESTED[kind](weights)
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    assert not step_is_running()
+    return weights, optimizer
+
+
+@pytest.mark.parametrize("raises", [False, True], ids=["ends", "raises"])
+@pytest.mark.parametrize("kind", NESTED)
+def test_another_thread_saves_behind_a_step_within_a_step(kind: str, raises: bool, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = nested(kind)
+    optimizer.meeting = meeting = Meeting()
+    saves = Saves(tmp_path, native, weights)
+
+    def step() -> None:
+        with contextlib.suppress(ZeroDivisionError):
+            optimizer.step()
+            if raises:
+                raise ZeroDivisionError
+
+    thread = threading.Thread(target=step)
+    thread.start()
+    assert meeting.reached.wait(DEADLINE_S)
+    assert step_is_running()
+    saves.begin()
+    meeting.go_on.set()
+    thread.join()
+    saves.check(1)
+    assert not step_is_running() and inspection.running_steps() == 0
+    optimizer.meeting = None
+    saves.begin()
+    assert not saves.made[1][0].captured, "it is lazy again"
+    optimizer.step()
+    saves.check(2)
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_a_signal_handler_saves_behind_a_step_within_a_step(kind: str, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = nested(kind)
+    saves = Saves(tmp_path, native, weights)
+    optimizer.meeting = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    with on_signal(saves.begin):
+        optimizer.step()
+        optimizer.step()
+    saves.check(2)
+
+
+def test_a_hook_behind_ours_writes(native: Any, tmp_path: Path) -> None:
+    """The step lasts until the last hook behind it has run."""
+    weights, optimizer = nested("inherited")
+    saves, meeting = Saves(tmp_path, native, weights), Meeting()
+    hook = register_optimizer_step_post_hook(lambda *_: (meeting(), write_a_little(weights))[1])
+    try:
+        thread = threading.Thread(target=optimizer.step)
+        thread.start()
+        assert meeting.reached.wait(DEADLINE_S)
+        saves.begin()
+        meeting.go_on.set()
+        thread.join()
+    finally:
+        hook.remove()
+    saves.check(1)
+    assert not step_is_running()
+
+
+@pytest.mark.parametrize("kind", NESTED)
+def test_saves_at_random_moments_of_steps_within_steps(kind: str, native: Any, tmp_path: Path) -> None:
+    weights, optimizer = nested(kind)
+    choose, end = random.Random(kind), threading.Event()
+    optimizer.meeting = lambda: time.sleep(choose.uniform(0, 0.003))
+
+    def train() -> None:
+        while not end.is_set():
+            optimizer.step()
+            time.sleep(choose.uniform(0, 0.003))
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for _ in range(40):
+            native.set_fault("pwritev", delay_s=choose.choice([0.0, 0.001, 0.003]))
+            time.sleep(choose.uniform(0, 0.005))
+            pending = ckpt.save(weights, tmp_path / "x.pt", options=options(arena_bytes="16MiB"))
+            ckpt.load(pending.result(DEADLINE_S))
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_steps_that_raise_are_not_remembered() -> None:
+    failing = Failing([torch.nn.Parameter(torch.zeros(3))])
+    assert not step_is_running()
+    for _ in range(50):
+        with pytest.raises(ZeroDivisionError):
+            failing.step()
+    assert inspection.running_steps() == 1
+    assert not step_is_running() and inspection.running_steps() == 0
+
+
+def test_many_optimizers_are_not_remembered() -> None:
+    """As where each parameter has one of its own, and steps it during the backward."""
+    made = [make()[1] for _ in range(50)]
+    assert not step_is_running()
+    for optimizer in made:
+        optimizer.step()
+    assert inspection.running_steps() == 1
+
+
+# ---- saves that are beginning ----------------------------------------------------------------------------------------
 
 
 class Blocking:

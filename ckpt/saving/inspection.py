@@ -103,7 +103,7 @@ def beginning() -> int:
 
 
 def running_steps() -> int:
-    """How many steps of optimizers are running, or have raised and have not been forgotten."""
+    """How many steps of optimizers are running, or have ended and have not been forgotten."""
     return len(_running)
 
 
