@@ -128,8 +128,8 @@ def crc32_kernel() -> str: ...
 def type_filter(types: tuple[type, ...], call: Callable[[Any], Any]) -> Callable[[Any], Any]: ...
 def place(
     records: list[Record],
-    lazy_storages: Callable[[StorageIndex], Mapping[int, Any] | bool],
-    covers: Callable[[list[torch.Tensor], int, int, list[Any] | None], bool],
+    lazy_storages: Callable[[StorageIndex], Mapping[Any, list[Any]] | bool],
+    find_writers: Callable[[list[Any], int, int, list[Any] | None, bool], list[torch.Tensor] | None],
     eager_bytes: int,
     devices: list[int],
     kinds: bytearray,
@@ -137,14 +137,14 @@ def place(
 def find_changed(records: list[Record]) -> tuple[torch.Tensor | None, bool]: ...
 def use_torch_names(*, storage_key: str | None, keys_last: bool, version: str | None, backward_hooks: str | None) -> None: ...
 def add_owned(
-    found: dict[int, Any],
+    found: dict[Any, list[Any]],
     groups: list[Any],
     state: dict[Any, Any],
     index: StorageIndex | None,
     tensor_type: type,
     values: Callable[[Any], list[Any]],
 ) -> None: ...
-def add_declared(found: dict[int, Any], value: Any, tensor_type: type, values: Callable[[Any], list[Any]]) -> None: ...
+def add_declared(found: dict[Any, list[Any]], value: Any, tensor_type: type, values: Callable[[Any], list[Any]]) -> None: ...
 
 class StorageIndex: ...
 
@@ -174,6 +174,7 @@ class Record:
     storage: torch.UntypedStorage
     location: str
     tensor: torch.Tensor | None  # one that views it, for its version counter and its name
+    others: list[torch.Tensor] | None  # more that are saved of it: they may have counters of their own
     type: Any  # the class that names it in the pickle
     views: list[Any] | None  # the byte intervals that are recorded of it
     address: int  # of the storage; 0: not known yet

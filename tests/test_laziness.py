@@ -14,7 +14,7 @@ import torch
 from support import DEADLINE_S, assert_same, clear_faults, options
 
 import ckpt
-from ckpt.plan.lazy_storages import lazy_storages
+from ckpt.plan.lazy_storages import ALL, lazy_storages
 from ckpt.plan.save_plan import COPY, LAZY, make_plan
 from ckpt.saving import inspection
 
@@ -25,7 +25,9 @@ def is_lazy(tensor: torch.Tensor, declared: Any = None) -> bool:
 
 def are_lazy(tensors: list[torch.Tensor], declared: Any = None) -> list[bool]:
     found = lazy_storages(declared)(None)
-    return [found if isinstance(found, bool) else tensor.untyped_storage()._cdata in found for tensor in tensors]
+    if isinstance(found, bool) or ALL in found:
+        return [bool(found)] * len(tensors)
+    return [tensor.untyped_storage()._cdata in found for tensor in tensors]
 
 
 def lazy_names(state: dict[str, torch.Tensor], declared: Any = None) -> list[str]:

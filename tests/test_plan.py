@@ -73,7 +73,7 @@ def test_a_storage_is_planned_once() -> None:
 
 def test_only_what_is_lazy_and_large_is_lazy() -> None:
     large, small, other = torch.zeros(100), torch.zeros(4), torch.zeros(100)
-    lazy = {tensor.untyped_storage()._cdata: True for tensor in (large, small)}
+    lazy = {tensor.untyped_storage()._cdata: [None, tensor] for tensor in (large, small)}
     plan = plan_of([large, small, other], lambda _: lazy, eager_bytes=16)
     assert list(plan.kinds) == [LAZY, COPY, COPY]
     plan = plan_of([large, small, other], lambda _: lazy, eager_bytes=15)

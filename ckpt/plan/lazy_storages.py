@@ -18,9 +18,11 @@ from ckpt._native import StorageIndex
 from ckpt.fence import step_is_running, stepped_optimizers
 from ckpt.plan.views import ByteInterval, byte_interval
 
-# Gives those storages by their `_cdata`, each with the tensors in it that a step writes, or with True: all of it is lazy. Or it
-# gives True: all storages, False: none. It is told what is saved, which helps to find them.
-LazyStorages = Callable[[StorageIndex | None], Mapping[int, Any] | bool]
+# Gives those storages by their `_cdata`, each with the tensors in it that a step writes, or that were declared: then the first
+# in the list is None, and all of the storage is lazy. With the key ALL, or True instead, every storage is; with False none.
+# It is told what is saved, which helps to find them.
+LazyStorages = Callable[[StorageIndex | None], Mapping[Any, list[Any]] | bool]
+ALL = None
 
 
 def lazy_storages(declared: Any = None) -> LazyStorages:
@@ -34,20 +36,20 @@ def lazy_storages(declared: Any = None) -> LazyStorages:
     Raises:
         TypeError: `declared` is something else.
     """
-    found: dict[int, Any] = {}
+    found: dict[Any, list[Any]] = {ALL: []} if declared is True else {}
     if declared is not None and not isinstance(declared, bool):
         _add_declared(found, declared)
     if declared is False or step_is_running():
         return lambda _: False
-    return (lambda _: True) if declared is True else _Found(found)
+    return _Found(found)
 
 
 class _Found:
-    def __init__(self, found: dict[int, Any]) -> None:
+    def __init__(self, found: dict[Any, list[Any]]) -> None:
         self._found = found
         self._complete = False
 
-    def __call__(self, index: StorageIndex | None) -> dict[int, Any]:
+    def __call__(self, index: StorageIndex | None) -> dict[Any, list[Any]]:
         if not self._complete:
             self._complete = True
             for optimizer in stepped_optimizers():
@@ -55,15 +57,29 @@ class _Found:
         return self._found
 
 
-def are_all_written(owners: list[torch.Tensor], low: int, high: int, views: list[ByteInterval] | None) -> bool:
-    """Whether a step that writes the `owners` writes all of bytes [low, high) of their storage, and nobody else any of them.
+def find_writers(
+    tensors: list[Any], low: int, high: int, views: list[ByteInterval] | None, declared: bool
+) -> list[torch.Tensor] | None:
+    """Which of a storage's tensors reach into bytes [low, high) of it: their version counters tell of writes there.
+
+    None: the bytes are not lazy, because a step that writes these tensors does not write all of them, or somebody else some.
 
     Args:
-        views: of the saved tensors, those that are less than the storage. One that is none of the owners may be the statistics
+        tensors: as LazyStorages gives them.
+        views: of the saved tensors, those that are less than the storage. One that a step does not write may be the statistics
             that a module keeps in the storage of its weights.
+        declared: they are lazy all the same.
     """
-    intervals = [byte_interval(int(o.storage_offset()), o.size(), o.stride(), o.itemsize) for o in owners]
-    written = {(i.low, i.high) for i, o in zip(intervals, owners, strict=True) if i.high - i.low == o.nbytes}
+    known = [tensor for tensor in tensors if tensor is not None]
+    intervals = [byte_interval(int(t.storage_offset()), t.size(), t.stride(), t.itemsize) for t in known]
+    if not declared:
+        written = {(i.low, i.high) for i, t in zip(intervals, known, strict=True) if i.high - i.low == t.nbytes}
+        if not _are_all_written(written, low, high, views):
+            return None
+    return [tensor for i, tensor in zip(intervals, known, strict=True) if i.low < high and i.high > low]
+
+
+def _are_all_written(written: set[tuple[int, int]], low: int, high: int, views: list[ByteInterval] | None) -> bool:
     if any(view.low < view.high and (view.low, view.high) not in written for view in views or ()):
         return False
     edge = low
@@ -73,7 +89,7 @@ def are_all_written(owners: list[torch.Tensor], low: int, high: int, views: list
     return edge >= high
 
 
-def _add_declared(found: dict[int, Any], declared: Any) -> None:
+def _add_declared(found: dict[Any, list[Any]], declared: Any) -> None:
     if isinstance(declared, torch.Tensor):
         _add_tensors(found, declared)
     elif isinstance(declared, torch.nn.Module):
@@ -90,13 +106,13 @@ def _add_declared(found: dict[int, Any], declared: Any) -> None:
         )
 
 
-def _add_optimizer(found: dict[int, Any], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
+def _add_optimizer(found: dict[Any, list[Any]], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = optimizer.state if isinstance(optimizer.state, dict) else dict(optimizer.state)
     _native.add_owned(found, groups, state, index, torch.Tensor, _values)
 
 
-def _add_tensors(found: dict[int, Any], value: Any) -> None:
+def _add_tensors(found: dict[Any, list[Any]], value: Any) -> None:
     """However deep they lie; those without a storage of their own (sparse and the like) are captured inside save()."""
     _native.add_declared(found, value, torch.Tensor, _values)
 

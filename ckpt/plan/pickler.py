@@ -77,6 +77,7 @@ class StorageTable:
         self.order: list[Record] = []
         self.conflicts: set[int] = set()  # storages seen as more than one dtype
         self._remaps = remaps
+        self._left_to_torch: list[torch.Tensor] = []
 
     # ---- tensors that take the short way ---------------------------------------------------------------------------
 
@@ -90,7 +91,24 @@ class StorageTable:
                 return _EMPTY_DICT  # the hooks of every tensor; the long way costs as much as the rest of the tensor
         elif kind is Parameter and not obj.__dict__ and rebuild is not None:
             return rebuild.parameter, (obj.detach(), obj.requires_grad, OrderedDict())  # .data counts versions apart
+        return self.note(obj)
+
+    def note(self, obj: Any) -> Any:
+        """Leaves it to torch's own pickling, which names its storage but not the tensor."""
+        if isinstance(obj, torch.Tensor):
+            self._left_to_torch.append(obj)
         return NotImplemented
+
+    def watch_noted(self) -> None:
+        """When all is pickled: their storages have records then."""
+        for tensor in self._left_to_torch:
+            try:
+                record = self.records.get(key_of(tensor.untyped_storage()))
+            except Exception:  # sparse and the like have no storage of their own
+                continue
+            if record is not None:
+                _watch(record, tensor)
+        self._left_to_torch.clear()
 
     def reduce(self, tensor: torch.Tensor) -> tuple[Any, ...]:
         assert rebuild is not None
@@ -104,8 +122,10 @@ class StorageTable:
             record = self.records.get(cdata)
             if record is None:
                 record = self._add(cdata, storage, named and dtype, tensor, tensor.is_cpu)
-            elif record.dtype is not (named and dtype):
-                self.conflicts.add(cdata)
+            else:
+                _watch(record, tensor)
+                if record.dtype is not (named and dtype):
+                    self.conflicts.add(cdata)
             if offset == 0 and tensor.numel() * itemsize == record.nbytes:
                 record.whole = True
             elif (interval := byte_interval(offset, size, stride, itemsize)).high > record.nbytes:
@@ -129,19 +149,25 @@ class StorageTable:
         dtype, itemsize = tensor.dtype, tensor.dtype.itemsize
         interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
         if remap.virtual is None:
-            record = self.records.get(cdata) or self._add(cdata, storage, dtype, tensor, tensor.is_cpu)
+            record = self._find_or_add(cdata, storage, dtype, tensor)
             record.whole = True
             _see(record, interval)
             return record, offset
         run = remap.virtual.find(interval)
         if run < 0 and interval.low < interval.high:
             raise _UnstableError
-        key = (cdata, run)
-        record = self.records.get(key) or self._add(key, storage, dtype, tensor, tensor.is_cpu)
+        record = self._find_or_add((cdata, run), storage, dtype, tensor)
         low, high = remap.virtual.runs[run] if run >= 0 else (interval.low, interval.low)
         record.low, record.nbytes = low, high - low
         _see(record, interval)
         return record, (interval.low - low) // itemsize
+
+    def _find_or_add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor) -> Record:
+        record = self.records.get(key)
+        if record is None:
+            return self._add(key, storage, dtype, tensor, tensor.is_cpu)
+        _watch(record, tensor)
+        return record
 
     def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> Record:
         self.records[key] = record = Record(storage, str(len(self.order)), dtype, tensor, storage.nbytes())
@@ -183,8 +209,7 @@ class _TorchPickler(pickle.Pickler):
         super().__init__(file, protocol=_PROTOCOL)
         # Bound to the table, not to this object: a cycle would keep all that was pickled until the next collection.
         self.persistent_id = _native.type_filter(_NO_STORAGES, table.persistent_id)  # type: ignore[method-assign]
-        if short:
-            self.reducer_override = table.reducer_override  # type: ignore[method-assign]
+        self.reducer_override = table.reducer_override if short else table.note  # type: ignore[method-assign]
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -198,6 +223,16 @@ def _is_plain(tensor: torch.Tensor) -> bool:
         and not tensor.__dict__
         and not has_hooks(tensor)
     )
+
+
+def _watch(record: Record, tensor: torch.Tensor) -> None:
+    """One more tensor in its storage, which may count versions for itself."""
+    if record.tensor is None:
+        record.tensor = tensor
+    elif record.others is None:
+        record.others = [tensor]
+    else:
+        record.others.append(tensor)
 
 
 def _see(record: Record, interval: ByteInterval) -> None:
@@ -276,6 +311,7 @@ def dump_in_python(obj: Any, remaps: dict[int, _Remap], short: bool = True) -> t
     """
     buffer, table = io.BytesIO(), StorageTable(remaps)
     _TorchPickler(buffer, table, short).dump(obj)
+    table.watch_noted()
     return buffer.getvalue(), table
 
 

@@ -13,7 +13,7 @@ from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt._native import Record
 from ckpt.devices import HOST
-from ckpt.plan.lazy_storages import LazyStorages, are_all_written
+from ckpt.plan.lazy_storages import LazyStorages, find_writers
 from ckpt.plan.pickler import pickle_object
 
 COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of records: see _native.pyi
@@ -38,7 +38,7 @@ def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = Fa
     """Pickles `obj` and lists its storages.
 
     Args:
-        lazy: gives the `_cdata` of the storages that change only behind a fence; True: all are such, False: none.
+        lazy: gives the storages that change only behind a fence.
         eager_bytes: records on the host of at most this many bytes are copied at once all the same.
         devices: leave records on CUDA devices where they are; else they are copied to the host here.
 
@@ -58,7 +58,7 @@ def outline(obj: Any) -> SavePlan:
     """
     data, records = pickle_object(obj)
     plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
-    plan.addresses, _ = _native.place(records, lambda _: False, are_all_written, 0, [], plan.kinds)
+    plan.addresses, _ = _native.place(records, lambda _: False, find_writers, 0, [], plan.kinds)
     return plan
 
 
@@ -87,7 +87,7 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
 def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
     plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
-    plan.addresses, plan.lazy = _native.place(records, lazy, are_all_written, eager_bytes, plan.devices, plan.kinds)
+    plan.addresses, plan.lazy = _native.place(records, lazy, find_writers, eager_bytes, plan.devices, plan.kinds)
     plan.sizes = list(map(_nbytes, records))
     return plan
 

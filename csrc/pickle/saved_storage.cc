@@ -78,7 +78,8 @@ PyObject* record_new(PyTypeObject*, PyObject* args, PyObject*) {
 
 void record_dealloc(PyObject* self) {
   auto& record = *reinterpret_cast<Record*>(self);
-  for (PyObject* each : {record.storage, record.key, record.location, record.dtype, record.tensor, record.type, record.views}) {
+  for (PyObject* each : {record.storage, record.key, record.location, record.dtype, record.tensor, record.type, record.others,
+                         record.views, record.counted}) {
     Py_XDECREF(each);
   }
   PyTypeObject* type = Py_TYPE(self);
@@ -92,6 +93,7 @@ PyMemberDef record_members[] = {
     {"location", T_OBJECT, offsetof(Record, location), 0, nullptr},
     {"dtype", T_OBJECT, offsetof(Record, dtype), READONLY, nullptr},
     {"tensor", T_OBJECT, offsetof(Record, tensor), 0, nullptr},
+    {"others", T_OBJECT, offsetof(Record, others), 0, nullptr},
     {"type", T_OBJECT, offsetof(Record, type), 0, nullptr},
     {"views", T_OBJECT, offsetof(Record, views), 0, nullptr},
     {"address", T_ULONGLONG, offsetof(Record, address), 0, nullptr},
@@ -133,9 +135,14 @@ Py_ssize_t version_of(PyObject* tensor) {
   if (is_none(tensor) || known.version == nullptr) return -1;
   const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, known.version));
   if (version) return to_size(version.ptr());
-  if (PyErr_ExceptionMatches(PyExc_RuntimeError) == 0) throw py::error_already_set();
-  PyErr_Clear();  // inference tensors count none
+  if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();
+  PyErr_Clear();  // inference tensors count none, and a subclass may answer as it likes
   return -1;
+}
+
+bool has_changed(PyObject* tensor, Py_ssize_t noted) {
+  const Py_ssize_t version = noted < 0 ? noted : version_of(tensor);
+  return version >= 0 && version != noted;
 }
 
 // The storages of the tensors that are saved, by the tensor: an optimizer's state is, mostly, the very same objects, and to
@@ -159,60 +166,94 @@ class StorageIndex {
   std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
 };
 
-// Which records are lazy; asked for only if it matters.
+// Which records are lazy; asked for only if it matters. ckpt/plan/lazy_storages.py says what the answer looks like.
 class LazyRecords {
  public:
-  LazyRecords(const py::function& ask, const py::function& covers, const py::list& records)
-      : ask_(ask), covers_(covers), records_(records) {}
+  LazyRecords(const py::function& ask, const py::function& find_writers, const py::list& records)
+      : ask_(ask), find_writers_(find_writers), records_(records) {}
 
-  bool has(const Record& record) {
-    if (!asked_) {
-      const py::object answer = ask_(StorageIndex(records_));
-      all_ = answer.ptr() == Py_True;
-      if (!PyBool_Check(answer.ptr())) owners_ = answer.cast<py::dict>();
-      asked_ = true;
+  // If it is, its version counters are noted.
+  bool take(Record& record) {
+    if (!asked_) ask();
+    PyObject* known = owners_ ? find(owners_, storage_key(record.storage).ptr()) : nullptr;
+    if (known == nullptr) {
+      if (all_) note_counters(record, nullptr);
+      return all_;
     }
-    if (all_) return true;
-    PyObject* owners = find(owners_, storage_key(record.storage).ptr());
-    return owners != nullptr && (owners == Py_True || is_covered(record, owners));
+    if (!PyList_Check(known) || PyList_GET_SIZE(known) == 0) throw py::type_error("the tensors of a storage must be in a list");
+    const bool declared = all_ || PyList_GET_ITEM(known, 0) == Py_None;
+    py::object writers = py::reinterpret_borrow<py::object>(known);
+    if (!is_whole(record, known, declared)) {
+      const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
+      writers = find_writers_(writers, record.low, record.low + record.nbytes, views, declared);
+      if (writers.is_none()) return false;  // other parts of the storage may be somebody else's
+    }
+    note_counters(record, writers.ptr());
+    return true;
   }
 
  private:
-  // Whether a step writes all of it: other parts of a storage may be somebody else's.
-  bool is_covered(const Record& record, PyObject* owners) {
-    if (record.views == nullptr && PyList_GET_SIZE(owners) == 1) {
-      PyObject* owner = PyList_GET_ITEM(owners, 0);
-      if (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes) return true;
-    }
-    const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
-    return is_true(covers_(py::handle(owners), record.low, record.low + record.nbytes, views));
+  void ask() {
+    asked_ = true;
+    const py::object answer = ask_(StorageIndex(records_));
+    all_ = answer.ptr() == Py_True;
+    if (PyBool_Check(answer.ptr())) return;
+    owners_ = answer.cast<py::dict>();
+    all_ = find(owners_, Py_None) != nullptr;
   }
 
-  const py::function &ask_, &covers_;
+  // Whether all that is known of the storage reaches into the record, and, if it was not declared, covers it.
+  static bool is_whole(const Record& record, PyObject* known, bool declared) {
+    if (record.views != nullptr) return false;
+    if (declared) return true;
+    PyObject* owner = PyList_GET_ITEM(known, 0);
+    return PyList_GET_SIZE(known) == 1 && (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes);
+  }
+
+  // `writers` may be null, and hold None.
+  static void note_counters(Record& record, PyObject* writers) {
+    record.version = version_of(record.tensor);
+    for (PyObject* tensors : {record.others, writers}) {
+      if (is_none(tensors)) continue;
+      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) note_counter(record, PyList_GET_ITEM(tensors, i));
+    }
+  }
+
+  static void note_counter(Record& record, PyObject* tensor) {
+    const Py_ssize_t version = tensor == record.tensor ? -1 : version_of(tensor);
+    if (version < 0) return;
+    if (record.counted == nullptr) record.counted = owned(PyList_New(0)).release().ptr();
+    const py::object number = owned(PyLong_FromSsize_t(version));
+    for (PyObject* each : {tensor, number.ptr()}) {
+      if (PyList_Append(record.counted, each) != 0) throw py::error_already_set();
+    }
+  }
+
+  const py::function &ask_, &find_writers_;
   const py::list& records_;
   bool asked_ = false, all_ = false;
-  py::dict owners_;  // the `_cdata` of a storage -> True, or a list of the tensors in it that a step writes
+  py::dict owners_;
 };
 
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
-py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& covers, Py_ssize_t eager_bytes,
-                const std::vector<int>& devices, const py::bytearray& kinds) {
+py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
+                Py_ssize_t eager_bytes, const std::vector<int>& devices,
+                const py::bytearray& kinds) {
   const size_t count = records.size();
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
   }
   py::list addresses(count), lazy;
-  LazyRecords laziness(lazy_storages, covers, records);
+  LazyRecords laziness(lazy_storages, find_writers, records);
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
     Record& record = to_record(object);
     if (record.address == 0) record.address = address_of(record.storage);
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
-    const bool worthwhile = record.nbytes > eager_bytes || (!devices.empty() && devices[i] >= 0);
+    const bool on_host = devices.empty() || devices[i] < 0;
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
-    if (worthwhile && kind == static_cast<char>(Source::kCopy) && laziness.has(record)) {
+    if ((record.nbytes > eager_bytes || !on_host) && kind == static_cast<char>(Source::kCopy) && laziness.take(record)) {
       kind = static_cast<char>(Source::kLazy);
-      record.version = version_of(record.tensor);
       lazy.append(py::handle(object));
     }
     const unsigned long long begin = record.nbytes > 0 ? record.address + static_cast<unsigned long long>(record.low) : 0;
@@ -221,12 +262,22 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
   return py::make_tuple(std::move(addresses), std::move(lazy));
 }
 
+// The tensor whose counter has moved, borrowed; null if none has.
+PyObject* find_counted(const Record& record) {
+  if (has_changed(record.tensor, record.version)) return record.tensor;
+  for (Py_ssize_t i = 0; record.counted != nullptr && i < PyList_GET_SIZE(record.counted); i += 2) {
+    PyObject* tensor = PyList_GET_ITEM(record.counted, i);
+    if (has_changed(tensor, to_size(PyList_GET_ITEM(record.counted, i + 1)))) return tensor;
+  }
+  return nullptr;
+}
+
 // (whose counter has moved, whether memory was taken away): for the first record that something has happened to.
 py::tuple find_changed(const py::list& records) {
   for (const py::handle each : records) {
-    const Record& record = to_record(each.ptr());
-    if (record.version < 0 || to_size(owned(PyObject_GetAttr(record.tensor, known.version)).ptr()) == record.version) continue;
-    return py::make_tuple(py::reinterpret_borrow<py::object>(record.tensor), false);
+    if (PyObject* tensor = find_counted(to_record(each.ptr()))) {
+      return py::make_tuple(py::reinterpret_borrow<py::object>(tensor), false);
+    }
   }
   for (const py::handle each : records) {
     const Record& record = to_record(each.ptr());
@@ -242,11 +293,11 @@ py::tuple find_changed(const py::list& records) {
 // Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
 class StorageFinder {
  public:
-  // `with_owners`: notes which tensors lie there, not just True.
+  // `declared`: all of the storages is lazy, which None before the tensors says.
   StorageFinder(const py::dict& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values,
-                bool with_owners)
+                bool declared)
       : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values),
-        with_owners_(with_owners) {}
+        declared_(declared) {}
 
   void add(PyObject* value) {
     if (PyObject_TypeCheck(value, tensor_type_) != 0) return add_tensor(value);
@@ -285,12 +336,14 @@ class StorageFinder {
   }
 
   void note(const py::object& cdata, PyObject* tensor) {
-    PyObject* owners = find(found_, cdata.ptr());
-    if (owners == Py_True) return;
-    if (!with_owners_ || owners == nullptr) {
-      const py::object first = with_owners_ ? owned(Py_BuildValue("[O]", tensor)) : py::bool_(true);
+    PyObject* tensors = find(found_, cdata.ptr());
+    if (tensors == nullptr) {
+      const py::object first = owned(declared_ ? Py_BuildValue("[OO]", Py_None, tensor) : Py_BuildValue("[O]", tensor));
       if (PyDict_SetItem(found_.ptr(), cdata.ptr(), first.ptr()) != 0) throw py::error_already_set();
-    } else if (PyList_Append(owners, tensor) != 0) {
+      return;
+    }
+    const bool marks = declared_ && PyList_GET_ITEM(tensors, 0) != Py_None;
+    if ((marks && PyList_Insert(tensors, 0, Py_None) != 0) || PyList_Append(tensors, tensor) != 0) {
       throw py::error_already_set();
     }
   }
@@ -299,7 +352,7 @@ class StorageFinder {
   const StorageIndex* index_;
   PyTypeObject* tensor_type_;
   const py::function& values_;
-  const bool with_owners_;
+  const bool declared_;
 };
 
 // What a step of an optimizer writes to: parameters that learn, and their state. One that needs no gradient (a target network, a
@@ -340,7 +393,7 @@ void add_owned(const py::dict& found, const py::list& groups, const py::dict& st
                const py::object& tensor_type, const py::function& values) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!known.keys_last) return;  // that of a storage which is gone may be another's by now: then none is known to be lazy
-  StorageFinder finder(found, index, tensor_type, values, true);
+  StorageFinder finder(found, index, tensor_type, values, false);
   OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
   for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
   optimizer.add_state();
@@ -349,7 +402,7 @@ void add_owned(const py::dict& found, const py::list& groups, const py::dict& st
 void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!known.keys_last) return;
-  StorageFinder(found, nullptr, tensor_type, values, false).add(value.ptr());
+  StorageFinder(found, nullptr, tensor_type, values, true).add(value.ptr());
 }
 
 }  // namespace
@@ -374,8 +427,8 @@ void bind_records(py::module_& module) {
   py::class_<StorageIndex>(module, "StorageIndex");
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
              py::arg("version"), py::arg("backward_hooks"));
-  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("covers"), py::arg("eager_bytes"),
-             py::arg("devices"), py::arg("kinds"));
+  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
+             py::arg("eager_bytes"), py::arg("devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
              py::arg("tensor_type"), py::arg("values"));

@@ -14,7 +14,9 @@ struct Record {
   PyObject* dtype;   // as torch tells storages apart: null for untyped
   PyObject* tensor;  // one that views it, for its version counter and its name
   PyObject* type;    // the class that names it in the pickle
+  PyObject* others;  // a list of more saved tensors that view it: they may have counters of their own
   PyObject* views;   // a list of byte intervals
+  PyObject* counted;  // a list of tensors and their counters when it was placed, by turns: of all but `tensor`
   Py_ssize_t low;    // the first byte of the storage that is written
   Py_ssize_t nbytes;
   Py_ssize_t numel;  // of `type`
