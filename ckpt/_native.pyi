@@ -130,6 +130,7 @@ def place(
     records: list[Record],
     lazy_storages: Callable[[StorageIndex], Mapping[Any, list[Any]] | bool],
     find_writers: Callable[[list[Any], int, int, list[Any] | None, bool], list[torch.Tensor] | None],
+    is_shared: Callable[[int, int], bool],
     eager_bytes: int,
     devices: list[int],
     kinds: bytearray,

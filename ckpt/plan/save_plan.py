@@ -15,6 +15,7 @@ from ckpt._native import Record
 from ckpt.devices import HOST
 from ckpt.plan.lazy_storages import LazyStorages, find_writers
 from ckpt.plan.pickler import pickle_object
+from ckpt.plan.shared_memory import SharedMemory
 
 COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of records: see _native.pyi
 
@@ -58,7 +59,7 @@ def outline(obj: Any) -> SavePlan:
     """
     data, records = pickle_object(obj)
     plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
-    plan.addresses, _ = _native.place(records, lambda _: False, find_writers, 0, [], plan.kinds)
+    plan.addresses, _ = _native.place(records, lambda _: False, find_writers, lambda _, __: False, 0, [], plan.kinds)
     return plan
 
 
@@ -87,7 +88,8 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
 def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
     plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
-    plan.addresses, plan.lazy = _native.place(records, lazy, find_writers, eager_bytes, plan.devices, plan.kinds)
+    shared = SharedMemory()
+    plan.addresses, plan.lazy = _native.place(records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.kinds)
     plan.sizes = list(map(_nbytes, records))
     return plan
 

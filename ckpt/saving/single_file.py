@@ -32,6 +32,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
             True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
             save(), for states that something other than an optimizer's step writes to.
+            Tensors in shared memory are lazy only if they, their module or True declare that no other process writes to them.
         options: see Options. Saves with the same arena, chunk and writer options share one engine.
 
     Returns:

@@ -20,7 +20,8 @@ namespace lazyckpt {
 namespace {
 
 struct Names {
-  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"};
+  Name data_ptr{"data_ptr"}, nbytes{"nbytes"}, untyped_storage{"untyped_storage"}, cpu{"cpu"}, requires_grad{"requires_grad"},
+      is_shared{"is_shared"}, resizable{"resizable"}, private_at{"lazyckpt_private_at"};
 };
 
 const Names& names() {
@@ -121,6 +122,18 @@ Record& to_record(PyObject* object) {
   return *reinterpret_cast<Record*>(object);
 }
 
+// Py_BuildValue() reads a format, which takes longer than all the rest.
+template <typename... Objects>
+py::object make_list(Objects... objects) {
+  py::object list = owned(PyList_New(sizeof...(objects)));
+  Py_ssize_t at = 0;
+  for (PyObject* each : {objects...}) {
+    Py_INCREF(each);
+    PyList_SET_ITEM(list.ptr(), at++, each);
+  }
+  return list;
+}
+
 // ---- Placing -----------------------------------------------------------------------------------------------------
 
 unsigned long long address_of(PyObject* storage) {
@@ -169,11 +182,11 @@ class StorageIndex {
 // Which records are lazy; asked for only if it matters. ckpt/plan/lazy_storages.py says what the answer looks like.
 class LazyRecords {
  public:
-  LazyRecords(const py::function& ask, const py::function& find_writers, const py::list& records)
-      : ask_(ask), find_writers_(find_writers), records_(records) {}
+  LazyRecords(const py::function& ask, const py::function& find_writers, const py::function& is_shared, const py::list& records)
+      : ask_(ask), find_writers_(find_writers), is_shared_(is_shared), records_(records) {}
 
   // If it is, its version counters are noted.
-  bool take(Record& record) {
+  bool take(Record& record, bool on_host) {
     if (!asked_) ask();
     PyObject* known = owners_ ? find(owners_, storage_key(record.storage).ptr()) : nullptr;
     if (known == nullptr) {
@@ -188,6 +201,7 @@ class LazyRecords {
       writers = find_writers_(writers, record.low, record.low + record.nbytes, views, declared);
       if (writers.is_none()) return false;  // other parts of the storage may be somebody else's
     }
+    if (!declared && on_host && may_be_shared(record)) return false;
     note_counters(record, writers.ptr());
     return true;
   }
@@ -210,6 +224,22 @@ class LazyRecords {
     return PyList_GET_SIZE(known) == 1 && (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes);
   }
 
+  // Whether other processes may see it. Of what neither torch has allocated nor knows to be shared, the mappings tell; that
+  // takes long, so the storage is told for how long it holds: until it has other memory.
+  bool may_be_shared(const Record& record) {
+    const Names& name = names();
+    if (is_true(name.is_shared.call_on(record.storage))) return true;
+    if (is_true(name.resizable.call_on(record.storage))) return false;
+    const py::object address = owned(PyLong_FromUnsignedLongLong(record.address));
+    const auto noted = py::reinterpret_steal<py::object>(PyObject_GetAttr(record.storage, name.private_at.text()));
+    if (!noted) PyErr_Clear();
+    if (noted && PyObject_RichCompareBool(noted.ptr(), address.ptr(), Py_EQ) == 1) return false;
+    const auto end = record.address + static_cast<unsigned long long>(to_size(name.nbytes.call_on(record.storage).ptr()));
+    if (is_true(is_shared_(record.address, end))) return true;
+    if (PyObject_SetAttr(record.storage, name.private_at.text(), address.ptr()) != 0) PyErr_Clear();
+    return false;
+  }
+
   // `writers` may be null, and hold None.
   static void note_counters(Record& record, PyObject* writers) {
     record.version = version_of(record.tensor);
@@ -222,14 +252,17 @@ class LazyRecords {
   static void note_counter(Record& record, PyObject* tensor) {
     const Py_ssize_t version = tensor == record.tensor ? -1 : version_of(tensor);
     if (version < 0) return;
-    if (record.counted == nullptr) record.counted = owned(PyList_New(0)).release().ptr();
     const py::object number = owned(PyLong_FromSsize_t(version));
+    if (record.counted == nullptr) {
+      record.counted = make_list(tensor, number.ptr()).release().ptr();
+      return;
+    }
     for (PyObject* each : {tensor, number.ptr()}) {
       if (PyList_Append(record.counted, each) != 0) throw py::error_already_set();
     }
   }
 
-  const py::function &ask_, &find_writers_;
+  const py::function &ask_, &find_writers_, &is_shared_;
   const py::list& records_;
   bool asked_ = false, all_ = false;
   py::dict owners_;
@@ -237,14 +270,14 @@ class LazyRecords {
 
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
 py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
-                Py_ssize_t eager_bytes, const std::vector<int>& devices,
+                const py::function& is_shared, Py_ssize_t eager_bytes, const std::vector<int>& devices,
                 const py::bytearray& kinds) {
   const size_t count = records.size();
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
   }
   py::list addresses(count), lazy;
-  LazyRecords laziness(lazy_storages, find_writers, records);
+  LazyRecords laziness(lazy_storages, find_writers, is_shared, records);
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
     Record& record = to_record(object);
@@ -252,7 +285,7 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool on_host = devices.empty() || devices[i] < 0;
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
-    if ((record.nbytes > eager_bytes || !on_host) && kind == static_cast<char>(Source::kCopy) && laziness.take(record)) {
+    if ((record.nbytes > eager_bytes || !on_host) && kind == static_cast<char>(Source::kCopy) && laziness.take(record, on_host)) {
       kind = static_cast<char>(Source::kLazy);
       lazy.append(py::handle(object));
     }
@@ -338,7 +371,7 @@ class StorageFinder {
   void note(const py::object& cdata, PyObject* tensor) {
     PyObject* tensors = find(found_, cdata.ptr());
     if (tensors == nullptr) {
-      const py::object first = owned(declared_ ? Py_BuildValue("[OO]", Py_None, tensor) : Py_BuildValue("[O]", tensor));
+      const py::object first = declared_ ? make_list(Py_None, tensor) : make_list(tensor);
       if (PyDict_SetItem(found_.ptr(), cdata.ptr(), first.ptr()) != 0) throw py::error_already_set();
       return;
     }
@@ -428,7 +461,7 @@ void bind_records(py::module_& module) {
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
              py::arg("version"), py::arg("backward_hooks"));
   module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
-             py::arg("eager_bytes"), py::arg("devices"), py::arg("kinds"));
+             py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
              py::arg("tensor_type"), py::arg("values"));
