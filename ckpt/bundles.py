@@ -39,7 +39,7 @@ from ckpt.saving.file_in_flight import FileSave
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
 from ckpt.saving.task import SaveTask
-from ckpt.session import Saver
+from ckpt.session import SaveSession
 from ckpt.storage import durable, temporary_names
 
 logger = logging.getLogger("ckpt")
@@ -127,7 +127,7 @@ class Bundle:
         return self.pending
 
 
-class BundleCheckpointer(Saver):
+class BundleCheckpointer(SaveSession):
     """Saves and finds bundles: checkpoints with directory and file names of somebody else's choosing.
 
     In a job of several ranks each makes one, and all make the same calls in the same order. `latest` beside the bundles is

@@ -33,13 +33,13 @@ from ckpt.saving.file_in_flight import FileSave, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
-from ckpt.session import Saver
+from ckpt.session import SaveSession
 from ckpt.storage import durable, temporary_names
 
 _tokens = itertools.count()
 
 
-class Checkpointer(Saver):
+class Checkpointer(SaveSession):
     """Saves a training job's state step by step, and finds the newest good one again.
 
     In a job of several ranks each makes one, on the same directory, and all make the same calls in the same order. A step is a

@@ -18,16 +18,16 @@ from ckpt.saving.task import SaveTask, wait_all
 
 logger = logging.getLogger("ckpt")
 
-_Self = TypeVar("_Self", bound="Saver")
-# For each coordinator that several savers use: their numbers. Ranks make them in the same order.
+_Self = TypeVar("_Self", bound="SaveSession")
+# For each coordinator that several sessions use: their numbers. Ranks make them in the same order.
 _streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
 
 
-class Saver:
+class SaveSession:
     """
     Args:
         coordinator: by what the ranks agree.
-        owned: it was made for this saver: nobody else uses it, and it ends with it.
+        owned: it was made for this session: nobody else uses it, and it ends with it.
         what: names this in messages.
         stream: the beginning of the keys of its conversations.
     """
