@@ -35,7 +35,7 @@ from ckpt.errors import (
 from ckpt.options import Options
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
 from ckpt.saving.task import SaveTask
@@ -90,7 +90,7 @@ class Bundle:
             # Its directory is not made with it: a user may have removed the bundle meanwhile.
             limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
             durable.make_directory(target.parent, durable=False)
-            file = FileSave(target, limits=limits, directory=self._hold(target.parent))
+            file = FileInFlight(target, limits=limits, directory=self._hold(target.parent))
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()
@@ -300,7 +300,7 @@ class BundleCheckpointer(SaveSession):
         (self._committer.commit_later if bundle._admitted else self._committer.attend)(task, publish)
         self._remember(task)
 
-    def _note_limits(self, bundle: Bundle, file: FileSave) -> None:
+    def _note_limits(self, bundle: Bundle, file: FileInFlight) -> None:
         limits = file.found_limits()
         if limits is not None and file.target.parent == bundle.directory:
             if len(self._limits) >= _MOST_ROOTS and bundle._root not in self._limits:

@@ -29,7 +29,7 @@ from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
-from ckpt.saving.file_in_flight import FileSave, Sharing
+from ckpt.saving.file_in_flight import FileInFlight, Sharing
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
@@ -211,7 +211,9 @@ class Checkpointer(SaveSession):
             sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
         named = target or ticket.directory / f"{self._stem(kind)}.pt"
         like = self._directories.replaced_by(named, self._stem(kind))
-        file = FileSave(named, sharing, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like)
+        file = FileInFlight(
+            named, sharing, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like
+        )
         return Part(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:

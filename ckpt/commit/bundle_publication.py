@@ -23,7 +23,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
 from ckpt.directory.manifest import RANK, FileEntry, Manifest
 from ckpt.errors import CheckpointError, StorageError
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.storage import durable
 
 
@@ -46,7 +46,7 @@ class BundleTicket:
     move_latest: bool
     root: BundleRoot | None = None
     node: str = ""
-    files: tuple[FileSave, ...] = ()
+    files: tuple[FileInFlight, ...] = ()
     held: durable.Directory | None = None
 
     @property
@@ -120,10 +120,10 @@ class BundleCommitter:
         own = answer_for(ticket.what, error)
         self._settle(ticket, "pointed", own, error, lambda *_: (None, None, {}))
 
-    def _entry(self, file: FileSave) -> FileEntry:
+    def _entry(self, file: FileInFlight) -> FileEntry:
         return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._agreement.rank, file.temporary.name)
 
-    def _digest(self, file: FileSave) -> Digest:
+    def _digest(self, file: FileInFlight) -> Digest:
         digest = digest_of(without_numbers(file.pickle, self._varying), file.sizes, 0)
         file.forget_structure()
         return digest

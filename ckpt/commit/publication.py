@@ -23,7 +23,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import StorageError
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.storage import durable
 
 _NOT_ALIKE = "the replicated state is not the same on all ranks: "
@@ -42,7 +42,7 @@ _REMEDY_FOR_DEVICES = (
 class Part:
     """One file of a step, as far as this rank is concerned."""
 
-    file: FileSave
+    file: FileInFlight
     kind: str  # as in the manifest
     written: bool  # by this rank, or its share of it; else it is only compared
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 
 from ckpt import _native
 from ckpt.errors import CorruptError, StorageError
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Share:
     written: Sequence[int]
 
 
-def share_of(file: FileSave) -> Share:
+def share_of(file: FileInFlight) -> Share:
     """What this rank has written.
 
     Raises:
@@ -86,7 +86,7 @@ def find_disagreement(shares: Sequence[Share]) -> Disagreement | None:
     return None
 
 
-def join_shares(file: FileSave, shares: Sequence[Share]) -> int:
+def join_shares(file: FileInFlight, shares: Sequence[Share]) -> int:
     """Writes the end of the file, durably; returns the CRC-32 of all of it.
 
     Raises:

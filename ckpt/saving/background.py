@@ -17,7 +17,7 @@ from pathlib import Path
 from ckpt import _native
 from ckpt.errors import ClosedError, DeadlineError, SkippedError
 from ckpt.options import Options
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.notices import note_buffered, note_pageable
 from ckpt.saving.task import SaveTask
 
@@ -169,7 +169,7 @@ class Committer:
             return DeadlineError(f"the save to '{task.path}' was given up: it was not durable at the deadline of the drain")
         return task.begin_error or (errors[0] if errors else None)
 
-    def _await(self, file: FileSave, done: Callable[[float], bool]) -> None:
+    def _await(self, file: FileInFlight, done: Callable[[float], bool]) -> None:
         while not done(_SLICE_S):
             if self._given_up_at is None:
                 continue

@@ -24,7 +24,7 @@ class Sharing:
     token: str
 
 
-class FileSave:
+class FileInFlight:
     """From submit() to the end of its job. `target` is the name that the file will have, `temporary` the one it has now.
 
     Args:
@@ -74,7 +74,7 @@ class FileSave:
         self._tripwire: Tripwire | None = None
         self._records: Sequence[Record] | None = None  # for their names
         self._names_to_the_end = False
-        self._on_sealed: Callable[[FileSave], None] | None = None
+        self._on_sealed: Callable[[FileInFlight], None] | None = None
         self._seal_error: CaptureError | None = None
 
     def hold(
@@ -85,7 +85,7 @@ class FileSave:
         first_record: int,
         until_durable: Any,
         names_to_the_end: bool,
-        on_sealed: Callable[[FileSave], None],
+        on_sealed: Callable[[FileInFlight], None],
     ) -> None:
         """Keeps the memory; to be called before the job can read it.
 

@@ -10,7 +10,7 @@ from typing import Any
 from ckpt.fence import _beginning, _running, _stepped, _uncaptured
 from ckpt.options import Options
 from ckpt.saving import notices, runtime
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.task import SaveTask
 
@@ -49,7 +49,7 @@ def task_of(pending: PendingSave) -> SaveTask:
     return pending._task
 
 
-def files_of(pending: PendingSave) -> tuple[FileSave, ...]:
+def files_of(pending: PendingSave) -> tuple[FileInFlight, ...]:
     """The files that this process writes for a save."""
     return pending._task.files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 
 logger = logging.getLogger("ckpt")
 
@@ -14,7 +14,7 @@ noted_pageable: set[str] = set()
 noted_buffered: set[int] = set()  # devices of file systems
 
 
-def note_pageable(file: FileSave) -> None:
+def note_pageable(file: FileInFlight) -> None:
     """Says once that the arena is not pinned, and why."""
     cause = file.job.stats["pin_failure"]
     if not cause or cause in noted_pageable:
@@ -27,7 +27,7 @@ def note_pageable(file: FileSave) -> None:
     )
 
 
-def note_buffered(file: FileSave) -> None:
+def note_buffered(file: FileInFlight) -> None:
     """Says once for each file system that it has no direct I/O."""
     if file.job.error is not None or file.job.stats["direct_io"] or not file.wants_direct:
         return

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.options import Options
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.runtime import keep
 from ckpt.saving.submit import log_failure, start
@@ -53,7 +53,7 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     task = SaveTask(target, on_done=log_failure)
 
     directory = durable.Directory(target.parent)
-    file = FileSave(target, directory=directory)
+    file = FileInFlight(target, directory=directory)
 
     def publish(error: BaseException | None) -> Path:
         if error is not None:

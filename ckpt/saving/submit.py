@@ -25,7 +25,7 @@ from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, outline
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Committer, Publish
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.runtime import Runtime, orphan
 from ckpt.saving.task import SaveTask
 
@@ -36,7 +36,7 @@ def start(
     runtime: Runtime,
     committer: Committer,
     task: SaveTask,
-    contents: Sequence[tuple[FileSave, Any, bool]],
+    contents: Sequence[tuple[FileInFlight, Any, bool]],
     publish: Publish,
     *,
     lazy: Any,
@@ -77,7 +77,7 @@ def start(
 
 
 def _begin(
-    runtime: Runtime, task: SaveTask, contents: Sequence[tuple[FileSave, Any, bool]], lazy: Any, options: Options
+    runtime: Runtime, task: SaveTask, contents: Sequence[tuple[FileInFlight, Any, bool]], lazy: Any, options: Options
 ) -> None:
     with _without_collector():
         storages = lazy_storages(lazy)
@@ -109,7 +109,7 @@ def _refuse_shards(pickled: bytes) -> None:
         )
 
 
-def add_file(runtime: Runtime, task: SaveTask, file: FileSave, obj: Any, *, lazy: Any, options: Options) -> None:
+def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, lazy: Any, options: Options) -> None:
     """Begins one more file of a save that has been admitted; the caller hands it over when all are there.
 
     Raises:
@@ -140,7 +140,7 @@ def _without_collector() -> Iterator[None]:
             gc.enable()
 
 
-def _plan(file: FileSave, obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
+def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
     """
     Args:
         lazy: None: only pickle it, for its structure.
@@ -156,7 +156,7 @@ def _plan(file: FileSave, obj: Any, lazy: LazyStorages | None, options: Options)
         raise
 
 
-def _submit(runtime: Runtime, file: FileSave, obj: Any, plan: SavePlan, options: Options) -> None:
+def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, options: Options) -> None:
     records = plan.records
     alignment = options.record_alignment
     head = [("data.pkl", plan.pickle)]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from ckpt.saving.file_in_flight import FileSave
+from ckpt.saving.file_in_flight import FileInFlight
 
 logger = logging.getLogger("ckpt")
 
@@ -41,8 +41,8 @@ class SaveTask:
         self._on_done = on_done
         self.owner = os.getpid()
         self.future: concurrent.futures.Future[Path] = concurrent.futures.Future()
-        self.files: tuple[FileSave, ...] = ()
-        self.planned: tuple[FileSave, ...] = ()
+        self.files: tuple[FileInFlight, ...] = ()
+        self.planned: tuple[FileInFlight, ...] = ()
         self.begin_error: BaseException | None = None
         self.handed_over = False
         self.skipped: BaseException | None = None
