@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.bundle_publication import BundleCommitter, BundleTicket
-from ckpt.commit.conversation import Agreement
+from ckpt.commit.conversation import RankConversation
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
@@ -159,7 +159,7 @@ class BundleCheckpointer(SaveSession):
             options or Options(), made, owned=made is not coordinator, what="this BundleCheckpointer", stream="bundles"
         )
         self._claims = f"{self._stream}-claim"
-        saving = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
+        saving = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._committing = BundleCommitter(saving, tuple(varying))
         self._vote = CandidateVote(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
@@ -208,7 +208,7 @@ class BundleCheckpointer(SaveSession):
         bundle = Bundle(self, path, ticket, task)
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
-            self._committer.admit(task, options)
+            self._finisher.admit(task, options)
             bundle._admitted = True
         except (SkippedError, StorageError, DeadlineError) as error:
             bundle.fail(error)
@@ -297,7 +297,7 @@ class BundleCheckpointer(SaveSession):
             there = held.get(ticket.directory)
             return self._committing.commit(dataclasses.replace(ticket, files=files, held=there), error or failed)
 
-        (self._committer.commit_later if bundle._admitted else self._committer.attend)(task, publish)
+        (self._finisher.commit_later if bundle._admitted else self._finisher.attend)(task, publish)
         self._remember(task)
 
     def _note_limits(self, bundle: Bundle, file: FileInFlight) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Agreement
+from ckpt.commit.conversation import RankConversation
 from ckpt.commit.publication import Part, StepCommitter, Ticket
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory.manifest import RANK, REPLICATED
@@ -81,8 +81,8 @@ class Checkpointer(SaveSession):
             self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
         )
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
-        agreement = Agreement(made, f"{self._stream}-save", self.options.commit_timeout_s)
-        self._steps = StepCommitter(self._directories, agreement)
+        conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
+        self._steps = StepCommitter(self._directories, conversation)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
@@ -187,7 +187,7 @@ class Checkpointer(SaveSession):
 
         files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
         try:
-            start(self._runtime, self._committer, task, files, publish, lazy=lazy, options=self.options)
+            start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
             if not task.handed_over:
                 self._directories.abandon(ticket.directory, targets)
@@ -236,7 +236,7 @@ class Checkpointer(SaveSession):
                     task.discard()  # what the others have written of a file that all write together
 
             attended = SaveTask(ticket.directory, ticket.step)
-            self._committer.attend(attended, publish)
+            self._finisher.attend(attended, publish)
             self._pending.append(attended)
 
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:

@@ -40,8 +40,8 @@ class SaveSession:
         self._stream = stream if owned else f"{stream}-{next(_streams.setdefault(coordinator, itertools.count()))}"
         self._runtime = runtime.lease(options)
         # One that is not our own is not interrupted: that would end it for all.
-        self._committer = self._runtime.committer(*((coordinator.interrupt, coordinator.close) if owned else ()))
-        weakref.finalize(self, self._committer.retire).atexit = False
+        self._finisher = self._runtime.finisher(*((coordinator.interrupt, coordinator.close) if owned else ()))
+        weakref.finalize(self, self._finisher.retire).atexit = False
         self._owner = os.getpid()
         self._closed = False
         self._saves = 0  # that were asked for, whatever came of them: all ranks count their calls
@@ -88,13 +88,13 @@ class SaveSession:
         if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
-        if self._committer.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
-            self._committer.retire()
+        if self._finisher.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
+            self._finisher.retire()
             return
         try:
             self._drain(self.options.drain_timeout_s)
         finally:
-            self._committer.close(0.0)  # what has not come by now is given up
+            self._finisher.close(0.0)  # what has not come by now is given up
             runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()

@@ -477,7 +477,7 @@ def test_a_bundle_that_is_never_committed_does_not_hold_up_the_end(tmp_path: Pat
 
 
 def test_the_collector_may_close_one_at_any_moment(tmp_path: Path, native: Any) -> None:
-    """Also on a thread that holds a lock which the end needs, and on the committer's own."""
+    """Also on a thread that holds a lock which the end needs, and on the finisher's own."""
     program = f"""
 import gc, ckpt
 class Cycle:

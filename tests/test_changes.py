@@ -80,7 +80,7 @@ def test_loading_weights_too_early_is_given_away(native: Any, tmp_path: Path) ->
 
 
 def test_an_early_change_is_found_even_if_the_file_is_finished_first(native: Any, tmp_path: Path) -> None:
-    """The committer's thread may come late: here Python does not let it run until the engine is done."""
+    """The finisher's thread may come late: here Python does not let it run until the engine is done."""
     native.set_fault("pwritev", delay_s=DEADLINE_S)
     tensor = torch.zeros(2 * MIB, dtype=torch.uint8)
     before = sys.getswitchinterval()

@@ -124,7 +124,7 @@ def test_checkpointers_with_the_same_options_share_an_engine(tmp_path: Path) -> 
         wait_until(lambda: psutil.Process().num_threads() <= before + 3, what="the end of the thread that touches the arena")
         with ckpt.Checkpointer(tmp_path / "b", options=options()) as b:
             b.save(1, small_state()).result(30)
-            assert psutil.Process().num_threads() <= before + 4, "one more: each has a committer"
+            assert psutil.Process().num_threads() <= before + 4, "one more: each has a finisher"
         a.save(2, small_state()).result(30)  # the first close must not have ended it
     wait_until(lambda: psutil.Process().num_threads() <= before, what="the end of all threads")
 

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Agreement, Failure, answer_for, failed_answer, good_answer, outcome_of
+from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer, outcome_of
 from ckpt.commit.replica_check import Digest, digest_of, without_numbers
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
@@ -66,8 +66,8 @@ class BundleCommitter:
         varying: keys of integers in which files of the same name may differ.
     """
 
-    def __init__(self, agreement: Agreement, varying: tuple[str, ...] = ()) -> None:
-        self._agreement = agreement
+    def __init__(self, conversation: RankConversation, varying: tuple[str, ...] = ()) -> None:
+        self._conversation = conversation
         self._varying = varying
         self._doubt: StorageError | None = None  # of the present ticket, as the next
         self._is_empty = False
@@ -112,7 +112,7 @@ class BundleCommitter:
 
     def _point_latest_on_nodes(self, ticket: BundleTicket, said: Mapping[str, Any]) -> None:
         error = None
-        if self._agreement.rank != 0 and said["files"].get(ticket.node):
+        if self._conversation.rank != 0 and said["files"].get(ticket.node):
             try:
                 self._point_latest(ticket)
             except CheckpointError as caught:
@@ -121,7 +121,7 @@ class BundleCommitter:
         self._settle(ticket, "pointed", own, error, lambda *_: (None, None, {}))
 
     def _entry(self, file: FileInFlight) -> FileEntry:
-        return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._agreement.rank, file.temporary.name)
+        return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._conversation.rank, file.temporary.name)
 
     def _digest(self, file: FileInFlight) -> Digest:
         digest = digest_of(without_numbers(file.pickle, self._varying), file.sizes, 0)
@@ -135,10 +135,10 @@ class BundleCommitter:
                 file.undecided = False
                 file.discard()
         try:
-            if self._agreement.rank != 0 and ticket.root is not None:  # of a node with a directory of its own
+            if self._conversation.rank != 0 and ticket.root is not None:  # of a node with a directory of its own
                 files = manifests.parse_files(said["files"].get(ticket.node, []))
                 if files:
-                    manifest = Manifest(ticket.step, said["sequence"], self._agreement.world_size, files)
+                    manifest = Manifest(ticket.step, said["sequence"], self._conversation.world_size, files)
                     ticket.root.publish(ticket.place, manifest, ticket.directory)
             bundles.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
@@ -154,8 +154,8 @@ class BundleCommitter:
     ) -> tuple[Mapping[str, Any], BaseException | None]:
         """One round: rank 0 gathers, acts if all are well, and tells; returns what it told. Raises if anything failed."""
         outcome: Mapping[str, Any]
-        if self._agreement.rank == 0:
-            failure, answers = self._agreement.collect(f"{ticket.number}-{phase}", own)
+        if self._conversation.rank == 0:
+            failure, answers = self._conversation.collect(f"{ticket.number}-{phase}", own)
             if phase == "prepared":
                 durable.crash_point("prepared")
             elif phase == "placed":
@@ -165,18 +165,18 @@ class BundleCommitter:
                 failure, error, more = act(ticket, answers)
             elif phase != "prepared":
                 failure = dataclasses.replace(failure, stands=True)
-            self._agreement.tell_outcome(f"{ticket.number}-{phase}-verdict", failure, **more)
+            self._conversation.tell_outcome(f"{ticket.number}-{phase}-verdict", failure, **more)
             outcome = more
         else:
             try:
-                self._agreement.answer(f"{ticket.number}-{phase}", own)
+                self._conversation.answer(f"{ticket.number}-{phase}", own)
             except StorageError:  # rank 0 cannot publish without our word
                 for file in ticket.files:
                     file.undecided &= phase != "prepared"
                 raise
             if phase == "prepared":
                 durable.crash_point("prepared")
-            outcome = self._agreement.hear(f"{ticket.number}-{phase}-verdict")
+            outcome = self._conversation.hear(f"{ticket.number}-{phase}-verdict")
             failure = outcome_of(outcome)
         if failure is not None:
             for file in ticket.files:
@@ -195,7 +195,7 @@ class BundleCommitter:
             sequence = ticket.root.take_sequence()
             self._is_empty = not any(files.values())
             if own := files.pop(ticket.node, []):
-                manifest = Manifest(ticket.step, sequence, self._agreement.world_size, tuple(own))
+                manifest = Manifest(ticket.step, sequence, self._conversation.world_size, tuple(own))
                 self._publish_manifest(ticket, manifest)
             durable.crash_point("published")
             elsewhere = {node: [dataclasses.asdict(file) for file in there] for node, there in files.items()}

@@ -34,7 +34,7 @@ class Failure:
         return SkippedError(text) if self.skipped else PeerError(text, self.ranks)
 
 
-class Agreement:
+class RankConversation:
     """
     Args:
         stream: of the keys; no other conversation of this job uses it.

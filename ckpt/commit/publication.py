@@ -5,7 +5,7 @@
     verdict    rank 0 tells everybody. Only now a rank's result() returns, or it takes its files back.
 
 A rank that does not hear the verdict does not know the outcome, and leaves its files alone: the manifest decides. Every save()
-takes part, also one that failed before it began, because the others wait for word from it. Runs on the committer's thread.
+takes part, also one that failed before it began, because the others wait for word from it. Runs on the finisher's thread.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Agreement, Failure, failed_answer, good_answer, outcome_of
+from ckpt.commit.conversation import Failure, RankConversation, failed_answer, good_answer, outcome_of
 from ckpt.commit.record_path import name_of_record
 from ckpt.commit.replica_check import Digest, Replica, difference, digest_of, without_devices
 from ckpt.commit.shared_file import Share, find_disagreement, join_shares, share_of
@@ -84,9 +84,9 @@ class Prepared:
 class StepCommitter:
     """See the module."""
 
-    def __init__(self, directories: StepDirectories, agreement: Agreement) -> None:
+    def __init__(self, directories: StepDirectories, conversation: RankConversation) -> None:
         self._directories = directories
-        self._agreement = agreement
+        self._conversation = conversation
 
     def commit(self, ticket: Ticket, error: BaseException | None) -> Path:
         """
@@ -100,7 +100,7 @@ class StepCommitter:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
         prepared, error = self._prepare(ticket, error)
-        if self._agreement.rank == 0:
+        if self._conversation.rank == 0:
             failure, error = self._lead(ticket, prepared, error)
         else:
             failure, error = self._follow(ticket, prepared, error)
@@ -121,7 +121,7 @@ class StepCommitter:
                 raise error
             files = tuple(self._place(part) for part in ticket.parts if part.written and not part.is_shared)
             prepared = Prepared(files)
-            if self._agreement.world_size > 1:
+            if self._conversation.world_size > 1:
                 shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
                 digests = tuple(_digest(part) for part in ticket.parts if part.kind == REPLICATED)
                 prepared = Prepared(files, digests, shares)
@@ -132,14 +132,14 @@ class StepCommitter:
     def _place(self, part: Part) -> FileEntry:
         self._directories.place(part.file.temporary, part.file.target)
         job = part.file.job
-        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._agreement.rank)
+        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._conversation.rank)
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
     def _lead(
         self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
     ) -> tuple[Failure | None, BaseException | None]:
-        failure, said = self._agreement.collect(f"{ticket.number}-prepared", own)
+        failure, said = self._conversation.collect(f"{ticket.number}-prepared", own)
         durable.crash_point("prepared")
         manifest = before = None
         differing: tuple[int, ...] = ()
@@ -152,7 +152,7 @@ class StepCommitter:
                     before = manifests.read_if_any(ticket.directory)
                     files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
                     others = self._directories.others_in(ticket.directory, files, before)
-                    world, sequence = self._agreement.world_size, self._directories.take_sequence()
+                    world, sequence = self._conversation.world_size, self._directories.take_sequence()
                     manifest = Manifest(ticket.step, sequence, world, files, others=others)
                     self._directories.publish(manifest, ticket.directory)
             except Exception as caught:
@@ -165,7 +165,7 @@ class StepCommitter:
             # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
             self._directories.tidy(ticket.directory, manifest, before)
             durable.crash_point("tidied")
-        self._agreement.tell_outcome(f"{ticket.number}-verdict{'-again' if differing else ''}", failure)
+        self._conversation.tell_outcome(f"{ticket.number}-verdict{'-again' if differing else ''}", failure)
         return failure, error
 
     def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
@@ -182,8 +182,8 @@ class StepCommitter:
         """Asks the ranks whose replicated state is not that of rank 0 for the first difference."""
         ours = _replica(ticket)
         compare = ours.to_message() if ours is not None else None
-        self._agreement.tell(f"{ticket.number}-verdict", {"compare": compare, "ranks": differing})
-        texts = self._agreement.collect_texts(f"{ticket.number}-differences")
+        self._conversation.tell(f"{ticket.number}-verdict", {"compare": compare, "ranks": differing})
+        texts = self._conversation.collect_texts(f"{ticket.number}-differences")
         first = differing[0]
         found = texts[first] if first < len(texts) else ""
         who = f"that of {_in_words(differing)} differs" if len(differing) == 1 else f"those of {_in_words(differing)} differ"
@@ -200,28 +200,28 @@ class StepCommitter:
             PeerError: the verdict did not come. The step may have been committed or not.
             Exception: what went wrong here, and could not be told to rank 0.
         """
-        rank = self._agreement.rank
+        rank = self._conversation.rank
         try:
-            self._agreement.answer(f"{ticket.number}-prepared", own)
+            self._conversation.answer(f"{ticket.number}-prepared", own)
         except StorageError as undelivered:
             # Rank 0 cannot publish without our word. But it may still be busy with what all write together, and removes that.
             self._take_back(ticket)
             raise error or undelivered.with_traceback(None) from None
         durable.crash_point("prepared")
-        verdict = self._agreement.hear(f"{ticket.number}-verdict")
+        verdict = self._conversation.hear(f"{ticket.number}-verdict")
         if "compare" in verdict:
             text = ""
             if rank in verdict["ranks"]:
                 theirs = Replica.from_message(verdict["compare"]) if verdict["compare"] is not None else None
                 text = difference(_replica(ticket), theirs, rank, 0)
-            self._agreement.answer_text(f"{ticket.number}-differences", text)
-            verdict = self._agreement.hear(f"{ticket.number}-verdict-again")
+            self._conversation.answer_text(f"{ticket.number}-differences", text)
+            verdict = self._conversation.hear(f"{ticket.number}-verdict-again")
         return outcome_of(verdict), error
 
     def _take_back(self, ticket: Ticket) -> None:
         """Of a step that will not be published: the files that this rank has given their names."""
         for part in ticket.parts:
-            if part.written and (self._agreement.rank == 0 or not part.is_shared):
+            if part.written and (self._conversation.rank == 0 or not part.is_shared):
                 self._directories.take_back(part.file.target)
 
 

@@ -38,7 +38,7 @@ def digest_of(pickle: bytes, sizes: Sequence[int], layout_crc: int, samples: byt
     Args:
         sizes: of the records, bytes.
         layout_crc: of where they lie in the file; 0 if this rank does not write it.
-        samples: of their bytes, see `FileSave.samples`; none if these are not to be compared.
+        samples: of their bytes, see `FileInFlight.samples`; none if these are not to be compared.
     """
     plain = without_devices(pickle)
     sizes_crc = zlib.crc32(array.array("Q", sizes).tobytes())

@@ -38,7 +38,7 @@ logger = logging.getLogger("ckpt")
 
 
 class StepDirectories:
-    """What one process does in the directory. begin() runs on the caller's thread, publish() and tidy() on the committer's.
+    """What one process does in the directory. begin() runs on the caller's thread, publish() and tidy() on the finisher's.
 
     Args:
         keep: how many committed steps stay; None: all.
@@ -54,7 +54,7 @@ class StepDirectories:
         self._file_lock = DirectoryLock(directory, self.give_way)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
-        # Guards what follows. The caller's thread waits for it: the committer's does not hold it while the file system works.
+        # Guards what follows. The caller's thread waits for it: the finisher's does not hold it while the file system works.
         self._in_flight = FilesInFlight()
         self._lock = self._in_flight.changed
         self._others: set[str] = set()  # step directories that held finished files when a save to them began
@@ -66,7 +66,7 @@ class StepDirectories:
         self._warned: set[str] = set()
         self._seen = -1  # the highest sequence number that a restore has come across
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
-        # Of the committer's thread, once there is a save:
+        # Of the finisher's thread, once there is a save:
         self._next_sequence: int | None = None
         self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
         self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
@@ -223,7 +223,7 @@ class StepDirectories:
             stems: of the names: "state", "replicated", "rank-00003".
 
         Returns:
-            The files, and what direct I/O demands of them, for FileSave; None as long as that is not known.
+            The files, and what direct I/O demands of them, for FileInFlight; None as long as that is not known.
 
         Raises:
             StorageError: a directory cannot be read.
@@ -290,7 +290,7 @@ class StepDirectories:
             if manifests.NAME in names or not unpublished.finished(names):
                 durable.remove_quietly(unpublished.mark_of(directory, self.token))
 
-    # ---- the committer's side --------------------------------------------------------------------------------------
+    # ---- the finisher's side --------------------------------------------------------------------------------------
 
     def place(self, temporary: Path, target: Path) -> None:
         """Gives a written file its name, durably. No manifest names it yet: it belongs to no checkpoint.

@@ -25,13 +25,13 @@ logger = logging.getLogger("ckpt")
 
 _SLICE_S = 0.2  # how often a waiting background thread looks whether it is to stop
 _HANG_S = 3.0  # once given up: for a writer to come back from the system call it is in
-_JOIN_S = 30.0  # for the committer to come back from the publication it is in
+_JOIN_S = 30.0  # for the finisher to come back from the publication it is in
 # Gets the error that has ended the save, if any; returns the path that it published, or raises. Called for failed saves too,
 # because other ranks may be waiting for word from this one.
 Publish = Callable[[BaseException | None], Path]
 
 
-class Committer:
+class SaveFinisher:
     """Ends with close(), or with retire() when its owner is gone.
 
     Args:

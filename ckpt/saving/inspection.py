@@ -61,12 +61,12 @@ def pending_of(checkpointer: Any) -> list[PendingSave]:
 
 def places_taken(checkpointer: Any) -> int:
     """Of those that Options.max_in_flight allows; a save gives its place back once it has cleared up."""
-    return checkpointer._committer._in_flight
+    return checkpointer._finisher._in_flight
 
 
 def is_idle(checkpointer: Any) -> bool:
     """Whether every save that was handed to the background has its outcome."""
-    return checkpointer._committer.wait_idle(0)
+    return checkpointer._finisher.wait_idle(0)
 
 
 def forget_failures(checkpointer: Any) -> None:

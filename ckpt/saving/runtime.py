@@ -1,6 +1,6 @@
 """Engines, and what is in flight on them.
 
-A runtime is one native engine, shared by everybody who saves with the same engine options, and the committers that take those
+A runtime is one native engine, shared by everybody who saves with the same engine options, and the finishers that take those
 saves to their end.
 """
 
@@ -19,7 +19,7 @@ from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.errors import CheckpointError, ClosedError
 from ckpt.options import Options
-from ckpt.saving.background import Committer
+from ckpt.saving.background import SaveFinisher
 
 logger = logging.getLogger("ckpt")
 
@@ -36,13 +36,13 @@ class Runtime:
         if options.device_lazy and (devices := torch_devices.at_work()):
             self._engine.open_devices(devices)
         self._leases = 0  # guarded by _registry_lock, as the next two
-        self._kept: Committer | None = None
+        self._kept: SaveFinisher | None = None
         self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
         self._lock = threading.Lock()
         self._closed = False  # guarded by _lock, as the next
-        self._committers: list[Committer] = []
+        self._finishers: list[SaveFinisher] = []
 
-    def committer(self, interrupt: Callable[[], None] | None = None, farewell: Callable[[], None] | None = None) -> Committer:
+    def finisher(self, interrupt: Callable[[], None] | None = None, farewell: Callable[[], None] | None = None) -> SaveFinisher:
         """A new one, which drains with this runtime.
 
         Raises:
@@ -51,10 +51,10 @@ class Runtime:
         with self._lock:
             if self._closed:
                 raise ClosedError("the checkpoint engine is shutting down")
-            self._committers = [committer for committer in self._committers if committer.alive]
-            committer = Committer(interrupt, farewell)
-            self._committers.append(committer)
-            return committer
+            self._finishers = [finisher for finisher in self._finishers if finisher.alive]
+            finisher = SaveFinisher(interrupt, farewell)
+            self._finishers.append(finisher)
+            return finisher
 
     def submit(self, **arguments: Any) -> Any:
         """The native job for a planned file; see Engine.submit in csrc/bindings/engine.cc."""
@@ -71,21 +71,21 @@ class Runtime:
             if self._closed:
                 return
             self._closed = True
-            committers = self._committers
-        for committer in committers:
-            committer.stop_admitting()
+            finishers = self._finishers
+        for finisher in finishers:
+            finisher.stop_admitting()
         deadline = time.monotonic() + timeout_s
         try:
-            if not all(committer.wait_idle(max(0.0, deadline - time.monotonic())) for committer in committers):
+            if not all(finisher.wait_idle(max(0.0, deadline - time.monotonic())) for finisher in finishers):
                 logger.error("saves in flight are given up: they did not become durable within %s s", timeout_s)
         finally:  # after Ctrl-C too: no thread of ours may be inside the engine when the interpreter goes
             try:
-                for committer in committers:
-                    committer.give_up()
+                for finisher in finishers:
+                    finisher.give_up()
                 self._engine.close(0.0)
             finally:
-                for committer in committers:
-                    committer.end()
+                for finisher in finishers:
+                    finisher.end()
                 self._engine = None  # joins the writers; leaks them if one hangs
 
 
@@ -118,15 +118,15 @@ def lease(options: Options) -> Runtime:
         return runtime
 
 
-def keep(options: Options) -> tuple[Runtime, Committer]:
+def keep(options: Options) -> tuple[Runtime, SaveFinisher]:
     """The runtime for these options, for the life of the process: the next save finds a warm arena.
 
-    With the committer of the saves of single files, which wait for nobody else.
+    With the finisher of the saves of single files, which wait for nobody else.
     """
     runtime = lease(options)
     with _registry_lock:
         if runtime._kept is None:
-            runtime._kept = runtime.committer()
+            runtime._kept = runtime.finisher()
         else:
             runtime._leases -= 1
         return runtime, runtime._kept
@@ -167,9 +167,9 @@ def _drain_at_exit() -> None:
             runtime.close(runtime._drain_timeout_s)
         except CheckpointError:
             logger.exception("draining saves at exit failed")
-        for committer in runtime._committers:
-            if committer.farewell is not None:
-                committer.farewell()
+        for finisher in runtime._finishers:
+            if finisher.farewell is not None:
+                finisher.farewell()
 
 
 def _forget_after_fork() -> None:

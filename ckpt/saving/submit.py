@@ -24,7 +24,7 @@ from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, outline
 from ckpt.plan.unpicklable import explain
-from ckpt.saving.background import Committer, Publish
+from ckpt.saving.background import Publish, SaveFinisher
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.runtime import Runtime, orphan
 from ckpt.saving.task import SaveTask
@@ -34,7 +34,7 @@ logger = logging.getLogger("ckpt")
 
 def start(
     runtime: Runtime,
-    committer: Committer,
+    finisher: SaveFinisher,
     task: SaveTask,
     contents: Sequence[tuple[FileInFlight, Any, bool]],
     publish: Publish,
@@ -46,15 +46,15 @@ def start(
 
     Args:
         contents: the files, what goes into each, and whether this process writes it: if not, only its structure is noted.
-        publish: called on the committer's thread once the data of all files is durable under their temporary names, or with the
+        publish: called on the finisher's thread once the data of all files is durable under their temporary names, or with the
             error; returns what the save's `result()` returns. Not called if this function raises before a file was submitted.
 
     Raises:
-        whatever went wrong; then nothing is left behind, and `task` is not resolved, or will be by the committer.
+        whatever went wrong; then nothing is left behind, and `task` is not resolved, or will be by the finisher.
     """
     task.planned = tuple(file for file, _, _ in contents)  # also if it is not begun: others may have written to them
     try:
-        committer.admit(task, options)
+        finisher.admit(task, options)
     except SkippedError as skipped:
         task.skipped = skipped
         task.fail(skipped)
@@ -63,17 +63,17 @@ def start(
         with beginning():
             _begin(runtime, task, contents, lazy, options)
     except BaseException as error:
-        if task.files:  # those in flight are the committer's to clean up
+        if task.files:  # those in flight are the finisher's to clean up
             task.begin_error = error
             for file in task.files:
                 file.job.fail("another file of the same save could not be begun")
-            committer.commit_later(task, publish)
+            finisher.commit_later(task, publish)
         else:
-            committer.release()
+            finisher.release()
         raise
     finally:
         task.save_s = time.monotonic() - task.started_at
-    committer.commit_later(task, publish)
+    finisher.commit_later(task, publish)
 
 
 def _begin(

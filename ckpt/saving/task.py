@@ -26,7 +26,7 @@ class SaveTask:
         files: those that are submitted.
         planned: these, and those that are not submitted, or not written by this process.
         begin_error: why not all files could be submitted.
-        handed_over: the committer has it.
+        handed_over: the finisher has it.
         skipped: why it was not begun at all, if that is so.
         afterwards: runs once whoever waits has the outcome: gives space back.
         started_at, durable_at: instants of `time.monotonic()`.

@@ -48,7 +48,7 @@ def test_noticed_while_finishing(verify: bool, call: str, tmp_path: Path, native
 
 @pytest.mark.parametrize("verify", [False, True])
 def test_noticed_after_all_is_written(verify: bool, tmp_path: Path, native: Any) -> None:
-    """The committer is held up by the save before, and looks at this one only when it is on disk."""
+    """The finisher is held up by the save before, and looks at this one only when it is on disk."""
     native.set_fault("rename", "first.pt", delay_s=0.6)
     first = ckpt.save({"n": 1}, tmp_path / "first.pt", options=options(verify_capture=verify))
     second = save_and_change(native, tmp_path / "second.pt", verify_capture=verify)
