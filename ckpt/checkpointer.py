@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import RankConversation
-from ckpt.commit.publication import Part, StepCommitter, Ticket
+from ckpt.commit.publication import StepCommitter, StepFile, Ticket
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory.manifest import RANK, REPLICATED
 from ckpt.directory.step_names import step_name
@@ -29,7 +29,7 @@ from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
-from ckpt.saving.file_in_flight import FileInFlight, Sharing
+from ckpt.saving.file_in_flight import FileInFlight, WriteShare
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
@@ -167,7 +167,7 @@ class Checkpointer(SaveSession):
         written = [kind for kind, _ in contents if self._writes(kind)]
         targets, limits = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind in written])
         names = dict(zip(written, targets, strict=True))
-        parts = tuple(self._make_part(kind, names.get(kind), ticket, limits) for kind, _ in contents)
+        parts = tuple(self._make_step_file(kind, names.get(kind), ticket, limits) for kind, _ in contents)
 
         def publish(error: BaseException | None) -> Path:
             failed = True
@@ -181,11 +181,11 @@ class Checkpointer(SaveSession):
             finally:
                 self._directories.abandon(ticket.directory, targets, failed=failed)
                 task.afterwards = self._directories.sweep
-                for part in parts:
-                    self._directories.note_limits(part.file.found_limits())
-                    part.file.forget_structure()
+                for step_file in parts:
+                    self._directories.note_limits(step_file.file.found_limits())
+                    step_file.file.forget_structure()
 
-        files = [(part.file, obj, part.written) for part, (_, obj) in zip(parts, contents, strict=True)]
+        files = [(step_file.file, obj, step_file.written) for step_file, (_, obj) in zip(parts, contents, strict=True)]
         try:
             start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
@@ -200,21 +200,21 @@ class Checkpointer(SaveSession):
         """Whether this rank writes it, or its share of it."""
         return kind == RANK or self.rank == 0 or self.options.replicated_writers != "rank0"
 
-    def _make_part(self, kind: str, target: Path | None, ticket: Ticket, limits: tuple[int, int] | None) -> Part:
+    def _make_step_file(self, kind: str, target: Path | None, ticket: Ticket, limits: tuple[int, int] | None) -> StepFile:
         """
         Args:
             target: None if it is only compared.
         """
-        sharing = None
+        write_share = None
         several = kind == REPLICATED and self.world_size > 1
         if several and self.options.replicated_writers != "rank0":
-            sharing = Sharing(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
+            write_share = WriteShare(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
         named = target or ticket.directory / f"{self._stem(kind)}.pt"
         like = self._directories.replaced_by(named, self._stem(kind))
         file = FileInFlight(
-            named, sharing, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like
+            named, write_share, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like
         )
-        return Part(file, kind, written=target is not None)
+        return StepFile(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:

@@ -18,7 +18,7 @@ from typing import Any
 from ckpt.commit.conversation import Failure, RankConversation, failed_answer, good_answer, outcome_of
 from ckpt.commit.record_path import name_of_record
 from ckpt.commit.replica_check import Digest, Replica, difference, digest_of, without_devices
-from ckpt.commit.shared_file import Share, find_disagreement, join_shares, share_of
+from ckpt.commit.shared_file import WrittenShare, find_disagreement, join_shares, share_of
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.directory.steps import StepDirectories
@@ -39,7 +39,7 @@ _REMEDY_FOR_DEVICES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class StepFile:
     """One file of a step, as far as this rank is concerned."""
 
     file: FileInFlight
@@ -49,7 +49,7 @@ class Part:
     @property
     def is_shared(self) -> bool:
         """All ranks write it together, and rank 0 gives it its name."""
-        return self.file.sharing is not None
+        return self.file.write_share is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Ticket:
     number: int
     step: int
     directory: Path
-    parts: tuple[Part, ...] = ()
+    parts: tuple[StepFile, ...] = ()
 
     @property
     def what(self) -> str:
@@ -72,13 +72,13 @@ class Prepared:
 
     files: tuple[FileEntry, ...] = ()
     digests: tuple[Digest, ...] = ()
-    shares: tuple[Share, ...] = ()
+    shares: tuple[WrittenShare, ...] = ()
 
     @staticmethod
     def parse(said: Mapping[str, Any]) -> Prepared:
         files = manifests.parse_files(said["files"])
         digests = tuple(Digest(**digest) for digest in said["digests"])
-        return Prepared(files, digests, tuple(Share(**share) for share in said["shares"]))
+        return Prepared(files, digests, tuple(WrittenShare(**share) for share in said["shares"]))
 
 
 class StepCommitter:
@@ -107,8 +107,8 @@ class StepCommitter:
         if failure is None:
             return ticket.directory
         if not failure.stands:
-            for part in ticket.parts:
-                part.file.given_up = part.is_shared
+            for step_file in ticket.parts:
+                step_file.file.given_up = step_file.is_shared
             self._take_back(ticket)
         raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")
 
@@ -119,20 +119,20 @@ class StepCommitter:
         try:
             if error is not None:
                 raise error
-            files = tuple(self._place(part) for part in ticket.parts if part.written and not part.is_shared)
+            files = tuple(self._place(step_file) for step_file in ticket.parts if step_file.written and not step_file.is_shared)
             prepared = Prepared(files)
             if self._conversation.world_size > 1:
-                shares = tuple(share_of(part.file) for part in ticket.parts if part.is_shared)
-                digests = tuple(_digest(part) for part in ticket.parts if part.kind == REPLICATED)
+                shares = tuple(share_of(step_file.file) for step_file in ticket.parts if step_file.is_shared)
+                digests = tuple(_digest(step_file) for step_file in ticket.parts if step_file.kind == REPLICATED)
                 prepared = Prepared(files, digests, shares)
         except BaseException as caught:
             return failed_answer(ticket.what, caught), caught.with_traceback(None)
         return good_answer(ticket.what, **dataclasses.asdict(prepared)), None
 
-    def _place(self, part: Part) -> FileEntry:
-        self._directories.place(part.file.temporary, part.file.target)
-        job = part.file.job
-        return FileEntry(part.file.target.name, job.size, job.crc32, part.kind, self._conversation.rank)
+    def _place(self, step_file: StepFile) -> FileEntry:
+        self._directories.place(step_file.file.temporary, step_file.file.target)
+        job = step_file.file.job
+        return FileEntry(step_file.file.target.name, job.size, job.crc32, step_file.kind, self._conversation.rank)
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
@@ -171,11 +171,11 @@ class StepCommitter:
     def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
         """Completes the files that all ranks have written, and gives them their names."""
         joined = []
-        for number, part in enumerate(part for part in ticket.parts if part.is_shared):
+        for number, step_file in enumerate(step_file for step_file in ticket.parts if step_file.is_shared):
             durable.crash_point("shares-written")
-            crc = join_shares(part.file, [answer.shares[number] for answer in answers])
-            self._directories.place(part.file.temporary, part.file.target)
-            joined.append(FileEntry(part.file.target.name, part.file.job.size, crc, part.kind))
+            crc = join_shares(step_file.file, [answer.shares[number] for answer in answers])
+            self._directories.place(step_file.file.temporary, step_file.file.target)
+            joined.append(FileEntry(step_file.file.target.name, step_file.file.job.size, crc, step_file.kind))
         return tuple(joined)
 
     def _explain(self, ticket: Ticket, differing: tuple[int, ...]) -> Failure:
@@ -220,32 +220,32 @@ class StepCommitter:
 
     def _take_back(self, ticket: Ticket) -> None:
         """Of a step that will not be published: the files that this rank has given their names."""
-        for part in ticket.parts:
-            if part.written and (self._conversation.rank == 0 or not part.is_shared):
-                self._directories.take_back(part.file.target)
+        for step_file in ticket.parts:
+            if step_file.written and (self._conversation.rank == 0 or not step_file.is_shared):
+                self._directories.take_back(step_file.file.target)
 
 
-def _digest(part: Part) -> Digest:
-    file = part.file
-    return digest_of(file.pickle, file.sizes, file.job.layout_crc32 if part.is_shared else 0, file.samples)
+def _digest(step_file: StepFile) -> Digest:
+    file = step_file.file
+    return digest_of(file.pickle, file.sizes, file.job.layout_crc32 if step_file.is_shared else 0, file.samples)
 
 
 def _replica(ticket: Ticket) -> Replica | None:
-    for part in ticket.parts:
-        if part.kind == REPLICATED:
-            return Replica(_digest(part), without_devices(part.file.pickle), part.file.samples)
+    for step_file in ticket.parts:
+        if step_file.kind == REPLICATED:
+            return Replica(_digest(step_file), without_devices(step_file.file.pickle), step_file.file.samples)
     return None
 
 
 def _compare_shares(ticket: Ticket, answers: Sequence[Prepared]) -> Failure | None:
     """What samples have not seen, of the records that several ranks write."""
-    for number, part in enumerate(part for part in ticket.parts if part.is_shared):
+    for number, step_file in enumerate(step_file for step_file in ticket.parts if step_file.is_shared):
         found = find_disagreement([answer.shares[number] for answer in answers])
         if found is not None:
-            key = found.record - part.file.first_record
+            key = found.record - step_file.file.first_record
             wrote = f"{_in_words(found.writers)} {'has' if len(found.writers) == 1 else 'have'} written"
             if key >= 0:
-                what = name_of_record(part.file.pickle, key)
+                what = name_of_record(step_file.file.pickle, key)
                 text = f"rank {found.reader} holds other values of {what} than {wrote}{_REMEDY}"
             else:
                 text = f"rank {found.reader} has pickled it otherwise than {wrote}{_REMEDY_FOR_DEVICES}"

@@ -18,7 +18,7 @@ from ckpt.saving.file_in_flight import FileInFlight
 
 
 @dataclasses.dataclass(frozen=True)
-class Share:
+class WrittenShare:
     """Bytes [begin, end) of the file, their CRC-32, and the CRC-32s of the records that end there, as texts of numbers.
 
     Attributes:
@@ -37,7 +37,7 @@ class Share:
     written: Sequence[int]
 
 
-def share_of(file: FileInFlight) -> Share:
+def share_of(file: FileInFlight) -> WrittenShare:
     """What this rank has written.
 
     Raises:
@@ -53,7 +53,7 @@ def share_of(file: FileInFlight) -> Share:
             f"'{file.temporary}' is gone: rank 0 has given this save up already, or does not see the same directory",
             str(file.temporary),
         ) from error
-    return Share(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, *file.job.edges)
+    return WrittenShare(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, *file.job.edges)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Disagreement:
     reader: int
 
 
-def find_disagreement(shares: Sequence[Share]) -> Disagreement | None:
+def find_disagreement(shares: Sequence[WrittenShare]) -> Disagreement | None:
     """The first one. A file whose shares do not agree would have records that fail their checksums.
 
     Who writes the end of a record finds the checksum of all of it in its own memory. So all of the record is compared but the
@@ -86,7 +86,7 @@ def find_disagreement(shares: Sequence[Share]) -> Disagreement | None:
     return None
 
 
-def join_shares(file: FileInFlight, shares: Sequence[Share]) -> int:
+def join_shares(file: FileInFlight, shares: Sequence[WrittenShare]) -> int:
     """Writes the end of the file, durably; returns the CRC-32 of all of it.
 
     Raises:

@@ -16,7 +16,7 @@ from ckpt.storage.temporary_names import shared_path, temporary_path
 
 
 @dataclasses.dataclass(frozen=True)
-class Sharing:
+class WriteShare:
     """Of a file that all ranks write together. `token` is the same on all of them, and used for no other file."""
 
     index: int
@@ -40,7 +40,7 @@ class FileInFlight:
     def __init__(
         self,
         target: Path,
-        sharing: Sharing | None = None,
+        write_share: WriteShare | None = None,
         *,
         limits: tuple[int, int] | None = None,
         with_directory: bool = False,
@@ -50,14 +50,14 @@ class FileInFlight:
         directory: durable.Directory | None = None,
     ) -> None:
         self.target = target
-        self.sharing = sharing
+        self.write_share = write_share
         self.limits = limits
         self.with_directory = with_directory
         self.replicated = replicated
         self.number = number
         self.like = like or target
         self.directory = directory
-        self.temporary = temporary_path(target) if sharing is None else shared_path(target, sharing.token)
+        self.temporary = temporary_path(target) if write_share is None else shared_path(target, write_share.token)
         self.job: Any = None
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
@@ -192,5 +192,5 @@ class FileInFlight:
 
         Then every rank removes it: one that comes late may have made it anew.
         """
-        if not self.undecided and (self.sharing is None or self.sharing.index == 0 or self.given_up):
+        if not self.undecided and (self.write_share is None or self.write_share.index == 0 or self.given_up):
             durable.remove_quietly(self.reach(self.temporary))

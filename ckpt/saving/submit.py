@@ -89,7 +89,7 @@ def _begin(
     for (file, obj, written), plan in zip(contents, plans, strict=True):
         file.pickle, file.sizes = plan.pickle, plan.sizes
         if file.replicated:
-            where = addresses_on_host(plan, copied=file.sharing is not None)
+            where = addresses_on_host(plan, copied=file.write_share is not None)
             file.samples = _native.sample_records(addresses=where, sizes=plan.sizes, seed=file.number)
         if written:
             _submit(runtime, file, obj, plan, options)
@@ -166,8 +166,8 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     head.append(("byteorder", sys.byteorder.encode()))
     file.devices = frozenset(plan.devices) - {HOST}
     file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
-    sharing = file.sharing
-    serial = torch_zip.serialization_id(sharing.token if sharing else secrets.token_hex())
+    write_share = file.write_share
+    serial = torch_zip.serialization_id(write_share.token if write_share else secrets.token_hex())
     tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
     file.hold(
         Tripwire(obj, plan.lazy),
@@ -182,7 +182,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
         file.job = runtime.submit(
             path=os.fsencode(file.temporary),
             direct=file.wants_direct,
-            archive=os.fsencode(torch_zip.archive_name(file.target)) if sharing is None else torch_zip.SHARED_ARCHIVE,
+            archive=os.fsencode(torch_zip.archive_name(file.target)) if write_share is None else torch_zip.SHARED_ARCHIVE,
             head=head,
             addresses=plan.addresses,
             sizes=plan.sizes,
@@ -192,8 +192,8 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             uniform_alignment=alignment or 0,
             verify=options.verify_capture,
             timeout_s=options.timeout_s,
-            share_index=sharing.index if sharing else 0,
-            share_count=sharing.count if sharing else 1,
+            share_index=write_share.index if write_share else 0,
+            share_count=write_share.count if write_share else 1,
             devices=plan.devices,
             streams=torch_devices.streams_of(file.devices),
             expected_limits=file.limits,
