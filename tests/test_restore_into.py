@@ -343,9 +343,9 @@ def test_memory_that_is_lent_twice(tmp_path: Path) -> None:
 def test_counters_need_no_records(tmp_path: Path) -> None:
     """As in the state of a MultiStepLR, which must not make all records needed."""
     torch.save({"weight": torch.ones(9), "milestones": collections.Counter([30, 60])}, tmp_path / "state.pt")
-    outline = skeleton.Outline(archive.Archive(tmp_path / "state.pt"), weights_only=True)
-    assert outline.records_of(outline.value["milestones"]) == set()
-    assert outline.records_of(outline.value) == {"data/0"}
+    found = skeleton.Skeleton(archive.Archive(tmp_path / "state.pt"), weights_only=True)
+    assert found.records_of(found.value["milestones"]) == set()
+    assert found.records_of(found.value) == {"data/0"}
 
 
 def test_what_a_lender_raises(job: ckpt.Checkpointer) -> None:

@@ -17,7 +17,7 @@ _MOST_OBJECTS = 200_000  # looked at before the search is given up
 def name_of_record(pickled: bytes, key: int) -> str:
     """The tensor whose bytes are `data/<key>`, in words for an error: its path and its shape."""
     try:
-        found = _find(_Outline(io.BytesIO(pickled)).load(), str(key))
+        found = _find(_Skeleton(io.BytesIO(pickled)).load(), str(key))
     except Exception:  # whatever a class of the user's has put there, the report comes first
         found = None
     return found or f"a tensor (record data/{key})"
@@ -50,7 +50,7 @@ class _Thing:
         self.given.append((str(key), item))
 
 
-class _Outline(pickle.Unpickler):
+class _Skeleton(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         return collections.OrderedDict if (module, name) == ("collections", "OrderedDict") else type(name, (_Thing,), {})
 

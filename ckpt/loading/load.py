@@ -19,8 +19,8 @@ from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.selection import Selection
-from ckpt.loading.skeleton import Outline
-from ckpt.loading.unpickle import STAY, first_line, has_outlines, is_pretending, only_weights, raise_explained
+from ckpt.loading.skeleton import Skeleton
+from ckpt.loading.unpickle import STAY, first_line, has_skeletons, is_pretending, only_weights, raise_explained
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -70,7 +70,7 @@ def load(
     archive = open_archive(target, timeout_s)
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
-    if selection and has_outlines():
+    if selection and has_skeletons():
         return _load_part(archive, selection, map_location, weights_only)
     loaded = read_whole(archive, map_location)[0].unpickle(map_location, weights_only)
     return selection.prune(loaded, target) if selection else loaded
@@ -95,14 +95,14 @@ def _load_pretended(path: Path, map_location: Any, weights_only: bool) -> Any:
 
 def _load_part(archive: Archive, selection: Selection, map_location: Any, weights_only: bool) -> Any:
     """Unpickles twice: first to see what is wanted, then over the bytes of that."""
-    outline = Outline(archive, weights_only)
-    needed = outline.records_of(selection.prune(outline.value, archive.path))
-    memory = Memory.where_loaded(archive, needed, map_location, outline.small)
+    skeleton = Skeleton(archive, weights_only)
+    needed = skeleton.records_of(selection.prune(skeleton.value, archive.path))
+    memory = Memory.where_loaded(archive, needed, map_location, skeleton.small)
     fill(archive, memory)
-    absent = {name: storage for name, storage in outline.storages.items() if name not in needed}
-    outline.value = None
-    contents = memory.contents(outline.small, absent)
-    location = STAY if str(map_location) in ("None", "cpu") and all_on_host(outline.small) else map_location
+    absent = {name: storage for name, storage in skeleton.storages.items() if name not in needed}
+    skeleton.value = None
+    contents = memory.contents(skeleton.small, absent)
+    location = STAY if str(map_location) in ("None", "cpu") and all_on_host(skeleton.small) else map_location
     return selection.prune(contents.unpickle(location, weights_only, is_filled=not absent), archive.path)
 
 

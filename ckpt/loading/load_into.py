@@ -12,7 +12,7 @@ from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.in_place import Filling
 from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
-from ckpt.loading.skeleton import Outline
+from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.target_match import Fit
 
 
@@ -70,9 +70,9 @@ def load_into(
         CheckpointError: the file holds objects that weights_only refuses, or is in torch's format of before 1.6.
     """
     archive = _open(Path(os.fspath(path)), timeout_s)
-    outline = Outline(archive, weights_only)
-    fit = Fit(outline, strict)
-    fit.lay(outline.value, target)
+    skeleton = Skeleton(archive, weights_only)
+    fit = Fit(skeleton, strict)
+    fit.lay(skeleton.value, target)
     fit.expect_something()
     if fit.problems:
         raise fit.mismatch()

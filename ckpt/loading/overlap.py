@@ -10,7 +10,7 @@ import torch
 
 
 class Pair(NamedTuple):
-    """A tensor of the outline, the tensor that gets its elements, and the record that they are in."""
+    """A tensor of the skeleton, the tensor that gets its elements, and the record that they are in."""
 
     source: torch.Tensor
     target: torch.Tensor

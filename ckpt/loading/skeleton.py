@@ -1,6 +1,6 @@
 """The shape of a saved object before its bytes are read: what lies where, and which records belong to it.
 
-An outline is the object itself, unpickled over memory that has not been filled, nor touched. So its tensors have their dtypes,
+A skeleton is the object itself, unpickled over memory that has not been filled, nor touched. So its tensors have their dtypes,
 shapes, strides and shared storages, and cost nothing but Python objects.
 """
 
@@ -21,7 +21,7 @@ from ckpt.torch_private import key_of
 PLAIN = (type(None), bool, int, float, complex, str, bytes, bytearray, torch.dtype, torch.device, torch.layout, torch.Size)
 
 
-class Outline:
+class Skeleton:
     """
     Attributes:
         value: the object.
@@ -92,7 +92,7 @@ def _untouched(record: Record) -> torch.UntypedStorage:
 
 
 def view_of(source: torch.Tensor, filled: torch.Tensor | torch.UntypedStorage) -> torch.Tensor:
-    """The tensor that `source` is in the outline, over memory that holds the record."""
+    """The tensor that `source` is in the skeleton, over memory that holds the record."""
     whole, rest = 0, 0
     if isinstance(filled, torch.Tensor):
         whole, rest = divmod(int(filled.storage_offset()) * filled.itemsize, source.itemsize)

@@ -15,7 +15,7 @@ from ckpt.devices import HOST
 from ckpt.errors import MismatchError
 from ckpt.loading.overlap import Intervals, Pair, lies_on_itself
 from ckpt.loading.record_memory import Memory, allocate_on
-from ckpt.loading.skeleton import PLAIN, Outline, is_plain_tensor, view_of
+from ckpt.loading.skeleton import PLAIN, Skeleton, is_plain_tensor, view_of
 
 _SHOWN_PROBLEMS = 20
 _SHOWN_KEYS = 5
@@ -36,14 +36,14 @@ class Fit:
             in a way of their own add theirs at the very end.
     """
 
-    def __init__(self, outline: Outline, strict: bool) -> None:
+    def __init__(self, skeleton: Skeleton, strict: bool) -> None:
         self.pairs: list[Pair] = []
         self.adopted: dict[str, set[int]] = {}
         self.problems: list[str] = []
         self.loaded: list[str] = []
         self.missing: list[str] = []
         self.unexpected: list[str] = []
-        self._outline = outline
+        self._skeleton = skeleton
         self._strict = strict
         self._memory: Memory | None = None
         self._last: list[Callable[[], object]] = []  # puts what is no tensor in its place, when all bytes are there
@@ -97,9 +97,9 @@ class Fit:
         """
         unanimous = {name: next(iter(wanted)) for name, wanted in self.adopted.items() if len(wanted) == 1}
         elsewhere = {name: device for name, device in unanimous.items() if devices and device != HOST}
-        here = {name: self._outline.storages[name] for name in self.adopted if name not in elsewhere}
-        made, elsewhere_now = allocate_on(self._outline.archive, elsewhere, elsewhere)
-        self._memory = Memory(self._outline.archive, here | made, elsewhere_now)
+        here = {name: self._skeleton.storages[name] for name in self.adopted if name not in elsewhere}
+        made, elsewhere_now = allocate_on(self._skeleton.archive, elsewhere, elsewhere)
+        self._memory = Memory(self._skeleton.archive, here | made, elsewhere_now)
         return self._memory
 
     def mismatch(self, touched: bool = False) -> MismatchError:
@@ -108,7 +108,7 @@ class Fit:
         if len(self.problems) == len(self.missing) + len(self.unexpected) and self.loaded:
             shown += " (strict=False passes over keys that only one side has)"
         after = "It holds parts of a damaged checkpoint that came before" if touched else "Nothing was changed"
-        text = f"'{self._outline.archive.path}' does not fit what it is to be loaded into: {shown}. {after}"
+        text = f"'{self._skeleton.archive.path}' does not fit what it is to be loaded into: {shown}. {after}"
         return MismatchError(text, self.problems)
 
     def _shown(self) -> list[str]:
@@ -128,7 +128,7 @@ class Fit:
     def _lay_tensor(self, found: Any, target: torch.Tensor, path: str) -> None:
         if not isinstance(found, torch.Tensor):
             return self._problem(path, f"is {_kind(found)} in the file, and a tensor here")
-        record = self._outline.record_of(found)
+        record = self._skeleton.record_of(found)
         if torch.nn.parameter.is_lazy(target) or target.is_meta:
             return self._problem(path, _NO_MEMORY)
         if record is None or not is_plain_tensor(target.data):
@@ -224,7 +224,7 @@ class Fit:
             said = said if len(said) <= _SHOWN_TEXT else f"{said[:_SHOWN_TEXT]}..."
             problem = f"{path or 'the whole'} was refused by load_state_dict() of {type(module).__name__}: {said}"
             raise MismatchError(
-                f"'{self._outline.archive.path}' does not fit what it is to be loaded into: {problem}. It may have been "
+                f"'{self._skeleton.archive.path}' does not fit what it is to be loaded into: {problem}. It may have been "
                 "loaded in part",
                 [problem],
             ) from error
@@ -286,7 +286,7 @@ class Fit:
     def _counterpart(self, part: torch.Tensor, target: Any, anew: bool) -> torch.Tensor | None:
         """What is filled for it: one tensor wherever the file has one, and nothing whose memory is wanted for anything else."""
         if id(part) not in self._counterparts:
-            chosen, record = None, self._outline.record_of(part)
+            chosen, record = None, self._skeleton.record_of(part)
             if record is not None and isinstance(target, torch.Tensor) and _is_alike(part, target):
                 chosen = torch.empty_like(target.detach()) if anew else target
                 chosen = chosen if self._taken.add(chosen) else None
@@ -302,26 +302,26 @@ class Fit:
             parameter is not None
             and name != "step"
             and isinstance(part, torch.Tensor)
-            and self._outline.record_of(part) is not None
+            and self._skeleton.record_of(part) is not None
         ):
             cast = parameter.is_floating_point() and part.dtype != parameter.dtype
             device = HOST if cast else torch_devices.holding(parameter)
-        for record in self._outline.records_of(part):
+        for record in self._skeleton.records_of(part):
             self.adopted.setdefault(record, set()).add(device)
 
     def _where_read(self, states: Mapping[Any, Any]) -> dict[Any, Any]:
         return {key: self._with_moved(value) for key, value in states.items()}
 
     def _with_moved(self, value: Any) -> Any:
-        """The same, with the tensors that were read to other memory than the outline's."""
+        """The same, with the tensors that were read to other memory than the skeleton's."""
         return {name: self._moved(part) for name, part in value.items()} if isinstance(value, Mapping) else value
 
     def _moved(self, part: Any) -> Any:
-        record = self._outline.record_of(part) if isinstance(part, torch.Tensor) else None
+        record = self._skeleton.record_of(part) if isinstance(part, torch.Tensor) else None
         if record is None or self._memory is None or record not in self._memory.places:
             return part
         place = self._memory.places[record]
-        return part if place is self._outline.storages[record] else view_of(part, place)
+        return part if place is self._skeleton.storages[record] else view_of(part, place)
 
 
 def _is_alike(found: torch.Tensor, target: torch.Tensor) -> bool:

@@ -170,7 +170,7 @@ def can_serve() -> bool:
     return right
 
 
-def has_outlines() -> bool:
+def has_skeletons() -> bool:
     """Whether an object can be made over memory that is not filled."""
     return private_loader() is not None or can_serve()
 

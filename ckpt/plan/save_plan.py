@@ -51,7 +51,7 @@ def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = Fa
     return _place(data, records, lazy, eager_bytes, devices)
 
 
-def outline(obj: Any) -> SavePlan:
+def structure_of(obj: Any) -> SavePlan:
     """The pickle, the sizes, and where the bytes are now; what make_plan() gives where it is the same state. Copies nothing.
 
     Raises:
@@ -67,7 +67,7 @@ def addresses_on_host(plan: SavePlan, copied: bool) -> list[int]:
     """Where the bytes of each record can be looked at; 0 where they cannot.
 
     Args:
-        copied: also where make_plan() has copied what lay on a device. Another rank that has but an outline has no copy.
+        copied: also where make_plan() has copied what lay on a device. Another rank that has only the structure has no copy.
     """
     if copied and plan.devices:
         return [address if device == HOST else 0 for address, device in zip(plan.addresses, plan.devices, strict=True)]

@@ -27,7 +27,7 @@ from ckpt.loading.archive import Archive, reader_threads
 from ckpt.loading.in_place import Filling, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import Memory, fill, read_whole
-from ckpt.loading.skeleton import Outline
+from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.target_match import Fit
 from ckpt.restore.shared_read import read_together, read_together_into
 
@@ -195,9 +195,9 @@ class InPlaceReader(NewMemoryReader):
     def _lay(self, strict: bool, weights_only: bool, touched: bool) -> None:
         if self.archive.byte_order() not in (None, "little"):
             raise CheckpointError(f"'{self._path}' is from a machine of another byte order: restore() it without a target")
-        self._outline = Outline(self.archive, weights_only)
-        self._fit = Fit(self._outline, strict)
-        self._fit.lay(self._outline.value, self._target)
+        self._skeleton = Skeleton(self.archive, weights_only)
+        self._fit = Fit(self._skeleton, strict)
+        self._fit.lay(self._skeleton.value, self._target)
         if self._fit.problems:
             self.refusal = self._fit.mismatch(touched)
 
@@ -236,19 +236,19 @@ class LentMemoryReader(NewMemoryReader):
                 self._choose(lend)
         except DAMAGE:
             raise
-        except CheckpointError:  # it has no outline: then nothing can be lent to it
+        except CheckpointError:  # it has no skeleton: then nothing can be lent to it
             self._lent, self._pairs = {}, []
         except Exception as error:
             self.refusal = error.with_traceback(None)
 
     def _choose(self, lend: Lend) -> None:
-        self._outline = Outline(self.archive, self._how[1])
-        fit, taken, known = Fit(self._outline, strict=True), Intervals(), set()
-        for path, tensor in lend(self._outline.value).items():
+        self._skeleton = Skeleton(self.archive, self._how[1])
+        fit, taken, known = Fit(self._skeleton, strict=True), Intervals(), set()
+        for path, tensor in lend(self._skeleton.value).items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"only tensors can be lent, and {path} is a {type(tensor).__name__}")
-            source = _at(self._outline.value, path)
-            if not isinstance(_at(self._outline.value, path[:-1]), (MutableMapping, list)):
+            source = _at(self._skeleton.value, path)
+            if not isinstance(_at(self._skeleton.value, path[:-1]), (MutableMapping, list)):
                 continue  # nothing can be put there
             before = len(fit.problems)
             fit.lay(source, tensor)
@@ -266,16 +266,16 @@ class LentMemoryReader(NewMemoryReader):
         if not self._lent:
             return super()._read()
         for path in self._lent:
-            _put(self._outline.value, path, None)
-        needed = self._outline.records_of(self._outline.value)
-        self._outline.value = None
+            _put(self._skeleton.value, path, None)
+        needed = self._skeleton.records_of(self._skeleton.value)
+        self._skeleton.value = None
         self._fill(self._pairs, functools.partial(self._allocate, needed))
 
     def _allocate(self, names: set[str]) -> Memory:
         if self.collective:  # ranks send each other what lies on the host
             self._memory = Memory(self.archive, self.archive.allocate(names))
         else:
-            self._memory = Memory.where_loaded(self.archive, names, self._how[0], self._outline.small)
+            self._memory = Memory.where_loaded(self.archive, names, self._how[0], self._skeleton.small)
         return self._memory
 
     @property
@@ -289,8 +289,8 @@ class LentMemoryReader(NewMemoryReader):
         return self._unpickle() if self._lent else super().take()
 
     def _unpickle(self) -> Any:
-        absent = {name: storage for name, storage in self._outline.storages.items() if name not in self._memory.places}
-        loaded = self._memory.contents(self._outline.small, absent).unpickle(*self._how, is_filled=not absent)
+        absent = {name: storage for name, storage in self._skeleton.storages.items() if name not in self._memory.places}
+        loaded = self._memory.contents(self._skeleton.small, absent).unpickle(*self._how, is_filled=not absent)
         for path, tensor in self._lent.items():
             _put(loaded, path, tensor)
         return loaded

@@ -22,7 +22,7 @@ from ckpt.formats import torch_zip
 from ckpt.options import Options
 from ckpt.plan.change_detector import Tripwire
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
-from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, outline
+from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, structure_of
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Publish, SaveFinisher
 from ckpt.saving.file_in_flight import FileInFlight
@@ -147,7 +147,7 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
     """
     try:
         if lazy is None:
-            return outline(obj)
+            return structure_of(obj)
         return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
     except CheckpointError:
         raise
