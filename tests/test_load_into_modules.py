@@ -198,7 +198,7 @@ def test_plain_modules_stay_where_they_are(tmp_path: Path, monkeypatch: pytest.M
     saved, target = make(), make()
     torch.save(saved.state_dict(), tmp_path / "state.pt")
     before = pointers(dict(target.state_dict()))
-    monkeypatch.setattr(target_match.Fit, "_give_module", refuse)
+    monkeypatch.setattr(target_match.TargetMatch, "_give_module", refuse)
     ckpt.load_into(tmp_path / "state.pt", target)
     assert_same(dict(saved.state_dict()), dict(target.state_dict()))
     assert pointers(dict(target.state_dict())) == before

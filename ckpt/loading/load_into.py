@@ -13,7 +13,7 @@ from ckpt.loading.in_place import Filling
 from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
 from ckpt.loading.skeleton import Skeleton
-from ckpt.loading.target_match import Fit
+from ckpt.loading.target_match import TargetMatch
 
 
 class Loaded(NamedTuple):
@@ -71,18 +71,18 @@ def load_into(
     """
     archive = _open(Path(os.fspath(path)), timeout_s)
     skeleton = Skeleton(archive, weights_only)
-    fit = Fit(skeleton, strict)
-    fit.lay(skeleton.value, target)
-    fit.expect_something()
-    if fit.problems:
-        raise fit.mismatch()
+    match = TargetMatch(skeleton, strict)
+    match.match(skeleton.value, target)
+    match.expect_something()
+    if match.problems:
+        raise match.mismatch()
     fence()
-    filling = Filling(archive, fit.pairs, fit.memory())
+    filling = Filling(archive, match.pairs, match.memory())
     filling.begin()
     fill(archive, filling)
     filling.finish()
-    fit.put_rest()
-    return Loaded(fit.loaded, fit.missing, fit.unexpected)
+    match.put_rest()
+    return Loaded(match.loaded, match.missing, match.unexpected)
 
 
 def _open(path: Path, timeout_s: float) -> Archive:

@@ -28,7 +28,7 @@ from ckpt.loading.in_place import Filling, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Skeleton
-from ckpt.loading.target_match import Fit
+from ckpt.loading.target_match import TargetMatch
 from ckpt.restore.shared_read import read_together, read_together_into
 
 DAMAGE = (CorruptError, StorageError, DeadlineError)  # that speak against the file; all else against how it is to be loaded
@@ -196,21 +196,21 @@ class InPlaceReader(NewMemoryReader):
         if self.archive.byte_order() not in (None, "little"):
             raise CheckpointError(f"'{self._path}' is from a machine of another byte order: restore() it without a target")
         self._skeleton = Skeleton(self.archive, weights_only)
-        self._fit = Fit(self._skeleton, strict)
-        self._fit.lay(self._skeleton.value, self._target)
-        if self._fit.problems:
-            self.refusal = self._fit.mismatch(touched)
+        self._match = TargetMatch(self._skeleton, strict)
+        self._match.match(self._skeleton.value, self._target)
+        if self._match.problems:
+            self.refusal = self._match.mismatch(touched)
 
     @property
     def has_target(self) -> bool:
         return True
 
     def _read(self) -> None:
-        self._fill(self._fit.pairs, lambda: self._fit.memory(devices=not self.collective))
+        self._fill(self._match.pairs, lambda: self._match.memory(devices=not self.collective))
 
     def take(self) -> Any:
         """Puts the rest into the target, and returns it."""
-        self._fit.put_rest()
+        self._match.put_rest()
         return self._target
 
 
@@ -243,18 +243,18 @@ class LentMemoryReader(NewMemoryReader):
 
     def _choose(self, lend: Lend) -> None:
         self._skeleton = Skeleton(self.archive, self._how[1])
-        fit, taken, known = Fit(self._skeleton, strict=True), Intervals(), set()
+        match, taken, known = TargetMatch(self._skeleton, strict=True), Intervals(), set()
         for path, tensor in lend(self._skeleton.value).items():
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(f"only tensors can be lent, and {path} is a {type(tensor).__name__}")
             source = _at(self._skeleton.value, path)
             if not isinstance(_at(self._skeleton.value, path[:-1]), (MutableMapping, list)):
                 continue  # nothing can be put there
-            before = len(fit.problems)
-            fit.lay(source, tensor)
-            if len(fit.problems) > before:
+            before = len(match.problems)
+            match.match(source, tensor)
+            if len(match.problems) > before:
                 continue
-            pair = fit.pairs[-1]
+            pair = match.pairs[-1]
             place = (pair.record, tensor.data_ptr(), source.storage_offset())
             size = self.archive.records[pair.record].size
             if takes_whole(pair, size, devices=not self.collective) and (place in known or taken.add(tensor)):
