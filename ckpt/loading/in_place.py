@@ -18,7 +18,7 @@ from ckpt.loading.skeleton import view_of
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
 
 
-class Filling:
+class InPlaceRead:
     """Tensors of a file, and what gets their elements. ckpt.fence() comes before.
 
     Args:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from ckpt.errors import CheckpointError
 from ckpt.fence import fence
 from ckpt.loading.archive import TIMEOUT_S, Archive
-from ckpt.loading.in_place import Filling
+from ckpt.loading.in_place import InPlaceRead
 from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
 from ckpt.loading.skeleton import Skeleton
@@ -72,15 +72,15 @@ def load_into(
     archive = _open(Path(os.fspath(path)), timeout_s)
     skeleton = Skeleton(archive, weights_only)
     match = TargetMatch(skeleton, strict)
-    match.match(skeleton.value, target)
+    match.compare(skeleton.value, target)
     match.expect_something()
     if match.problems:
         raise match.mismatch()
     fence()
-    filling = Filling(archive, match.pairs, match.memory())
-    filling.begin()
-    fill(archive, filling)
-    filling.finish()
+    in_place = InPlaceRead(archive, match.pairs, match.memory())
+    in_place.begin()
+    fill(archive, in_place)
+    in_place.finish()
     match.put_rest()
     return Loaded(match.loaded, match.missing, match.unexpected)
 

@@ -52,11 +52,11 @@ class TargetMatch:
         self._taken = Intervals()  # memory into which optimizers must not have anything read
         self._counterparts: dict[int, torch.Tensor | None] = {}  # by the id() of tensors in states of optimizers
 
-    def match(self, found: Any, target: Any, path: str = "") -> None:
+    def compare(self, found: Any, target: Any, path: str = "") -> None:
         """Goes through both; notes what to do and what is wrong."""
-        self._match(found, target, path)
+        self._compare(found, target, path)
         if self._optimizers:
-            self._match_optimizers()
+            self._compare_optimizers()
 
     def put_rest(self) -> None:
         """All that is not read straight to its place, when all bytes are there.
@@ -67,17 +67,17 @@ class TargetMatch:
         for put in self._last:
             put()
 
-    def _match(self, found: Any, target: Any, path: str) -> None:
+    def _compare(self, found: Any, target: Any, path: str) -> None:
         if isinstance(target, torch.nn.Module):
-            self._match_module(found, target, path)
+            self._compare_module(found, target, path)
         elif isinstance(target, torch.optim.Optimizer):
             self._optimizers.append((found, target, path))
         elif isinstance(target, torch.Tensor):
-            self._match_tensor(found, target, path)
+            self._compare_tensor(found, target, path)
         elif isinstance(target, Mapping):
-            self._match_mapping(found, target, path)
+            self._compare_mapping(found, target, path)
         elif isinstance(target, (list, tuple)) and not isinstance(target, torch.Size):
-            self._match_sequence(found, target, path)
+            self._compare_sequence(found, target, path)
         elif not isinstance(found, PLAIN) or found != target:
             self._problem(path, f"is {_kind(found)} in the file, and {_kind(target)} here, which cannot be changed in place")
 
@@ -125,7 +125,7 @@ class TargetMatch:
     def _problem(self, path: str, what: str) -> None:
         self.problems.append(f"{path or 'the whole'} {what}")
 
-    def _match_tensor(self, found: Any, target: torch.Tensor, path: str) -> None:
+    def _compare_tensor(self, found: Any, target: torch.Tensor, path: str) -> None:
         if not isinstance(found, torch.Tensor):
             return self._problem(path, f"is {_kind(found)} in the file, and a tensor here")
         record = self._skeleton.record_of(found)
@@ -142,11 +142,11 @@ class TargetMatch:
         self.loaded.append(path)
         self.pairs.append(Pair(found, target.detach(), record))
 
-    def _match_mapping(self, found: Any, target: Mapping[Any, Any], path: str) -> None:
+    def _compare_mapping(self, found: Any, target: Mapping[Any, Any], path: str) -> None:
         if not isinstance(found, Mapping):
             return self._problem(path, f"is {_kind(found)} in the file, and has keys here")
         for key in self._common_keys(found, target, path):
-            self._match_part(found[key], target, key, _join(path, key))
+            self._compare_part(found[key], target, key, _join(path, key))
 
     def _common_keys(self, found: Mapping[Any, Any], target: Mapping[Any, Any], path: str) -> list[Any]:
         """In the order of the target, as load_state_dict() goes through them."""
@@ -159,23 +159,23 @@ class TargetMatch:
             self.problems += [f"{each} is {_SURPLUS}" for each in unexpected]
         return [key for key in target if key in found]
 
-    def _match_sequence(self, found: Any, target: Any, path: str) -> None:
+    def _compare_sequence(self, found: Any, target: Any, path: str) -> None:
         if not isinstance(found, (list, tuple)) or len(found) != len(target):
             length = len(found) if isinstance(found, (list, tuple)) else _kind(found)
             return self._problem(path, f"has {len(target)} parts here, and in the file: {length}")
         for index, part in enumerate(found):
-            self._match_part(part, target, index, _join(path, index))
+            self._compare_part(part, target, index, _join(path, index))
 
-    def _match_part(self, found: Any, container: Any, key: Any, path: str) -> None:
+    def _compare_part(self, found: Any, container: Any, key: Any, path: str) -> None:
         """A value that is not a tensor takes its place in its container."""
         replaceable = isinstance(found, PLAIN) and isinstance(container[key], PLAIN)
         if replaceable and hasattr(container, "__setitem__"):
             self.loaded.append(path)
             self._last.append(lambda: container.__setitem__(key, found))
         else:
-            self._match(found, container[key], path)
+            self._compare(found, container[key], path)
 
-    def _match_module(self, found: Any, module: torch.nn.Module, path: str) -> None:
+    def _compare_module(self, found: Any, module: torch.nn.Module, path: str) -> None:
         if not isinstance(found, Mapping):
             return self._problem(path, f"is {_kind(found)} in the file, and the state of a module here")
         state = _state_of(module)
@@ -186,7 +186,7 @@ class TargetMatch:
         extra: OrderedDict[str, Any] = OrderedDict()  # what the module gets from get_extra_state(), and takes back by itself
         for key in self._common_keys(found, state, path):
             if key in named:
-                self._match_tensor(found[key], state[key], _join(path, key))
+                self._compare_tensor(found[key], state[key], _join(path, key))
             else:
                 extra[key] = found[key]
                 self._adopt(None, found[key], None)
@@ -229,15 +229,15 @@ class TargetMatch:
                 [problem],
             ) from error
 
-    def _match_optimizers(self) -> None:
+    def _compare_optimizers(self) -> None:
         """Last of all: what they share with the rest must stay as it is until their own load_state_dict() replaces it."""
         for pair in self.pairs:
             self._taken.cover(pair.target)
         for each in self._optimizers:
-            self._match_optimizer(*each)
+            self._compare_optimizer(*each)
         self._optimizers = []
 
-    def _match_optimizer(self, found: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
+    def _compare_optimizer(self, found: Any, optimizer: torch.optim.Optimizer, path: str) -> None:
         """It follows the file, as with its load_state_dict(). What it has of the same kind is filled, all else replaced."""
         ours = optimizer.state_dict()
         if not isinstance(found, Mapping) or not isinstance(found.get("state"), Mapping):

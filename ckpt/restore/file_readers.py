@@ -24,7 +24,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
 from ckpt.loading.archive import Archive, reader_threads
-from ckpt.loading.in_place import Filling, takes_whole
+from ckpt.loading.in_place import InPlaceRead, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import Memory, fill, read_whole
 from ckpt.loading.skeleton import Skeleton
@@ -141,26 +141,26 @@ class NewMemoryReader:
         compare(self._path, self._file, self.archive.size, crc)
 
     def _fill(self, pairs: list[Pair], make: Callable[[], Memory]) -> None:
-        fillings: list[Filling] = []
+        reads: list[InPlaceRead] = []
 
         def prepare() -> tuple[Archive, Mapping[str, Any]]:
-            fillings.append(Filling(self.archive, pairs, make(), self.collective))
-            fillings[0].begin()
-            return self.archive, fillings[0].places
+            reads.append(InPlaceRead(self.archive, pairs, make(), self.collective))
+            reads[0].begin()
+            return self.archive, reads[0].places
 
         if self.collective:
             self._compare(read_together_into(prepare).crc32)
         else:
             prepare()
-            self._compare(fill(self.archive, fillings[0], whole=True))
-        filling = fillings.pop()
+            self._compare(fill(self.archive, reads[0], whole=True))
+        in_place = reads.pop()
         try:
-            filling.finish()
+            in_place.finish()
         except DAMAGE:
             raise
         except Exception as error:  # as of a device without memory
             self.refusal = error.with_traceback(None)
-        del filling
+        del in_place
         self.archive.close()
 
 
@@ -197,7 +197,7 @@ class InPlaceReader(NewMemoryReader):
             raise CheckpointError(f"'{self._path}' is from a machine of another byte order: restore() it without a target")
         self._skeleton = Skeleton(self.archive, weights_only)
         self._match = TargetMatch(self._skeleton, strict)
-        self._match.match(self._skeleton.value, self._target)
+        self._match.compare(self._skeleton.value, self._target)
         if self._match.problems:
             self.refusal = self._match.mismatch(touched)
 
@@ -251,7 +251,7 @@ class LentMemoryReader(NewMemoryReader):
             if not isinstance(_at(self._skeleton.value, path[:-1]), (MutableMapping, list)):
                 continue  # nothing can be put there
             before = len(match.problems)
-            match.match(source, tensor)
+            match.compare(source, tensor)
             if len(match.problems) > before:
                 continue
             pair = match.pairs[-1]
