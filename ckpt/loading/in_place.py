@@ -12,7 +12,7 @@ from ckpt.devices import HOST
 from ckpt.loading.archive import Archive
 from ckpt.loading.host_memory import allocate
 from ckpt.loading.overlap import Pair, span, split
-from ckpt.loading.record_memory import Memory
+from ckpt.loading.record_memory import RecordMemory
 from ckpt.loading.skeleton import view_of
 
 _TEMPORARY_BYTES = 64 << 20  # of several small tensors that are read together; a larger one is read alone
@@ -31,7 +31,7 @@ class InPlaceRead:
         places, devices: what can be read straight to its place, see Places.
     """
 
-    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: Memory, together: bool = False) -> None:
+    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: RecordMemory, together: bool = False) -> None:
         self._archive = archive
         self._pairs = list(pairs)
         self._memory = memory

@@ -17,7 +17,7 @@ from ckpt import _native
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
-from ckpt.loading.record_memory import Memory, fill, read_whole
+from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.selection import Selection
 from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.unpickle import STAY, first_line, has_skeletons, is_pretending, only_weights, raise_explained
@@ -97,7 +97,7 @@ def _load_part(archive: Archive, selection: Selection, map_location: Any, weight
     """Unpickles twice: first to see what is wanted, then over the bytes of that."""
     skeleton = Skeleton(archive, weights_only)
     needed = skeleton.records_of(selection.prune(skeleton.value, archive.path))
-    memory = Memory.where_loaded(archive, needed, map_location, skeleton.small)
+    memory = RecordMemory.where_loaded(archive, needed, map_location, skeleton.small)
     fill(archive, memory)
     absent = {name: storage for name, storage in skeleton.storages.items() if name not in needed}
     skeleton.value = None

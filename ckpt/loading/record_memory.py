@@ -54,7 +54,7 @@ def fill(archive: Archive, wanted: Places, more: Mapping[str, Any] = _NOTHING, *
     return archive.fill({**wanted.places, **more}, whole=whole)
 
 
-class Memory:
+class RecordMemory:
     """New memory for records of tensors.
 
     Args:
@@ -71,7 +71,7 @@ class Memory:
     @classmethod
     def where_loaded(
         cls, archive: Archive, names: Iterable[str], map_location: Any, small: Mapping[str, bytes] | None = None
-    ) -> Memory:
+    ) -> RecordMemory:
         """Each record where torch.load would put it in the end, as far as that can be known.
 
         Args:
@@ -117,7 +117,7 @@ def sizes_alone(archive: Archive) -> dict[str, torch.UntypedStorage]:
 def read_whole(archive: Archive, map_location: Any = None) -> tuple[Contents, int]:
     """All records, in one pass that checks every byte; and the CRC-32 of the file."""
     to_meta = str(map_location) == "meta"
-    memory = Memory.where_loaded(archive, [] if to_meta else archive.storage_names(), map_location)
+    memory = RecordMemory.where_loaded(archive, [] if to_meta else archive.storage_names(), map_location)
     small = archive.allocate(archive.small_names())
     crc = fill(archive, memory, small, whole=True)
     assert crc is not None

@@ -14,7 +14,7 @@ from ckpt import optimizers, torch_private
 from ckpt.devices import HOST
 from ckpt.errors import MismatchError
 from ckpt.loading.overlap import Intervals, Pair, lies_on_itself
-from ckpt.loading.record_memory import Memory, allocate_on
+from ckpt.loading.record_memory import RecordMemory, allocate_on
 from ckpt.loading.skeleton import PLAIN, Skeleton, is_plain_tensor, view_of
 
 _SHOWN_PROBLEMS = 20
@@ -45,7 +45,7 @@ class TargetMatch:
         self.unexpected: list[str] = []
         self._skeleton = skeleton
         self._strict = strict
-        self._memory: Memory | None = None
+        self._memory: RecordMemory | None = None
         self._last: list[Callable[[], object]] = []  # puts what is no tensor in its place, when all bytes are there
         self._modules: list[torch.nn.Module] = []  # that load in a way of their own
         self._optimizers: list[tuple[Any, torch.optim.Optimizer, str]] = []
@@ -89,7 +89,7 @@ class TargetMatch:
             sides += [f"the target has {_some(self.missing)}"] if self.missing else []
             self._problem("", f"has no key in common with it: {', '.join(sides)}")
 
-    def memory(self, devices: bool = True) -> Memory:
+    def memory(self, devices: bool = True) -> RecordMemory:
         """For what is adopted; to be filled before the last calls.
 
         Args:
@@ -99,7 +99,7 @@ class TargetMatch:
         elsewhere = {name: device for name, device in unanimous.items() if devices and device != HOST}
         here = {name: self._skeleton.storages[name] for name in self.adopted if name not in elsewhere}
         made, elsewhere_now = allocate_on(self._skeleton.archive, elsewhere, elsewhere)
-        self._memory = Memory(self._skeleton.archive, here | made, elsewhere_now)
+        self._memory = RecordMemory(self._skeleton.archive, here | made, elsewhere_now)
         return self._memory
 
     def mismatch(self, touched: bool = False) -> MismatchError:

@@ -26,7 +26,7 @@ from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceErro
 from ckpt.loading.archive import Archive, reader_threads
 from ckpt.loading.in_place import InPlaceRead, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
-from ckpt.loading.record_memory import Memory, fill, read_whole
+from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.target_match import TargetMatch
 from ckpt.restore.shared_read import read_together, read_together_into
@@ -140,7 +140,7 @@ class NewMemoryReader:
         assert crc is not None
         compare(self._path, self._file, self.archive.size, crc)
 
-    def _fill(self, pairs: list[Pair], make: Callable[[], Memory]) -> None:
+    def _fill(self, pairs: list[Pair], make: Callable[[], RecordMemory]) -> None:
         reads: list[InPlaceRead] = []
 
         def prepare() -> tuple[Archive, Mapping[str, Any]]:
@@ -271,11 +271,11 @@ class LentMemoryReader(NewMemoryReader):
         self._skeleton.value = None
         self._fill(self._pairs, functools.partial(self._allocate, needed))
 
-    def _allocate(self, names: set[str]) -> Memory:
+    def _allocate(self, names: set[str]) -> RecordMemory:
         if self.collective:  # ranks send each other what lies on the host
-            self._memory = Memory(self.archive, self.archive.allocate(names))
+            self._memory = RecordMemory(self.archive, self.archive.allocate(names))
         else:
-            self._memory = Memory.where_loaded(self.archive, names, self._how[0], self._skeleton.small)
+            self._memory = RecordMemory.where_loaded(self.archive, names, self._how[0], self._skeleton.small)
         return self._memory
 
     @property
