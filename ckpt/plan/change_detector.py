@@ -17,7 +17,7 @@ from ckpt import _native
 from ckpt._native import Record
 
 
-class Tripwire:
+class ChangeDetector:
     """Looks at lazy tensors once when they are planned, and once when they are captured."""
 
     def __init__(self, root: Any, records: list[Record]) -> None:

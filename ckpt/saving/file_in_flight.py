@@ -10,7 +10,7 @@ from typing import Any
 
 from ckpt._native import Record
 from ckpt.errors import CaptureError
-from ckpt.plan.change_detector import Tripwire
+from ckpt.plan.change_detector import ChangeDetector
 from ckpt.storage import durable
 from ckpt.storage.temporary_names import shared_path, temporary_path
 
@@ -71,7 +71,7 @@ class FileInFlight:
         self._sealed = False
         self._until_captured: Any = None  # keeps the tensors' memory
         self._until_durable: Any = None  # keeps the memory that is ours
-        self._tripwire: Tripwire | None = None
+        self._change_detector: ChangeDetector | None = None
         self._records: Sequence[Record] | None = None  # for their names
         self._names_to_the_end = False
         self._on_sealed: Callable[[FileInFlight], None] | None = None
@@ -79,7 +79,7 @@ class FileInFlight:
 
     def hold(
         self,
-        tripwire: Tripwire,
+        change_detector: ChangeDetector,
         records: Sequence[Record],
         *,
         first_record: int,
@@ -93,7 +93,7 @@ class FileInFlight:
             first_record: the core's number of the first of `records`.
             names_to_the_end: a change may be found after the fence, and must be named then.
         """
-        self._tripwire, self._records, self.first_record = tripwire, records, first_record
+        self._change_detector, self._records, self.first_record = change_detector, records, first_record
         self._names_to_the_end, self._on_sealed = names_to_the_end, on_sealed
         self._until_captured, self._until_durable = records, until_durable
 
@@ -129,7 +129,7 @@ class FileInFlight:
             if not self.devices or job.released:  # else copies from a device are only ordered, see free()
                 self._until_captured = None
             if not self._names_to_the_end:
-                self._tripwire = self._records = None
+                self._change_detector = self._records = None
             self._sealed = True
         if self._on_sealed is not None:
             self._on_sealed(self)
@@ -137,17 +137,17 @@ class FileInFlight:
 
     def _find_changed(self) -> str | None:
         """The name of what was written to; None if nothing tells of a write."""
-        if self._tripwire is None:
+        if self._change_detector is None:
             return None
-        name = self._tripwire.changed()
+        name = self._change_detector.changed()
         if name is None and (record := self.job.find_changed()) is not None:
             name = self._name_of(record)
         return name
 
     def _name_of(self, record: int) -> str:
-        if self._tripwire is None or self._records is None:
+        if self._change_detector is None or self._records is None:
             return "a tensor"
-        return self._tripwire.describe(self._records[record - self.first_record].tensor)
+        return self._change_detector.describe(self._records[record - self.first_record].tensor)
 
     def _capture_error(self, name: str) -> CaptureError:
         return CaptureError(
@@ -170,7 +170,7 @@ class FileInFlight:
 
     def let_go(self) -> None:
         """At the end of the job."""
-        self._until_durable = self._tripwire = self._records = None
+        self._until_durable = self._change_detector = self._records = None
 
     def reach(self, path: Path) -> Path:
         """`path`, a name beside the file, wherever its directory is by now."""

@@ -20,7 +20,7 @@ from ckpt.errors import CheckpointError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
 from ckpt.formats import torch_zip
 from ckpt.options import Options
-from ckpt.plan.change_detector import Tripwire
+from ckpt.plan.change_detector import ChangeDetector
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, structure_of
 from ckpt.plan.unpicklable import explain
@@ -170,7 +170,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     serial = torch_zip.serialization_id(write_share.token if write_share else secrets.token_hex())
     tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
     file.hold(
-        Tripwire(obj, plan.lazy),
+        ChangeDetector(obj, plan.lazy),
         records,
         first_record=len(head),
         until_durable=(head, tail, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
