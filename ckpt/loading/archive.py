@@ -24,7 +24,7 @@ def reader_threads() -> int:
     return 8
 
 
-class Record(NamedTuple):
+class RecordEntry(NamedTuple):
     """One entry of the file: its number in the directory, and where its bytes are."""
 
     number: int
@@ -57,7 +57,7 @@ class Archive:
         entries = self._file.records
         prefix = entries[0][0].partition("/")[0] + "/"  # as torch finds it
         self.records = {
-            name.removeprefix(prefix): Record(index, offset, size)
+            name.removeprefix(prefix): RecordEntry(index, offset, size)
             for index, (name, offset, size) in enumerate(entries)
             if name.startswith(prefix)
         }

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ckpt.errors import CheckpointError
-from ckpt.loading.archive import Archive, Record
+from ckpt.loading.archive import Archive, RecordEntry
 from ckpt.loading.host_memory import allocate, fixed
 from ckpt.loading.unpickle import STAY, Contents, can_serve, is_pretending, private_loader, read_small
 from ckpt.torch_private import key_of
@@ -84,7 +84,7 @@ class Skeleton:
         return needed
 
 
-def _untouched(record: Record) -> torch.UntypedStorage:
+def _untouched(record: RecordEntry) -> torch.UntypedStorage:
     """Memory for it. What is small is cleared, because unpickling may look into it; the rest are pages that read as zeros."""
     if record.size < mmap.PAGESIZE:
         return fixed(torch.zeros(record.size, dtype=torch.uint8, device="cpu").untyped_storage())

@@ -23,7 +23,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from ckpt.errors import CheckpointError, CorruptError
-from ckpt.loading.archive import Archive, Record
+from ckpt.loading.archive import Archive, RecordEntry
 from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.served_file import MistakenError, load_served
 from ckpt.loading.torch_reader import TorchReader
@@ -240,7 +240,7 @@ def _is_sample(found: Any) -> bool:
 
 def _reader(small: dict[str, bytes], storages: dict[str, torch.UntypedStorage]) -> TorchReader:
     sizes = {name: len(content) for name, content in small.items()} | {name: each.nbytes() for name, each in storages.items()}
-    records = {name: Record(number, 0, size) for number, (name, size) in enumerate(sizes.items())}
+    records = {name: RecordEntry(number, 0, size) for number, (name, size) in enumerate(sizes.items())}
     archive: Any = SimpleNamespace(path=Path("sample"), records=records)
     return TorchReader(archive, small, storages)
 
