@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from ckpt import _native
-from ckpt._native import Record
+from ckpt._native import SavedStorage
 
 
 class ChangeDetector:
     """Looks at lazy tensors once when they are planned, and once when they are captured."""
 
-    def __init__(self, root: Any, records: list[Record]) -> None:
+    def __init__(self, root: Any, records: list[SavedStorage]) -> None:
         self._root = root
         self._records = records  # each with the counter that it had when it was placed
 

@@ -26,7 +26,7 @@ from torch.serialization import location_tag, normalize_storage_type
 from torch.storage import TypedStorage, UntypedStorage
 
 from ckpt import _native
-from ckpt._native import Record
+from ckpt._native import SavedStorage
 from ckpt.plan.views import ByteInterval, VirtualStorages, byte_interval
 from ckpt.torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
 
@@ -73,8 +73,8 @@ class StorageTable:
     """The storages met so far, in the order in which torch.save numbers them."""
 
     def __init__(self, remaps: dict[int, _Remap]) -> None:
-        self.records: dict[Any, Record] = {}  # storage -> record; (storage, run) -> record
-        self.order: list[Record] = []
+        self.records: dict[Any, SavedStorage] = {}  # storage -> record; (storage, run) -> record
+        self.order: list[SavedStorage] = []
         self.conflicts: set[int] = set()  # storages seen as more than one dtype
         self._remaps = remaps
         self._left_to_torch: list[torch.Tensor] = []
@@ -144,7 +144,7 @@ class StorageTable:
 
     def _find_run(
         self, remap: _Remap, cdata: int, storage: UntypedStorage, tensor: torch.Tensor, offset: int
-    ) -> tuple[Record, int]:
+    ) -> tuple[SavedStorage, int]:
         """The record for the run that holds the tensor, and the tensor's offset in it, in elements."""
         dtype, itemsize = tensor.dtype, tensor.dtype.itemsize
         interval = byte_interval(offset, tensor.size(), tensor.stride(), itemsize)
@@ -162,15 +162,15 @@ class StorageTable:
         _see(record, interval)
         return record, (interval.low - low) // itemsize
 
-    def _find_or_add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor) -> Record:
+    def _find_or_add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor) -> SavedStorage:
         record = self.records.get(key)
         if record is None:
             return self._add(key, storage, dtype, tensor, tensor.is_cpu)
         _watch(record, tensor)
         return record
 
-    def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> Record:
-        self.records[key] = record = Record(storage, str(len(self.order)), dtype, tensor, storage.nbytes())
+    def _add(self, key: Any, storage: UntypedStorage, dtype: Any, tensor: torch.Tensor | None, on_cpu: bool) -> SavedStorage:
+        self.records[key] = record = SavedStorage(storage, str(len(self.order)), dtype, tensor, storage.nbytes())
         if not on_cpu:
             record.location = location_tag(storage)
         self.order.append(record)
@@ -179,7 +179,7 @@ class StorageTable:
     # ---- storages --------------------------------------------------------------------------------------------------
 
     def persistent_id(self, obj: Any) -> Any:
-        if type(obj) is Record:
+        if type(obj) is SavedStorage:
             return ("storage", obj.type, obj.key, obj.location, obj.numel)
         if isinstance(obj, (TypedStorage, UntypedStorage)) or torch.is_storage(obj):
             return self._storage_id(obj)
@@ -225,7 +225,7 @@ def _is_plain(tensor: torch.Tensor) -> bool:
     )
 
 
-def _watch(record: Record, tensor: torch.Tensor) -> None:
+def _watch(record: SavedStorage, tensor: torch.Tensor) -> None:
     """One more tensor in its storage, which may count versions for itself."""
     if record.tensor is None:
         record.tensor = tensor
@@ -235,7 +235,7 @@ def _watch(record: Record, tensor: torch.Tensor) -> None:
         record.others.append(tensor)
 
 
-def _see(record: Record, interval: ByteInterval) -> None:
+def _see(record: SavedStorage, interval: ByteInterval) -> None:
     """A view that does not cover the storage, or not for itself what of it is saved."""
     if record.views is None:
         record.views = [interval]
@@ -335,7 +335,7 @@ def _is_short_way_right() -> bool:
     return native == dump_in_python(sample, {})[0] == dump_in_python(sample, {}, short=False)[0]
 
 
-def pickle_object(obj: Any) -> tuple[bytes, list[Record]]:
+def pickle_object(obj: Any) -> tuple[bytes, list[SavedStorage]]:
     data, table = dump(obj, {})
     remaps = find_remaps(table)
     if remaps:

@@ -11,7 +11,7 @@ from torch.storage import UntypedStorage
 
 from ckpt import _native
 from ckpt import devices as torch_devices
-from ckpt._native import Record
+from ckpt._native import SavedStorage
 from ckpt.devices import HOST
 from ckpt.plan.lazy_storages import LazyStorages, find_writers
 from ckpt.plan.pickler import pickle_object
@@ -27,11 +27,11 @@ class SavePlan:
     """What submit() needs. The lists have one entry for each record."""
 
     pickle: bytes
-    records: list[Record]
+    records: list[SavedStorage]
     sizes: list[int]  # bytes
     kinds: bytearray  # COPY, LAZY or OWNED
     addresses: list[int] = dataclasses.field(default_factory=list)
-    lazy: list[Record] = dataclasses.field(default_factory=list)  # the records of kind LAZY
+    lazy: list[SavedStorage] = dataclasses.field(default_factory=list)  # the records of kind LAZY
     devices: list[int] = dataclasses.field(default_factory=list)  # on which they lie, or HOST; empty: all on the host
 
 
@@ -85,7 +85,7 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
     return view.cpu().untyped_storage()
 
 
-def _place(data: bytes, records: list[Record], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
+def _place(data: bytes, records: list[SavedStorage], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
     plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
     shared = SharedMemory()

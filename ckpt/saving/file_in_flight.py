@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt._native import Record
+from ckpt._native import SavedStorage
 from ckpt.errors import CaptureError
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.storage import durable
@@ -72,7 +72,7 @@ class FileInFlight:
         self._until_captured: Any = None  # keeps the tensors' memory
         self._until_durable: Any = None  # keeps the memory that is ours
         self._change_detector: ChangeDetector | None = None
-        self._records: Sequence[Record] | None = None  # for their names
+        self._records: Sequence[SavedStorage] | None = None  # for their names
         self._names_to_the_end = False
         self._on_sealed: Callable[[FileInFlight], None] | None = None
         self._seal_error: CaptureError | None = None
@@ -80,7 +80,7 @@ class FileInFlight:
     def hold(
         self,
         change_detector: ChangeDetector,
-        records: Sequence[Record],
+        records: Sequence[SavedStorage],
         *,
         first_record: int,
         until_durable: Any,

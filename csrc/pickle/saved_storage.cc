@@ -55,7 +55,7 @@ PyObject* make(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tens
                Py_ssize_t numel) {
   PyObject* object = PyType_GenericAlloc(record_type, 0);
   if (object == nullptr) return nullptr;
-  auto& record = *reinterpret_cast<Record*>(object);
+  auto& record = *reinterpret_cast<SavedStorage*>(object);
   record.storage = held(storage);
   record.key = held(key);
   record.location = held(names().cpu.text());
@@ -69,7 +69,7 @@ PyObject* make(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tens
   return object;
 }
 
-// Record(storage, key, dtype, tensor, nbytes, type=None, numel=0)
+// SavedStorage(storage, key, dtype, tensor, nbytes, type=None, numel=0)
 PyObject* record_new(PyTypeObject*, PyObject* args, PyObject*) {
   PyObject *storage = nullptr, *key = nullptr, *dtype = nullptr, *tensor = nullptr, *type = nullptr;
   Py_ssize_t nbytes = 0, numel = 0;
@@ -78,7 +78,7 @@ PyObject* record_new(PyTypeObject*, PyObject* args, PyObject*) {
 }
 
 void record_dealloc(PyObject* self) {
-  auto& record = *reinterpret_cast<Record*>(self);
+  auto& record = *reinterpret_cast<SavedStorage*>(self);
   for (PyObject* each : {record.storage, record.key, record.location, record.dtype, record.tensor, record.type, record.others,
                          record.views, record.counted}) {
     Py_XDECREF(each);
@@ -88,38 +88,38 @@ void record_dealloc(PyObject* self) {
   Py_DECREF(type);
 }
 
-PyMemberDef record_members[] = {
-    {"storage", T_OBJECT, offsetof(Record, storage), 0, nullptr},
-    {"key", T_OBJECT, offsetof(Record, key), READONLY, nullptr},
-    {"location", T_OBJECT, offsetof(Record, location), 0, nullptr},
-    {"dtype", T_OBJECT, offsetof(Record, dtype), READONLY, nullptr},
-    {"tensor", T_OBJECT, offsetof(Record, tensor), 0, nullptr},
-    {"others", T_OBJECT, offsetof(Record, others), 0, nullptr},
-    {"type", T_OBJECT, offsetof(Record, type), 0, nullptr},
-    {"views", T_OBJECT, offsetof(Record, views), 0, nullptr},
-    {"address", T_ULONGLONG, offsetof(Record, address), 0, nullptr},
-    {"low", T_PYSSIZET, offsetof(Record, low), 0, nullptr},
-    {"nbytes", T_PYSSIZET, offsetof(Record, nbytes), 0, nullptr},
-    {"numel", T_PYSSIZET, offsetof(Record, numel), 0, nullptr},
-    {"whole", T_BOOL, offsetof(Record, whole), 0, nullptr},
-    {"typed", T_BOOL, offsetof(Record, typed), 0, nullptr},
+PyMemberDef saved_storage_members[] = {
+    {"storage", T_OBJECT, offsetof(SavedStorage, storage), 0, nullptr},
+    {"key", T_OBJECT, offsetof(SavedStorage, key), READONLY, nullptr},
+    {"location", T_OBJECT, offsetof(SavedStorage, location), 0, nullptr},
+    {"dtype", T_OBJECT, offsetof(SavedStorage, dtype), READONLY, nullptr},
+    {"tensor", T_OBJECT, offsetof(SavedStorage, tensor), 0, nullptr},
+    {"others", T_OBJECT, offsetof(SavedStorage, others), 0, nullptr},
+    {"type", T_OBJECT, offsetof(SavedStorage, type), 0, nullptr},
+    {"views", T_OBJECT, offsetof(SavedStorage, views), 0, nullptr},
+    {"address", T_ULONGLONG, offsetof(SavedStorage, address), 0, nullptr},
+    {"low", T_PYSSIZET, offsetof(SavedStorage, low), 0, nullptr},
+    {"nbytes", T_PYSSIZET, offsetof(SavedStorage, nbytes), 0, nullptr},
+    {"numel", T_PYSSIZET, offsetof(SavedStorage, numel), 0, nullptr},
+    {"whole", T_BOOL, offsetof(SavedStorage, whole), 0, nullptr},
+    {"typed", T_BOOL, offsetof(SavedStorage, typed), 0, nullptr},
     {nullptr, 0, 0, 0, nullptr},
 };
 
-PyType_Slot record_slots[] = {
+PyType_Slot saved_storage_slots[] = {
     {Py_tp_new, reinterpret_cast<void*>(record_new)},
     {Py_tp_dealloc, reinterpret_cast<void*>(record_dealloc)},
-    {Py_tp_members, record_members},
+    {Py_tp_members, saved_storage_members},
     {0, nullptr},
 };
 
-PyType_Spec record_spec = {"ckpt._native.Record", sizeof(Record), 0, Py_TPFLAGS_DEFAULT, record_slots};
+PyType_Spec saved_storage_spec = {"ckpt._native.SavedStorage", sizeof(SavedStorage), 0, Py_TPFLAGS_DEFAULT, saved_storage_slots};
 
 bool is_none(PyObject* object) { return object == nullptr || object == Py_None; }
 
-Record& to_record(PyObject* object) {
+SavedStorage& to_record(PyObject* object) {
   if (!is_record(Py_TYPE(object))) throw py::type_error("these must be Records");
-  return *reinterpret_cast<Record*>(object);
+  return *reinterpret_cast<SavedStorage*>(object);
 }
 
 // Py_BuildValue() reads a format, which takes longer than all the rest.
@@ -165,7 +165,7 @@ class StorageIndex {
   explicit StorageIndex(const py::list& records) {
     storages_.reserve(records.size());
     for (const py::handle each : records) {
-      const Record& record = to_record(each.ptr());
+      const SavedStorage& record = to_record(each.ptr());
       if (!is_none(record.tensor)) storages_.emplace(record.tensor, record.storage);
     }
   }
@@ -186,7 +186,7 @@ class LazyRecords {
       : ask_(ask), find_writers_(find_writers), is_shared_(is_shared), records_(records) {}
 
   // If it is, its version counters are noted.
-  bool take(Record& record, bool on_host) {
+  bool take(SavedStorage& record, bool on_host) {
     if (!asked_) ask();
     PyObject* known = owners_ ? find(owners_, storage_key(record.storage).ptr()) : nullptr;
     if (known == nullptr) {
@@ -217,7 +217,7 @@ class LazyRecords {
   }
 
   // Whether all that is known of the storage reaches into the record, and, if it was not declared, covers it.
-  static bool is_whole(const Record& record, PyObject* known, bool declared) {
+  static bool is_whole(const SavedStorage& record, PyObject* known, bool declared) {
     if (record.views != nullptr) return false;
     if (declared) return true;
     PyObject* owner = PyList_GET_ITEM(known, 0);
@@ -226,7 +226,7 @@ class LazyRecords {
 
   // Whether other processes may see it. Of what neither torch has allocated nor knows to be shared, the mappings tell; that
   // takes long, so the storage is told for how long it holds: until it has other memory.
-  bool may_be_shared(const Record& record) {
+  bool may_be_shared(const SavedStorage& record) {
     const Names& name = names();
     if (is_true(name.is_shared.call_on(record.storage))) return true;
     if (is_true(name.resizable.call_on(record.storage))) return false;
@@ -241,7 +241,7 @@ class LazyRecords {
   }
 
   // `writers` may be null, and hold None.
-  static void note_counters(Record& record, PyObject* writers) {
+  static void note_counters(SavedStorage& record, PyObject* writers) {
     record.version = version_of(record.tensor);
     for (PyObject* tensors : {record.others, writers}) {
       if (is_none(tensors)) continue;
@@ -249,7 +249,7 @@ class LazyRecords {
     }
   }
 
-  static void note_counter(Record& record, PyObject* tensor) {
+  static void note_counter(SavedStorage& record, PyObject* tensor) {
     const Py_ssize_t version = tensor == record.tensor ? -1 : version_of(tensor);
     if (version < 0) return;
     const py::object number = owned(PyLong_FromSsize_t(version));
@@ -280,7 +280,7 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
   LazyRecords laziness(lazy_storages, find_writers, is_shared, records);
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
-    Record& record = to_record(object);
+    SavedStorage& record = to_record(object);
     if (record.address == 0) record.address = address_of(record.storage);
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool on_host = devices.empty() || devices[i] < 0;
@@ -296,7 +296,7 @@ py::tuple place(const py::list& records, const py::function& lazy_storages, cons
 }
 
 // The tensor whose counter has moved, borrowed; null if none has.
-PyObject* find_counted(const Record& record) {
+PyObject* find_counted(const SavedStorage& record) {
   if (has_changed(record.tensor, record.version)) return record.tensor;
   for (Py_ssize_t i = 0; record.counted != nullptr && i < PyList_GET_SIZE(record.counted); i += 2) {
     PyObject* tensor = PyList_GET_ITEM(record.counted, i);
@@ -313,7 +313,7 @@ py::tuple find_changed(const py::list& records) {
     }
   }
   for (const py::handle each : records) {
-    const Record& record = to_record(each.ptr());
+    const SavedStorage& record = to_record(each.ptr());
     const bool there = address_of(record.storage) == record.address;
     const Py_ssize_t nbytes = to_size(names().nbytes.call_on(record.storage).ptr());
     if (!there || nbytes < record.low + record.nbytes) return py::make_tuple(py::none(), true);
@@ -454,8 +454,8 @@ py::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObje
 }
 
 void bind_records(py::module_& module) {
-  py::object type = owned(PyType_FromSpec(&record_spec));
-  module.attr("Record") = type;
+  py::object type = owned(PyType_FromSpec(&saved_storage_spec));
+  module.attr("SavedStorage") = type;
   record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
   py::class_<StorageIndex>(module, "StorageIndex");
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),

@@ -1,4 +1,4 @@
-// One storage, or one run of it, on its way to the file as `data/<key>`: the Python type ckpt._native.Record, and what is done
+// One storage, or one run of it, on its way to the file as `data/<key>`: the Python type ckpt._native.SavedStorage, and what is done
 // for each of them in the time of whoever saves. ckpt/plan/pickler.py says what all of it is for.
 #pragma once
 
@@ -8,7 +8,7 @@ namespace lazyckpt {
 
 // Objects are null where Python sees None. Takes no part in the cyclic collector, which would visit them by the ten thousand:
 // nothing that they hold refers to them.
-struct Record {
+struct SavedStorage {
   PyObject ob_base;
   PyObject *storage, *key, *location;
   PyObject* dtype;   // as torch tells storages apart: null for untyped

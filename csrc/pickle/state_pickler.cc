@@ -330,7 +330,7 @@ class StatePickler {
     const py::object number = owned(PyLong_FromSsize_t(PyList_GET_SIZE(tables_.order.ptr())));
     const py::object key = owned(PyObject_Str(number.ptr()));
     py::object made = make_record(storage.ptr(), key.ptr(), dtype.ptr(), tensor, bytes, type, shape_.numel);
-    Record& record = *reinterpret_cast<Record*>(made.ptr());
+    SavedStorage& record = *reinterpret_cast<SavedStorage*>(made.ptr());
     record.address = shape_.address;
     if (shape_.device_type == kDlCuda) {
       std::string& tag = device_tags_[shape_.device_id];
@@ -354,7 +354,7 @@ class StatePickler {
 
   // ("storage", class, key, location, number of elements), by which the reader finds the storage.
   void put_record(const py::object& object) {
-    const Record& record = *reinterpret_cast<const Record*>(object.ptr());
+    const SavedStorage& record = *reinterpret_cast<const SavedStorage*>(object.ptr());
     if (record.type == nullptr) throw Unsupported();
     out_.begin_tuple(5);
     save_text(names().storage.text());
