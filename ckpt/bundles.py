@@ -370,13 +370,13 @@ class BundleCheckpointer(SaveSession):
             return found.name
         if not refusal.causes:
             return None
-        others = [directory.name for directory, _ in bundles.look(path) if directory.name != name]
+        others = [directory.name for directory, _ in bundles.committed_in(path) if directory.name != name]
         published = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
         kind = CheckpointError if refusal.kind == GONE else CorruptError
         raise kind(f"no checkpoint to load from '{path}': {'; '.join(refusal.causes)}{published}")
 
     def _candidates(self, root: Path, name: str | None) -> list[Candidate]:
-        published = {directory.name: manifest.sequence for directory, manifest in bundles.look(root)}
+        published = {directory.name: manifest.sequence for directory, manifest in bundles.committed_in(root)}
         first = name or bundles.read_latest(root)
         candidates = []
         if first is not None and (root / first).is_dir():

@@ -176,10 +176,10 @@ class Checkpointer(SaveSession):
                 failed = False
                 return path
             except BaseException:
-                task.discard()  # before abandon() looks whether anything is left
+                task.discard()  # before forget_save() looks whether anything is left
                 raise
             finally:
-                self._directories.abandon(ticket.directory, targets, failed=failed)
+                self._directories.forget_save(ticket.directory, targets, failed=failed)
                 task.afterwards = self._directories.sweep
                 for step_file in parts:
                     self._directories.note_limits(step_file.file.found_limits())
@@ -190,10 +190,10 @@ class Checkpointer(SaveSession):
             start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
             if not task.handed_over:
-                self._directories.abandon(ticket.directory, targets)
+                self._directories.forget_save(ticket.directory, targets)
             raise
         if (skipped := task.skipped) is not None:
-            self._directories.abandon(ticket.directory, targets)
+            self._directories.forget_save(ticket.directory, targets)
             self._attend(task, ticket, skipped)
 
     def _writes(self, kind: str) -> bool:
@@ -250,7 +250,7 @@ class Checkpointer(SaveSession):
 
     def steps(self) -> list[int]:
         """The committed steps, ascending. What is in flight or was left by a crash is not among them."""
-        return sorted(manifest.step for _, manifest in self._directories.look().checkpoints)
+        return sorted(manifest.step for _, manifest in self._directories.committed().checkpoints)
 
     def restore(
         self,

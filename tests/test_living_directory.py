@@ -32,7 +32,7 @@ class Job:
         self.checkpointer = ckpt.Checkpointer(directory, keep=1, options=options(), coordinator="local")
         self.times, self.step = 0, 0
         self.save()
-        look = steps.look
+        look = steps.find_steps
 
         def look_and_save(root: Path) -> Any:
             found = look(root)
@@ -41,7 +41,7 @@ class Job:
                 self.save()
             return found
 
-        monkeypatch.setattr(steps, "look", look_and_save)
+        monkeypatch.setattr(steps, "find_steps", look_and_save)
 
     def save(self) -> None:
         self.step += 1

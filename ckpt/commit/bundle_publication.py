@@ -140,7 +140,7 @@ class BundleCommitter:
                 if files:
                     manifest = Manifest(ticket.step, said["sequence"], self._conversation.world_size, files)
                     ticket.root.publish(ticket.place, manifest, ticket.directory)
-            bundles.place(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
+            bundles.give_final_names(ticket.place, [entry for entry in entries if entry.temporary not in dropped])
             for file in ticket.files:
                 if file.target.parent != ticket.directory:
                     durable.rename_durably(file.reach(file.temporary), file.reach(file.target))

@@ -109,7 +109,7 @@ class StepCommitter:
         if not failure.stands:
             for step_file in ticket.parts:
                 step_file.file.given_up = step_file.is_shared
-            self._take_back(ticket)
+            self._remove_unpublished(ticket)
         raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")
 
     # ---- prepare ---------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class StepCommitter:
         return good_answer(ticket.what, **dataclasses.asdict(prepared)), None
 
     def _place(self, step_file: StepFile) -> FileEntry:
-        self._directories.place(step_file.file.temporary, step_file.file.target)
+        self._directories.give_final_name(step_file.file.temporary, step_file.file.target)
         job = step_file.file.job
         return FileEntry(step_file.file.target.name, job.size, job.crc32, step_file.kind, self._conversation.rank)
 
@@ -174,7 +174,7 @@ class StepCommitter:
         for number, step_file in enumerate(step_file for step_file in ticket.parts if step_file.is_shared):
             durable.crash_point("shares-written")
             crc = join_shares(step_file.file, [answer.shares[number] for answer in answers])
-            self._directories.place(step_file.file.temporary, step_file.file.target)
+            self._directories.give_final_name(step_file.file.temporary, step_file.file.target)
             joined.append(FileEntry(step_file.file.target.name, step_file.file.job.size, crc, step_file.kind))
         return tuple(joined)
 
@@ -205,7 +205,7 @@ class StepCommitter:
             self._conversation.answer(f"{ticket.number}-prepared", own)
         except StorageError as undelivered:
             # Rank 0 cannot publish without our word. But it may still be busy with what all write together, and removes that.
-            self._take_back(ticket)
+            self._remove_unpublished(ticket)
             raise error or undelivered.with_traceback(None) from None
         durable.crash_point("prepared")
         verdict = self._conversation.hear(f"{ticket.number}-verdict")
@@ -218,11 +218,11 @@ class StepCommitter:
             verdict = self._conversation.hear(f"{ticket.number}-verdict-again")
         return outcome_of(verdict), error
 
-    def _take_back(self, ticket: Ticket) -> None:
+    def _remove_unpublished(self, ticket: Ticket) -> None:
         """Of a step that will not be published: the files that this rank has given their names."""
         for step_file in ticket.parts:
             if step_file.written and (self._conversation.rank == 0 or not step_file.is_shared):
-                self._directories.take_back(step_file.file.target)
+                self._directories.remove_unpublished(step_file.file.target)
 
 
 def _digest(step_file: StepFile) -> Digest:

@@ -114,7 +114,7 @@ class BundleRoot:
         """The number of the next commit."""
         with _guard:
             if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in look(self._held.reach)), default=0) + 1
+                self._next_sequence = max((manifest.sequence for _, manifest in committed_in(self._held.reach)), default=0) + 1
             self._next_sequence += 1
             return self._next_sequence - 1
 
@@ -145,13 +145,13 @@ class BundleRoot:
         durable.replace_durably(self._held.reach / LATEST, name.encode(), "latest")
 
 
-def look(root: Path) -> list[tuple[Path, Manifest]]:
+def committed_in(root: Path) -> list[tuple[Path, Manifest]]:
     """The bundles that were published, newest first."""
     found = [(path, manifest) for path in _subdirectories(root) if (manifest := manifests.read_if_any(path)) is not None]
     return sorted(found, key=lambda item: item[1].sequence, reverse=True)
 
 
-def place(directory: Path, files: Sequence[FileEntry]) -> None:
+def give_final_names(directory: Path, files: Sequence[FileEntry]) -> None:
     """Gives files their own names, durably.
 
     Raises:
@@ -177,7 +177,7 @@ def complete(directory: Path, manifest: Manifest) -> None:
     left = [file for file in manifest.files if file.temporary and (directory / file.temporary).exists()]
     if left:
         logger.info("'%s' is completed: %d files get their names", directory, len(left))
-        place(directory, left)
+        give_final_names(directory, left)
 
 
 def is_unsettled(directory: Path) -> bool:
@@ -192,7 +192,7 @@ def complete_all(root: Path, name: str | None = None) -> None:
     Args:
         name: of one more, which may lie deeper.
     """
-    found = dict(look(root))
+    found = dict(committed_in(root))
     if name is not None and (manifest := manifests.read_if_any(root / name)) is not None:
         found[root / name] = manifest
     for directory, manifest in found.items():

@@ -30,7 +30,7 @@ class Found(NamedTuple):
     bare: list[Path]
 
 
-def look(directory: Path) -> Found:
+def find_steps(directory: Path) -> Found:
     """What is there. A living job may publish and remove steps meanwhile: what it says is true for one moment, all the same."""
     for pause in _PAUSES_S:
         time.sleep(pause)
@@ -42,7 +42,7 @@ def look(directory: Path) -> Found:
 
 def newest_after(directory: Path, sequence: int) -> Manifest | None:
     """Of the checkpoint that was committed last, if that was after this commit."""
-    newest = next((manifest for _, manifest in look(directory).checkpoints), None)
+    newest = next((manifest for _, manifest in find_steps(directory).checkpoints), None)
     return newest if newest is not None and newest.sequence > sequence else None
 
 

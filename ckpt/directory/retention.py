@@ -11,7 +11,7 @@ from pathlib import Path
 from ckpt.directory import manifest as manifests
 from ckpt.directory import unpublished
 from ckpt.directory.in_flight import FilesInFlight
-from ckpt.directory.listing import LATEST, look
+from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name, names_in, written_for
 from ckpt.errors import CheckpointError, NotACheckpointError
@@ -71,7 +71,7 @@ class Retention:
         if self._keep is None:
             return
         largest = manifests.bytes_of(manifest)
-        for path, old in look(self._directory).checkpoints[self._keep :]:
+        for path, old in find_steps(self._directory).checkpoints[self._keep :]:
             with self.going_on(path):
                 if old.others and not path.is_symlink():
                     self._withdraw(path, old)

@@ -26,7 +26,7 @@ from pathlib import Path
 from ckpt.directory import manifest as manifests
 from ckpt.directory import step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
-from ckpt.directory.listing import LATEST, Found, look, newest_after
+from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
@@ -68,18 +68,20 @@ class StepDirectories:
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the finisher's thread, once there is a save:
         self._next_sequence: int | None = None
-        self._placed: set[Path] = set()  # files that place() has given their names; the names of others are not ours to remove
+        self._placed: set[Path] = (
+            set()
+        )  # files that give_final_name() has given their names; the names of others are not ours to remove
         self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
-    def look(self) -> Found:
+    def committed(self) -> Found:
         """See listing.py."""
-        return look(self._directory)
+        return find_steps(self._directory)
 
     def look_for_restore(self) -> Found:
         """The same, for who wants to know what there is before it saves."""
-        found = self.look()
+        found = self.committed()
         self._seen = max([self._seen, *(manifest.sequence for _, manifest in found.checkpoints)])
         return found
 
@@ -267,7 +269,7 @@ class StepDirectories:
             with self._lock:
                 self._limits = limits
 
-    def abandon(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
+    def forget_save(self, directory: Path, targets: Sequence[Path], *, failed: bool = False) -> None:
         """The save that begin() returned `targets` for is over: published, failed on the way, or never begun."""
         with contextlib.ExitStack() as cleaning:
             with self._lock:
@@ -292,7 +294,7 @@ class StepDirectories:
 
     # ---- the finisher's side --------------------------------------------------------------------------------------
 
-    def place(self, temporary: Path, target: Path) -> None:
+    def give_final_name(self, temporary: Path, target: Path) -> None:
         """Gives a written file its name, durably. No manifest names it yet: it belongs to no checkpoint.
 
         Raises:
@@ -312,7 +314,7 @@ class StepDirectories:
         try:
             durable.rename_durably(temporary, target)
         except BaseException:
-            self.take_back(target)
+            self.remove_unpublished(target)
             raise
         durable.crash_point("renamed")
 
@@ -360,7 +362,7 @@ class StepDirectories:
             str(self._directory),
         )
 
-    def take_back(self, target: Path) -> None:
+    def remove_unpublished(self, target: Path) -> None:
         """Removes a file that has its name but is not committed: a full disk must not get fuller with every try."""
         if target not in self._placed:
             return
@@ -387,7 +389,7 @@ class StepDirectories:
     def take_sequence(self) -> int:
         """The number of the next commit."""
         if self._next_sequence is None:
-            self._next_sequence = max((manifest.sequence for _, manifest in self.look().checkpoints), default=0) + 1
+            self._next_sequence = max((manifest.sequence for _, manifest in self.committed().checkpoints), default=0) + 1
         self._next_sequence += 1
         return self._next_sequence - 1
 

@@ -99,7 +99,7 @@ class CandidateVote:
         """On rank 0, instead of leading: the others raise InUseError."""
         self._tell({"refusal": text})
 
-    def lead(self, look: Callable[[], Seen], verify: Verify) -> Choice:
+    def lead(self, find_steps: Callable[[], Seen], verify: Verify) -> Choice:
         """On rank 0: the first candidate that is good everywhere; else None, and why.
 
         Args:
@@ -109,7 +109,7 @@ class CandidateVote:
         times_gone: collections.Counter[tuple[str, int]] = collections.Counter()
         end = time.monotonic() + self._timeout_s
         for _ in range(_MOST_LOOKS):
-            seen = look()
+            seen = find_steps()
             for candidate in seen.candidates:
                 key = (candidate.name, candidate.sequence)
                 if key in rejected:
