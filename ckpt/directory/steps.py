@@ -68,9 +68,8 @@ class StepDirectories:
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
         # Of the finisher's thread, once there is a save:
         self._next_sequence: int | None = None
-        self._placed: set[Path] = (
-            set()
-        )  # files that give_final_name() has given their names; the names of others are not ours to remove
+        # Files that give_final_name() has given their names: the names of others are not ours to remove.
+        self._placed: set[Path] = set()
         self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
 
     # ---- looking ---------------------------------------------------------------------------------------------------
