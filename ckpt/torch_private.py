@@ -115,7 +115,7 @@ _MODULE_HOOKS = ("_state_dict_hooks", "_state_dict_pre_hooks", "_load_state_dict
 _MODULE_METHODS = ("state_dict", "load_state_dict", "_save_to_state_dict", "_load_from_state_dict")
 _OPTIMIZER_HOOKS = (
     *("_optimizer_state_dict_pre_hooks", "_optimizer_state_dict_post_hooks"),
-    "_optimizer_load_state_dict_pre_hooks",
+    *("_optimizer_load_state_dict_pre_hooks", "_optimizer_load_state_dict_post_hooks"),
 )
 
 

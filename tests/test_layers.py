@@ -9,7 +9,7 @@ from test_tidy import PUBLIC_MODULES
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
-    {"fence", "formats", "options", "storage"},
+    {"fence", "formats", "options", "state_dicts", "storage"},
     {"coordinator", "directory", "loading", "plan"},
     {"restore", "saving"},
     {"commit", "session"},
@@ -32,6 +32,7 @@ PUBLIC_NAMES = {
     "ckpt.optimizers": {"load_state"},
     "ckpt.options": {"Options"},
     "ckpt.quantities": {"parse_duration", "parse_size"},
+    "ckpt.state_dicts": {"is_plain"},
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ckpt import devices as torch_devices
-from ckpt import optimizers, torch_private
+from ckpt import optimizers, state_dicts, torch_private
 from ckpt.devices import HOST
 from ckpt.errors import MismatchError
 from ckpt.loading.overlap import Intervals, Pair, lies_on_itself
@@ -250,7 +250,7 @@ class TargetMatch:
         numbers = itertools.chain.from_iterable(group["params"] for group in found["param_groups"])
         parameters = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
         here = {number: (mine, parameter) for mine, (number, parameter) in enumerate(zip(numbers, parameters, strict=True))}
-        filled = ours["state"] if torch_private.optimizer_is_plain(optimizer) else {}
+        filled = ours["state"] if state_dicts.is_plain(optimizer) else {}
         states = {}
         for number, state in found["state"].items():
             mine, parameter = here.get(number, (None, None))
@@ -349,7 +349,7 @@ def _kind(value: Any) -> str:
 
 def _state_of(module: torch.nn.Module) -> dict[str, Any] | None:
     """Its state dict, in which tensors that bear names of the module's are these themselves; None if it has another."""
-    if not all(map(torch_private.module_is_plain, module.modules())):
+    if not state_dicts.is_plain(module):
         return None
     state = dict(module.state_dict())
     parts = (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False))

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader
 
-from ckpt import optimizers
+from ckpt import optimizers, state_dicts
 
 from . import torch_private
 from .resumable_sampler import make_resumable
@@ -132,32 +132,12 @@ def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any
     common = {key: (shared[key], tensor) for key, tensor in here.items() if key in shared}
     if not all(isinstance(found, torch.Tensor) and found.shape == tensor.shape for found, tensor in common.values()):
         return None
-    if not _loads_plainly(module):
-        return {}
-    clashing = _tied_only_here(common)
-    return {(key,): tensor for key, (_, tensor) in common.items() if key not in clashing}
-
-
-def _tied_only_here(common: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> set[str]:
-    """Names of tensors that several in the file are to be copied to, one over the other."""
-    names: dict[int, dict[int, list[str]]] = {}
-    for key, (found, tensor) in common.items():
-        plain = {type(found), type(tensor)} <= {torch.Tensor, nn.Parameter} and found.layout is tensor.layout is torch.strided
-        if plain and tensor.numel():
-            names.setdefault(tensor.data_ptr(), {}).setdefault(found.data_ptr(), []).append(key)
-    return {key for sources in names.values() if len(sources) > 1 for keys in sources.values() for key in keys}
-
-
-def _loads_plainly(module: nn.Module) -> bool:
-    """Whether nothing but torch decides what becomes of a state dict."""
-    plain = getattr(module.load_state_dict, "__func__", None) is nn.Module.load_state_dict
-    return plain and all(map(torch_private.module_loads_plainly, module.modules()))
+    return {(key,): tensor for key, (_, tensor) in common.items()} if state_dicts.is_plain(module) else {}
 
 
 def _lend_optimizer(optimizer: torch.optim.Optimizer, shared: Any) -> dict[tuple[Any, ...], torch.Tensor] | None:
     """What it has from steps that it has made; one that has made none takes up what is in the file as it is."""
-    plain = getattr(optimizer.load_state_dict, "__func__", None) is torch.optim.Optimizer.load_state_dict
-    if not plain or not torch_private.optimizer_loads_plainly(optimizer):
+    if not state_dicts.is_plain(optimizer):
         return {}
     if not isinstance(shared, Mapping) or not {"state", "param_groups"} <= shared.keys():
         return None

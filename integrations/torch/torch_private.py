@@ -24,19 +24,6 @@ def set_metadata(state: Any, metadata: Mapping[str, Any]) -> None:
     setattr(state, _METADATA, metadata)
 
 
-def module_loads_plainly(module: torch.nn.Module) -> bool:
-    """Whether nothing but torch decides what becomes of the state of a module; False too if that cannot be told."""
-    hooks = getattr(module, "_load_state_dict_pre_hooks", None)
-    load = getattr(module, "_load_from_state_dict", None)  # of the class, or put into this one module
-    return hooks is not None and not hooks and getattr(load, "__module__", "").partition(".")[0] == "torch"
-
-
-def optimizer_loads_plainly(optimizer: torch.optim.Optimizer) -> bool:
-    """As of a module."""
-    hooks = getattr(optimizer, "_optimizer_load_state_dict_pre_hooks", None)
-    return hooks is not None and not hooks
-
-
 # Without it positions in the data are known as long as there are no workers: their batches are those that are asked for ahead.
 _LoaderIterator: type[Any] | None = getattr(torch.utils.data.dataloader, "_BaseDataLoaderIter", None)
 
