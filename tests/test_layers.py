@@ -9,9 +9,10 @@ from test_tidy import PUBLIC_MODULES
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
-    {"fence", "formats", "options", "state_dicts", "storage"},
+    {"fence", "options", "state_dicts", "storage"},
     {"coordinator", "directory", "loading", "plan"},
-    {"restore", "saving"},
+    {"formats", "restore"},
+    {"saving"},
     {"commit", "session"},
     {"bundles", "checkpointer"},
 )

@@ -13,7 +13,7 @@ import torch
 from support import DEADLINE_S, assert_same
 
 from ckpt import _native
-from ckpt.commit.shared_file import Disagreement, Share, find_disagreement
+from ckpt.commit.shared_file import Disagreement, WrittenShare, find_disagreement
 from ckpt.plan.save_plan import LAZY, make_plan
 
 CHUNK = 1 << 16
@@ -60,7 +60,7 @@ class Writers:
     def disagreement(self) -> Disagreement | None:
         for job in self.jobs:
             assert job.wait_finished(DEADLINE_S) and job.error is None, job.error
-        return find_disagreement([Share(*job.written, job.crc32, "", "", 0, *job.edges) for job in self.jobs])
+        return find_disagreement([WrittenShare(*job.written, job.crc32, "", "", 0, *job.edges) for job in self.jobs])
 
     def finish(self) -> int:
         """Joins the shares; returns the CRC-32 of the file as it follows from theirs."""

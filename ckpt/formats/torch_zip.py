@@ -1,11 +1,40 @@
-"""What a file of torch.save is made of, beside its pickle and the bytes of its tensors."""
+"""The file that torch.save writes: a zip file of stored entries, one for each storage, around a pickle."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
+import os
+import secrets
+import sys
 from pathlib import Path
 
+from ckpt.formats.format import FileDescription
+from ckpt.plan.save_plan import SavePlan
+
 SHARED_ARCHIVE = b"replicated"  # the same on all ranks, whatever the file will be called
+
+
+@dataclasses.dataclass(frozen=True)
+class TorchZip:
+    """See the module.
+
+    Args:
+        alignment: as of `FileDescription`; it is written into the file, and a reader may compute from it where records lie.
+    """
+
+    alignment: int | None = None
+
+    def describe(self, plan: SavePlan, target: Path, shared_token: str | None) -> FileDescription:
+        """See FileFormat."""
+        head = [("data.pkl", plan.pickle)]
+        if self.alignment is not None:
+            head += [(".format_version", b"1"), (".storage_alignment", str(self.alignment).encode())]
+        head.append(("byteorder", sys.byteorder.encode()))
+        identity = serialization_id(shared_token or secrets.token_hex())
+        tail = [("version", b"3\n"), (".data/serialization_id", identity.encode())]
+        archive = SHARED_ARCHIVE if shared_token else os.fsencode(archive_name(target))
+        return FileDescription(archive, head, tail, self.alignment)
 
 
 def serialization_id(token: str) -> str:

@@ -7,8 +7,6 @@ import gc
 import logging
 import os
 import re
-import secrets
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,7 +16,8 @@ from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
-from ckpt.formats import torch_zip
+from ckpt.formats.format import FileFormat
+from ckpt.formats.torch_zip import TorchZip
 from ckpt.options import Options
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
@@ -158,22 +157,16 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
 
 def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, options: Options) -> None:
     records = plan.records
-    alignment = options.record_alignment
-    head = [("data.pkl", plan.pickle)]
-    if alignment is not None:
-        # Says that every record is aligned alike, from which a reader may compute where records lie.
-        head += [(".format_version", b"1"), (".storage_alignment", str(alignment).encode())]
-    head.append(("byteorder", sys.byteorder.encode()))
-    file.devices = frozenset(plan.devices) - {HOST}
-    file.wants_direct = options.direct_io and alignment is None  # uniform records lie at no block boundary
+    made: FileFormat = TorchZip(options.record_alignment)
     write_share = file.write_share
-    serial = torch_zip.serialization_id(write_share.token if write_share else secrets.token_hex())
-    tail = [("version", b"3\n"), (".data/serialization_id", serial.encode())]
+    content = made.describe(plan, file.target, write_share.token if write_share else None)
+    file.devices = frozenset(plan.devices) - {HOST}
+    file.wants_direct = options.direct_io and content.alignment is None  # uniform records lie at no block boundary
     file.hold(
         ChangeDetector(obj, plan.lazy),
         records,
-        first_record=len(head),
-        until_durable=(head, tail, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
+        first_record=len(content.head),
+        until_durable=(content, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
         names_to_the_end=options.verify_capture or bool(file.devices),
         on_sealed=unwatch,
     )
@@ -182,14 +175,14 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
         file.job = runtime.submit(
             path=os.fsencode(file.temporary),
             direct=file.wants_direct,
-            archive=os.fsencode(torch_zip.archive_name(file.target)) if write_share is None else torch_zip.SHARED_ARCHIVE,
-            head=head,
+            archive=content.archive,
+            head=content.head,
             addresses=plan.addresses,
             sizes=plan.sizes,
             kinds=bytes(plan.kinds),
-            tail=tail,
+            tail=content.tail,
             copy_at_most=options.size("eager_bytes"),
-            uniform_alignment=alignment or 0,
+            uniform_alignment=content.alignment or 0,
             verify=options.verify_capture,
             timeout_s=options.timeout_s,
             share_index=write_share.index if write_share else 0,

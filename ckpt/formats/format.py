@@ -1,0 +1,39 @@
+"""What a file format has to say of a file before it is written."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Protocol
+
+from ckpt.plan.save_plan import SavePlan
+
+
+@dataclasses.dataclass(frozen=True)
+class FileDescription:
+    """All of a file but the bytes of its tensors, which come between head and tail, each as one record.
+
+    Where each record lies is computed by the core (csrc/format/), from this and the sizes of the tensors.
+
+    Attributes:
+        archive: the folder in the file that holds the records.
+        head, tail: the records before and behind those of the tensors, each with its name and its bytes.
+        alignment: bytes, of each record; None: large ones begin at multiples of what direct I/O demands, the others need none.
+    """
+
+    archive: bytes
+    head: list[tuple[str, bytes]]
+    tail: list[tuple[str, bytes]]
+    alignment: int | None
+
+
+class FileFormat(Protocol):
+    """How a planned save becomes a file. TorchZip is the one that there is."""
+
+    def describe(self, plan: SavePlan, target: Path, shared_token: str | None) -> FileDescription:
+        """
+        Args:
+            target: what the file will be called.
+            shared_token: of a file that several processes write together, each of which gets the same description by it; it
+                has not been used before. None: this process writes all of it.
+        """
