@@ -265,6 +265,29 @@ def replace_quickly(path: Path, content: bytes) -> None:
         raise
 
 
+def copy_file(source: Path, target: Path, chunk_bytes: int) -> int:
+    """Makes `target` a copy, which is fsynced; returns the CRC-32 of the bytes that were read. Its name is not durable yet.
+
+    Raises:
+        StorageError: one cannot be read, or the other not be written; what there is of `target` stays.
+    """
+    crc, chunk = 0, memoryview(bytearray(chunk_bytes))
+    refuse_irregular(source, "copy")
+    try:
+        with source.open("rb", buffering=0) as read, target.open("xb", buffering=0) as written:
+            while count := read.readinto(chunk):
+                crc = _native.crc32(chunk[:count], crc)
+                rest = chunk[:count]
+                while rest:
+                    rest = rest[written.write(rest) :]
+            os.fsync(written.fileno())
+    except OSError as error:
+        raise StorageError(
+            error.errno or 0, f"copying '{source}' to '{target}' failed: {error.strerror}", str(target)
+        ) from error
+    return crc
+
+
 def make_empty_file(path: Path) -> None:
     """One that is there is fine. Not durable before sync_directory(), but no later than what is done there after it.
 
