@@ -32,6 +32,7 @@ from ckpt.errors import (
     SkippedError,
     StorageError,
 )
+from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
@@ -140,6 +141,7 @@ class BundleCheckpointer(SaveSession):
             own under the same path.
         leads_node: whether this rank is the one that writes manifest and `latest` on its node; used if `node` is given.
         varying: keys of integers that may differ where several ranks write one file.
+        metrics: as of Checkpointer.
 
     Raises:
         ValueError, CheckpointError: as Checkpointer.
@@ -153,10 +155,12 @@ class BundleCheckpointer(SaveSession):
         node: str | None = None,
         leads_node: bool = False,
         varying: Iterable[str] = (),
+        metrics: Iterable[MetricsSink] = (),
     ) -> None:
         made = make_coordinator(coordinator)
+        what = "this BundleCheckpointer"
         super().__init__(
-            options or Options(), made, owned=made is not coordinator, what="this BundleCheckpointer", stream="bundles"
+            options or Options(), made, owned=made is not coordinator, what=what, stream="bundles", metrics=metrics
         )
         self._claims = f"{self._stream}-claim"
         saving = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
@@ -307,12 +311,12 @@ class BundleCheckpointer(SaveSession):
                 self._limits.clear()
             self._limits[bundle._root] = limits
 
-    def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
+    def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         if error is not None and _has_vanished(task, error):
             self._unreported = error
             logger.warning("'%s' was removed while it was being saved", task.path)
         else:
-            super()._note_done(number, task, error)
+            super()._count(number, task, error)
         if error is None:
             before = [path for path in self._published if path != task.path]
             self._published = [*before[1 - _MOST_PUBLISHED :], task.path]

@@ -7,7 +7,7 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.fence import fence
+from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.request import Restored, RestoreRequest
@@ -53,6 +54,7 @@ class Checkpointer(SaveSession):
         coordinator: by what the ranks agree: "torch" (the store of torch.distributed), "mpi", "file" (messages in the
             directory), "local" (one process), or "auto", which takes the first of "torch", "mpi", "file" that fits how the job
             was launched, and "local" for a job of one.
+        metrics: who is told of each save that has ended, see `ckpt.metrics.MetricsSink`.
 
     Raises:
         StorageError: the directory cannot be made or entered; says what is in the way.
@@ -69,6 +71,7 @@ class Checkpointer(SaveSession):
         keep: int | None = 3,
         options: Options | None = None,
         coordinator: str | Coordinator = "auto",
+        metrics: Iterable[MetricsSink] = (),
     ) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
@@ -76,7 +79,7 @@ class Checkpointer(SaveSession):
         durable.make_directory(self.directory, durable=True)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
-        super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt")
+        super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
         self._directories = StepDirectories(
             self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
         )

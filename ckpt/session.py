@@ -6,11 +6,13 @@ import itertools
 import logging
 import os
 import weakref
+from collections.abc import Iterable
 from types import TracebackType
 from typing import TypeVar
 
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
+from ckpt.metrics.record import MetricsSink, Sinks
 from ckpt.options import Options
 from ckpt.saving import runtime
 from ckpt.saving.submit import log_failure
@@ -30,10 +32,21 @@ class SaveSession:
         owned: it was made for this session: nobody else uses it, and it ends with it.
         what: names this in messages.
         stream: the beginning of the keys of its conversations.
+        metrics: who is told of each save.
     """
 
-    def __init__(self, options: Options, coordinator: Coordinator, *, owned: bool, what: str, stream: str) -> None:
+    def __init__(
+        self,
+        options: Options,
+        coordinator: Coordinator,
+        *,
+        owned: bool,
+        what: str,
+        stream: str,
+        metrics: Iterable[MetricsSink] = (),
+    ) -> None:
         self.options = options
+        self._sinks = Sinks(metrics)
         self._coordinator = coordinator
         self._owns_coordinator = owned
         self._what = what
@@ -99,6 +112,7 @@ class SaveSession:
             if self._owns_coordinator:
                 self._coordinator.close()
             self._release()
+            self._sinks.close()
         if self._last_failed is not None:
             raise self._last_failed
 
@@ -144,6 +158,10 @@ class SaveSession:
 
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         """The outcome of save `number`."""
+        self._count(number, task, error)
+        self._sinks.note(task, error, self.rank, self.world_size)
+
+    def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         if error is None:
             self._failed_in_a_row = 0
             self._last_failed = None

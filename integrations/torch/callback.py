@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import nn
 
 import ckpt
 from ckpt.errors import SkippedError
+from ckpt.metrics import MetricsSink
 from ckpt.quantities import Duration, parse_duration
 
 from . import when_to_save
@@ -56,7 +57,7 @@ class CheckpointCallback:
             before. Of a module only the parameters have to be equal.
         every: when step() saves: a number of steps; a time, as timedelta or text ("30s", "10min", "2h"); or "auto" or
             `Auto(mtbf=..., overhead=...)`: as often as pays.
-        keep, options, coordinator: as for `ckpt.Checkpointer`.
+        keep, options, coordinator, metrics: as for `ckpt.Checkpointer`.
         lazy: more that changes only in an optimizer's step, as for `ckpt.save`; for example `model`, if it has many frozen
             parameters, which belong to no optimizer and would be copied at every save although nothing changes them.
         merge_data: called when another number of ranks resumes, with what `data` gave on each of the old ranks, in their order
@@ -89,6 +90,7 @@ class CheckpointCallback:
         keep: int | None = 3,
         options: ckpt.Options | None = None,
         coordinator: Any = "auto",
+        metrics: Iterable[MetricsSink] = (),
         lazy: Any = None,
         merge_data: Callable[[list[Any]], Any] | None = None,
         preemption: bool | Duration = False,
@@ -105,7 +107,7 @@ class CheckpointCallback:
         grace = _GRACE if preemption is True else preemption
         grace_s = parse_duration(grace, "preemption") if grace is not False else None
         when_to_save.make_interval(every, None)  # complains before anything is made
-        self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator)
+        self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator, metrics=metrics)
         self._state = NamedParts(parts, positions, self._checkpointer, merge_data)
         self._lazy = [*self._state.optimizers(), *([] if lazy is None else [lazy])]
         self._agreed = 0
