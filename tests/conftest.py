@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import places
 import pytest
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     import ckpt
 
+
+sys.path += [path for path in map(str, places.FOLDERS) if path not in sys.path]
 
 # A shell starts what goes to its background with Ctrl-C ignored, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -40,7 +43,7 @@ LONGEST = (
     "test_bench.py",
     "test_leaks.py",
     "test_ddp.py",
-    "test_spread.py",
+    "test_shared_read.py",
     "test_ranks_apart.py",
     "test_hostile.py",
 )

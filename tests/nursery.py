@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import types
-from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from places import PYTHONPATH
 from support import patience
 
 DEADLINE_S = patience(60.0)
@@ -65,13 +65,12 @@ class Nursery:
     """
 
     def __init__(self, optimizer: bool = False) -> None:
-        root, tests = Path(__file__).parents[1], Path(__file__).parent
         self.socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno()), *(["--optimizer"] if optimizer else [])],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(tests), str(tests / "crash")])},
+                env=os.environ | {"PYTHONPATH": PYTHONPATH},
             )
         self._lines = self.socket.makefile("rb", buffering=0)
         self.socket.settimeout(DEADLINE_S + 30)

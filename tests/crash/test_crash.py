@@ -37,8 +37,8 @@ POINTS = {
     "tidied": 1,
     "removal-begun": 1,
 }
-DISTRIBUTED_POINTS = ["shares-written"]  # tests/test_commit.py kills there
-BUNDLE_POINTS = ["placed", "all-placed"]  # tests/test_deepspeed_crash.py
+DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
+BUNDLE_POINTS = ["placed", "all-placed"]  # tests/integrations/test_deepspeed_crash.py
 FILE_POINTS = ["preallocated", "chunk-written", "chunks-written", "data-durable", "before-rename", "renamed"]
 
 pytestmark = pytest.mark.usefixtures("native")

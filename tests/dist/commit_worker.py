@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import nursery
+from crash_child import Trainer, digest
 import torch
 from support import patience
 
-sys.path.append(str(Path(__file__).parents[1] / "crash"))
-from crash_child import Trainer, digest
 
 import ckpt
 from ckpt import _native

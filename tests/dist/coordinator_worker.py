@@ -1,4 +1,4 @@
-"""One rank of a job that puts a coordinator through its paces; tests/test_coordinator.py starts it and reads what it reports.
+"""One rank of a job that puts a coordinator through its paces; test_coordinator.py starts it and reads what it reports.
 
     coordinator_worker.py IMPLEMENTATION DIRECTORY SCENARIO...      one rank of MPI
     coordinator_worker.py --jobs JOB...                             jobs one after the other, each a JSON list:

@@ -9,19 +9,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from places import PYTHONPATH
 from nursery import DEADLINE_S, Nursery, freeze, serve, warm_up
 
 
 class DeepSpeedNursery(Nursery):
     def __init__(self) -> None:
-        tests = Path(__file__).parents[1]
         self.socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, __file__, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env=os.environ
-                | {"PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+                | {"PYTHONPATH": PYTHONPATH}
                 | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
             )
         self._lines = self.socket.makefile("rb", buffering=0)

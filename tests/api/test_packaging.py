@@ -1,0 +1,246 @@
+"""The package as a user meets it: an sdist, wheels built from it and from a checkout, and an editable install.
+
+Everything is built in copies, without network, from the packages that are already installed. One release build and at
+most one development build are compiled; what a second build of the same kind needs is carried over from the first.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from places import ROOT
+from support import patience
+
+MISSING = [name for name in ("pip", "setuptools", "pybind11") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"not installed, and needed to build: {', '.join(MISSING)}", allow_module_level=True)
+if shutil.which("c++") is None and shutil.which(os.environ.get("CXX", "g++")) is None:
+    pytest.skip("no C++ compiler is installed", allow_module_level=True)
+
+SOURCES = ("ckpt", "integrations", "csrc", "tests", "docs", "examples", "bench", ".ci")
+FILES = (
+    *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "constraints.txt"),
+    *("README.md", "CONTRIBUTING.md", "LICENSE"),
+)
+COMMAND_TIMEOUT_S = patience(600)
+
+# What a plain machine has: the runtime libraries of C and C++ and the loader.
+PLAIN_LIBRARIES = re.compile(
+    r"lib(stdc\+\+|c\+\+|c\+\+abi|gcc_s|c|m|pthread|dl|rt)\.so(\.\d+)*|ld-linux.*\.so\.\d+|ld-musl.*|libc\.musl.*"
+)
+
+ROUND_TRIP = """
+import json, sys
+import torch
+import ckpt
+import ckpt.integrations
+
+path = sys.argv[1]
+state = {"weight": torch.arange(100_000, dtype=torch.float32).reshape(100, 1000), "step": 7, "empty": torch.empty(0)}
+ckpt.save(state, path).result(timeout=60)
+for loaded in (ckpt.load(path), torch.load(path, weights_only=True)):
+    assert loaded.keys() == state.keys() and loaded["step"] == 7 and loaded["empty"].shape == (0,)
+    assert torch.equal(loaded["weight"], state["weight"])
+print(json.dumps({
+    "ckpt": ckpt.__file__,
+    "integrations": ckpt.integrations.__file__,
+    "native": ckpt._native.__file__,
+    "native_names": dir(ckpt._native),
+    "version": ckpt.__version__,
+}))
+"""
+
+
+class Installed(NamedTuple):
+    """What a fresh interpreter reports about an installed package, after a save and a load with it."""
+
+    ckpt: Path
+    integrations: Path
+    native: Path
+    native_names: list[str]
+    version: str
+
+
+def run(*command: object, cwd: Path, **environment: str) -> str:
+    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "LAZYCKPT_BUILD")}
+    clean |= {"PIP_NO_INDEX": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1", "PYTHONDONTWRITEBYTECODE": "1", **environment}
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, env=clean, capture_output=True, text=True, timeout=COMMAND_TIMEOUT_S
+    )
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout
+
+
+def copy_tree(to: Path) -> Path:
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, to / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    for name in FILES:
+        if (ROOT / name).is_file():
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def carry_objects(source: Path, to: Path) -> None:
+    """Compiled objects keep their times, so the build in `to` uses those that are newer than its sources."""
+    for objects in source.glob("build/native-*"):
+        shutil.copytree(objects, to / "build" / objects.name)
+
+
+def build_wheel(tree: Path, to: Path) -> Path:
+    pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", to, tree)
+    run(*pip, cwd=tree.parent)
+    (wheel,) = to.glob("lazyckpt-*.whl")
+    return wheel
+
+
+def install_wheel(wheel: Path, to: Path) -> Path:
+    run(sys.executable, "-m", "pip", "install", "--no-deps", "--target", to, wheel, cwd=to.parent)
+    return to
+
+
+def try_out(python: object, cwd: Path, **environment: str) -> Installed:
+    cwd.mkdir()
+    output = run(python, "-c", ROUND_TRIP, cwd / "state.pt", cwd=cwd, **environment)
+    found = json.loads(output.splitlines()[-1])
+    paths = {key: Path(found.pop(key)).resolve() for key in ("ckpt", "integrations", "native")}
+    return Installed(**paths, **found)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packaging").resolve()
+
+
+@pytest.fixture(scope="module")
+def tree(place: Path) -> Path:
+    return copy_tree(place / "checkout")
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, place: Path) -> Path:
+    script = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", script, place, cwd=tree)
+    (archive,) = place.glob("lazyckpt-*.tar.gz")
+    return archive
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, place: Path) -> Path:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(place / "unpacked")
+    (top,) = (place / "unpacked").iterdir()
+    return top
+
+
+@pytest.fixture(scope="module")
+def wheel_from_sdist(unpacked: Path, place: Path) -> Path:
+    return build_wheel(unpacked, place / "wheel-from-sdist")
+
+
+@pytest.fixture(scope="module")
+def release(wheel_from_sdist: Path, place: Path) -> Installed:
+    site = install_wheel(wheel_from_sdist, place / "release-site")
+    return try_out(sys.executable, place / "release-run", PYTHONPATH=str(site))
+
+
+@pytest.fixture(scope="module")
+def editable(place: Path) -> Installed:
+    tree = copy_tree(place / "editable")
+    carry_objects(ROOT, tree)
+    environment = place / "environment"
+    venv.create(environment, with_pip=False, symlinks=True)
+    python = environment / "bin" / "python"
+    # The environment sees the packages of this one, but none of the finders of this one's editable installs.
+    (site,) = environment.glob("lib/python*/site-packages")
+    host = [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages")]
+    (site / "host.pth").write_text("\n".join(host), encoding="utf-8")
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--no-build-isolation", "--no-deps", "-e", tree, cwd=place, LAZYCKPT_BUILD="dev")
+    return try_out(python, place / "editable-run")
+
+
+def modules_in_tree() -> set[str]:
+    found = {path.relative_to(ROOT).as_posix() for path in (ROOT / "ckpt").rglob("*.py")}
+    adapters = {path.relative_to(ROOT).as_posix() for path in (ROOT / "integrations").rglob("*.py")}
+    return found | {f"ckpt/{name}" for name in adapters}
+
+
+def test_sdist_holds_what_a_build_and_a_test_run_need(unpacked: Path, tree: Path) -> None:
+    def files(top: Path) -> set[str]:
+        relative = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file())
+        return {name for name in relative if not re.match(r"(build/|PKG-INFO|setup\.cfg|[^/]*\.egg-info/)", name)}
+
+    assert files(unpacked) == files(tree)
+
+
+def test_wheel_holds_the_modules_and_nothing_else(wheel_from_sdist: Path) -> None:
+    with zipfile.ZipFile(wheel_from_sdist) as wheel:
+        names = {name for name in wheel.namelist() if ".dist-info/" not in name}
+        licenses = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
+    assert {name for name in names if name.endswith(".py")} == modules_in_tree()
+    others = {name for name in names if not name.endswith((".py", ".pyi", "/py.typed"))}
+    assert [bool(re.fullmatch(r"ckpt/_native\.[\w-]+\.so", name)) for name in others] == [True]
+    assert len(licenses) == 1
+
+
+def test_wheel_from_sdist_works(release: Installed, wheel_from_sdist: Path, place: Path) -> None:
+    site = place / "release-site"
+    assert release.ckpt == site / "ckpt" / "__init__.py"
+    assert release.integrations == site / "ckpt" / "integrations" / "__init__.py"
+    assert release.native.parent == site / "ckpt"
+    assert wheel_from_sdist.name.startswith(f"lazyckpt-{release.version}-")
+
+
+def test_wheel_from_checkout_is_the_same_and_works(tree: Path, unpacked: Path, wheel_from_sdist: Path, place: Path) -> None:
+    carry_objects(unpacked, tree)
+    wheel = build_wheel(tree, place / "wheel-from-checkout")
+    with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(wheel_from_sdist) as theirs:
+        assert sorted(ours.namelist()) == sorted(theirs.namelist())
+    site = install_wheel(wheel, place / "checkout-site")
+    found = try_out(sys.executable, place / "checkout-run", PYTHONPATH=str(site))
+    assert found.ckpt == site / "ckpt" / "__init__.py"
+    assert found.integrations == site / "ckpt" / "integrations" / "__init__.py"
+
+
+def test_editable_install_works(editable: Installed, place: Path) -> None:
+    tree = place / "editable"
+    assert editable.ckpt == tree / "ckpt" / "__init__.py"
+    assert editable.integrations == tree / "integrations" / "__init__.py"
+    assert editable.native.parent == tree / "ckpt"
+
+
+def test_fault_hooks_are_in_development_builds_only(release: Installed, editable: Installed) -> None:
+    hooks = {"set_fault", "clear_faults", "set_crash_point", "override_io_limits"}
+    assert hooks <= set(editable.native_names)
+    assert hooks.isdisjoint(release.native_names)
+
+
+def test_native_module_needs_only_what_a_plain_machine_has(release: Installed, editable: Installed) -> None:
+    if shutil.which("readelf") is None:
+        pytest.skip("readelf is not installed (package binutils)")
+    for installed in (release, editable):
+        output = run("readelf", "--wide", "--dynamic", installed.native, cwd=installed.native.parent)
+        needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output)
+        assert needed, output
+        assert [name for name in needed if not PLAIN_LIBRARIES.fullmatch(name)] == []
+        assert re.findall(r"\((?:RPATH|RUNPATH)\)", output) == []
+
+
+def test_native_module_exports_only_its_entry(release: Installed) -> None:
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not installed (package binutils)")
+    output = run("nm", "-D", "--defined-only", release.native, cwd=release.native.parent)
+    # The weak ones are instances of the standard library's templates, which every C++ library exports.
+    strong = [line.split()[-1] for line in output.splitlines() if line.split()[-2] in "TDBR"]
+    assert [name for name in strong if name not in ("_init", "_fini")] == ["PyInit__native"]

@@ -1,0 +1,125 @@
+"""The fake CUDA driver, built once and driven from Python."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import subprocess
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from places import TESTS
+from support import patience
+
+SOURCES = TESTS / "fake_cuda"
+DEFAULT_STREAM = 0
+ILLEGAL_ADDRESS = 700
+NOT_READY = 600
+ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees of memory in use")
+
+
+def build(directory: Path, *more_flags: str) -> Path:
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    target = directory / "libfake_cuda.so"
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
+    subprocess.run([compiler, *flags, str(SOURCES / "fake_cuda.cc"), "-o", str(target)], check=True, timeout=patience(300))
+    return target
+
+
+class FakeCuda:
+    """The library at `path`: `cu` is the driver's own face, with the context of device 0 current in this thread."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.cu = ctypes.CDLL(self.path)
+        self.cu.fake_count.restype = self.cu.fake_live.restype = ctypes.c_int64
+        self._contexts: dict[int, ctypes.c_void_p] = {}
+        self._streams: list[tuple[int, int]] = []
+        self.before: dict[str, int] = {}
+        self.configure()
+
+    def configure(self, devices: int = 2, seed: int = 0, most_delay_s: float = 0.0) -> None:
+        self.cu.fake_configure(devices, ctypes.c_uint64(seed), ctypes.c_double(most_delay_s))
+
+    def call(self, name: str, *arguments: object) -> None:
+        code = getattr(self.cu, name)(*arguments)
+        assert code == 0, f"{name} failed with {code}"
+
+    def make_current(self, device: int = 0) -> None:
+        if device not in self._contexts:
+            self._contexts[device] = ctypes.c_void_p()
+            self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self._contexts[device]), device)
+        self.call("cuCtxSetCurrent", self._contexts[device])
+
+    def stream(self, device: int = 0) -> int:
+        """A compute stream."""
+        handle = ctypes.c_void_p()
+        self.make_current(device)
+        self.call("cuStreamCreateWithPriority", ctypes.byref(handle), 0, -1)
+        self.make_current(0)
+        assert handle.value
+        self._streams.append((device, handle.value))
+        return handle.value
+
+    def end_streams(self) -> None:
+        for device, handle in self._streams:
+            self.synchronize(device, handle)
+            self.make_current(device)
+            self.call("cuStreamDestroy_v2", ctypes.c_void_p(handle))
+        self._streams.clear()
+        self.make_current(0)
+
+    def fill(self, device: int, stream: int, address: int, value: int, length: int) -> None:
+        """Work of the training, that writes when its turn comes."""
+        self.cu.fake_fill(device, ctypes.c_void_p(stream), ctypes.c_void_p(address), value, ctypes.c_size_t(length))
+
+    def synchronize(self, device: int = 0, stream: int = DEFAULT_STREAM) -> None:
+        self.cu.fake_synchronize(device, ctypes.c_void_p(stream))
+
+    def fail(self, call: str, *, skip: int = 0, code: int = ILLEGAL_ADDRESS, late: bool = False) -> None:
+        self.cu.fake_fail(call.encode(), ctypes.c_int64(skip), code, int(late))
+
+    def hold_copies(self, hold: bool, *, only_from_allocated: bool = False) -> None:
+        """All that have not begun, or only those out of memory that cuMemAlloc has given out."""
+        self.cu.fake_hold_copies(2 if hold and only_from_allocated else int(hold))
+
+    def set_memory(self, *, total: int, others: int = 0) -> None:
+        """Of each device, bytes; `others` have taken that much."""
+        self.cu.fake_set_memory(ctypes.c_uint64(total), ctypes.c_uint64(others))
+
+    def set_capturing(self, device: int, stream: int, capturing: bool) -> None:
+        self.cu.fake_set_capturing(device, ctypes.c_void_p(stream), int(capturing))
+
+    def count(self, what: str) -> int:
+        return int(self.cu.fake_count(what.encode()))
+
+    def alive(self) -> dict[str, int]:
+        """What the driver has handed out and not got back, but for what the tests themselves hold."""
+        own = {"contexts": len(self._contexts), "streams": len(self._streams)}
+        return {what: int(self.cu.fake_live(what.encode())) - own.get(what, 0) for what in ALIVE}
+
+
+@pytest.fixture(scope="session")
+def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("fake_cuda"))
+
+
+@contextlib.contextmanager
+def loaded(library: Path) -> Iterator[FakeCuda]:
+    """Two devices, no delays, no faults; afterwards nothing of the driver may be left."""
+    fake = FakeCuda(library)
+    fake.make_current(0)
+    fake.before = fake.alive()
+    yield fake
+    fake.configure()
+    fake.end_streams()
+    assert fake.alive() == fake.before
+
+
+@pytest.fixture
+def cuda(fake_library: Path) -> Iterator[FakeCuda]:
+    with loaded(fake_library) as fake:
+        yield fake

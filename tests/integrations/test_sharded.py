@@ -1,0 +1,59 @@
+"""Models and optimizers of which each rank holds a part are not saved as if they were the same on all ranks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from places import PYTHONPATH, TESTS
+from support import DEADLINE_S
+
+from ckpt.integrations.torch import CheckpointCallback
+
+SCRIPT = TESTS / "dist" / "sharded_rank.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    where = tmp_path_factory.mktemp("sharded")
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*TORCHRUN, str(SCRIPT), str(where)], env=environment, capture_output=True, text=True, timeout=4 * DEADLINE_S
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+
+
+REFUSED = {
+    "fsdp-False": "model is sharded (a FullyShardedDataParallel)",
+    "fsdp-True": "model is sharded (a FullyShardedDataParallel)",
+    "fsdp-inside-False": "model is sharded (a FullyShardedDataParallel, in 'trunk')",
+    "fsdp-inside-True": "model is sharded (a FullyShardedDataParallel, in 'trunk')",
+    "fsdp-optimizer-False": "optimizer is sharded ('parameter 0 of group 0' is a FlatParameter)",
+    "fully_shard": "model is sharded ('0.weight' is a DTensor)",
+    "fully_shard-optimizer": "optimizer is sharded ('parameter 0 of group 0' is a DTensor)",
+    "zero": "optimizer is sharded (a ZeroRedundancyOptimizer)",
+    "replicated-shard": "replicated= holds a DTensor, of which each rank has a part",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_part_on_each_rank_is_refused(name: str, told: dict[str, str]) -> None:
+    assert told[name].startswith(f"TypeError: {REFUSED[name]}"), told[name]
+
+
+@pytest.mark.parametrize("name", ["ddp", "replicated-whole"])
+def test_what_is_the_same_everywhere_is_saved(name: str, told: dict[str, str]) -> None:
+    assert told[name] == "accepted"
+
+
+def test_an_engine_of_deepspeed_is_refused(tmp_path: Path) -> None:
+    deepspeed = pytest.importorskip("deepspeed")
+    engine = deepspeed.DeepSpeedEngine.__new__(deepspeed.DeepSpeedEngine)
+    engine._modules, engine._parameters, engine._buffers = {}, {}, {}
+    with pytest.raises(TypeError, match=r"Use ckpt\.integrations\.deepspeed"):
+        CheckpointCallback(tmp_path, model=engine)
