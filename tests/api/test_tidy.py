@@ -8,11 +8,12 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from places import ROOT
+from places import ROOT, TESTS
 from sources import (
     core_files,
     core_name,
@@ -398,6 +399,29 @@ def test_the_cpp_checks_themselves() -> None:
     assert GLOBAL_CALL.findall(bare(text)) == ["fsync"]
     assert GLOBAL_CALL.findall("File::open(x); ::open(x); return ::write(y);") == ["open", "write"]
     assert PLAIN_CALL.findall("file.fsync(x); a->fsync(x); File::fsync(x); fsync(x)") == ["fsync"]
+
+
+# ---- where tests lie -------------------------------------------------------------------------------------------------
+
+# All other folders bear the name of the package of ckpt/ that their tests look at.
+TEST_FOLDERS = {"api", "benchmarks", "crash", "devices", "dist", "fault", "integrations"}
+
+
+def test_tests_lie_in_folders() -> None:
+    tests = [path for path in python_files("tests") if path.name.startswith("test_")]
+    assert [name_of(path) for path in tests if path.parent.parent != TESTS] == []
+
+
+def test_folders_of_tests_are_named_after_packages() -> None:
+    packages = {path.parent.name for path in (ROOT / "ckpt").glob("*/__init__.py")}
+    folders = {path.relative_to(TESTS).parts[0] for path in python_files("tests") if path.parent != TESTS}
+    assert folders >= TEST_FOLDERS and folders - TEST_FOLDERS - packages == set()
+
+
+def test_modules_of_tests_differ_in_name() -> None:
+    """They import each other without their folders: see places.py."""
+    names = Counter(path.name for path in python_files("tests"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 # ---- size ------------------------------------------------------------------------------------------------------------

@@ -14,10 +14,9 @@ import crash_child
 import pytest
 import torch
 from nursery import Child, Ended, Nursery
+from places import ROOT
 
 import ckpt
-
-ROOT = Path(ckpt.__file__).parents[1]
 
 # Where a save can be killed; a test compares this list with the source. The number of times that a save of the toy model
 # passes each, roughly, tells which skips make sense.
