@@ -286,7 +286,7 @@ def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkey
         raise StorageError(errno.ENOSPC, "the disk is full", "somewhere")
 
     def share_once_the_other_has_ended(file: Any) -> Any:
-        assert file.sharing.index == 1 or heard.wait(60)
+        assert file.write_share.index == 1 or heard.wait(60)
         return share_of(file)
 
     monkeypatch.setattr(inspection.coordinator_of(pair.ranks[1]), "gather", gather)
