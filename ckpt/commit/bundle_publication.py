@@ -12,12 +12,13 @@ Where nodes have directories of their own, the first rank of each node writes ma
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer, outcome_of
+from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer
 from ckpt.commit.replica_check import Digest, digest_of, without_numbers
+from ckpt.commit.rounds import Answers, Round, Verdict
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
@@ -102,13 +103,25 @@ class BundleCommitter:
             # Once rank 0 has our word, the manifest may name it, whatever we hear of that.
             file.undecided = error is None and file.target.parent == ticket.directory
         self._doubt = None
-        said, error = self._settle(ticket, "prepared", own, error, self._publish)
+        said = self._first_round(ticket).hold(own, error, lambda answers: self._publish(ticket, answers))
         error = self._place(ticket, entries, said)
         own = answer_for(ticket.what, error)
-        self._settle(ticket, "placed", own, error, self._finish)
+        placed = self._later_round(ticket, "placed", lambda: self._conversation.rank == 0 and durable.crash_point("all-placed"))
+        placed.hold(own, error, lambda _: self._finish(ticket))
         if ticket.node:
             self._point_latest_on_nodes(ticket, said)
         return ticket.directory if ticket.held is None else ticket.held.now()
+
+    def _first_round(self, ticket: BundleTicket) -> Round:
+        def undo() -> None:
+            for file in ticket.files:
+                file.undecided = False
+
+        key, what = f"{ticket.number}-prepared", _what_and_where(ticket)
+        return Round(self._conversation, key, what, undo=undo, answered=lambda: durable.crash_point("prepared"))
+
+    def _later_round(self, ticket: BundleTicket, phase: str, answered: Callable[[], object] | None = None) -> Round:
+        return Round(self._conversation, f"{ticket.number}-{phase}", _what_and_where(ticket), answered=answered)
 
     def _point_latest_on_nodes(self, ticket: BundleTicket, said: Mapping[str, Any]) -> None:
         error = None
@@ -118,7 +131,7 @@ class BundleCommitter:
             except CheckpointError as caught:
                 error = caught.with_traceback(None)
         own = answer_for(ticket.what, error)
-        self._settle(ticket, "pointed", own, error, lambda *_: (None, None, {}))
+        self._later_round(ticket, "pointed").hold(own, error, lambda _: Verdict())
 
     def _entry(self, file: FileInFlight) -> FileEntry:
         return FileEntry(file.target.name, file.job.size, file.job.crc32, RANK, self._conversation.rank, file.temporary.name)
@@ -149,46 +162,9 @@ class BundleCommitter:
         durable.crash_point("placed")
         return None
 
-    def _settle(
-        self, ticket: BundleTicket, phase: str, own: Mapping[str, Any], error: BaseException | None, act: Any
-    ) -> tuple[Mapping[str, Any], BaseException | None]:
-        """One round: rank 0 gathers, acts if all are well, and tells; returns what it told. Raises if anything failed."""
-        outcome: Mapping[str, Any]
-        if self._conversation.rank == 0:
-            failure, answers = self._conversation.collect(f"{ticket.number}-{phase}", own)
-            if phase == "prepared":
-                durable.crash_point("prepared")
-            elif phase == "placed":
-                durable.crash_point("all-placed")
-            more: dict[str, Any] = {}
-            if failure is None:
-                failure, error, more = act(ticket, answers)
-            elif phase != "prepared":
-                failure = dataclasses.replace(failure, stands=True)
-            self._conversation.tell_outcome(f"{ticket.number}-{phase}-verdict", failure, **more)
-            outcome = more
-        else:
-            try:
-                self._conversation.answer(f"{ticket.number}-{phase}", own)
-            except StorageError:  # rank 0 cannot publish without our word
-                for file in ticket.files:
-                    file.undecided &= phase != "prepared"
-                raise
-            if phase == "prepared":
-                durable.crash_point("prepared")
-            outcome = self._conversation.hear(f"{ticket.number}-{phase}-verdict")
-            failure = outcome_of(outcome)
-        if failure is not None:
-            for file in ticket.files:
-                file.undecided &= failure.stands
-            raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory.parent}'")
-        return outcome, error
-
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def _publish(
-        self, ticket: BundleTicket, answers: Sequence[Mapping[str, Any]]
-    ) -> tuple[Failure | None, BaseException | None, dict[str, Any]]:
+    def _publish(self, ticket: BundleTicket, answers: Answers) -> Verdict:
         assert ticket.root is not None
         try:
             files, dropped = _one_of_each(answers)
@@ -199,10 +175,10 @@ class BundleCommitter:
                 self._publish_manifest(ticket, manifest)
             durable.crash_point("published")
             elsewhere = {node: [dataclasses.asdict(file) for file in there] for node, there in files.items()}
-            return None, None, {"sequence": sequence, "files": elsewhere, "dropped": dropped}
+            return Verdict(more={"sequence": sequence, "files": elsewhere, "dropped": dropped})
         except Exception as caught:
             error = caught.with_traceback(None)
-            return Failure(f"rank 0 could not publish it: {error}", (0,)), error, {}
+            return Verdict(Failure(f"rank 0 could not publish it: {error}", (0,)), error)
 
     def _publish_manifest(self, ticket: BundleTicket, manifest: Manifest) -> None:
         assert ticket.root is not None
@@ -213,25 +189,28 @@ class BundleCommitter:
                 raise
             self._doubt = error.with_traceback(None)  # it is decided, but may not last: the files get their names all the same
 
-    def _finish(
-        self, ticket: BundleTicket, answers: Sequence[Mapping[str, Any]]
-    ) -> tuple[Failure | None, BaseException | None, dict[str, Any]]:
+    def _finish(self, ticket: BundleTicket) -> Verdict:
         if self._doubt is not None:
-            return Failure(f"it may not survive a crash of the system: {self._doubt}", (0,), stands=True), self._doubt, {}
+            text = f"it may not survive a crash of the system: {self._doubt}"
+            return Verdict(Failure(text, (0,), stands=True), self._doubt)
         try:
             if not self._is_empty:
                 self._point_latest(ticket)
         except Exception as caught:
             error = caught.with_traceback(None)
-            return Failure(f"it is a checkpoint, but `latest` was not moved: {error}", (0,), stands=True), error, {}
-        return None, None, {}
+            return Verdict(Failure(f"it is a checkpoint, but `latest` was not moved: {error}", (0,), stands=True), error)
+        return Verdict()
 
     def _point_latest(self, ticket: BundleTicket) -> None:
         if ticket.move_latest and ticket.root is not None:
             ticket.root.point_latest(ticket.name if ticket.held is None else ticket.root.name_of(ticket.held, ticket.name))
 
 
-def _one_of_each(answers: Sequence[Mapping[str, Any]]) -> tuple[dict[str, list[FileEntry]], list[str]]:
+def _what_and_where(ticket: BundleTicket) -> str:
+    return f"{ticket.what} to '{ticket.directory.parent}'"
+
+
+def _one_of_each(answers: Answers) -> tuple[dict[str, list[FileEntry]], list[str]]:
     """The files of each node, each name once: of the lowest rank that writes it; and the temporary names of the others.
 
     Raises:
