@@ -113,7 +113,7 @@ class BundleCommitter:
         return ticket.directory if ticket.held is None else ticket.held.now()
 
     def _first_round(self, ticket: BundleTicket) -> Round:
-        def undo() -> None:
+        def undo(_: bool) -> None:
             for file in ticket.files:
                 file.undecided = False
 

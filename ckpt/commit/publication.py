@@ -15,27 +15,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Failure, RankConversation, failed_answer, good_answer, outcome_of
-from ckpt.commit.record_path import name_of_record
-from ckpt.commit.replica_check import Digest, Replica, difference, digest_of, without_devices
-from ckpt.commit.shared_file import WrittenShare, find_disagreement, join_shares, share_of
+from ckpt.commit.conversation import Failure, RankConversation, failed_answer, good_answer
+from ckpt.commit.replica_check import Digest, Replica, compare_shares, digest_of_replica, explain, replica_of, reply
+from ckpt.commit.rounds import Answers, Ask, Round, Verdict
+from ckpt.commit.shared_file import WrittenShare, join_shares, share_of
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.directory.steps import StepDirectories
-from ckpt.errors import StorageError
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.storage import durable
-
-_NOT_ALIKE = "the replicated state is not the same on all ranks: "
-_REMEDY = (
-    ". Give what differs as the rank's own state (state= of save(), data= of the callback), or make it the same on every rank, "
-    "to the byte"
-)
-# Other differences between pickles show in their digests.
-_REMEDY_FOR_DEVICES = (
-    ": the devices of its tensors have other names there. Let each process see its own device alone (CUDA_VISIBLE_DEVICES), or "
-    "let rank 0 write it all (Options.replicated_writers='rank0')"
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,18 +87,17 @@ class StepCommitter:
         Raises:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
-        prepared, error = self._prepare(ticket, error)
-        if self._conversation.rank == 0:
-            failure, error = self._lead(ticket, prepared, error)
-        else:
-            failure, error = self._follow(ticket, prepared, error)
-        if failure is None:
-            return ticket.directory
-        if not failure.stands:
-            for step_file in ticket.parts:
-                step_file.file.given_up = step_file.is_shared
-            self._remove_unpublished(ticket)
-        raise error if error is not None else failure.to_error(f"{ticket.what} to '{ticket.directory}'")
+        own, error = self._prepare(ticket, error)
+        round_ = Round(
+            self._conversation,
+            f"{ticket.number}-prepared",
+            f"{ticket.what} to '{ticket.directory}'",
+            undo=lambda by_all: self._take_back(ticket, by_all),
+            answered=lambda: durable.crash_point("prepared"),
+            reply=lambda question: reply(question, _replica(ticket), self._conversation.rank),
+        )
+        round_.hold(own, error, lambda answers: self._publish(ticket, answers, round_.ask))
+        return ticket.directory
 
     # ---- prepare ---------------------------------------------------------------------------------------------------
 
@@ -123,7 +110,7 @@ class StepCommitter:
             prepared = Prepared(files)
             if self._conversation.world_size > 1:
                 shares = tuple(share_of(step_file.file) for step_file in ticket.parts if step_file.is_shared)
-                digests = tuple(_digest(step_file) for step_file in ticket.parts if step_file.kind == REPLICATED)
+                digests = tuple(digest_of_replica(step_file.file) for step_file in ticket.parts if step_file.kind == REPLICATED)
                 prepared = Prepared(files, digests, shares)
         except BaseException as caught:
             return failed_answer(ticket.what, caught), caught.with_traceback(None)
@@ -136,37 +123,29 @@ class StepCommitter:
 
     # ---- rank 0 ----------------------------------------------------------------------------------------------------
 
-    def _lead(
-        self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
-    ) -> tuple[Failure | None, BaseException | None]:
-        failure, said = self._conversation.collect(f"{ticket.number}-prepared", own)
-        durable.crash_point("prepared")
-        manifest = before = None
-        differing: tuple[int, ...] = ()
-        if failure is None:
-            try:
-                answers = [Prepared.parse(answer) for answer in said]
-                differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
-                failure = self._explain(ticket, differing) if differing else _compare_shares(ticket, answers)
-                if failure is None:
-                    before = manifests.read_if_any(ticket.directory)
-                    files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
-                    others = self._directories.others_in(ticket.directory, files, before)
-                    world, sequence = self._conversation.world_size, self._directories.take_sequence()
-                    manifest = Manifest(ticket.step, sequence, world, files, others=others)
-                    self._directories.publish(manifest, ticket.directory)
-            except Exception as caught:
-                error = caught.with_traceback(None)
-                failure = Failure(f"rank 0 could not publish it: {error}", (0,))
-                if manifest is not None and manifests.stands(manifest, ticket.directory):
-                    failure = Failure(f"it is a checkpoint, but not all of it is certain to last: {error}", (0,), stands=True)
+    def _publish(self, ticket: Ticket, said: Answers, ask: Ask) -> Verdict:
+        manifest = None
+        try:
+            answers = [Prepared.parse(answer) for answer in said]
+            if (failure := _compare(ticket, answers, ask)) is not None:
+                return Verdict(failure)
+            before = manifests.read_if_any(ticket.directory)
+            files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
+            others = self._directories.others_in(ticket.directory, files, before)
+            world, sequence = self._conversation.world_size, self._directories.take_sequence()
+            manifest = Manifest(ticket.step, sequence, world, files, others=others)
+            self._directories.publish(manifest, ticket.directory)
+        except Exception as caught:
+            error = caught.with_traceback(None)
+            if manifest is None or not manifests.stands(manifest, ticket.directory):
+                return Verdict(Failure(f"rank 0 could not publish it: {error}", (0,)), error)
+            text = f"it is a checkpoint, but not all of it is certain to last: {error}"
+            return Verdict(Failure(text, (0,), stands=True), error)
         durable.crash_point("published")
-        if manifest is not None and failure is None:
-            # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
-            self._directories.tidy(ticket.directory, manifest, before)
-            durable.crash_point("tidied")
-        self._conversation.tell_outcome(f"{ticket.number}-verdict{'-again' if differing else ''}", failure)
-        return failure, error
+        # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
+        self._directories.tidy(ticket.directory, manifest, before)
+        durable.crash_point("tidied")
+        return Verdict()
 
     def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
         """Completes the files that all ranks have written, and gives them their names."""
@@ -178,45 +157,15 @@ class StepCommitter:
             joined.append(FileEntry(step_file.file.target.name, step_file.file.job.size, crc, step_file.kind))
         return tuple(joined)
 
-    def _explain(self, ticket: Ticket, differing: tuple[int, ...]) -> Failure:
-        """Asks the ranks whose replicated state is not that of rank 0 for the first difference."""
-        ours = _replica(ticket)
-        compare = ours.to_message() if ours is not None else None
-        self._conversation.tell(f"{ticket.number}-verdict", {"compare": compare, "ranks": differing})
-        texts = self._conversation.collect_texts(f"{ticket.number}-differences")
-        first = differing[0]
-        found = texts[first] if first < len(texts) else ""
-        who = f"that of {_in_words(differing)} differs" if len(differing) == 1 else f"those of {_in_words(differing)} differ"
-        text = f"{_NOT_ALIKE}{who} from that of rank 0" + (f", {found}" if found else "")
-        return Failure(text + _REMEDY, differing)
+    def _take_back(self, ticket: Ticket, by_all: bool) -> None:
+        """The files that this rank has given their names.
 
-    # ---- the other ranks -------------------------------------------------------------------------------------------
-
-    def _follow(
-        self, ticket: Ticket, own: Mapping[str, Any], error: BaseException | None
-    ) -> tuple[Failure | None, BaseException | None]:
+        Args:
+            by_all: else rank 0 may still be busy with what all write together, and removes that.
         """
-        Raises:
-            PeerError: the verdict did not come. The step may have been committed or not.
-            Exception: what went wrong here, and could not be told to rank 0.
-        """
-        rank = self._conversation.rank
-        try:
-            self._conversation.answer(f"{ticket.number}-prepared", own)
-        except StorageError as undelivered:
-            # Rank 0 cannot publish without our word. But it may still be busy with what all write together, and removes that.
-            self._remove_unpublished(ticket)
-            raise error or undelivered.with_traceback(None) from None
-        durable.crash_point("prepared")
-        verdict = self._conversation.hear(f"{ticket.number}-verdict")
-        if "compare" in verdict:
-            text = ""
-            if rank in verdict["ranks"]:
-                theirs = Replica.from_message(verdict["compare"]) if verdict["compare"] is not None else None
-                text = difference(_replica(ticket), theirs, rank, 0)
-            self._conversation.answer_text(f"{ticket.number}-differences", text)
-            verdict = self._conversation.hear(f"{ticket.number}-verdict-again")
-        return outcome_of(verdict), error
+        for step_file in ticket.parts if by_all else ():
+            step_file.file.given_up = step_file.is_shared
+        self._remove_unpublished(ticket)
 
     def _remove_unpublished(self, ticket: Ticket) -> None:
         """Of a step that will not be published: the files that this rank has given their names."""
@@ -225,40 +174,13 @@ class StepCommitter:
                 self._directories.remove_unpublished(step_file.file.target)
 
 
-def _digest(step_file: StepFile) -> Digest:
-    file = step_file.file
-    return digest_of(file.pickle, file.sizes, file.job.layout_crc32 if step_file.is_shared else 0, file.samples)
-
-
 def _replica(ticket: Ticket) -> Replica | None:
-    for step_file in ticket.parts:
-        if step_file.kind == REPLICATED:
-            return Replica(_digest(step_file), without_devices(step_file.file.pickle), step_file.file.samples)
-    return None
+    return next((replica_of(step_file.file) for step_file in ticket.parts if step_file.kind == REPLICATED), None)
 
 
-def _compare_shares(ticket: Ticket, answers: Sequence[Prepared]) -> Failure | None:
-    """What samples have not seen, of the records that several ranks write."""
-    for number, step_file in enumerate(step_file for step_file in ticket.parts if step_file.is_shared):
-        found = find_disagreement([answer.shares[number] for answer in answers])
-        if found is not None:
-            key = found.record - step_file.file.first_record
-            wrote = f"{_in_words(found.writers)} {'has' if len(found.writers) == 1 else 'have'} written"
-            if key >= 0:
-                what = name_of_record(step_file.file.pickle, key)
-                text = f"rank {found.reader} holds other values of {what} than {wrote}{_REMEDY}"
-            else:
-                text = f"rank {found.reader} has pickled it otherwise than {wrote}{_REMEDY_FOR_DEVICES}"
-            return Failure(_NOT_ALIKE + text, (found.reader,))
-    return None
-
-
-_MOST_NAMED = 8  # ranks in a message
-
-
-def _in_words(ranks: Sequence[int]) -> str:
-    if len(ranks) == 1:
-        return f"rank {ranks[0]}"
-    named = [str(rank) for rank in ranks[:_MOST_NAMED]]
-    named += [f"{len(ranks) - _MOST_NAMED} more"] if len(ranks) > _MOST_NAMED else []
-    return f"ranks {', '.join(named[:-1])} and {named[-1]}"
+def _compare(ticket: Ticket, answers: Sequence[Prepared], ask: Ask) -> Failure | None:
+    differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
+    if differing:
+        return explain(_replica(ticket), differing, ask)
+    shared = [step_file.file for step_file in ticket.parts if step_file.is_shared]
+    return compare_shares(shared, [answer.shares for answer in answers])

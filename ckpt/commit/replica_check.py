@@ -8,11 +8,25 @@ import pickletools
 import re
 import zlib
 from base64 import b85decode, b85encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from ckpt.commit.conversation import Failure
 from ckpt.commit.record_path import name_of_record
+from ckpt.commit.shared_file import WrittenShare, find_disagreement
+from ckpt.saving.file_in_flight import FileInFlight
 
+_NOT_ALIKE = "the replicated state is not the same on all ranks: "
+_REMEDY = (
+    ". Give what differs as the rank's own state (state= of save(), data= of the callback), or make it the same on every rank, "
+    "to the byte"
+)
+# Other differences between pickles show in their digests.
+_REMEDY_FOR_DEVICES = (
+    ": the devices of its tensors have other names there. Let each process see its own device alone (CUDA_VISIBLE_DEVICES), or "
+    "let rank 0 write it all (Options.replicated_writers='rank0')"
+)
+_MOST_NAMED = 8  # ranks in a message
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle, or of samples, that are sent to all ranks to find the first difference
 _CONTEXT = 3  # values before the difference that a message shows
 _LONGEST_VALUE = 40  # characters of each
@@ -60,6 +74,63 @@ class Replica:
     @staticmethod
     def from_message(message: Mapping[str, Any]) -> Replica:
         return Replica(Digest(**message["digest"]), *(zlib.decompress(b85decode(message[it])) for it in ("pickle", "samples")))
+
+
+def digest_of_replica(file: FileInFlight) -> Digest:
+    """Where this rank writes a share of the file, its layout must be the same, too."""
+    layout_crc = 0 if file.write_share is None else file.job.layout_crc32
+    return digest_of(file.pickle, file.sizes, layout_crc, file.samples)
+
+
+def replica_of(file: FileInFlight) -> Replica:
+    return Replica(digest_of_replica(file), without_devices(file.pickle), file.samples)
+
+
+def explain(ours: Replica | None, differing: tuple[int, ...], ask: Callable[[Mapping[str, Any]], list[str]]) -> Failure:
+    """On rank 0: asks the ranks whose replicated state is not that of rank 0 for the first difference."""
+    texts = ask({"replica": None if ours is None else ours.to_message(), "ranks": differing})
+    first = differing[0]
+    found = texts[first] if first < len(texts) else ""
+    who = f"that of {_in_words(differing)} differs" if len(differing) == 1 else f"those of {_in_words(differing)} differ"
+    text = f"{_NOT_ALIKE}{who} from that of rank 0" + (f", {found}" if found else "")
+    return Failure(text + _REMEDY, differing)
+
+
+def reply(question: Mapping[str, Any], ours: Replica | None, rank: int) -> str:
+    """On another rank: what explain() asks for."""
+    if rank not in question["ranks"]:
+        return ""
+    theirs = None if question["replica"] is None else Replica.from_message(question["replica"])
+    return difference(ours, theirs, rank, 0)
+
+
+def compare_shares(files: Sequence[FileInFlight], shares: Sequence[Sequence[WrittenShare]]) -> Failure | None:
+    """What samples have not seen, of the records that several ranks write.
+
+    Args:
+        files: that all ranks write together.
+        shares: of each rank, in the order of the files.
+    """
+    for number, file in enumerate(files):
+        found = find_disagreement([of_rank[number] for of_rank in shares])
+        if found is not None:
+            key = found.record - file.first_record
+            wrote = f"{_in_words(found.writers)} {'has' if len(found.writers) == 1 else 'have'} written"
+            if key >= 0:
+                what = name_of_record(file.pickle, key)
+                text = f"rank {found.reader} holds other values of {what} than {wrote}{_REMEDY}"
+            else:
+                text = f"rank {found.reader} has pickled it otherwise than {wrote}{_REMEDY_FOR_DEVICES}"
+            return Failure(_NOT_ALIKE + text, (found.reader,))
+    return None
+
+
+def _in_words(ranks: Sequence[int]) -> str:
+    if len(ranks) == 1:
+        return f"rank {ranks[0]}"
+    named = [str(rank) for rank in ranks[:_MOST_NAMED]]
+    named += [f"{len(ranks) - _MOST_NAMED} more"] if len(ranks) > _MOST_NAMED else []
+    return f"ranks {', '.join(named[:-1])} and {named[-1]}"
 
 
 def _pack(content: bytes) -> str:

@@ -4,6 +4,8 @@
     act        rank 0, if all are well
     verdict    rank 0 tells everybody what came of that
 
+While rank 0 acts it may ask the others once, if it needs their words to say what is wrong.
+
 How it can end, other than well:
 
     a rank fails, or is silent    Rank 0 does not act. The save fails on all ranks, and they take their files back.
@@ -25,6 +27,7 @@ from ckpt.commit.conversation import Failure, RankConversation, outcome_of
 from ckpt.errors import StorageError
 
 Answers = Sequence[Mapping[str, Any]]
+Ask = Callable[[Mapping[str, Any]], list[str]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +49,10 @@ class Round:
     Args:
         key: names it in the conversation.
         what: is saved, in words for errors.
-        undo: takes files back that will not be published. None: it has been decided that they are.
+        undo: takes files back that will not be published. It is told whether all ranks do so; else only this one knows it yet.
+            None: the files are a checkpoint's already.
         answered: runs when this rank has answered, or, on rank 0, when it has the answers.
+        reply: answers what rank 0 asks.
     """
 
     def __init__(
@@ -56,14 +61,17 @@ class Round:
         key: str,
         what: str,
         *,
-        undo: Callable[[], None] | None = None,
+        undo: Callable[[bool], None] | None = None,
         answered: Callable[[], object] | None = None,
+        reply: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> None:
         self._conversation = conversation
         self._key = key
         self._what = what
         self._undo = undo
         self._answered = answered
+        self._reply = reply
+        self._asked = False
 
     def hold(self, own: Mapping[str, Any], error: BaseException | None, act: Callable[[Answers], Verdict]) -> Mapping[str, Any]:
         """
@@ -85,8 +93,14 @@ class Round:
         if failure is None:
             return said
         if not failure.stands and self._undo is not None:
-            self._undo()
+            self._undo(True)
         raise error if error is not None else failure.to_error(self._what)
+
+    def ask(self, question: Mapping[str, Any]) -> list[str]:
+        """On rank 0, while it acts: what the ranks say to that; empty from those that say nothing."""
+        self._asked = True
+        self._conversation.tell(f"{self._key}-verdict", {"question": question})
+        return self._conversation.collect_texts(f"{self._key}-replies")
 
     def _lead(
         self, own: Mapping[str, Any], error: BaseException | None, act: Callable[[Answers], Verdict]
@@ -98,7 +112,8 @@ class Round:
             verdict = Verdict(dataclasses.replace(failure, stands=self._undo is None), error)
         else:
             verdict = act(answers)
-        self._conversation.tell_outcome(f"{self._key}-verdict", verdict.failure, **verdict.more)
+        key = f"{self._key}-verdict{'-again' if self._asked else ''}"
+        self._conversation.tell_outcome(key, verdict.failure, **verdict.more)
         return verdict.failure, verdict.error, verdict.more
 
     def _follow(self, own: Mapping[str, Any], error: BaseException | None) -> tuple[Failure | None, Mapping[str, Any]]:
@@ -106,9 +121,12 @@ class Round:
             self._conversation.answer(self._key, own)
         except StorageError as undelivered:
             if self._undo is not None:
-                self._undo()
+                self._undo(False)
             raise error or undelivered.with_traceback(None) from None
         if self._answered is not None:
             self._answered()
         said = self._conversation.hear(f"{self._key}-verdict")
+        if "question" in said and self._reply is not None:
+            self._conversation.answer_text(f"{self._key}-replies", self._reply(said["question"]))
+            said = self._conversation.hear(f"{self._key}-verdict-again")
         return outcome_of(said), said
