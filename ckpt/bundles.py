@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.bundle_publication import BundleCommitter, BundleTicket
+from ckpt.commit.bundle_target import BundleCommitter, BundleTicket
 from ckpt.commit.conversation import RankConversation
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import bundles
