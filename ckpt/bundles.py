@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.bundle_target import BundleCommitter, BundleTicket
+from ckpt.commit.bundle_target import BundleTarget
 from ckpt.commit.conversation import RankConversation
+from ckpt.commit.publication import Publication
+from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
@@ -54,10 +56,10 @@ _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one 
 class Bundle:
     """One checkpoint that is being put together; made by BundleCheckpointer.begin()."""
 
-    def __init__(self, owner: BundleCheckpointer, root: Path, ticket: BundleTicket, task: SaveTask) -> None:
+    def __init__(self, owner: BundleCheckpointer, root: Path, target: BundleTarget, task: SaveTask) -> None:
         self._owner = owner
         self._root = root
-        self._ticket = ticket
+        self._target = target
         self._error: BaseException | None = None
         self._admitted = False
         self._committed = False
@@ -68,7 +70,7 @@ class Bundle:
 
     @property
     def directory(self) -> Path:
-        return self._ticket.directory
+        return self._target.call.directory
 
     def save(self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None) -> None:
         """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
@@ -163,8 +165,8 @@ class BundleCheckpointer(SaveSession):
             options or Options(), made, owned=made is not coordinator, what=what, stream="bundles", metrics=metrics
         )
         self._claims = f"{self._stream}-claim"
-        saving = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
-        self._committing = BundleCommitter(saving, tuple(varying))
+        self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
+        self._varying = tuple(varying)
         self._vote = CandidateVote(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)
@@ -206,10 +208,11 @@ class BundleCheckpointer(SaveSession):
         number = self._saves
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(path / name, step, on_done=functools.partial(self._note_done, number))
-        ticket = BundleTicket(
-            number, path / name, name, step, move_latest, self._claim(path, name, number, together), self._node
-        )
-        bundle = Bundle(self, path, ticket, task)
+        own_root = self._claim(path, name, number, together)
+        directory = path / name
+        call = SaveCall(number, step, f"'{name}'", where=directory.parent, directory=directory)
+        target = BundleTarget(call, name, own_root, self._node, move_latest, self.rank, self._varying)
+        bundle = Bundle(self, path, target, task)
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
             self._finisher.admit(task, options)
@@ -285,7 +288,7 @@ class BundleCheckpointer(SaveSession):
 
     def _commit(self, bundle: Bundle) -> None:
         task = bundle._task
-        ticket = bundle._ticket
+        target = bundle._target
         error = bundle._error
         held = bundle._held
 
@@ -298,8 +301,10 @@ class BundleCheckpointer(SaveSession):
                     durable.sync_tree(path)
             except OSError as unsynced:
                 failed = failed or unsynced
-            there = held.get(ticket.directory)
-            return self._committing.commit(dataclasses.replace(ticket, files=files, held=there), error or failed)
+            call = dataclasses.replace(target.call, files=tuple(SavedFile(file) for file in files))
+            there = held.get(call.directory)
+            publication = Publication(self._conversation, dataclasses.replace(target, call=call, held=there))
+            return publication.run(error or failed)
 
         (self._finisher.commit_later if bundle._admitted else self._finisher.attend)(task, publish)
         self._remember(task)

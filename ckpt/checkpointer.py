@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -12,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import RankConversation
-from ckpt.commit.publication import StepCommitter, StepFile, Ticket
+from ckpt.commit.publication import Publication
+from ckpt.commit.step_target import StepTarget
+from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory.manifest import RANK, REPLICATED
 from ckpt.directory.step_names import step_name
@@ -84,8 +87,7 @@ class Checkpointer(SaveSession):
             self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
         )
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
-        conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
-        self._steps = StepCommitter(self._directories, conversation)
+        self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
@@ -125,34 +127,34 @@ class Checkpointer(SaveSession):
         `result()` and by wait().
         """
         self._check_usable()
-        name = step_name(step)
-        ticket = Ticket(self._saves, step, self.directory / name)
+        directory = self.directory / step_name(step)
+        call = SaveCall(self._saves, step, f"step {step}", where=directory, directory=directory)
         self._saves += 1  # whatever happens: all ranks count their calls
-        task = SaveTask(ticket.directory, step, on_done=functools.partial(self._note_done, ticket.number))
+        task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
         try:
-            self._claim_directory(ticket)
+            self._claim_directory(call)
             self._check_failures()
-            self._begin(task, ticket, state, replicated, lazy)
+            self._begin(task, call, state, replicated, lazy)
         except BaseException as error:
-            self._attend(task, ticket, error)
+            self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError)):
                 raise
             task.fail(error.with_traceback(None))  # whose frames would keep the state alive
         self._remember(task)
         return PendingSave(task)
 
-    def _claim_directory(self, ticket: Ticket) -> None:
+    def _claim_directory(self, call: SaveCall) -> None:
         """At the first save: rank 0 locks the directory and cleans it, before any rank writes.
 
         Rank 0 says so again at each save until one has succeeded: a rank may have missed it.
         """
         if self._claimed and (self.rank != 0 or self._succeeded):
             return
-        key = f"{self._stream}-claim/{ticket.number}"
+        key = f"{self._stream}-claim/{call.number}"
         if self.rank == 0:
             try:
                 if not self._claimed:
-                    self._directories.claim(ticket.step, self.options.timeout_s)
+                    self._directories.claim(call.step, self.options.timeout_s)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
@@ -164,46 +166,50 @@ class Checkpointer(SaveSession):
         self._claimed, self._token = True, answer["token"]
         self._directories.token = self._token
 
-    def _begin(self, task: SaveTask, ticket: Ticket, state: Any, replicated: Any, lazy: Any) -> None:
+    def _begin(self, task: SaveTask, call: SaveCall, state: Any, replicated: Any, lazy: Any) -> None:
         contents = [] if state is None and replicated is not None else [(RANK, state)]
         contents += [] if replicated is None else [(REPLICATED, replicated)]
         written = [kind for kind, _ in contents if self._writes(kind)]
-        targets, limits = self._directories.begin(ticket.directory.name, [self._stem(kind) for kind in written])
+        targets, limits = self._directories.begin(call.directory.name, [self._stem(kind) for kind in written])
         names = dict(zip(written, targets, strict=True))
-        parts = tuple(self._make_step_file(kind, names.get(kind), ticket, limits) for kind, _ in contents)
+        saved = tuple(self._make_file(kind, names.get(kind), call, limits) for kind, _ in contents)
 
         def publish(error: BaseException | None) -> Path:
             failed = True
             try:
-                path = self._steps.commit(Ticket(ticket.number, ticket.step, ticket.directory, parts), error)
+                path = self._publish(dataclasses.replace(call, files=saved), error)
                 failed = False
                 return path
             except BaseException:
                 task.discard()  # before forget_save() looks whether anything is left
                 raise
             finally:
-                self._directories.forget_save(ticket.directory, targets, failed=failed)
+                self._directories.forget_save(call.directory, targets, failed=failed)
                 task.afterwards = self._directories.sweep
-                for step_file in parts:
-                    self._directories.note_limits(step_file.file.found_limits())
-                    step_file.file.forget_structure()
+                for each in saved:
+                    self._directories.note_limits(each.file.found_limits())
+                    each.file.forget_structure()
 
-        files = [(step_file.file, obj, step_file.written) for step_file, (_, obj) in zip(parts, contents, strict=True)]
+        files = [(each.file, obj, each.written) for each, (_, obj) in zip(saved, contents, strict=True)]
         try:
             start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
             if not task.handed_over:
-                self._directories.forget_save(ticket.directory, targets)
+                self._directories.forget_save(call.directory, targets)
             raise
         if (skipped := task.skipped) is not None:
-            self._directories.forget_save(ticket.directory, targets)
-            self._attend(task, ticket, skipped)
+            self._directories.forget_save(call.directory, targets)
+            self._attend(task, call, skipped)
+
+    def _publish(self, call: SaveCall, error: BaseException | None) -> Path:
+        target = StepTarget(call, self._directories, self.rank, self.world_size)
+        return Publication(self._conversation, target).run(error)
 
     def _writes(self, kind: str) -> bool:
         """Whether this rank writes it, or its share of it."""
         return kind == RANK or self.rank == 0 or self.options.replicated_writers != "rank0"
 
-    def _make_step_file(self, kind: str, target: Path | None, ticket: Ticket, limits: tuple[int, int] | None) -> StepFile:
+    def _make_file(self, kind: str, target: Path | None, call: SaveCall, limits: tuple[int, int] | None) -> SavedFile:
         """
         Args:
             target: None if it is only compared.
@@ -211,20 +217,20 @@ class Checkpointer(SaveSession):
         write_share = None
         several = kind == REPLICATED and self.world_size > 1
         if several and self.options.replicated_writers != "rank0":
-            write_share = WriteShare(self.rank, self.world_size, f"{self._token}{ticket.number:08x}")
-        named = target or ticket.directory / f"{self._stem(kind)}.pt"
+            write_share = WriteShare(self.rank, self.world_size, f"{self._token}{call.number:08x}")
+        named = target or call.directory / f"{self._stem(kind)}.pt"
         like = self._directories.replaced_by(named, self._stem(kind))
         file = FileInFlight(
-            named, write_share, limits=limits, with_directory=True, replicated=several, number=ticket.number, like=like
+            named, write_share, limits=limits, with_directory=True, replicated=several, number=call.number, like=like
         )
-        return StepFile(file, kind, written=target is not None)
+        return SavedFile(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:
             return "replicated"
         return "state" if self.world_size == 1 else f"rank-{self.rank:05d}"
 
-    def _attend(self, task: SaveTask, ticket: Ticket, error: BaseException) -> None:
+    def _attend(self, task: SaveTask, call: SaveCall, error: BaseException) -> None:
         """Lets the other ranks know of a save that could not even be begun here: they wait for word from this one."""
         if task.handed_over:
             self._pending.append(task)
@@ -234,11 +240,11 @@ class Checkpointer(SaveSession):
 
             def publish(_: BaseException | None) -> Path:
                 try:
-                    return self._steps.commit(ticket, said)
+                    return self._publish(call, said)
                 finally:
                     task.discard()  # what the others have written of a file that all write together
 
-            attended = SaveTask(ticket.directory, ticket.step)
+            attended = SaveTask(call.directory, call.step)
             self._finisher.attend(attended, publish)
             self._pending.append(attended)
 

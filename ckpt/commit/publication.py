@@ -1,11 +1,19 @@
-"""Two-phase commit: a step is a checkpoint when the files of every rank are durable, and not before.
+"""How a save becomes a checkpoint: when the files of every rank are durable, and not before.
 
-    prepare    every rank: its files have their names, durably; or an error. Rank 0 gathers all of it.
-    publish    rank 0, if all are well and alike: manifest, then `latest`. See StepDirectories.publish().
-    verdict    rank 0 tells everybody. Only now a rank's result() returns, or it takes its files back.
+    prepare    every rank: its files are durable; or an error. Rank 0 gathers all of it.
+    decide     rank 0, if all are well: the manifest. Now the files are a checkpoint. It tells everybody.
 
-A rank that does not hear the verdict does not know the outcome, and leaves its files alone: the manifest decides. Every save()
-takes part, also one that failed before it began, because the others wait for word from it. Runs on the finisher's thread.
+Files of a step have their own names by then, and `latest` is moved with the manifest, so one round is enough. A bundle may
+replace files, see directory/bundles.py, so more rounds follow:
+
+    name       every rank: its files get their own names. Rank 0 gathers that.
+               Of a file that several ranks have written, that of the lowest rank does; the others go.
+    latest     rank 0 moves it, and tells everybody.
+
+Where nodes have directories of their own, the first rank of each node writes manifest and `latest` there.
+
+rounds.py says what a round is, and what becomes of the files when one fails. Every save() takes part, also one that failed
+before it began, because the others wait for word from it. Runs on the finisher's thread.
 """
 
 from __future__ import annotations
@@ -15,172 +23,163 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.commit.conversation import Failure, RankConversation, failed_answer, good_answer
-from ckpt.commit.replica_check import Digest, Replica, compare_shares, digest_of_replica, explain, replica_of, reply
+from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer
 from ckpt.commit.rounds import Answers, Ask, Round, Verdict
-from ckpt.commit.shared_file import WrittenShare, join_shares, share_of
+from ckpt.commit.target import Prepared, PublicationTarget, SavedFile
 from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
-from ckpt.directory.steps import StepDirectories
-from ckpt.saving.file_in_flight import FileInFlight
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.errors import CheckpointError
 from ckpt.storage import durable
 
 
-@dataclasses.dataclass(frozen=True)
-class StepFile:
-    """One file of a step, as far as this rank is concerned."""
+class Publication:
+    """That of one save; see the module."""
 
-    file: FileInFlight
-    kind: str  # as in the manifest
-    written: bool  # by this rank, or its share of it; else it is only compared
-
-    @property
-    def is_shared(self) -> bool:
-        """All ranks write it together, and rank 0 gives it its name."""
-        return self.file.write_share is not None
-
-
-@dataclasses.dataclass(frozen=True)
-class Ticket:
-    """One call of save(), the same on all ranks."""
-
-    number: int
-    step: int
-    directory: Path
-    parts: tuple[StepFile, ...] = ()
-
-    @property
-    def what(self) -> str:
-        return f"step {self.step}"
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """What a rank says in the first phase, if all is well."""
-
-    files: tuple[FileEntry, ...] = ()
-    digests: tuple[Digest, ...] = ()
-    shares: tuple[WrittenShare, ...] = ()
-
-    @staticmethod
-    def parse(said: Mapping[str, Any]) -> Prepared:
-        files = manifests.parse_files(said["files"])
-        digests = tuple(Digest(**digest) for digest in said["digests"])
-        return Prepared(files, digests, tuple(WrittenShare(**share) for share in said["shares"]))
-
-
-class StepCommitter:
-    """See the module."""
-
-    def __init__(self, directories: StepDirectories, conversation: RankConversation) -> None:
-        self._directories = directories
+    def __init__(self, conversation: RankConversation, target: PublicationTarget) -> None:
         self._conversation = conversation
+        self._target = target
+        self._call = target.call
+        self._listed: list[tuple[SavedFile, FileEntry]] = []  # of this rank's files, those that a manifest is to name
+        # On rank 0, once it has decided:
+        self._doubt: BaseException | None = None  # whether the manifest lasts
+        self._is_empty = False
 
-    def commit(self, ticket: Ticket, error: BaseException | None) -> Path:
+    def run(self, error: BaseException | None) -> Path:
         """
         Args:
             error: what has already gone wrong on this rank.
 
         Returns:
-            The step's directory, which is a checkpoint now.
+            The directory, which is a checkpoint now.
 
         Raises:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
-        own, error = self._prepare(ticket, error)
-        round_ = Round(
-            self._conversation,
-            f"{ticket.number}-prepared",
-            f"{ticket.what} to '{ticket.directory}'",
-            undo=lambda by_all: self._take_back(ticket, by_all),
-            answered=lambda: durable.crash_point("prepared"),
-            reply=lambda question: reply(question, _replica(ticket), self._conversation.rank),
+        own, error = self._prepare(error)
+        first = self._round(
+            "prepared", undo=self._undo, answered=lambda: durable.crash_point("prepared"), reply=self._target.reply
         )
-        round_.hold(own, error, lambda answers: self._publish(ticket, answers, round_.ask))
-        return ticket.directory
+        said = first.hold(own, error, lambda answers: self._decide(answers, first.ask))
+        if self._target.names_late:
+            self._name_late(said)
+        return self._target.path()
 
-    # ---- prepare ---------------------------------------------------------------------------------------------------
+    def _round(self, phase: str, **hooks: Any) -> Round:
+        call = self._call
+        return Round(self._conversation, f"{call.number}-{phase}", f"{call.what} to '{call.where}'", **hooks)
 
-    def _prepare(self, ticket: Ticket, error: BaseException | None) -> tuple[dict[str, Any], BaseException | None]:
-        """Gives this rank's files their names. An error is a message to the others, too."""
+    def _manifest(self, sequence: int, files: Sequence[FileEntry], others: tuple[str, ...] = ()) -> Manifest:
+        return Manifest(self._call.step, sequence, self._conversation.world_size, tuple(files), others=others)
+
+    # ---- the first round -------------------------------------------------------------------------------------------
+
+    def _prepare(self, error: BaseException | None) -> tuple[dict[str, Any], BaseException | None]:
+        """What this rank says. An error is a message to the others, too."""
         try:
             if error is not None:
                 raise error
-            files = tuple(self._place(step_file) for step_file in ticket.parts if step_file.written and not step_file.is_shared)
-            prepared = Prepared(files)
-            if self._conversation.world_size > 1:
-                shares = tuple(share_of(step_file.file) for step_file in ticket.parts if step_file.is_shared)
-                digests = tuple(digest_of_replica(step_file.file) for step_file in ticket.parts if step_file.kind == REPLICATED)
-                prepared = Prepared(files, digests, shares)
+            for file in self._call.files:
+                if (entry := self._target.name_now(file)) is not None:
+                    self._listed.append((file, entry))
+            prepared = self._target.describe(tuple(entry for _, entry in self._listed))
         except BaseException as caught:
-            return failed_answer(ticket.what, caught), caught.with_traceback(None)
-        return good_answer(ticket.what, **dataclasses.asdict(prepared)), None
+            return failed_answer(self._call.what, caught), caught.with_traceback(None)
+        for file, entry in self._listed:
+            # Once rank 0 has our word, the manifest may name it, whatever we hear of that.
+            file.file.undecided = entry.temporary != ""
+        return good_answer(self._call.what, **dataclasses.asdict(prepared)), None
 
-    def _place(self, step_file: StepFile) -> FileEntry:
-        self._directories.give_final_name(step_file.file.temporary, step_file.file.target)
-        job = step_file.file.job
-        return FileEntry(step_file.file.target.name, job.size, job.crc32, step_file.kind, self._conversation.rank)
+    def _undo(self, by_all: bool) -> None:
+        for file in self._call.files:
+            self._target.undo(file, by_all)
 
-    # ---- rank 0 ----------------------------------------------------------------------------------------------------
-
-    def _publish(self, ticket: Ticket, said: Answers, ask: Ask) -> Verdict:
-        manifest = None
+    def _decide(self, answers: Answers, ask: Ask) -> Verdict:
+        """On rank 0."""
         try:
-            answers = [Prepared.parse(answer) for answer in said]
-            if (failure := _compare(ticket, answers, ask)) is not None:
-                return Verdict(failure)
-            before = manifests.read_if_any(ticket.directory)
-            files = tuple(file for answer in answers for file in answer.files) + self._join_shares(ticket, answers)
-            others = self._directories.others_in(ticket.directory, files, before)
-            world, sequence = self._conversation.world_size, self._directories.take_sequence()
-            manifest = Manifest(ticket.step, sequence, world, files, others=others)
-            self._directories.publish(manifest, ticket.directory)
+            choice = self._target.choose([Prepared.parse(answer) for answer in answers], ask)
+            if isinstance(choice, Failure):
+                return Verdict(choice)
+            sequence = self._target.take_sequence()
+            manifest = self._manifest(sequence, choice.files, choice.others)
+            doubt = self._publish(manifest) if choice.files else None
         except Exception as caught:
             error = caught.with_traceback(None)
-            if manifest is None or not manifests.stands(manifest, ticket.directory):
-                return Verdict(Failure(f"rank 0 could not publish it: {error}", (0,)), error)
-            text = f"it is a checkpoint, but not all of it is certain to last: {error}"
-            return Verdict(Failure(text, (0,), stands=True), error)
+            return Verdict(Failure(f"rank 0 could not publish it: {error}", (0,)), error)
         durable.crash_point("published")
-        # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
-        self._directories.tidy(ticket.directory, manifest, before)
-        durable.crash_point("tidied")
+        if doubt is None:
+            # Before the others hear of it: afterwards they may be writing the next save into what is removed here.
+            self._target.tidy(manifest)
+        elif not self._target.names_late:  # else the files get their names all the same
+            text = f"it is a checkpoint, but not all of it is certain to last: {doubt}"
+            return Verdict(Failure(text, (0,), stands=True), doubt)
+        self._doubt, self._is_empty = doubt, choice.is_empty
+        elsewhere = {node: [dataclasses.asdict(file) for file in files] for node, files in choice.elsewhere.items()}
+        return Verdict(more={"sequence": sequence, "files": elsewhere, "dropped": choice.dropped})
+
+    def _publish(self, manifest: Manifest) -> Exception | None:
+        """Returns what went wrong although the manifest has its name: it is decided, but may not last."""
+        try:
+            self._target.decide(manifest)
+        except Exception as error:
+            if not self._target.stands(manifest, error):
+                raise
+            return error.with_traceback(None)
+        return None
+
+    # ---- the rounds after it, if names are late --------------------------------------------------------------------
+
+    def _name_late(self, said: Mapping[str, Any]) -> None:
+        """
+        Args:
+            said: what rank 0 told when it had decided.
+        """
+        error = self._name_files(said)
+        self._round("placed", answered=self._note_all_placed).hold(self._answer(error), error, lambda _: self._finish())
+        if self._target.node:
+            error = self._point_latest_on_node(said)
+            self._round("pointed").hold(self._answer(error), error, lambda _: Verdict())
+
+    def _answer(self, error: BaseException | None) -> dict[str, Any]:
+        return answer_for(self._call.what, error)
+
+    def _name_files(self, said: Mapping[str, Any]) -> BaseException | None:
+        dropped = set(said["dropped"])
+        for file, entry in self._listed:
+            if entry.temporary in dropped:
+                file.file.undecided = False
+                file.file.discard()
+        try:
+            if self._conversation.rank != 0 and self._target.leads:  # on a node with a directory of its own
+                files = manifests.parse_files(said["files"].get(self._target.node, []))
+                if files:
+                    self._target.decide(self._manifest(said["sequence"], files))
+            self._target.name_after([entry for _, entry in self._listed if entry.temporary not in dropped])
+        except Exception as caught:
+            return caught.with_traceback(None)
+        durable.crash_point("placed")
+        return None
+
+    def _note_all_placed(self) -> None:
+        if self._conversation.rank == 0:
+            durable.crash_point("all-placed")
+
+    def _finish(self) -> Verdict:
+        """On rank 0."""
+        if self._doubt is not None:
+            text = f"it may not survive a crash of the system: {self._doubt}"
+            return Verdict(Failure(text, (0,), stands=True), self._doubt)
+        try:
+            if not self._is_empty:
+                self._target.point_latest()
+        except Exception as caught:
+            error = caught.with_traceback(None)
+            return Verdict(Failure(f"it is a checkpoint, but `latest` was not moved: {error}", (0,), stands=True), error)
         return Verdict()
 
-    def _join_shares(self, ticket: Ticket, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
-        """Completes the files that all ranks have written, and gives them their names."""
-        joined = []
-        for number, step_file in enumerate(step_file for step_file in ticket.parts if step_file.is_shared):
-            durable.crash_point("shares-written")
-            crc = join_shares(step_file.file, [answer.shares[number] for answer in answers])
-            self._directories.give_final_name(step_file.file.temporary, step_file.file.target)
-            joined.append(FileEntry(step_file.file.target.name, step_file.file.job.size, crc, step_file.kind))
-        return tuple(joined)
-
-    def _take_back(self, ticket: Ticket, by_all: bool) -> None:
-        """The files that this rank has given their names.
-
-        Args:
-            by_all: else rank 0 may still be busy with what all write together, and removes that.
-        """
-        for step_file in ticket.parts if by_all else ():
-            step_file.file.given_up = step_file.is_shared
-        self._remove_unpublished(ticket)
-
-    def _remove_unpublished(self, ticket: Ticket) -> None:
-        """Of a step that will not be published: the files that this rank has given their names."""
-        for step_file in ticket.parts:
-            if step_file.written and (self._conversation.rank == 0 or not step_file.is_shared):
-                self._directories.remove_unpublished(step_file.file.target)
-
-
-def _replica(ticket: Ticket) -> Replica | None:
-    return next((replica_of(step_file.file) for step_file in ticket.parts if step_file.kind == REPLICATED), None)
-
-
-def _compare(ticket: Ticket, answers: Sequence[Prepared], ask: Ask) -> Failure | None:
-    differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
-    if differing:
-        return explain(_replica(ticket), differing, ask)
-    shared = [step_file.file for step_file in ticket.parts if step_file.is_shared]
-    return compare_shares(shared, [answer.shares for answer in answers])
+    def _point_latest_on_node(self, said: Mapping[str, Any]) -> BaseException | None:
+        if self._conversation.rank != 0 and said["files"].get(self._target.node):
+            try:
+                self._target.point_latest()
+            except CheckpointError as caught:
+                return caught.with_traceback(None)
+        return None

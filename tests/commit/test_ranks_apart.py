@@ -19,7 +19,7 @@ import torch
 from support import DEADLINE_S, assert_same, options, patience
 
 import ckpt
-from ckpt.commit import publication
+from ckpt.commit import step_target
 from ckpt.coordinator import Coordinator, shared_directory
 from ckpt.errors import CheckpointError, PeerError, StorageError
 from ckpt.plan import pickler
@@ -280,7 +280,7 @@ def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkey
     assert pair.save_both(1) == [None, None]
 
     heard = threading.Event()
-    share_of = publication.share_of
+    share_of = step_target.share_of
 
     def gather(key: str, payload: bytes, timeout_s: float) -> None:
         raise StorageError(errno.ENOSPC, "the disk is full", "somewhere")
@@ -290,7 +290,7 @@ def test_a_rank_whose_word_is_not_delivered_removes_its_files(pair: Pair, monkey
         return share_of(file)
 
     monkeypatch.setattr(inspection.coordinator_of(pair.ranks[1]), "gather", gather)
-    monkeypatch.setattr(publication, "share_of", share_once_the_other_has_ended)
+    monkeypatch.setattr(step_target, "share_of", share_once_the_other_has_ended)
     one, other = (pair.save(rank, 2) for rank in range(2))
     assert isinstance(one, ckpt.PendingSave) and isinstance(other, ckpt.PendingSave)
     assert isinstance(other.exception(60), StorageError)
