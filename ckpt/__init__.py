@@ -18,6 +18,7 @@ derive from CheckpointError.
 
 from ckpt.bundles import BundleCheckpointer
 from ckpt.checkpointer import Checkpointer
+from ckpt.device_check import check_devices
 from ckpt.errors import CheckpointError
 from ckpt.fence import fence  # as an attribute it hides its module, which `from ckpt.fence import` still finds
 from ckpt.loading.load import load
@@ -35,6 +36,7 @@ __all__ = [
     "Options",
     "PendingSave",
     "SaveStats",
+    "check_devices",
     "fence",
     "load",
     "load_into",

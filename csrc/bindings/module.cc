@@ -1,6 +1,7 @@
 // The module ckpt._native: the Python face of the core. Each of its parts stands in a file of its own.
 #include <pybind11/pybind11.h>
 
+#include "bindings/devices.h"
 #include "bindings/engine.h"
 #include "bindings/errors.h"
 #include "bindings/files.h"
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_native, module) {
   bind_job(module);
   bind_samples(module);
   bind_engine(module);
+  bind_devices(module);
   bind_files(module);
   bind_reading(module);
   bind_records(module);

@@ -85,8 +85,11 @@ static_assert(sizeof(CopyAttributes) == 24);
   X(get_error_name, cuGetErrorName, (Result code, const char** name))                                \
   X(get_error_string, cuGetErrorString, (Result code, const char** text))
 
-// Those that older drivers lack. The first came with 12.8; the symbol without a suffix keeps the arguments of then.
+// Those that a driver may lack. Batches came with 12.8; the symbol without a suffix keeps the arguments of then. The others are
+// for trying a device out (self_check.h).
 #define LAZYCKPT_CUDA_OPTIONAL_CALLS(X)                                                                             \
+  X(launch_host_func, cuLaunchHostFunc, (StreamHandle stream, void (*function)(void*), void* data))                 \
+  X(memset_async, cuMemsetD8Async, (Address to, unsigned char value, size_t bytes, StreamHandle stream))            \
   X(memcpy_batch_async, cuMemcpyBatchAsync,                                                                         \
     (Address * to, Address * from, size_t * sizes, size_t count, CopyAttributes * attributes, size_t * first_copies, \
      size_t attribute_count, size_t * failed_copy, StreamHandle stream))

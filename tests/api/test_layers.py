@@ -10,7 +10,7 @@ from test_tidy import PUBLIC_MODULES
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
-    {"fence", "options", "state_dicts", "storage"},
+    {"device_check", "fence", "options", "state_dicts", "storage"},
     {"coordinator", "directory", "loading", "plan"},
     {"formats", "restore"},
     {"saving"},
@@ -23,7 +23,7 @@ PACKAGE_LAYERS = (
 PUBLIC_NAMES = {
     "ckpt": {
         *("BundleCheckpointer", "CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats"),
-        *("fence", "load", "load_into", "save"),
+        *("check_devices", "fence", "load", "load_into", "save"),
     },
     "ckpt.coordinator": {"Coordinator", "make_coordinator"},
     "ckpt.errors": {

@@ -86,6 +86,12 @@ class FakeCuda:
         """All that have not begun, or only those out of memory that cuMemAlloc has given out."""
         self.cu.fake_hold_copies(2 if hold and only_from_allocated else int(hold))
 
+    def set_order(self, order: str) -> None:
+        """What streams do with each other: "right"; "without waits": none waits for an event; "one queue": all work of all
+        streams is done in the order in which it was enqueued, as with CUDA_DEVICE_MAX_CONNECTIONS=1.
+        """
+        self.cu.fake_set_order(("right", "without waits", "one queue").index(order))
+
     def set_memory(self, *, total: int, others: int = 0) -> None:
         """Of each device, bytes; `others` have taken that much."""
         self.cu.fake_set_memory(ctypes.c_uint64(total), ctypes.c_uint64(others))

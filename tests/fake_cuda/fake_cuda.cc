@@ -136,6 +136,7 @@ int cuStreamWaitEvent(Stream* handle, CUevent_st* event, unsigned) {
   Stream* stream = find_stream(handle, current->device);
   if (stream == nullptr) return kInvalidHandle;
   const std::shared_ptr<Mark> mark = event->latest();
+  if (controls().order == Order::kWithoutWaits) return kSuccess;
   if (mark != nullptr) stream->add([mark](Stream&) { mark->wait(); });
   return kSuccess;
 }
@@ -266,6 +267,26 @@ int cuMemcpyDtoDAsync_v2(unsigned long long to, unsigned long long from, size_t 
   return enqueue_copy(handle, reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes, fault);
 }
 
+int cuMemsetD8Async(unsigned long long to, unsigned char value, size_t bytes, Stream* handle) {
+  FAKE_CALL("cuMemsetD8Async");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  if (stream->capturing != 0) return kCaptureUnsupported;
+  stream->add([=](Stream&) { std::memset(reinterpret_cast<void*>(to), value, bytes); });
+  return kSuccess;
+}
+
+int cuLaunchHostFunc(Stream* handle, void (*function)(void*), void* data) {
+  FAKE_CALL("cuLaunchHostFunc");
+  if (current == nullptr) return kInvalidContext;
+  Stream* stream = find_stream(handle, current->device);
+  if (stream == nullptr) return kInvalidHandle;
+  if (stream->capturing != 0) return kCaptureUnsupported;
+  stream->add([=](Stream&) { function(data); });
+  return kSuccess;
+}
+
 int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
   FAKE_CALL("cuMemAlloc");
   if (current == nullptr) return kInvalidContext;
@@ -323,9 +344,22 @@ int cuMemHostUnregister(void* begin) {
   return kSuccess;
 }
 
-int cuPointerGetAttribute(void*, int, unsigned long long) {
+// The kind of memory and the device, of what was registered or allocated here.
+int cuPointerGetAttribute(void* value, int attribute, unsigned long long address) {
   FAKE_CALL("cuPointerGetAttribute");
-  return kInvalidValue;
+  const void* at = reinterpret_cast<const void*>(address);
+  const bool pinned = is_registered(at, 1);
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  const bool of_device = is_allocated(at);
+  if (!pinned && !of_device) return kInvalidValue;
+  if (attribute == 2) {
+    *static_cast<unsigned*>(value) = of_device ? 2 : 1;
+  } else if (attribute == 9 && of_device) {
+    *static_cast<int*>(value) = std::prev(controls().allocated.upper_bound(address))->second.first;
+  } else {
+    return kInvalidValue;
+  }
+  return kSuccess;
 }
 
 int cuGetErrorName(int code, const char** name) {
@@ -348,6 +382,7 @@ void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   all.random.seed(seed);
   all.most_delay_s = most_delay_s;
   all.hold = Hold::kNone;
+  all.order = Order::kRight;
   all.total_bytes = size_t{4} << 30;
   all.others_bytes = 0;
   all.faults.clear();
@@ -360,6 +395,10 @@ void fake_fail(const char* call, int64_t skip, int code, int late) {
   std::lock_guard<std::mutex> lock(controls().mutex);
   controls().faults[call].push_back({skip, code, late != 0});
 }
+
+// What streams do with each other: 0: as they should, 1: they do not wait for events, 2: each does one thing after the other with
+// all of its device, as where all share one queue of the hardware.
+void fake_set_order(int order) { controls().order = static_cast<Order>(order); }
 
 // 0: none, 1: all, 2: those out of memory of cuMemAlloc.
 void fake_hold_copies(int hold) {

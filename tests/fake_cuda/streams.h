@@ -74,6 +74,9 @@ struct Fault {
 // Copies that do not begin.
 enum class Hold : int { kNone, kAll, kFromAllocated };  // the last: out of memory of cuMemAlloc
 
+// See fake_set_order().
+enum class Order : int { kRight, kWithoutWaits, kOneQueue };
+
 // Whatever the tests set and count.
 struct Controls {
   std::mutex mutex;
@@ -81,6 +84,7 @@ struct Controls {
   int devices = 2;
   double most_delay_s = 0;
   Hold hold = Hold::kNone;
+  std::atomic<Order> order{Order::kRight};
   std::mt19937_64 random{0};
   std::map<std::string, std::vector<Fault>> faults;
   std::map<std::string, int64_t> counts, live;
@@ -141,6 +145,38 @@ struct CUctx_st {
   std::atomic<int> users{0};
 };
 
+struct CUstream_st;
+
+namespace fake {
+
+// With Order::kOneQueue: turns in which all work is done, in the order in which it was enqueued.
+struct Turns {
+  std::mutex mutex;
+  std::condition_variable changed;
+  uint64_t given = 0, next = 0;
+
+  std::function<void(CUstream_st&)> in_turn(std::function<void(CUstream_st&)> work) {
+    std::lock_guard<std::mutex> lock(mutex);
+    return [this, own = given++, work = std::move(work)](CUstream_st& self) {
+      {
+        std::unique_lock<std::mutex> waiting(mutex);
+        changed.wait(waiting, [&] { return next == own; });
+      }
+      work(self);
+      std::lock_guard<std::mutex> ended(mutex);
+      ++next;
+      changed.notify_all();
+    };
+  }
+};
+
+inline Turns& turns() {
+  static auto* made = new Turns;
+  return *made;
+}
+
+}  // namespace fake
+
 struct CUstream_st {
   int device = 0;
   std::mutex mutex;
@@ -169,7 +205,8 @@ struct CUstream_st {
   }
   void add(std::function<void(CUstream_st&)> next) {
     std::lock_guard<std::mutex> lock(mutex);
-    work.push_back(std::move(next));
+    const bool in_turn = fake::controls().order == fake::Order::kOneQueue;
+    work.push_back(in_turn ? fake::turns().in_turn(std::move(next)) : std::move(next));
     changed.notify_all();
   }
   bool idle() {

@@ -1,0 +1,132 @@
+"""check_devices(): a device that keeps the order of streams passes, one that does not is found out, or says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from device_training import Training, cuda, fake_library, training
+from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, FakeCuda
+
+import ckpt
+from ckpt.device_check import DeviceCheck, check_devices
+
+__all__ = ["cuda", "fake_library", "training"]
+
+
+@pytest.fixture(params=[0.0, 0.003], ids=["prompt", "late"])
+def delayed(request: pytest.FixtureRequest, cuda: FakeCuda, training: Training) -> Iterator[FakeCuda]:
+    cuda.configure(seed=5, most_delay_s=request.param)
+    yield cuda
+    cuda.configure()
+
+
+def only(found: list[DeviceCheck]) -> DeviceCheck:
+    assert len(found) == 1
+    return found[0]
+
+
+def test_a_device_that_keeps_order(delayed: FakeCuda) -> None:
+    before = delayed.alive()
+    for _ in range(3):
+        assert [(each.device, each.verdict, each.reason) for each in check_devices([0, 1], timeout_s=60)] == [
+            (0, "passed", ""),
+            (1, "passed", ""),
+        ]
+    assert delayed.alive() == before
+
+
+def test_waits_that_do_not_work(delayed: FakeCuda) -> None:
+    delayed.set_order("without waits")
+    found = only(check_devices(timeout_s=60))
+    assert (found.device, found.verdict) == (0, "failed")
+    assert found.reason == "a copy overtook a write that it had to wait for, on the default stream"
+
+
+def test_streams_that_wait_for_each_other_anyway(delayed: FakeCuda) -> None:
+    """Then that the waits were kept shows nothing."""
+    delayed.set_order("one queue")
+    found = only(check_devices(timeout_s=60))
+    assert found.verdict == "inconclusive" and "so nothing shows that waiting for an event works" in found.reason
+
+
+@pytest.mark.usefixtures("training")
+def test_a_device_that_hangs(cuda: FakeCuda) -> None:
+    before = cuda.alive()
+    cuda.hold_copies(True)
+    found = only(check_devices(timeout_s=0.3))
+    assert (found.verdict, found.reason) == ("late", "the device has not done it within 0.3 s")
+    assert cuda.alive() != before  # what the device may still write to is not given back
+    cuda.before = {**cuda.alive()}
+    cuda.hold_copies(False)
+
+
+@pytest.mark.usefixtures("training")
+@pytest.mark.parametrize(
+    "call", ["cuMemcpyDtoHAsync", "cuMemcpyHtoDAsync", "cuLaunchHostFunc", "cuMemsetD8Async", "cuEventRecord"]
+)
+def test_a_call_that_is_refused(call: str, cuda: FakeCuda) -> None:
+    cuda.fail(call, skip=1)
+    found = only(check_devices(timeout_s=60))
+    assert found.verdict == "failed" and "CUDA_ERROR_ILLEGAL_ADDRESS" in found.reason
+    cuda.before = {**cuda.alive()}  # it may be in use
+
+
+@pytest.mark.usefixtures("training")
+def test_work_that_fails(cuda: FakeCuda) -> None:
+    cuda.fail("cuMemcpyDtoHAsync", late=True, code=ILLEGAL_ADDRESS)
+    assert only(check_devices(timeout_s=60)).verdict == "failed"
+    cuda.before = {**cuda.alive()}
+
+
+@pytest.mark.usefixtures("training")
+@pytest.mark.parametrize(
+    ("call", "reason"), [("cuMemHostRegister", "host memory cannot be pinned"), ("cuMemAlloc", "out of memory")]
+)
+def test_no_memory(call: str, reason: str, cuda: FakeCuda) -> None:
+    before = cuda.alive()
+    cuda.fail(call, code=2)
+    found = only(check_devices(timeout_s=60))
+    assert found.verdict == "failed" and reason in found.reason
+    assert cuda.alive() == before
+
+
+@pytest.mark.usefixtures("training")
+def test_while_a_graph_is_captured(cuda: FakeCuda) -> None:
+    before = cuda.alive()
+    cuda.set_capturing(0, DEFAULT_STREAM, True)
+    found = only(check_devices(timeout_s=60))
+    assert (found.verdict, found.reason) == ("inconclusive", "a graph is being captured")
+    cuda.set_capturing(0, DEFAULT_STREAM, False)
+    cuda.fail("cuStreamIsCapturing", code=906)
+    assert only(check_devices(timeout_s=60)).verdict == "inconclusive"
+    assert cuda.alive() == before
+
+
+def test_saves_go_on_meanwhile(training: Training, cuda: FakeCuda, tmp_path: Any) -> None:
+    saved = {"weight": torch.arange(300_000.0)}
+    training.placed(saved["weight"])
+    with ckpt.Checkpointer(tmp_path, options=ckpt.Options(device_lazy=True), coordinator="local") as checkpointer:
+        pending = checkpointer.save(1, saved, lazy=True)
+        assert only(check_devices(timeout_s=60)).verdict == "passed"
+        assert torch.equal(ckpt.load(pending.result(60) / "state.pt")["weight"], saved["weight"])
+
+
+def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.version.cuda is None:
+        with pytest.raises(ckpt.errors.DeviceError, match="knows no CUDA devices"):
+            check_devices()
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ckpt.errors.DeviceError, match="the CUDA driver"):
+            check_devices()
+    with pytest.raises(ValueError, match="timeout_s must be a positive number"):
+        check_devices(timeout_s=0)
+
+
+@pytest.mark.usefixtures("training")
+def test_a_device_that_is_not_there() -> None:
+    with pytest.raises(ckpt.errors.DeviceError, match="cuDeviceGet"):
+        check_devices([7])
