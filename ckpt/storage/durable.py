@@ -107,10 +107,11 @@ class Directory:
         StorageError: it is not there.
     """
 
+    descriptor = -1  # also of one that was never made: __del__() looks at it
+
     def __init__(self, path: Path) -> None:
         self.path = path
         self.moved = False  # known once it is closed
-        self.descriptor = -1
         try:
             self.descriptor = os.open(path, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as error:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -19,6 +21,7 @@ from test_ranks_apart import PATIENT
 import ckpt
 from ckpt.directory import manifest as manifests
 from ckpt.errors import FailedSavesError, StorageError
+from ckpt.storage import durable
 
 STATE = {"weights": torch.arange(300_000)}
 OLD = {"weights": torch.arange(10)}
@@ -213,3 +216,14 @@ def test_descriptors_stay_few(tmp_path: Path, leaks_nothing: Resources, saver: c
             before = len(os.listdir("/proc/self/fd"))
     assert len(os.listdir("/proc/self/fd")) <= before
     saver.close()
+
+
+def test_a_directory_that_was_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its finalizer runs all the same."""
+    failed: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", failed.append)
+    durable.Directory.__new__(durable.Directory)
+    with pytest.raises(StorageError):
+        durable.Directory(tmp_path / "missing")
+    gc.collect()
+    assert failed == []
