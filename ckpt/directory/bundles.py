@@ -95,7 +95,8 @@ class BundleRoot:
     def _remove_leftovers(self) -> None:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
         complete_all(self.path)
-        for directory in [self.path, *_subdirectories(self.path)]:
+        # What is behind a link is left alone: others may be writing there.
+        for directory in [self.path, *(path for path in _subdirectories(self.path) if not path.is_symlink())]:
             try:
                 self._remove_leftovers_in(directory)
             except (OSError, NotACheckpointError) as error:

@@ -38,3 +38,19 @@ def test_a_failing_storage_is_not_taken_for_a_removal(tmp_path: Path, native: An
     clear_faults()
     assert isinstance(job.save("b", 2.0)[0], FailedSavesError)
     job.close()
+
+
+def test_nothing_is_removed_behind_a_link(tmp_path: Path, native: Any) -> None:
+    """Others may be writing there. The root itself may be a link."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for directory in (root / "b", elsewhere):
+        directory.mkdir(parents=True)
+    (root / "linked").symlink_to(elsewhere)
+    (tmp_path / "link").symlink_to(root)
+    theirs, rubbish = (path / ".tmp-x.pt-00000000-1-000000000" for path in (elsewhere, root / "b"))
+    for path in (theirs, rubbish):
+        path.write_text("x")
+    job = Job(tmp_path / "link")
+    assert job.save("a", 1.0) == [None, None]
+    assert theirs.exists() and not rubbish.exists()
+    job.close()
