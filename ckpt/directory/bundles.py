@@ -21,15 +21,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.listing import LATEST, newest_first, read_manifests
 from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.root import Root, has_size, temporaries_in
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.storage import durable, temporary_names
-from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
-
-LATEST = "latest"
-
 
 _guard = threading.RLock()  # reentrant: a finalizer releases
 _roots: dict[tuple[int, int, int], BundleRoot] = {}  # by process, device and inode; guarded by _guard
@@ -42,11 +40,9 @@ class BundleRoot:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self._held = durable.Directory(path)  # a framework may rename it as soon as it has given us its files
-        self._lock = DirectoryLock(path)
-        self._users = 0  # guarded by _guard, as the next
-        self._next_sequence: int | None = None
+        # A framework may rename it as soon as it has given us its files.
+        self._root = Root(path, follows=True)
+        self._users = 0  # guarded by _guard
 
     @staticmethod
     def claim(path: Path) -> BundleRoot:
@@ -58,45 +54,41 @@ class BundleRoot:
         """
         with _guard:
             durable.make_directory(path, durable=False)
-            root = BundleRoot(path)
-            key = root._key()  # it may have several names
-            root = _roots.get(key, root)
-            if root._users == 0:
-                root._lock.acquire()
-                root._remove_leftovers()
-                _roots[key] = root
-            root._users += 1
-            return root
+            own = BundleRoot(path)
+            identity = own._root.identity  # it may have several names
+            own = _roots.get(identity, own)
+            if own._users == 0:
+                own._root.claim()
+                own._remove_leftovers()
+                _roots[identity] = own
+            own._users += 1
+            return own
 
     def release(self) -> None:
         with _guard:
             self._users -= 1
             if self._users == 0:
-                self._lock.release()
-                _roots.pop(self._key(), None)
-                self._held.close()
-
-    def _key(self) -> tuple[int, int, int]:
-        found = os.fstat(self._held.descriptor)
-        return os.getpid(), found.st_dev, found.st_ino
+                _roots.pop(self._root.identity, None)
+                self._root.release()
 
     def is_at(self, path: Path) -> bool:
         """Whether the path still leads here."""
-        return self._held.is_at(path)
+        return self._root.is_at(path)
 
     def name_of(self, directory: durable.Directory, name: str) -> str:
         """Of a bundle that was begun as `name`, for `latest`."""
         now = directory.now()
         if now == directory.path:
             return name
-        root = Path(os.path.realpath(self._held.now()))
+        root = Path(os.path.realpath(self._root.now()))
         return os.path.relpath(os.path.realpath(now), root) if now.is_relative_to(root) else name
 
     def _remove_leftovers(self) -> None:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
-        complete_all(self.path)
+        path = self._root.path
+        complete_all(path)
         # What is behind a link is left alone: others may be writing there.
-        for directory in [self.path, *(path for path in _subdirectories(self.path) if not path.is_symlink())]:
+        for directory in [path, *(each for each in _subdirectories(path) if not each.is_symlink())]:
             try:
                 self._remove_leftovers_in(directory)
             except (OSError, NotACheckpointError) as error:
@@ -104,20 +96,15 @@ class BundleRoot:
 
     def _remove_leftovers_in(self, directory: Path) -> None:
         wanted = _named_in(directory)
-        for path in directory.iterdir():
-            behind = temporary_names.name_behind(path.name)
-            if behind is None or path.name in wanted or temporary_names.may_be_in_use(path.name) or not path.is_file():
+        for path, behind in temporaries_in(directory):
+            if path.name in wanted or temporary_names.may_be_in_use(path.name) or not path.is_file():
                 continue
-            if directory != self.path or behind == LATEST:  # beside the bundles, others save files of their own
+            if directory != self._root.path or behind == LATEST:  # beside the bundles, others save files of their own
                 durable.remove_file(path)
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
-        with _guard:
-            if self._next_sequence is None:
-                self._next_sequence = max((manifest.sequence for _, manifest in committed_in(self._held.reach)), default=0) + 1
-            self._next_sequence += 1
-            return self._next_sequence - 1
+        return self._root.take_sequence(lambda: committed_in(self._root.reach))
 
     def publish(self, directory: Path, manifest: Manifest, called: Path) -> None:
         """Decides that the files, which are durable under their temporary names, are the bundle.
@@ -130,26 +117,26 @@ class BundleRoot:
             StorageError: a system call failed.
             InUseError: the directory is not ours any more.
         """
-        self._lock.assert_held()
+        self._root.lock.assert_held()
         for file in manifest.files:
-            if not _has_size(directory / file.temporary, file.bytes):
+            if not has_size(directory / file.temporary, file.bytes):
                 raise CorruptError(
                     f"'{called}' does not hold the {file.bytes} bytes of '{file.name}' that rank {file.rank} has written: "
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
-        durable.sync_directory(self._held.reach)
+        self._root.sync()
         durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest")
 
     def point_latest(self, name: str) -> None:
         """Raises StorageError."""
-        self._lock.assert_held()
-        durable.replace_durably(self._held.reach / LATEST, name.encode(), "latest")
+        self._root.lock.assert_held()
+        self._root.point_latest(name)
 
 
 def committed_in(root: Path) -> list[tuple[Path, Manifest]]:
     """The bundles that were published, newest first."""
-    found = [(path, manifest) for path in _subdirectories(root) if (manifest := manifests.read_if_any(path)) is not None]
-    return sorted(found, key=lambda item: item[1].sequence, reverse=True)
+    found = read_manifests(_subdirectories(root))
+    return newest_first((path, said) for path, said in found if isinstance(said, Manifest))
 
 
 def give_final_names(directory: Path, files: Sequence[FileEntry]) -> None:
@@ -163,7 +150,7 @@ def give_final_names(directory: Path, files: Sequence[FileEntry]) -> None:
             durable.give_name(directory / file.temporary, directory / file.name)
         except StorageError as error:
             # Somebody who read the manifest may have been here before us.
-            if error.errno != errno.ENOENT or not _has_size(directory / file.name, file.bytes):
+            if error.errno != errno.ENOENT or not has_size(directory / file.name, file.bytes):
                 raise
     if files:
         durable.sync_directory(directory)
@@ -230,10 +217,3 @@ def _subdirectories(root: Path) -> list[Path]:
         return [path for path in root.iterdir() if path.is_dir()]
     except OSError:
         return []
-
-
-def _has_size(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False

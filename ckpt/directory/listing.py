@@ -1,9 +1,10 @@
-"""What is in a directory of step directories."""
+"""Which checkpoints are in a directory."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,20 @@ from ckpt.errors import NotACheckpointError
 
 LATEST = "latest"
 _PAUSES_S = (0.0, 0.0, 0.01, 0.05, 0.2)  # before looking again at a directory that a living job changes
+
+
+def read_manifests(directories: Iterable[Path]) -> Iterator[tuple[Path, Manifest | NotACheckpointError]]:
+    """One by one, each just before the next: the manifest of a directory, or what is wrong with it."""
+    for path in directories:
+        try:
+            yield path, manifests.read(path)
+        except NotACheckpointError as error:
+            yield path, error
+
+
+def newest_first(checkpoints: Iterable[tuple[Path, Manifest]]) -> list[tuple[Path, Manifest]]:
+    """By when they were committed."""
+    return sorted(checkpoints, key=lambda item: item[1].sequence, reverse=True)
 
 
 class Found(NamedTuple):
@@ -48,20 +63,19 @@ def newest_after(directory: Path, sequence: int) -> Manifest | None:
 
 def _look_once(directory: Path) -> tuple[Found, bool]:
     """Also whether something went while it was looked at: then there may be newer ones, which were not there before."""
-    found = Found([], [], [])
+    checkpoints: list[tuple[Path, Manifest]] = []
+    damaged: list[NotACheckpointError] = []
+    bare: list[Path] = []
     missed = False
-    for name in filter(is_step_name, names_in(directory)):
-        path = directory / name
-        try:
-            found.checkpoints.append((path, manifests.read(path)))
-        except NotACheckpointError as error:
-            if os.path.lexists(path / manifests.NAME):
-                found.damaged.append(error)
-            elif path.is_dir():
-                found.bare.append(path)
-            else:
-                missed |= not os.path.lexists(path)
-    found.checkpoints.sort(key=lambda item: item[1].sequence, reverse=True)
+    for path, said in read_manifests(directory / name for name in names_in(directory) if is_step_name(name)):
+        if isinstance(said, Manifest):
+            checkpoints.append((path, said))
+        elif os.path.lexists(path / manifests.NAME):
+            damaged.append(said)
+        elif path.is_dir():
+            bare.append(path)
+        else:
+            missed |= not os.path.lexists(path)
     # `latest` says that there are some: those seen may have gone, and those that came may not have been seen.
-    missed |= not found.checkpoints and os.path.lexists(directory / LATEST)
-    return found, missed
+    missed |= not checkpoints and os.path.lexists(directory / LATEST)
+    return Found(newest_first(checkpoints), damaged, bare), missed

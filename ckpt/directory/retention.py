@@ -13,6 +13,7 @@ from ckpt.directory import unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.root import temporaries_in
 from ckpt.directory.step_names import is_step_name, names_in, written_for
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.storage import durable, free_space, temporary_names
@@ -98,8 +99,8 @@ class Retention:
         """What a crash left behind."""
         try:
             self._remove_retired()
-            for path in self._directory.iterdir():
-                if temporary_names.name_behind(path.name) == LATEST:
+            for path, behind in temporaries_in(self._directory):
+                if behind == LATEST:
                     with self.going_on(path):
                         durable.remove_file(path)
             for path in self._step_directories():
@@ -126,8 +127,8 @@ class Retention:
 
     def _remove_retired(self) -> None:
         """Steps whose removal failed half-way."""
-        for path in self._directory.iterdir():
-            if is_step_name(temporary_names.name_behind(path.name) or "") and (path.is_dir() or path.is_symlink()):
+        for path, behind in temporaries_in(self._directory):
+            if is_step_name(behind) and (path.is_dir() or path.is_symlink()):
                 with self.going_on(path):
                     durable.remove_tree(path)
 
@@ -148,10 +149,10 @@ class Retention:
 
     def _remove_temporaries(self, directory: Path) -> None:
         """Of saves that are over."""
-        found = list(directory.iterdir())  # first: whatever a save that begins now will write is not among them
+        found = temporaries_in(directory)  # first: whatever a save that begins now will write is not among them
         wanted = self._in_flight.files_of(directory.name)
-        for path in found:
-            if temporary_names.name_behind(path.name) not in {None, *wanted}:
+        for path, behind in found:
+            if behind not in wanted:
                 durable.remove_file(path)
 
     def _withdraw(self, directory: Path, manifest: Manifest) -> None:

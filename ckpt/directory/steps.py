@@ -29,10 +29,10 @@ from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.retention import Retention
+from ckpt.directory.root import Root
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
-from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
@@ -50,8 +50,7 @@ class StepDirectories:
     def __init__(self, directory: Path, keep: int | None, shared: bool, max_in_flight: int) -> None:
         self._directory = directory
         self._shared = shared
-        self._held = durable.Directory(directory)
-        self._file_lock = DirectoryLock(directory, self.give_way)
+        self._root = Root(directory, give_way=self.give_way)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
         # Guards what follows. The caller's thread waits for it: the finisher's does not hold it while the file system works.
@@ -66,9 +65,8 @@ class StepDirectories:
         self._warned: set[str] = set()
         self._seen = -1  # the highest sequence number that a restore has come across
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
-        # Of the finisher's thread, once there is a save:
-        self._next_sequence: int | None = None
-        # Files that give_final_name() has given their names: the names of others are not ours to remove.
+        # Files that give_final_name() has given their names: the names of others are not ours to remove. Of the finisher's
+        # thread, once there is a save.
         self._placed: set[Path] = set()
         self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
 
@@ -115,7 +113,7 @@ class StepDirectories:
         Raises:
             InUseError: another job is writing to the directory.
         """
-        self._file_lock.expect_free(timeout_s)
+        self._root.lock.expect_free(timeout_s)
 
     # ---- the caller's side -----------------------------------------------------------------------------------------
 
@@ -133,11 +131,11 @@ class StepDirectories:
         """
         with self._claiming():
             self._refuse_to_begin_again(step)  # before anything is taken from another Checkpointer of this process
-            self._file_lock.acquire(timeout_s)
+            self._root.claim(timeout_s)
             try:
                 self._refuse_to_begin_again(step)  # which may have had saves in flight
             except BaseException:
-                self._file_lock.release()
+                self._root.lock.release()
                 raise
             self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
 
@@ -167,8 +165,7 @@ class StepDirectories:
         """From now on nothing is published or removed: the directory may belong to another job."""
         with self._changing:
             self._released = True
-            self._file_lock.release()
-            self._held.close()
+            self._root.release()
 
     def give_way(self, timeout_s: float, for_good: bool) -> bool:
         """To another Checkpointer of this process, when nothing is in flight here. False: it did not come to that in time.
@@ -212,7 +209,7 @@ class StepDirectories:
                 raise self._refusal()
             if self._released:
                 raise ClosedError(f"the Checkpointer of '{self._directory}' was closed before this save was published")
-            self._file_lock.assert_held()
+            self._root.lock.assert_held()
             yield
 
     def begin(self, name: str, stems: Sequence[str]) -> tuple[list[Path], tuple[int, int] | None]:
@@ -337,12 +334,12 @@ class StepDirectories:
                     raise CorruptError(
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )
-            durable.sync_directory(self._directory)
+            self._root.sync()
             if (before := manifests.read_if_any(directory)) is not None:
                 self._retention.note_replaced(directory, manifests.names(before.files))
             with unpublished.aside(directory, self.token) as aside:
                 durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
-            durable.replace_durably(self._directory / LATEST, f"{directory.name}\n".encode(), "latest")
+            self._root.point_latest(f"{directory.name}\n")
 
     def _refuse_another_directory(self) -> None:
         """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.
@@ -350,9 +347,9 @@ class StepDirectories:
         Raises:
             StorageError: the directory was renamed or removed since the Checkpointer was made.
         """
-        if self._held.descriptor < 0 or self._held.is_at(self._directory):
+        if not self._root.is_elsewhere():
             return
-        now = self._held.now()
+        now = self._root.now()
         became = "removed or replaced" if now == self._directory else f"renamed to '{now}'"
         raise StorageError(
             errno.ENOENT,
@@ -387,10 +384,7 @@ class StepDirectories:
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
-        if self._next_sequence is None:
-            self._next_sequence = max((manifest.sequence for _, manifest in self.committed().checkpoints), default=0) + 1
-        self._next_sequence += 1
-        return self._next_sequence - 1
+        return self._root.take_sequence(lambda: self.committed().checkpoints)
 
     def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.

@@ -464,7 +464,7 @@ def test_a_rank_that_may_not_look_says_so(job: Job, monkeypatch: pytest.MonkeyPa
     assert job.save("a", 2.0) == [None, None]
 
 
-def refuse(lock: DirectoryLock) -> None:
+def refuse(lock: DirectoryLock, timeout_s: float) -> None:
     raise PermissionError(errno.EACCES, "Permission denied")
 
 

@@ -1,0 +1,123 @@
+"""What a job has of a directory that it saves into: its lock, the number of the next commit, and `latest`.
+
+    .lock                     held by the one job that writes here
+    latest                    the name of the newest checkpoint; written last
+
+What lies below, and when it is a checkpoint: see steps.py and bundles.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ckpt.directory.listing import LATEST
+from ckpt.directory.manifest import Manifest
+from ckpt.storage import durable, temporary_names
+from ckpt.storage.directory_lock import DirectoryLock
+
+
+class Root:
+    """One directory, of one process.
+
+    Args:
+        give_way: see DirectoryLock.
+        follows: whether what is done here follows the directory when somebody renames it.
+
+    Attributes:
+        lock: for whoever looks at it, or asks whether it is still held. Taken by claim().
+
+    Raises:
+        StorageError: it is not there.
+    """
+
+    def __init__(self, path: Path, *, give_way: Callable[[float, bool], bool] | None = None, follows: bool = False) -> None:
+        self.path = path
+        self.lock = DirectoryLock(path, give_way)
+        self._follows = follows
+        self._held = durable.Directory(path)
+        self._numbering = threading.Lock()
+        self._next_sequence: int | None = None  # guarded by _numbering
+
+    @property
+    def reach(self) -> Path:
+        """What leads to it."""
+        return self._held.reach if self._follows else self.path
+
+    @property
+    def identity(self) -> tuple[int, int, int]:
+        """The same for all of its names, as long as it is not released."""
+        found = os.fstat(self._held.descriptor)
+        return os.getpid(), found.st_dev, found.st_ino
+
+    def is_at(self, path: Path) -> bool:
+        """Whether the path still leads here."""
+        return self._held.is_at(path)
+
+    def is_elsewhere(self) -> bool:
+        """Whether its path does not lead here any more."""
+        return self._held.descriptor >= 0 and not self._held.is_at(self.path)
+
+    def now(self) -> Path:
+        """What it is called now; its old name if it was removed."""
+        return self._held.now()
+
+    # ---- whose it is -----------------------------------------------------------------------------------------------
+
+    def claim(self, timeout_s: float = 0.0) -> None:
+        """
+        Args:
+            timeout_s: how long to wait for another owner in this process to give way, seconds.
+
+        Raises:
+            InUseError: another job is writing to it.
+            StorageError: the lock file cannot be made.
+        """
+        self.lock.acquire(timeout_s)
+
+    def release(self) -> None:
+        """Safe to call again. From now on the directory may belong to another job."""
+        self.lock.release()
+        self._held.close()
+
+    # ---- publishing ------------------------------------------------------------------------------------------------
+
+    def take_sequence(self, find_committed: Callable[[], Iterable[tuple[Path, Manifest]]]) -> int:
+        """The number of the next commit.
+
+        Args:
+            find_committed: the checkpoints that are here; called for the first number.
+        """
+        with self._numbering:
+            if self._next_sequence is None:
+                self._next_sequence = max((manifest.sequence for _, manifest in find_committed()), default=0) + 1
+            self._next_sequence += 1
+            return self._next_sequence - 1
+
+    def sync(self) -> None:
+        """Makes the directories in it durable."""
+        durable.sync_directory(self.reach)
+
+    def point_latest(self, content: str) -> None:
+        """Durably. Raises StorageError."""
+        durable.replace_durably(self.reach / LATEST, content.encode(), "latest")
+
+
+def temporaries_in(directory: Path) -> list[tuple[Path, str]]:
+    """What lies there under a temporary name of ours, and the name that it was made for.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    found = ((path, temporary_names.name_behind(path.name)) for path in directory.iterdir())
+    return [(path, behind) for path, behind in found if behind is not None]
+
+
+def has_size(path: Path, size: int) -> bool:
+    """False, too, if it is not there, or cannot be looked at."""
+    try:
+        return path.stat().st_size == size
+    except OSError:
+        return False
