@@ -29,7 +29,7 @@ from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.retention import Retention
-from ckpt.directory.root import Root
+from ckpt.directory.root import Root, has_size
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
 from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
@@ -330,7 +330,7 @@ class StepDirectories:
         self._refuse_another_directory()
         with self._still_ours():
             for file in manifest.files:  # whatever may have gone wrong between the ranks: no manifest names what is not there
-                if (directory / file.name).stat().st_size != file.bytes:
+                if not has_size(directory / file.name, file.bytes):
                     raise CorruptError(
                         f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
                     )

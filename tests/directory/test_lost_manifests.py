@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DEADLINE_S, options
+from support import DEADLINE_S, clear_faults, options, wait_until
 
 import ckpt
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
@@ -156,3 +156,17 @@ def test_a_failed_publication_leaves_nothing(tmp_path: Path, native: Any) -> Non
         assert not step_directory(tmp_path, 1).exists()
         save(checkpointer, 1)
         assert sorted(os.listdir(step_directory(tmp_path, 1))) == ["manifest.json", "state.pt"]
+
+
+def test_a_file_that_is_removed_before_it_is_published(tmp_path: Path, native: Any) -> None:
+    file = step_directory(tmp_path, 1) / "state.pt"
+    with make(tmp_path) as checkpointer:
+        native.set_fault("fsync", file.parent.name, delay_s=DEADLINE_S)
+        pending = checkpointer.save(1, state(1))
+        wait_until(file.exists)
+        file.unlink()
+        clear_faults()
+        error = pending.exception(DEADLINE_S)
+        assert isinstance(error, CorruptError) and str(file) in str(error)
+        save(checkpointer, 2)
+        assert checkpointer.steps() == [2]
