@@ -77,7 +77,7 @@ def leave_unfinished(directory: Path, step: int) -> None:
     temporary_names.temporary_path(path / "state.pt").touch()
 
 
-@pytest.mark.parametrize("timeout_s", [0.2, DEADLINE_S])
+@pytest.mark.parametrize("timeout_s", [0.2, DEADLINE_S], ids=["short", "long"])
 def test_one_that_cleans_does_not_give_way(timeout_s: float, tmp_path: Path, native: Any) -> None:
     """Else it would remove what the new one has saved in the meantime."""
     leave_unfinished(tmp_path, 5)
