@@ -51,7 +51,8 @@ class Checkpointer(SaveSession):
     that names it, and the checkpoint before stands.
 
     Args:
-        directory: where the step directories go; made if missing; seen by all ranks. One job at a time may save into it.
+        directory: where the step directories go; seen by all ranks. The first save makes it if it is missing. One job at a
+            time may save into it.
         keep: how many committed steps to keep, newest first; None keeps all. The newest good one always stays.
         options: see Options.
         coordinator: by what the ranks agree: "torch" (the store of torch.distributed), "mpi", "file" (messages in the
@@ -60,7 +61,8 @@ class Checkpointer(SaveSession):
         metrics: who is told of each save that has ended, see `ckpt.metrics.MetricsSink`.
 
     Raises:
-        StorageError: the directory cannot be made or entered; says what is in the way.
+        StorageError: the directory cannot be made or entered, as far as can be seen without making it; says what is in the
+            way.
         ValueError: keep is less than 1, or there is no such coordinator.
         CheckpointError: the coordinator cannot work here, or not all ranks came.
 
@@ -79,7 +81,7 @@ class Checkpointer(SaveSession):
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
-        durable.make_directory(self.directory, durable=True)
+        durable.expect_directory(self.directory)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
@@ -154,6 +156,7 @@ class Checkpointer(SaveSession):
         if self.rank == 0:
             try:
                 if not self._claimed:
+                    self._check_failures()
                     self._directories.claim(call.step, self.options.timeout_s)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:

@@ -96,6 +96,7 @@ class FileCoordinator(Coordinator):
         self._cleanup = KeyCleanup()
         self._closing = OrderlyClose(f"the coordinator over '{directory}'")
         if world_size > 1:
+            durable.make_directory(directory, durable=True)  # checkpoints may go into it
             durable.make_directory(self._root / "hello", durable=False)
             (self._open if rank == 0 else self._enter)(timeout_s, origin)
             self._reserve = _Reserve(self._session / "reserve" / str(rank))

@@ -53,8 +53,8 @@ class BundleRoot:
             StorageError: it cannot be made or locked.
         """
         with _guard:
-            durable.make_directory(path, durable=False)
             own = BundleRoot(path)
+            own._root.make(synced=False)
             identity = own._root.identity  # it may have several names
             own = _roots.get(identity, own)
             if own._users == 0:

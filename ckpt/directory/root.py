@@ -20,7 +20,7 @@ from ckpt.storage.directory_lock import DirectoryLock
 
 
 class Root:
-    """One directory, of one process.
+    """One directory, of one process. It need not be there before make().
 
     Args:
         give_way: see DirectoryLock.
@@ -28,41 +28,52 @@ class Root:
 
     Attributes:
         lock: for whoever looks at it, or asks whether it is still held. Taken by claim().
-
-    Raises:
-        StorageError: it is not there.
     """
 
     def __init__(self, path: Path, *, give_way: Callable[[float, bool], bool] | None = None, follows: bool = False) -> None:
         self.path = path
         self.lock = DirectoryLock(path, give_way)
         self._follows = follows
-        self._held = durable.Directory(path)
+        self._held: durable.Directory | None = None  # until make()
         self._numbering = threading.Lock()
         self._next_sequence: int | None = None  # guarded by _numbering
+
+    def make(self, *, synced: bool) -> None:
+        """Makes it, if it is not there. From now on this is the one that is meant, whatever becomes of its name.
+
+        Args:
+            synced: with an fsync of where it is made.
+
+        Raises:
+            StorageError: it cannot be made, or not be entered.
+        """
+        if self._held is None:
+            durable.make_directory(self.path, synced)
+            self._held = durable.Directory(self.path)
 
     @property
     def reach(self) -> Path:
         """What leads to it."""
-        return self._held.reach if self._follows else self.path
+        return self._held.reach if self._held is not None and self._follows else self.path
 
     @property
     def identity(self) -> tuple[int, int, int]:
-        """The same for all of its names, as long as it is not released."""
+        """The same for all of its names. Between make() and release()."""
+        assert self._held is not None
         found = os.fstat(self._held.descriptor)
         return os.getpid(), found.st_dev, found.st_ino
 
     def is_at(self, path: Path) -> bool:
         """Whether the path still leads here."""
-        return self._held.is_at(path)
+        return self._held is not None and self._held.is_at(path)
 
     def is_elsewhere(self) -> bool:
         """Whether its path does not lead here any more."""
-        return self._held.descriptor >= 0 and not self._held.is_at(self.path)
+        return self._held is not None and self._held.descriptor >= 0 and not self._held.is_at(self.path)
 
     def now(self) -> Path:
         """What it is called now; its old name if it was removed."""
-        return self._held.now()
+        return self.path if self._held is None else self._held.now()
 
     # ---- whose it is -----------------------------------------------------------------------------------------------
 
@@ -80,7 +91,8 @@ class Root:
     def release(self) -> None:
         """Safe to call again. From now on the directory may belong to another job."""
         self.lock.release()
-        self._held.close()
+        if self._held is not None:
+            self._held.close()
 
     # ---- publishing ------------------------------------------------------------------------------------------------
 

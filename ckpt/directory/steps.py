@@ -51,6 +51,8 @@ class StepDirectories:
         self._directory = directory
         self._shared = shared
         self._root = Root(directory, give_way=self.give_way)
+        if directory.is_dir():
+            self._root.make(synced=True)
         self._changing = threading.RLock()  # held while something is published or removed; a finalizer may take it
         self._released = False  # guarded by _changing
         # Guards what follows. The caller's thread waits for it: the finisher's does not hold it while the file system works.
@@ -120,6 +122,8 @@ class StepDirectories:
     def claim(self, step: int, timeout_s: float) -> None:
         """Once, before the first save of the job: makes the directory ours, and removes what a crash left.
 
+        The directory itself is made now: who only restores may have mistyped its name.
+
         Args:
             step: to be saved first.
             timeout_s: how long to wait for what another Checkpointer of this process has in flight.
@@ -127,10 +131,11 @@ class StepDirectories:
         Raises:
             CheckpointError: the step is not above the newest checkpoint, and nobody has looked at that.
             InUseError: another job is writing to it.
-            StorageError: the lock cannot be made.
+            StorageError: the directory or the lock cannot be made.
         """
         with self._claiming():
             self._refuse_to_begin_again(step)  # before anything is taken from another Checkpointer of this process
+            self._root.make(synced=True)
             self._root.claim(timeout_s)
             try:
                 self._refuse_to_begin_again(step)  # which may have had saves in flight
@@ -215,7 +220,8 @@ class StepDirectories:
     def begin(self, name: str, stems: Sequence[str]) -> tuple[list[Path], tuple[int, int] | None]:
         """Chooses names for the files of a step that no committed or pending one uses.
 
-        The step's directory is made with its files, if it is not there. For a step above all others nothing is looked up.
+        The step's directory is made with its files, if it is not there. For a step above all others nothing is looked up. The
+        directory of all steps is there on rank 0, and looked for on the others.
 
         Args:
             stems: of the names: "state", "replicated", "rank-00003".
@@ -224,10 +230,11 @@ class StepDirectories:
             The files, and what direct I/O demands of them, for FileInFlight; None as long as that is not known.
 
         Raises:
-            StorageError: a directory cannot be read.
+            StorageError: a directory cannot be made, or not be read.
             InUseError: another Checkpointer of this process writes here now.
         """
         directory = self._directory / name
+        self._root.make(synced=True)
         with self._lock:
             self._in_flight.wait_until_it_stays(name)
             if self._taken_over:

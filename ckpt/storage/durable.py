@@ -23,6 +23,7 @@ crash_point = _native.crash_point
 
 _KINDS = ((stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISREG, "regular file"))
 _LONGEST_PATH = 4095  # bytes: PATH_MAX of Linux without the zero behind
+_LONGEST_NAME = 255
 
 
 def kind_of(mode: int) -> str:
@@ -82,8 +83,8 @@ def _obstacle(path: Path, code: int) -> str | None:
     if len(os.fsencode(path)) > _LONGEST_PATH:
         return f"the path has {len(os.fsencode(path))} bytes, at most {_LONGEST_PATH} are possible; choose a shorter one"
     for name in path.parts if code == errno.ENAMETOOLONG else ():
-        if (length := len(os.fsencode(name))) > 255:
-            return f"the name '{name[:40]}...' has {length} bytes, file systems take 255; choose a shorter name"
+        if (length := len(os.fsencode(name))) > _LONGEST_NAME:
+            return f"the name '{name[:40]}...' has {length} bytes, file systems take {_LONGEST_NAME}; choose a shorter name"
     if code == errno.ELOOP:
         return "its links lead in a circle; choose another path"
     if code in (errno.EACCES, errno.EPERM):
@@ -160,7 +161,7 @@ def make_directory(path: Path, durable: bool) -> None:
     try:
         if not _is_directory(path):
             _native.make_directory(os.fsencode(path), durable)
-        elif not os.access(path, os.R_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
+        elif not _permits(path, os.R_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except StorageError as error:
         code = error.errno or 0
@@ -171,6 +172,27 @@ def make_directory(path: Path, durable: bool) -> None:
         raise StorageError(code, f"cannot make the directory '{path}': {obstacle}", str(path)) from error
     except OSError as error:
         raise _explained(f"cannot use the directory '{path}'", path, error) from error
+
+
+def expect_directory(path: Path) -> None:
+    """For who may call make_directory() later: makes nothing, but raises the same if it is plain that that would.
+
+    Only the attempt shows other obstacles, such as a file system that is full, or takes no directories.
+    """
+    _refuse_zero_byte(path)
+    if any(len(os.fsencode(name)) > _LONGEST_NAME for name in path.parts):
+        code = errno.ENAMETOOLONG
+        raise _explained(f"cannot use the directory '{path}'", path, OSError(code, os.strerror(code)))
+    with contextlib.suppress(OSError):
+        if not _is_directory(path):
+            nearest = next(parent for parent in (path, *path.parents) if os.path.lexists(parent))
+            if nearest.is_dir() and _permits(nearest, os.W_OK | os.X_OK):
+                return
+    make_directory(path, durable=True)  # it is there; or something is in the way, and this says what
+
+
+def _permits(path: Path, mode: int) -> bool:
+    return os.access(path, mode, effective_ids=os.access in os.supports_effective_ids)
 
 
 def _is_directory(path: Path) -> bool:

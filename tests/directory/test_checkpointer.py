@@ -81,7 +81,7 @@ def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 def test_an_empty_directory(opened: Open, directory: Path) -> None:
     checkpointer = opened()
-    assert directory.is_dir() and checkpointer.steps() == [] and checkpointer.restore() is None
+    assert checkpointer.steps() == [] and checkpointer.restore() is None
 
 
 def test_what_is_saved_is_restored(opened: Open) -> None:

@@ -123,3 +123,21 @@ def test_who_was_refused_keeps_nobody_out(saved: Path) -> None:
         refused.restore()
         save(refused, 32)
         assert other.steps() == [30, 31, 32]
+
+
+def test_a_restore_makes_no_directory(tmp_path: Path, native: Any) -> None:
+    """Its name may be mistyped. The first save makes it, for the ranks of a job, too."""
+    typo = tmp_path / "nowhere" / "typo"
+    with make(typo) as checkpointer:
+        for exclusive in (False, True):
+            assert checkpointer.restore(exclusive=exclusive) is None
+        assert checkpointer.steps() == []
+    with CheckpointCallback(typo, model=torch.nn.Linear(2, 2), options=options()) as callback:
+        callback.resume()
+    pair = Pair(typo)
+    assert pair.restore_both() == [None, None]
+    assert list(tmp_path.iterdir()) == []
+    assert pair.save_both(1) == [None, None]
+    with make(typo) as checkpointer:
+        assert checkpointer.steps() == [1]
+    pair.close()

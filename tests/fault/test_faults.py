@@ -374,10 +374,19 @@ def test_restore_passes_over_what_it_cannot_read(
 
 
 def test_the_directory_of_a_run_cannot_be_made(tmp_path: Path, native: Any) -> None:
+    """Only the first save makes it: who restores may have mistyped its name."""
     native.set_fault("mkdir", error=errno.EACCES)
-    with pytest.raises(StorageError) as caught:
-        ckpt.Checkpointer(tmp_path / "a" / "b", options=SMALL)
-    assert_storage_error(caught.value, "mkdir", errno.EACCES, tmp_path)
+    with ckpt.Checkpointer(tmp_path / "a" / "b", options=options(max_failed_saves=2)) as checkpointer:
+        assert checkpointer.restore() is None
+        for step in (1, 2):
+            with pytest.raises(StorageError) as caught:
+                checkpointer.save(step, make_state(step)).result(30)
+            assert_storage_error(caught.value, "mkdir", errno.EACCES, tmp_path)
+        with pytest.raises(FailedSavesError):
+            checkpointer.save(3, make_state(3))
+        native.clear_faults()
+        checkpointer.save(4, make_state(4)).result(30)
+        assert assert_run_is_good(checkpointer) == 4
 
 
 def test_one_of_several_saves_in_flight_fails(tmp_path: Path, native: Any) -> None:

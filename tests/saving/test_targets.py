@@ -247,7 +247,7 @@ def test_a_file_system_that_takes_no_new_files() -> None:
     with pytest.raises(StorageError, match=r"'/proc/.*No such file.*no files can be made in its directory.*save elsewhere"):
         ckpt.save(STATE, "/proc/model.pt", options=SMALL).result(60)
     with pytest.raises(StorageError, match=r"'/proc/run'.*no files can be made in its directory"):
-        ckpt.Checkpointer("/proc/run", options=SMALL)
+        ckpt.Checkpointer("/proc/run", options=SMALL).save(1, STATE).result(60)
 
 
 @opened_by
@@ -257,6 +257,17 @@ def test_a_directory_with_a_name_too_long(opener: str, tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENAMETOOLONG
     with nothing_changes_in(tmp_path), pytest.raises(StorageError, match="4095"):
         OPENERS[opener](tmp_path / LONG_PATH)
+
+
+def test_what_keeps_a_directory_from_being_made_is_seen_early(tmp_path: Path) -> None:
+    """Although only the first save makes it."""
+    with nothing_changes_in(tmp_path), pytest.raises(StorageError, match=r"256 bytes.*255"):
+        make_checkpointer(tmp_path / "missing" / LONG_NAME)
+    tmp_path.chmod(0o555)
+    refused = pytest.raises(StorageError, match=r"missing.*permissions")
+    with as_nobody(tmp_path / "missing"), nothing_changes_in(tmp_path), refused as caught:
+        make_checkpointer(tmp_path / "missing" / "below")
+    assert caught.value.errno == errno.EACCES
 
 
 @contextmanager
