@@ -46,9 +46,12 @@ class Fenced(Protocol):
 
     def fence(self, streams: dict[int, int]) -> None: ...
 
+    def order(self, streams: dict[int, int]) -> None: ...
+
 
 _uncaptured: dict[int, tuple[Watched, Fenced]] = {}  # by id; what a fence has to look after
-_fetched: dict[int, weakref.ref[Watched]] = {}  # by id; with bytes of devices, which may still be on their way behind a fence
+# By id; with bytes of devices, which may still be on their way behind the fence that has sealed the file.
+_fetched: dict[int, tuple[weakref.ref[Watched], Fenced]] = {}
 _beginning: dict[object, int] = {}  # a token of each save that is looking for what is lazy -> its thread
 _begun = threading.Condition()  # one of those is through
 _SLICE_S = 0.1  # how often who waits for them looks by himself
@@ -60,7 +63,7 @@ def watch(file: Watched, runtime: Fenced) -> None:
     """From now on fences look after it, until it is sealed."""
     _uncaptured[id(file)] = file, runtime
     if file.devices:
-        _fetched[id(file)] = weakref.ref(file, functools.partial(_forget, id(file)))
+        _fetched[id(file)] = weakref.ref(file, functools.partial(_forget, id(file))), runtime
 
 
 def unwatch(file: Watched) -> None:
@@ -97,10 +100,16 @@ def _forget(key: int, _: object) -> None:
     _fetched.pop(key, None)
 
 
-def _devices_at_work() -> set[int]:
-    """From which copies may be going on. All of them are named to a fence: for those that are not, the host would wait."""
-    files = [file for reference in list(_fetched.values()) if (file := reference()) is not None]
-    return {device for file in files if file.job is None or not file.job.released for device in file.devices}
+def _still_fetched() -> list[tuple[Watched, Fenced]]:
+    """Those from whose devices copies may be going on. The others are forgotten."""
+    found = []
+    for key, (reference, runtime) in list(_fetched.items()):
+        file = reference()
+        if file is not None and (file.job is None or not file.job.released):
+            found.append((file, runtime))
+        else:
+            _fetched.pop(key, None)
+    return found
 
 
 def fence() -> None:
@@ -114,8 +123,9 @@ def fence() -> None:
     reading. Wait with `result()`, or save such tensors with `lazy=False`.
 
     Of tensors on devices (`Options.device_lazy`) it only enqueues the copies, and lets the stream that is current for each of
-    these devices wait for them: other streams that are to write must wait for that one. It cannot be called while a stream is
-    being captured into a graph: call it before the capture begins, and before each replay.
+    these devices wait for them. Other streams that are to write must wait for that one, or be current at a fence of their own:
+    until the copies have ended, each fence (and each step of an optimizer) lets its current streams wait for them. It cannot be
+    called while a stream is being captured into a graph: call it before the capture begins, and before each replay.
 
     A save that cannot be captured within `Options.timeout_s` fails instead, so that training goes on; so does one whose
     tensors were found changed.
@@ -125,10 +135,16 @@ def fence() -> None:
         DeviceError: a current stream is being captured into a graph, or the CUDA driver failed; nothing may be changed then.
     """
     _await_beginnings()
-    watched = list(_uncaptured.values())
-    streams = torch_devices.streams_of(_devices_at_work())
-    for runtime in {runtime for _, runtime in watched}:
+    watched, fetched = list(_uncaptured.values()), _still_fetched()
+    # All of them are named: for a device that is not, the host would wait.
+    streams = torch_devices.streams_of({device for file, _ in fetched for device in file.devices})
+    fencing = {runtime for _, runtime in watched}
+    for runtime in fencing:
         runtime.fence(streams)
+    # What an earlier fence has sealed may still be read by copies, for which only its own streams wait. Which these were is not
+    # remembered: a handle may be that of another stream by now, and to wait once more costs nothing.
+    for runtime in {runtime for _, runtime in fetched} - fencing:
+        runtime.order(streams)
     for file, _ in watched:
         file.try_seal(ordered=True)
 
@@ -256,7 +272,7 @@ def _code_of(step: Any) -> CodeType | None:
 
 
 def _before_step() -> None:
-    if _uncaptured or _beginning:
+    if _uncaptured or _beginning or _fetched:
         fence()
 
 

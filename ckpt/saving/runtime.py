@@ -65,6 +65,12 @@ class Runtime:
         if engine is not None:  # else it was closed: whatever was in flight is durable or has failed
             engine.fence(streams)
 
+    def order(self, streams: dict[int, int]) -> None:
+        """Behind copies that fences have left to go on."""
+        engine = self._engine
+        if engine is not None:
+            engine.order(streams)
+
     def close(self, timeout_s: float) -> None:
         """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
         with self._lock:

@@ -284,6 +284,11 @@ void bind_engine(py::module_& module) {
         py::gil_scoped_release release;
         engine.fence(check_signals, streams);
       }, py::arg("streams") = Streams())
+      .def("order", [](Engine& engine, const Streams& streams) {
+        usable(engine);
+        py::gil_scoped_release release;
+        engine.order(check_signals, streams);
+      }, py::arg("streams"))
       .def("open_devices", [](Engine& engine, const std::vector<int>& devices) {
         usable(engine);
         py::gil_scoped_release release;

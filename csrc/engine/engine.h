@@ -62,6 +62,11 @@ class Engine {
   // to be enqueued then: the streams wait for them, and for those of a device that is not named, the host.
   void fence(const Interrupt& interrupt, const Streams& streams = {});
 
+  // For fences behind that which has captured all: more streams, on which others compute, wait for the copies that are still
+  // going on. One that is being captured into a graph is left out: what is recorded there is not done now. The host waits only
+  // for copies without an event on the devices that are named.
+  void order(const Interrupt& interrupt, const Streams& streams);
+
   // Prepares for saves from these devices: else the first one does it.
   void open_devices(const std::vector<int>& devices) { stager_.open(devices); }
 
@@ -100,14 +105,13 @@ class Engine {
   void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);
   bool checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt);
-  void fence_devices(Lock& lock, const Streams& streams, const Interrupt& interrupt);
+  void await_landing(Lock& lock, const std::vector<std::shared_ptr<Flight>>& flights, const Interrupt& interrupt);
   void capture(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt,
                const Streams& streams);
   void stage(Lock& lock, Job& job, Chunk& chunk, Span span);
   Span allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
                 const std::function<bool()>& still_wanted);
-  template <typename Done>
-  bool wait(Lock& lock, double deadline, const Interrupt& interrupt, Done done);
+  bool wait(Lock& lock, double deadline, const Interrupt& interrupt, const std::function<bool()>& done);
 
   const pid_t owner_;
   const size_t chunk_bytes_;

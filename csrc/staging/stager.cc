@@ -139,19 +139,24 @@ void Stager::remove(const std::shared_ptr<Job>& job) {
   reserve_.let_go();
 }
 
-void Stager::refuse_capture(Lock& lock, const Streams& streams) const {
+std::vector<int> Stager::captured_into_graphs(Lock& lock, const Streams& streams) const {
+  std::vector<int> found;
   for (const auto& [device, handle] : streams) {
     const Lane* lane = find_lane(device);
     if (lane == nullptr) continue;
     lock.unlock();
-    bool capturing = false;
     {
       const cuda::Current current(*lane->context);
-      capturing = lane->context->is_capturing(reinterpret_cast<cuda::StreamHandle>(handle));
+      if (lane->context->is_capturing(reinterpret_cast<cuda::StreamHandle>(handle))) found.push_back(device);
     }
-    if (capturing) throw capture_refused(device);
     lock.lock();
   }
+  return found;
+}
+
+void Stager::refuse_capture(Lock& lock, const Streams& streams) const {
+  const std::vector<int> captured = captured_into_graphs(lock, streams);
+  if (!captured.empty()) throw capture_refused(captured.front());
 }
 
 std::vector<std::shared_ptr<Flight>> Stager::order_behind_copies(Lock& lock, const Streams& streams) const {

@@ -90,7 +90,9 @@ class Stager {
   };
   std::vector<CacheState> caches() const;
 
-  // Throws if one of the streams is being captured into a graph. Gives the lock up meanwhile, as do the next ones.
+  // Those devices whose streams are being captured into graphs. Gives the lock up meanwhile, as do the next ones.
+  std::vector<int> captured_into_graphs(Lock& lock, const Streams& streams) const;
+  // Throws if there is one.
   void refuse_capture(Lock& lock, const Streams& streams) const;
   // For a fence: puts what these devices still have to enqueue for the job into their caches, as far as there is room, by
   // copies on these streams. A copy that fails is the job's failure. The caller keeps the job from ending.
