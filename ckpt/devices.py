@@ -38,6 +38,9 @@ class Devices(Protocol):
     def stream_of(self, device: int) -> int:
         """The handle of the stream that is current for this thread."""
 
+    def is_capturing(self) -> bool:
+        """Whether the current stream of the current device is being captured into a graph. Makes no context."""
+
     def allocate(self, nbytes: int, device: int) -> UntypedStorage:
         """Memory of the device."""
 
@@ -70,6 +73,9 @@ class TorchDevices:
     def stream_of(self, device: int) -> int:
         return int(torch.cuda.current_stream(device).cuda_stream)
 
+    def is_capturing(self) -> bool:
+        return self.are_possible() and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
     def allocate(self, nbytes: int, device: int) -> UntypedStorage:
         return UntypedStorage(nbytes, device=f"cuda:{device}")
 
@@ -85,6 +91,11 @@ def index_of(storage: UntypedStorage) -> int:
 def streams_of(devices: Iterable[int]) -> dict[int, int]:
     """For each device the handle of the stream that is current for this thread."""
     return {device: in_use.stream_of(device) for device in devices}
+
+
+def is_capturing() -> bool:
+    """Whether what this thread enqueues just now is recorded into a CUDA graph instead of being done."""
+    return in_use.is_capturing()
 
 
 def at_work() -> list[int]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import sys
 import threading
@@ -25,6 +26,8 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from ckpt import _native, torch_private
 from ckpt import devices as torch_devices
+
+logger = logging.getLogger("ckpt")
 
 
 class Watched(Protocol):
@@ -116,8 +119,9 @@ def fence() -> None:
     """Waits until every save in flight has captured its tensors; after it they may change.
 
     Called automatically before every step of a `torch.optim.Optimizer`. Call it by hand before anything else that writes to
-    saved tensors and fires no optimizer hook: replaying a CUDA graph that holds the step, functional optimizers, manual
-    updates, loading a state dict, swapping in EMA weights, a forward that writes to its weights (`nn.Embedding(max_norm=)`).
+    saved tensors and fires no optimizer hook: functional optimizers, manual updates, loading a state dict, swapping in EMA
+    weights, a forward that writes to its weights (`nn.Embedding(max_norm=)`), replaying a CUDA graph that holds the step. (Of
+    an optimizer that was seen being captured, only what is declared by `lazy=` needs that: all else is copied in save().)
 
     Not for memory that goes away: `share_memory_()`, `resize_()` and the like free what a background write may still be
     reading. Wait with `result()`, or save such tensors with `lazy=False`.
@@ -152,6 +156,7 @@ def fence() -> None:
 # ---- steps of optimizers ---------------------------------------------------------------------------------------------
 
 _stepped: dict[int, weakref.ref[Optimizer]] = {}
+_replayed: dict[int, weakref.ref[Optimizer]] = {}  # of them, those of which a step was captured into a graph
 
 
 class _Step:
@@ -191,6 +196,8 @@ def _install_hooks() -> None:
             _stepped[key] = weakref.ref(optimizer, lambda _: _stepped.pop(key, None))
         # Before the fence: a save that does not see it is one that the fence sees.
         _note_step(key, sys._getframe(1))
+        if torch_devices.is_capturing():
+            _note_capture(optimizer)
         _before_step()
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -276,9 +283,32 @@ def _before_step() -> None:
         fence()
 
 
+def _note_capture(optimizer: Optimizer) -> None:
+    """From now on a replay may write to its tensors at any time, by no call of ours."""
+    key = id(optimizer)
+    known = _replayed.get(key)
+    if known is not None and known() is optimizer:
+        return
+    _replayed[key] = weakref.ref(optimizer, lambda _: _replayed.pop(key, None))
+    logger.warning(
+        "a step of %s is being captured into a CUDA graph, whose replays call no hook: from now on its tensors are copied "
+        "inside save(); to save them lazily, name them by lazy= and call ckpt.fence() before each replay",
+        type(optimizer).__name__,
+    )
+
+
 def stepped_optimizers() -> list[Optimizer]:
     """Those that have stepped, and still live."""
-    return [optimizer for reference in list(_stepped.values()) if (optimizer := reference()) is not None]
+    return _living(_stepped)
+
+
+def replayed_optimizers() -> list[Optimizer]:
+    """Those of them that graphs may step, behind our back."""
+    return _living(_replayed)
+
+
+def _living(references: dict[int, weakref.ref[Optimizer]]) -> list[Optimizer]:
+    return [optimizer for reference in list(references.values()) if (optimizer := reference()) is not None]
 
 
 def step_is_running() -> bool:

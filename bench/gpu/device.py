@@ -134,6 +134,9 @@ class InHostMemory:
     def stream_of(self, device: int) -> int:
         return 0
 
+    def is_capturing(self) -> bool:
+        return False
+
     def allocate(self, nbytes: int, device: int) -> torch.UntypedStorage:
         return torch.UntypedStorage(nbytes)
 

@@ -1,8 +1,9 @@
 """Which storages change only behind a fence.
 
 A storage may leave lazily if it belongs to an optimizer whose step we fence: from its first step on the parameters that it
-steps and its state are known. What the caller declares counts too. All is looked up anew at each save: optimizers replace state
-tensors (LBFGS, load_state_dict), and an address may be used again.
+steps and its state are known. But not if one of its steps was captured into a CUDA graph: replays pass no fence. What the
+caller declares counts too. All is looked up anew at each save: optimizers replace state tensors (LBFGS, load_state_dict), and
+an address may be used again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from ckpt import _native
 from ckpt._native import StorageIndex
-from ckpt.fence import step_is_running, stepped_optimizers
+from ckpt.fence import replayed_optimizers, step_is_running, stepped_optimizers
 from ckpt.plan.views import ByteInterval, byte_interval
 
 # Gives those storages by their `_cdata`, each with the tensors in it that a step writes, or that were declared: then the first
@@ -31,7 +32,8 @@ def lazy_storages(declared: Any = None) -> LazyStorages:
     While a step of an optimizer runs, nothing is lazy, whatever is declared.
 
     Args:
-        declared: True (all), False (none, whatever optimizers own), or a tensor, module, optimizer, or an iterable of these.
+        declared: True (all), False (none, whatever optimizers own), or a tensor, module, optimizer, or an iterable of these. Of
+            an optimizer that a graph steps its name says nothing; its tensors must be declared themselves, or by a module.
 
     Raises:
         TypeError: `declared` is something else.
@@ -54,6 +56,8 @@ class _Found:
             self._complete = True
             for optimizer in stepped_optimizers():
                 _add_optimizer(self._found, optimizer, index)
+            for optimizer in replayed_optimizers():
+                _leave_out(self._found, optimizer)
         return self._found
 
 
@@ -110,6 +114,15 @@ def _add_optimizer(found: dict[Any, list[Any]], optimizer: Optimizer, index: Sto
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = optimizer.state if isinstance(optimizer.state, dict) else dict(optimizer.state)
     _native.add_owned(found, groups, state, index, torch.Tensor, _values)
+
+
+def _leave_out(found: dict[Any, list[Any]], optimizer: Optimizer) -> None:
+    """What it owns, whoever else does, unless it is declared."""
+    owned: dict[Any, list[Any]] = {}
+    _add_optimizer(owned, optimizer)
+    for key in owned:
+        if key in found and found[key][:1] != [None]:
+            del found[key]
 
 
 def _add_tensors(found: dict[Any, list[Any]], value: Any) -> None:

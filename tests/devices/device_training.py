@@ -53,6 +53,10 @@ class Training:
     def stream_of(self, device: int) -> int:
         return self.streams[device]
 
+    def is_capturing(self) -> bool:
+        """Device 0 is current."""
+        return self.cuda.is_capturing(self.streams[0])
+
     def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
         """What a kernel would do, in its turn."""
         self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)

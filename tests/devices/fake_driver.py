@@ -99,6 +99,10 @@ class FakeCuda:
     def set_capturing(self, device: int, stream: int, capturing: bool) -> None:
         self.cu.fake_set_capturing(device, ctypes.c_void_p(stream), int(capturing))
 
+    def is_capturing(self, stream: int) -> bool:
+        """A stream of the device whose context is current."""
+        return bool(self.cu.fake_is_capturing(ctypes.c_void_p(stream)))
+
     def count(self, what: str) -> int:
         return int(self.cu.fake_count(what.encode()))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +115,96 @@ def test_what_is_fenced_before_does_not_disturb_a_capture(training: Training, tm
     assert not torch.equal(weights, torch.full_like(weights, 1.0))
     training.cuda.hold_copies(False)
     assert_same(state(), torch.load(pending.result(30)))
+
+
+# ---- steps that a graph replays --------------------------------------------------------------------------------------
+
+
+class Replayed(torch.optim.Optimizer):
+    """Its step fills its parameters and state by kernels; a replay of its capture does the same, and calls nothing of ours."""
+
+    def __init__(self, training: Training, parameters: list[torch.nn.Parameter]) -> None:
+        super().__init__(parameters, {})
+        self.training, self.value = training, 1
+        for parameter in parameters:
+            self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+
+    def step(self, closure: Any = None) -> None:
+        if not self.training.is_capturing():
+            self.replay()
+
+    def replay(self) -> None:
+        for parameter, its in self.state.items():
+            self.training.fill(parameter, self.value)
+            self.training.fill(its["momentum"], self.value)
+
+
+def warmed_up_and_captured(training: Training) -> tuple[torch.nn.Linear, Replayed]:
+    model = torch.nn.Linear(200, 300)
+    optimizer = Replayed(training, list(model.parameters()))
+    optimizer.step()
+    with capture(training):
+        optimizer.step()
+    optimizer.value = 0xEE
+    training.synchronize()
+    return model, optimizer
+
+
+def state_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    tensors = [*model.parameters(), *(its["momentum"] for its in optimizer.state.values())]
+    return {str(number): tensor.detach() for number, tensor in enumerate(tensors)}
+
+
+@pytest.mark.parametrize("named", ["nothing", "optimizer"])
+@pytest.mark.parametrize("again", [False, True])
+def test_what_a_replay_writes_is_copied_inside_save(
+    again: bool, named: str, training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Also when the optimizer steps without the graph later, and where another optimizer owns the tensors, too."""
+    model, optimizer = warmed_up_and_captured(training)
+    if again:
+        optimizer.value = 1
+        optimizer.step()
+        other = Replayed(training, list(model.parameters()))
+        other.step()
+        optimizer.value = 0xEE
+        training.synchronize()
+    current = state_of(model, optimizer)
+    expected = {name: tensor.clone() for name, tensor in current.items()}
+    training.cuda.hold_copies(True)
+    lazy = optimizer if named == "optimizer" else None
+    pending = ckpt.save(current, tmp_path / "a.pt", lazy=lazy, options=options())
+    optimizer.replay()
+    training.cuda.hold_copies(False)
+    assert_same(expected, torch.load(pending.result(30)))
+    training.synchronize()
+    (record,) = [record for record in caplog.records if "CUDA graph" in record.getMessage()]
+    assert "Replayed" in record.getMessage() and record.levelname == "WARNING"
+
+
+def test_what_is_declared_stays_lazy_and_is_fenced_by_hand(training: Training, tmp_path: Path) -> None:
+    model, optimizer = warmed_up_and_captured(training)
+    current = state_of(model, optimizer)
+    expected = {name: tensor.clone() for name, tensor in current.items()}
+    in_model = sum(tensor.nbytes for tensor in model.parameters())
+    training.cuda.hold_copies(True)
+    pending = ckpt.save(current, tmp_path / "a.pt", lazy=model, options=options())
+    ckpt.fence()
+    optimizer.replay()
+    training.cuda.hold_copies(False)
+    assert_same(expected, torch.load(pending.result(30)))
+    eager = pending.stats.bytes_copied_in_save
+    assert in_model <= eager < 2 * in_model, "the state alone, of the same size"
+    training.synchronize()
+
+
+def test_other_optimizers_stay_lazy(training: Training, tmp_path: Path) -> None:
+    warmed_up_and_captured(training)
+    model = torch.nn.Linear(200, 300)
+    optimizer = Replayed(training, list(model.parameters()))
+    optimizer.step()
+    training.synchronize()
+    pending = ckpt.save(model.state_dict(), tmp_path / "a.pt", options=options())
+    ckpt.fence()
+    assert pending.stats.bytes_copied_in_save < 10_000
+    pending.result(30)

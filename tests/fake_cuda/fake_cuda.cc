@@ -426,6 +426,9 @@ int64_t fake_live(const char* what) {
 
 void fake_set_capturing(int device, Stream* handle, int capturing) { find_stream(handle, device)->capturing = capturing; }
 
+// As torch asks it, apart from what is counted here.
+int fake_is_capturing(Stream* handle) { return find_stream(handle, 0)->capturing; }
+
 // Work on a stream, as a kernel of the training would do it.
 void fake_fill(int device, Stream* handle, void* begin, int value, size_t bytes) {
   find_stream(handle, device)->add([=](Stream&) {
