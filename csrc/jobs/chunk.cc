@@ -208,18 +208,6 @@ void point_to(Chunk& chunk, std::byte* to) {
   }
 }
 
-void add_device_copy(std::vector<DeviceCopy>& copies, DeviceCopy next) {
-  if (!copies.empty()) {
-    DeviceCopy& last = copies.back();
-    const bool joins = last.source + last.length == next.source && last.at + last.length == next.at;
-    if (joins && last.device == next.device && last.lazy == next.lazy) {
-      last.length += next.length;
-      return;
-    }
-  }
-  copies.push_back(next);
-}
-
 }  // namespace
 
 void fill_bounce(Chunk& chunk, const FileSpec& spec) {
@@ -244,7 +232,8 @@ void copy_host_bytes(Chunk& chunk, const FileSpec& spec) {
       return;
     }
     const bool lazy = extent->kind == Source::kDeviceLazy, apart = !lazy && chunk.has_eager_span();
-    add_device_copy(chunk.device_copies, {source, length, apart ? eager : at, extent->device, lazy});
+    // One for each record, also where neighbours seem to continue each other: a copy across two allocations is refused.
+    chunk.device_copies.push_back({source, length, apart ? eager : at, extent->device, lazy});
     if (apart) eager += length;
   });
 }

@@ -116,6 +116,18 @@ def test_a_failed_copy_is_told_by_the_next_event_alone(cuda: FakeCuda, events: E
         assert cuda.cu.cuEventSynchronize(events.record(stream)) == expected
 
 
+def test_a_copy_stays_inside_an_allocation(cuda: FakeCuda) -> None:
+    source, target = (ctypes.c_char * 64)(*b"a" * 64), (ctypes.c_char * 64)()
+    begin, invalid_value = ctypes.addressof(source), 1
+    for at in (0, 32):
+        cuda.allocated(begin + at, 32)
+    for at, length, code in ((0, 32, 0), (32, 32, 0), (8, 24, 0), (0, 64, invalid_value), (31, 2, invalid_value)):
+        arguments = (target, ctypes.c_ulonglong(begin + at), ctypes.c_size_t(length), ctypes.c_void_p(DEFAULT_STREAM))
+        assert cuda.cu.cuMemcpyDtoHAsync_v2(*arguments) == code
+    for at in (0, 32):
+        cuda.allocated(begin + at, 0)
+
+
 def batch(cuda: FakeCuda, targets: list[ctypes.Array], sources: list[ctypes.Array], stream: int) -> tuple[int, int]:
     """What the call returns, and which copy it names."""
     count, first, failed = len(targets), ctypes.c_size_t(0), ctypes.c_size_t(99)

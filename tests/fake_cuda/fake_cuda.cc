@@ -426,6 +426,16 @@ int64_t fake_live(const char* what) {
 
 void fake_set_capturing(int device, Stream* handle, int capturing) { find_stream(handle, device)->capturing = capturing; }
 
+// Memory of the training is from now on one allocation of a device; none if it has no bytes.
+void fake_allocated(void* begin, uint64_t bytes) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  if (bytes == 0) {
+    controls().of_training.erase(reinterpret_cast<uintptr_t>(begin));
+  } else {
+    controls().of_training[reinterpret_cast<uintptr_t>(begin)] = bytes;
+  }
+}
+
 // As torch asks it, apart from what is counted here.
 int fake_is_capturing(Stream* handle) { return find_stream(handle, 0)->capturing; }
 

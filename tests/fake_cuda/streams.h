@@ -91,6 +91,7 @@ struct Controls {
   std::map<uintptr_t, size_t> registered;
   size_t total_bytes = size_t{4} << 30, others_bytes = 0;  // of each device, and what others have taken of it
   std::map<uintptr_t, std::pair<int, size_t>> allocated;   // address -> device, bytes
+  std::map<uintptr_t, size_t> of_training;                 // other memory that plays allocations of a device
   std::multimap<uintptr_t, size_t> copying;  // what copies that have not ended read and write
 };
 
@@ -287,6 +288,17 @@ inline bool is_allocated(const void* begin) {  // requires the lock of controls(
   return block != controls().allocated.begin() && at < std::prev(block)->first + std::prev(block)->second.second;
 }
 
+// A copy may lie inside an allocation, and not reach beyond it; of memory that nobody has declared nothing is known.
+inline bool crosses_allocations(const void* begin, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  for (const auto& [from, length] : controls().of_training) {
+    const bool touches = at < from + length && from < at + bytes;
+    if (touches && !(at >= from && at + bytes <= from + length)) return true;
+  }
+  return false;
+}
+
 inline void wait_while_held(const void* from) {
   Controls& all = controls();
   std::unique_lock<std::mutex> lock(all.mutex);
@@ -322,6 +334,7 @@ inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes
   Stream* stream = find_stream(handle, current->device);
   if (stream == nullptr) return kInvalidHandle;
   if (stream->capturing != 0) return kCaptureUnsupported;
+  if (crosses_allocations(from, bytes) || crosses_allocations(to, bytes)) return kInvalidValue;
   begin_copying(to, bytes);
   begin_copying(from, bytes);
   stream->add([=, enqueued_by = std::this_thread::get_id()](Stream& self) {
