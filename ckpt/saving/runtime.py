@@ -32,6 +32,7 @@ class Runtime:
             writers=options.writers,
             cuda_library=torch_devices.in_use.driver,
             device_cache_bytes=options.size("device_cache"),
+            device_batches=options.device_batches,
         )
         if options.device_lazy and (devices := torch_devices.at_work()):
             self._engine.open_devices(devices)
@@ -111,7 +112,7 @@ def lease(options: Options) -> Runtime:
     Raises:
         ClosedError: the interpreter is shutting down.
     """
-    key = (options.arena_bytes, options.chunk_bytes, options.writers, options.device_cache)
+    key = (options.arena_bytes, options.chunk_bytes, options.writers, options.device_cache, options.device_batches)
     with _registry_lock:
         if _exiting:
             raise ClosedError("the interpreter is shutting down: pending saves have been drained, and no more are taken")

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <new>
 #include <utility>
 
@@ -222,31 +223,43 @@ namespace {
 // The default stream, by either of its names: batches are refused there.
 bool is_legacy(StreamHandle stream) { return reinterpret_cast<uintptr_t>(stream) <= 1; }
 
-bool copy_in_one_call(const Table& table, const std::vector<Copy>& copies, StreamHandle stream) {
+bool copy_in_one_call(const Table& table, const Copy* copies, size_t count, StreamHandle stream) {
   std::vector<Address> to, from;
   std::vector<size_t> sizes;
-  for (const Copy& copy : copies) {
-    to.push_back(copy.to);
-    from.push_back(copy.from);
-    sizes.push_back(copy.bytes);
+  for (size_t i = 0; i < count; ++i) {
+    to.push_back(copies[i].to);
+    from.push_back(copies[i].from);
+    sizes.push_back(copies[i].bytes);
   }
   CopyAttributes attributes;
   size_t first = 0, failed = 0;
-  const size_t count = copies.size();
   return table.memcpy_batch_async(to.data(), from.data(), sizes.data(), count, &attributes, &first, 1, &failed, stream) ==
          kSuccess;
+}
+
+// How many have been enqueued, from the first on.
+size_t copy_in_batches(const Table& table, const std::vector<Copy>& copies, StreamHandle stream) {
+  size_t done = 0;
+  while (done < copies.size()) {
+    const size_t count = std::min(copies.size() - done, kMostInBatch);
+    if (!copy_in_one_call(table, &copies[done], count, stream)) return done;
+    done += count;
+  }
+  return done;
 }
 
 }  // namespace
 
 void enqueue_copies(const Context& context, Route route, const std::vector<Copy>& copies, StreamHandle stream,
-                    std::atomic<bool>& in_batches) {
+                    std::atomic<bool>* in_batches) {
   const Table& table = context.table();
-  if (in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
-    if (copy_in_one_call(table, copies, stream)) return;
-    in_batches = false;
+  size_t done = 0;
+  if (in_batches != nullptr && *in_batches && table.memcpy_batch_async != nullptr && copies.size() > 1 && !is_legacy(stream)) {
+    done = copy_in_batches(table, copies, stream);
+    if (done < copies.size()) *in_batches = false;
   }
-  for (const Copy& copy : copies) {
+  for (; done < copies.size(); ++done) {
+    const Copy& copy = copies[done];
     switch (route) {
       case Route::kToHost: {
         auto* const to = reinterpret_cast<void*>(copy.to);

@@ -256,10 +256,13 @@ struct Copy {
 };
 enum class Route { kToHost, kOnDevice, kFromHost };
 
-// Enqueues copies whose order does not matter: by one call for all where the driver can, else by one for each. A call for all
-// that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Host memory must be
-// pinned for a call for all. Requires Current.
+// At most so many copies are given to the driver in one call: with tens of thousands it is known to crash, or to hang.
+constexpr size_t kMostInBatch = 256;
+
+// Enqueues copies whose order does not matter, by a call for each; or, with `in_batches`, by calls for many where the driver
+// can. Such a call that fails turns `in_batches` off; what it may have enqueued is enqueued again, which harms nothing. Host
+// memory must be pinned for it. Requires Current.
 void enqueue_copies(const Context& context, Route route, const std::vector<Copy>& copies, StreamHandle stream,
-                    std::atomic<bool>& in_batches);
+                    std::atomic<bool>* in_batches = nullptr);
 
 }  // namespace lazyckpt::cuda

@@ -93,9 +93,7 @@ void UploadRing::launch(Buffer& buffer, int device, const std::vector<cuda::Copy
   if (flight.event == nullptr) flight.event = std::make_unique<cuda::Event>(link.context);
   flight.marked = false;
   flight.flying = true;  // also if a copy is refused: others may be on their way
-  std::atomic<bool> one_by_one{false};
-  cuda::enqueue_copies(*link.context, cuda::Route::kFromHost, copies, link.stream->get(),
-                       buffer.memory->pinned() ? link.in_batches : one_by_one);
+  cuda::enqueue_copies(*link.context, cuda::Route::kFromHost, copies, link.stream->get());
   flight.event->record(link.stream->get());
   flight.marked = true;
 }

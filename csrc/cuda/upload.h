@@ -9,7 +9,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cstddef>
 #include <map>
 #include <memory>
@@ -27,7 +26,6 @@ class Uplinks {
   struct Link {
     std::shared_ptr<const cuda::Context> context;
     std::unique_ptr<cuda::Stream> stream;
-    std::atomic<bool> in_batches{true};  // until the driver refuses a batch of copies
   };
 
   // `driver`: the path of libcuda; empty: the system's. `streams`: for each device the one on which the caller computes: what it

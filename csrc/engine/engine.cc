@@ -48,7 +48,8 @@ Engine::Engine(const EngineOptions& options)
     : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
       monitor_(std::make_shared<Monitor>()), reserve_(arena_, chunk_bytes_),
       stager_(monitor_, arena_, reserve_,
-              {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes}) {
+              {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes,
+               options.device_batches}) {
   try {
     start_threads(std::max(options.writers, 1));
   } catch (const std::system_error& error) {

@@ -35,6 +35,7 @@ struct EngineOptions {
   std::string cuda_library = {};  // the CUDA driver, looked for when a device is first used; empty: the system's
   size_t device_cache_bytes = 0;  // spare memory that a fence may use on each device; see DeviceCache
   size_t device_window_bytes = size_t{32} << 20;  // with it, the copies that one device has to do before those of a fence
+  bool device_batches = false;  // many copies by one call of the driver, where it can
 };
 
 // Called now and then by a waiting caller, without the lock; throws to give the wait up (a signal handler raised).

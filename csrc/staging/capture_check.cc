@@ -2,7 +2,6 @@
 //
 // They do not go through the arena, which may be full of bytes that leave only after the job in question. The copies are
 // flights like others: the lane sees them end, fails the job at its deadline, and the job does not end before them.
-#include <atomic>
 #include <memory>
 #include <utility>
 
@@ -44,9 +43,8 @@ void Stager::look(const std::shared_ptr<Flight>& flight) {
   flight->take_off();
   lock.unlock();
   std::optional<Error> error;
-  std::atomic<bool> one_by_one{false};  // where pinning was refused: then the driver waits for each copy, without a deadline
-  try {
-    lane.launch(*flight, cuda::Route::kToHost, copies, flight->memory->pinned() ? lane.in_batches : one_by_one);
+  try {  // where pinning was refused, the driver waits for each copy, without a deadline
+    lane.launch(*flight, cuda::Route::kToHost, copies, flight->memory->pinned() ? &lane.in_batches : nullptr);
   } catch (const std::exception& caught) {
     error = error_of(job, caught);
   }

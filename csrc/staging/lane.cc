@@ -57,7 +57,8 @@ void Flight::take_off() {
 
 Lane::Lane(std::shared_ptr<Monitor> shared, std::shared_ptr<const cuda::Context> device, const LaneOptions& options)
     : monitor(std::move(shared)), context(std::move(device)), chunk_bytes(options.chunk_bytes),
-      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), cache(options.cache_bytes, options.chunk_bytes) {
+      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), cache(options.cache_bytes, options.chunk_bytes),
+      in_batches(options.batches) {
   const cuda::Current current(*context);
   stream = std::make_unique<const cuda::Stream>(context);
 }
@@ -131,11 +132,10 @@ void Lane::copy(Flight& flight, bool pinned) {
     copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
   }
   // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
-  std::atomic<bool> one_by_one{false};
-  launch(flight, cuda::Route::kToHost, copies, pinned ? in_batches : one_by_one);
+  launch(flight, cuda::Route::kToHost, copies, pinned ? &in_batches : nullptr);
 }
 
-void Lane::launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>& batches) const {
+void Lane::launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>* batches) const {
   auto event = std::make_shared<cuda::Event>(context);
   std::optional<Error> refused;
   try {

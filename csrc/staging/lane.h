@@ -51,6 +51,7 @@ struct LaneOptions {
   size_t chunk_bytes = 0;
   size_t cache_bytes = 0;   // of its device, at most
   size_t window_bytes = 0;  // what it has in its stream with a cache, at most; two chunks at least
+  bool batches = false;     // many copies by one call of the driver, where it can
 };
 
 struct Lane {
@@ -70,14 +71,14 @@ struct Lane {
   // The copies of a chunk to the arena, or to its eager span; `pinned`: whether that is.
   void copy(Flight& flight, bool pinned);
   // The copies, and an event behind them, even if one is refused: others may be on their way. `batches` as enqueue_copies() has it.
-  void launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>& batches) const;
+  void launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>* batches) const;
 
   const std::shared_ptr<Monitor> monitor;
   const std::shared_ptr<const cuda::Context> context;
   const size_t chunk_bytes, window_bytes;
   std::unique_ptr<const cuda::Stream> stream;
   DeviceCache cache;
-  std::atomic<bool> in_batches{true};  // until the driver refuses a batch of copies
+  std::atomic<bool> in_batches;  // if wanted, until the driver refuses a batch of copies
   bool pins_arena = false;             // the first to be opened does; constant in its thread
   // Guarded by the monitor's mutex:
   bool review_cache = false;  // a job has begun

@@ -52,7 +52,7 @@ Lane& Stager::open_lane(int device) {
   }
   if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
   auto context = std::make_shared<const cuda::Context>(driver_, device);
-  const LaneOptions lane_options{options_.chunk_bytes, options_.cache_bytes, options_.window_bytes};
+  const LaneOptions lane_options{options_.chunk_bytes, options_.cache_bytes, options_.window_bytes, options_.batches};
   auto made = std::make_unique<Lane>(monitor_, std::move(context), lane_options);
   Lane& lane = *made;
   Lock lock(monitor_->mutex);

@@ -41,6 +41,7 @@ struct StagerOptions {
   std::string driver;      // the path of libcuda; empty: the system's
   size_t cache_bytes = 0;  // of each device, at most
   size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
+  bool batches = false;  // as LaneOptions
 };
 
 class Stager {

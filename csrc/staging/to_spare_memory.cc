@@ -97,7 +97,7 @@ void Stager::copy_to_cache(Lane& lane, Flight& flight, const CacheBatch& batch) 
       copies.push_back({place.base + copy.at, reinterpret_cast<cuda::Address>(copy.source), copy.length});
     }
   }
-  lane.launch(flight, cuda::Route::kOnDevice, copies, lane.in_batches);
+  lane.launch(flight, cuda::Route::kOnDevice, copies, &lane.in_batches);
 }
 
 void Stager::book_cached(Lane& lane, const std::shared_ptr<Flight>& flight, const CacheBatch& batch,

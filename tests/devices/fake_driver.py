@@ -97,7 +97,7 @@ class FakeCuda:
         self.cu.fake_set_memory(ctypes.c_uint64(total), ctypes.c_uint64(others))
 
     def allocated(self, address: int, length: int) -> None:
-        """Memory of the training is from now on one allocation of a device, over whose ends no copy may go; 0 bytes: no more."""
+        """Memory of the training is one allocation of a device from now on, over whose ends no copy goes; 0 bytes: no more."""
         self.cu.fake_allocated(ctypes.c_void_p(address), ctypes.c_uint64(length))
 
     def set_capturing(self, device: int, stream: int, capturing: bool) -> None:

@@ -20,6 +20,8 @@ __all__ = ["cuda", "fake_library", "make"]
 SMALL = [1 + number % 300 for number in range(400)]
 DEVICES = [number % 2 for number in range(400)]
 MANY = 4 * 64 * KIB  # what fits a chunk of the rigs here
+BATCHES: dict[str, Any] = {"chunk_bytes": MANY, "device_batches": True}
+MOST = 256  # copies in one call
 
 
 @pytest.fixture(scope="module")
@@ -56,18 +58,34 @@ def ready(rig: Rig) -> Rig:
     return rig
 
 
+@pytest.mark.parametrize("kind", [LAZY, EAGER])
+def test_they_are_no_default(make: Make, cuda: FakeCuda, kind: int) -> None:
+    save_small(ready(make(chunk_bytes=MANY)), kind)
+    assert calls(cuda) == (800, 0, 0)
+
+
+@pytest.mark.parametrize("count", [MOST, MOST + 1, 2 * MOST, 2 * MOST + 1])
+def test_a_call_has_so_many_copies_at_most(make: Make, cuda: FakeCuda, count: int) -> None:
+    rig = ready(make(**BATCHES))
+    saved = rig.save([100] * count, [LAZY] * count, [0] * count)
+    rig.engine.fence(rig.streams)
+    rig.overwrite(saved, LAZY)
+    rig.check(saved)
+    assert calls(cuda) == (0, -(-count // MOST), count)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("kind", [LAZY, EAGER])
 def test_small_tensors_of_a_chunk_take_one_call(make: Make, cuda: FakeCuda, kind: int, seed: int) -> None:
     cuda.configure(seed=seed, most_delay_s=0.0001)
-    rig = ready(make(chunk_bytes=MANY))
+    rig = ready(make(**BATCHES))
     save_small(rig, kind)
     assert calls(cuda) == (0, 4, 800), "one for each save and device"
 
 
 @pytest.mark.parametrize("kind", [LAZY, EAGER])
 def test_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path, kind: int) -> None:
-    rig = ready(Rig(old_cuda, tmp_path, chunk_bytes=MANY))
+    rig = ready(Rig(old_cuda, tmp_path, **BATCHES))
     save_small(rig, kind)
     assert not hasattr(old_cuda.cu, "cuMemcpyBatchAsync")
     assert calls(old_cuda) == (800, 0, 0)
@@ -78,16 +96,18 @@ def test_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path, kind: int)
 @pytest.mark.parametrize("enqueued", [0, 1, 177, 399])
 def test_a_batch_that_is_refused_is_copied_one_by_one(make: Make, cuda: FakeCuda, enqueued: int, kind: int) -> None:
     """Whatever of it had been enqueued. That device's later copies are not tried in batches again."""
-    rig = ready(make(chunk_bytes=MANY))
+    rig = ready(make(**BATCHES))
     cuda.fail("batched copies", skip=enqueued, code=801)
     save_small(rig, kind, [0] * 400)
-    assert calls(cuda) == (800, 1, enqueued + 1)
+    before = enqueued // MOST * MOST  # by calls that were not refused
+    expected = 800 - before, enqueued // MOST + 1, enqueued + 1
+    assert calls(cuda) == expected
     save_small(rig, kind, [1] * 400)
-    assert calls(cuda) == (800, 3, enqueued + 1 + 800), "the other device goes on with them"
+    assert calls(cuda) == (expected[0], expected[1] + 4, expected[2] + 800), "the other device goes on with them"
 
 
 def test_a_driver_that_refuses_all_batches(make: Make, cuda: FakeCuda) -> None:
-    rig = ready(make(chunk_bytes=MANY))
+    rig = ready(make(**BATCHES))
     for _ in range(3):
         cuda.fail("cuMemcpyBatchAsync", code=801)
     save_small(rig)
@@ -95,7 +115,7 @@ def test_a_driver_that_refuses_all_batches(make: Make, cuda: FakeCuda) -> None:
 
 
 def test_a_batch_that_fails_on_its_way_fails_its_job(make: Make, cuda: FakeCuda) -> None:
-    rig = ready(make(chunk_bytes=MANY))
+    rig = ready(make(**BATCHES))
     cuda.fail("batched copies", skip=50, late=True)
     bad = rig.save(SMALL, [LAZY] * 400, DEVICES)
     assert bad.job.wait_finished(DEADLINE_S)
@@ -106,7 +126,7 @@ def test_a_batch_that_fails_on_its_way_fails_its_job(make: Make, cuda: FakeCuda)
 
 def test_eager_copies_on_the_default_stream_are_made_one_by_one(make: Make, cuda: FakeCuda) -> None:
     """Batches are refused there; those on the engine's own streams go on."""
-    rig = ready(make(chunk_bytes=MANY, streams={0: DEFAULT_STREAM, 1: DEFAULT_STREAM}))
+    rig = ready(make(**BATCHES, streams={0: DEFAULT_STREAM, 1: DEFAULT_STREAM}))
     save_small(rig, EAGER)
     assert calls(cuda) == (800, 0, 0)
     save_small(rig, LAZY)
@@ -115,14 +135,14 @@ def test_eager_copies_on_the_default_stream_are_made_one_by_one(make: Make, cuda
 
 def test_no_batches_to_memory_that_is_not_pinned(make: Make, cuda: FakeCuda) -> None:
     cuda.fail("cuMemHostRegister", code=2)
-    save_small(make(chunk_bytes=MANY))
+    save_small(make(**BATCHES))
     assert calls(cuda) == (800, 0, 0)
 
 
 def test_neighbours_are_copied_one_by_one(make: Make, cuda: FakeCuda) -> None:
     """Eager bytes that share a chunk with lazy ones lie close together. What lies so on a device, too, may be two allocations:
     a copy of both is refused."""
-    rig = ready(make(chunk_bytes=MANY))
+    rig = ready(make(**BATCHES))
     buffer = torch.randint(0, 256, (5000,), dtype=torch.uint8)
     for begin, length in ((0, 2000), (2000, 3000)):
         cuda.allocated(buffer.data_ptr() + begin, length)
@@ -166,7 +186,7 @@ def save_through_cache(rig: Rig, cuda: FakeCuda, device: int = 0) -> tuple[int, 
     return single, many
 
 
-CACHE: dict[str, Any] = {"chunk_bytes": MANY, "device_cache_bytes": 16 * MANY, "device_window_bytes": 0}
+CACHE: dict[str, Any] = BATCHES | {"device_cache_bytes": 16 * MANY, "device_window_bytes": 0}
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -174,7 +194,7 @@ def test_small_tensors_go_to_the_cache_in_one_call(make: Make, cuda: FakeCuda, s
     cuda.configure(seed=seed, most_delay_s=0.0001)
     rig = with_cache(make(**CACHE))
     for device in (0, 1, 0):
-        assert save_through_cache(rig, cuda, device) == (0, 1)
+        assert save_through_cache(rig, cuda, device) == (0, 2)
     assert cuda.count("cuMemcpyDtoHAsync") + cuda.count("cuMemcpyBatchAsync") < 40, "out of it, too"
 
 
@@ -186,7 +206,7 @@ def test_a_batch_to_the_cache_that_is_refused_is_copied_one_by_one(make: Make, c
     assert single > 400 and many == 1
     single, many = save_through_cache(rig, cuda)
     assert single > 400 and many == 0, "it is not tried again"
-    assert save_through_cache(rig, cuda, 1) == (0, 1), "the other device goes on with them"
+    assert save_through_cache(rig, cuda, 1) == (0, 2), "the other device goes on with them"
 
 
 def test_the_cache_with_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path) -> None:
@@ -208,4 +228,4 @@ def test_a_batch_to_the_cache_that_fails_on_its_way_fails_its_job(make: Make, cu
     assert bad.job.wait_finished(DEADLINE_S)
     assert isinstance(bad.job.error, DeviceError) and "ILLEGAL_ADDRESS" in str(bad.job.error)
     assert rig.cached() == 0
-    assert save_through_cache(rig, cuda) == (0, 1)
+    assert save_through_cache(rig, cuda) == (0, 2)

@@ -171,7 +171,7 @@ def test_a_fence_does_not_wait_for_what_an_earlier_one_has_put_in_order(
 
 def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
-        training.cuda.fail("batched copies", skip=2, late=True)
+        training.cuda.fail("cuMemcpyDtoHAsync", skip=2, late=True)
         error = checkpointer.save(1, state(), lazy=True).exception(30)
         assert isinstance(error, DeviceError) and "ILLEGAL_ADDRESS" in str(error)
         checkpointer.save(2, state(2.0), lazy=True).result(30)
@@ -254,7 +254,6 @@ def test_verify_capture_passes_what_is_fenced(seed: int, training: Training, tmp
 
 
 def test_what_cannot_be_verified_is_not_saved(training: Training, tmp_path: Path) -> None:
-    training.cuda.fail("cuMemcpyBatchAsync", code=801)
     training.cuda.fail("cuMemcpyDtoHAsync", skip=2)
     with pytest.raises(DeviceError, match=r"a\.pt.*ILLEGAL_ADDRESS"):
         ckpt.save(state(), tmp_path / "a.pt", lazy=True, options=options(verify_capture=True))

@@ -34,6 +34,7 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "direct_io": False,
     "device_lazy": True,
     "device_cache": "16MiB",
+    "device_batches": True,
     "record_alignment": 512,
     "replicated_writers": "rank0",
     "replicated_readers": "all",

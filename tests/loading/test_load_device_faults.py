@@ -22,12 +22,9 @@ from ckpt.loading import archive
 
 __all__ = ["cuda", "fake_library", "training"]
 
-NOT_SUPPORTED = 801
-
 FAILURES: dict[str, dict[str, Any]] = {
     "a copy": {"call": "cuMemcpyHtoDAsync", "skip": 1},
     "a copy, late": {"call": "cuMemcpyHtoDAsync", "skip": 1, "late": True},
-    "the second of a batch": {"call": "batched copies", "skip": 1, "late": True},
     "a stream": {"call": "cuStreamCreate"},
     "an event": {"call": "cuEventCreate", "skip": 1},
     "marking": {"call": "cuEventRecord", "skip": 2},
@@ -52,13 +49,6 @@ def test_then_it_goes_by_way_of_the_host(
         with pytest.raises(Exception, match=r"CUDA|cuda"):  # by torch, which is to move it and sees no device here
             ckpt.load(path, map_location="cuda:0")
     assert len(warnings_of(caplog)) == 1 and "by way of host memory" in warnings_of(caplog)[0]
-
-
-def test_a_batch_that_is_refused_goes_one_by_one(training: Training, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    state = layers()
-    training.cuda.fail("cuMemcpyBatchAsync", code=NOT_SUPPORTED)
-    assert_same(state, ckpt.load(torch_saved(state, tmp_path / "state.pt"), "cuda:0"))
-    assert not warnings_of(caplog)
 
 
 def test_memory_that_cannot_be_pinned_serves_all_the_same(

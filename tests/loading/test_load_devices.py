@@ -48,8 +48,8 @@ def tensors_of(state: dict[str, Any]) -> list[torch.Tensor]:
 
 
 def carried(training: Training) -> int:
-    """Copies to devices, in calls of their own and in batches."""
-    return training.cuda.count("cuMemcpyHtoDAsync") + training.cuda.count("batched copies")
+    """Copies to devices."""
+    return training.cuda.count("cuMemcpyHtoDAsync")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -75,11 +75,11 @@ def test_goes_where_map_location_says(where: Any, writer: str, training: Trainin
     assert carried(training) < 2100, "few more than there are tensors: none twice"
 
 
-def test_small_tensors_go_in_batches(training: Training, tmp_path: Path) -> None:
+def test_loads_make_no_batches(training: Training, tmp_path: Path) -> None:
+    """By which drivers are known to crash."""
     path = torch_saved(layers(), tmp_path / "state.pt")
     ckpt.load(path, map_location="cuda:0")
-    calls = training.cuda.count("cuMemcpyHtoDAsync") + training.cuda.count("cuMemcpyBatchAsync")
-    assert calls < 50 < 2000 < training.cuda.count("batched copies")
+    assert training.cuda.count("cuMemcpyBatchAsync") == 0 and carried(training) > 2000
 
 
 def test_goes_where_it_was_saved(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,6 +67,7 @@ class Training {
     options.writers = 1 + static_cast<int>(random_.up_to(2));
     options.cuda_library = library_;
     if (!random_.one_in(3)) options.device_cache_bytes = size_t{1} << (18 + random_.up_to(3));
+    options.device_batches = random_.one_in(2);
     options.device_window_bytes = random_.one_in(2) ? 0 : size_t{1} << (17 + random_.up_to(3));
     fly(options);
     end_weather();
