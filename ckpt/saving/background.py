@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ckpt import _native
 from ckpt.errors import ClosedError, DeadlineError, SkippedError
+from ckpt.fence import unwatch
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.notices import note_buffered, note_pageable
@@ -159,6 +160,7 @@ class SaveFinisher:
         except DeadlineError as given_up:
             for file in task.files:
                 _native.leak(file.memory)  # a writer may still read it
+                unwatch(file)  # nothing of it will be published: its tensors may change
             return given_up
         errors = [error for file in task.files if (error := file.error()) is not None]
         for file in task.files:

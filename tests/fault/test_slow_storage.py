@@ -214,6 +214,7 @@ def test_close_gives_up_at_its_deadline(tmp_path: Path, native: Any, caplog: pyt
     with pytest.raises(DeadlineError):
         checkpointer.close()
     assert time.monotonic() - begin < PROMPT_S
+    assert inspection.uncaptured() == 0, "fences would look after it for ever"
     native.clear_faults()
     assert isinstance(pending.exception(30), (DeadlineError, ClosedError))
     with pytest.raises(ClosedError):
