@@ -1,4 +1,4 @@
-"""What a save publishes, and what it asks of the place where it does: a directory of steps, or of bundles."""
+"""PublicationTarget: what publishing a save needs of a directory of steps, or of bundles."""
 
 from __future__ import annotations
 

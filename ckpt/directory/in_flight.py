@@ -1,4 +1,4 @@
-"""Which files saves of this process are writing, and which step directories are just being taken away: never both."""
+"""Keeps this process from removing a step directory that one of its saves is writing into."""
 
 from __future__ import annotations
 

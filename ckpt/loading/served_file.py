@@ -1,4 +1,4 @@
-"""Records in memory as a file, which torch.load reads without a name of torch's that is not public.
+"""Gives records in memory to torch.load as a file, by public names alone.
 
 The file exists nowhere: it is a zip whose directory and small records are bytes here. The records of tensors read as zeros,
 but for a tag at their beginning, and torch is given the storages with their true contents when it asks where each is to go. So

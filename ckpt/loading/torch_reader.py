@@ -1,4 +1,4 @@
-"""What torch's own loader takes for its reader of files: records that are in memory already.
+"""Stands in for torch's reader of files, over records that are in memory already.
 
 So what a file means is decided by torch alone, and how its bytes come by us.
 """

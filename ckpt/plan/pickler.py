@@ -1,12 +1,12 @@
 """The pickle of an object, and the storages that it names.
 
 The pickle is the one `torch.save` makes, opcode for opcode, wherever both write whole storages. What state dicts are made of
-is pickled natively (csrc/pickling.cc), because it is all that save() costs its caller; an object with anything else in it goes
-through Python's own pickler. There, plain strided tensors take a short way through `reducer_override`; everything else
-(subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
+is pickled natively (csrc/pickle/state_pickler.cc), because it is all that save() costs its caller; an object with anything
+else in it goes through Python's own pickler. There, plain strided tensors take a short way through `reducer_override`;
+everything else (subclasses, sparse, quantized, nested, ...) takes torch's own `__reduce_ex__`, whose parts come back here.
 
-Two passes at most. The first assumes whole storages and notes which bytes of each are viewed. Only if some storage turns
-out to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see views.py).
+Two passes at most. The first assumes whole storages and notes which bytes of each are viewed. Only if some storage turns out
+to be viewed in part, or as two dtypes, a second pass names virtual storages instead (see views.py).
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def structure_of(obj: Any) -> SavePlan:
     """
     data, records = pickle_object(obj)
     plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
-    plan.addresses, _ = _native.place(records, lambda _: False, find_writers, lambda _, __: False, 0, [], plan.kinds)
+    plan.addresses, _ = _native.choose_kinds(records, lambda _: False, find_writers, lambda _, __: False, 0, [], plan.kinds)
     return plan
 
 
@@ -89,7 +89,9 @@ def _place(data: bytes, records: list[SavedStorage], lazy: LazyStorages, eager_b
     plan = SavePlan(data, records, [], bytearray(len(records)))
     plan.devices = _find_devices(plan, eager_bytes, from_devices)
     shared = SharedMemory()
-    plan.addresses, plan.lazy = _native.place(records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.kinds)
+    plan.addresses, plan.lazy = _native.choose_kinds(
+        records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.kinds
+    )
     plan.sizes = list(map(_nbytes, records))
     return plan
 

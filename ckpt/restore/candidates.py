@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ckpt.coordinator import Coordinator
-from ckpt.errors import InUseError
+from ckpt.errors import CheckpointError, InUseError, PeerError
 
 logger = logging.getLogger("ckpt")
 
@@ -49,10 +49,16 @@ class Seen(NamedTuple):
 
 
 class Objection(NamedTuple):
-    """What is wrong with a candidate on this rank. `gone`: it was removed or replaced while it was looked at."""
+    """What is wrong on this rank.
+
+    Attributes:
+        gone: the candidate was removed or replaced while it was looked at.
+        fatal: not with the candidate: this rank cannot go on, so the restore ends on all ranks.
+    """
 
     cause: str
     gone: bool = False
+    fatal: bool = False
 
 
 class Refusal(NamedTuple):
@@ -103,13 +109,16 @@ class CandidateVote:
         """On rank 0: the first candidate that is good everywhere; else None, and why.
 
         Args:
-            look: called again when a candidate has gone.
+            find_steps: lists the checkpoints; called again when a candidate has gone.
+
+        Raises:
+            PeerError: another rank cannot go on, or does not answer. Or what went wrong here; the others are told.
         """
         rejected: dict[tuple[str, int], str] = {}
         times_gone: collections.Counter[tuple[str, int]] = collections.Counter()
         end = time.monotonic() + self._timeout_s
         for _ in range(_MOST_LOOKS):
-            seen = find_steps()
+            seen = self._find(find_steps)
             for candidate in seen.candidates:
                 key = (candidate.name, candidate.sequence)
                 if key in rejected:
@@ -131,11 +140,32 @@ class CandidateVote:
                 break
         return None, self._give_up([_outrun(candidate, len(seen.candidates), sum(times_gone.values()))], kind=GONE)
 
+    def _find(self, find_steps: Callable[[], Seen]) -> Seen:
+        try:
+            return find_steps()
+        except Exception as error:
+            self._end(_fatal(error).cause, (0,))
+            raise
+
     def _ask(self, candidate: Candidate, verify: Verify) -> Objection | None:
         self._tell(candidate._asdict())
-        objection = self._collect(verify(candidate))
+        own, error = _try(verify, candidate)
+        try:
+            objection, fatal = self._collect(own)
+        except PeerError as missing:
+            self._end(str(missing), missing.ranks)
+            raise error or missing from None
+        if objection is not None and fatal:
+            text = self._end(objection.cause, fatal)
+            raise error or PeerError(text, fatal)
         self._tell({"good": objection is None})
         return objection
+
+    def _end(self, cause: str, ranks: Sequence[int]) -> str:
+        """Tells the others that there is no going on, and why."""
+        text = f"the restore was given up by all ranks: {cause}"
+        self._tell({"ended": text, "ranks": list(ranks)})
+        return text
 
     def _give_up(self, causes: list[str], lost: str = "", kind: str = DAMAGED) -> Refusal:
         refusal = Refusal([lost], LOST) if lost and not causes else Refusal(causes + [lost] * bool(lost), kind)
@@ -147,18 +177,27 @@ class CandidateVote:
 
         Raises:
             InUseError: rank 0 has refused.
+            PeerError: another rank cannot go on, or does not answer. Or what went wrong here; the others are told.
         """
         while True:
-            said = self._hear()
+            said = self._hear_unless_ended()
             if "refusal" in said:
                 raise InUseError(said["refusal"])
             if "rejected" in said:
                 return None, Refusal(said["rejected"], said["kind"])
             candidate = Candidate(**said)
-            objection = verify(candidate)
+            objection, error = _try(verify, candidate)
             self._collect(objection)
-            if self._hear()["good"] and objection is None:
+            if error is not None:
+                raise error
+            if self._hear_unless_ended()["good"] and objection is None:
                 return candidate, Refusal()
+
+    def _hear_unless_ended(self) -> dict[str, Any]:
+        said = self._hear()
+        if "ended" in said:
+            raise PeerError(said["ended"], said["ranks"])
+        return said
 
     def _tell(self, message: dict[str, Any]) -> None:
         self._coordinator.broadcast(self._next_key(), json.dumps(message).encode(), self._timeout_s)
@@ -166,23 +205,44 @@ class CandidateVote:
     def _hear(self) -> dict[str, Any]:
         return dict(json.loads(self._coordinator.broadcast(self._next_key(), None, self._timeout_s + 10)))
 
-    def _collect(self, objection: Objection | None) -> Objection | None:
-        """Rank 0 gets what is wrong on any rank."""
+    def _collect(self, objection: Objection | None) -> tuple[Objection | None, list[int]]:
+        """Rank 0 gets what is wrong on any rank, or on those that cannot go on, if there are such; and which these are."""
         own = b"" if objection is None else json.dumps(objection._asdict()).encode()
         answers = self._coordinator.gather(self._next_key(), own, self._timeout_s) or []
         found = {rank: Objection(**json.loads(answer)) for rank, answer in enumerate(answers) if answer}
+        fatal = [rank for rank, each in found.items() if each.fatal]
+        found = {rank: each for rank, each in found.items() if rank in fatal or not fatal}
         if not found:
-            return None
+            return None, []
         ranks: dict[str, list[int]] = {}
         for rank, each in found.items():
             ranks.setdefault(each.cause, []).append(rank)
         several = self._coordinator.world_size > 1
         causes = [f"{_name_ranks(those)}: {cause}" if several else cause for cause, those in ranks.items()]
-        return Objection("; ".join(causes), any(each.gone for each in found.values()))
+        return Objection("; ".join(causes), any(each.gone for each in found.values())), fatal
 
     def _next_key(self) -> str:
         self._asked += 1
         return f"{self._stream}/{self._calls}-{self._asked}"
+
+
+def _try(verify: Verify, candidate: Candidate) -> tuple[Objection | None, Exception | None]:
+    """What is wrong, and what to raise once the others know.
+
+    Raises:
+        PeerError: the ranks have lost each other: there may be nobody to tell.
+    """
+    try:
+        return verify(candidate), None
+    except PeerError:
+        raise
+    except Exception as error:
+        return _fatal(error), error
+
+
+def _fatal(error: Exception) -> Objection:
+    text = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+    return Objection(text, fatal=True)
 
 
 def _name_ranks(ranks: Sequence[int]) -> str:

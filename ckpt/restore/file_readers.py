@@ -1,4 +1,4 @@
-"""Files of a checkpoint that ranks are choosing: read, and compared with the manifest; made objects of after the choice.
+"""Reads the files of a candidate, compares them with its manifest, and unpickles them after the ranks have chosen it.
 
 There are three ways to read a file, each in one pass that checks every byte of it:
 

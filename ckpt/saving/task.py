@@ -1,4 +1,4 @@
-"""A save as those see it who carry it out. Users get a PendingSave, which looks at one of these."""
+"""The library's own record of a save on its way. PendingSave is the user's view of it."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What this package changes on a file system, and only this package."""
+"""All that Python changes on a file system, and places for copies of checkpoints."""

@@ -14,8 +14,8 @@ constexpr uint32_t kPage = 4096;
 // that lies elsewhere is copied.
 constexpr uint32_t kUsualRemainder = 64;
 
-ZipRecord place(std::string name, const std::byte* bytes, uint64_t length, Source kind, const TorchFile& file,
-                const IoLimits& limits, bool whole) {
+ZipRecord align_record(std::string name, const std::byte* bytes, uint64_t length, Source kind, const TorchFile& file,
+                        const IoLimits& limits, bool whole) {
   if (file.uniform_alignment != 0) return {std::move(name), length, file.uniform_alignment, 0};
   const bool direct = whole ? limits.direct() : file.direct;
   if (kind == Source::kCopy || on_device(kind) || !direct) return {std::move(name), length, kSmallAlign, 0};
@@ -34,7 +34,7 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
   const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
-    records.push_back(place(std::move(name), bytes, length, kind, file, limits, share.whole()));
+    records.push_back(align_record(std::move(name), bytes, length, kind, file, limits, share.whole()));
     payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
   };
   for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);

@@ -269,9 +269,9 @@ class LazyRecords {
 };
 
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
-py::tuple place(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
-                const py::function& is_shared, Py_ssize_t eager_bytes, const std::vector<int>& devices,
-                const py::bytearray& kinds) {
+py::tuple choose_kinds(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
+                       const py::function& is_shared, Py_ssize_t eager_bytes, const std::vector<int>& devices,
+                       const py::bytearray& kinds) {
   const size_t count = records.size();
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
@@ -460,7 +460,7 @@ void bind_records(py::module_& module) {
   py::class_<StorageIndex>(module, "StorageIndex");
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
              py::arg("version"), py::arg("backward_hooks"));
-  module.def("place", &place, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
+  module.def("choose_kinds", &choose_kinds, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
              py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
