@@ -179,10 +179,13 @@ def place(content: bytes, map_location: Any = None) -> dict[str, int]:
 
 def named(key: Any, location: Any) -> bytes:
     """A pickle that names one storage."""
+
+    class Naming(pickle.Pickler):
+        def persistent_id(self, obj: Any) -> Any:
+            return ("storage", None, key, location, 3) if obj is place else None
+
     stream = io.BytesIO()
-    pickler = pickle.Pickler(stream, 2)
-    pickler.persistent_id = lambda obj: ("storage", None, key, location, 3) if obj is place else None  # type: ignore[method-assign]
-    pickler.dump(["cuda", place])
+    Naming(stream, 2).dump(["cuda", place])
     return stream.getvalue()
 
 
