@@ -45,6 +45,8 @@ class Engine:
         cuda_library: str | None = None,
         device_cache_bytes: int = 0,
         device_window_bytes: int = ...,
+        pinned_slab_bytes: int = ...,
+        smallest_pinned_slab_bytes: int = ...,
         device_batches: bool = False,
     ) -> None: ...
     def submit(

@@ -28,7 +28,8 @@ class SaveStats:
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
-        arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none.
+        arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none. The arena may
+            be pinned in part: then they have only that part of it.
         direct_io: whether the file was written past the page cache; None until it is known.
         started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
             change; data was fsynced; the checkpoint was published and fsynced. None until reached.

@@ -49,7 +49,7 @@ Engine::Engine(const EngineOptions& options)
       monitor_(std::make_shared<Monitor>()), reserve_(arena_, chunk_bytes_),
       stager_(monitor_, arena_, reserve_,
               {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes,
-               options.device_batches}) {
+               options.pinned_slab_bytes, options.smallest_pinned_slab_bytes, options.device_batches}) {
   try {
     start_threads(std::max(options.writers, 1));
   } catch (const std::system_error& error) {
@@ -95,7 +95,7 @@ size_t Engine::in_flight() const {
 
 bool Engine::arena_pinned() const {
   std::lock_guard<std::mutex> lock(monitor_->mutex);
-  return stager_.pinned();
+  return stager_.all_pinned();
 }
 
 std::string Engine::pin_failure() const {
@@ -173,14 +173,11 @@ void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
   if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
 }
 
-// Before the job takes any room: see ArenaReserve. Copies by submit() itself wait for pinned memory, once in an engine's life.
+// Before the job takes any room: see ArenaReserve. It waits for the first pinned memory, once in an engine's life.
 void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
   const double begin = monotonic_seconds();
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
-  const bool copies = std::any_of(job.chunks.begin(), job.chunks.end(), [](const Chunk& c) { return c.device_copy_bytes > 0; });
-  const bool in_time = wait(lock, deadline, interrupt, [&] {
-    return job.failed() || (reserve_.keep_room(align) && (!copies || stager_.pinning_done()));
-  });
+  const bool in_time = wait(lock, deadline, interrupt, [&] { return job.failed() || reserve_.keep_room(align); });
   job.stats.arena_wait_s += monotonic_seconds() - begin;
   if (!in_time) job.fail(deadline_error(job, "room in the arena", job.timeout_s));
 }
@@ -194,7 +191,7 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     const size_t room = chunk.device_lazy_bytes > 0 ? chunk.device_copy_bytes : chunk.bounce_bytes;
     if (room > 0) {
       Span& span = chunk.has_eager_span() ? chunk.eager_span : chunk.bounce;
-      span = allocate(lock, job, room, deadline, interrupt, [] { return true; });
+      span = allocate(lock, job, room, chunk.has_device_bytes(), deadline, interrupt, [] { return true; });
     }
     if (job.failed()) return;
     job.stats.bytes_copied_in_save += chunk.bounce_bytes - chunk.device_lazy_bytes;
@@ -237,17 +234,17 @@ bool Engine::checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, 
 
 // A span for the job, or an invalid one if it failed or still_wanted() turned false while waiting; fails the job at the
 // deadline. The time spent waiting is back-pressure and is counted.
-Span Engine::allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
+Span Engine::allocate(Lock& lock, Job& job, size_t bytes, bool from_device, double deadline, const Interrupt& interrupt,
                       const std::function<bool()>& still_wanted) {
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);
-  Span span = reserve_.try_allocate(bytes, align);
+  Span span = reserve_.try_allocate(bytes, align, from_device);
   if (span.valid()) return span;
   job.waited_for_room = true;
   monitor_->changed.notify_all();
   const double begin = monotonic_seconds();
   const bool in_time = wait(lock, deadline, interrupt, [&] {
     if (job.failed() || !still_wanted()) return true;
-    span = reserve_.try_allocate(bytes, align);
+    span = reserve_.try_allocate(bytes, align, from_device);
     return span.valid();
   });
   job.stats.arena_wait_s += monotonic_seconds() - begin;

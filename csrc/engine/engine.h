@@ -35,6 +35,7 @@ struct EngineOptions {
   std::string cuda_library = {};  // the CUDA driver, looked for when a device is first used; empty: the system's
   size_t device_cache_bytes = 0;  // spare memory that a fence may use on each device; see DeviceCache
   size_t device_window_bytes = size_t{32} << 20;  // with it, the copies that one device has to do before those of a fence
+  size_t pinned_slab_bytes = size_t{1} << 30, smallest_pinned_slab_bytes = size_t{64} << 20;  // of the arena
   bool device_batches = false;  // many copies by one call of the driver, where it can
 };
 
@@ -110,7 +111,7 @@ class Engine {
   void capture(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt,
                const Streams& streams);
   void stage(Lock& lock, Job& job, Chunk& chunk, Span span);
-  Span allocate(Lock& lock, Job& job, size_t bytes, double deadline, const Interrupt& interrupt,
+  Span allocate(Lock& lock, Job& job, size_t bytes, bool from_device, double deadline, const Interrupt& interrupt,
                 const std::function<bool()>& still_wanted);
   bool wait(Lock& lock, double deadline, const Interrupt& interrupt, const std::function<bool()>& done);
 

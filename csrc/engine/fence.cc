@@ -63,7 +63,7 @@ void Engine::capture(Lock& lock, const std::shared_ptr<Job>& shared, double dead
       return free && chunk.lazy_bytes > 0;
     };
     if (!uncaptured()) continue;
-    Span span = allocate(lock, job, chunk.lazy_bytes, deadline, interrupt, uncaptured);
+    Span span = allocate(lock, job, chunk.lazy_bytes, false, deadline, interrupt, uncaptured);
     if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
   }
   in_time = in_time && wait(lock, deadline, interrupt, [&] { return job.captured() || job.failed(); });

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <limits>
 #include <optional>
 
 #include "memory/spans.h"
@@ -34,7 +35,9 @@ class Arena {
   void touch(size_t from, size_t bytes);
 
   // See Ranges.
-  Span try_allocate(size_t bytes, size_t align = kGranule) { return ranges_->try_allocate(bytes, align); }
+  Span try_allocate(size_t bytes, size_t align = kGranule, size_t from = 0, size_t to = std::numeric_limits<size_t>::max()) {
+    return ranges_->try_allocate(bytes, align, from, to);
+  }
 
   size_t used() const { return ranges_->used(); }
   size_t peak() const { return ranges_->peak(); }

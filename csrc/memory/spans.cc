@@ -41,14 +41,16 @@ Ranges::Ranges(std::byte* base, size_t size, size_t granule) : base_(base), gran
   free_[0] = size;
 }
 
-Span Ranges::try_allocate(size_t bytes, size_t align) {
+Span Ranges::try_allocate(size_t bytes, size_t align, size_t from, size_t to) {
   const size_t wanted = round_up(std::max<size_t>(bytes, 1), granule_);
   const auto base = reinterpret_cast<uintptr_t>(base_);
   std::lock_guard<std::mutex> lock(mutex_);
   for (auto it = free_.begin(); it != free_.end(); ++it) {
     const auto [offset, length] = *it;
-    const size_t skip = round_up(base + offset, align) - (base + offset);
-    if (length < skip || length - skip < wanted) continue;
+    if (offset >= to) break;
+    const size_t first = std::max(offset, from), end = std::min(offset + length, to);
+    const size_t skip = round_up(base + first, align) - (base + offset);
+    if (end < offset + skip || end - offset - skip < wanted) continue;
     free_.erase(it);
     if (skip > 0) free_[offset] = skip;
     if (length - skip > wanted) free_[offset + skip + wanted] = length - skip - wanted;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <limits>
 #include <map>
 #include <mutex>
 
@@ -42,8 +43,8 @@ class Ranges {
   Ranges& operator=(const Ranges&) = delete;
 
   // A span of at least `bytes` whose start is a multiple of `align`; an invalid one if there is no room just now.
-  // First fit by address, so that a light load keeps using the same, cache-warm pages.
-  Span try_allocate(size_t bytes, size_t align);
+  // First fit by address, so that a light load keeps using the same, cache-warm pages. Of bytes [from, to) of the block.
+  Span try_allocate(size_t bytes, size_t align, size_t from = 0, size_t to = std::numeric_limits<size_t>::max());
 
   size_t used() const;
   size_t peak() const;

@@ -117,7 +117,7 @@ bool Lane::window_open() const {
   return flying_bytes == 0 || flying_bytes + chunk_bytes <= window_bytes || cache.size() == 0;
 }
 
-void Lane::copy(Flight& flight, bool pinned) {
+std::vector<cuda::Copy> Lane::copies_of(Flight& flight) const {
   Job& job = *flight.job;
   const Chunk& chunk = job.chunks[flight.chunk];
   DeviceProgress& progress = progress_of(job, context->device());
@@ -131,8 +131,7 @@ void Lane::copy(Flight& flight, bool pinned) {
     const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
     copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
   }
-  // To memory that is not pinned nothing is known of batches: there each copy is waited for by the driver.
-  launch(flight, cuda::Route::kToHost, copies, pinned ? &in_batches : nullptr);
+  return copies;
 }
 
 void Lane::launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>* batches) const {

@@ -68,9 +68,10 @@ struct Lane {
 
   // These without the lock, and with the context current.
 
-  // The copies of a chunk to the arena, or to its eager span; `pinned`: whether that is.
-  void copy(Flight& flight, bool pinned);
-  // The copies, and an event behind them, even if one is refused: others may be on their way. `batches` as enqueue_copies() has it.
+  // The copies of a chunk to the arena, or to its eager span. Puts the flight's stream behind what they must come after.
+  std::vector<cuda::Copy> copies_of(Flight& flight) const;
+  // The copies, and an event behind them, even if one is refused: others may be on their way. `batches` as enqueue_copies()
+  // has it; null where the memory is not pinned, since nothing is known of batches to such.
   void launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>* batches) const;
 
   const std::shared_ptr<Monitor> monitor;

@@ -287,7 +287,9 @@ std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
 void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
   std::optional<Error> error;
   try {
-    lane.copy(*flight, is_pinned());
+    const auto ends = slab_ends();
+    lane.launch(*flight, cuda::Route::kToHost, split_at_slabs(lane.copies_of(*flight), *ends),
+                ends->empty() ? nullptr : &lane.in_batches);
   } catch (const std::exception& caught) {
     error = error_of(*flight->job, caught);
   }

@@ -41,6 +41,7 @@ struct StagerOptions {
   std::string driver;      // the path of libcuda; empty: the system's
   size_t cache_bytes = 0;  // of each device, at most
   size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
+  size_t slab_bytes = 0, smallest_slab_bytes = 0;  // of the arena, that are pinned at once; at most, and at least
   bool batches = false;  // as LaneOptions
 };
 
@@ -78,9 +79,10 @@ class Stager {
   bool idle() const { return jobs_.empty(); }
   void stop() { stop_ = true; }
 
-  // Whether it is known if the arena could be pinned: until then copies to it would hold up the host.
-  bool pinning_done() const { return pinning_done_; }
-  bool pinned() const { return registration_ != nullptr; }
+  // Whether it is known if any of the arena can be pinned: until then nothing is copied to it.
+  bool pinning_known() const { return pinning_done_ || pinned(); }
+  bool pinned() const { return !registrations_.empty(); }  // some of it, or all
+  bool all_pinned() const { return pinning_done_ && pinned() && pin_failure_.empty(); }
   const std::string& pin_failure() const { return pin_failure_; }
 
   // The block of each device's cache, how much of it is in use, and why there is none.
@@ -107,11 +109,14 @@ class Stager {
   Lane* find_lane(int device) const;  // requires the lock
   void run(Lane& lane);
   void carry(Lane& lane);
-  void pin_arena(Lane& lane);
+  void pin_arena(Lane& lane);  // without the lock, as the next ones
+  bool pin_slab(Lane& lane, size_t begin, size_t& bytes, size_t least);
+  void note_slab(std::unique_ptr<cuda::HostRegistration> slab, size_t end);
+  std::vector<cuda::Copy> split_at_slabs(const std::vector<cuda::Copy>& copies, const std::vector<size_t>& ends) const;
+  std::shared_ptr<const std::vector<size_t>> slab_ends() const;
   std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next
   std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
-  bool is_pinned() const;                                               // without it
   void look(const std::shared_ptr<Flight>& flight);                     // without it
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
 
@@ -141,7 +146,8 @@ class Stager {
   std::string pin_failure_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
   std::vector<std::shared_ptr<cuda::HostMemory>> spare_;  // to lend
-  std::unique_ptr<cuda::HostRegistration> registration_;  // last: it goes before the contexts
+  std::shared_ptr<const std::vector<size_t>> slab_ends_ = std::make_shared<std::vector<size_t>>();  // of what is pinned, ascending
+  std::vector<std::unique_ptr<cuda::HostRegistration>> registrations_;  // last: they go before the contexts
 };
 
 }  // namespace lazyckpt

@@ -18,6 +18,7 @@ SOURCES = TESTS / "fake_cuda"
 DEFAULT_STREAM = 0
 ILLEGAL_ADDRESS = 700
 NOT_READY = 600
+UNLIMITED = (1 << 64) - 1
 ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees of memory in use")
 
 
@@ -99,6 +100,10 @@ class FakeCuda:
     def allocated(self, address: int, length: int) -> None:
         """Memory of the training is one allocation of a device from now on, over whose ends no copy goes; 0 bytes: no more."""
         self.cu.fake_allocated(ctypes.c_void_p(address), ctypes.c_uint64(length))
+
+    def limit_pinning(self, *, at_once: int = UNLIMITED, altogether: int = UNLIMITED) -> None:
+        """Host memory, bytes: more is refused."""
+        self.cu.fake_limit_pinning(ctypes.c_uint64(at_once), ctypes.c_uint64(altogether))
 
     def set_capturing(self, device: int, stream: int, capturing: bool) -> None:
         self.cu.fake_set_capturing(device, ctypes.c_void_p(stream), int(capturing))

@@ -327,6 +327,9 @@ int cuMemHostRegister_v2(void* begin, size_t bytes, unsigned) {
   FAKE_CALL("cuMemHostRegister");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(controls().mutex);
+  uint64_t registered = 0;
+  for (const auto& [from, length] : controls().registered) registered += length;
+  if (bytes > controls().largest_registration || bytes + registered > controls().most_registered) return kOutOfMemory;
   controls().registered[reinterpret_cast<uintptr_t>(begin)] = bytes;
   controls().live["registrations"] += 1;
   return kSuccess;
@@ -385,6 +388,7 @@ void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   all.order = Order::kRight;
   all.total_bytes = size_t{4} << 30;
   all.others_bytes = 0;
+  all.largest_registration = all.most_registered = UINT64_MAX;
   all.faults.clear();
   all.counts.clear();
   all.changed.notify_all();
@@ -412,6 +416,13 @@ void fake_set_memory(uint64_t total_bytes, uint64_t others_bytes) {
   std::lock_guard<std::mutex> lock(controls().mutex);
   controls().total_bytes = total_bytes;
   controls().others_bytes = others_bytes;
+}
+
+// How much host memory can be pinned by one call, and altogether.
+void fake_limit_pinning(uint64_t at_once, uint64_t altogether) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().largest_registration = at_once;
+  controls().most_registered = altogether;
 }
 
 int64_t fake_count(const char* what) {

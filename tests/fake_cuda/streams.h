@@ -89,6 +89,7 @@ struct Controls {
   std::map<std::string, std::vector<Fault>> faults;
   std::map<std::string, int64_t> counts, live;
   std::map<uintptr_t, size_t> registered;
+  uint64_t largest_registration = UINT64_MAX, most_registered = UINT64_MAX;  // bytes at once, and of all together
   size_t total_bytes = size_t{4} << 30, others_bytes = 0;  // of each device, and what others have taken of it
   std::map<uintptr_t, std::pair<int, size_t>> allocated;   // address -> device, bytes
   std::map<uintptr_t, size_t> of_training;                 // other memory that plays allocations of a device
@@ -271,6 +272,17 @@ inline Stream* find_stream(Stream* handle, int device) {
   return streams().alive.count(handle) != 0 && handle->device == device ? handle : nullptr;
 }
 
+// A copy may lie inside a registration, or touch none.
+inline bool crosses_registrations(const void* begin, size_t bytes) {
+  const auto at = reinterpret_cast<uintptr_t>(begin);
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  for (const auto& [from, length] : controls().registered) {
+    const bool touches = at < from + length && from < at + bytes;
+    if (touches && !(at >= from && at + bytes <= from + length)) return true;
+  }
+  return false;
+}
+
 inline bool is_registered(const void* begin, size_t bytes) {
   Controls& all = controls();
   std::lock_guard<std::mutex> lock(all.mutex);
@@ -335,6 +347,7 @@ inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes
   if (stream == nullptr) return kInvalidHandle;
   if (stream->capturing != 0) return kCaptureUnsupported;
   if (crosses_allocations(from, bytes) || crosses_allocations(to, bytes)) return kInvalidValue;
+  if (crosses_registrations(from, bytes) || crosses_registrations(to, bytes)) return kInvalidValue;
   begin_copying(to, bytes);
   begin_copying(from, bytes);
   stream->add([=, enqueued_by = std::this_thread::get_id()](Stream& self) {
