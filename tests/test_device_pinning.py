@@ -9,6 +9,8 @@ from device_rig import EAGER, HOST, KIB, LAZY, MIB, Make, Rig, cuda, fake_librar
 from fake_driver import FakeCuda
 from support import wait_until
 
+from ckpt.errors import DeadlineError
+
 __all__ = ["cuda", "fake_library", "make"]
 
 SMALLEST = 256 * KIB  # four chunks
@@ -85,3 +87,32 @@ def test_a_save_does_not_wait_until_all_is_pinned(make: Make, cuda: FakeCuda) ->
     assert cuda.count("cuMemHostRegister") < 64
     rig.check(saved)
     assert cuda.count("pageable copies") == 0
+
+
+@pytest.mark.parametrize("altogether", [0, SMALLEST - 4096])
+def test_with_nothing_pinned_all_is_copied_inside_save(make: Make, cuda: FakeCuda, altogether: int) -> None:
+    """A copy to pageable memory in the background would hold up the launches of all threads."""
+    cuda.configure(most_delay_s=0.0005)
+    cuda.limit_pinning(altogether=altogether)
+    rig = make(**SLABS)
+    saved = rig.save([300_000, 5, 70_000], [LAZY, EAGER, LAZY], [0, 1, HOST])
+    copies = cuda.count("pageable copies")
+    assert copies > 0 and cuda.count("copies that ended") == copies
+    device_bytes = [(tensor, device) for tensor, device in zip(saved.tensors, saved.devices, strict=True) if device != HOST]
+    for tensor, device in device_bytes:  # without a fence
+        cuda.fill(device, rig.streams[device], tensor.data_ptr(), 0xEE, len(tensor))
+    rig.engine.fence(rig.streams)
+    rig.check(saved)
+    assert cuda.count("pageable copies") == copies
+    assert "cuMemHostRegister" in rig.engine.pin_failure and "CUDA_ERROR_OUT_OF_MEMORY" in rig.engine.pin_failure
+    assert not saved.job.stats["arena_pinned"] and not rig.engine.arena_pinned
+    save_and_check(rig)
+
+
+def test_a_save_gives_up_on_memory_that_is_not_pinned_in_time(make: Make, cuda: FakeCuda) -> None:
+    cuda.delay("cuMemHostRegister", 0.5)
+    rig = make(**SLABS)
+    with pytest.raises(DeadlineError, match=r"save-1.*not pinned in time"):
+        rig.save([300_000], [LAZY], [0], timeout_s=0.05)
+    assert not (rig.directory / "save-1").exists() and rig.engine.in_flight == 0
+    rig.check(rig.save([300_000], [LAZY], [0]))

@@ -15,16 +15,18 @@ noted_buffered: set[int] = set()  # devices of file systems
 
 
 def note_pageable(file: FileInFlight) -> None:
-    """Says once that the arena is not pinned, and why."""
-    cause = file.job.stats["pin_failure"]
+    """Says once that the arena is not pinned, or not all of it, and why."""
+    stats = file.job.stats
+    cause = stats["pin_failure"]
     if not cause or cause in noted_pageable:
         return
     noted_pageable.add(cause)
-    logger.warning(
-        "the arena could not be pinned: copies from devices hold up whoever enqueues them, save() and the fence among them; "
-        "raise the limit of locked memory (ulimit -l) or choose a smaller arena_bytes: %s",
-        cause,
+    consequence = (
+        "only a part of the arena could be pinned: copies from devices have less room, and fences wait longer"
+        if stats["arena_pinned"]
+        else "the arena could not be pinned: tensors on devices are copied inside save(), which waits for that"
     )
+    logger.warning("%s; raise the limit of locked memory (ulimit -l) or choose a smaller arena_bytes: %s", consequence, cause)
 
 
 def note_buffered(file: FileInFlight) -> None:

@@ -130,11 +130,20 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, const
 
 std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
                                     const Interrupt& interrupt, const Streams& streams) {
-  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
-  const bool has_device_bytes = !job->devices.empty();
+  const double deadline = monotonic_seconds() + timeout_s;
   Lock lock(monitor_->mutex);
   try {
     if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine is closed; make a new Checkpointer");
+    await_pinning(lock, *file, spec, deadline, interrupt);
+  } catch (...) {
+    file->discard();
+    throw;
+  }
+  lock.unlock();
+  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
+  const bool has_device_bytes = !job->devices.empty();
+  lock.lock();
+  try {
     if (has_device_bytes) begin_on_devices(lock, *job, streams);
   } catch (...) {
     job->file->discard();
@@ -145,7 +154,6 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   ++job->active;
   if (has_device_bytes) monitor_->changed.notify_all();  // writers are woken when there is something to write
   try {
-    const double deadline = monotonic_seconds() + timeout_s;
     if (has_device_bytes) prepare_arena(lock, *job, deadline, interrupt);
     publish_chunks(lock, job, deadline, interrupt);
   } catch (...) {
@@ -166,6 +174,29 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   return job;
 }
 
+// Until it is known whether copies from devices go to pinned memory, once in an engine's life. If none can be pinned, nothing of
+// devices is lazy: a copy to pageable memory in the background would hold up the launches of all other threads.
+void Engine::await_pinning(Lock& lock, const WritableFile& file, FileSpec& spec, double deadline, const Interrupt& interrupt) {
+  std::vector<int> devices;
+  for (const Extent& extent : spec.extents) {
+    const bool known = std::find(devices.begin(), devices.end(), extent.device) != devices.end();
+    if (on_device(extent.kind) && !known) devices.push_back(extent.device);
+  }
+  if (devices.empty()) return;
+  lock.unlock();
+  stager_.open(devices);
+  lock.lock();
+  if (!wait(lock, deadline, interrupt, [&] { return stager_.pinning_known() || closed_; })) {
+    throw Error(ErrorKind::kDeadline, "host memory for '" + file.path() + "' was not pinned in time: raise the timeout, or see nvidia-smi",
+                0, file.path());
+  }
+  if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
+  if (stager_.pinned()) return;
+  for (Extent& extent : spec.extents) {
+    if (extent.kind == Source::kDeviceLazy) extent.kind = Source::kDeviceCopy;
+  }
+}
+
 void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
   lock.unlock();
   stager_.begin(job, streams);
@@ -173,7 +204,7 @@ void Engine::begin_on_devices(Lock& lock, Job& job, const Streams& streams) {
   if (closed_) throw Error(ErrorKind::kClosed, "this checkpoint engine was closed meanwhile; make a new Checkpointer");
 }
 
-// Before the job takes any room: see ArenaReserve. It waits for the first pinned memory, once in an engine's life.
+// Before the job takes any room: see ArenaReserve.
 void Engine::prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt) {
   const double begin = monotonic_seconds();
   const size_t align = std::max<size_t>(Arena::kGranule, job.file->limits().memory_align);

@@ -103,6 +103,7 @@ class Engine {
   void account_written(Job& job, Chunk& chunk, uint64_t zero_copy_bytes);  // requires the lock
   void finish(const std::shared_ptr<Job>& job);
 
+  void await_pinning(Lock& lock, const WritableFile& file, FileSpec& spec, double deadline, const Interrupt& interrupt);
   void begin_on_devices(Lock& lock, Job& job, const Streams& streams);
   void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);

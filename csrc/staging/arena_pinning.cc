@@ -1,7 +1,8 @@
 // The stager's pinning of the arena, once, by the first lane: it is the same memory for all devices, near the first of them.
 //
 // It is pinned in slabs, from its beginning on. One registration of hundreds of GiB is refused, and large ones are now and then:
-// a slab that is refused is tried at half its size. What is pinned serves at once; what is not serves the host's bytes alone.
+// a slab that is refused is tried at half its size. What is pinned serves at once; what is not serves the host's bytes alone. If
+// nothing can be pinned, submit() copies what comes from devices itself, to memory that is not.
 #include <algorithm>
 #include <memory>
 #include <string>

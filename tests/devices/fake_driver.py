@@ -83,6 +83,10 @@ class FakeCuda:
     def fail(self, call: str, *, skip: int = 0, code: int = ILLEGAL_ADDRESS, late: bool = False) -> None:
         self.cu.fake_fail(call.encode(), ctypes.c_int64(skip), code, int(late))
 
+    def delay(self, call: str, seconds: float) -> None:
+        """Each call of it takes so long."""
+        self.cu.fake_delay(call.encode(), ctypes.c_double(seconds))
+
     def hold_copies(self, hold: bool, *, only_from_allocated: bool = False) -> None:
         """All that have not begun, or only those out of memory that cuMemAlloc has given out."""
         self.cu.fake_hold_copies(2 if hold and only_from_allocated else int(hold))

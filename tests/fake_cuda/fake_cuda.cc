@@ -390,6 +390,7 @@ void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   all.others_bytes = 0;
   all.largest_registration = all.most_registered = UINT64_MAX;
   all.faults.clear();
+  all.call_delays.clear();
   all.counts.clear();
   all.changed.notify_all();
 }
@@ -403,6 +404,12 @@ void fake_fail(const char* call, int64_t skip, int code, int late) {
 // What streams do with each other: 0: as they should, 1: they do not wait for events, 2: each does one thing after the other with
 // all of its device, as where all share one queue of the hardware.
 void fake_set_order(int order) { controls().order = static_cast<Order>(order); }
+
+// Each call of this name takes so long.
+void fake_delay(const char* call, double seconds) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().call_delays[call] = seconds;
+}
 
 // 0: none, 1: all, 2: those out of memory of cuMemAlloc.
 void fake_hold_copies(int hold) {
@@ -418,10 +425,11 @@ void fake_set_memory(uint64_t total_bytes, uint64_t others_bytes) {
   controls().others_bytes = others_bytes;
 }
 
-// How much host memory can be pinned by one call, and altogether.
+// How much host memory can be pinned by one call, and altogether, beside what is.
 void fake_limit_pinning(uint64_t at_once, uint64_t altogether) {
   std::lock_guard<std::mutex> lock(controls().mutex);
   controls().largest_registration = at_once;
+  for (const auto& [from, length] : controls().registered) altogether += altogether < UINT64_MAX - length ? length : 0;
   controls().most_registered = altogether;
 }
 

@@ -83,6 +83,7 @@ struct Controls {
   std::condition_variable changed;
   int devices = 2;
   double most_delay_s = 0;
+  std::map<std::string, double> call_delays;  // of calls themselves, by name
   Hold hold = Hold::kNone;
   std::atomic<Order> order{Order::kRight};
   std::mt19937_64 random{0};
@@ -126,7 +127,13 @@ inline void count_live(const std::string& what, int change) {
 // The fault that strikes this call, if any; each call is counted.
 inline Fault consult(const std::string& call) {
   Controls& all = controls();
-  std::lock_guard<std::mutex> lock(all.mutex);
+  std::unique_lock<std::mutex> lock(all.mutex);
+  if (const auto delay = all.call_delays.find(call); delay != all.call_delays.end()) {
+    const std::chrono::duration<double> pause(delay->second);
+    lock.unlock();
+    std::this_thread::sleep_for(pause);
+    lock.lock();
+  }
   ++all.counts[call];
   auto& faults = all.faults[call];
   for (auto it = faults.begin(); it != faults.end(); ++it) {
