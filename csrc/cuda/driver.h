@@ -172,7 +172,8 @@ Error capture_refused(int device, const std::string& advice);
 // Lets the calling thread make calls that would otherwise break a graph capture going on in another thread.
 void relax_capture_mode(const Driver& driver);
 
-// A stream of the lowest priority, so that copies give way to what computes. Making one requires Current; ending it does not.
+// A stream of the lowest priority. That is for kernels, should a copy be done by one: between copies by the copy engines
+// priorities decide nothing. Making one requires Current; ending it does not.
 class Stream {
  public:
   explicit Stream(std::shared_ptr<const Context> context);

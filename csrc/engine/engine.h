@@ -34,7 +34,7 @@ struct EngineOptions {
   int writers = 4;
   std::string cuda_library = {};  // the CUDA driver, looked for when a device is first used; empty: the system's
   size_t device_cache_bytes = 0;  // spare memory that a fence may use on each device; see DeviceCache
-  size_t device_window_bytes = size_t{32} << 20;  // with it, the copies that one device has to do before those of a fence
+  size_t device_window_bytes = size_t{64} << 20;  // what one device has to copy in the background at once, at most
   size_t pinned_slab_bytes = size_t{1} << 30, smallest_pinned_slab_bytes = size_t{64} << 20;  // of the arena
   bool device_batches = false;  // many copies by one call of the driver, where it can
 };

@@ -7,6 +7,8 @@
 namespace lazyckpt {
 namespace {
 
+constexpr size_t kWindowWithCache = size_t{32} << 20;  // less: the stream that computes waits for it at each fence
+
 // True if it is over, in which case `error` is set if the copy failed. Without the lock.
 bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
   if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
@@ -114,7 +116,8 @@ void Lane::account_landed(Flight& flight, const std::optional<Error>& error) {
 // As much as keeps the stream busy until we look again: with copies that take longer than the shortest pause between two
 // looks, a look comes at the latest when twice the time of one copy has gone by, and two or more are in the window.
 bool Lane::window_open() const {
-  return flying_bytes == 0 || flying_bytes + chunk_bytes <= window_bytes || cache.size() == 0;
+  const size_t most = cache.size() > 0 ? std::min(window_bytes, std::max(kWindowWithCache, 2 * chunk_bytes)) : window_bytes;
+  return flying_bytes == 0 || flying_bytes + chunk_bytes <= most;
 }
 
 std::vector<cuda::Copy> Lane::copies_of(Flight& flight) const {

@@ -50,7 +50,7 @@ struct Flight {
 struct LaneOptions {
   size_t chunk_bytes = 0;
   size_t cache_bytes = 0;   // of its device, at most
-  size_t window_bytes = 0;  // what it has in its stream with a cache, at most; two chunks at least
+  size_t window_bytes = 0;  // what it has in its stream while no fence waits, at most; two chunks at least
   bool batches = false;     // many copies by one call of the driver, where it can
 };
 
@@ -61,7 +61,7 @@ struct Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  // Whether its stream may be given more than fences wait for. Requires the lock.
+  // Whether its stream may be given more, besides what fences wait for. Requires the lock.
   bool window_open() const;
   // True if something has landed. Gives the lock up to ask the driver.
   bool land(Lock& lock);

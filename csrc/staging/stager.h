@@ -1,4 +1,4 @@
-// The stager: carries the bytes of devices to the arena, one thread and one stream of the lowest priority for each device.
+// The stager: carries the bytes of devices to the arena, one thread and one stream for each device.
 //
 //     submit()   caller   eager bytes: copied on the caller's own stream, which puts them before whatever follows there
 //     enqueue    lane     lazy bytes, in file order: a span (back-pressure), the copies, an event behind them
@@ -11,7 +11,9 @@
 //                         computes, which puts it before whatever follows there
 //     enqueue    lane     the same chunks, from the cache, when their turn comes: nobody waits for them any more
 //
-// And the lane keeps only so much in its stream as keeps it busy, because the stream that computes waits for that.
+// A lane keeps only so much in its stream as keeps it busy, until a fence waits. What is there comes before the copies of
+// everybody else: devices copy in the order in which they are asked, whatever the priority of a stream. So loss.item() would
+// wait for it; and with a cache the stream that computes does.
 //
 // A lane never blocks in the driver while it can help it: it asks (cuEventQuery) rather than waits, so that a device that
 // hangs leaves threads that can be told so, and jobs that fail at their deadline. The memory of a copy in flight, on both
@@ -40,7 +42,7 @@ struct StagerOptions {
   size_t chunk_bytes = 0;
   std::string driver;      // the path of libcuda; empty: the system's
   size_t cache_bytes = 0;  // of each device, at most
-  size_t window_bytes = 0;  // what a lane with a cache has in its stream, at most; two chunks at least
+  size_t window_bytes = 0;  // what a lane has in its stream while no fence waits, at most; two chunks at least
   size_t slab_bytes = 0, smallest_slab_bytes = 0;  // of the arena, that are pinned at once; at most, and at least
   bool batches = false;  // as LaneOptions
 };

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ __all__ = ["cuda", "fake_library", "make"]
 
 GIB = 1 << 30
 CHUNK = 64 * KIB
+PAUSE_S = 0.05
 
 
 def cached(saved: Saved) -> int:
@@ -139,15 +141,26 @@ def test_little_is_on_its_way_when_the_fence_comes(make: Make, cuda: FakeCuda) -
     rig.check(saved)
 
 
-def test_without_a_cache_all_that_fits_the_arena_is_on_its_way(make: Make, cuda: FakeCuda) -> None:
-    rig = make(arena_bytes=8 * MIB, device_window_bytes=0)
-    rig.check(rig.save([10], [LAZY], [0]))
+def test_without_a_cache_little_is_on_its_way_until_a_fence_comes(make: Make, cuda: FakeCuda) -> None:
+    """Devices copy in the order in which they are asked: what training copies meanwhile would wait for all of it."""
+    rig = make(arena_bytes=8 * MIB, device_window_bytes=MIB)
     cuda.hold_copies(True)
-    saved = rig.save([2 * MIB], [LAZY], [0])
-    wait_until(lambda: saved.job.captured)
-    assert cached(saved) == 0
+    saves = [rig.save([2 * MIB, 10], [LAZY] * 2, [0, 0]) for _ in range(2)]
+    wait_until(lambda: rig.engine.arena_used >= MIB)
+    time.sleep(PAUSE_S)
+    assert rig.engine.arena_used <= MIB + 2 * CHUNK and not saves[0].job.captured
+    rig.engine.fence(rig.streams)
+    assert all(saved.job.captured and cached(saved) == 0 for saved in saves), "it has enqueued all"
+    for saved in saves:
+        rig.overwrite(saved, LAZY)
     cuda.hold_copies(False)
-    rig.check(saved)
+    for saved in saves:
+        rig.check(saved)
+
+
+def test_what_the_window_holds_back_follows_without_a_fence(make: Make, cuda: FakeCuda) -> None:
+    rig = make(device_window_bytes=0)
+    rig.check(rig.save([5 * MIB], [LAZY], [0]))
 
 
 def test_several_saves_share_the_cache(make: Make, cuda: FakeCuda) -> None:
