@@ -144,6 +144,16 @@ void relax_capture_mode(const Driver& driver) {
   driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
 }
 
+namespace {
+
+EventHandle make_event(const Context& context) {
+  EventHandle event = nullptr;
+  context.check(context.table().event_create(&event, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+  return event;
+}
+
+}  // namespace
+
 // ---- Stream, Event, HostRegistration, HostMemory, Memory ---------------------------------------------------------
 
 Stream::Stream(std::shared_ptr<const Context> context) : context_(std::move(context)) {
@@ -156,12 +166,39 @@ Stream::~Stream() {
   in_context(*context_, [&](const Table& table) { table.stream_destroy(handle_); });
 }
 
-Event::Event(std::shared_ptr<const Context> context) : context_(std::move(context)) {
-  context_->check(context_->table().event_create(&handle_, kEventBlockingSync | kEventDisableTiming), "cuEventCreate");
+EventPool::~EventPool() {
+  in_context(*context_, [&](const Table& table) {
+    for (const EventHandle event : free_) table.event_destroy(event);
+  });
 }
 
+EventHandle EventPool::take() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (!free_.empty()) {
+      const EventHandle event = free_.back();
+      free_.pop_back();
+      return event;
+    }
+  }
+  return make_event(*context_);
+}
+
+void EventPool::give_back(EventHandle event) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  free_.push_back(event);
+}
+
+Event::Event(std::shared_ptr<const Context> context) : context_(std::move(context)), handle_(make_event(*context_)) {}
+
+Event::Event(std::shared_ptr<EventPool> pool) : context_(pool->context()), pool_(std::move(pool)), handle_(pool_->take()) {}
+
 Event::~Event() {
-  in_context(*context_, [&](const Table& table) { table.event_destroy(handle_); });
+  if (pool_ != nullptr) {
+    pool_->give_back(handle_);
+  } else {
+    in_context(*context_, [&](const Table& table) { table.event_destroy(handle_); });
+  }
 }
 
 void Event::record(StreamHandle stream) const {

@@ -9,7 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/device.h"
@@ -187,10 +189,30 @@ class Stream {
   StreamHandle handle_ = nullptr;
 };
 
+// Events to be used again: to make one and to end it are calls of the driver, which locks the context for them.
+class EventPool {
+ public:
+  explicit EventPool(std::shared_ptr<const Context> context) : context_(std::move(context)) {}
+  ~EventPool();
+  EventPool(const EventPool&) = delete;
+  EventPool& operator=(const EventPool&) = delete;
+
+  const std::shared_ptr<const Context>& context() const { return context_; }
+  EventHandle take();  // requires Current
+  void give_back(EventHandle event);  // calls no driver
+
+ private:
+  const std::shared_ptr<const Context> context_;
+  std::mutex mutex_;  // guards what follows
+  std::vector<EventHandle> free_;
+};
+
 class Event {
  public:
-  // Requires Current.
+  // These require Current. Out of a pool: its end gives it back there, which asks nothing of the driver. Whoever waits for what
+  // it stood behind goes on waiting for that, when it is recorded anew.
   explicit Event(std::shared_ptr<const Context> context);
+  explicit Event(std::shared_ptr<EventPool> pool);
   ~Event();
   Event(const Event&) = delete;
   Event& operator=(const Event&) = delete;
@@ -202,6 +224,7 @@ class Event {
 
  private:
   const std::shared_ptr<const Context> context_;
+  const std::shared_ptr<EventPool> pool_;  // none: it ends with this
   EventHandle handle_ = nullptr;
 };
 

@@ -16,7 +16,7 @@ std::vector<std::shared_ptr<Flight>> Stager::fetch_lazy(const std::shared_ptr<Jo
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
     flight->device = share.device;
-    flight->chunk = chunk;
+    flight->chunks.emplace_back(chunk);
     flight->lazy = false;  // it is not on the lane's stream
     flight->route = CopyRoute::kToLook;
     flight->memory = memory;
@@ -34,7 +34,7 @@ void Stager::look(const std::shared_ptr<Flight>& flight) {
   lock.unlock();
   const cuda::Current current(*lane.context);
   std::vector<cuda::Copy> copies;
-  for (const DeviceCopy& copy : job.chunks[flight->chunk].device_copies) {
+  for (const DeviceCopy& copy : job.chunks[flight->chunks.front().index].device_copies) {
     if (!copy.lazy || copy.device != flight->device) continue;
     const auto to = reinterpret_cast<cuda::Address>(flight->memory->begin() + copy.at);
     copies.push_back({to, reinterpret_cast<cuda::Address>(copy.source), copy.length});

@@ -9,6 +9,9 @@ namespace {
 
 constexpr size_t kWindowWithCache = size_t{32} << 20;  // less: the stream that computes waits for it at each fence
 
+// A stream holds about a thousand calls; whoever makes one more waits in the driver, with its locks held.
+constexpr size_t kMostCopies = 512;
+
 // True if it is over, in which case `error` is set if the copy failed. Without the lock.
 bool is_over(const Flight& flight, const cuda::Table& table, std::optional<Error>& error) {
   if (flight.event == nullptr) return table.stream_query(flight.stream) != cuda::kNotReady;
@@ -54,12 +57,14 @@ Error landing_deadline(const Flight& flight) {
 void Flight::take_off() {
   ++job->active;
   if (route != CopyRoute::kFromCache) ++job->flying;
-  if (is_for_chunk()) ++job->chunks[chunk].flying;
+  if (!is_for_chunk()) return;
+  for (const FlightChunk& each : chunks) ++job->chunks[each.index].flying;
 }
 
 Lane::Lane(std::shared_ptr<Monitor> shared, std::shared_ptr<const cuda::Context> device, const LaneOptions& options)
     : monitor(std::move(shared)), context(std::move(device)), chunk_bytes(options.chunk_bytes),
-      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), cache(options.cache_bytes, options.chunk_bytes),
+      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), events(std::make_shared<cuda::EventPool>(context)),
+      cache(options.cache_bytes, options.chunk_bytes),
       in_batches(options.batches) {
   const cuda::Current current(*context);
   stream = std::make_unique<const cuda::Stream>(context);
@@ -102,43 +107,51 @@ void Lane::account_landed(Flight& flight, const std::optional<Error>& error) {
   Job& job = *flight.job;
   flight.landed = true;
   flying_bytes -= flight.bytes;
+  flying_copies -= flight.copies;
   if (flight.route != CopyRoute::kFromCache) --job.flying;
   --job.active;
   if (error) job.fail(*error);
   if (!flight.is_for_chunk()) return;
-  Chunk& chunk = job.chunks[flight.chunk];
-  --chunk.flying;
-  if (job.failed()) return;
-  if (flight.route == CopyRoute::kFromCache) progress_of(job, context->device()).cached.erase(flight.chunk);
-  chunk.settle();
+  for (const FlightChunk& each : flight.chunks) {
+    Chunk& chunk = job.chunks[each.index];
+    --chunk.flying;
+    if (job.failed()) continue;
+    if (flight.route == CopyRoute::kFromCache) progress_of(job, context->device()).cached.erase(each.index);
+    chunk.settle();
+  }
 }
 
 // As much as keeps the stream busy until we look again: with copies that take longer than the shortest pause between two
 // looks, a look comes at the latest when twice the time of one copy has gone by, and two or more are in the window.
-bool Lane::window_open() const {
+bool Lane::window_open(const Flight& next) const {
   const size_t most = cache.size() > 0 ? std::min(window_bytes, std::max(kWindowWithCache, 2 * chunk_bytes)) : window_bytes;
-  return flying_bytes == 0 || flying_bytes + chunk_bytes <= most;
+  const size_t bytes = flying_bytes + next.bytes, copies = flying_copies + next.copies;
+  return bytes == 0 || (bytes + chunk_bytes <= most && copies < kMostCopies);
 }
 
 std::vector<cuda::Copy> Lane::copies_of(Flight& flight) const {
   Job& job = *flight.job;
-  const Chunk& chunk = job.chunks[flight.chunk];
   DeviceProgress& progress = progress_of(job, context->device());
   if (flight.lazy && !std::exchange(progress.ordered, true)) progress.before->hold_back(flight.stream);
-  if (flight.after != nullptr) flight.after->hold_back(flight.stream);
-  std::byte* base = !flight.lazy && chunk.has_eager_span() ? chunk.eager_span.begin() : chunk.bounce.begin();
   std::vector<cuda::Copy> copies;
-  for (const DeviceCopy& copy : chunk.device_copies) {
-    if (copy.lazy != flight.lazy || copy.device != progress.device) continue;
-    const bool cached = flight.route == CopyRoute::kFromCache;
-    const auto from = cached ? cuda::Address{flight.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
-    copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
+  std::shared_ptr<cuda::Event> after;
+  for (const FlightChunk& each : flight.chunks) {
+    const Chunk& chunk = job.chunks[each.index];
+    if (each.after != nullptr && each.after != after) each.after->hold_back(flight.stream);
+    after = each.after;
+    std::byte* base = !flight.lazy && chunk.has_eager_span() ? chunk.eager_span.begin() : chunk.bounce.begin();
+    for (const DeviceCopy& copy : chunk.device_copies) {
+      if (copy.lazy != flight.lazy || copy.device != progress.device) continue;
+      const bool cached = flight.route == CopyRoute::kFromCache;
+      const auto from = cached ? cuda::Address{each.cache + copy.at} : reinterpret_cast<cuda::Address>(copy.source);
+      copies.push_back({reinterpret_cast<cuda::Address>(base + copy.at), from, copy.length});
+    }
   }
   return copies;
 }
 
 void Lane::launch(Flight& flight, cuda::Route route, const std::vector<cuda::Copy>& copies, std::atomic<bool>* batches) const {
-  auto event = std::make_shared<cuda::Event>(context);
+  auto event = std::make_shared<cuda::Event>(events);
   std::optional<Error> refused;
   try {
     cuda::enqueue_copies(*context, route, copies, flight.stream, batches);

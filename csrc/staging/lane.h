@@ -26,7 +26,15 @@ enum class CopyRoute : uint8_t {
   kFromCache,  // and on to the arena
 };
 
-// A batch of copies on one stream; of one chunk, but for those to the cache.
+// A chunk in a flight to the arena.
+struct FlightChunk {
+  explicit FlightChunk(size_t chunk) : index(chunk) {}
+  size_t index;
+  uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
+  std::shared_ptr<cuda::Event> after;  // and what the copies must come after
+};
+
+// Copies on one stream with one event behind them: those of one chunk, or, on the lane's stream, of several in file order.
 struct Flight {
   // Requires the lock. From here on the job does not end before the flight has landed.
   void take_off();
@@ -34,12 +42,10 @@ struct Flight {
 
   std::shared_ptr<Job> job;
   int device = kHost;
-  size_t chunk = 0;
+  std::vector<FlightChunk> chunks;  // if it is for chunks, or kToLook
   bool lazy = true;
   CopyRoute route = CopyRoute::kDirect;
-  size_t bytes = 0;  // on a lane's stream
-  uintptr_t cache = 0;  // kFromCache: the address that stands for the begin of the chunk's bounce
-  std::shared_ptr<cuda::Event> after;  // and what the copies must come after
+  size_t bytes = 0, copies = 0;  // on a lane's stream
   std::shared_ptr<cuda::HostMemory> memory;  // kToLook: where they go; stays until they have landed
   cuda::StreamHandle stream = nullptr;
   std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
@@ -61,14 +67,15 @@ struct Lane {
   Lane(const Lane&) = delete;
   Lane& operator=(const Lane&) = delete;
 
-  // Whether its stream may be given more, besides what fences wait for. Requires the lock.
-  bool window_open() const;
+  // Whether its stream may be given more than such a flight, which it has not got yet, besides what fences wait for. Requires
+  // the lock.
+  bool window_open(const Flight& next) const;
   // True if something has landed. Gives the lock up to ask the driver.
   bool land(Lock& lock);
 
   // These without the lock, and with the context current.
 
-  // The copies of a chunk to the arena, or to its eager span. Puts the flight's stream behind what they must come after.
+  // The copies of its chunks to the arena, or to their eager spans. Puts the flight's stream behind what they must come after.
   std::vector<cuda::Copy> copies_of(Flight& flight) const;
   // The copies, and an event behind them, even if one is refused: others may be on their way. `batches` as enqueue_copies()
   // has it; null where the memory is not pinned, since nothing is known of batches to such.
@@ -77,13 +84,14 @@ struct Lane {
   const std::shared_ptr<Monitor> monitor;
   const std::shared_ptr<const cuda::Context> context;
   const size_t chunk_bytes, window_bytes;
+  const std::shared_ptr<cuda::EventPool> events;
   std::unique_ptr<const cuda::Stream> stream;
   DeviceCache cache;
   std::atomic<bool> in_batches;  // if wanted, until the driver refuses a batch of copies
   bool pins_arena = false;             // the first to be opened does; constant in its thread
   // Guarded by the monitor's mutex:
   bool review_cache = false;  // a job has begun
-  size_t flying_bytes = 0;    // lazy ones in its stream
+  size_t flying_bytes = 0, flying_copies = 0;  // lazy ones in its stream
   std::vector<std::shared_ptr<Flight>> flights;
   bool ready = false;            // its thread is in the context. One of this and the next comes to be
   std::optional<Error> failure;  // why its thread ends at once

@@ -15,6 +15,7 @@
 namespace lazyckpt {
 namespace {
 
+constexpr size_t kFlightBytes = size_t{16} << 20;  // copies with one event behind them, unless the last chunk goes beyond
 constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
 
 using cuda::place_of;
@@ -93,7 +94,7 @@ void Stager::begin(Job& job, const Streams& streams) {
     const cuda::Current current(*lane.context);
     progress.stream = reinterpret_cast<cuda::StreamHandle>(stream->second);
     if (lane.context->is_capturing(progress.stream)) throw capture_refused(progress.device);
-    progress.before = std::make_unique<cuda::Event>(lane.context);
+    progress.before = std::make_unique<cuda::Event>(lane.events);
     progress.before->record(progress.stream);
   }
 }
@@ -107,7 +108,7 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
     flight->device = progress.device;
-    flight->chunk = index;
+    flight->chunks.emplace_back(index);
     flight->lazy = false;
     flight->stream = progress.stream;
     Lane* lane = nullptr;
@@ -241,47 +242,62 @@ void Stager::carry(Lane& lane) {
 
 std::shared_ptr<Flight> Stager::claim(Lane& lane) {
   std::shared_ptr<Flight> flight = claim(lane, true);
-  if (flight == nullptr && lane.window_open()) flight = claim(lane, false);
-  return flight;
+  return flight != nullptr ? flight : claim(lane, false);
 }
 
-// The next chunk in file order, of the oldest job; but rather one that has its span than one that must wait for it.
+// What leaves next, of the oldest job for which there is any: some chunks, with one event behind their copies.
 // `urgent`: only what a fence waits for.
 std::shared_ptr<Flight> Stager::claim(Lane& lane, bool urgent) {
-  const int device = lane.context->device();
   bool may_allocate = true;
   for (const auto& job : jobs_) {
-    if (job->failed() || !job->has_device(device) || (urgent && job->fencing == 0)) continue;
+    if (job->failed() || !job->has_device(lane.context->device()) || (urgent && job->fencing == 0)) continue;
     // What submit() copies itself gets its room first, so that training goes on; if there is not enough, we make some.
     if (!job->submitted && !job->waited_for_room) continue;
-    DeviceProgress& progress = progress_of(*job, device);
-    for (; progress.next < job->published; ++progress.next) {
-      const DeviceShare* share = share_of(job->chunks[progress.next], device);
-      if (share != nullptr && !share->enqueued) break;
-    }
-    if (progress.next == job->published) continue;
-    const auto cached = progress.cached.find(progress.next);
-    if (cached != progress.cached.end() && (urgent || cached->second.written == nullptr)) continue;
-    if (!job->chunks[progress.next].bounce.valid() && !(may_allocate && reserve_.find_room(*job, progress.next))) {
-      may_allocate = false;
-      continue;
-    }
     const auto flight = std::make_shared<Flight>();
     flight->job = job;
-    flight->device = device;
-    flight->chunk = progress.next++;
+    flight->device = lane.context->device();
     flight->stream = lane.stream->get();
-    flight->bytes = job->chunks[flight->chunk].device_lazy_bytes;
-    if (cached != progress.cached.end()) {
-      flight->route = CopyRoute::kFromCache;
-      flight->cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
-      flight->after = cached->second.written;
+    while (flight->bytes < kFlightBytes && (urgent || lane.window_open(*flight)) &&
+           claim_chunk(*flight, urgent, may_allocate)) {
     }
+    if (flight->chunks.empty()) continue;
     lane.flying_bytes += flight->bytes;
+    lane.flying_copies += flight->copies;
     flight->take_off();
     return flight;
   }
   return nullptr;
+}
+
+// The next chunk in file order, if it has its span, or may have one: rather one of another job that has than one that must wait.
+bool Stager::claim_chunk(Flight& flight, bool urgent, bool& may_allocate) {
+  Job& job = *flight.job;
+  DeviceProgress& progress = progress_of(job, flight.device);
+  for (; progress.next < job.published; ++progress.next) {
+    const DeviceShare* share = share_of(job.chunks[progress.next], flight.device);
+    if (share != nullptr && !share->enqueued) break;
+  }
+  if (progress.next == job.published) return false;
+  Chunk& chunk = job.chunks[progress.next];
+  const auto cached = progress.cached.find(progress.next);
+  const bool is_cached = cached != progress.cached.end();
+  if (is_cached && (urgent || cached->second.written == nullptr)) return false;
+  const CopyRoute route = is_cached ? CopyRoute::kFromCache : CopyRoute::kDirect;
+  if (!flight.chunks.empty() && route != flight.route) return false;
+  if (!chunk.bounce.valid() && !(may_allocate && reserve_.find_room(job, progress.next))) {
+    may_allocate = false;
+    return false;
+  }
+  FlightChunk next(progress.next++);
+  flight.route = route;
+  flight.bytes += chunk.device_lazy_bytes;
+  flight.copies += chunk.device_copies.size();
+  if (is_cached) {
+    next.cache = reinterpret_cast<uintptr_t>(cached->second.span.begin()) - cached->second.first;
+    next.after = cached->second.written;
+  }
+  flight.chunks.push_back(std::move(next));
+  return true;
 }
 
 void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
@@ -300,16 +316,16 @@ void Stager::enqueue(Lane& lane, const std::shared_ptr<Flight>& flight) {
 
 void Stager::book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error) {
   Job& job = *flight->job;
-  Chunk& chunk = job.chunks[flight->chunk];
   lane.flights.push_back(flight);
   job.stats.arena_pinned = pinned();
   job.stats.pin_failure = pin_failure_;
-  if (flight->lazy) share_of(chunk, lane.context->device())->enqueued = true;
-  if (error) {
-    job.fail(*error);
-  } else if (flight->lazy && flight->route == CopyRoute::kDirect && !job.failed()) {
-    --job.uncaptured;
-    job.note_captured();
+  if (error) job.fail(*error);
+  if (flight->lazy) {
+    for (const FlightChunk& each : flight->chunks) {
+      share_of(job.chunks[each.index], lane.context->device())->enqueued = true;
+      if (flight->route == CopyRoute::kDirect && !job.failed()) --job.uncaptured;
+    }
+    if (!job.failed()) job.note_captured();
   }
   monitor_->changed.notify_all();
 }

@@ -116,8 +116,9 @@ class Stager {
   void note_slab(std::unique_ptr<cuda::HostRegistration> slab, size_t end);
   std::vector<cuda::Copy> split_at_slabs(const std::vector<cuda::Copy>& copies, const std::vector<size_t>& ends) const;
   std::shared_ptr<const std::vector<size_t>> slab_ends() const;
-  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next
+  std::shared_ptr<Flight> claim(Lane& lane);                            // requires the lock, as the next ones
   std::shared_ptr<Flight> claim(Lane& lane, bool urgent);
+  bool claim_chunk(Flight& flight, bool urgent, bool& may_allocate);
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void look(const std::shared_ptr<Flight>& flight);                     // without it
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
