@@ -94,9 +94,12 @@ void in_context(const Context& context, End end) {
   ContextHandle before = nullptr;
   const bool known = table.ctx_get_current(&before) == kSuccess;  // if not, ours stays current
   const bool inside = known && before == context.handle();
+  int mode = kCaptureModeRelaxed;
+  const bool relaxed = table.exchange_capture_mode(&mode) == kSuccess;
   // A second try, because what does not end here is lost to the process.
   if (!inside && table.ctx_set_current(context.handle()) != kSuccess) table.ctx_set_current(context.handle());
   end(table);
+  if (relaxed) table.exchange_capture_mode(&mode);
   if (known && !inside) table.ctx_set_current(before);
 }
 
@@ -123,10 +126,16 @@ MemoryLevel Context::memory_level() const {
 
 Current::Current(const Context& context) : context_(context) {
   context.check(context.table().ctx_get_current(&before_), "cuCtxGetCurrent");
-  if (before_ != context.handle()) context.check(context.table().ctx_set_current(context.handle()), "cuCtxSetCurrent");
+  context.check(context.table().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode");
+  if (before_ == context.handle()) return;
+  const Result code = context.table().ctx_set_current(context.handle());
+  if (code == kSuccess) return;
+  context.table().exchange_capture_mode(&mode_);
+  context.check(code, "cuCtxSetCurrent");
 }
 
 Current::~Current() {
+  context_.table().exchange_capture_mode(&mode_);
   if (before_ != context_.handle()) context_.table().ctx_set_current(before_);
 }
 
@@ -137,11 +146,6 @@ Error capture_refused(int device, const std::string& advice) {
                "the current stream of " + place_of(device) +
                    " is being captured into a graph, where a copy would be recorded instead of made; " + advice,
                kCaptureUnsupported);
-}
-
-void relax_capture_mode(const Driver& driver) {
-  int mode = kCaptureModeRelaxed;
-  driver.check(driver.table().exchange_capture_mode(&mode), "cuThreadExchangeStreamCaptureMode", -1);
 }
 
 namespace {

@@ -154,7 +154,9 @@ class Context {
   ContextHandle handle_ = nullptr;
 };
 
-// Makes a context the calling thread's, and puts the one before back.
+// Makes a context the calling thread's, and puts the one before back. Meanwhile this thread may make all calls, also those by
+// which it would otherwise break a graph capture that is going on in another one: making and ending streams and events, asking
+// for events, pinning and allocating.
 class Current {
  public:
   explicit Current(const Context& context);
@@ -165,14 +167,12 @@ class Current {
  private:
   const Context& context_;
   ContextHandle before_ = nullptr;
+  int mode_ = kCaptureModeRelaxed;  // of before
 };
 
 std::string place_of(int device);  // for messages
 // That a copy was asked for on such a stream; `advice` says what to do.
 Error capture_refused(int device, const std::string& advice);
-
-// Lets the calling thread make calls that would otherwise break a graph capture going on in another thread.
-void relax_capture_mode(const Driver& driver);
 
 // A stream of the lowest priority. That is for kernels, should a copy be done by one: between copies by the copy engines
 // priorities decide nothing. Making one requires Current; ending it does not.

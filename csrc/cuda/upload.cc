@@ -80,7 +80,6 @@ void UploadRing::finish() {
 void UploadRing::make(Buffer& buffer) {
   Uplinks::Link& link = links_->any();
   const cuda::Current current(*link.context);
-  cuda::relax_capture_mode(link.context->driver());
   buffer.memory = std::make_unique<cuda::HostMemory>(link.context, buffer_bytes_ + align_);
   const auto address = reinterpret_cast<uintptr_t>(buffer.memory->begin());
   buffer.begin = buffer.memory->begin() + ((address + align_ - 1) / align_ * align_ - address);

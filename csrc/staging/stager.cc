@@ -199,7 +199,6 @@ void Stager::run(Lane& lane) {
   std::optional<Error> failure;
   try {
     current.emplace(*lane.context);
-    cuda::relax_capture_mode(lane.context->driver());
   } catch (const Error& error) {
     failure = error;
   }

@@ -112,6 +112,16 @@ class FakeCuda:
     def set_capturing(self, device: int, stream: int, capturing: bool) -> None:
         self.cu.fake_set_capturing(device, ctypes.c_void_p(stream), int(capturing))
 
+    def capture_globally(self, begins: bool) -> None:
+        """Somebody else in the process: calls that may disturb him fail, but in threads that have exchanged their mode."""
+        self.cu.fake_capture_globally(int(begins))
+
+    def exchange_capture_mode(self, mode: int) -> int:
+        """Of the calling thread; returns the one before."""
+        exchanged = ctypes.c_int(mode)
+        self.call("cuThreadExchangeStreamCaptureMode", ctypes.byref(exchanged))
+        return exchanged.value
+
     def is_capturing(self, stream: int) -> bool:
         """A stream of the device whose context is current."""
         return bool(self.cu.fake_is_capturing(ctypes.c_void_p(stream)))

@@ -242,4 +242,3 @@ def test_streams_have_the_lowest_priority_and_copies_are_pinned(make: Make, cuda
     assert cuda.count("streams of the lowest priority") == 2
     assert cuda.count("pinned copies") > 0 and cuda.count("pageable copies") == 0
     assert cuda.count("cuMemHostRegister") == 1
-    assert cuda.count("cuThreadExchangeStreamCaptureMode") == 2

@@ -9,6 +9,10 @@
 
 using namespace fake;
 
+#define UNSAFE_CALL(name) \
+  FAKE_CALL(name);        \
+  if (is_unsafe()) return kCaptureUnsupported
+
 #define FAKE_CALL(name)                                  \
   const Fault fault = consult(name);                     \
   if (fault.code != kSuccess && !fault.late) return fault.code
@@ -88,13 +92,12 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   FAKE_CALL("cuThreadExchangeStreamCaptureMode");
-  thread_local int own = 0;
-  std::swap(*mode, own);
+  std::swap(*mode, capture_mode);
   return kSuccess;
 }
 
 int cuStreamCreateWithPriority(Stream** stream, unsigned, int priority) {
-  FAKE_CALL("cuStreamCreate");
+  UNSAFE_CALL("cuStreamCreate");
   if (current == nullptr) return kInvalidContext;
   {
     std::lock_guard<std::mutex> lock(streams().mutex);
@@ -107,7 +110,7 @@ int cuStreamCreateWithPriority(Stream** stream, unsigned, int priority) {
 
 // What it still has to do is done.
 int cuStreamDestroy_v2(Stream* stream) {
-  FAKE_CALL("cuStreamDestroy");
+  UNSAFE_CALL("cuStreamDestroy");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(streams().mutex);
   const auto it = streams().alive.find(stream);
@@ -123,7 +126,7 @@ int cuStreamDestroy_v2(Stream* stream) {
 }
 
 int cuStreamQuery(Stream* handle) {
-  FAKE_CALL("cuStreamQuery");
+  UNSAFE_CALL("cuStreamQuery");
   if (current == nullptr) return kInvalidContext;
   Stream* stream = find_stream(handle, current->device);
   if (stream == nullptr) return kInvalidHandle;
@@ -151,7 +154,7 @@ int cuStreamIsCapturing(Stream* handle, int* status) {
 }
 
 int cuEventCreate(CUevent_st** event, unsigned flags) {
-  FAKE_CALL("cuEventCreate");
+  UNSAFE_CALL("cuEventCreate");
   if (current == nullptr) return kInvalidContext;
   if (flags != 3) return kInvalidValue;  // blocking, without timing: what the library means to ask for
   *event = new CUevent_st;
@@ -161,7 +164,7 @@ int cuEventCreate(CUevent_st** event, unsigned flags) {
 }
 
 int cuEventDestroy_v2(CUevent_st* event) {
-  FAKE_CALL("cuEventDestroy");
+  UNSAFE_CALL("cuEventDestroy");
   if (current == nullptr) return kInvalidContext;
   delete event;
   count_live("events", -1);
@@ -186,14 +189,14 @@ int cuEventRecord(CUevent_st* event, Stream* handle) {
 }
 
 int cuEventQuery(CUevent_st* event) {
-  FAKE_CALL("cuEventQuery");
+  UNSAFE_CALL("cuEventQuery");
   if (current == nullptr) return kInvalidContext;
   const std::shared_ptr<Mark> mark = event->latest();
   return mark == nullptr ? kSuccess : mark->query();
 }
 
 int cuEventSynchronize(CUevent_st* event) {
-  FAKE_CALL("cuEventSynchronize");
+  UNSAFE_CALL("cuEventSynchronize");
   if (current == nullptr) return kInvalidContext;
   const std::shared_ptr<Mark> mark = event->latest();
   return mark == nullptr ? kSuccess : mark->wait();
@@ -288,7 +291,7 @@ int cuLaunchHostFunc(Stream* handle, void (*function)(void*), void* data) {
 }
 
 int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
-  FAKE_CALL("cuMemAlloc");
+  UNSAFE_CALL("cuMemAlloc");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(controls().mutex);
   if (bytes > free_bytes(current->device)) return kOutOfMemory;
@@ -300,7 +303,7 @@ int cuMemAlloc_v2(unsigned long long* address, size_t bytes) {
 
 // The real one would wait for the copies; whoever frees under them has lost track of them all the same.
 int cuMemFree_v2(unsigned long long address) {
-  FAKE_CALL("cuMemFree");
+  UNSAFE_CALL("cuMemFree");
   std::lock_guard<std::mutex> lock(controls().mutex);
   const auto it = controls().allocated.find(address);
   if (current == nullptr || it == controls().allocated.end()) return kInvalidValue;
@@ -324,7 +327,7 @@ int cuMemGetInfo_v2(size_t* free, size_t* total) {
 }
 
 int cuMemHostRegister_v2(void* begin, size_t bytes, unsigned) {
-  FAKE_CALL("cuMemHostRegister");
+  UNSAFE_CALL("cuMemHostRegister");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(controls().mutex);
   uint64_t registered = 0;
@@ -336,7 +339,7 @@ int cuMemHostRegister_v2(void* begin, size_t bytes, unsigned) {
 }
 
 int cuMemHostUnregister(void* begin) {
-  FAKE_CALL("cuMemHostUnregister");
+  UNSAFE_CALL("cuMemHostUnregister");
   if (current == nullptr) return kInvalidContext;
   std::lock_guard<std::mutex> lock(controls().mutex);
   const auto it = controls().registered.find(reinterpret_cast<uintptr_t>(begin));
@@ -457,6 +460,12 @@ void fake_allocated(void* begin, uint64_t bytes) {
 
 // As torch asks it, apart from what is counted here.
 int fake_is_capturing(Stream* handle) { return find_stream(handle, 0)->capturing; }
+
+// A capture of the mode "global" begins or ends, in some thread of the process.
+void fake_capture_globally(int begins) {
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  controls().global_captures += begins != 0 ? 1 : -1;
+}
 
 // Work on a stream, as a kernel of the training would do it.
 void fake_fill(int device, Stream* handle, void* begin, int value, size_t bytes) {

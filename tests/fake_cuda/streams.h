@@ -90,6 +90,7 @@ struct Controls {
   std::map<std::string, std::vector<Fault>> faults;
   std::map<std::string, int64_t> counts, live;
   std::map<uintptr_t, size_t> registered;
+  int global_captures = 0;  // that are going on, in the mode in which others may not make unsafe calls
   uint64_t largest_registration = UINT64_MAX, most_registered = UINT64_MAX;  // bytes at once, and of all together
   size_t total_bytes = size_t{4} << 30, others_bytes = 0;  // of each device, and what others have taken of it
   std::map<uintptr_t, std::pair<int, size_t>> allocated;   // address -> device, bytes
@@ -239,6 +240,18 @@ namespace fake {
 using Stream = CUstream_st;
 
 inline thread_local CUctx_st* current = nullptr;
+
+// cuStreamBeginCapture: while a capture of the mode "global" goes on, no thread whose own mode is not "relaxed" may make a call
+// that is potentially unsafe, which would end the capture with an error.
+constexpr int kModeGlobal = 0, kModeRelaxed = 2;
+inline thread_local int capture_mode = kModeGlobal;
+inline bool is_unsafe() {
+  if (capture_mode == kModeRelaxed) return false;
+  std::lock_guard<std::mutex> lock(controls().mutex);
+  if (controls().global_captures == 0) return false;
+  ++controls().counts["captures broken"];
+  return true;
+}
 
 inline CUctx_st* context_of(int device) {
   static auto* all = [] {
