@@ -16,6 +16,7 @@
 
 #include "base/error.h"
 #include "base/fault.h"
+#include "os/pieces.h"
 
 namespace lazyckpt {
 namespace {
@@ -161,16 +162,6 @@ IoLimits ask_limits(int fd) {
   return {kAssumedAlign, kAssumedAlign};
 }
 
-// Drops the first `bytes` from the front of `pieces[first..]`; returns the new first.
-size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {
-  while (first < pieces.size() && bytes >= pieces[first].iov_len) bytes -= pieces[first++].iov_len;
-  if (bytes > 0) {
-    pieces[first].iov_base = static_cast<char*>(pieces[first].iov_base) + bytes;
-    pieces[first].iov_len -= bytes;
-  }
-  return first;
-}
-
 }  // namespace
 
 #if LAZYCKPT_FAULT_HOOKS
@@ -283,6 +274,7 @@ void WritableFile::preallocate(uint64_t begin, uint64_t end) {
 void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
   const uint64_t begin = offset;
   size_t first = 0;
+  AlignedBytes bounce;  // once some of it could not be written from where it lies
   int stalls = 0;
   while (first < pieces.size()) {
     const int count = static_cast<int>(std::min<size_t>(pieces.size() - first, IOV_MAX));
@@ -300,6 +292,10 @@ void WritableFile::write_at(std::vector<iovec>& pieces, uint64_t offset) {
     }
     if (written < 0) {
       if (errno == EINTR) continue;
+      if (errno == EFAULT && was_direct && bounce == nullptr) {
+        bounce = gather(pieces, first, limits_.memory_align);
+        continue;
+      }
       if (errno != EINVAL || !was_direct) fail("pwritev", path_, errno, static_cast<int64_t>(offset));
       fall_back(errno, offset);
       continue;

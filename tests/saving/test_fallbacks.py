@@ -19,7 +19,7 @@ import torch
 from support import DEADLINE_S, as_bytes, assert_same, options, wait_until
 
 import ckpt
-from ckpt.errors import DeadlineError, SkippedError
+from ckpt.errors import DeadlineError, SkippedError, StorageError
 from ckpt.saving import inspection
 
 MIB = 1 << 20
@@ -135,6 +135,26 @@ def test_a_kernel_that_grants_direct_io_and_then_refuses_it(skip: int, native: A
     native.set_fault("pwritev", skip=skip, count=1, error=errno.EINVAL)
     state = some_state()
     assert check(save(state, direct / "x.pt"), state).direct_io is False
+
+
+@pytest.mark.parametrize("skip", [0, 1, 5])
+@pytest.mark.parametrize("fenced", [False, True])
+def test_memory_that_cannot_be_written_from_directly(direct: Path, native: Any, skip: int, fenced: bool) -> None:
+    """Where a driver has mapped it: the kernel refuses the write, not the bytes. All else still goes past the page cache."""
+    state = some_state()
+    native.set_fault("pwritev", skip=skip, count=1, error=errno.EFAULT)
+    pending = save(state, direct / "a.pt")
+    if fenced:
+        ckpt.fence()
+    assert check(pending, state).direct_io
+
+
+def test_memory_that_is_not_there(direct: Path, native: Any) -> None:
+    """It is refused a second time, as a copy."""
+    native.set_fault("pwritev", error=errno.EFAULT)
+    with pytest.raises(StorageError, match="Bad address"):
+        save(some_state(), direct / "a.pt").result(DEADLINE_S)
+    assert not list(direct.iterdir())
 
 
 def test_a_kernel_that_refuses_several_writers_at_once(native: Any, direct: Path) -> None:

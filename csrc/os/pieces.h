@@ -1,0 +1,25 @@
+// The pieces of memory that one write takes.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <memory>
+#include <vector>
+
+namespace lazyckpt {
+
+struct FreeBytes {
+  void operator()(std::byte* bytes) const { std::free(bytes); }
+};
+using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;
+
+// Drops the first `bytes` from the front of `pieces[first..]`; returns the new first.
+size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes);
+
+// The pieces from `first` on become one, of memory of its own. Some memory can be read and not be written from directly: where a
+// driver has mapped it (pinned memory of CUDA's, managed memory), the kernel has no pages to give to the device.
+AlignedBytes gather(std::vector<iovec>& pieces, size_t first, size_t align);
+
+}  // namespace lazyckpt
