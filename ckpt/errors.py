@@ -115,6 +115,11 @@ class DeviceError(CheckpointError):
         """Whether it was refused because a stream is being captured into a graph."""
         return self.code in (900, 906)  # CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED, _IMPLICIT
 
+    @property
+    def in_other_context(self) -> bool:
+        """Whether it was refused because a stream belongs to another context than the primary one, as a green one."""
+        return self.code == 201  # CUDA_ERROR_INVALID_CONTEXT
+
 
 class PeerError(CheckpointError):
     """Other ranks of the job have failed, or did not answer in time.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any
 from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.errors import CheckpointError, SkippedError
+from ckpt.errors import CheckpointError, DeviceError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
 from ckpt.formats.format import FileFormat
 from ckpt.formats.torch_zip import TorchZip
@@ -91,7 +92,7 @@ def _begin(
             where = addresses_on_host(plan, copied=file.write_share is not None)
             file.samples = _native.sample_records(addresses=where, sizes=plan.sizes, seed=file.number)
         if written:
-            _submit(runtime, file, obj, plan, options)
+            _submit_or_copy(runtime, file, obj, plan, storages, options)
             task.files += (file,)
 
 
@@ -119,9 +120,10 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
     try:
         with beginning():
             with _without_collector():
-                plan = _plan(file, obj, lazy_storages(lazy), options)
+                storages = lazy_storages(lazy)
+                plan = _plan(file, obj, storages, options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
-            _submit(runtime, file, obj, plan, options)
+            _submit_or_copy(runtime, file, obj, plan, storages, options)
         task.files += (file,)
     finally:
         task.save_s += time.monotonic() - began
@@ -153,6 +155,22 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
     except Exception as error:
         explain(error, obj, file.target)
         raise
+
+
+def _submit_or_copy(
+    runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, storages: LazyStorages, options: Options
+) -> None:
+    """If training computes in another context, as a green one, torch copies what lies on devices to the host."""
+    try:
+        _submit(runtime, file, obj, plan, options)
+    except DeviceError as refused:
+        if not refused.in_other_context or not file.devices:
+            raise
+    else:
+        return
+    with _without_collector():
+        plan = _plan(file, obj, storages, dataclasses.replace(options, device_lazy=False))
+    _submit(runtime, file, obj, plan, options)
 
 
 def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, options: Options) -> None:

@@ -11,6 +11,7 @@ namespace lazyckpt::cuda {
 namespace {
 
 constexpr char kSystemLibrary[] = "libcuda.so.1";
+constexpr uintptr_t kLastOfDefaultStreams = 2;  // null, CU_STREAM_LEGACY, CU_STREAM_PER_THREAD
 constexpr size_t kPage = 4096;  // what is registered shares none with anything else: no page can be registered twice
 constexpr char kConsequence[] = "; so no CUDA tensor can be saved, while tensors in host memory can";
 
@@ -110,6 +111,16 @@ std::string Context::pci_id() const {
   return table().device_get_pci_bus_id(text, sizeof text, device_handle_) == kSuccess ? text : "";
 }
 
+bool Context::is_foreign(StreamHandle stream) const {
+  ContextHandle context = nullptr;
+  if (reinterpret_cast<uintptr_t>(stream) > kLastOfDefaultStreams) {
+    return table().stream_get_ctx != nullptr && table().stream_get_ctx(stream, &context) == kSuccess && context != handle_;
+  }
+  DeviceHandle device = -1;
+  if (table().ctx_get_current(&context) != kSuccess || context == nullptr || context == handle_) return false;
+  return table().ctx_get_device != nullptr && table().ctx_get_device(&device) == kSuccess && device == device_handle_;
+}
+
 bool Context::is_capturing(StreamHandle stream) const {
   int status = 0;
   const Result code = table().stream_is_capturing(stream, &status);
@@ -140,6 +151,13 @@ Current::~Current() {
 }
 
 std::string place_of(int device) { return "CUDA device " + std::to_string(device); }
+
+Error foreign_refused(int device) {
+  return Error(ErrorKind::kDevice,
+               "the current stream of " + place_of(device) + " belongs to another context than the primary one of the device, as that "
+               "of a green context does; copies cannot be put in order with it",
+               kInvalidContext);
+}
 
 Error capture_refused(int device, const std::string& advice) {
   return Error(ErrorKind::kDevice,

@@ -41,6 +41,7 @@ constexpr unsigned kEventBlockingSync = 1;      // who waits for it sleeps
 constexpr unsigned kEventDisableTiming = 2;     // cheaper to record
 constexpr unsigned kHostRegisterPortable = 1;   // pinned for all contexts, not only the current one
 constexpr int kCaptureModeRelaxed = 2;
+constexpr Result kInvalidContext = 201;
 
 // Of a batch of copies, CUmemcpyAttributes. The hints are for managed memory; type 0 is none.
 struct CopyLocation {
@@ -87,11 +88,13 @@ static_assert(sizeof(CopyAttributes) == 24);
   X(get_error_name, cuGetErrorName, (Result code, const char** name))                                \
   X(get_error_string, cuGetErrorString, (Result code, const char** text))
 
-// Those that a driver may lack. Batches came with 12.8; the symbol without a suffix keeps the arguments of then. The others are
-// for trying a device out (self_check.h).
+// Those that a driver may lack. The last came with 12.8; symbols without a suffix keep the arguments of then. The first two are for
+// trying a device out (self_check.h).
 #define LAZYCKPT_CUDA_OPTIONAL_CALLS(X)                                                                             \
   X(launch_host_func, cuLaunchHostFunc, (StreamHandle stream, void (*function)(void*), void* data))                 \
   X(memset_async, cuMemsetD8Async, (Address to, unsigned char value, size_t bytes, StreamHandle stream))            \
+  X(ctx_get_device, cuCtxGetDevice, (DeviceHandle * device))                                                        \
+  X(stream_get_ctx, cuStreamGetCtx, (StreamHandle stream, ContextHandle * context))                                 \
   X(memcpy_batch_async, cuMemcpyBatchAsync,                                                                         \
     (Address * to, Address * from, size_t * sizes, size_t count, CopyAttributes * attributes, size_t * first_copies, \
      size_t attribute_count, size_t * failed_copy, StreamHandle stream))
@@ -143,6 +146,11 @@ class Context {
   ContextHandle handle() const { return handle_; }
   void check(Result code, const char* call) const { driver_->check(code, call, device_); }
 
+  // True if the stream that the calling thread means by this belongs to another context of the device, as a green one: events of
+  // ours cannot be recorded there. By the handles of default streams it means those of the context that is current: to be asked
+  // before Current changes that.
+  bool is_foreign(StreamHandle stream) const;
+
   // True if work put on the stream now would become part of a graph instead of being done. Requires Current.
   bool is_capturing(StreamHandle stream) const;
   MemoryLevel memory_level() const;  // requires Current
@@ -173,6 +181,8 @@ class Current {
 std::string place_of(int device);  // for messages
 // That a copy was asked for on such a stream; `advice` says what to do.
 Error capture_refused(int device, const std::string& advice);
+// That a stream of another context was given; code() is kInvalidContext.
+Error foreign_refused(int device);
 
 // A stream of the lowest priority. That is for kernels, should a copy be done by one: between copies by the copy engines
 // priorities decide nothing. Making one requires Current; ending it does not.

@@ -28,6 +28,7 @@ Uplinks::Uplinks(const std::string& driver, const std::vector<int>& devices, con
     const auto handle = reinterpret_cast<cuda::StreamHandle>(stream->second);
     auto link = std::make_unique<Link>();
     link->context = std::make_shared<const cuda::Context>(loaded, device);
+    if (link->context->is_foreign(handle)) throw cuda::foreign_refused(device);
     const cuda::Current current(*link->context);
     if (link->context->is_capturing(handle)) throw cuda::capture_refused(device, "load outside of captures");
     link->stream = std::make_unique<cuda::Stream>(link->context);

@@ -66,7 +66,7 @@ class Engine {
 
   // For fences behind that which has captured all: more streams, on which others compute, wait for the copies that are still
   // going on. One that is being captured into a graph is left out: what is recorded there is not done now. The host waits only
-  // for copies without an event on the devices that are named.
+  // for copies without an event on the devices that are named, and for all where the stream is of another context than ours.
   void order(const Interrupt& interrupt, const Streams& streams);
 
   // Prepares for saves from these devices: else the first one does it.

@@ -8,8 +8,9 @@
 
 namespace lazyckpt {
 
-void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
+void Engine::fence(const Interrupt& interrupt, const Streams& given) {
   Lock lock(monitor_->mutex);
+  const Streams streams = stager_.without_foreign(lock, given);
   if (!stager_.idle()) stager_.refuse_capture(lock, streams);
   const std::vector<std::shared_ptr<Job>> targets(jobs_.begin(), jobs_.end());
   for (auto job = targets.rbegin(); job != targets.rend(); ++job) {  // lanes come to the newest last
@@ -29,11 +30,14 @@ void Engine::fence(const Interrupt& interrupt, const Streams& streams) {
 void Engine::order(const Interrupt& interrupt, const Streams& streams) {
   Lock lock(monitor_->mutex);
   if (stager_.idle()) return;
-  Streams waiting = streams;
-  for (const int device : stager_.captured_into_graphs(lock, streams)) waiting.erase(device);
+  Streams waiting = stager_.without_foreign(lock, streams);
+  const std::vector<int> captured = stager_.captured_into_graphs(lock, waiting);
+  for (const int device : captured) waiting.erase(device);
   std::vector<std::shared_ptr<Flight>> left = stager_.order_behind_copies(lock, waiting);
-  const auto is_of_others = [&](const auto& flight) { return waiting.count(flight->device) == 0; };
-  left.erase(std::remove_if(left.begin(), left.end(), is_of_others), left.end());
+  const auto is_no_concern = [&](const auto& flight) {
+    return streams.count(flight->device) == 0 || std::find(captured.begin(), captured.end(), flight->device) != captured.end();
+  };
+  left.erase(std::remove_if(left.begin(), left.end(), is_no_concern), left.end());
   await_landing(lock, left, interrupt);
 }
 

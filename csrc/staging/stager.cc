@@ -91,8 +91,9 @@ void Stager::begin(Job& job, const Streams& streams) {
                                           job.file->path() + "' lie; give its current stream");
     }
     Lane& lane = open_lane(progress.device);
-    const cuda::Current current(*lane.context);
     progress.stream = reinterpret_cast<cuda::StreamHandle>(stream->second);
+    if (lane.context->is_foreign(progress.stream)) throw cuda::foreign_refused(progress.device);
+    const cuda::Current current(*lane.context);
     if (lane.context->is_capturing(progress.stream)) throw capture_refused(progress.device);
     progress.before = std::make_unique<cuda::Event>(lane.events);
     progress.before->record(progress.stream);
@@ -138,6 +139,17 @@ void Stager::remove(const std::shared_ptr<Job>& job) {
   jobs_.erase(found);
   if (!jobs_.empty()) return;
   reserve_.let_go();
+}
+
+Streams Stager::without_foreign(Lock& lock, const Streams& streams) const {
+  Streams own;
+  for (const auto& [device, handle] : streams) {
+    const Lane* lane = find_lane(device);
+    lock.unlock();
+    if (lane == nullptr || !lane->context->is_foreign(reinterpret_cast<cuda::StreamHandle>(handle))) own[device] = handle;
+    lock.lock();
+  }
+  return own;
 }
 
 std::vector<int> Stager::captured_into_graphs(Lock& lock, const Streams& streams) const {

@@ -95,7 +95,10 @@ class Stager {
   };
   std::vector<CacheState> caches() const;
 
-  // Those devices whose streams are being captured into graphs. Gives the lock up meanwhile, as do the next ones.
+  // Without those that belong to other contexts than ours, which cannot be told to wait. Gives the lock up meanwhile, as do the
+  // next ones.
+  Streams without_foreign(Lock& lock, const Streams& streams) const;
+  // Those devices whose streams are being captured into graphs.
   std::vector<int> captured_into_graphs(Lock& lock, const Streams& streams) const;
   // Throws if there is one.
   void refuse_capture(Lock& lock, const Streams& streams) const;

@@ -65,6 +65,21 @@ class FakeCuda:
         self._streams.append((device, handle.value))
         return handle.value
 
+    @contextlib.contextmanager
+    def green_context(self, device: int = 0) -> Iterator[None]:
+        """Current in this thread, instead of the primary one."""
+        self.cu.fake_green_context.restype = ctypes.c_void_p
+        self.call("cuCtxSetCurrent", ctypes.c_void_p(self.cu.fake_green_context(device)))
+        yield
+        self.make_current(0)
+
+    def stream_in_current_context(self, device: int = 0) -> int:
+        handle = ctypes.c_void_p()
+        self.call("cuStreamCreateWithPriority", ctypes.byref(handle), 0, -1)
+        assert handle.value
+        self._streams.append((device, handle.value))
+        return handle.value
+
     def end_streams(self) -> None:
         for device, handle in self._streams:
             self.synchronize(device, handle)

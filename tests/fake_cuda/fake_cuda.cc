@@ -101,7 +101,7 @@ int cuStreamCreateWithPriority(Stream** stream, unsigned, int priority) {
   if (current == nullptr) return kInvalidContext;
   {
     std::lock_guard<std::mutex> lock(streams().mutex);
-    *stream = start_stream(current->device);
+    *stream = start_stream(current);
   }
   count_live("streams", 1);
   count(priority == kLeastPriority ? "streams of the lowest priority" : "streams of another priority");
@@ -144,6 +144,22 @@ int cuStreamWaitEvent(Stream* handle, CUevent_st* event, unsigned) {
   return kSuccess;
 }
 
+int cuCtxGetDevice(int* device) {
+  FAKE_CALL("cuCtxGetDevice");
+  if (current == nullptr) return kInvalidContext;
+  *device = current->device;
+  return kSuccess;
+}
+
+int cuStreamGetCtx(Stream* handle, CUctx_st** context) {
+  FAKE_CALL("cuStreamGetCtx");
+  if (handle == nullptr && current == nullptr) return kInvalidContext;
+  std::lock_guard<std::mutex> lock(streams().mutex);
+  if (handle != nullptr && streams().alive.count(handle) == 0) return kInvalidHandle;
+  *context = handle == nullptr ? current : handle->context;
+  return kSuccess;
+}
+
 int cuStreamIsCapturing(Stream* handle, int* status) {
   FAKE_CALL("cuStreamIsCapturing");
   if (current == nullptr) return kInvalidContext;
@@ -158,7 +174,7 @@ int cuEventCreate(CUevent_st** event, unsigned flags) {
   if (current == nullptr) return kInvalidContext;
   if (flags != 3) return kInvalidValue;  // blocking, without timing: what the library means to ask for
   *event = new CUevent_st;
-  (*event)->device = current->device;
+  (*event)->context = current;
   count_live("events", 1);
   return kSuccess;
 }
@@ -175,7 +191,7 @@ int cuEventRecord(CUevent_st* event, Stream* handle) {
   FAKE_CALL("cuEventRecord");
   if (current == nullptr) return kInvalidContext;
   Stream* stream = find_stream(handle, current->device);
-  if (stream == nullptr || event->device != stream->device) return kInvalidHandle;
+  if (stream == nullptr || event->context != stream->context) return kInvalidHandle;
   const auto mark = std::make_shared<Mark>();
   {
     std::lock_guard<std::mutex> lock(event->mutex);
@@ -465,6 +481,16 @@ int fake_is_capturing(Stream* handle) { return find_stream(handle, 0)->capturing
 void fake_capture_globally(int begins) {
   std::lock_guard<std::mutex> lock(controls().mutex);
   controls().global_captures += begins != 0 ? 1 : -1;
+}
+
+// What cuCtxFromGreenCtx would give for the only green context of a device.
+CUctx_st* fake_green_context(int device) {
+  static auto* all = [] {
+    auto* made = new CUctx_st[kMostDevices];
+    for (int i = 0; i < kMostDevices; ++i) made[i].device = i;
+    return made;
+  }();
+  return &all[device];
 }
 
 // Work on a stream, as a kernel of the training would do it.

@@ -189,6 +189,7 @@ inline Turns& turns() {
 
 struct CUstream_st {
   int device = 0;
+  CUctx_st* context = nullptr;  // in which it was made
   std::mutex mutex;
   std::condition_variable changed;
   std::deque<std::function<void(CUstream_st&)>> work;
@@ -226,7 +227,7 @@ struct CUstream_st {
 };
 
 struct CUevent_st {
-  int device = 0;
+  CUctx_st* context = nullptr;  // in which it was made
   std::mutex mutex;
   std::shared_ptr<fake::Mark> mark;  // guarded by mutex; none: never recorded
   std::shared_ptr<fake::Mark> latest() {
@@ -265,7 +266,7 @@ inline CUctx_st* context_of(int device) {
 struct Streams {
   std::mutex mutex;
   std::map<Stream*, std::shared_ptr<Stream>> alive;
-  Stream* of_device[kMostDevices] = {};  // the default ones
+  std::map<CUctx_st*, Stream*> of_context;  // the default ones
 };
 
 inline Streams& streams() {
@@ -273,9 +274,10 @@ inline Streams& streams() {
   return *made;
 }
 
-inline Stream* start_stream(int device) {  // requires the lock of streams()
+inline Stream* start_stream(CUctx_st* context) {  // requires the lock of streams()
   auto stream = std::make_shared<Stream>();
-  stream->device = device;
+  stream->device = context->device;
+  stream->context = context;
   streams().alive[stream.get()] = stream;
   std::thread([stream] { stream->run(); }).detach();
   return stream.get();
@@ -285,8 +287,9 @@ inline Stream* start_stream(int device) {  // requires the lock of streams()
 inline Stream* find_stream(Stream* handle, int device) {
   std::lock_guard<std::mutex> lock(streams().mutex);
   if (handle == nullptr) {
-    Stream*& mine = streams().of_device[device];
-    if (mine == nullptr) mine = start_stream(device);
+    CUctx_st* const context = current != nullptr && current->device == device ? current : context_of(device);
+    Stream*& mine = streams().of_context[context];
+    if (mine == nullptr) mine = start_stream(context);
     return mine;
   }
   return streams().alive.count(handle) != 0 && handle->device == device ? handle : nullptr;
@@ -364,7 +367,7 @@ inline bool is_being_copied(uintptr_t begin, size_t bytes) {  // requires the lo
 inline int enqueue_copy(Stream* handle, void* to, const void* from, size_t bytes, const Fault& fault) {
   if (current == nullptr) return kInvalidContext;
   Stream* stream = find_stream(handle, current->device);
-  if (stream == nullptr) return kInvalidHandle;
+  if (stream == nullptr || stream->context != current) return kInvalidHandle;
   if (stream->capturing != 0) return kCaptureUnsupported;
   if (crosses_allocations(from, bytes) || crosses_allocations(to, bytes)) return kInvalidValue;
   if (crosses_registrations(from, bytes) || crosses_registrations(to, bytes)) return kInvalidValue;
