@@ -31,21 +31,6 @@ struct Finding {
 
 void pause(void*) { std::this_thread::sleep_for(kPause); }
 
-// For the thread that makes it, and only while it lives.
-class RelaxedCapture {
- public:
-  explicit RelaxedCapture(const Driver& driver) : driver_(driver) { exchange(); }
-  ~RelaxedCapture() { driver_.table().exchange_capture_mode(&mode_); }
-  RelaxedCapture(const RelaxedCapture&) = delete;
-  RelaxedCapture& operator=(const RelaxedCapture&) = delete;
-
- private:
-  void exchange() { driver_.check(driver_.table().exchange_capture_mode(&mode_), "cuThreadExchangeStreamCaptureMode", -1); }
-
-  const Driver& driver_;
-  int mode_ = kCaptureModeRelaxed;
-};
-
 // All that the device may still be reading and writing when the time is over.
 struct Scratch {
   explicit Scratch(const std::shared_ptr<const Context>& context)
@@ -191,7 +176,6 @@ SelfCheck check_device(const std::shared_ptr<const Context>& context, double tim
     return {Verdict::kInconclusive, "the driver has no cuLaunchHostFunc or cuMemsetD8Async"};
   }
   try {
-    const RelaxedCapture relaxed(context->driver());
     const Current current(*context);
     if (context->is_capturing(nullptr)) return {Verdict::kInconclusive, "a graph is being captured"};
     const auto allowed = std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(timeout_s));
