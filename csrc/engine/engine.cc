@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <optional>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -12,6 +13,7 @@
 #include "base/crc32.h"
 #include "base/fault.h"
 #include "base/signals.h"
+#include "os/cpus.h"
 
 namespace lazyckpt {
 namespace {
@@ -69,6 +71,17 @@ void Engine::start_threads(int writers) {
   }
   threads_.emplace_back([this] { touch_arena(); });
   pthread_setname_np(threads_.back().native_handle(), "ckpt-touch");
+}
+
+// Threads that write go where the memory is that they read: near the first device, for which the arena is.
+void Engine::open_devices(const std::vector<int>& devices) {
+  stager_.open(devices);
+  const std::optional<std::string> cpus = stager_.cpus_near_first();
+  if (!cpus) return;
+  std::call_once(placed_, [&] {
+    // Not the last, which touches the arena and may have ended: that would place this thread instead.
+    for (size_t i = 0; i + 1 < threads_.size(); ++i) run_on(threads_[i].native_handle(), *cpus);
+  });
 }
 
 void Engine::stop_threads() {
@@ -184,7 +197,7 @@ void Engine::await_pinning(Lock& lock, const WritableFile& file, FileSpec& spec,
   }
   if (devices.empty()) return;
   lock.unlock();
-  stager_.open(devices);
+  open_devices(devices);
   lock.lock();
   if (!wait(lock, deadline, interrupt, [&] { return stager_.pinning_known() || closed_; })) {
     throw Error(ErrorKind::kDeadline, "host memory for '" + file.path() + "' was not pinned in time: raise the timeout, or see nvidia-smi",

@@ -15,6 +15,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
@@ -70,7 +71,7 @@ class Engine {
   void order(const Interrupt& interrupt, const Streams& streams);
 
   // Prepares for saves from these devices: else the first one does it.
-  void open_devices(const std::vector<int>& devices) { stager_.open(devices); }
+  void open_devices(const std::vector<int>& devices);
 
   // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice. False if a
   // writer is still inside a system call, or a device inside a copy, some seconds later: then joining may take for ever, and
@@ -128,6 +129,7 @@ class Engine {
   bool closed_ = false;
   bool stop_ = false;
 
+  std::once_flag placed_;  // threads_, near the first device
   std::vector<std::thread> threads_;  // last: they use all of the above
 };
 

@@ -11,6 +11,8 @@
 #include <utility>
 
 #include "base/signals.h"
+#include "os/cpus.h"
+#include "os/memory_node.h"
 
 namespace lazyckpt {
 namespace {
@@ -80,6 +82,14 @@ Lane& Stager::open_lane(int device) {
 void Stager::open(const std::vector<int>& devices) {
   std::lock_guard<std::mutex> opening(open_mutex_);
   for (const int device : devices) open_lane(device);
+}
+
+std::optional<std::string> Stager::cpus_near_first() const {
+  Lock lock(monitor_->mutex);
+  if (lanes_.empty()) return std::nullopt;
+  const Lane& lane = *lanes_.front();
+  lock.unlock();
+  return cpus_near(sysfs(), lane.context->pci_id());
 }
 
 void Stager::begin(Job& job, const Streams& streams) {
@@ -221,6 +231,7 @@ void Stager::run(Lane& lane) {
     monitor_->changed.notify_all();
   }
   if (failure) return;
+  run_on(::pthread_self(), cpus_near(sysfs(), lane.context->pci_id()));
   pin_arena(lane);
   carry(lane);
 }

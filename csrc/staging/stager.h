@@ -61,6 +61,8 @@ class Stager {
 
   // Starts the lanes of these devices and, in the background, the pinning of the arena.
   void open(const std::vector<int>& devices);
+  // The processors near the first device, as cpus_near() lists them; nothing before it is open.
+  std::optional<std::string> cpus_near_first() const;
   // Before the job is published: what its streams have been given so far comes before its lazy copies.
   void begin(Job& job, const Streams& streams);
   // For submit(), so that it can look at lazy bytes: enqueues copies of a chunk's to where they lie in its bounce, but in
