@@ -42,10 +42,11 @@ class Options:
             simulated driver only, so far.
         device_cache: spare memory, bytes, that a fence may use on each CUDA device, with device_lazy; default 0: none. What
             has not left for the host at the fence is copied there, which takes the stream that computes a small part of
-            the time of waiting for it, and needs no room in the arena. Taken in the background when the first save
-            begins, less where memory is scarce: what leaves less than 5 % of the device, or 512 MiB, free is not taken,
-            and is given back if the training comes to need it. `SaveStats.device_cached_bytes` tells what it was good
-            for. 0 or at least four chunks.
+            the time of waiting for it, and needs no room in the arena. Taken in the background when the second save
+            begins, so that an iteration has shown what the training needs, and less where memory is scarce: what leaves
+            less than 5 % of the device, or 512 MiB, free is not taken, and all is given back for good, within 0.1 s, if the
+            training comes to need that. A large allocation at once may still fail for it. `SaveStats.device_cached_bytes`
+            tells what it was good for. 0 or at least four chunks.
         device_batches: copy many small tensors from a CUDA device by one call of the driver (cuMemcpyBatchAsync, up to 256),
             with device_lazy, where the driver is of 12.8 or newer; default False: a call for each tensor. Saves the host a
             few microseconds for each. Drivers are known that crash or hang over such calls: try it out before relying on it.

@@ -7,6 +7,7 @@
 namespace lazyckpt {
 namespace {
 
+constexpr int kTakenAtSave = 2;
 constexpr size_t kFewestChunks = 4;
 constexpr size_t kGranule = 512;  // what cuMemAlloc aligns to, and the unit in which devices copy fastest
 constexpr size_t kSmallestReserve = size_t{512} << 20;
@@ -25,18 +26,23 @@ std::string scarce(const char* what, const cuda::Context& context, const cuda::M
 
 }  // namespace
 
-void DeviceCache::review(const std::shared_ptr<const cuda::Context>& context) {
-  if (limit_bytes_ == 0) return;
+template <typename Act>
+void DeviceCache::keep_failure(Act act) {
   try {
-    if (!std::exchange(reviewed_, true)) {
-      take(context);
-    } else {
-      give_back_if_scarce(*context);
-    }
+    act();
   } catch (const Error& error) {  // what there is stays as it is
     std::lock_guard<std::mutex> lock(mutex_);
     failure_ = error.what();
   }
+}
+
+void DeviceCache::note_save(const std::shared_ptr<const cuda::Context>& context) {
+  if (limit_bytes_ == 0 || saves_ == kTakenAtSave || ++saves_ < kTakenAtSave) return;
+  keep_failure([&] { take(context); });
+}
+
+void DeviceCache::give_back_if_scarce(const cuda::Context& context) {
+  if (size() > 0) keep_failure([&] { give_back(context); });
 }
 
 void DeviceCache::take(const std::shared_ptr<const cuda::Context>& context) {
@@ -56,8 +62,7 @@ void DeviceCache::take(const std::shared_ptr<const cuda::Context>& context) {
   hold(nullptr, refused ? refused->what() : "device_cache is less than the " + mib(fewest) + " that would be of use");
 }
 
-void DeviceCache::give_back_if_scarce(const cuda::Context& context) {
-  if (size() == 0) return;
+void DeviceCache::give_back(const cuda::Context& context) {
   const cuda::MemoryLevel level = context.memory_level();
   if (level.free >= reserve_of(level.total)) return;
   std::unique_ptr<cuda::Memory> block;  // it goes without the lock

@@ -1,8 +1,9 @@
 // Spare memory of one device, where the fence puts what has not left for the host yet: a copy inside the device takes
 // some twentieth of the time that one to the host takes.
 //
-// The block belongs to the training before it belongs to us: it is taken once, as large as allowed and never so that less
-// than a reserve stays free; and it is given back for good, if the training has come to need the reserve.
+// The block belongs to the training before it belongs to us. It is taken once, when the second save begins: by then the training
+// has been through a whole iteration since the first, and its allocator keeps what it needs at its peak. It is as large as
+// allowed, and never so that less than a reserve stays free; and it is given back for good as soon as the reserve is touched.
 #pragma once
 
 #include <cstddef>
@@ -22,9 +23,11 @@ class DeviceCache {
   DeviceCache(const DeviceCache&) = delete;
   DeviceCache& operator=(const DeviceCache&) = delete;
 
-  // Takes the block, the first time, or gives it back if it is not in use and memory has become scarce. May wait for the
-  // device: for a thread that nobody waits for, with the context current. Failures end in failure(), not in an error.
-  void review(const std::shared_ptr<const cuda::Context>& context);
+  // These may wait for the device: for a thread that nobody waits for, with the context current. Failures end in failure(), not
+  // in an error.
+  void note_save(const std::shared_ptr<const cuda::Context>& context);  // takes the block, at the second
+  // Gives the block back if memory has become scarce and it is not in use. To be called often: the training may allocate any time.
+  void give_back_if_scarce(const cuda::Context& context);
 
   // Device memory, whose address Span::begin() is; an invalid one if there is no room just now.
   Span try_allocate(size_t bytes);
@@ -35,11 +38,13 @@ class DeviceCache {
 
  private:
   void take(const std::shared_ptr<const cuda::Context>& context);
-  void give_back_if_scarce(const cuda::Context& context);
+  void give_back(const cuda::Context& context);
+  template <typename Act>
+  void keep_failure(Act act);
   void hold(std::unique_ptr<cuda::Memory> block, std::string failure);
 
   const size_t limit_bytes_, chunk_bytes_;
-  bool reviewed_ = false;  // only review() looks at it
+  int saves_ = 0;  // until the block is taken; only note_save() looks at it
 
   mutable std::mutex mutex_;  // guards what follows
   std::unique_ptr<cuda::Memory> block_;

@@ -90,7 +90,8 @@ struct Lane {
   std::atomic<bool> in_batches;  // if wanted, until the driver refuses a batch of copies
   bool pins_arena = false;             // the first to be opened does; constant in its thread
   // Guarded by the monitor's mutex:
-  bool review_cache = false;  // a job has begun
+  bool has_begun = false;  // a save has, of which the cache is to know: jobs that begin before another has ended may be one
+  bool has_ended = true;   // a job has, since one has begun here
   size_t flying_bytes = 0, flying_copies = 0;  // lazy ones in its stream
   std::vector<std::shared_ptr<Flight>> flights;
   bool ready = false;            // its thread is in the context. One of this and the next comes to be

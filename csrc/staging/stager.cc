@@ -19,6 +19,7 @@ namespace {
 
 constexpr size_t kFlightBytes = size_t{16} << 20;  // copies with one event behind them, unless the last chunk goes beyond
 constexpr double kShortestPollS = 50e-6, kLongestPollS = 2e-3;
+constexpr double kLookS = 0.05;  // between two looks at how much memory of a device with a cache is free
 
 using cuda::place_of;
 
@@ -140,13 +141,17 @@ void Stager::copy_eager(const std::shared_ptr<Job>& job, size_t index) {
 
 void Stager::add(const std::shared_ptr<Job>& job) {
   jobs_.push_back(job);
-  for (const DeviceProgress& progress : job->devices) find_lane(progress.device)->review_cache = true;
+  for (const DeviceProgress& progress : job->devices) {
+    Lane& lane = *find_lane(progress.device);
+    if (std::exchange(lane.has_ended, false)) lane.has_begun = true;
+  }
 }
 
 void Stager::remove(const std::shared_ptr<Job>& job) {
   const auto found = std::find(jobs_.begin(), jobs_.end(), job);
   if (found == jobs_.end()) return;
   jobs_.erase(found);
+  for (const auto& lane : lanes_) lane->has_ended = true;
   if (!jobs_.empty()) return;
   reserve_.let_go();
 }
@@ -237,14 +242,10 @@ void Stager::run(Lane& lane) {
 }
 
 void Stager::carry(Lane& lane) {
-  double poll_s = kShortestPollS;
+  double poll_s = kShortestPollS, next_look = 0;
   Lock lock(monitor_->mutex);
   for (;;) {
-    if (std::exchange(lane.review_cache, false) && !stop_) {
-      lock.unlock();
-      lane.cache.review(lane.context);
-      lock.lock();
-    }
+    look_after_cache(lock, lane, next_look);
     if (lane.land(lock)) poll_s = kShortestPollS;
     if (const std::shared_ptr<Flight> flight = claim(lane); flight != nullptr) {
       lock.unlock();
@@ -256,10 +257,24 @@ void Stager::carry(Lane& lane) {
       poll_s = std::min(2 * poll_s, kLongestPollS);
     } else if (stop_) {
       return;
+    } else if (lane.cache.size() > 0) {
+      monitor_->changed.wait_for(lock, std::chrono::duration<double>(kLookS));
     } else {
       monitor_->changed.wait(lock);
     }
   }
+}
+
+// The training may need the memory between two saves as well.
+void Stager::look_after_cache(Lock& lock, Lane& lane, double& next_look) {
+  const bool has_begun = std::exchange(lane.has_begun, false);
+  const double now = monotonic_seconds();
+  if (stop_ || (!has_begun && (lane.cache.size() == 0 || now < next_look))) return;
+  lock.unlock();
+  if (has_begun) lane.cache.note_save(lane.context);
+  lane.cache.give_back_if_scarce(*lane.context);
+  lock.lock();
+  next_look = now + kLookS;
 }
 
 std::shared_ptr<Flight> Stager::claim(Lane& lane) {

@@ -116,6 +116,7 @@ class Stager {
   Lane* find_lane(int device) const;  // requires the lock
   void run(Lane& lane);
   void carry(Lane& lane);
+  void look_after_cache(Lock& lock, Lane& lane, double& next_look);
   void pin_arena(Lane& lane);  // without the lock, as the next ones
   bool pin_slab(Lane& lane, size_t begin, size_t& bytes, size_t least);
   void note_slab(std::unique_ptr<cuda::HostRegistration> slab, size_t end);

@@ -67,10 +67,11 @@ class Rig:
         return Saved(path, job, tensors, kinds, devices, contents)
 
     def warm_up(self) -> None:
-        """A first save from both devices, after which each has its cache, or does without."""
-        saved = self.save([10, 10], [LAZY, LAZY], [0, 1])
-        self.check(saved)
-        saved.path.unlink()
+        """Two saves from both devices, after which each has its cache, or does without."""
+        for _ in range(2):
+            saved = self.save([10, 10], [LAZY, LAZY], [0, 1])
+            self.check(saved)
+            saved.path.unlink()
         wait_until(lambda: all(size or failure for size, _, failure in self.engine.device_caches.values()), what="the caches")
 
     def cached(self, device: int = 0) -> int:

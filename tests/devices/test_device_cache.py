@@ -91,7 +91,7 @@ def test_neither_host_nor_stream_waits_for_what_is_in_the_cache(make: Make, cuda
     """The disk hangs, then the way to the host does; the training computes all the same."""
     rig = with_cache(make, writers=1, device_window_bytes=32 * MIB)
     try:
-        _native.set_fault("pwritev", "save-2", count=1, delay_s=DEADLINE_S)
+        _native.set_fault("pwritev", "save-3", count=1, delay_s=DEADLINE_S)
         saved = rig.save([2 * MIB], [LAZY], [0])
         wait_until(lambda: rig.engine.arena_used == rig.engine.arena_bytes, what="a full arena")
         wait_until(lambda: cuda.count("copies that ended") == cuda.count("cuMemcpyDtoHAsync"))
@@ -262,7 +262,8 @@ def test_a_block_that_is_refused_is_asked_for_smaller(make: Make, cuda: FakeCuda
     rig = make(device_cache_bytes=4 * MIB)
     for _ in range(failures):
         cuda.fail("cuMemAlloc", code=2)
-    rig.check(rig.save([10], [LAZY], [0]))
+    for _ in range(2):
+        rig.check(rig.save([10], [LAZY], [0]))
     wait_until(lambda: any(rig.engine.device_caches[0][::2]))
     held, _, failure = rig.engine.device_caches[0]
     assert held == size
@@ -294,7 +295,8 @@ def test_a_limit_too_small_to_be_of_use(make: Make) -> None:
 def test_a_driver_that_does_not_tell_how_much_is_free(make: Make, cuda: FakeCuda) -> None:
     cuda.fail("cuMemGetInfo")
     rig = make(device_cache_bytes=4 * MIB)
-    rig.check(rig.save([10], [LAZY], [0]))
+    for _ in range(2):
+        rig.check(rig.save([10], [LAZY], [0]))
     wait_until(lambda: bool(rig.engine.device_caches[0][2]))
     assert rig.engine.device_caches[0][0] == 0 and "cuMemGetInfo" in rig.engine.device_caches[0][2]
     save_and_check(rig)
@@ -315,6 +317,33 @@ def test_the_block_is_given_back_when_memory_is_scarce(make: Make, cuda: FakeCud
     rig.check(saved)
     rig.check(second)
     rig.check(rig.save([10, 10], [LAZY, LAZY], [0, 1]))
+    wait_until(lambda: cuda.alive()["allocations"] == taken - 2)
+    for held, used, failure in rig.engine.device_caches.values():
+        assert (held, used) == (0, 0) and "was given back" in failure
+    cuda.set_memory(total=4 * GIB)
+    assert cached(save_and_check(rig)) == 0, "it is not taken again"
+
+
+def test_the_block_is_taken_when_an_iteration_has_gone_by(make: Make, cuda: FakeCuda) -> None:
+    """At the second save: until then nobody knows what the training needs at its peak."""
+    before = cuda.alive()["allocations"]
+    rig = make(device_cache_bytes=4 * MIB)
+    cuda.hold_copies(True)
+    files = [rig.save([10], [LAZY], [0]) for _ in range(2)]  # of one save
+    cuda.hold_copies(False)
+    for saved in files:
+        rig.check(saved)
+    time.sleep(PAUSE_S)
+    assert cuda.alive()["allocations"] == before and rig.engine.device_caches[0] == (0, 0, "")
+    rig.check(rig.save([10], [LAZY], [0]))
+    wait_until(lambda: rig.engine.device_caches[0][0] == 4 * MIB)
+
+
+def test_the_block_is_given_back_between_saves(make: Make, cuda: FakeCuda) -> None:
+    """In the middle of a forward: the next save would be too late."""
+    rig = with_cache(make)
+    taken = cuda.alive()["allocations"]
+    cuda.set_memory(total=GIB, others=GIB - 100 * MIB)
     wait_until(lambda: cuda.alive()["allocations"] == taken - 2)
     for held, used, failure in rig.engine.device_caches.values():
         assert (held, used) == (0, 0) and "was given back" in failure

@@ -64,9 +64,11 @@ def test_what_has_not_left_at_the_fence_stays_on_the_device(training: Training, 
     """In spare memory: the fence returns although the arena is full and nothing leaves it."""
     sized = options(arena_bytes="1MiB", chunk_bytes="64KiB", device_cache="4MiB")
     with ckpt.Checkpointer(tmp_path, keep=None, options=sized) as checkpointer:
-        first = checkpointer.save(1, state(), lazy=True)
-        first.result(30)
+        for step in range(2):
+            first = checkpointer.save(step, state(), lazy=True)
+            first.result(30)
         assert first.stats.arena_pinned
+        wait_until(lambda: inspection.engine_of(checkpointer).device_caches[0][0] > 0, what="the cache")
         training.cuda.hold_copies(True)
         current = state(2.0, count=12)
         pending = checkpointer.save(2, current, lazy=True)

@@ -261,7 +261,10 @@ def test_shares_wait_in_the_caches_of_their_devices(training: Training, places: 
     shared = [state(1.0, count=20) for _ in range(2)]
     for number in range(2):
         places.update({tensor.data_ptr(): number for tensor in tensors_in(shared[number])})
-    job.all(lambda number: checkpointers[number].save(1, replicated=shared[number], lazy=True).result(DEADLINE_S))
+    for step in range(2):
+        job.all(
+            lambda number, step=step: checkpointers[number].save(step, replicated=shared[number], lazy=True).result(DEADLINE_S)
+        )
     engines = [inspection.engine_of(each) for each in checkpointers]
     wait_until(lambda: all(size for engine in engines for size, _, _ in engine.device_caches.values()), what="the caches")
     training.cuda.hold_copies(True)
