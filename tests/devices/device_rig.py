@@ -55,6 +55,8 @@ class Rig:
         self.saves += 1
         tensors = how.get("tensors") or [torch.randint(0, 256, (size,), dtype=torch.uint8) for size in sizes]
         self.held += tensors
+        for tensor, device in zip(tensors, devices, strict=True):
+            self.cuda.own(device, tensor.untyped_storage())
         contents = [tensor.numpy().tobytes() for tensor in tensors]
         path = how.get("path") or self.directory / f"save-{self.saves}"
         job = self.engine.submit(
@@ -104,6 +106,7 @@ class Rig:
         assert [used for _, used, _ in self.engine.device_caches.values() if used] == []
         self.engine = None
         gc.collect()
+        self.cuda.assert_no_violation()
         assert self.cuda.alive() == self.cuda.before
 
 

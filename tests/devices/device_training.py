@@ -45,7 +45,9 @@ class Training:
         return []
 
     def index_of(self, storage: torch.UntypedStorage) -> int:
-        return self.on(storage)
+        device = self.on(storage)
+        self.cuda.own(device, storage)
+        return device
 
     def index_named(self, location: str) -> int:
         return int(location.partition(":")[2] or 0)
@@ -59,11 +61,13 @@ class Training:
 
     def fill(self, tensor: torch.Tensor, value: int, device: int = 0) -> None:
         """What a kernel would do, in its turn."""
+        self.cuda.own(device, tensor.untyped_storage())
         self.cuda.fill(device, self.streams[device], tensor.data_ptr(), value, tensor.nbytes)
 
     def allocate(self, nbytes: int, device: int) -> torch.UntypedStorage:
         """What torch would give a load; kernels of before may still be writing to it."""
         storage = torch.UntypedStorage(nbytes)
+        self.cuda.own(device, storage)
         if nbytes:
             self.cuda.fill(device, self.streams[device], storage.data_ptr(), 0xDD, nbytes)
         self.given.append((storage, device))

@@ -1,4 +1,7 @@
-"""The fake CUDA driver, built once and driven from Python."""
+"""The stand-ins for the CUDA driver, built once and driven from Python.
+
+`random` delays what it does by chance; `strict` reports whatever the documented order of things does not promise.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from places import TESTS
 from support import patience
+from torch.multiprocessing.reductions import StorageWeakRef
 
-SOURCES = TESTS / "fake_cuda"
+SOURCES = {"random": TESTS / "fake_cuda" / "fake_cuda.cc", "strict": TESTS / "strict_cuda" / "strict_cuda.cc"}
+CHOSEN = os.environ.get("LAZYCKPT_TEST_DRIVER", "random")  # for the tests that do not ask for both
 DEFAULT_STREAM = 0
 ILLEGAL_ADDRESS = 700
 NOT_READY = 600
@@ -22,11 +28,11 @@ UNLIMITED = (1 << 64) - 1
 ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees of memory in use")
 
 
-def build(directory: Path, *more_flags: str) -> Path:
+def build(directory: Path, *more_flags: str, kind: str = "random") -> Path:
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    target = directory / "libfake_cuda.so"
+    target = directory / f"lib{SOURCES[kind].stem}.so"
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
-    subprocess.run([compiler, *flags, str(SOURCES / "fake_cuda.cc"), "-o", str(target)], check=True, timeout=patience(300))
+    subprocess.run([compiler, *flags, str(SOURCES[kind]), "-o", str(target)], check=True, timeout=patience(300))
     return target
 
 
@@ -37,9 +43,14 @@ class FakeCuda:
         self.path = str(path)
         self.cu = ctypes.CDLL(self.path)
         self.cu.fake_count.restype = self.cu.fake_live.restype = ctypes.c_int64
+        self.is_strict = hasattr(self.cu, "fake_violations")
+        if self.is_strict:
+            self.cu.fake_violations.restype = ctypes.c_char_p
+        self._owned: dict[int, StorageWeakRef] = {}
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._streams: list[tuple[int, int]] = []
         self.before: dict[str, int] = {}
+        self.call("cuInit", 0)
         self.configure()
 
     def configure(self, devices: int = 2, seed: int = 0, most_delay_s: float = 0.0) -> None:
@@ -88,14 +99,47 @@ class FakeCuda:
         self._streams.clear()
         self.make_current(0)
 
-    def fill(self, device: int, stream: int, address: int, value: int, length: int) -> None:
-        """Work of the training, that writes when its turn comes."""
+    def fill(self, device: int, stream: int, address: int, value: int, length: int, *, told: bool = True) -> None:
+        """Work of the training, that writes when its turn comes. `told`: the calling thread is, by locks that no driver
+        sees, of all that other threads have seen to end."""
+        if told:
+            self.learn()
         self.cu.fake_fill(device, ctypes.c_void_p(stream), ctypes.c_void_p(address), value, ctypes.c_size_t(length))
+
+    def own(self, device: int, storage: torch.UntypedStorage) -> None:
+        """From now on it is an allocation of the device, which ends where it ends."""
+        address, size = storage.data_ptr(), storage.nbytes()
+        known = self._owned.get(address)
+        if not self.is_strict or device < 0 or not size or (known is not None and not known.expired()):
+            return
+        self._owned[address] = StorageWeakRef(storage)
+        self.cu.fake_declare(device, ctypes.c_void_p(address), ctypes.c_size_t(size))
+
+    def learn(self) -> None:
+        """A wait that the driver does not see has told this thread that what had been enqueued has ended."""
+        if self.is_strict:
+            self.cu.fake_learn()
+
+    def violations(self) -> list[str]:
+        """What the strict driver has found since the last call."""
+        return self.cu.fake_violations().decode().splitlines() if self.is_strict else []
+
+    def assert_no_violation(self) -> None:
+        found = self.violations()
+        assert not found, "\n".join(found)
+
+    def forget(self) -> None:
+        """What has been done to memory that is given out anew."""
+        if self.is_strict:
+            self._owned.clear()
+            self.cu.fake_forget()
 
     def synchronize(self, device: int = 0, stream: int = DEFAULT_STREAM) -> None:
         self.cu.fake_synchronize(device, ctypes.c_void_p(stream))
 
     def fail(self, call: str, *, skip: int = 0, code: int = ILLEGAL_ADDRESS, late: bool = False) -> None:
+        if late and self.is_strict:
+            pytest.skip("an operation that fails ends its context: nothing that is tested here goes on")
         self.cu.fake_fail(call.encode(), ctypes.c_int64(skip), code, int(late))
 
     def delay(self, call: str, seconds: float) -> None:
@@ -150,20 +194,31 @@ class FakeCuda:
         return {what: int(self.cu.fake_live(what.encode())) - own.get(what, 0) for what in ALIVE}
 
 
+both_drivers = pytest.mark.parametrize("fake_library", list(SOURCES), indirect=True)
+
+
 @pytest.fixture(scope="session")
-def fake_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("fake_cuda"))
+def fake_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    kind = getattr(request, "param", CHOSEN)
+    directory = tmp_path_factory.getbasetemp() / f"{kind}_cuda"
+    if not directory.exists():
+        directory.mkdir()
+        build(directory, kind=kind)
+    return directory / f"lib{SOURCES[kind].stem}.so"
 
 
 @contextlib.contextmanager
 def loaded(library: Path) -> Iterator[FakeCuda]:
-    """Two devices, no delays, no faults; afterwards nothing of the driver may be left."""
+    """Two devices, no delays, no faults; afterwards nothing of the driver may be left, and no rule broken."""
     fake = FakeCuda(library)
+    fake.violations()
+    fake.forget()
     fake.make_current(0)
     fake.before = fake.alive()
     yield fake
     fake.configure()
     fake.end_streams()
+    fake.assert_no_violation()
     assert fake.alive() == fake.before
 
 

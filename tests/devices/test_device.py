@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from device_rig import EAGER, HOST, KIB, LAZY, MIB, Make, Rig, Saved, cuda, fake_library, make
-from fake_driver import DEFAULT_STREAM, FakeCuda
+from fake_driver import DEFAULT_STREAM, FakeCuda, both_drivers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support import DEADLINE_S, clear_faults, wait_until
@@ -18,6 +18,7 @@ from support import DEADLINE_S, clear_faults, wait_until
 from ckpt import _native
 
 __all__ = ["cuda", "fake_library", "make"]
+pytestmark = both_drivers
 
 
 # ---- any state, any order, any delay ---------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import pytest
 from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, NOT_READY, FakeCuda, cuda, fake_library
 
 __all__ = ["cuda", "fake_library"]
+pytestmark = pytest.mark.parametrize("fake_library", ["random"], indirect=True)
 
 POISON = b"\xa5"
 
