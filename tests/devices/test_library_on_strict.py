@@ -12,12 +12,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from device_rig import EAGER, LAZY, MIB, Make, Rig, Saved, cuda, fake_library, make
+from device_rig import EAGER, HOST, LAZY, MIB, Make, Rig, Saved, cuda, fake_library, make
 from device_training import Training, options, state, training
-from fake_driver import FakeCuda
+from fake_driver import ILLEGAL_ADDRESS, FakeCuda
 from support import DEADLINE_S, assert_same, wait_until
 
 import ckpt
+from ckpt.errors import DeviceError
 
 __all__ = ["cuda", "fake_library", "make", "training"]
 pytestmark = pytest.mark.parametrize("fake_library", ["strict"], indirect=True)
@@ -189,3 +190,39 @@ def test_a_replay_after_a_fence_is_in_order(make: Make, cuda: FakeCuda, fenced: 
     cuda.hold_copies(False)
     rig.engine.fence(rig.streams)
     assert saved.job.wait_finished(DEADLINE_S)
+
+
+# ---- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_operation_that_fails_ends_its_device_and_no_other(make: Make, cuda: FakeCuda) -> None:
+    """Whose context never works again. Each save of it says so; others go on, and the engine ends."""
+    rig = ready(make)
+    cuda.cu.fake_fail(b"cuMemcpyDtoHAsync", ctypes.c_int64(1), ILLEGAL_ADDRESS, 1)
+    bad = rig.save([500_000], [LAZY], [0])
+    assert bad.job.wait_finished(DEADLINE_S)
+    assert isinstance(bad.job.error, DeviceError) and "CUDA_ERROR_ILLEGAL_ADDRESS" in str(bad.job.error)
+    assert bad.job.released and not bad.path.exists()
+    for kind in (LAZY, EAGER):
+        with pytest.raises(DeviceError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+            rig.save([1000], [kind], [0])
+    rig.engine.fence(rig.streams)
+    good = rig.save([500_000, 1000, 1000], [LAZY, EAGER, EAGER], [1, 1, HOST])
+    rig.engine.fence({1: rig.streams[1]})
+    rig.overwrite(good, LAZY)
+    rig.check(good)
+    assert rig.engine.close(DEADLINE_S)
+    cuda.configure()
+
+
+def test_an_engine_ends_after_the_driver(cuda: FakeCuda, tmp_path: Path) -> None:
+    """As at the end of a process: there is nothing left to give back."""
+    rig = Rig(cuda, tmp_path)
+    rig.check(rig.save([500_000, 10], [LAZY, EAGER], [0, 1]))
+    cuda.cu.fake_shut_down()
+    assert rig.engine.close(DEADLINE_S)
+    rig.engine = None
+    gc.collect()
+    cuda.configure()
+    cuda.assert_no_violation()
+    cuda.before = cuda.alive()

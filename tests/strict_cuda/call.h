@@ -39,6 +39,14 @@ inline int look_at_context(Needs needs, Call& call) {
   return needs == Needs::kContext ? call.context->error : kSuccess;
 }
 
+// Whoever is told of a context's error knows that nothing goes on there any more.
+inline int told(Call& call, int code) {
+  if (code == kSuccess || code == kNotReady) return code;
+  for (const Stream* stream : call.s.streams)
+    if (stream->context->error == code) learn(call.s, stream->clock);
+  return code;
+}
+
 template <typename Body>
 int run_call(const char* name, Needs needs, Body body) {
   State& s = state();
@@ -52,11 +60,11 @@ int run_call(const char* name, Needs needs, Body body) {
   call.late = fault.code;
   if (needs == Needs::kContext || needs == Needs::kContextEvenBroken) {
     const int code = look_at_context(needs, call);
-    if (code != kSuccess) return code;
+    if (code != kSuccess) return told(call, code);
   }
   tick(s);
   const int code = body(call);
-  return code == kSuccess && needs == Needs::kContextEvenBroken ? call.context->error : code;
+  return told(call, code == kSuccess && needs == Needs::kContextEvenBroken ? call.context->error : code);
 }
 
 // ---- handles ---------------------------------------------------------------------------------------------------------

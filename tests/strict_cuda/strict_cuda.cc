@@ -1,13 +1,14 @@
 // A model of the CUDA driver that holds its callers to what NVIDIA's documentation promises, and to nothing beyond.
 //
-// It is a library with the driver's symbols. "Device memory" is host memory: that which cuMemAlloc gives out, and that of which
-// a test tells (fake_declare). Work is done by a thread of the model's own, stream by stream, one operation at a time on
-// each engine of a device, as soon as all that it is ordered behind has been done. So bytes move as they would, and files are right.
+// It is a library with the driver's symbols. "Device memory" is host memory: that which cuMemAlloc gives out, and that of
+// which a test tells (fake_declare). Work is done by a thread of the model's own, stream by stream, one operation at a time on
+// each engine of a device, as soon as all that it is ordered behind has been done. So bytes move as they would, and files are
+// right.
 //
 // Whether two accesses to memory race does not hang on when they are done. Each stream and each thread of the host is a
 // component of a vector clock; an operation begins with the clock of its stream and of the thread that enqueues it, events
-// carry clocks from stream to stream, and waits and successful queries carry them to threads. Of two accesses to the same bytes,
-// one of them a write, the later one must know of the earlier one; else fake_violations() tells of both.
+// carry clocks from stream to stream, and waits and successful queries carry them to threads. Of two accesses to the same
+// bytes, one of them a write, the later one must know of the earlier one; else fake_violations() tells of both.
 //
 // What it cannot see, and what it supposes instead:
 // - What the host does with memory by itself: reading a pinned buffer before its copy has ended, writing it while one reads it.
