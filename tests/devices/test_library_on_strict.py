@@ -170,6 +170,35 @@ def test_an_engine_that_ends_breaks_no_capture_of_another_thread(cuda: FakeCuda,
     cuda.assert_no_violation()
 
 
+@pytest.mark.parametrize("how", ["load", "load_into"])
+def test_a_load_breaks_no_capture_of_another_thread(training: Training, tmp_path: Path, how: str) -> None:
+    torch.save(state(), tmp_path / "a.pt")
+    target = state(0.0)
+    with capture_elsewhere(training.cuda):
+        if how == "load":
+            target = ckpt.load(tmp_path / "a.pt", map_location="cuda:0")
+        else:
+            ckpt.load_into(tmp_path / "a.pt", target)
+    violations = training.cuda.violations()
+    training.synchronize()
+    assert training.cuda.count("cuMemcpyHtoDAsync") + training.cuda.count("cuMemcpyBatchAsync") > 0
+    assert_same(state(), target)
+    assert not violations, violations
+
+
+def test_memory_is_handed_on_while_nothing_reads_it(training: Training, tmp_path: Path) -> None:
+    """Tensors end as soon as the library has let go of them, and others take their memory."""
+    for turn in range(12):
+        current = state(float(turn))
+        pending = ckpt.save(current, tmp_path / f"{turn}.pt", lazy=turn % 2 == 0, options=options())
+        ckpt.fence()
+        del current
+        if turn % 3 == 0:
+            assert_same(state(float(turn)), torch.load(pending.result(30)))
+    pending.result(30)
+    training.cuda.assert_no_violation()
+
+
 @pytest.mark.parametrize("fenced", [True, False])
 def test_a_replay_after_a_fence_is_in_order(make: Make, cuda: FakeCuda, fenced: bool) -> None:
     rig = ready(make)

@@ -25,6 +25,20 @@ inline int64_t alive(const State& s, const std::string& what) {
   return count;
 }
 
+// With nothing going on and no access on record there is nothing to put in order either.
+inline void forget_order(State& s) {
+  for (auto stream = s.streams.begin(); stream != s.streams.end();) {
+    (*stream)->clock = {};
+    stream = (*stream)->is_destroyed ? s.streams.erase(stream) : std::next(stream);
+  }
+  for (auto event = s.events.begin(); event != s.events.end();) {
+    (*event)->clock = {};
+    event = (*event)->is_destroyed ? s.events.erase(event) : std::next(event);
+  }
+  s.of_threads.clear();
+  s.of_all_threads = {};
+}
+
 }  // namespace strict
 
 #define CONTROL extern "C" __attribute__((visibility("default")))
@@ -183,6 +197,7 @@ CONTROL int fake_forget() {
   strict::Lock lock(s.mutex);
   if (!s.busy.empty()) return 0;
   s.history.forget_all();
+  strict::forget_order(s);
   for (auto entry = s.device_memory.begin(); entry != s.device_memory.end();)
     entry = entry->second.owned == nullptr ? s.device_memory.erase(entry) : std::next(entry);
   return 1;
