@@ -82,15 +82,45 @@ def neighbours(count: int, size: int) -> list[torch.Tensor]:
     return [torch.from_numpy(part) for part in np.split(memory, count)]
 
 
-@pytest.mark.xfail(reason="eager copies of tensors that lie side by side are one")
-def test_copies_do_not_join_allocations(make: Make, cuda: FakeCuda) -> None:
+JOINED = pytest.mark.xfail(reason="eager copies of tensors that lie side by side are one")
+
+
+@pytest.mark.parametrize("kind", [LAZY, pytest.param(EAGER, marks=JOINED)])
+@pytest.mark.parametrize("size", [100, 4096])
+def test_copies_do_not_join_allocations(make: Make, cuda: FakeCuda, kind: int, size: int) -> None:
     """Eager bytes that share a chunk with lazy ones lie close together in the file, too."""
     rig = ready(make)
-    tensors = [*neighbours(50, 100), torch.randint(0, 256, (3000,), dtype=torch.uint8)]
+    tensors = [*neighbours(50, size), torch.randint(0, 256, (3000,), dtype=torch.uint8)]
     try:
-        rig.check(rig.save([], [EAGER] * 50 + [LAZY], [0] * 51, tensors=tensors))
+        rig.check(rig.save([], [kind] * 50 + [LAZY], [0] * 51, tensors=tensors))
     finally:
         cuda.assert_no_violation()
+
+
+@pytest.mark.parametrize(("count", "size"), [(60, 65536), (900, 500)])
+def test_copies_to_a_cache_do_not_join_allocations(make: Make, cuda: FakeCuda, count: int, size: int) -> None:
+    rig = make(arena_bytes=512 << 10, device_cache_bytes=4 * MIB, device_window_bytes=0)
+    rig.warm_up()
+    cuda.hold_copies(True)
+    saved = rig.save([], [LAZY] * count, [0] * count, tensors=neighbours(count, size))
+    rig.engine.fence(rig.streams)
+    rig.overwrite(saved, LAZY)
+    cuda.hold_copies(False)
+    rig.check(saved)
+    assert saved.job.stats["device_cached_bytes"] > 0
+    cuda.assert_no_violation()
+
+
+@pytest.mark.parametrize("size", [100, 4096, 64])
+def test_loads_do_not_join_allocations(training: Training, tmp_path: Path, size: int) -> None:
+    state, target = ({str(i): part for i, part in enumerate(neighbours(50, size))} for _ in range(2))
+    for part in target.values():
+        part.fill_(0)
+    torch.save(state, tmp_path / "a.pt")
+    ckpt.load_into(tmp_path / "a.pt", target)
+    training.synchronize()
+    training.cuda.assert_no_violation()
+    assert_same(state, target)
 
 
 @pytest.mark.xfail(reason="a fence that has nothing more to enqueue orders no other stream than the one before it did")
