@@ -68,6 +68,8 @@ class Training {
     options.cuda_library = library_;
     if (!random_.one_in(3)) options.device_cache_bytes = size_t{1} << (18 + random_.up_to(3));
     options.device_batches = random_.one_in(2);
+    options.smallest_pinned_slab_bytes = size_t{1} << (12 + random_.up_to(6));
+    options.pinned_slab_bytes = size_t{1} << (16 + random_.up_to(3));
     options.device_window_bytes = random_.one_in(2) ? 0 : size_t{1} << (17 + random_.up_to(3));
     fly(options);
     end_weather();
@@ -147,6 +149,7 @@ class Training {
       } else {
         engine.fence({}, streams_);
       }
+      if (random.one_in(3)) engine.order({}, streams_);
     } catch (const Error& error) {
       ++interrupted_fences;
       expect(may_fail_, std::string("the fence failed: ") + error.what());
