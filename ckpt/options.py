@@ -37,9 +37,9 @@ class Options:
             `Checkpointer.restore()` makes collective calls then: on all ranks, in the thread that trains. With
             NCCL alone a rank that is lost ends the others by torch's watchdog; the backend "cpu:gloo,cuda:nccl" reports it.
         device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
-            which is pinned for it; others are copied on the current stream, and save() does not wait for that. Fences let the
-            current stream of each device wait. Default False: all are copied to the host inside save(). New: tested with a
-            simulated driver only, so far.
+            which is pinned for it (where not even 64 MiB can be pinned, they are copied inside save(), with a warning); others
+            are copied on the current stream, and save() does not wait for that. Fences let the current stream of each device
+            wait. Default False: all are copied to the host inside save(). New: tested with a simulated driver only, so far.
         device_cache: spare memory, bytes, that a fence may use on each CUDA device, with device_lazy; default 0: none. What
             has not left for the host at the fence is copied there, which takes the stream that computes a small part of
             the time of waiting for it, and needs no room in the arena. Taken in the background when the second save

@@ -31,11 +31,9 @@ def save_all(rig: Rig, kind: int = LAZY) -> None:
 def test_events_are_used_again(make: Make, cuda: FakeCuda, kind: int) -> None:
     cuda.configure(most_delay_s=0.0005)
     rig = warm(make(arena_bytes=16 * MIB, chunk_bytes=MIB))
-    save_all(rig, kind)
-    made = cuda.count("cuEventCreate")
-    for _ in range(3):
+    for _ in range(6):
         save_all(rig, kind)
-    assert cuda.count("cuEventCreate") <= made + 4
+    assert cuda.count("cuEventCreate") <= 24, "for as many flights as may be under way in the arena, not for 300 chunks"
     assert cuda.count("cuEventDestroy") == 0
 
 

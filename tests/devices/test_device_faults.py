@@ -196,6 +196,8 @@ def test_an_engine_whose_look_hangs_is_left_alone(cuda: FakeCuda, tmp_path: Path
     assert cuda.alive()["registrations"] == cuda.before["registrations"] + 2
     cuda.hold_copies(False)
     assert saved.job.wait_finished(DEADLINE_S)
+    # The lane lets go of it a little later; a following test would see that.
+    wait_until(lambda: cuda.alive()["registrations"] == cuda.before["registrations"] + 1)
     cuda.synchronize(0, rig.streams[0])
     cuda.before = cuda.alive()
 
