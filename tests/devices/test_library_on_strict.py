@@ -82,10 +82,7 @@ def neighbours(count: int, size: int) -> list[torch.Tensor]:
     return [torch.from_numpy(part) for part in np.split(memory, count)]
 
 
-JOINED = pytest.mark.xfail(reason="eager copies of tensors that lie side by side are one")
-
-
-@pytest.mark.parametrize("kind", [LAZY, pytest.param(EAGER, marks=JOINED)])
+@pytest.mark.parametrize("kind", [LAZY, EAGER])
 @pytest.mark.parametrize("size", [100, 4096])
 def test_copies_do_not_join_allocations(make: Make, cuda: FakeCuda, kind: int, size: int) -> None:
     """Eager bytes that share a chunk with lazy ones lie close together in the file, too."""
@@ -123,7 +120,6 @@ def test_loads_do_not_join_allocations(training: Training, tmp_path: Path, size:
     assert_same(state, target)
 
 
-@pytest.mark.xfail(reason="a fence that has nothing more to enqueue orders no other stream than the one before it did")
 def test_a_fence_on_another_stream_than_the_last_one(training: Training, tmp_path: Path) -> None:
     current = state()
     how = options(arena_bytes="8MiB")
@@ -143,10 +139,6 @@ def test_a_fence_on_another_stream_than_the_last_one(training: Training, tmp_pat
     assert not violations, violations
     assert_same(state(), file)
 
-
-LOOKS = pytest.mark.xfail(
-    reason="what is looked at is copied to memory that is registered in the mode of the thread that saves"
-)
 
 # ---- captures --------------------------------------------------------------------------------------------------------
 
@@ -173,7 +165,7 @@ def capture_elsewhere(cuda: FakeCuda, device: int = 0) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("warm", [True, False], ids=["another_save", "the_first_save"])
-@pytest.mark.parametrize("verify", [False, pytest.param(True, marks=LOOKS)])
+@pytest.mark.parametrize("verify", [False, True])
 @pytest.mark.parametrize("cache", [0, 4 * MIB])
 def test_a_save_breaks_no_capture_of_another_thread(
     make: Make, cuda: FakeCuda, warm: bool, verify: bool, cache: int
@@ -189,7 +181,6 @@ def test_a_save_breaks_no_capture_of_another_thread(
             wait_until(lambda: all(size or why for size, _, why in rig.engine.device_caches.values()), what="the caches")
 
 
-@pytest.mark.xfail(reason="host memory is unregistered in the mode of the thread that closes")
 def test_an_engine_that_ends_breaks_no_capture_of_another_thread(cuda: FakeCuda, tmp_path: Path) -> None:
     rig = Rig(cuda, tmp_path, device_cache_bytes=4 * MIB)
     rig.warm_up()
