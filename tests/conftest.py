@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, Any
 import places
 import pytest
 
+if sys.version_info < (3, 12):
+    # Torch 2.6 imports it late, by way of triton, which fails if the distutils of the standard library have come first.
+    import setuptools  # noqa: F401
+
 if TYPE_CHECKING:
     from support import Resources
 
@@ -27,6 +31,7 @@ LONGEST = (
     "test_packaging.py",
     "test_crash.py",
     "test_commit.py",
+    "test_device.py",
     "test_deepspeed_behaviour.py",
     "test_example_ranks.py",
     "test_bench_rivals.py",

@@ -177,7 +177,7 @@ def test_a_save_breaks_no_capture_of_another_thread(
         rig.overwrite(saved, LAZY)
         rig.check(saved)
         cuda.assert_no_violation()
-        if cache:
+        if cache and warm:  # it is taken at the second save
             wait_until(lambda: all(size or why for size, _, why in rig.engine.device_caches.values()), what="the caches")
 
 
