@@ -134,7 +134,7 @@ build/$(1)/%.o: %.cc Makefile
 build/$(1)/stress: $$($(1)_OBJECTS)
 	$$(CXX) -fsanitize=$(2) -pthread $$^ -ldl -o $$@
 
-build/$(1)/libfake_cuda.so: tests/fake_cuda/fake_cuda.cc tests/fake_cuda/streams.h Makefile
+build/$(1)/libfake_cuda.so: tests/fake_cuda/fake_cuda.cc tests/fake_cuda/controls.h tests/fake_cuda/streams.h Makefile
 	@$$(CHECK_COMPILER)
 	@mkdir -p $$(@D)
 	$$(CXX) $$(STRESS_FLAGS) -fsanitize=$(2) -fPIC -shared $$< -o $$@
