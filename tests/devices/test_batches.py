@@ -176,7 +176,8 @@ def save_through_cache(rig: Rig, cuda: FakeCuda, device: int = 0, refused: int |
     Args:
         refused: after so many copies the call for many is refused.
     """
-    calls = ("cuMemcpyDtoDAsync", "cuMemcpyBatchAsync")
+    # Not all batches: at a fence the lane may go on with those of its own, to the host.
+    calls = ("cuMemcpyDtoDAsync", "batches on a device")
     cuda.hold_copies(True)
     saved = rig.save([3 * MANY, *SMALL], [LAZY] * 401, [device] * 401)
     wait_until(lambda: rig.engine.arena_used >= 2 * MANY, what="two chunks under way")
@@ -196,12 +197,11 @@ CACHE: dict[str, Any] = BATCHES | {"device_cache_bytes": 16 * MANY, "device_wind
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_small_tensors_go_to_the_cache_in_few_calls(make: Make, cuda: FakeCuda, seed: int) -> None:
+def test_small_tensors_go_to_the_cache_in_two_calls(make: Make, cuda: FakeCuda, seed: int) -> None:
     cuda.configure(seed=seed, most_delay_s=0.0001)
     rig = with_cache(make(**CACHE))
     for device in (0, 1, 0):
-        single, many = save_through_cache(rig, cuda, device)
-        assert single == 0 and 2 <= many <= 4, "in as few calls as 256 for each allow, or nearly so: chunks may come in parts"
+        assert save_through_cache(rig, cuda, device) == (0, 2)
     assert cuda.count("cuMemcpyDtoHAsync") + cuda.count("cuMemcpyBatchAsync") < 40, "out of it, too"
 
 
@@ -212,8 +212,7 @@ def test_a_batch_to_the_cache_that_is_refused_is_copied_one_by_one(make: Make, c
     assert single > 400 and many == 1
     single, many = save_through_cache(rig, cuda)
     assert single > 400 and many == 0, "it is not tried again"
-    single, many = save_through_cache(rig, cuda, 1)
-    assert single == 0 and 2 <= many <= 4, "the other device goes on with them"
+    assert save_through_cache(rig, cuda, 1) == (0, 2), "the other device goes on with them"
 
 
 def test_the_cache_with_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path) -> None:

@@ -247,6 +247,7 @@ int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t*
   FAKE_CALL("cuMemcpyBatchAsync");
   if (handle == nullptr || copies == 0 || attribute_count != 1 || first_copies[0] != 0) return kInvalidValue;
   if (attributes->source_order != 1 || attributes->flags != 0) return kInvalidValue;
+  if (is_of_device(reinterpret_cast<void*>(to[0]))) count("batches on a device");
   for (size_t i = 0; i < copies; ++i) {
     const Fault own = consult("batched copies");
     void* target = reinterpret_cast<void*>(to[i]);
