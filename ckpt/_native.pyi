@@ -23,6 +23,7 @@ class Job:
     layout_crc32: int
     limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int
+    word_sums: list[int]  # of each record of a device, if they were wanted: see csrc/jobs/word_sum.h
     def directory(self, record_crcs: Sequence[int]) -> tuple[int, bytes]: ...
     def wait_captured(self, timeout_s: float) -> bool: ...
     def wait_released(self, timeout_s: float) -> bool: ...
@@ -48,6 +49,7 @@ class Engine:
         pinned_slab_bytes: int = ...,
         smallest_pinned_slab_bytes: int = ...,
         device_batches: bool = False,
+        most_arena_bytes: int = 0,
     ) -> None: ...
     def submit(
         self,
@@ -70,6 +72,8 @@ class Engine:
         streams: Mapping[int, int] = {},
         expected_limits: tuple[int, int] | None = None,
         with_directory: bool = False,
+        probe: bool = False,
+        sum: bool = False,
     ) -> Job: ...
     def fence(self, streams: Mapping[int, int] = {}) -> None: ...
     def order(self, streams: Mapping[int, int]) -> None: ...
@@ -77,7 +81,9 @@ class Engine:
     def close(self, timeout_s: float) -> bool: ...
     in_flight: int
     chunk_bytes: int
+    def grow_arena(self, bytes: int) -> None: ...
     arena_bytes: int
+    most_arena_bytes: int
     arena_used: int
     arena_peak: int
     arena_pinned: bool

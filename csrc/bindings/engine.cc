@@ -89,14 +89,14 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
                                  uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
-                                 bool with_directory, const std::string& like, int directory) {
+                                 bool with_directory, const std::string& like, int directory, bool probe, bool sum) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
                   to_named(tail, copy_at_most), uniform_alignment, direct};
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
   request.share = {share_index, share_count};
-  request.verify = verify;
+  request.checks = {verify, probe, sum};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -184,6 +184,8 @@ py::dict stats_of(const Job& job) {
   dict["device_cached_bytes"] = stats.device_cached_bytes;
   dict["arena_pinned"] = stats.arena_pinned;
   dict["pin_failure"] = to_text(stats.pin_failure);
+  dict["probed_bytes"] = stats.probed_bytes;
+  dict["changed_device"] = stats.changed_device;
   return dict;
 }
 
@@ -233,6 +235,7 @@ void bind_job(py::module_& module) {
         const ZipLayout& layout = shared_layout(job);
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
+      .def_property_readonly("word_sums", [](const Job& job) { return locked(job, [&] { return job.word_sums; }); })
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
       .def_property_readonly("size", [](const Job& job) { return job.spec.size; })
@@ -266,22 +269,23 @@ void bind_engine(py::module_& module) {
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
       .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library,
                        size_t device_cache_bytes, size_t device_window_bytes, size_t pinned_slab_bytes,
-                       size_t smallest_pinned_slab_bytes, bool device_batches) {
+                       size_t smallest_pinned_slab_bytes, bool device_batches, size_t most_arena_bytes) {
              const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or(""), device_cache_bytes,
-                                         device_window_bytes, pinned_slab_bytes, smallest_pinned_slab_bytes, device_batches};
+                                         device_window_bytes, pinned_slab_bytes, smallest_pinned_slab_bytes, device_batches, most_arena_bytes};
              return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
            }),
            py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none(),
            py::arg("device_cache_bytes") = 0, py::arg("device_window_bytes") = EngineOptions().device_window_bytes,
            py::arg("pinned_slab_bytes") = EngineOptions().pinned_slab_bytes,
-           py::arg("smallest_pinned_slab_bytes") = EngineOptions().smallest_pinned_slab_bytes, py::arg("device_batches") = false)
+           py::arg("smallest_pinned_slab_bytes") = EngineOptions().smallest_pinned_slab_bytes, py::arg("device_batches") = false,
+           py::arg("most_arena_bytes") = 0)
       .def("submit", &submit_file, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),
            py::arg("share_index") = 0, py::arg("share_count") = 1,
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
-           py::arg("like") = "", py::arg("directory") = -1)
+           py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;
@@ -297,6 +301,8 @@ void bind_engine(py::module_& module) {
         py::gil_scoped_release release;
         engine.open_devices(devices);
       }, py::arg("devices"))
+      .def("grow_arena", [](Engine& engine, size_t bytes) { usable(engine).grow_arena(bytes); }, py::arg("bytes"))
+      .def_property_readonly("most_arena_bytes", [](const Engine& engine) { return engine.arena().most(); })
       .def_property_readonly("arena_pinned", [](Engine& engine) { return usable(engine).arena_pinned(); })
       .def_property_readonly("pin_failure", [](Engine& engine) { return usable(engine).pin_failure(); })
       .def_property_readonly("device_caches", device_caches_of)

@@ -194,7 +194,8 @@ SelfCheck check_device(const std::shared_ptr<const Context>& context, double tim
   } catch (const Finding& finding) {
     return {finding.verdict, finding.reason};
   } catch (const Error& error) {
-    return {is_of_capture(error) ? Verdict::kInconclusive : Verdict::kFailed, error.what()};
+    if (is_of_capture(error)) return {Verdict::kInconclusive, std::string("a graph is being captured: ") + error.what()};
+    return {Verdict::kFailed, error.what()};
   }
   return {};
 }

@@ -13,6 +13,7 @@
 #include "base/crc32.h"
 #include "base/fault.h"
 #include "base/signals.h"
+#include "jobs/word_sum.h"
 #include "os/cpus.h"
 
 namespace lazyckpt {
@@ -47,7 +48,7 @@ std::vector<iovec> to_iovecs(const Chunk& chunk) {
 }  // namespace
 
 Engine::Engine(const EngineOptions& options)
-    : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk)),
+    : owner_(::getpid()), chunk_bytes_(fit_chunk(options)), arena_(std::max(options.arena_bytes, 4 * kSmallestChunk), options.most_arena_bytes),
       monitor_(std::make_shared<Monitor>()), reserve_(arena_, chunk_bytes_),
       stager_(monitor_, arena_, reserve_,
               {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes,
@@ -82,6 +83,12 @@ void Engine::open_devices(const std::vector<int>& devices) {
     // Not the last, which touches the arena and may have ended: that would place this thread instead.
     for (size_t i = 0; i + 1 < threads_.size(); ++i) run_on(threads_[i].native_handle(), *cpus);
   });
+}
+
+void Engine::grow_arena(size_t bytes) {
+  arena_.grow(bytes);
+  Lock lock(monitor_->mutex);
+  monitor_->changed.notify_all();
 }
 
 void Engine::stop_threads() {
@@ -141,8 +148,8 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, const
 
 // ---- The caller's side -------------------------------------------------------------------------------------------
 
-std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
-                                    const Interrupt& interrupt, const Streams& streams) {
+std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks,
+                                    double timeout_s, const Interrupt& interrupt, const Streams& streams) {
   const double deadline = monotonic_seconds() + timeout_s;
   Lock lock(monitor_->mutex);
   try {
@@ -153,7 +160,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
     throw;
   }
   lock.unlock();
-  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, verify, timeout_s);
+  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
   const bool has_device_bytes = !job->devices.empty();
   lock.lock();
   try {
@@ -168,6 +175,11 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   if (has_device_bytes) monitor_->changed.notify_all();  // writers are woken when there is something to write
   try {
     if (has_device_bytes) prepare_arena(lock, *job, deadline, interrupt);
+    if (job->probes) {  // before all other copies: their room may have to wait for chunks whose probes are looked at
+      lock.unlock();
+      stager_.record_probes(job);
+      lock.lock();
+    }
     publish_chunks(lock, job, deadline, interrupt);
   } catch (...) {
     if (!lock.owns_lock()) lock.lock();
@@ -242,10 +254,10 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     lock.unlock();
     if (chunk.has_device_bytes()) {
       copy_host_bytes(chunk, job.spec);
-      if (!job.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
+      if (!job.checks.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
     } else {
       if (room > 0) fill_bounce(chunk, job.spec);
-      if (job.verify) checksum_pieces(chunk, true);
+      if (job.checks.verify) checksum_pieces(chunk, true);
     }
     lock.lock();
     if (job.failed()) {
@@ -391,7 +403,9 @@ void Engine::prepare(Job& job) {
 void Engine::write_chunk(Job& job, size_t index) {
   Chunk& chunk = job.chunks[index];
   if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
-  if (job.verify) {
+  if (!job.look_at_probes(index)) return;
+  if (job.checks.sum) add_word_sums(job, chunk);
+  if (job.checks.verify) {
     if (const uint32_t record = find_changed_since(chunk); record != kStructure) throw changed_error(job, record);
   } else {
     checksum_pieces(chunk, true);
@@ -408,7 +422,7 @@ void Engine::write_chunk(Job& job, size_t index) {
     std::vector<iovec> pieces = to_iovecs(chunk);
     job.file->write_at(pieces, chunk.offset);
   }
-  if (!job.verify) {
+  if (!job.checks.verify) {
     job.look_at_witnesses(index);
   } else if (chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
@@ -417,6 +431,13 @@ void Engine::write_chunk(Job& job, size_t index) {
   const uint64_t zero_copy = chunk.written ? zero_copy_bytes(chunk) : 0;
   Lock lock(monitor_->mutex);
   account_written(job, chunk, zero_copy);
+}
+
+void Engine::add_word_sums(Job& job, const Chunk& chunk) {
+  if (!chunk.written || !chunk.has_device_bytes()) return;
+  const auto sums = word_sums(chunk, job.spec);
+  Lock lock(monitor_->mutex);
+  for (const auto& [record, sum] : sums) job.word_sums[record] += sum;
 }
 
 void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
@@ -438,7 +459,9 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     Lock lock(monitor_->mutex);
     failed = job->failed();
     devices.swap(job->devices);
+    if (job->probes && !failed) job->stats.probed_bytes = job->probes->bytes();
   }
+  if (job->probes) stager_.take_back_probes(std::exchange(job->probes->memory, nullptr));
   devices.clear();
   if (!failed) {
     try {

@@ -38,6 +38,7 @@ struct EngineOptions {
   size_t device_window_bytes = size_t{64} << 20;  // what one device has to copy in the background at once, at most
   size_t pinned_slab_bytes = size_t{1} << 30, smallest_pinned_slab_bytes = size_t{64} << 20;  // of the arena
   bool device_batches = false;  // many copies by one call of the driver, where it can
+  size_t most_arena_bytes = 0;  // to which it may grow; less than arena_bytes: it never does
 };
 
 // Called now and then by a waiting caller, without the lock; throws to give the wait up (a signal handler raised).
@@ -57,7 +58,7 @@ class Engine {
 
   // Returns once everything that may change before the fence has been copied. Waits for room in the arena at most until
   // the deadline. A failure in the background is the job's; one on the caller's side is thrown, and fails the job too.
-  std::shared_ptr<Job> submit(std::unique_ptr<WritableFile> file, FileSpec spec, bool verify, double timeout_s,
+  std::shared_ptr<Job> submit(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks, double timeout_s,
                               const Interrupt& interrupt, const Streams& streams = {});
 
   // Returns once every job submitted so far is captured or has failed; a job that cannot be captured within the timeout
@@ -72,6 +73,9 @@ class Engine {
 
   // Prepares for saves from these devices: else the first one does it.
   void open_devices(const std::vector<int>& devices);
+
+  // Room for what saves from devices need, as far as the options allow. What is new is pinned in the background.
+  void grow_arena(size_t bytes);
 
   // Refuses new jobs, then waits for those in flight; fails what the deadline leaves. Safe to call twice. False if a
   // writer is still inside a system call, or a device inside a copy, some seconds later: then joining may take for ever, and
@@ -102,6 +106,7 @@ class Engine {
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index);
   void account_written(Job& job, Chunk& chunk, uint64_t zero_copy_bytes);  // requires the lock
+  void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);
 
   void await_pinning(Lock& lock, const WritableFile& file, FileSpec& spec, double deadline, const Interrupt& interrupt);

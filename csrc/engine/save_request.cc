@@ -18,7 +18,7 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
     target->discard();
     throw;
   }
-  auto job = engine.submit(std::move(target), std::move(spec), request.verify, request.timeout_s, interrupt, request.streams);
+  auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams);
   if (shared) job->layout = std::make_unique<ZipLayout>(std::move(layout));
   return job;
 }

@@ -16,7 +16,7 @@ namespace lazyckpt {
 struct SaveRequest {
   TorchFile file;
   Share share;          // of several processes that write it together
-  bool verify = false;  // every byte is looked at again once it has been captured
+  CaptureChecks checks;
   double timeout_s = 0;
   Streams streams = {};  // of each device with bytes in the file
 

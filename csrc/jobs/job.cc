@@ -43,18 +43,20 @@ void CrcChain::give_up() {
 // ---- Job ---------------------------------------------------------------------------------------------------------
 
 Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description,
-         size_t chunk_bytes, bool verify_capture, double capture_timeout_s)
+         size_t chunk_bytes, const CaptureChecks& how, double capture_timeout_s)
     : monitor(std::move(shared)),
       file(std::move(target)),
       spec(std::move(description)),
       range(written_range(spec, chunk_bytes)),
       fields(fields_in(spec, range)),
-      verify(verify_capture),
+      checks(how),
       timeout_s(capture_timeout_s),
       crcs(spec.record_count),
       chunks(cut_into_chunks(spec, file->limits(), chunk_bytes)) {
   stats.bytes_total = range.end - range.begin;
-  if (!verify) note_witnesses();
+  if (!checks.verify) note_witnesses();
+  if (checks.probe && !checks.verify) probes.emplace(chunks, spec);
+  if (checks.sum) word_sums.resize(spec.record_count);
   for (uint64_t i = fields.begin; i < fields.end; ++i) field_records.push_back(spec.crc_fields[i].record);
   for (const Chunk& chunk : chunks) {
     uncaptured += (chunk.lazy_bytes > 0 ? 1 : 0) + chunk.device_shares.size();
@@ -76,6 +78,19 @@ void Job::note_witnesses() {
 void Job::look_at_witnesses(size_t chunk) const {
   if (chunks[chunk].lazy_bytes == 0) return;
   if (const uint32_t record = witnesses->find_changed(chunk); record != kStructure) throw changed_error(*this, record);
+}
+
+bool Job::look_at_probes(size_t index) {
+  if (!probes || !probes->covers(index)) return true;
+  std::unique_lock<std::mutex> lock(monitor->mutex);
+  monitor->changed.wait(lock, [&] { return probing == 0 || failed(); });
+  if (failed()) return false;
+  lock.unlock();
+  const DeviceProbe* changed = probes->find_changed(chunks[index], index);
+  if (changed == nullptr) return true;
+  lock.lock();
+  stats.changed_device = changed->device;
+  throw changed_error(*this, changed->record);
 }
 
 Checksums Job::sum_up() const {

@@ -17,6 +17,7 @@
 #include "format/file_spec.h"
 #include "format/zip_layout.h"
 #include "jobs/chunk.h"
+#include "jobs/device_probes.h"
 #include "jobs/witness.h"
 #include "memory/spans.h"
 #include "os/file.h"
@@ -30,6 +31,13 @@ struct Monitor {
 };
 
 double monotonic_seconds();
+
+// How a job looks whether the bytes that it has written are those of save().
+struct CaptureChecks {
+  bool verify = false;  // each lazy byte: a checksum inside submit(), and another of what was captured
+  bool probe = false;   // some device bytes: see DeviceProbes
+  bool sum = false;     // finds a sum of each record of a device, for the caller to compare: see word_sum()
+};
 
 struct JobStats {
   uint64_t bytes_total = 0;
@@ -46,6 +54,8 @@ struct JobStats {
   uint64_t device_cached_bytes = 0;  // of them, through the cache of their device
   bool arena_pinned = false;  // device copies went to pinned memory
   std::string pin_failure;    // why not
+  uint64_t probed_bytes = 0;  // of devices, that were looked at in save(), and are the same in the file
+  int changed_device = kHost;  // on which there were others
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
@@ -99,7 +109,7 @@ enum class Phase : uint8_t { kNew, kPreparing, kWriting, kFinishing, kFinished }
 
 struct Job {
   Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description, size_t chunk_bytes,
-      bool verify_capture, double capture_timeout_s);
+      const CaptureChecks& how, double capture_timeout_s);
 
   const std::shared_ptr<Monitor> monitor;
   const std::unique_ptr<WritableFile> file;
@@ -108,12 +118,13 @@ struct Job {
   const ByteRange fields;  // indices: the CRC fields in it
   std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
   std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
-  const bool verify;
+  const CaptureChecks checks;
   const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;
   std::vector<DeviceProgress> devices;  // one for each device with bytes in the file; ascending; emptied at the end
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
   std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
+  std::optional<DeviceProbes> probes;
 
   // Guarded by monitor->mutex:
   Phase phase = Phase::kNew;
@@ -122,6 +133,8 @@ struct Job {
   size_t done = 0;         // chunks on disk
   size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
   size_t uncaptured = 0;   // chunks whose lazy host bytes are still only in the tensors, and shares of devices not enqueued
+  size_t probing = 0;      // copies of the probes that have not been seen to end
+  std::vector<uint64_t> word_sums;  // one for each record, if they are wanted
   size_t flying = 0;       // batches of copies from the caller's device memory that have not been seen to end
   size_t fencing = 0;      // fences that wait for it
   bool submitted = false;  // submit() has published its last chunk, or given up
@@ -134,6 +147,9 @@ struct Job {
   Checksums sum_up() const;  // when all chunks are done
   // For who holds the chunk: throws if its lazy bytes are others now. What the fence has copied is looked at by whoever waits for it.
   void look_at_witnesses(size_t chunk) const;
+  // The same for the device bytes of a chunk that is complete: waits for its probes, and throws if one is others than at
+  // submit(). False if the job fails meanwhile.
+  bool look_at_probes(size_t chunk);
 
   // All of these require the lock.
   bool failed() const { return error.has_value(); }

@@ -1,7 +1,8 @@
-// The arena: one block of memory of exact size, the only large allocation of the engine. Bytes that cannot leave straight
+// The arena: one block of memory of exact size, which may grow, the only large allocation of the engine. Bytes that cannot leave straight
 // from their tensor (ragged ends, small records, what the fence captures) stay in spans of it until they are on disk.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <limits>
 #include <optional>
@@ -16,15 +17,19 @@ class Arena {
   // or (up to the largest limit we accept) is a multiple of; see allocate().
   static constexpr size_t kGranule = 4096;
 
-  // Maps `bytes` (rounded up to whole granules) of memory without touching it. Forked children do not inherit the
+  // Maps `most` bytes of address space, of which it has `bytes` (both rounded up to whole granules), without touching them; where
+  // that much is refused, it can never grow. Forked children do not inherit the
   // mapping, so a fork neither copies the arena nor lets a child write into it.
-  explicit Arena(size_t bytes);
+  explicit Arena(size_t bytes, size_t most = 0);
   ~Arena();
   Arena(const Arena&) = delete;
   Arena& operator=(const Arena&) = delete;
 
   std::byte* base() const { return base_; }
-  size_t size() const { return size_; }
+  size_t size() const { return size_.load(); }
+  size_t most() const { return mapped_; }
+  // It has `bytes` from now on, as far as they were mapped; never fewer than before.
+  void grow(size_t bytes);
 
   // From now on its pages are taken from this memory node while it has free ones. What has been touched already is moved there:
   // the touch begins with the engine, before it is known which device it will work for, and pinned pages stay for ever.
@@ -44,7 +49,8 @@ class Arena {
 
  private:
   std::byte* base_ = nullptr;
-  size_t size_ = 0;
+  size_t mapped_;
+  std::atomic<size_t> size_;
   std::optional<Ranges> ranges_;  // set by the constructor
 };
 

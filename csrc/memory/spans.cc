@@ -37,7 +37,7 @@ void Span::reset() {
 
 // ---- Ranges ------------------------------------------------------------------------------------------------------
 
-Ranges::Ranges(std::byte* base, size_t size, size_t granule) : base_(base), granule_(granule) {
+Ranges::Ranges(std::byte* base, size_t size, size_t granule) : base_(base), granule_(granule), size_(size) {
   free_[0] = size;
 }
 
@@ -78,6 +78,18 @@ void Ranges::release(std::byte* begin, size_t size) {
     }
   }
   free_[offset] = size;
+}
+
+void Ranges::grow(size_t size) {
+  size_t more = 0;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (size <= size_) return;
+    more = size - size_;
+    size_ = size;
+    used_ += more;
+  }
+  release(base_ + size - more, more);
 }
 
 size_t Ranges::used() const {

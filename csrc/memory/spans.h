@@ -46,6 +46,9 @@ class Ranges {
   // First fit by address, so that a light load keeps using the same, cache-warm pages. Of bytes [from, to) of the block.
   Span try_allocate(size_t bytes, size_t align, size_t from = 0, size_t to = std::numeric_limits<size_t>::max());
 
+  // The block is `size` bytes from now on: more than before, or nothing happens.
+  void grow(size_t size);
+
   size_t used() const;
   size_t peak() const;
 
@@ -57,6 +60,7 @@ class Ranges {
   const size_t granule_;
 
   mutable std::mutex mutex_;  // guards what follows
+  size_t size_;
   std::map<size_t, size_t> free_;  // offset -> length; neighbours are merged
   size_t used_ = 0;
   size_t peak_ = 0;

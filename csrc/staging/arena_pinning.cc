@@ -1,13 +1,21 @@
-// The stager's pinning of the arena, once, by the first lane: it is the same memory for all devices, near the first of them.
+// The stager's pinning of the arena, by a thread of its own, near the first device: it is the same memory for all of them. When the
+// arena grows, what is new is pinned, too.
 //
 // It is pinned in slabs, from its beginning on. One registration of hundreds of GiB is refused, and large ones are now and then:
 // a slab that is refused is tried at half its size. What is pinned serves at once; what is not serves the host's bytes alone. If
 // nothing can be pinned, submit() copies what comes from devices itself, to memory that is not.
+#include <pthread.h>
+
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
+#include <system_error>
+#include <thread>
 #include <utility>
 
+#include "base/signals.h"
+#include "os/cpus.h"
 #include "os/memory_node.h"
 #include "staging/stager.h"
 
@@ -19,33 +27,69 @@ constexpr size_t kFewestChunks = 4;  // what there must be room for, at the leas
 
 }  // namespace
 
+void Stager::start_pinning(Lane& lane) {
+  try {
+    const SignalsBlocked blocked;
+    pinner_ = std::thread([this, &lane] { pin_arena(lane); });
+    pthread_setname_np(pinner_.native_handle(), "ckpt-pin");
+  } catch (const std::system_error& error) {
+    Lock lock(monitor_->mutex);
+    end_pinning(0, std::string("cannot start the thread that pins the arena: ") + error.what());
+  }
+}
+
 void Stager::pin_arena(Lane& lane) {
-  if (!lane.pins_arena) {
+  std::optional<cuda::Current> current;
+  try {
+    current.emplace(*lane.context);
+  } catch (const Error& error) {
     Lock lock(monitor_->mutex);
-    monitor_->changed.wait(lock, [&] { return pinning_known() || stop_; });
-    return;
+    return end_pinning(0, error.what());
   }
-  const int node = numa_node_of(sysfs(), lane.context->pci_id());
+  const std::string pci_id = lane.context->pci_id();
+  run_on(::pthread_self(), cpus_near(sysfs(), pci_id));
+  const int node = numa_node_of(sysfs(), pci_id);
   if (node != kNoNode) arena_.prefer_node(node);  // refused, as in some containers: it is only slower
-  const size_t smallest = options_.smallest_slab_bytes, fewest = std::max(smallest, kFewestChunks * options_.chunk_bytes);
-  size_t pinned = 0, slab = fewest;  // the first is small, so that the first save need not wait long
-  while (pinned < arena_.size()) {
-    const size_t least = pinned == 0 ? fewest : smallest;
-    if (!pin_slab(lane, pinned, slab, std::min(least, arena_.size() - pinned))) break;
-    slab = pinned == 0 ? options_.slab_bytes : slab;
+  for (size_t pinned = 0;;) {
+    const size_t wanted = arena_.size();
+    pinned = pin_up_to(lane, pinned, wanted);
     Lock lock(monitor_->mutex);
-    pinned = slab_ends_->back();
+    end_pinning(pinned, pin_failure_);
+    monitor_->changed.wait(lock, [&] { return stop_ || arena_.size() > wanted; });
+    if (stop_) return;
+    pinning_done_ = pinned < wanted;  // what was refused is not tried again
   }
-  Lock lock(monitor_->mutex);
+}
+
+// From `pinned` on, and returns what is pinned then.
+size_t Stager::pin_up_to(Lane& lane, size_t pinned, size_t end) {
+  const size_t smallest = options_.smallest_slab_bytes, fewest = std::max(smallest, kFewestChunks * options_.chunk_bytes);
+  size_t slab = pinned == 0 ? fewest : options_.slab_bytes;  // the first is small, so that the first save need not wait long
+  {
+    Lock lock(monitor_->mutex);
+    if (!pin_failure_.empty()) return pinned;
+  }
+  while (pinned < end) {
+    const size_t least = pinned == 0 ? fewest : smallest;
+    if (!pin_slab(lane, pinned, end, slab, std::min(least, end - pinned))) break;
+    slab = pinned == 0 ? options_.slab_bytes : slab;
+    pinned = slab_ends()->back();
+  }
+  return pinned;
+}
+
+// Requires the lock.
+void Stager::end_pinning(size_t pinned, const std::string& failure) {
   if (pinned == 0) reserve_.set_for_devices(arena_.size());
+  pin_failure_ = failure;
   pinning_done_ = true;
   monitor_->changed.notify_all();
 }
 
-// From `begin` on: `bytes` of the arena, half of that where it is refused, and so on until it would be less than `least`. `bytes`
+// From `begin` on, and not beyond `end`: `bytes` of the arena, half of that where it is refused, and so on until it would be less than `least`. `bytes`
 // becomes what was not refused. False if all was refused, or the engine ends.
-bool Stager::pin_slab(Lane& lane, size_t begin, size_t& bytes, size_t least) {
-  bytes = std::min(bytes, arena_.size() - begin);
+bool Stager::pin_slab(Lane& lane, size_t begin, size_t end, size_t& bytes, size_t least) {
+  bytes = std::min(bytes, end - begin);
   for (;; bytes = bytes / 2 / Arena::kGranule * Arena::kGranule) {
     for (size_t from = begin; from < begin + bytes; from += kTouchStep) {
       {

@@ -57,6 +57,7 @@ Error landing_deadline(const Flight& flight) {
 void Flight::take_off() {
   ++job->active;
   if (route != CopyRoute::kFromCache) ++job->flying;
+  if (route == CopyRoute::kToProbe) ++job->probing;
   if (!is_for_chunk()) return;
   for (const FlightChunk& each : chunks) ++job->chunks[each.index].flying;
 }
@@ -109,6 +110,7 @@ void Lane::account_landed(Flight& flight, const std::optional<Error>& error) {
   flying_bytes -= flight.bytes;
   flying_copies -= flight.copies;
   if (flight.route != CopyRoute::kFromCache) --job.flying;
+  if (flight.route == CopyRoute::kToProbe) --job.probing;
   --job.active;
   if (error) job.fail(*error);
   if (!flight.is_for_chunk()) return;

@@ -23,6 +23,7 @@ enum class CopyRoute : uint8_t {
   kDirect,     // from the caller's memory to the arena
   kToCache,    // from there to the cache: those of several chunks
   kToLook,     // from there to memory of the host's, where submit() looks at it
+  kToProbe,    // from there to memory of the host's, with which a writer compares: see DeviceProbes
   kFromCache,  // and on to the arena
 };
 
@@ -46,7 +47,7 @@ struct Flight {
   bool lazy = true;
   CopyRoute route = CopyRoute::kDirect;
   size_t bytes = 0, copies = 0;  // on a lane's stream
-  std::shared_ptr<cuda::HostMemory> memory;  // kToLook: where they go; stays until they have landed
+  std::shared_ptr<cuda::HostMemory> memory;  // kToLook, kToProbe: where they go; stays until they have landed
   cuda::StreamHandle stream = nullptr;
   std::shared_ptr<cuda::Event> event;  // behind the copies; none if it could not be had: then the stream is looked at
   double deadline = 0;
@@ -88,7 +89,6 @@ struct Lane {
   std::unique_ptr<const cuda::Stream> stream;
   DeviceCache cache;
   std::atomic<bool> in_batches;  // if wanted, until the driver refuses a batch of copies
-  bool pins_arena = false;             // the first to be opened does; constant in its thread
   // Guarded by the monitor's mutex:
   bool has_begun = false;  // a save has, of which the cache is to know: jobs that begin before another has ended may be one
   bool has_ended = true;   // a job has, since one has begun here

@@ -35,6 +35,7 @@ Stager::Stager(std::shared_ptr<Monitor> monitor, Arena& arena, ArenaReserve& res
 Stager::~Stager() = default;
 
 void Stager::join() {
+  if (pinner_.joinable()) pinner_.join();
   for (const auto& lane : lanes_) {
     if (lane->thread.joinable()) lane->thread.join();
   }
@@ -60,7 +61,6 @@ Lane& Stager::open_lane(int device) {
   auto made = std::make_unique<Lane>(monitor_, std::move(context), lane_options);
   Lane& lane = *made;
   Lock lock(monitor_->mutex);
-  lane.pins_arena = lanes_.empty();
   try {
     const SignalsBlocked blocked;
     lane.thread = std::thread([this, &lane] { run(lane); });
@@ -77,6 +77,9 @@ Lane& Stager::open_lane(int device) {
     throw lane.failure->apart();
   }
   lanes_.push_back(std::move(made));
+  const bool is_first = lanes_.size() == 1;
+  lock.unlock();
+  if (is_first) start_pinning(lane);
   return lane;
 }
 
@@ -237,7 +240,6 @@ void Stager::run(Lane& lane) {
   }
   if (failure) return;
   run_on(::pthread_self(), cpus_near(sysfs(), lane.context->pci_id()));
-  pin_arena(lane);
   carry(lane);
 }
 

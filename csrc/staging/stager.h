@@ -27,6 +27,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "base/device.h"
@@ -72,6 +73,9 @@ class Stager {
   // Memory for that, of the chunk size; to be given back when all has landed.
   std::shared_ptr<cuda::HostMemory> lend_memory(int device);
   void take_back(std::shared_ptr<cuda::HostMemory> memory);
+  // For submit(): enqueues the copies of the job's probes, on the caller's streams. Without pinned memory for them there are none.
+  void record_probes(const std::shared_ptr<Job>& job);
+  void take_back_probes(std::shared_ptr<cuda::HostMemory> memory);  // when its job has ended; may be null
   // Enqueues the eager copies of a chunk, whose spans are there, on the caller's streams.
   void copy_eager(const std::shared_ptr<Job>& job, size_t chunk);
   void join();
@@ -117,8 +121,11 @@ class Stager {
   void run(Lane& lane);
   void carry(Lane& lane);
   void look_after_cache(Lock& lock, Lane& lane, double& next_look);
-  void pin_arena(Lane& lane);  // without the lock, as the next ones
-  bool pin_slab(Lane& lane, size_t begin, size_t& bytes, size_t least);
+  void start_pinning(Lane& lane);  // without the lock, as the next ones
+  void pin_arena(Lane& lane);
+  size_t pin_up_to(Lane& lane, size_t pinned, size_t end);
+  void end_pinning(size_t pinned, const std::string& failure);
+  bool pin_slab(Lane& lane, size_t begin, size_t end, size_t& bytes, size_t least);
   void note_slab(std::unique_ptr<cuda::HostRegistration> slab, size_t end);
   std::vector<cuda::Copy> split_at_slabs(const std::vector<cuda::Copy>& copies, const std::vector<size_t>& ends) const;
   std::shared_ptr<const std::vector<size_t>> slab_ends() const;
@@ -127,6 +134,8 @@ class Stager {
   bool claim_chunk(Flight& flight, bool urgent, bool& may_allocate);
   void enqueue(Lane& lane, const std::shared_ptr<Flight>& flight);      // without it
   void look(const std::shared_ptr<Flight>& flight);                     // without it
+  void launch_aside(Lane& lane, const std::shared_ptr<Flight>& flight, const std::vector<cuda::Copy>& copies);  // without it
+  std::shared_ptr<cuda::HostMemory> lend(std::vector<std::shared_ptr<cuda::HostMemory>>& spare, int device, size_t bytes);
   void book(Lane& lane, const std::shared_ptr<Flight>& flight, const std::optional<Error>& error);  // requires the lock
 
   // To the cache: see to_spare_memory.cc.
@@ -154,9 +163,11 @@ class Stager {
   bool pinning_done_ = false, stop_ = false;
   std::string pin_failure_;
   std::vector<std::unique_ptr<Lane>> lanes_;  // grows only
-  std::vector<std::shared_ptr<cuda::HostMemory>> spare_;  // to lend
+  std::vector<std::shared_ptr<cuda::HostMemory>> spare_, spare_for_probes_;  // to lend
   std::shared_ptr<const std::vector<size_t>> slab_ends_ = std::make_shared<std::vector<size_t>>();  // of what is pinned, ascending
-  std::vector<std::unique_ptr<cuda::HostRegistration>> registrations_;  // last: they go before the contexts
+  std::vector<std::unique_ptr<cuda::HostRegistration>> registrations_;  // they go before the contexts
+
+  std::thread pinner_;  // last: it uses all of the above
 };
 
 }  // namespace lazyckpt

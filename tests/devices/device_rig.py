@@ -64,7 +64,7 @@ class Rig:
             addresses=[tensor.data_ptr() for tensor in tensors], sizes=[len(content) for content in contents],
             kinds=bytes(kinds), tail=[("version", b"3\n")], copy_at_most=4096, uniform_alignment=uniform, verify=verify,
             timeout_s=timeout_s, devices=devices, streams=how.get("streams", self.streams), share_index=share[0],
-            share_count=share[1],
+            share_count=share[1], probe=how.get("probe", False), sum=how.get("sum", False),
         )  # fmt: skip
         return Saved(path, job, tensors, kinds, devices, contents)
 

@@ -106,7 +106,7 @@ class Training {
       Save save{directory_ + "/d" + std::to_string(next_file++) + "-", std::move(sample), nullptr};
       try {
         auto file = make_file(random, save.path, !random.one_in(4));
-        save.job = engine.submit(std::move(file), save.sample.spec, random.one_in(4), kPatienceS, {}, streams_);
+        save.job = engine.submit(std::move(file), save.sample.spec, {random.one_in(4), random.one_in(2), random.one_in(4)}, kPatienceS, {}, streams_);
       } catch (const Error& error) {
         ++cancelled;
         expect(may_fail_, save.path + " was refused: " + error.what());

@@ -136,7 +136,7 @@ class Round {
     flight.may_fail = flight.may_fail || timeout_s < 1;
     try {
       auto file = make_file(random, flight.path, !random.one_in(4));
-      flight.job = engine.submit(std::move(file), flight.sample.spec, random.one_in(4), timeout_s, interrupt);
+      flight.job = engine.submit(std::move(file), flight.sample.spec, {random.one_in(4)}, timeout_s, interrupt);
       return true;
     } catch (const std::runtime_error&) {
       ++cancelled;
@@ -187,7 +187,7 @@ class Round {
     expect(engine.arena().used() == 0, "the arena is in use after all jobs have ended");
     Flight late{directory_ + "/late-", SampleMaker(random_, 4096).make(), nullptr, true};
     try {
-      engine.submit(std::make_unique<WritableFile>(late.path, false), late.sample.spec, false, 1, {});
+      engine.submit(std::make_unique<WritableFile>(late.path, false), late.sample.spec, {}, 1, {});
       mismatch("a closed engine took a job");
     } catch (const Error& error) {
       expect(error.kind() == ErrorKind::kClosed, error.what());
@@ -215,7 +215,7 @@ void call_off(Random& random, const std::string& directory) {
     Sample sample = SampleMaker(random, 4096).make_too_large(options.arena_bytes);
     const bool verify = random.one_in(2);
     try {
-      engine.submit(make_file(random, path, random.one_in(2)), sample.spec, verify, kPatienceS,
+      engine.submit(make_file(random, path, random.one_in(2)), sample.spec, {verify}, kPatienceS,
                     [] { throw std::runtime_error("interrupted"); });
       mismatch("a save that was called off went through");
     } catch (const std::runtime_error&) {
@@ -249,7 +249,7 @@ std::string write_torch_file(Random& random, const std::string& path) {
   ZipLayout layout;
   FileSpec spec = describe(file, target->limits(), {}, layout);
   Engine engine({size_t{1} << 18, size_t{1} << 16, 1});
-  const auto job = engine.submit(std::move(target), std::move(spec), false, kPatienceS, {});
+  const auto job = engine.submit(std::move(target), std::move(spec), {}, kPatienceS, {});
   expect(wait_until_finished(*job) && !look_at(*job).failed, path + " could not be written");
   return read_back(path);
 }
