@@ -144,6 +144,7 @@ def choose_kinds(
     is_shared: Callable[[int, int], bool],
     eager_bytes: int,
     devices: list[int],
+    lazy_on_devices: bool,
     kinds: bytearray,
 ) -> tuple[list[int], list[SavedStorage]]: ...
 def find_changed(records: list[SavedStorage]) -> tuple[torch.Tensor | None, bool]: ...

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
 from torch.storage import UntypedStorage
 
 HOST = -1
+Span = tuple[UntypedStorage, int, int]  # its bytes [second, second + third)
+_WORD = 8  # bytes
+_LOOK_S = 0.002
 
 
 class Devices(Protocol):
@@ -43,6 +47,18 @@ class Devices(Protocol):
 
     def allocate(self, nbytes: int, device: int) -> UntypedStorage:
         """Memory of the device."""
+
+    def platform_of(self, device: int) -> tuple[str, int]:
+        """Its compute capability, as in "9.0", and the major version of the driver's CUDA."""
+
+    def synchronize_stream(self, device: int) -> None:
+        """Waits for all that its current stream has been given."""
+
+    def start_sums(self, spans: Sequence[Span], device: int) -> Callable[[float], list[int] | None]:
+        """Enqueues, on the current stream, the sums of the 64-bit little-endian words of each (the last filled up with zeros).
+
+        Returns what gives them, modulo 2^64; None if they have not come within so many seconds.
+        """
 
 
 @dataclasses.dataclass
@@ -78,6 +94,53 @@ class TorchDevices:
 
     def allocate(self, nbytes: int, device: int) -> UntypedStorage:
         return UntypedStorage(nbytes, device=f"cuda:{device}")
+
+    def platform_of(self, device: int) -> tuple[str, int]:
+        major, minor = torch.cuda.get_device_capability(device)
+        return f"{major}.{minor}", int(str(torch.version.cuda).partition(".")[0])
+
+    def synchronize_stream(self, device: int) -> None:
+        torch.cuda.current_stream(device).synchronize()
+
+    def start_sums(self, spans: Sequence[Span], device: int) -> Callable[[float], list[int] | None]:
+        with torch.cuda.device(device), torch.no_grad():
+            found = torch.stack([word_sum(*span) for span in spans])
+            host = torch.empty(len(spans), dtype=torch.int64, pin_memory=True)
+            host.copy_(found, non_blocking=True)
+            done = torch.cuda.Event()
+            done.record()
+
+        def poll(patience_s: float) -> list[int] | None:
+            deadline = time.monotonic() + patience_s
+            while not done.query():
+                if time.monotonic() > deadline:
+                    return None
+                time.sleep(_LOOK_S)
+            return [int(value) for value in host.tolist()]
+
+        return poll
+
+
+def word_sum(storage: UntypedStorage, low: int, nbytes: int) -> torch.Tensor:
+    """The sum of the 64-bit little-endian words of bytes [low, low + nbytes), the last filled up with zeros, modulo 2^64.
+
+    A scalar of int64 where the storage is.
+    """
+    words, rest = divmod(nbytes, _WORD)
+    if low % _WORD == 0:
+        sums = _view(storage, torch.int64, low // _WORD, words).sum()
+    else:  # a column for each byte of a word
+        columns = _view(storage, torch.uint8, low, words * _WORD).view(words, _WORD)
+        sums = _shifted(columns.sum(0, dtype=torch.int64)).sum()
+    return sums + _shifted(_view(storage, torch.uint8, low + words * _WORD, rest).to(torch.int64)).sum()
+
+
+def _view(storage: UntypedStorage, dtype: torch.dtype, begin: int, count: int) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype, device=storage.device).set_(storage, begin, (count,), (1,))
+
+
+def _shifted(values: torch.Tensor) -> torch.Tensor:
+    return values << torch.arange(0, 8 * len(values), 8, device=values.device)
 
 
 in_use: Devices = TorchDevices()  # what all below asks; those who have no devices put others here

@@ -10,13 +10,17 @@ writing. A save may begin there all the same, in a signal handler or on another 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import inspect
+import itertools
 import logging
 import os
+import statistics
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from types import CodeType, FrameType
@@ -156,6 +160,9 @@ def fence() -> None:
 # ---- steps of optimizers ---------------------------------------------------------------------------------------------
 
 _stepped: dict[int, weakref.ref[Optimizer]] = {}
+_paces: dict[int, collections.deque[float]] = {}  # the instants of the last steps of each
+_PACES = 6
+_MOST_PACES = 1000  # optimizers; more are forgotten, as those that are gone are
 _replayed: dict[int, weakref.ref[Optimizer]] = {}  # of them, those of which a step was captured into a graph
 
 
@@ -191,6 +198,7 @@ def _install_hooks() -> None:
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         key = id(optimizer)
+        _note_pace(key)
         known = _stepped.get(key)
         if known is None or known() is not optimizer:
             _stepped[key] = weakref.ref(optimizer, lambda _: _stepped.pop(key, None))
@@ -295,6 +303,28 @@ def _note_capture(optimizer: Optimizer) -> None:
         "inside save(); to save them lazily, name them by lazy= and call ckpt.fence() before each replay",
         type(optimizer).__name__,
     )
+
+
+def _note_pace(key: int) -> None:
+    paces = _paces.get(key)
+    if paces is None:
+        if len(_paces) >= _MOST_PACES:
+            _paces.clear()
+        paces = _paces[key] = collections.deque(maxlen=_PACES)
+    paces.append(time.monotonic())
+
+
+def iteration_s() -> float | None:
+    """How long an iteration takes just now, seconds: the median time between the last steps of the optimizer that stepped last.
+
+    None as long as none has stepped a few times.
+    """
+    instants = max(
+        (list(paces) for key, paces in list(_paces.items()) if key in _stepped), key=lambda each: each[-1], default=[]
+    )
+    if len(instants) < _PACES:
+        return None
+    return statistics.median(after - before for before, after in itertools.pairwise(instants))
 
 
 def stepped_optimizers() -> list[Optimizer]:

@@ -7,16 +7,21 @@ import math
 
 from ckpt.quantities import parse_size
 
+AUTO = "auto"
+FIRST_ARENA_BYTES = 512 << 20  # of an arena that sizes itself, before a save from a device has shown what it needs
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How saves are made. Sizes are bytes or texts such as "4GiB".
 
     Attributes:
-        arena_bytes: exact size of the staging memory, bytes; default "512MiB". Holds what cannot leave straight from its
-            tensor: small and ragged pieces, everything captured inside save(), and what the fence finds unwritten. Larger:
-            fences that come early wait less. A state larger than the arena works; save() and the fence then wait for the
-            disk, which `SaveStats.arena_wait_s` reports. At least "1MiB".
+        arena_bytes: size of the staging memory, bytes; default "auto". Holds what cannot leave straight from its tensor: small
+            and ragged pieces, everything captured inside save(), what the fence finds unwritten, and all that lies on CUDA
+            devices. "auto": 512 MiB, and as much as a save has on devices, as soon as one has more; at most 0.4 of the memory
+            that is available when the first save begins, divided among the ranks of the node. `SaveStats.arena_bytes` tells
+            what it is. A size is exact. A state larger than the arena works; save() and the fence then wait for the disk,
+            which `SaveStats.arena_wait_s` reports, and a warning tells if training waits long for it. At least "1MiB".
         chunk_bytes: unit of a write, bytes, a power of two from "64KiB"; default "4MiB". Smaller: shorter waits for writes
             in progress at a fence. Larger: fewer system calls. Cut down to a quarter of the arena.
         writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy.
@@ -36,10 +41,16 @@ class Options:
             memory as in the file (a target on a device, or strided otherwise) goes through a temporary of its size there.
             `Checkpointer.restore()` makes collective calls then: on all ranks, in the thread that trains. With
             NCCL alone a rank that is lost ends the others by torch's watchdog; the backend "cpu:gloo,cuda:nccl" reports it.
-        device_lazy: fetch lazy tensors from CUDA devices in the background, by a stream of the engine's own, to the arena,
-            which is pinned for it (where not even 64 MiB can be pinned, they are copied inside save(), with a warning); others
-            are copied on the current stream, and save() does not wait for that. Fences let the current stream of each device
-            wait. Default False: all are copied to the host inside save(). New: tested with a simulated driver only, so far.
+        device_lazy: how tensors leave CUDA devices. True: lazy ones are fetched in the background, by a stream of the engine's
+            own, to the arena, which is pinned for it (where not even 64 MiB can be pinned, they are copied inside save(), with
+            a warning); others are copied on the current stream, and save() does not wait for that. Fences let the current
+            stream of each device wait. False: all are copied to the host inside save(), which waits for it. Default "auto": at
+            first all are copied on the current stream to the pinned arena, and save() does not wait for that. The first save
+            tries the device out (`check_devices()`, some 0.2 s). If it passes, and three saves were right, lazy ones are
+            fetched in the background from then on. A device that cannot be used so, or whose bytes were once not right in the
+            file, is copied from as before, or as with False; `SaveStats.device_mode` and `device_mode_reason` tell. In each
+            case save() records up to 4 MiB of what leaves last, and a save whose file has other bytes there fails; with "auto"
+            the first three saves in each mode are compared as a whole. Tested with a simulated driver only, so far.
         device_cache: spare memory, bytes, that a fence may use on each CUDA device, with device_lazy; default 0: none. What
             has not left for the host at the fence is copied there, which takes the stream that computes a small part of
             the time of waiting for it, and needs no room in the arena. Taken in the background when the second save
@@ -72,7 +83,7 @@ class Options:
         ValueError, TypeError: a value is impossible; the message names the field.
     """
 
-    arena_bytes: int | str = "512MiB"
+    arena_bytes: int | str = "auto"
     chunk_bytes: int | str = "4MiB"
     writers: int = 4
     eager_bytes: int | str = "64KiB"
@@ -80,7 +91,7 @@ class Options:
     record_alignment: int | None = None
     replicated_writers: str = "all"
     replicated_readers: str = "each"
-    device_lazy: bool = False
+    device_lazy: bool | str = "auto"
     device_cache: int | str = 0
     device_batches: bool = False
     max_in_flight: int = 2
@@ -93,6 +104,8 @@ class Options:
 
     def __post_init__(self) -> None:
         for name in ("arena_bytes", "chunk_bytes", "eager_bytes", "device_cache"):
+            if name == "arena_bytes" and self.arena_bytes == AUTO:
+                continue
             object.__setattr__(self, name, parse_size(getattr(self, name), name))
         self._need(self.size("arena_bytes") >= 1 << 20, "arena_bytes", "must be at least '1MiB'")
         chunk = self.size("chunk_bytes")
@@ -102,7 +115,9 @@ class Options:
         self._need_int("writers", 1, 256)
         self._need_int("max_in_flight", 1, 1024)
         self._need_int("max_failed_saves", 0, None)
-        for name in ("direct_io", "verify_capture", "device_lazy", "device_batches"):
+        is_lazy = self.device_lazy == AUTO or isinstance(self.device_lazy, bool)
+        self._need(is_lazy, "device_lazy", "must be 'auto', True or False")
+        for name in ("direct_io", "verify_capture", "device_batches"):
             self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)
@@ -116,7 +131,9 @@ class Options:
             self._need(is_number and value > 0 and math.isfinite(value), name, "must be a positive number of seconds")
 
     def size(self, name: str) -> int:
-        """The named size in bytes, whatever it was given as."""
+        """The named size in bytes, whatever it was given as; of an arena that sizes itself, that at first."""
+        if name == "arena_bytes" and self.arena_bytes == AUTO:
+            return FIRST_ARENA_BYTES
         return parse_size(getattr(self, name), name)
 
     def _need(self, fine: bool, name: str, demand: str) -> None:

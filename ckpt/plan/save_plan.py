@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.storage import UntypedStorage
 
-from ckpt import _native
+from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
 from ckpt._native import SavedStorage
 from ckpt.devices import HOST
@@ -33,22 +33,28 @@ class SavePlan:
     addresses: list[int] = dataclasses.field(default_factory=list)
     lazy: list[SavedStorage] = dataclasses.field(default_factory=list)  # the records of kind LAZY
     devices: list[int] = dataclasses.field(default_factory=list)  # on which they lie, or HOST; empty: all on the host
+    device_mode: device_modes.Mode | None = None  # None: nothing lies on devices
+    device_mode_reason: str = ""
+
+    def device_bytes(self) -> int:
+        """Of the records that leave from devices."""
+        return sum(size for size, device in zip(self.sizes, self.devices, strict=False) if device != HOST)
 
 
-def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, devices: bool = False) -> SavePlan:
+def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str = False) -> SavePlan:
     """Pickles `obj` and lists its storages.
 
     Args:
         lazy: gives the storages that change only behind a fence.
         eager_bytes: records on the host of at most this many bytes are copied at once all the same.
-        devices: leave records on CUDA devices where they are; else they are copied to the host here.
+        device_lazy: as `Options.device_lazy`: how records on CUDA devices leave.
 
     Raises:
         RuntimeError: some memory is referenced as several dtypes in a way that no file can express.
         whatever pickling `obj` raises.
     """
     data, records = pickle_object(obj)
-    return _place(data, records, lazy, eager_bytes, devices)
+    return _place(data, records, lazy, eager_bytes, device_lazy)
 
 
 def structure_of(obj: Any) -> SavePlan:
@@ -59,7 +65,9 @@ def structure_of(obj: Any) -> SavePlan:
     """
     data, records = pickle_object(obj)
     plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
-    plan.addresses, _ = _native.choose_kinds(records, lambda _: False, find_writers, lambda _, __: False, 0, [], plan.kinds)
+    plan.addresses, _ = _native.choose_kinds(
+        records, lambda _: False, find_writers, lambda _, __: False, 0, [], False, plan.kinds
+    )
     return plan
 
 
@@ -85,19 +93,22 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
     return view.cpu().untyped_storage()
 
 
-def _place(data: bytes, records: list[SavedStorage], lazy: LazyStorages, eager_bytes: int, from_devices: bool) -> SavePlan:
+def _place(data: bytes, records: list[SavedStorage], lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
     plan = SavePlan(data, records, [], bytearray(len(records)))
-    plan.devices = _find_devices(plan, eager_bytes, from_devices)
+    plan.devices = _find_devices(plan, eager_bytes, device_lazy)
     shared = SharedMemory()
     plan.addresses, plan.lazy = _native.choose_kinds(
-        records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.kinds
+        records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.device_mode == "lazy", plan.kinds
     )
     plan.sizes = list(map(_nbytes, records))
     return plan
 
 
-def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[int]:
-    """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay."""
+def _find_devices(plan: SavePlan, eager_bytes: int, device_lazy: bool | str) -> list[int]:
+    """On which device each record lies; empty if all are on the host, to which those are copied that cannot stay.
+
+    Notes in the plan how the others leave.
+    """
     records = plan.records
     if torch_devices.in_use.in_host_memory:
         elsewhere = list(range(len(records)))
@@ -105,9 +116,14 @@ def _find_devices(plan: SavePlan, eager_bytes: int, from_devices: bool) -> list[
         elsewhere = [index for index, location in enumerate(map(_location, records)) if location != "cpu"]
     devices = [HOST] * len(records) if elsewhere else []
     for index in elsewhere:
+        if records[index].nbytes and device_lazy:
+            devices[index] = torch_devices.index_of(records[index].storage)
+    if found := set(devices) - {HOST}:
+        plan.device_mode, plan.device_mode_reason = device_modes.mode_of(found, device_lazy)
+        if plan.device_mode == "host":
+            devices = [HOST] * len(records)
+    for index in elsewhere:
         record = records[index]
-        if record.nbytes and from_devices:
-            devices[index] = torch_devices.index_of(record.storage)
         if devices[index] == HOST and record.location != "cpu":
             record.storage, record.low, record.tensor = _copy_to_host(record.storage, record.low, record.nbytes), 0, None
             record.address = 0

@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ckpt._native import SavedStorage
+from ckpt.device_modes import Mode
+from ckpt.devices import HOST
 from ckpt.errors import CaptureError
 from ckpt.plan.change_detector import ChangeDetector
+from ckpt.saving.device_sums import DeviceSums
 from ckpt.storage import durable
 from ckpt.storage.temporary_names import shared_path, temporary_path
 
@@ -66,6 +69,11 @@ class FileInFlight:
         self.sizes: Sequence[int] = ()
         self.samples = b""  # a checksum of some bytes of each record, if it is replicated
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
+        self.device_mode: Mode | None = None  # how they leave, see ckpt/device_modes.py
+        self.device_mode_reason = ""
+        self.device_sums: DeviceSums | None = None
+        self.was_proof = False  # all bytes of devices were compared
+        self.changed_device = HOST  # whose bytes were found to be others in the file
         self.first_record = 0  # the core's number of the record data/0
         self._lock = threading.Lock()  # guards what follows
         self._sealed = False
@@ -121,7 +129,7 @@ class FileInFlight:
                 if not job.finished:
                     return True
                 if isinstance(error, CaptureError) and error.record >= 0:
-                    self._seal_error = self._capture_error(self._name_of(error.record))
+                    self._seal_error = self._error_of(error.record)
             elif name := self._find_changed():
                 # Kept here, because the job may have finished its file already; it is not published before this look.
                 self._seal_error = self._capture_error(name)
@@ -161,12 +169,38 @@ class FileInFlight:
             if self._sealed:
                 self._until_captured = None
 
+    def compare_sums(self) -> None:
+        """When the job has ended well: whether the bytes of devices in the file are those that the devices have summed up."""
+        sums, self.device_sums = self.device_sums, None
+        if sums is None or self.job.error is not None:
+            return
+        found = sums.find_changed(self.job.word_sums[self.first_record :])
+        self.was_proof = sums.complete
+        if found is not None:
+            index, self.changed_device = found
+            self._seal_error = self._device_error(self._name_of(index + self.first_record), self.changed_device)
+
     def error(self) -> BaseException | None:
         """What has ended the job, with the tensor's name where the core only knows a record's number."""
         error: BaseException | None = self._seal_error or self.job.error
         if isinstance(error, CaptureError) and error.record >= 0:  # found behind the fence
-            return self._capture_error(self._name_of(error.record))
+            return self._error_of(error.record)
         return error
+
+    def _error_of(self, record: int) -> CaptureError:
+        name, device = self._name_of(record), self.job.stats["changed_device"]
+        if device == HOST:
+            return self._capture_error(name)
+        self.changed_device = device
+        return self._device_error(name, device)
+
+    def _device_error(self, name: str, device: int) -> CaptureError:
+        return CaptureError(
+            f"{name}, on CUDA device {device}, is not in the file of the save to '{self.target}' as it was inside save(); "
+            "nothing was published. Either something wrote to it that no fence held back (call ckpt.fence() before what writes "
+            "outside an optimizer step, on each stream that does, and before each replay of a graph), or the device does not "
+            "keep the order of its streams (see ckpt.check_devices())"
+        )
 
     def let_go(self) -> None:
         """At the end of the job."""

@@ -1,17 +1,27 @@
-"""What a process says once: that a file system has no direct I/O, or that the arena is not pinned."""
+"""What is said about saves in the log: no direct I/O, an arena that is not pinned, fences that take long.
+
+And what a save has shown about its devices, which the next one goes by.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 
+from ckpt import device_modes
+from ckpt.devices import HOST
+from ckpt.fence import iteration_s
 from ckpt.saving.file_in_flight import FileInFlight
+from ckpt.saving.task import SaveTask
 
 logger = logging.getLogger("ckpt")
 
 _NOT_DIRECT = (1, 1)  # as Job.limits
 noted_pageable: set[str] = set()
 noted_buffered: set[int] = set()  # devices of file systems
+noted_fences: list[float] = []  # the part of an iteration that the last saves were held for, as long as that was too long
+_LONG_FENCE = 0.05  # of an iteration
+_LONG_FENCES = 3  # in a row, before it is said: the first saves of a run are not like the others
 
 
 def note_pageable(file: FileInFlight) -> None:
@@ -46,3 +56,48 @@ def note_buffered(file: FileInFlight) -> None:
             "bandwidth",
             file.target.parent,
         )
+
+
+def note_device_mode(file: FileInFlight) -> None:
+    """Of a save that has ended: whether its bytes of devices were right, as far as that was looked at."""
+    mode = file.device_mode
+    if mode not in ("lazy", "ordered"):
+        return
+    if file.changed_device != HOST:
+        device_modes.note_wrong(file.changed_device, mode, f"the save to '{file.target}' had other bytes than inside save()")
+    elif file.was_proof and file.job.error is None:
+        device_modes.note_right(file.devices, mode)
+
+
+def note_fences(task: SaveTask) -> None:
+    """Says once that fences hold training up for more than a small part of an iteration, and what helps."""
+    iteration = iteration_s()
+    if not task.files or iteration is None or len(noted_fences) > _LONG_FENCES:
+        return
+    stats = [file.job.stats for file in task.files]
+    held = sum(each["fence_s"] for each in stats)
+    if held <= _LONG_FENCE * iteration:
+        noted_fences.clear()
+        return
+    noted_fences.append(held / iteration)
+    if len(noted_fences) < _LONG_FENCES:
+        return
+    noted_fences.append(0.0)  # said
+    waited = sum(each["arena_wait_s"] for each in stats)
+    size = max(each["arena_bytes"] for each in stats) / 2**30
+    wanted = sum(each["bytes_total"] for each in stats) / 2**30
+    advice = (
+        f"{min(waited, held):.3g} s of that for room in the arena of {size:.3g} GiB: set Options.arena_bytes to the size of "
+        f"the state, {wanted:.3g} GiB, if the node has the memory, or save less often"
+        if waited > held / 2
+        else "since the bytes do not leave within an iteration: save less often, or take spare memory of the device for what "
+        "has not left (Options.device_cache)"
+    )
+    logger.warning(
+        "the fences of the last %d saves took more than %d %% of an iteration (of this one %.3g s of %.3g s), %s",
+        _LONG_FENCES,
+        100 * _LONG_FENCE,
+        held,
+        iteration,
+        advice,
+    )

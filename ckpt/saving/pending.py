@@ -5,11 +5,12 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ckpt.errors import DeadlineError, ForkedError
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.task import SaveTask
 
 
@@ -28,6 +29,11 @@ class SaveStats:
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
+        device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
+            host inside save()); None where there were none. See `Options.device_lazy`.
+        device_mode_reason: why not lazily.
+        probed_bytes: bytes of devices that were recorded inside save(), and found to be the same in the file.
+        arena_bytes: size of the staging memory by now.
         arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none. The arena may
             be pinned in part: then they have only that part of it.
         direct_io: whether the file was written past the page cache; None until it is known.
@@ -45,6 +51,10 @@ class SaveStats:
     bytes_copied_at_fence: int = 0
     bytes_from_devices: int = 0
     device_cached_bytes: int = 0
+    device_mode: str | None = None
+    device_mode_reason: str = ""
+    probed_bytes: int = 0
+    arena_bytes: int = 0
     arena_pinned: bool = False
     direct_io: bool | None = None
     started_at: float | None = None
@@ -60,10 +70,17 @@ _SUMS = (
     "bytes_copied_at_fence",
     "bytes_from_devices",
     "device_cached_bytes",
+    "probed_bytes",
     "arena_wait_s",
     "fence_s",
     "witness_s",
 )
+
+
+def lowest_mode(files: Iterable[FileInFlight]) -> tuple[str | None, str]:
+    """Of the files of a save: how bytes left devices, and why not lazily."""
+    found = [(file.device_mode, file.device_mode_reason) for file in files if file.device_mode is not None]
+    return min(found, key=lambda each: ("host", "ordered", "lazy").index(each[0]), default=(None, ""))
 
 
 class PendingSave:
@@ -138,6 +155,8 @@ class PendingSave:
         found: dict[str, Any] = {name: sum(each[name] for each in native) for name in _SUMS}
         from_devices = [each for each in native if each["bytes_from_devices"]]
         found["arena_pinned"] = bool(from_devices) and all(each["arena_pinned"] for each in from_devices)
+        found["arena_bytes"] = max(each["arena_bytes"] for each in native)
+        found["device_mode"], found["device_mode_reason"] = lowest_mode(task.files)
         for name in ("captured_at", "flushed_at"):
             instants = [each[name] for each in native]
             found[name] = max(instants) if all(instants) else None

@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from ckpt import _native
+from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
-from ckpt.errors import CheckpointError, ClosedError
-from ckpt.options import Options
+from ckpt.errors import CheckpointError, ClosedError, DeviceError
+from ckpt.options import AUTO, Options
+from ckpt.saving.arena_size import most_arena_bytes, needed_arena_bytes
 from ckpt.saving.background import SaveFinisher
 
 logger = logging.getLogger("ckpt")
@@ -26,8 +27,10 @@ logger = logging.getLogger("ckpt")
 
 class Runtime:
     def __init__(self, options: Options) -> None:
+        self._sizes_itself = options.arena_bytes == AUTO
         self._engine: Any = _native.Engine(
             arena_bytes=options.size("arena_bytes"),
+            most_arena_bytes=most_arena_bytes() if self._sizes_itself else 0,
             chunk_bytes=options.size("chunk_bytes"),
             writers=options.writers,
             cuda_library=torch_devices.in_use.driver,
@@ -35,7 +38,7 @@ class Runtime:
             device_batches=options.device_batches,
         )
         if options.device_lazy and (devices := torch_devices.at_work()):
-            self._engine.open_devices(devices)
+            self._open(devices, options.device_lazy)
         self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept: SaveFinisher | None = None
         self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
@@ -56,6 +59,21 @@ class Runtime:
             finisher = SaveFinisher(interrupt, farewell)
             self._finishers.append(finisher)
             return finisher
+
+    def _open(self, devices: list[int], wish: bool | str) -> None:
+        if device_modes.mode_of(devices, wish)[0] == "host":
+            return
+        try:
+            self._engine.open_devices(devices)
+        except DeviceError as error:
+            if wish is True:
+                raise
+            device_modes.note_unusable(devices, str(error))
+
+    def make_room(self, device_bytes: int) -> None:
+        """For a save with so many bytes on devices, if the arena sizes itself."""
+        if self._sizes_itself and device_bytes > 0:
+            self._engine.grow_arena(needed_arena_bytes(device_bytes))
 
     def submit(self, **arguments: Any) -> Any:
         """The native job for a planned file; see Engine.submit in csrc/bindings/engine.cc."""

@@ -12,19 +12,20 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ckpt import _native
+from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, DeviceError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
 from ckpt.formats.format import FileFormat
 from ckpt.formats.torch_zip import TorchZip
-from ckpt.options import Options
+from ckpt.options import AUTO, Options
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, structure_of
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Publish, SaveFinisher
+from ckpt.saving.device_sums import DeviceSums
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.runtime import Runtime, orphan
 from ckpt.saving.task import SaveTask
@@ -86,6 +87,7 @@ def _begin(
     for (file, _, _), plan in zip(contents, plans, strict=True):
         if file.replicated:
             _refuse_shards(plan.pickle)
+    runtime.make_room(sum(plan.device_bytes() for plan in plans))
     for (file, obj, written), plan in zip(contents, plans, strict=True):
         file.pickle, file.sizes = plan.pickle, plan.sizes
         if file.replicated:
@@ -123,6 +125,8 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
                 storages = lazy_storages(lazy)
                 plan = _plan(file, obj, storages, options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
+            task.device_bytes += plan.device_bytes()
+            runtime.make_room(task.device_bytes)
             _submit_or_copy(runtime, file, obj, plan, storages, options)
         task.files += (file,)
     finally:
@@ -160,17 +164,27 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
 def _submit_or_copy(
     runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, storages: LazyStorages, options: Options
 ) -> None:
-    """If training computes in another context, as a green one, torch copies what lies on devices to the host."""
+    """If training computes in another context, as a green one, torch copies what lies on devices to the host.
+
+    So it does where the engine cannot use them, and the options leave it the choice.
+    """
     try:
         _submit(runtime, file, obj, plan, options)
     except DeviceError as refused:
-        if not refused.in_other_context or not file.devices:
+        may_copy = refused.in_other_context or (options.device_lazy == AUTO and not refused.capturing)
+        if not may_copy or not file.devices:
             raise
+        if not refused.in_other_context:
+            device_modes.note_unusable(file.devices, str(refused))
+        reason = str(refused)
     else:
+        if options.device_lazy == AUTO:
+            device_modes.try_out(file.devices)
         return
     with _without_collector():
         plan = _plan(file, obj, storages, dataclasses.replace(options, device_lazy=False))
     _submit(runtime, file, obj, plan, options)
+    file.device_mode, file.device_mode_reason = "host", reason
 
 
 def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, options: Options) -> None:
@@ -179,6 +193,10 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     write_share = file.write_share
     content = made.describe(plan, file.target, write_share.token if write_share else None)
     file.devices = frozenset(plan.devices) - {HOST}
+    file.device_mode, file.device_mode_reason = plan.device_mode, plan.device_mode_reason
+    if file.devices and device_modes.wants_proof(file.devices, options.device_lazy):
+        with contextlib.suppress(RuntimeError):  # torch has no memory for it
+            file.device_sums = DeviceSums(plan)
     file.wants_direct = options.direct_io and content.alignment is None  # uniform records lie at no block boundary
     file.hold(
         ChangeDetector(obj, plan.lazy),
@@ -211,6 +229,8 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             with_directory=file.with_directory,
             like=os.fsencode(file.like),
             directory=-1 if file.directory is None else file.directory.descriptor,
+            probe=bool(file.devices),
+            sum=file.device_sums is not None,
         )
     except BaseException as error:
         unwatch(file)

@@ -50,6 +50,7 @@ class SaveTask:
         self.started_at = time.monotonic()
         self.durable_at: float | None = None
         self.save_s = 0.0
+        self.device_bytes = 0  # of the files so far, where they come one by one
 
     def done(self) -> bool:
         """True once durable, or failed."""

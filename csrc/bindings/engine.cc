@@ -184,6 +184,7 @@ py::dict stats_of(const Job& job) {
   dict["device_cached_bytes"] = stats.device_cached_bytes;
   dict["arena_pinned"] = stats.arena_pinned;
   dict["pin_failure"] = to_text(stats.pin_failure);
+  dict["arena_bytes"] = stats.arena_bytes;
   dict["probed_bytes"] = stats.probed_bytes;
   dict["changed_device"] = stats.changed_device;
   return dict;

@@ -162,6 +162,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   lock.unlock();
   const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
   const bool has_device_bytes = !job->devices.empty();
+  job->stats.arena_bytes = arena_.size();
   lock.lock();
   try {
     if (has_device_bytes) begin_on_devices(lock, *job, streams);

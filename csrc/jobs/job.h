@@ -54,6 +54,7 @@ struct JobStats {
   uint64_t device_cached_bytes = 0;  // of them, through the cache of their device
   bool arena_pinned = false;  // device copies went to pinned memory
   std::string pin_failure;    // why not
+  uint64_t arena_bytes = 0;   // size of the arena when the job began
   uint64_t probed_bytes = 0;  // of devices, that were looked at in save(), and are the same in the file
   int changed_device = kHost;  // on which there were others
 };

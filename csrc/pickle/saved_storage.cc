@@ -271,7 +271,7 @@ class LazyRecords {
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
 py::tuple choose_kinds(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
                        const py::function& is_shared, Py_ssize_t eager_bytes, const std::vector<int>& devices,
-                       const py::bytearray& kinds) {
+                       bool lazy_on_devices, const py::bytearray& kinds) {
   const size_t count = records.size();
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
@@ -285,7 +285,8 @@ py::tuple choose_kinds(const py::list& records, const py::function& lazy_storage
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool on_host = devices.empty() || devices[i] < 0;
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
-    if ((record.nbytes > eager_bytes || !on_host) && kind == static_cast<char>(Source::kCopy) && laziness.take(record, on_host)) {
+    const bool may_be_lazy = on_host ? record.nbytes > eager_bytes : lazy_on_devices;
+    if (may_be_lazy && kind == static_cast<char>(Source::kCopy) && laziness.take(record, on_host)) {
       kind = static_cast<char>(Source::kLazy);
       lazy.append(py::handle(object));
     }
@@ -461,7 +462,8 @@ void bind_records(py::module_& module) {
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
              py::arg("version"), py::arg("backward_hooks"));
   module.def("choose_kinds", &choose_kinds, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
-             py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"), py::arg("kinds"));
+             py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"),
+             py::arg("lazy_on_devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
              py::arg("tensor_type"), py::arg("values"));

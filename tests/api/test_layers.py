@@ -11,6 +11,7 @@ from test_tidy import PUBLIC_MODULES
 PACKAGE_LAYERS = (
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
     {"device_check", "fence", "options", "state_dicts", "storage"},
+    {"device_modes"},
     {"coordinator", "directory", "loading", "plan"},
     {"formats", "restore"},
     {"saving"},

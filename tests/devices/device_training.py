@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fake_driver import FakeCuda, cuda, fake_library
 from support import close_engines
 
 import ckpt
+from ckpt import device_modes
 from ckpt import devices as torch_devices
 
 __all__ = ["cuda", "fake_library"]
@@ -78,6 +80,24 @@ class Training:
         address = tensor.untyped_storage().data_ptr()
         return next((device for storage, device in self.given if storage.data_ptr() == address), None)
 
+    def platform_of(self, device: int) -> tuple[str, int]:
+        return "9.0", 12
+
+    def synchronize_stream(self, device: int) -> None:
+        self.cuda.synchronize(device, self.streams[device])
+
+    def start_sums(self, spans: Sequence[torch_devices.Span], device: int) -> Callable[[float], list[int] | None]:
+        """What its kernels would find, when its stream comes to them."""
+        found: list[int] = []
+        done = threading.Event()
+
+        def look(_: Any) -> None:
+            found.extend(int(torch_devices.word_sum(*span)) for span in spans)
+            done.set()
+
+        self.cuda.call_on_stream(device, self.streams[device], look)
+        return lambda patience_s: found if done.wait(patience_s) else None
+
     def synchronize(self) -> None:
         for device, stream in self.streams.items():
             self.cuda.synchronize(device, stream)
@@ -88,6 +108,7 @@ def training(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch, native: Any) -> It
     close_engines()
     training = Training(cuda)
     monkeypatch.setattr(torch_devices, "in_use", training)
+    monkeypatch.setattr(device_modes, "_standings", {})
     yield training
     cuda.hold_copies(False)
     training.synchronize()

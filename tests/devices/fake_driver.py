@@ -10,8 +10,9 @@ import ctypes
 import os
 import subprocess
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +47,7 @@ class FakeCuda:
         self.is_strict = hasattr(self.cu, "fake_violations")
         if self.is_strict:
             self.cu.fake_violations.restype = ctypes.c_char_p
+        self._calls: list[Any] = []
         self._owned: dict[int, StorageWeakRef] = {}
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._streams: list[tuple[int, int]] = []
@@ -105,6 +107,14 @@ class FakeCuda:
         if told:
             self.learn()
         self.cu.fake_fill(device, ctypes.c_void_p(stream), ctypes.c_void_p(address), value, ctypes.c_size_t(length))
+
+    def call_on_stream(self, device: int, stream: int, call: Callable[[Any], None]) -> None:
+        """On the host, when the stream comes to it."""
+        function = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(call)
+        self._calls.append(function)
+        self.make_current(device)
+        self.call("cuLaunchHostFunc", ctypes.c_void_p(stream), function, None)
+        self.make_current(0)
 
     def own(self, device: int, storage: torch.UntypedStorage) -> None:
         """From now on it is an allocation of the device, which ends where it ends."""
