@@ -29,7 +29,7 @@ from bench.simulation.validate import validate
 STUDIES = ("published", "scale", "validate")
 
 WHY = """\
-paper: what DataStates-LLM measured. lazy: this library's rules with device_lazy=True. copied: without it (the default), save()
+paper: what DataStates-LLM measured. lazy: this library's rules with device_lazy=True. copied: with device_lazy=False, save()
 itself copies to the host.
 In the model the copies of a GPU (0.4 to 0.6 s) fit into forward and backward of every row, and five checkpoints fit through
 arena and links in time; so a lazy save costs no more than its planning (plan_s, measured with tensors on the host). The paper's

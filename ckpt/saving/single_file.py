@@ -41,8 +41,8 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     Raises:
         StorageError: the file cannot be created, or what is there is no regular file. Later errors are raised by `result()`,
             and logged.
-        DeviceError: with `Options.device_lazy`: the CUDA driver is missing or fails, or a current stream is being captured
-            into a graph. Later errors are the result's.
+        DeviceError: a current stream of a CUDA device is being captured into a graph; with `Options.device_lazy=True`, the
+            driver is missing or fails. Later errors are the result's.
         FailedSavesError, ClosedError: no more saves are taken.
         TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
     """

@@ -6,6 +6,7 @@ import concurrent.futures
 import importlib
 import logging
 import random
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import support
 import torch
 from device_training import Training, cuda, fake_library, state, training
+from places import ROOT
 from support import DEADLINE_S, assert_same, wait_until
 
 import ckpt
@@ -261,3 +263,11 @@ def test_the_sum_that_a_device_finds(low: int, nbytes: int) -> None:
     words = [bytes(content[at : at + 8].tolist()).ljust(8, b"\0") for at in range(low, nbytes + low, 8)]
     expected = sum(int.from_bytes(word, "little") for word in words) % (1 << 64)
     assert int(torch_devices.word_sum(content.untyped_storage(), low, nbytes)) % (1 << 64) == expected
+
+
+def test_the_table_of_known_devices() -> None:
+    """What docs/compatibility.md says is what is done."""
+    text = (ROOT / "docs" / "compatibility.md").read_text()
+    rows = re.findall(r"^\| (\d+\.\d+) \| (\d+) \| \d{4}-\d\d-\d\d \| \S", text, re.MULTILINE)
+    assert {(capability, int(major)) for capability, major in rows} == device_modes.KNOWN
+    assert "GPUs on which saving in the background" in text
