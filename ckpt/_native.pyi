@@ -50,6 +50,7 @@ class Engine:
         smallest_pinned_slab_bytes: int = ...,
         device_batches: bool = False,
         most_arena_bytes: int = 0,
+        device_rate: int = 0,
     ) -> None: ...
     def submit(
         self,

@@ -61,6 +61,8 @@ class Options:
         device_batches: copy many small tensors from a CUDA device by one call of the driver (cuMemcpyBatchAsync, up to 256),
             with device_lazy, where the driver is of 12.8 or newer; default False: a call for each tensor. Saves the host a
             few microseconds for each. Drivers are known that crash or hang over such calls: try it out before relying on it.
+        device_rate: bytes a second that leave each CUDA device in the background, at most; default 0: as many as the link
+            carries. For jobs whose network card shares that link with the GPU. What a fence waits for is not held back.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back
@@ -94,6 +96,7 @@ class Options:
     device_lazy: bool | str = "auto"
     device_cache: int | str = 0
     device_batches: bool = False
+    device_rate: int | str = 0
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -103,7 +106,7 @@ class Options:
     commit_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
-        for name in ("arena_bytes", "chunk_bytes", "eager_bytes", "device_cache"):
+        for name in ("arena_bytes", "chunk_bytes", "eager_bytes", "device_cache", "device_rate"):
             if name == "arena_bytes" and self.arena_bytes == AUTO:
                 continue
             object.__setattr__(self, name, parse_size(getattr(self, name), name))

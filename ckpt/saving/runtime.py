@@ -36,6 +36,7 @@ class Runtime:
             cuda_library=torch_devices.in_use.driver,
             device_cache_bytes=options.size("device_cache"),
             device_batches=options.device_batches,
+            device_rate=options.size("device_rate"),
         )
         if options.device_lazy and (devices := torch_devices.at_work()):
             self._open(devices, options.device_lazy)
@@ -130,7 +131,10 @@ def lease(options: Options) -> Runtime:
     Raises:
         ClosedError: the interpreter is shutting down.
     """
-    key = (options.arena_bytes, options.chunk_bytes, options.writers, options.device_cache, options.device_batches)
+    key = (
+        *(options.arena_bytes, options.chunk_bytes, options.writers),
+        *(options.device_cache, options.device_batches, options.device_rate),
+    )
     with _registry_lock:
         if _exiting:
             raise ClosedError("the interpreter is shutting down: pending saves have been drained, and no more are taken")

@@ -270,16 +270,18 @@ void bind_engine(py::module_& module) {
   py::class_<Engine, std::unique_ptr<Engine, EngineDeleter>>(module, "Engine")
       .def(py::init([](size_t arena_bytes, size_t chunk_bytes, int writers, const std::optional<std::string>& cuda_library,
                        size_t device_cache_bytes, size_t device_window_bytes, size_t pinned_slab_bytes,
-                       size_t smallest_pinned_slab_bytes, bool device_batches, size_t most_arena_bytes) {
+                       size_t smallest_pinned_slab_bytes, bool device_batches, size_t most_arena_bytes,
+                       size_t device_rate) {
              const EngineOptions options{arena_bytes, chunk_bytes, writers, cuda_library.value_or(""), device_cache_bytes,
-                                         device_window_bytes, pinned_slab_bytes, smallest_pinned_slab_bytes, device_batches, most_arena_bytes};
+                                         device_window_bytes, pinned_slab_bytes, smallest_pinned_slab_bytes, device_batches,
+                                         device_rate, most_arena_bytes};
              return std::unique_ptr<Engine, EngineDeleter>(new Engine(options));
            }),
            py::arg("arena_bytes"), py::arg("chunk_bytes"), py::arg("writers"), py::arg("cuda_library") = py::none(),
            py::arg("device_cache_bytes") = 0, py::arg("device_window_bytes") = EngineOptions().device_window_bytes,
            py::arg("pinned_slab_bytes") = EngineOptions().pinned_slab_bytes,
            py::arg("smallest_pinned_slab_bytes") = EngineOptions().smallest_pinned_slab_bytes, py::arg("device_batches") = false,
-           py::arg("most_arena_bytes") = 0)
+           py::arg("most_arena_bytes") = 0, py::arg("device_rate") = 0)
       .def("submit", &submit_file, py::kw_only(), py::arg("path"), py::arg("direct"), py::arg("archive"), py::arg("head"),
            py::arg("addresses"), py::arg("sizes"), py::arg("kinds"), py::arg("tail"), py::arg("copy_at_most"),
            py::arg("uniform_alignment"), py::arg("verify"), py::arg("timeout_s"),

@@ -52,7 +52,8 @@ Engine::Engine(const EngineOptions& options)
       monitor_(std::make_shared<Monitor>()), reserve_(arena_, chunk_bytes_),
       stager_(monitor_, arena_, reserve_,
               {chunk_bytes_, options.cuda_library, options.device_cache_bytes, options.device_window_bytes,
-               options.pinned_slab_bytes, options.smallest_pinned_slab_bytes, options.device_batches}) {
+               options.pinned_slab_bytes, options.smallest_pinned_slab_bytes, options.device_batches,
+               options.device_rate}) {
   try {
     start_threads(std::max(options.writers, 1));
   } catch (const std::system_error& error) {

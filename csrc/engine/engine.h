@@ -38,6 +38,7 @@ struct EngineOptions {
   size_t device_window_bytes = size_t{64} << 20;  // what one device has to copy in the background at once, at most
   size_t pinned_slab_bytes = size_t{1} << 30, smallest_pinned_slab_bytes = size_t{64} << 20;  // of the arena
   bool device_batches = false;  // many copies by one call of the driver, where it can
+  size_t device_rate = 0;  // bytes a second that leave each device while no fence waits, at most; 0: as many as can
   size_t most_arena_bytes = 0;  // to which it may grow; less than arena_bytes: it never does
 };
 

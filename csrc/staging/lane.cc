@@ -64,11 +64,15 @@ void Flight::take_off() {
 
 Lane::Lane(std::shared_ptr<Monitor> shared, std::shared_ptr<const cuda::Context> device, const LaneOptions& options)
     : monitor(std::move(shared)), context(std::move(device)), chunk_bytes(options.chunk_bytes),
-      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), events(std::make_shared<cuda::EventPool>(context)),
+      window_bytes(std::max(options.window_bytes, 2 * options.chunk_bytes)), rate(options.rate), events(std::make_shared<cuda::EventPool>(context)),
       cache(options.cache_bytes, options.chunk_bytes),
       in_batches(options.batches) {
   const cuda::Current current(*context);
   stream = std::make_unique<const cuda::Stream>(context);
+}
+
+void Lane::spend(size_t bytes) {
+  if (rate > 0) next_at = std::max(next_at, monotonic_seconds()) + static_cast<double>(bytes) / static_cast<double>(rate);
 }
 
 bool Lane::land(Lock& lock) {

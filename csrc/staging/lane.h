@@ -59,6 +59,7 @@ struct LaneOptions {
   size_t cache_bytes = 0;   // of its device, at most
   size_t window_bytes = 0;  // what it has in its stream while no fence waits, at most; two chunks at least
   bool batches = false;     // many copies by one call of the driver, where it can
+  size_t rate = 0;          // bytes a second that leave while no fence waits, at most; 0: as many as can
 };
 
 struct Lane {
@@ -71,6 +72,9 @@ struct Lane {
   // Whether its stream may be given more than such a flight, which it has not got yet, besides what fences wait for. Requires
   // the lock.
   bool window_open(const Flight& next) const;
+  // Whether it may give its stream something that no fence waits for, as far as the rate goes; and that it has. Require the lock.
+  bool in_time() const { return rate == 0 || monotonic_seconds() >= next_at; }
+  void spend(size_t bytes);
   // True if something has landed. Gives the lock up to ask the driver.
   bool land(Lock& lock);
 
@@ -84,7 +88,7 @@ struct Lane {
 
   const std::shared_ptr<Monitor> monitor;
   const std::shared_ptr<const cuda::Context> context;
-  const size_t chunk_bytes, window_bytes;
+  const size_t chunk_bytes, window_bytes, rate;
   const std::shared_ptr<cuda::EventPool> events;
   std::unique_ptr<const cuda::Stream> stream;
   DeviceCache cache;
@@ -92,6 +96,7 @@ struct Lane {
   // Guarded by the monitor's mutex:
   bool has_begun = false;  // a save has, of which the cache is to know: jobs that begin before another has ended may be one
   bool has_ended = true;   // a job has, since one has begun here
+  double next_at = 0;      // when the rate allows more
   size_t flying_bytes = 0, flying_copies = 0;  // lazy ones in its stream
   std::vector<std::shared_ptr<Flight>> flights;
   bool ready = false;            // its thread is in the context. One of this and the next comes to be

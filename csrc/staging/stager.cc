@@ -57,7 +57,7 @@ Lane& Stager::open_lane(int device) {
   }
   if (driver_ == nullptr) driver_ = std::make_shared<const cuda::Driver>(options_.driver);
   auto context = std::make_shared<const cuda::Context>(driver_, device);
-  const LaneOptions lane_options{options_.chunk_bytes, options_.cache_bytes, options_.window_bytes, options_.batches};
+  const LaneOptions lane_options{options_.chunk_bytes, options_.cache_bytes, options_.window_bytes, options_.batches, options_.rate};
   auto made = std::make_unique<Lane>(monitor_, std::move(context), lane_options);
   Lane& lane = *made;
   Lock lock(monitor_->mutex);
@@ -259,6 +259,8 @@ void Stager::carry(Lane& lane) {
       poll_s = std::min(2 * poll_s, kLongestPollS);
     } else if (stop_) {
       return;
+    } else if (!lane.in_time()) {
+      monitor_->changed.wait_for(lock, std::chrono::duration<double>(lane.next_at - monotonic_seconds()));
     } else if (lane.cache.size() > 0) {
       monitor_->changed.wait_for(lock, std::chrono::duration<double>(kLookS));
     } else {
@@ -281,7 +283,10 @@ void Stager::look_after_cache(Lock& lock, Lane& lane, double& next_look) {
 
 std::shared_ptr<Flight> Stager::claim(Lane& lane) {
   std::shared_ptr<Flight> flight = claim(lane, true);
-  return flight != nullptr ? flight : claim(lane, false);
+  if (flight != nullptr || !lane.in_time()) return flight;
+  flight = claim(lane, false);
+  if (flight != nullptr) lane.spend(flight->bytes);
+  return flight;
 }
 
 // What leaves next, of the oldest job for which there is any: some chunks, with one event behind their copies.

@@ -46,6 +46,7 @@ struct StagerOptions {
   size_t window_bytes = 0;  // what a lane has in its stream while no fence waits, at most; two chunks at least
   size_t slab_bytes = 0, smallest_slab_bytes = 0;  // of the arena, that are pinned at once; at most, and at least
   bool batches = false;  // as LaneOptions
+  size_t rate = 0;
 };
 
 class Stager {

@@ -83,3 +83,20 @@ def test_a_copy_that_fails_fails_all_of_its_save(make: Make, cuda: FakeCuda) -> 
         wait_until(lambda bad=bad: bad.job.finished)
         assert bad.job.error is not None and not bad.path.exists()
         save_all(rig)
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_a_rate_holds_back_what_no_fence_waits_for(make: Make, cuda: FakeCuda, fenced: bool) -> None:
+    """Within an hour, 64 KiB a second would bring no more than a beginning: a fence does not wait for that."""
+    rig = make(arena_bytes=64 * MIB, device_rate=64 * KIB)
+    saved = rig.save([40 * MIB], [LAZY], [0])
+    wait_until(lambda: cuda.count("copies that ended") > 0)
+    if fenced:
+        rig.engine.fence(rig.streams)
+        rig.overwrite(saved, LAZY)
+        rig.check(saved)
+    else:
+        time.sleep(0.1)
+        assert cuda.count("copies that ended") * 64 * KIB <= 17 * MIB and not saved.job.captured
+        rig.engine.fence(rig.streams)
+        rig.check(saved)

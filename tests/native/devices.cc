@@ -68,8 +68,10 @@ class Training {
     options.cuda_library = library_;
     if (!random_.one_in(3)) options.device_cache_bytes = size_t{1} << (18 + random_.up_to(3));
     options.device_batches = random_.one_in(2);
+    if (random_.one_in(4)) options.device_rate = size_t{1} << (22 + random_.up_to(4));
     options.smallest_pinned_slab_bytes = size_t{1} << (12 + random_.up_to(6));
     options.pinned_slab_bytes = size_t{1} << (16 + random_.up_to(3));
+    if (random_.one_in(2)) options.most_arena_bytes = size_t{1} << 21;
     options.device_window_bytes = random_.one_in(2) ? 0 : size_t{1} << (17 + random_.up_to(3));
     fly(options);
     end_weather();
@@ -106,7 +108,9 @@ class Training {
       Save save{directory_ + "/d" + std::to_string(next_file++) + "-", std::move(sample), nullptr};
       try {
         auto file = make_file(random, save.path, !random.one_in(4));
-        save.job = engine.submit(std::move(file), save.sample.spec, {random.one_in(4), random.one_in(2), random.one_in(4)}, kPatienceS, {}, streams_);
+        if (random.one_in(3)) engine.grow_arena(size_t{1} << (18 + random.up_to(3)));
+        const CaptureChecks checks{random.one_in(4), random.one_in(2), random.one_in(4)};
+        save.job = engine.submit(std::move(file), save.sample.spec, checks, kPatienceS, {}, streams_);
       } catch (const Error& error) {
         ++cancelled;
         expect(may_fail_, save.path + " was refused: " + error.what());
