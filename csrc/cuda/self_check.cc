@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstring>
+#include <iterator>
 #include <sstream>
 #include <thread>
 #include <utility>
@@ -16,7 +17,8 @@ constexpr size_t kBytes = size_t{4} << 20;
 constexpr size_t kSizes[] = {1, 63, 4097, kBytes - 1};
 constexpr size_t kDeviceOffset = 3, kHostOffset = 5;  // both odd
 constexpr size_t kRoom = kBytes + 4096;
-constexpr auto kPause = std::chrono::milliseconds(10);  // much longer than what it holds up takes
+// Much longer than what they hold up takes. Where all looks in order, a thread of the host may have come late: then the next.
+constexpr int kPausesMs[] = {10, 20, 40, 80, 160};
 constexpr auto kLook = std::chrono::microseconds(200);
 constexpr int kBefore = 0x11, kWritten = 0x5A, kAfter = 0xC3;
 constexpr int kMemoryType = 2, kDeviceOrdinal = 9;             // CU_POINTER_ATTRIBUTE_...
@@ -29,7 +31,7 @@ struct Finding {
   std::string reason;
 };
 
-void pause(void*) { std::this_thread::sleep_for(kPause); }
+void pause(void* of) { std::this_thread::sleep_for(std::chrono::milliseconds(*static_cast<const int*>(of))); }
 
 // All that the device may still be reading and writing when the time is over.
 struct Scratch {
@@ -57,8 +59,12 @@ class Check {
       if (!write_after_read(stream, true)) fail("a write overtook a copy that it had to wait for", name);
     }
     // If streams wait for each other anyway, or the work takes no time, nothing was shown.
-    if (read_after_write(nullptr, false)) doubt("copies wait for writes on other streams unasked");
-    if (write_after_read(nullptr, false)) doubt("writes wait for copies on other streams unasked");
+    const auto never_torn = [&](bool (Check::*without_wait)(StreamHandle, bool, const int&) const) {
+      return std::all_of(std::begin(kPausesMs), std::end(kPausesMs),
+                         [&](const int& pause_ms) { return (this->*without_wait)(nullptr, false, pause_ms); });
+    };
+    if (never_torn(&Check::read_after_write)) doubt("copies wait for writes on other streams unasked");
+    if (never_torn(&Check::write_after_read)) doubt("writes wait for copies on other streams unasked");
     for (const size_t size : kSizes) {
       if (!there_and_back(size)) fail("a copy of " + std::to_string(size) + " bytes brought others", "the copying stream");
     }
@@ -95,8 +101,8 @@ class Check {
     }
   }
 
-  void hold_up(StreamHandle stream) const {
-    context_->check(table().launch_host_func(stream, pause, nullptr), "cuLaunchHostFunc");
+  void hold_up(StreamHandle stream, const int& pause_ms) const {
+    context_->check(table().launch_host_func(stream, pause, const_cast<int*>(&pause_ms)), "cuLaunchHostFunc");
   }
   void fill(StreamHandle stream, int value) const {
     context_->check(table().memset_async(device(), static_cast<unsigned char>(value), kBytes, stream), "cuMemsetD8Async");
@@ -120,10 +126,10 @@ class Check {
   }
 
   // Whether the copy has brought what was written, and nothing else.
-  bool read_after_write(StreamHandle stream, bool ordered) const {
+  bool read_after_write(StreamHandle stream, bool ordered, const int& pause_ms = kPausesMs[0]) const {
     fill(stream, kBefore);
     finish(stream);
-    hold_up(stream);
+    hold_up(stream, pause_ms);
     fill(stream, kWritten);
     scratch_->written.record(stream);
     if (ordered) scratch_->written.hold_back(scratch_->copying.get());
@@ -135,10 +141,10 @@ class Check {
   }
 
   // Whether the copy has brought nothing of what was written behind it.
-  bool write_after_read(StreamHandle stream, bool ordered) const {
+  bool write_after_read(StreamHandle stream, bool ordered, const int& pause_ms = kPausesMs[0]) const {
     fill(stream, kWritten);
     finish(stream);
-    hold_up(scratch_->copying.get());
+    hold_up(scratch_->copying.get(), pause_ms);
     copy_to_host();
     scratch_->copied.record(scratch_->copying.get());
     if (ordered) scratch_->copied.hold_back(stream);

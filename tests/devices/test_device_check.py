@@ -42,7 +42,9 @@ def test_waits_that_do_not_work(delayed: FakeCuda) -> None:
     delayed.set_order("without waits")
     found = only(check_devices(timeout_s=60))
     assert (found.device, found.verdict) == (0, "failed")
-    assert found.reason == "a copy overtook a write that it had to wait for, on the default stream"
+    first = "a copy overtook a write that it had to wait for, on the default stream"
+    second = "a write overtook a copy that it had to wait for, on the default stream"  # first, if a thread came late
+    assert found.reason in (first, second)
 
 
 def test_streams_that_wait_for_each_other_anyway(delayed: FakeCuda) -> None:
