@@ -15,9 +15,10 @@ import ckpt
 from bench.gpu.device import Device, Watch
 from bench.gpu.rivals import DCP, TORCH
 from bench.gpu.setup import Bench, check_file, same_bytes, tensors_of
+from bench.measure.direct_reads import DirectReads, write_direct
 from bench.measure.disk_pages import forget_pages
 from bench.measure.report import Bar, Report
-from bench.measure.sampling import GIB, MIB, Samples, Side, Values, clock, column, interleave
+from bench.measure.sampling import GIB, MIB, Samples, Settings, Side, Values, clock, column, interleave
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.restore import best_limits, fio_rate
 
@@ -31,20 +32,34 @@ HOW = (
 )
 HOW_MEMORY = "of the host, over what was taken before the call: resident set, looked at every 10 ms"
 HOW_LINK = "one pinned block of at most 2 GiB, copied to the device as often as the state is larger: by events on the device"
-HOW_DISK = "as fio reports it: direct reads of a file of at most 2 GiB"
+HOW_DISK = "direct reads of a file of at most 2 GiB: as fio reports it, or by the clock of the loop that stands in for fio"
+THREADS, BLOCK_BYTES = (1, 4), 4 * MIB  # of that loop
 
 
 def measure_restore(bench: Bench, directory: Path, report: Report) -> None:
     """How long until the state is on the device again."""
     settings = bench.settings
     looked_at = min(bench.nbytes, LOOKED_AT_BYTES)
-    limits = best_limits(settings, directory / "limit", looked_at) if settings.fio_grid else {}
+    limits = disk_limits(settings, directory / "limit", looked_at)
     ways = ways_of(bench, directory)
     sides = [Side(name, partial(restore, bench, path, load)) for name, (path, load) in ways.items()]
-    sides += [Side(name, partial(fio_rate, config, directory / "limit", looked_at)) for name, config in limits.items()]
+    sides += [Side(name, measure) for name, measure in limits.items()]
     sides += [Side(LINK, partial(bench.pinned_rate, to_device=True))]
     samples = interleave(sides, settings.rounds_or(3), settings.settle)
     add_restore(bench, report, samples, list(ways), list(limits))
+
+
+def disk_limits(settings: Settings, path: Path, nbytes: int) -> dict[str, Callable[[], Values]]:
+    """By name what measures a limit for reading the disk: by fio, or, without it, by a loop of this program."""
+    if settings.fio_grid:
+        return {name: partial(fio_rate, each, path, nbytes) for name, each in best_limits(settings, path, nbytes).items()}
+    write_direct(path, nbytes)
+    loops = [DirectReads(path, nbytes, threads, BLOCK_BYTES) for threads in THREADS]
+    return {loop.name: partial(loop_rate, loop) for loop in loops}
+
+
+def loop_rate(loop: DirectReads) -> Values:
+    return {"rate_GBps": loop.run() / 1e9}
 
 
 def ways_of(bench: Bench, directory: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:

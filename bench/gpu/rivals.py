@@ -133,18 +133,21 @@ class DataStates(Rival):
 # ---- which there are -------------------------------------------------------------------------------------------------
 
 
-def pinned_stager(device: Device, nbytes: int, in_background: bool) -> Any:
+def pinned_stager(device: Device, nbytes: int, in_background: bool, shared: bool = True) -> Any:
     """DCP's stager with its fastest options; without a GPU, those of them that work.
+
+    Args:
+        shared: with another process, which writes.
 
     Raises:
         OSError: shared memory has no room for the copy; filling it all the same would kill the process.
     """
     free = shutil.disk_usage(SHARED_MEMORY).free
-    if free < nbytes:
+    if shared and free < nbytes:
         raise OSError(f"{SHARED_MEMORY} has {free / GIB:.1f} GiB free, and the copy of the state needs {nbytes / GIB:.1f}")
     gpu = not device.stand_in
     options = staging.StagingOptions(
-        use_pinned_memory=gpu, use_shared_memory=True, use_async_staging=in_background, use_non_blocking_copy=gpu
+        use_pinned_memory=gpu, use_shared_memory=shared, use_async_staging=in_background, use_non_blocking_copy=gpu
     )
     return staging.DefaultStager(options)
 
@@ -152,16 +155,19 @@ def pinned_stager(device: Device, nbytes: int, in_background: bool) -> Any:
 def make_rivals(device: Device, nbytes: int, directory: Path) -> list[Rival]:
     """Each in a directory of its own, where it keeps nothing."""
 
-    def stager(in_background: bool) -> Callable[[], Any]:
-        return lambda: pinned_stager(device, nbytes, in_background)
+    def stager(in_background: bool, shared: bool = True) -> Callable[[], Any]:
+        return lambda: pinned_stager(device, nbytes, in_background, shared)
 
     thread, process = AsyncCheckpointerType.THREAD, AsyncCheckpointerType.PROCESS
     pinned, background = f"{DCP_ASYNC}, process, pinned", f"{DCP_ASYNC}, process, pinned, staged in background"
+    by_thread = f"{DCP_ASYNC}, thread, pinned, staged in background"
     cached = "pinned and shared staging memory that is kept"
+    own = "pinned staging memory that is kept, filled by a thread"
     return [
         TorchSave(directory / "torch", keep=0),
         DcpSaveInGroup(directory / "dcp", keep=0),
         DcpAsyncInGroup(directory / "dcp-thread", DCP_ASYNC, thread, None, "its defaults"),
+        DcpAsyncInGroup(directory / "dcp-pinned", by_thread, thread, stager(True, shared=False), own),
         DcpAsyncInGroup(directory / "dcp-process", pinned, process, stager(False), cached),
         DcpAsyncInGroup(directory / "dcp-background", background, process, stager(True), f"{cached}, filled by a thread"),
         DataStates(directory / "datastates", nbytes),

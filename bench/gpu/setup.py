@@ -23,7 +23,7 @@ from bench.workloads.training import bytes_of
 PARAMETERS = 1_000_000_000
 PINNED_BYTES = 2 * GIB  # of the block that is copied to when the limit is looked for
 ARENA_OVER_STATE = 1.02  # headers and the ends of chunks need a little
-OURS = "ckpt"
+OURS, DEFAULT_ARENA = "ckpt", "ckpt, default arena"
 
 
 class Bench:
@@ -47,12 +47,13 @@ class Bench:
         return not self.settings.rivals or any(part in name for part in self.settings.rivals)
 
     def variants(self) -> dict[str, ckpt.Options]:
-        """ckpt with room for the whole state in its arena; with less; and with a cache on the device besides."""
+        """ckpt with room for the whole state in its arena; with the default; with less, and a cache on the device besides."""
         full = math.ceil(ARENA_OVER_STATE * self.nbytes) + 64 * MIB
         small = max(MIB, self.nbytes // 4)
         full_options = ckpt.Options(device_lazy=True, arena_bytes=full)
         found = {
             OURS: full_options,
+            DEFAULT_ARENA: ckpt.Options(device_lazy=True),
             "ckpt, small arena": ckpt.Options(device_lazy=True, arena_bytes=small),
         }
         cache = max(self.nbytes // 2, 4 * full_options.size("chunk_bytes"))
@@ -100,7 +101,7 @@ def used(rival: CkptFile) -> dict[str, Any]:
     """What a reader must know of it."""
     options = rival.options
     cache = getattr(options, "device_cache", None)
-    return {"arena_bytes": options.size("arena_bytes"), "arena_pinned": rival.arena_pinned, "device_cache": cache}
+    return {"arena_bytes": options.arena_bytes, "arena_pinned": rival.arena_pinned, "device_cache": cache}
 
 
 def medians_of(stats: Sequence[ckpt.SaveStats]) -> Values:

@@ -26,8 +26,13 @@ pytestmark = pytest.mark.slow
 __all__ = ["fake_library"]
 
 GPU = "gpu, STAND-IN"
-SAVERS = {"ckpt", "ckpt, small arena", "torch.save + fsync", "DCP save", "DCP async_save"}
-ASYNC = ("DCP async_save", "DCP async_save, process, pinned", "DCP async_save, process, pinned, staged in background")
+SAVERS = {"ckpt", "ckpt, default arena", "ckpt, small arena", "torch.save + fsync", "DCP save", "DCP async_save"}
+ASYNC = (
+    "DCP async_save",
+    "DCP async_save, thread, pinned, staged in background",
+    "DCP async_save, process, pinned",
+    "DCP async_save, process, pinned, staged in background",
+)
 ROUNDS = 2
 
 # As an engine that works once, and then ends the program where it should raise.
@@ -89,6 +94,8 @@ def test_every_bar_is_there(lines: list[Line]) -> None:
         ("ckpt / pinned limit", "ratio"): ">= 0.95",
         ("ckpt", "blocked_s"): "<= 0.005",
         ("ckpt every iteration / no saving", "ratio"): "<= 1.02",
+        ("ckpt.load / min(disk, link)", "ratio"): ">= 0.9",
+        ("ckpt.load_into / min(disk, link)", "ratio"): ">= 0.9",
     }
     expected |= {(f"ckpt / {name}, blocked", "ratio"): "<= 0.05" for name in ASYNC if name in ran}
     assert {(line["case"], line["quantity"]): line["bar"] for line in lines if line["bar"]} == expected
@@ -121,6 +128,7 @@ def test_our_saves_come_from_the_device(lines: list[Line]) -> None:
         )
         assert detail["first_save_s"] > 0
         assert detail["arena_pinned"] is True
+    assert only(lines, GPU, "ckpt, default arena", "blocked_s")["detail"]["arena_bytes"] == ckpt.Options().arena_bytes
     small, full = (only(lines, GPU, case, "blocked_s")["detail"]["arena_bytes"] for case in ("ckpt, small arena", "ckpt"))
     assert small < lines[0]["bytes"] < full
     arena_MiB = full / (1 << 20)
@@ -173,6 +181,15 @@ def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     assert [line for line in done.stdout.splitlines() if line.startswith("{")] == []
 
 
+def test_without_fio_the_disk_is_read_by_a_loop(lines: list[Line]) -> None:
+    loops = {line["case"]: line["value"] for line in lines if line["case"].startswith("own loop of reads, ")}
+    assert len(loops) == 2 and all(rate > 0 for rate in loops.values())
+    assert only(lines, GPU, "ckpt.load / min(disk, link)", "ratio")["how"].partition("lower one is ")[2] in {
+        *loops,
+        "pinned limit, to the device",
+    }
+
+
 # ---- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -213,7 +230,7 @@ def test_the_device_cache_is_measured_where_there_is_one(monkeypatch: pytest.Mon
     bench: Any = SimpleNamespace(nbytes=64 << 20, chosen=lambda name: True)
     monkeypatch.setattr(ckpt, "Options", Cached)
     cached: dict[str, Any] = Bench.variants(bench)
-    assert [options.size("device_cache") for options in cached.values()] == [0, 0, 32 << 20]
+    assert [options.size("device_cache") for options in cached.values()] == [0, 0, 0, 32 << 20]
     assert all(options.device_lazy for options in cached.values())
     bench.chosen = lambda name: False
     assert list(Bench.variants(bench)) == ["ckpt"], "which is always measured"
