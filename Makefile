@@ -14,6 +14,8 @@ VENV   := .venv-torch$(TORCH)-python$(shell $(PYTHON) -c 'import sys; print("%d.
 PINS   := $(VENV)/constraints.txt
 EXTRAS := '.[dev,demo]' simpy
 endif
+# Where else builds of torch are, for instance https://download.pytorch.org/whl/cu130; by default your pip configuration decides.
+TORCH_INDEX ?=
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 ARGS   ?=
@@ -27,13 +29,14 @@ NATIVE_STAMP := $(VENV)/.stamp-native
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench asan tsan wheel clean distclean
+.PHONY: help setup demo test lint bench gpu report-gpu asan tsan wheel clean distclean
 
 help:
 	@echo "make demo    train a small model, kill it, resume it, compare with torch.save"
 	@echo "make test    run the tests           (make test ARGS='-k fence -x'; with another torch: TORCH=2.15.0)"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   run the benchmarks      (make bench ARGS=...)"
+	@echo "make gpu     on a machine with an NVIDIA GPU: all checks and benchmarks that need one, in 20 minutes"
 	@echo "make asan    native stress program under the address and undefined-behaviour sanitizers"
 	@echo "make tsan    the same under the thread sanitizer"
 	@echo "make wheel   build a release wheel into dist/"
@@ -51,6 +54,14 @@ test: $(NATIVE_STAMP)
 bench: $(NATIVE_STAMP)
 	$(PY) -m bench.run $(ARGS)
 
+# With an environment of its own, because its torch must be built for CUDA. Without a GPU nothing is installed.
+gpu:
+	$(if $(shell command -v nvidia-smi),,$(error make gpu needs a machine with an NVIDIA GPU and its driver, and finds no nvidia-smi here))
+	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS='. numpy pytest' report-gpu
+
+report-gpu: $(NATIVE_STAMP)
+	$(PY) -m bench.gpu_report.run $(ARGS)
+
 lint: $(PYTHON_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
@@ -66,7 +77,7 @@ clean:
 	find ckpt integrations tests examples bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf .venv .venv-torch*
+	rm -rf .venv .venv-torch* .venv-gpu
 
 # ---- environment -----------------------------------------------------------------------------------------------------
 
@@ -102,8 +113,8 @@ $(PYTHON_STAMP): constraints.txt pyproject.toml setup.py
 	@if ! $(PY) -m pip --version >/dev/null 2>&1; then $(CHECK_PYTHON); echo "Creating $(VENV)"; $(PYTHON) -m venv $(VENV); fi
 	@$(CHECK_PYTHON_HEADERS)
 	@$(LIFT_PINS)
-	@echo "Installing torch==$(TORCH) and the development tools into $(VENV) (once)"
-	$(PIP) install -q -c $(PINS) torch==$(TORCH)
+	@echo "Installing torch==$(TORCH) and what else is needed into $(VENV) (once)"
+	$(PIP) install -q -c $(PINS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(PIP) install -q -c $(PINS) setuptools wheel pybind11
 	LAZYCKPT_BUILD=dev $(PIP) install -q -c $(PINS) --no-build-isolation -e $(EXTRAS)
 	@touch $@

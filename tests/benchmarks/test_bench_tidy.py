@@ -11,6 +11,7 @@ LAYERS = (
     {"rivals"},
     {"workloads"},
     {"gpu", "deepspeed_engines", "scaling", "simulation"},
+    {"gpu_report"},
     {"plot", "run"},
 )
 
