@@ -112,6 +112,8 @@ class DataStates(Rival):
         if self._engine is None:
             import datastates
 
+            if not hasattr(datastates, "CheckpointEngine"):
+                raise ImportError("this datastates is too old: it cannot say when a checkpoint is on the disk")
             self._engine = datastates.CheckpointEngine(self._config, 0)
         self._unfinished = True
         self._engine.save(state, str(path))

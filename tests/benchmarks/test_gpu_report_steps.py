@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from places import ROOT
 from support import patience
 
 from bench.gpu_report.findings import FAIL, INCONCLUSIVE, PASS, SKIPPED, Findings, read
+from bench.gpu_report.plan import ALLOCATORS
 from bench.gpu_report.steps import device_suite, facts, full_memory, latency, sanitized, save_and_restore
 
 DEADLINE_S = patience(120.0)
@@ -209,6 +211,48 @@ def test_memory_is_judged_by_the_training_alone() -> None:
     assert judged(device_growth_bytes=None, host_growth_bytes=None) == INCONCLUSIVE
     both = {"out_of_memory": 2}
     assert full_memory.judge("saves", alone | both, alone | both)[0] == INCONCLUSIVE
+
+
+def test_allocations_that_fail_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(stand_in=True, torch_device=torch.device("cpu"), synchronize=lambda: None)
+    ballast = full_memory.Ballast(device, 200 * MIB)
+    assert ballast.nbytes == 128 * MIB, "pieces of 2 MiB"
+    ballast.in_and_out()
+    assert ballast.failures == 0
+    real, taken = torch.empty, []
+
+    def scarce(nbytes: int, **how: Any) -> torch.Tensor:
+        taken.append(nbytes)
+        if len(taken) == 5:
+            raise torch.OutOfMemoryError("on purpose")
+        return real(nbytes, **how)
+
+    monkeypatch.setattr(torch, "empty", scarce)
+    ballast.in_and_out()
+    assert (ballast.failures, len(taken)) == (1, 5)
+
+
+def test_facts_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    properties = SimpleNamespace(name="a GPU", major=9, minor=0, uuid="u")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (70, 80))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = facts.of_torch()
+    assert (found["gpu"], found["compute_capability"], found["gpus"]) == ("a GPU", "9.0", 2)
+    assert (found["gpu_free_bytes"], found["gpu_memory_bytes"]) == (70, 80)
+
+
+@pytest.mark.parametrize("backend", ["cudaMallocAsync", "native"])
+def test_an_allocator_that_torch_has_not_taken_proves_nothing(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: backend)
+    monkeypatch.setattr(torch.cuda, "memory_snapshot", lambda: [{"is_expandable": backend != "native"}])
+    device: Any = SimpleNamespace(stand_in=False)
+    for wanted in ALLOCATORS.values():
+        save_and_restore.check_allocator(Findings(tmp_path / "out"), wanted, device)
+    expected = INCONCLUSIVE if backend == "native" else PASS
+    assert list(verdicts(read(tmp_path / "out")).values()) == [expected] * 2
 
 
 def test_growth_is_seen_between_quarters() -> None:

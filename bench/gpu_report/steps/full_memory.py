@@ -29,11 +29,12 @@ WAYS = {"alone": "training alone", "saves": "with saves", "cache": "with saves a
 SECONDS = 25.0  # of each way
 MOST_PARAMETERS, STAND_IN_PARAMETERS = 100_000_000, 300_000
 LEFT_BYTES = 256 * MIB  # of the device, when it is filled: less would be a matter of the driver's own small needs
-PIECES = 64  # of the device's memory, in which it is filled
+PIECES, ALIGNED = 64, 2 * MIB  # in which the device is filled; torch takes large blocks in multiples of the latter
 SLOWLY = 0.3  # of them come with a pause, as a training grows: within seconds, not at once
 PAUSE_S = 0.05
 CACHE_SHARE = 8  # of the device's memory
-STAND_IN_TOTAL = GIB // 2
+STAND_IN_BYTES, STAND_IN_TOTAL = 128 * MIB, GIB // 2
+QUIET = 6  # iterations at first that do not fill it: their fences come early, and find a cache; then it must be given back
 FLAT_DEVICE_BYTES, FLAT_HOST_BYTES = 64 * MIB, 128 * MIB
 FEWEST = 6  # iterations, below which nothing is said about growth
 CHILD_SLACK_S = 60.0
@@ -43,31 +44,31 @@ class Ballast:
     """What the training needs beside its state for a moment: blocks of the device, each written to.
 
     Attributes:
+        nbytes: of all of them.
         failures: allocations that failed for want of memory.
     """
 
     def __init__(self, device: Device, nbytes: int | None) -> None:
         self.failures = 0
         self._device = device
-        total = STAND_IN_TOTAL if device.stand_in else torch.cuda.mem_get_info(device.torch_device)[1]
-        self._piece = total // PIECES
-        self.nbytes = self._room() if nbytes is None else nbytes
+        room = self._room() if nbytes is None else nbytes
+        self._piece = room // PIECES // ALIGNED * ALIGNED
+        self.nbytes = PIECES * self._piece
 
     def _room(self) -> int:
-        """All that is free, but a little; whole pieces."""
+        """All that is free, but a little."""
         if self._device.stand_in:
-            return STAND_IN_TOTAL // 4 // self._piece * self._piece
+            return STAND_IN_BYTES
         torch.cuda.empty_cache()
         free, _ = torch.cuda.mem_get_info(self._device.torch_device)
-        return max(0, free - LEFT_BYTES) // self._piece * self._piece
+        return max(0, free - LEFT_BYTES)
 
     def in_and_out(self) -> None:
         blocks = []
-        count = self.nbytes // self._piece
         try:
-            for number in range(count):
-                if number >= (1 - SLOWLY) * count:
-                    time.sleep(0.0 if self._device.stand_in else PAUSE_S)
+            for number in range(PIECES):
+                if number >= (1 - SLOWLY) * PIECES and not self._device.stand_in:
+                    time.sleep(PAUSE_S)
                 blocks.append(torch.empty(self._piece, dtype=torch.uint8, device=self._device.torch_device))
                 blocks[-1].fill_(number)
         except torch.OutOfMemoryError:
@@ -91,7 +92,7 @@ def child(device: Device, way: str, seconds: float, nbytes: int | None, director
                 cached_bytes.append(pending.stats.device_cached_bytes)
             pending = ckpt.save(trainer.state(), directory / f"{number % 2}.pt", lazy=trainer.model, options=options)
         trainer.forward_backward()
-        if number % 3:  # without it the fence comes early, and finds what has not left yet
+        if number >= QUIET:
             ballast.in_and_out()
         if number % 2 and not device.stand_in:
             torch.cuda.empty_cache()
