@@ -57,7 +57,7 @@ bench: $(NATIVE_STAMP)
 # With an environment of its own, because its torch must be built for CUDA. Without a GPU nothing is installed.
 gpu:
 	$(if $(shell command -v nvidia-smi),,$(error make gpu needs a machine with an NVIDIA GPU and its driver, and finds no nvidia-smi here))
-	@$(MAKE) --no-print-directory VENV=.venv-gpu EXTRAS='. numpy pytest' report-gpu
+	@$(MAKE) --no-print-directory VENV=.venv-gpu$(if $(filter-out $(PINNED),$(TORCH)),-torch$(TORCH)) EXTRAS='. numpy pytest' report-gpu
 
 report-gpu: $(NATIVE_STAMP)
 	$(PY) -m bench.gpu_report.run $(ARGS)
@@ -77,7 +77,7 @@ clean:
 	find ckpt integrations tests examples bench -name __pycache__ -prune -exec rm -rf {} + 2>/dev/null || true
 
 distclean: clean
-	rm -rf .venv .venv-torch* .venv-gpu
+	rm -rf .venv .venv-torch* .venv-gpu*
 
 # ---- environment -----------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ LONGEST = (
     "test_example_ranks.py",
     "test_bench_rivals.py",
     "test_bench_gpu.py",
+    "test_gpu_report_steps.py",
     "test_bench_scaling.py",
     "test_bench_simulate.py",
     "test_deepspeed_files.py",

@@ -68,17 +68,17 @@ def choose(facts: Mapping[str, Any], left_s: float) -> Size:
 
 
 def lacks(facts: Mapping[str, Any], state: float) -> str:
-    """What a state of so many bytes has no room for; what is not known is taken to suffice for the smallest scales only."""
-    host = min(
-        facts.get("memory_available_bytes") or 0,
-        facts.get("cgroup_memory_bytes") or facts.get("memory_available_bytes") or 0,
-    )
+    """What a state of so many bytes has no room for, or may have none because nothing is known of it."""
+    available, group = facts.get("memory_available_bytes"), facts.get("cgroup_memory_bytes")
+    host = min(available, group) if available and group else available
     needs = {
-        "memory of the GPU": (facts.get("gpu_free_bytes", 0), DEVICE_TIMES * state + DEVICE_BASE_BYTES),
+        "memory of the GPU": (facts.get("gpu_free_bytes"), DEVICE_TIMES * state + DEVICE_BASE_BYTES),
         "memory of the host": (host, HOST_TIMES * state + HOST_BASE_BYTES),
-        "room on the disk": (facts.get("disk_free_bytes", 0), DISK_TIMES * state),
+        "room on the disk": (facts.get("disk_free_bytes"), DISK_TIMES * state),
     }
     for name, (there, needed) in needs.items():
+        if there is None:
+            return f"it is not known how much {name} there is"
         if there < needed:
             return f"{needed / 1e9:.0f} GB of {name} are needed at the next larger scale, and {there / 1e9:.0f} GB are there"
     return ""

@@ -196,6 +196,7 @@ def test_what_is_scarce_makes_it_smaller(lack: dict[str, Any], why: str) -> None
 
 def test_without_facts_or_time_it_is_as_small_as_can_be() -> None:
     assert choose({}, 1000.0).scale == choose(ROOMY, 0.0).scale == 0.002
+    assert choose({}, 1000.0).why == "it is not known how much memory of the GPU there is"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from fake_driver import fake_library
 from places import ROOT
 from support import patience
 
+import ckpt
 from bench.gpu_report.findings import FAIL, INCONCLUSIVE, PASS, SKIPPED, Findings, read
 from bench.gpu_report.plan import ALLOCATORS
 from bench.gpu_report.steps import device_suite, facts, full_memory, latency, sanitized, save_and_restore
@@ -181,6 +182,19 @@ def test_all_of_it(tmp_path: Path, fake_library: Path) -> None:
     page = page_path.read_text()
     assert "580.65.06" in page and "stood in" in page and "not measured" not in page
     assert os.listdir(tmp_path / "place") == []
+
+
+def test_the_short_program_finds_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device: Any = SimpleNamespace(torch_device=torch.device("cpu"), map_location="cpu", synchronize=lambda: None, stand_in=True)
+    weights = torch.zeros(4 * MIB)
+    step: Any = SimpleNamespace(state=lambda: {"a": weights}, model=False, forward_backward=int, step=int)
+    assert save_and_restore.save_every_iteration(step, device, tmp_path / "good", 8 * MIB) == save_and_restore.SAVES
+    with pytest.raises(AssertionError, match="tensor 0, loaded to the device, is not what it was"):
+        save_and_restore.check_loaded({"a": weights + 1}, [weights])
+    save = ckpt.save
+    monkeypatch.setattr(ckpt, "save", lambda state, *rest, **how: save({"a": state["a"] + 1}, *rest, **how))
+    with pytest.raises(AssertionError, match=r"tensor 0 of .* is not what it was when it was saved"):
+        save_and_restore.save_every_iteration(step, device, tmp_path / "bad", 8 * MIB)
 
 
 # ---- what they make of what they see ---------------------------------------------------------------------------------
