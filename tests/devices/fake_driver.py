@@ -49,6 +49,7 @@ class FakeCuda:
             self.cu.fake_violations.restype = ctypes.c_char_p
         self._calls: list[Any] = []
         self._owned: dict[int, StorageWeakRef] = {}
+        self._told: set[int] = set()  # where allocations begin that a test has told of
         self._contexts: dict[int, ctypes.c_void_p] = {}
         self._streams: list[tuple[int, int]] = []
         self.before: dict[str, int] = {}
@@ -122,6 +123,8 @@ class FakeCuda:
         known = self._owned.get(address)
         if not self.is_strict or device < 0 or not size or (known is not None and not known.expired()):
             return
+        if any(address <= begin < address + size for begin in self._told):
+            return
         self._owned[address] = StorageWeakRef(storage)
         self.cu.fake_declare(device, ctypes.c_void_p(address), ctypes.c_size_t(size))
 
@@ -172,7 +175,13 @@ class FakeCuda:
 
     def allocated(self, address: int, length: int) -> None:
         """Memory of the training is one allocation of a device from now on, over whose ends no copy goes; 0 bytes: no more."""
-        self.cu.fake_allocated(ctypes.c_void_p(address), ctypes.c_uint64(length))
+        if not self.is_strict:
+            self.cu.fake_allocated(ctypes.c_void_p(address), ctypes.c_uint64(length))
+        elif length:
+            self._told.add(address)
+            self.cu.fake_declare(0, ctypes.c_void_p(address), ctypes.c_size_t(length))
+        else:
+            self._told.discard(address)
 
     def limit_pinning(self, *, at_once: int = UNLIMITED, altogether: int = UNLIMITED) -> None:
         """Host memory, bytes: more is refused."""

@@ -8,12 +8,20 @@ from typing import Any
 import pytest
 import torch
 from device_training import Training, cuda, fake_library, training
-from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, FakeCuda
+from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, FakeCuda, both_drivers
 
 import ckpt
 from ckpt.device_check import DeviceCheck, check_devices
 
 __all__ = ["cuda", "fake_library", "training"]
+pytestmark = both_drivers
+
+
+def assert_raced(cuda: FakeCuda, checks: int) -> None:
+    """A check lets a copy and a write race, each with the other: what must go wrong. Nothing else may."""
+    found = cuda.violations()
+    assert len(found) == (2 * checks if cuda.is_strict else 0), found
+    assert all("race" in each and "cuMemsetD8Async" in each and "cuMemcpyDtoHAsync" in each for each in found)
 
 
 @pytest.fixture(params=[0.0, 0.003], ids=["prompt", "late"])
@@ -35,6 +43,7 @@ def test_a_device_that_keeps_order(delayed: FakeCuda) -> None:
             (0, "passed", ""),
             (1, "passed", ""),
         ]
+        assert_raced(delayed, 2)
     assert delayed.alive() == before
 
 
@@ -52,6 +61,7 @@ def test_streams_that_wait_for_each_other_anyway(delayed: FakeCuda) -> None:
     delayed.set_order("one queue")
     found = only(check_devices(timeout_s=60))
     assert found.verdict == "inconclusive" and "so nothing shows that waiting for an event works" in found.reason
+    delayed.violations()  # of the one that was found, or of both
 
 
 @pytest.mark.usefixtures("training")
@@ -73,6 +83,8 @@ def test_a_call_that_is_refused(call: str, cuda: FakeCuda) -> None:
     cuda.fail(call, skip=1)
     found = only(check_devices(timeout_s=60))
     assert found.verdict == "failed" and "CUDA_ERROR_ILLEGAL_ADDRESS" in found.reason
+    if call == "cuMemcpyHtoDAsync":
+        assert_raced(cuda, 1)
     cuda.before = {**cuda.alive()}  # it may be in use
 
 
@@ -98,10 +110,11 @@ def test_no_memory(call: str, reason: str, cuda: FakeCuda) -> None:
 @pytest.mark.usefixtures("training")
 def test_while_a_graph_is_captured(cuda: FakeCuda) -> None:
     before = cuda.alive()
-    cuda.set_capturing(0, DEFAULT_STREAM, True)
+    stream = cuda.stream(0) if cuda.is_strict else DEFAULT_STREAM  # which cannot be captured itself, but for the other stand-in
+    cuda.set_capturing(0, stream, True)
     found = only(check_devices(timeout_s=60))
     assert (found.verdict, found.reason) == ("inconclusive", "a graph is being captured")
-    cuda.set_capturing(0, DEFAULT_STREAM, False)
+    cuda.set_capturing(0, stream, False)
     cuda.fail("cuStreamIsCapturing", code=906)
     assert only(check_devices(timeout_s=60)).verdict == "inconclusive"
     assert cuda.alive() == before
@@ -114,8 +127,10 @@ def test_saves_go_on_meanwhile(training: Training, cuda: FakeCuda, tmp_path: Any
         pending = checkpointer.save(1, saved, lazy=True)
         assert only(check_devices(timeout_s=60)).verdict == "passed"
         assert torch.equal(ckpt.load(pending.result(60) / "state.pt")["weight"], saved["weight"])
+    assert_raced(cuda, 1)
 
 
+@pytest.mark.usefixtures("fake_library")
 def test_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.version.cuda is None:
         with pytest.raises(ckpt.errors.DeviceError, match="knows no CUDA devices"):

@@ -29,7 +29,7 @@ int cuInit(unsigned) {
 
 int cuDriverGetVersion(int* version) {
   FAKE_CALL("cuDriverGetVersion");
-#ifdef FAKE_WITHOUT_BATCHES
+#ifdef WITHOUT_BATCHES
   *version = 12040;
 #else
   *version = 12080;
@@ -229,7 +229,7 @@ int cuMemcpyDtoHAsync_v2(void* to, unsigned long long from, size_t bytes, Stream
   return code == kSuccess && !pinned ? wait_for_all(find_stream(handle, current->device)) : code;
 }
 
-#ifndef FAKE_WITHOUT_BATCHES
+#ifndef WITHOUT_BATCHES
 // Two locations, of a kind and a number each, in the middle.
 struct CopyAttributes {
   int source_order, locations[4];
@@ -241,15 +241,17 @@ static bool is_of_device(const void* memory) {
   return is_allocated(memory);
 }
 
-// The k-th copy of a batch can fail: a fault of "batched copies". Those before it are enqueued, as the real one may have done.
+// The k-th copy of a batch can fail: a fault of "batched copies", or of "copies batched on a device". Those before it are enqueued, as the real one may have done.
 int cuMemcpyBatchAsync(unsigned long long* to, unsigned long long* from, size_t* sizes, size_t copies, CopyAttributes* attributes,
                        size_t* first_copies, size_t attribute_count, size_t* failed_copy, Stream* handle) {
   FAKE_CALL("cuMemcpyBatchAsync");
   if (handle == nullptr || copies == 0 || attribute_count != 1 || first_copies[0] != 0) return kInvalidValue;
   if (attributes->source_order != 1 || attributes->flags != 0) return kInvalidValue;
-  if (is_of_device(reinterpret_cast<void*>(to[0]))) count("batches on a device");
+  const bool on_device = is_of_device(reinterpret_cast<void*>(to[0]));
+  if (on_device) count("batches on a device");
   for (size_t i = 0; i < copies; ++i) {
-    const Fault own = consult("batched copies");
+    Fault own = consult("batched copies");
+    if (on_device && own.code == kSuccess) own = consult("copies batched on a device");
     void* target = reinterpret_cast<void*>(to[i]);
     *failed_copy = i;
     if (own.code != kSuccess && !own.late) return own.code;

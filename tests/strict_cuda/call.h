@@ -1,6 +1,8 @@
 // What all calls have in common: the driver's lock, errors that stay, handles, and the rules of stream captures.
 #pragma once
 
+#include <thread>
+
 #include "memory.h"
 
 namespace strict {
@@ -47,9 +49,28 @@ inline int told(Call& call, int code) {
   return code;
 }
 
+// A function that the driver has called may not call it.
+inline bool is_called_by_driver(State& s, const std::string& name) {
+  if (this_thread().function == nullptr) return false;
+  Lock lock(s.mutex);
+  s.violation(name + " is called by a function that the driver has called");
+  return true;
+}
+
+inline void take_time(State& s, const std::string& name) {
+  double seconds = 0;
+  {
+    Lock lock(s.mutex);
+    if (const auto found = s.delays.find(name); found != s.delays.end()) seconds = found->second;
+  }
+  if (seconds > 0) std::this_thread::sleep_for(std::chrono::duration<double>(seconds));
+}
+
 template <typename Body>
 int run_call(const char* name, Needs needs, Body body) {
   State& s = state();
+  if (is_called_by_driver(s, name)) return kNotPermitted;
+  take_time(s, name);
   Lock driver(s.calls), lock(s.mutex);
   Call call{s, driver, lock, name};
   ++s.counts[name];
@@ -69,7 +90,7 @@ int run_call(const char* name, Needs needs, Body body) {
 
 // ---- handles ---------------------------------------------------------------------------------------------------------
 
-using StreamHandle = Stream*;
+using StreamHandle = Stream*;  // all of these as they are handed out: see State::stream_handles
 constexpr uintptr_t kLegacyHandle = 1, kPerThreadHandle = 2;
 
 inline Stream* new_stream(State& s, Context& context, bool is_blocking) {
@@ -77,8 +98,20 @@ inline Stream* new_stream(State& s, Context& context, bool is_blocking) {
   stream->context = &context;
   stream->is_blocking = is_blocking;
   stream->component = s.new_component(false);
+  stream->handle = stream;
   s.streams.insert(stream);
+  s.stream_handles[stream->handle] = stream;
   return stream;
+}
+
+// A context without anything in it.
+inline void begin_context(State& s, Context& context, int device) {
+  context.handle = &context;
+  context.device = device;
+  context.error = kSuccess;
+  context.legacy = new_stream(s, context, true);
+  context.legacy->is_legacy = true;
+  s.context_handles[context.handle] = &context;
 }
 
 inline int stream_at(Call& call, StreamHandle handle, Stream*& stream) {
@@ -94,34 +127,47 @@ inline int stream_at(Call& call, StreamHandle handle, Stream*& stream) {
     stream = own;
     return kSuccess;
   }
-  if (s.streams.count(handle) == 0) {
+  const auto found = s.stream_handles.find(handle);
+  if (found == s.stream_handles.end()) {
     s.violation(call.name + " is given a handle that is no stream's");
     return kInvalidHandle;
   }
-  if (handle->is_destroyed) {
-    s.violation(call.name + " is given a destroyed stream: the " + name_of(*handle));
+  if (found->second->is_destroyed) {
+    s.violation(call.name + " is given a destroyed stream: the " + name_of(*found->second));
     return kInvalidHandle;
   }
-  stream = handle;
+  stream = found->second;
   return stream->context->error;
 }
 
-inline int event_at(Call& call, Event* handle) {
+inline Event* new_event(State& s, Context& context) {
+  auto* event = new Event;  // kept for ever, as streams are
+  event->context = &context;
+  event->handle = event;
+  s.events.insert(event);
+  s.event_handles[event->handle] = event;
+  return event;
+}
+
+inline int event_at(Call& call, void* handle, Event*& event) {
   State& s = call.s;
-  if (s.events.count(handle) == 0) {
+  const auto found = s.event_handles.find(handle);
+  if (found == s.event_handles.end()) {
     s.violation(call.name + " is given a handle that is no event's");
     return kInvalidHandle;
   }
-  if (handle->is_destroyed) {
+  if (found->second->is_destroyed) {
     s.violation(call.name + " is given a destroyed event");
     return kInvalidHandle;
   }
+  event = found->second;
   return kSuccess;
 }
 
 // ---- captures --------------------------------------------------------------------------------------------------------
 
 inline int invalidate(Call& call, Capture& capture, int code) {
+  ++call.s.counts["captures broken"];
   if (!capture.is_invalid)
     call.s.violation(call.name + " by thread " + std::to_string(known_thread(call.s).component) +
                      " breaks the capture of the " + name_of(*capture.origin) + " with " + std::to_string(code));

@@ -6,8 +6,9 @@
 namespace strict {
 
 inline Stream* stream_of(State& s, int device, void* handle) {
-  Context& context = s.contexts[device];
-  return reinterpret_cast<uintptr_t>(handle) <= kLegacyHandle ? context.legacy : static_cast<Stream*>(handle);
+  if (reinterpret_cast<uintptr_t>(handle) > kLegacyHandle) return static_cast<Stream*>(handle);
+  Context* const current = this_thread().current;
+  return current != nullptr && current->device == device ? current->legacy : s.contexts[device].legacy;
 }
 
 inline int64_t alive(const State& s, const std::string& what) {
@@ -25,20 +26,6 @@ inline int64_t alive(const State& s, const std::string& what) {
   return count;
 }
 
-// With nothing going on and no access on record there is nothing to put in order either.
-inline void forget_order(State& s) {
-  for (auto stream = s.streams.begin(); stream != s.streams.end();) {
-    (*stream)->clock = {};
-    stream = (*stream)->is_destroyed ? s.streams.erase(stream) : std::next(stream);
-  }
-  for (auto event = s.events.begin(); event != s.events.end();) {
-    (*event)->clock = {};
-    event = (*event)->is_destroyed ? s.events.erase(event) : std::next(event);
-  }
-  s.of_threads.clear();
-  s.of_all_threads = {};
-}
-
 }  // namespace strict
 
 #define CONTROL extern "C" __attribute__((visibility("default")))
@@ -52,12 +39,15 @@ CONTROL void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   s.seed = seed;
   s.most_delay_s = most_delay_s;
   s.hold = 0;
+  s.order = strict::Order::kRight;
+  s.largest_registration = s.most_registered = UINT64_MAX;
+  s.delays.clear();
   s.memory_total = size_t{80} << 30;
   s.memory_of_others = 0;
   s.counts.clear();
   s.faults.clear();
   s.is_shut_down = false;
-  for (auto& context : s.contexts) context.error = 0;
+  for (auto& [handle, context] : s.context_handles) context->error = 0;
   s.changed.notify_all();
 }
 
@@ -118,8 +108,9 @@ CONTROL void fake_synchronize(int device, void* stream_handle) {
   auto& s = strict::state();
   strict::Lock lock(s.mutex);
   strict::tick(s);
-  const strict::Knowledge clock = strict::stream_of(s, device, stream_handle)->clock;
-  strict::wait_for(s, lock, clock.own);
+  const strict::Stream& stream = *strict::stream_of(s, device, stream_handle);
+  const strict::Knowledge clock = stream.clock;
+  strict::wait_for(s, lock, stream, stream.position);
   strict::learn(s, clock);
 }
 
@@ -134,6 +125,62 @@ CONTROL void fake_set_capturing(int device, void* stream_handle, int capturing) 
   } else {
     strict::end_capture(call, stream);
   }
+}
+
+CONTROL int fake_is_capturing(void* stream_handle) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  return strict::stream_of(s, 0, stream_handle)->capture != nullptr;
+}
+
+// A thread that nobody knows begins or ends a capture of global mode, on a stream that nobody knows.
+CONTROL void fake_capture_globally(int begins) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  static strict::Stream* const hidden = strict::new_stream(s, s.contexts[0], false);
+  if (hidden->capture != nullptr) s.captures.erase(hidden->capture);
+  hidden->capture = nullptr;
+  if (begins == 0) return;
+  hidden->capture = std::make_shared<strict::Capture>();
+  hidden->capture->owner = strict::kNone;
+  hidden->capture->origin = hidden;
+  s.captures.insert(hidden->capture);
+}
+
+CONTROL void fake_set_order(int order) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  s.order = static_cast<strict::Order>(order);
+}
+
+CONTROL void fake_delay(const char* call, double seconds) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  s.delays[call] = seconds;
+}
+
+// Beside what is.
+CONTROL void fake_limit_pinning(uint64_t at_once, uint64_t altogether) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  s.largest_registration = at_once;
+  s.most_registered = altogether;
+  for (const auto& [begin, memory] : s.registrations)
+    if (s.most_registered < UINT64_MAX - memory.range.bytes) s.most_registered += memory.range.bytes;
+}
+
+// What cuCtxFromGreenCtx would give for the only green context of a device.
+CONTROL void* fake_green_context(int device) {
+  auto& s = strict::state();
+  strict::Lock lock(s.mutex);
+  static strict::Context* all[strict::kMostDevices] = {};
+  if (all[device] == nullptr) {
+    all[device] = new strict::Context;
+    all[device]->is_green = true;
+    all[device]->references = 1;
+    strict::begin_context(s, *all[device], device);
+  }
+  return all[device];
 }
 
 // ---- of this one alone -----------------------------------------------------------------------------------------------
@@ -158,15 +205,7 @@ CONTROL void fake_touch(void* address, size_t bytes, int is_write) {
   auto& s = strict::state();
   strict::Lock lock(s.mutex);
   strict::tick(s);
-  const strict::Thread& own = strict::known_thread(s);
-  const strict::Range range{reinterpret_cast<strict::Address>(address), bytes};
-  const std::string what = is_write != 0 ? "write" : "read";
-  auto text = std::make_shared<const std::string>("host's " + what + " of " + strict::text_of(range) + " by thread " +
-                                                  std::to_string(own.component));
-  s.history.record(range, {own.component, own.ticks, false, text}, is_write != 0, s.of_threads[own.component],
-                   [&](const strict::Access& before) {
-                     s.violation("race: nothing orders the " + *text + " behind the " + *before.text);
-                   });
+  strict::touch(s, {reinterpret_cast<strict::Address>(address), bytes}, is_write != 0);
 }
 
 // A graph is launched: what was captured on the one stream last is enqueued on the other.
@@ -196,7 +235,6 @@ CONTROL int fake_forget() {
   auto& s = strict::state();
   strict::Lock lock(s.mutex);
   if (!s.busy.empty()) return 0;
-  s.history.forget_all();
   strict::forget_order(s);
   for (auto entry = s.device_memory.begin(); entry != s.device_memory.end();)
     entry = entry->second.owned == nullptr ? s.device_memory.erase(entry) : std::next(entry);

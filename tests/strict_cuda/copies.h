@@ -1,4 +1,4 @@
-// Copies, and the names of errors: the rest of the driver's face. Included by strict_cuda.cc alone.
+// Copies, and what else is put into streams. Included by strict_cuda.cc alone.
 #pragma once
 
 namespace {
@@ -6,18 +6,20 @@ namespace {
 enum class Pinned { kYes, kNo, kUnknown };
 
 // Fills in what a transfer needs to know of its memory. Host memory is that of the side that lies on the host.
-int look_at(Call& call, strict::Engine engine, Transfer& transfer, Pinned& pinned) {
+int look_at(Call& call, const Stream& stream, strict::Engine engine, Transfer& transfer, Pinned& pinned) {
   State& s = call.s;
   const Range to{transfer.to, transfer.bytes}, from{transfer.from, transfer.bytes};
   pinned = Pinned::kYes;
   if (engine != strict::kToHost) {
     const auto* const target = strict::device_memory_of(s, call.name, to);
     if (target == nullptr) return strict::kInvalidValue;
+    strict::look_at_owner(s, call.name, to, *target, stream);
     transfer.keeps_to = target->owned;
   }
   if (engine != strict::kFromHost) {
     const auto* const source = strict::device_memory_of(s, call.name, from);
     if (source == nullptr) return strict::kInvalidValue;
+    strict::look_at_owner(s, call.name, from, *source, stream);
     transfer.keeps_from = source->owned;
     transfer.from_allocated = source->owned != nullptr;
   }
@@ -38,7 +40,7 @@ int look_at(Call& call, strict::Engine engine, Transfer& transfer, Pinned& pinne
 void wait_for_pageable(Call& call, const Stream& stream) {
   if (stream.capture != nullptr) return;
   const strict::Knowledge clock = stream.clock;
-  strict::wait_for(call.s, call.lock, clock.own);
+  strict::wait_for(call.s, call.lock, stream, stream.position);
   strict::learn(call.s, clock);
 }
 
@@ -54,7 +56,7 @@ int copy(const char* name, strict::Engine engine, Address to, Address from, size
     transfer.bytes = bytes;
     transfer.failure = call.late;
     Pinned pinned = Pinned::kUnknown;
-    if (const int code = look_at(call, engine, transfer, pinned)) return code;
+    if (const int code = look_at(call, *stream, engine, transfer, pinned)) return code;
     if (engine != strict::kOnDevice) ++call.s.counts[pinned == Pinned::kYes ? "pinned copies" : "pageable copies"];
     Operation operation;
     operation.engine = engine;
@@ -66,57 +68,28 @@ int copy(const char* name, strict::Engine engine, Address to, Address from, size
   });
 }
 
-// CUmemcpyAttributes, as of 12.8.
-struct CopyAttributes {
-  int source_order, source_hint[2], target_hint[2];
-  unsigned flags;
-};
-
-struct Batch {
-  Address *to, *from;
-  size_t *sizes, count;
-  CopyAttributes* attributes;
-  size_t *first_copies, attribute_count, *failed;
-};
-
-bool is_well_formed(const Batch& batch) {
-  if (batch.to == nullptr || batch.from == nullptr || batch.sizes == nullptr || batch.count == 0) return false;
-  if (batch.attributes == nullptr || batch.first_copies == nullptr || batch.attribute_count == 0) return false;
-  if (batch.attribute_count > batch.count || batch.first_copies[0] != 0) return false;
-  for (size_t i = 0; i < batch.attribute_count; ++i) {
-    if (i > 0 && batch.first_copies[i] <= batch.first_copies[i - 1]) return false;
-    if (batch.first_copies[i] >= batch.count) return false;
-    if (batch.attributes[i].source_order < 1 || batch.attributes[i].source_order > 3) return false;
-  }
-  return true;
-}
-
-// Which way a copy goes is told by its addresses.
-strict::Engine engine_for(State& s, const Transfer& transfer) {
-  const bool to_device = strict::entry_at(s.device_memory, transfer.to) != s.device_memory.end();
-  const bool from_device = strict::entry_at(s.device_memory, transfer.from) != s.device_memory.end();
-  if (to_device) return from_device ? strict::kOnDevice : strict::kFromHost;
-  return strict::kToHost;
-}
-
-int look_at_batched(Call& call, const Batch& batch, size_t index, Operation& operation) {
-  ++call.s.counts["batched copies"];
-  const strict::Fault fault = strict::fault_of(call.s, "batched copies");
-  if (fault.code != 0 && !fault.late) return fault.code;
-  Transfer transfer;
-  transfer.to = batch.to[index];
-  transfer.from = batch.from[index];
-  transfer.bytes = batch.sizes[index];
-  transfer.failure = fault.code != 0 ? fault.code : call.late;
-  if (transfer.bytes == 0) return strict::kInvalidValue;
-  const strict::Engine engine = engine_for(call.s, transfer);
-  Pinned pinned = Pinned::kUnknown;
-  if (const int code = look_at(call, engine, transfer, pinned)) return code;
-  if (pinned == Pinned::kNo) return strict::kInvalidValue;
-  if (engine != strict::kOnDevice) ++call.s.counts["pinned copies"];
-  operation.engine = engine;
-  operation.transfers.push_back(transfer);
-  return 0;
+int fill_memory(const char* name, Address to, int value, size_t bytes, StreamHandle handle) {
+  return run_call(name, Needs::kContext, [&](Call& call) -> int {
+    Stream* stream = nullptr;
+    if (const int code = strict::stream_at(call, handle, stream)) return code;
+    if (const int code = strict::check_enqueue(call, *stream)) return code;
+    if (bytes == 0) return 0;
+    const Range range{to, bytes};
+    const auto* const target = strict::device_memory_of(call.s, call.name, range);
+    if (target == nullptr) return strict::kInvalidValue;
+    strict::look_at_owner(call.s, call.name, range, *target, *stream);
+    Transfer transfer;
+    transfer.to = to;
+    transfer.bytes = bytes;
+    transfer.fill = value;
+    transfer.failure = call.late;
+    transfer.keeps_to = target->owned;
+    Operation operation;
+    operation.call = name;
+    operation.transfers.push_back(transfer);
+    strict::enqueue(call.s, *stream, std::move(operation));
+    return 0;
+  });
 }
 
 }  // namespace
@@ -133,26 +106,24 @@ DRIVER cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, StreamHandle
   return copy("cuMemcpyDtoDAsync", strict::kOnDevice, to, from, bytes, stream);
 }
 
-#ifndef STRICT_WITHOUT_BATCHES
-// The copies of a batch have no order among each other. What comes before one that is refused may have been enqueued: it is.
-DRIVER cuMemcpyBatchAsync(Address* to, Address* from, size_t* sizes, size_t count, CopyAttributes* attributes,
-                          size_t* first_copies, size_t attribute_count, size_t* failed, StreamHandle handle) {
-  return run_call("cuMemcpyBatchAsync", Needs::kContext, [&](Call& call) -> int {
-    const Batch batch{to, from, sizes, count, attributes, first_copies, attribute_count, failed};
-    if (failed != nullptr) *failed = SIZE_MAX;
+DRIVER cuMemsetD8Async(Address to, unsigned char value, size_t bytes, StreamHandle stream) {
+  return fill_memory("cuMemsetD8Async", to, value, bytes, stream);
+}
+
+// Called when all that stands before it in the stream has been done, and what stands behind it waits for its return. Not at all
+// if the context is broken.
+DRIVER cuLaunchHostFunc(StreamHandle handle, void (*function)(void*), void* data) {
+  return run_call("cuLaunchHostFunc", Needs::kContext, [&](Call& call) -> int {
     Stream* stream = nullptr;
+    if (function == nullptr) return strict::kInvalidValue;
     if (const int code = strict::stream_at(call, handle, stream)) return code;
-    if (stream->is_legacy || !is_well_formed(batch)) return strict::kInvalidValue;
-    if (stream->capture != nullptr) return strict::invalidate(call, *stream->capture, strict::kCaptureUnsupported);
+    if (const int code = strict::check_enqueue(call, *stream)) return code;
     Operation operation;
+    operation.engine = strict::kHostFunction;
     operation.call = call.name;
-    int code = 0;
-    for (size_t index = 0; index < count && code == 0; ++index) {
-      code = look_at_batched(call, batch, index, operation);
-      if (code != 0 && failed != nullptr) *failed = index;
-    }
-    if (!operation.transfers.empty()) strict::enqueue(call.s, *stream, std::move(operation));
-    return code;
+    operation.function = function;
+    operation.data = data;
+    strict::enqueue(call.s, *stream, std::move(operation));
+    return 0;
   });
 }
-#endif

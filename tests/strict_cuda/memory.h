@@ -40,6 +40,13 @@ inline const DeviceMemory* device_memory_of(State& s, const std::string& call, c
   return nullptr;
 }
 
+// Between devices copies go otherwise, and wait for more than their stream.
+inline void look_at_owner(State& s, const std::string& call, const Range& range, const DeviceMemory& memory, const Stream& stream) {
+  if (memory.device == stream.context->device) return;
+  s.violation(call + " on the " + name_of(stream) + " is given memory of device " + std::to_string(memory.device) + ": " +
+              text_of(range));
+}
+
 // Of host memory of a copy: whether it is pinned, and false if it is so in part.
 inline bool look_at_host_memory(State& s, const std::string& call, const Range& range, const Registration*& pinned) {
   const auto found = first_that_meets(s.registrations, range);
@@ -126,6 +133,9 @@ inline int give_back(State& s, Address address) {
 
 inline int register_memory(State& s, Context& context, const Range& range, std::shared_ptr<char> owned) {
   if (range.begin == 0 || range.bytes == 0 || range.end() < range.begin) return kInvalidValue;
+  size_t registered = 0;
+  for (const auto& [begin, other] : s.registrations) registered += other.range.bytes;
+  if (range.bytes > s.largest_registration || range.bytes + registered > s.most_registered) return kOutOfMemory;
   // Pages are pinned, and none twice.
   const Address first = range.begin / kPage * kPage, end = (range.end() + kPage - 1) / kPage * kPage;
   for (const auto& [begin, other] : s.registrations)

@@ -1,10 +1,10 @@
-// Work in streams: put in order, checked against all other work, and done by a thread of the driver's own.
+// Work in streams: done by a thread of the driver's own. Functions of the host are called by another one.
 #pragma once
 
 #include <cstdio>
 #include <cstring>
 
-#include "state.h"
+#include "order.h"
 
 namespace strict {
 
@@ -19,8 +19,6 @@ inline uint64_t chance_of(const State& s, const Operation& operation) {
   return scramble(s.seed ^ scramble(operation.stream->component ^ scramble(operation.position)));
 }
 
-// ---- doing it --------------------------------------------------------------------------------------------------------
-
 inline bool is_done(const State& s, const Clock& clock) {
   for (Component component = 0; component < clock.size(); ++component)
     if (s.done[component] < clock.at(component)) return false;
@@ -28,7 +26,7 @@ inline bool is_done(const State& s, const Clock& clock) {
 }
 
 inline bool is_held(const State& s, const Operation& operation) {
-  if (s.hold == 0 || operation.engine == kCompute || operation.transfers.empty()) return false;
+  if (s.hold == 0 || !is_copy(operation.engine)) return false;
   return s.hold == 1 || operation.transfers.front().from_allocated;
 }
 
@@ -40,7 +38,7 @@ inline void move_bytes(State& s, Operation& operation) {
   Context& context = *operation.stream->context;
   for (const size_t i : order) {
     const Transfer& transfer = operation.transfers[i];
-    if (operation.engine != kCompute) ++s.counts["copies that ended"];
+    if (is_copy(operation.engine)) ++s.counts["copies that ended"];
     if (transfer.failure != kSuccess && context.error == kSuccess) context.error = transfer.failure;
     if (context.error != kSuccess || transfer.cancelled) continue;
     void* const to = reinterpret_cast<void*>(transfer.to);
@@ -54,26 +52,23 @@ inline void move_bytes(State& s, Operation& operation) {
 
 inline void finish_first(State& s, Stream& stream) {
   Operation& operation = stream.queue.front();
-  if (!operation.transfers.empty()) {
-    move_bytes(s, operation);
-    stream.context->engine_free[operation.engine] = Time::now();
-  }
+  if (!operation.transfers.empty()) move_bytes(s, operation);
+  if (!operation.is_mark()) s.contexts[stream.context->device].engine_free[operation.engine] = Time::now();
   s.done[stream.component] = operation.position;
   stream.queue.pop_front();
   if (stream.queue.empty()) s.busy.erase(std::find(s.busy.begin(), s.busy.end(), &stream));
 }
 
-// Does one operation whose time has come. Else says when one will be due.
-inline bool do_one(State& s, Time::time_point& next) {
-  const auto now = Time::now();
-  Operation* first[kMostDevices][kEngines] = {};
+// Those that wait for nothing any more, the first one on each engine of each device. True if that was a mark, which it has done.
+inline bool look_for_ready(State& s, Time::time_point now, Operation* (&first)[kMostDevices][kEngines]) {
   for (Stream* stream : s.busy) {
     Operation& operation = stream->queue.front();
-    if (is_held(s, operation) || !is_done(s, operation.start.own)) continue;
-    if (operation.transfers.empty()) {
+    if (is_held(s, operation) || !is_done(s, operation.waits)) continue;
+    if (operation.is_mark()) {
       finish_first(s, *stream);
       return true;
     }
+    if (operation.engine == kHostFunction && s.running != nullptr) continue;
     if (operation.ready_number == 0) {
       operation.ready_number = ++s.last_number;
       operation.ready_at = now;
@@ -81,12 +76,27 @@ inline bool do_one(State& s, Time::time_point& next) {
     Operation*& its = first[stream->context->device][operation.engine];
     if (its == nullptr || operation.ready_number < its->ready_number) its = &operation;
   }
-  Operation* chosen = nullptr;
+  return false;
+}
+
+// A function is called by another thread, which is told.
+inline void do_chosen(State& s, Operation& chosen) {
+  if (chosen.function == nullptr || chosen.stream->context->error != kSuccess) return finish_first(s, *chosen.stream);
+  chosen.is_running = true;
+  s.running = &chosen;
+}
+
+// Does one operation whose time has come. Else says when one will be due.
+inline bool do_one(State& s, Time::time_point& next) {
+  const auto now = Time::now();
   next = Time::time_point::max();
+  Operation* first[kMostDevices][kEngines] = {};
+  if (look_for_ready(s, now, first)) return true;
+  Operation* chosen = nullptr;
   for (const auto& engines : first) {
     for (Operation* operation : engines) {
       if (operation == nullptr) continue;
-      const auto idle_since = operation->stream->context->engine_free[operation->engine];
+      const auto idle_since = s.contexts[operation->stream->context->device].engine_free[operation->engine];
       const auto due = std::max(operation->ready_at, idle_since) + operation->delay;
       if (due > now) {
         next = std::min(next, due);
@@ -95,7 +105,7 @@ inline bool do_one(State& s, Time::time_point& next) {
       }
     }
   }
-  if (chosen != nullptr) finish_first(s, *chosen->stream);
+  if (chosen != nullptr) do_chosen(s, *chosen);
   return chosen != nullptr;
 }
 
@@ -113,48 +123,34 @@ inline bool do_one(State& s, Time::time_point& next) {
   }
 }
 
-inline void wait_for(State& s, Lock& lock, const Clock& clock) {
-  s.changed.wait(lock, [&] { return is_done(s, clock); });
+[[noreturn]] inline void call_functions(State& s) {
+  Lock lock(s.mutex);
+  for (;;) {
+    s.changed.wait(lock, [&] { return s.running != nullptr; });
+    Operation& operation = *s.running;
+    known_thread(s);
+    this_thread().function = &operation;
+    lock.unlock();
+    operation.function(operation.data);
+    lock.lock();
+    this_thread().function = nullptr;
+    s.running = nullptr;
+    finish_first(s, *operation.stream);
+    s.changed.notify_all();
+  }
 }
 
-// ---- putting it in order ---------------------------------------------------------------------------------------------
+inline bool is_done(const State& s, const Stream& stream, uint64_t position) { return s.done[stream.component] >= position; }
 
-inline void record(State& s, const Operation& operation) {
-  const bool is_copy = operation.engine != kCompute;
-  const Clock& known = is_copy ? operation.start.joint : operation.start.own;
-  const std::string place = " (number " + std::to_string(operation.position) + " of the " + name_of(*operation.stream) + ", " +
-                            operation.call + " by thread " + std::to_string(known_thread(s).component) + ")";
-  const auto one = [&](const Range& range, const char* what, bool is_write) {
-    auto text = std::make_shared<const std::string>(std::string(what) + " of " + text_of(range) + place);
-    const Access access{operation.stream->component, operation.position, is_copy, text};
-    s.history.record(range, access, is_write, known, [&](const Access& before) {
-      s.violation("race: nothing orders the " + *text + " behind the " + *before.text);
-    });
-  };
-  for (const Transfer& transfer : operation.transfers) {
-    if (transfer.fill < 0) one({transfer.from, transfer.bytes}, "read", false);
-    one({transfer.to, transfer.bytes}, "write", true);
-  }
+inline void wait_for(State& s, Lock& lock, const Stream& stream, uint64_t position) {
+  s.changed.wait(lock, [&] { return is_done(s, stream, position); });
 }
 
 inline void start_worker(State& s) {
   if (s.worker_runs) return;
   s.worker_runs = true;
   std::thread([&s] { work(s); }).detach();
-}
-
-// The clock that the stream's next operation begins with.
-inline Knowledge next_start(State& s, const Stream& stream) {
-  Knowledge start = stream.clock;
-  start.own.join(s.of_threads[known_thread(s).component]);
-  start.joint.join(s.of_all_threads);
-  if (stream.is_legacy) {
-    for (const Stream* other : s.streams)
-      if (other->context == stream.context && other->is_blocking) start.join(other->clock);
-  } else if (stream.is_blocking) {
-    start.join(stream.context->legacy->clock);
-  }
-  return start;
+  std::thread([&s] { call_functions(s); }).detach();
 }
 
 // Until a copy has ended, nothing is promised about its target. Host memory then holds what is in no tensor.
@@ -164,23 +160,33 @@ inline void poison(State& s, const Range& range) {
   if (!in_use) std::memset(reinterpret_cast<void*>(range.begin), 0xa5, range.bytes);
 }
 
+// What an operation waits for beside the one before it in its stream: on the default streams for others, and others for these.
+inline void add_waits(State& s, const Stream& stream, Operation& operation) {
+  if (stream.is_legacy) {
+    for (const Stream* other : s.streams)
+      if (other->context == stream.context && other->is_blocking) operation.waits.raise(other->component, other->position);
+  } else if (stream.is_blocking) {
+    operation.waits.raise(stream.context->legacy->component, stream.context->legacy->position);
+  }
+  Context& device = s.contexts[stream.context->device];
+  if (s.order == Order::kOneQueue) operation.waits.raise(device.last_component, device.last_position);
+  device.last_component = stream.component;
+  device.last_position = stream.position + 1;
+}
+
 inline void enqueue(State& s, Stream& stream, Operation operation) {
   if (stream.capture != nullptr) {
     stream.capture->operations.push_back(std::move(operation));
     return;
   }
-  operation.stream = &stream;
-  operation.start = next_start(s, stream);
-  operation.position = ++stream.position;
-  if (!operation.transfers.empty()) {
+  add_waits(s, stream, operation);
+  if (operation.engine == kToHost)
+    for (const Transfer& transfer : operation.transfers) poison(s, {transfer.to, transfer.bytes});
+  put_in_order(s, stream, operation);
+  if (!operation.is_mark()) {
     operation.delay = std::chrono::duration_cast<Time::duration>(std::chrono::duration<double>(
         s.most_delay_s * static_cast<double>(chance_of(s, operation) >> 11) / static_cast<double>(1ull << 53)));
-    if (operation.engine == kToHost)
-      for (const Transfer& transfer : operation.transfers) poison(s, {transfer.to, transfer.bytes});
-    record(s, operation);
   }
-  stream.clock = operation.start;
-  stream.clock.raise(stream.component, operation.position);
   if (stream.queue.empty()) s.busy.push_back(&stream);
   stream.queue.push_back(std::move(operation));
   start_worker(s);

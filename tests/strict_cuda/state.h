@@ -27,6 +27,7 @@ enum : int {
   kContextIsDestroyed = 709,
   kAlreadyRegistered = 712,
   kNotRegistered = 713,
+  kNotPermitted = 800,
   kCaptureUnsupported = 900,
   kCaptureInvalidated = 901,
   kCaptureUnmatched = 903,
@@ -37,7 +38,9 @@ enum : int {
 };
 
 enum CaptureMode : int { kGlobal = 0, kThreadLocal = 1, kRelaxed = 2 };
-enum Engine : int { kCompute, kToHost, kFromHost, kOnDevice, kEngines };
+enum Engine : int { kCompute, kHostFunction, kToHost, kFromHost, kOnDevice, kEngines };
+inline bool is_copy(Engine engine) { return engine >= kToHost; }
+enum class Order : int { kRight, kWithoutWaits, kOneQueue };  // in which work is done, whatever was promised
 constexpr int kMostDevices = 8;
 constexpr size_t kPage = 4096;
 using Time = std::chrono::steady_clock;
@@ -47,13 +50,17 @@ struct Stream;
 struct Capture;
 
 struct Context {
+  void* handle = nullptr;
   int device = 0;
+  bool is_green = false;  // another context of the device than its primary one
   int references = 0;
   int error = kSuccess;  // what an operation failed with; all later calls return it
   size_t taken = 0;      // bytes of memory
   Stream* legacy = nullptr;
   std::map<Component, Stream*> of_threads;  // per-thread default streams
-  Time::time_point engine_free[kEngines] = {};
+  Time::time_point engine_free[kEngines] = {};  // of the device
+  Component last_component = 0;                 // what was enqueued last on the device
+  uint64_t last_position = 0;
 };
 
 struct Transfer {
@@ -70,15 +77,21 @@ struct Operation {
   Stream* stream = nullptr;
   uint64_t position = 0;
   Knowledge start;  // what has happened before it begins
+  Clock waits;      // what it waits for, beside what stands before it in its stream
   Engine engine = kCompute;
-  std::vector<Transfer> transfers;  // none: it only marks a place in the stream
+  std::vector<Transfer> transfers;
+  void (*function)(void*) = nullptr;  // that the driver calls, with this
+  void* data = nullptr;
+  bool is_running = false;  // the function
   std::string call;
   Time::duration delay{};
   uint64_t ready_number = 0;  // 0: not ready yet
   Time::time_point ready_at;
+  bool is_mark() const { return transfers.empty() && function == nullptr; }  // only a place in the stream
 };
 
 struct Stream {
+  void* handle = nullptr;
   Context* context = nullptr;
   Component component = 0;
   bool is_blocking = true, is_legacy = false, is_given_out = false, is_destroyed = false;
@@ -90,9 +103,11 @@ struct Stream {
 };
 
 struct Event {
+  void* handle = nullptr;
   Context* context = nullptr;
   bool is_destroyed = false;
   Stream* stream = nullptr;  // where it was recorded; null: nowhere yet
+  uint64_t position = 0;     // there
   Knowledge clock;
   std::shared_ptr<Capture> capture;
 };
@@ -131,13 +146,19 @@ struct State {
   std::condition_variable changed;
   bool is_initialized = false, is_shut_down = false, worker_runs = false;
 
-  Context contexts[kMostDevices];
-  std::vector<uint64_t> done;  // by component: how far it has come; of threads, infinitely
+  Context contexts[kMostDevices];             // the primary ones
+  std::map<void*, Context*> context_handles;  // all that have been made, and what they are to those who call
+  std::map<void*, Stream*> stream_handles;
+  std::map<void*, Event*> event_handles;
+  std::vector<uint64_t> done;              // by component: how far it has come; of threads, infinitely
+  std::vector<Component> ended_threads;    // their components
+  std::vector<Component> free_components;  // of which no clock speaks any more
   std::map<Component, Clock> of_threads;
   Clock of_all_threads;
   std::set<Stream*> streams;
   std::set<Event*> events;
-  std::vector<Stream*> busy;  // have something in their queues
+  std::vector<Stream*> busy;           // have something in their queues
+  Operation* running = nullptr;        // the function that the driver calls just now: one at a time
   std::map<Address, DeviceMemory> device_memory;
   std::map<Address, Registration> registrations;
   std::set<std::shared_ptr<Capture>> captures;
@@ -148,7 +169,10 @@ struct State {
   int devices = 2;
   uint64_t seed = 0;
   double most_delay_s = 0;
+  Order order = Order::kRight;
   int hold = 0;  // 1: all copies, 2: those out of allocated memory
+  uint64_t largest_registration = UINT64_MAX, most_registered = UINT64_MAX;  // bytes at once, and of all together
+  std::map<std::string, double> delays;                                      // of calls, in seconds
   size_t memory_total = size_t{80} << 30, memory_of_others = 0;
   std::map<std::string, int64_t> counts;
   std::map<std::string, std::deque<Fault>> faults;
@@ -157,8 +181,15 @@ struct State {
   std::string told;
 
   Component new_component(bool of_thread) {
-    done.push_back(of_thread ? std::numeric_limits<uint64_t>::max() : 0);
-    return done.size() - 1;
+    const uint64_t position = of_thread ? std::numeric_limits<uint64_t>::max() : 0;
+    if (free_components.empty()) {
+      done.push_back(position);
+      return done.size() - 1;
+    }
+    const Component found = free_components.back();
+    free_components.pop_back();
+    done[found] = position;
+    return found;
   }
 
   void violation(std::string text) {
@@ -174,11 +205,20 @@ struct State {
   return *only;
 }
 
+constexpr Component kNone = std::numeric_limits<Component>::max();
+
 struct Thread {
-  Component component = std::numeric_limits<Component>::max();
+  Component component = kNone;
   uint64_t ticks = 0;
   Context* current = nullptr;
   int capture_mode = kGlobal;
+  const Operation* function = nullptr;  // which the driver has called in it
+
+  ~Thread() {
+    if (component == kNone) return;
+    Lock lock(state().mutex);
+    state().ended_threads.push_back(component);
+  }
 };
 
 [[gnu::visibility("hidden")]] inline Thread& this_thread() {
@@ -196,12 +236,13 @@ inline std::string text_of(const Range& range) { return "[" + in_hex(range.begin
 
 inline std::string name_of(const Stream& stream) {
   const std::string kind = stream.is_legacy ? "legacy default" : stream.is_blocking ? "blocking" : "non-blocking";
-  return kind + " stream " + std::to_string(stream.component) + " of device " + std::to_string(stream.context->device);
+  return kind + " stream " + std::to_string(stream.component) + " of device " + std::to_string(stream.context->device) +
+         (stream.context->is_green ? ", in a green context" : "");
 }
 
 inline Thread& known_thread(State& s) {
   Thread& own = this_thread();
-  if (own.component == std::numeric_limits<Component>::max()) own.component = s.new_component(true);
+  if (own.component == kNone) own.component = s.new_component(true);
   return own;
 }
 

@@ -54,7 +54,11 @@ DRIVER cuInit(unsigned flags) {
 DRIVER cuDriverGetVersion(int* version) {
   return run_call("cuDriverGetVersion", Needs::kNothing, [&](Call&) -> int {
     if (version == nullptr) return strict::kInvalidValue;
+#ifdef WITHOUT_BATCHES
+    *version = 12040;
+#else
     *version = 12080;
+#endif
     return 0;
   });
 }
@@ -87,12 +91,7 @@ DRIVER cuDevicePrimaryCtxRetain(Context** handle, int device) {
   return run_call("cuDevicePrimaryCtxRetain", Needs::kDriver, [&](Call& call) -> int {
     if (device < 0 || device >= strict::kMostDevices) return strict::kInvalidDevice;
     Context& context = call.s.contexts[device];
-    if (context.references++ == 0) {
-      context.device = device;
-      context.error = 0;
-      context.legacy = strict::new_stream(call.s, context, true);
-      context.legacy->is_legacy = true;
-    }
+    if (context.references++ == 0) strict::begin_context(call.s, context, device);
     *handle = &context;
     return 0;
   });
@@ -123,8 +122,7 @@ DRIVER cuDevicePrimaryCtxRelease_v2(int device) {
 
 DRIVER cuCtxSetCurrent(Context* context) {
   return run_call("cuCtxSetCurrent", Needs::kDriver, [&](Call& call) -> int {
-    const auto* const all = call.s.contexts;
-    const bool known = context >= all && context < all + strict::kMostDevices;
+    const bool known = call.s.context_handles.count(context) != 0;
     if (context != nullptr && (!known || context->references == 0)) return strict::kInvalidContext;
     strict::this_thread().current = context;
     return 0;
@@ -134,6 +132,14 @@ DRIVER cuCtxSetCurrent(Context* context) {
 DRIVER cuCtxGetCurrent(Context** context) {
   return run_call("cuCtxGetCurrent", Needs::kDriver, [&](Call&) -> int {
     *context = strict::this_thread().current;
+    return 0;
+  });
+}
+
+DRIVER cuCtxGetDevice(int* device) {
+  return run_call("cuCtxGetDevice", Needs::kContext, [&](Call& call) -> int {
+    if (device == nullptr) return strict::kInvalidValue;
+    *device = call.context->device;
     return 0;
   });
 }
@@ -150,10 +156,14 @@ DRIVER cuCtxSynchronize() {
   return run_call("cuCtxSynchronize", Needs::kContext, [&](Call& call) -> int {
     if (const int code = strict::check_unsafe(call)) return code;
     strict::Knowledge all;
-    for (const Stream* stream : call.s.streams)
-      if (stream->context == call.context) all.join(stream->clock);
+    std::vector<std::pair<Stream*, uint64_t>> waits;
+    for (Stream* stream : call.s.streams) {
+      if (stream->context != call.context) continue;
+      all.join(stream->clock);
+      waits.emplace_back(stream, stream->position);
+    }
     call.driver.unlock();
-    strict::wait_for(call.s, call.lock, all.own);
+    for (const auto& [stream, position] : waits) strict::wait_for(call.s, call.lock, *stream, position);
     strict::learn(call.s, all);
     return call.context->error;
   });
@@ -188,7 +198,7 @@ DRIVER cuStreamQuery(StreamHandle handle) {
     if (const int code = strict::stream_at(call, handle, stream)) return code;
     if (const int code = strict::check_wait(call, *stream)) return code;
     if (const int code = strict::check_unsafe(call)) return code;
-    if (!strict::is_done(call.s, stream->clock.own)) return strict::kNotReady;
+    if (!strict::is_done(call.s, *stream, stream->position)) return strict::kNotReady;
     strict::learn(call.s, stream->clock);
     return 0;
   });
@@ -202,9 +212,21 @@ DRIVER cuStreamSynchronize(StreamHandle handle) {
     if (const int code = strict::check_unsafe(call)) return code;
     const strict::Knowledge clock = stream->clock;
     call.driver.unlock();
-    strict::wait_for(call.s, call.lock, clock.own);
+    strict::wait_for(call.s, call.lock, *stream, stream->position);
     strict::learn(call.s, clock);
     return stream->context->error;
+  });
+}
+
+// By the handle of a default stream the calling thread means that of its current context.
+DRIVER cuStreamGetCtx(StreamHandle handle, Context** context) {
+  const bool is_default = reinterpret_cast<uintptr_t>(handle) <= strict::kPerThreadHandle;
+  return run_call("cuStreamGetCtx", is_default ? Needs::kContext : Needs::kDriver, [&](Call& call) -> int {
+    if (context == nullptr) return strict::kInvalidValue;
+    Stream* stream = nullptr;
+    if (const int code = strict::stream_at(call, handle, stream)) return code;
+    *context = stream->context;
+    return 0;
   });
 }
 
@@ -250,26 +272,25 @@ DRIVER cuThreadExchangeStreamCaptureMode(int* mode) {
 DRIVER cuEventCreate(Event** handle, unsigned flags) {
   return run_call("cuEventCreate", Needs::kContext, [&](Call& call) -> int {
     if (handle == nullptr || flags > 7) return strict::kInvalidValue;
-    auto* event = new Event;  // kept for ever, as streams are
-    event->context = call.context;
-    call.s.events.insert(event);
-    *handle = event;
+    *handle = strict::new_event(call.s, *call.context);
     return 0;
   });
 }
 
-DRIVER cuEventDestroy_v2(Event* event) {
+DRIVER cuEventDestroy_v2(Event* handle) {
   return run_call("cuEventDestroy", Needs::kContextEvenBroken, [&](Call& call) -> int {
-    if (const int code = strict::event_at(call, event)) return code;
+    Event* event = nullptr;
+    if (const int code = strict::event_at(call, handle, event)) return code;
     event->is_destroyed = true;
     return 0;
   });
 }
 
-DRIVER cuEventRecord(Event* event, StreamHandle handle) {
+DRIVER cuEventRecord(Event* event_handle, StreamHandle handle) {
   return run_call("cuEventRecord", Needs::kContext, [&](Call& call) -> int {
+    Event* event = nullptr;
     Stream* stream = nullptr;
-    if (const int code = strict::event_at(call, event)) return code;
+    if (const int code = strict::event_at(call, event_handle, event)) return code;
     if (const int code = strict::stream_at(call, handle, stream)) return code;
     if (event->context != stream->context) return strict::kInvalidHandle;
     if (const int code = strict::check_enqueue(call, *stream)) return code;
@@ -279,15 +300,17 @@ DRIVER cuEventRecord(Event* event, StreamHandle handle) {
     Operation mark;
     mark.call = call.name;
     strict::enqueue(call.s, *stream, std::move(mark));
+    event->position = stream->position;
     event->clock = stream->clock;
     return 0;
   });
 }
 
-DRIVER cuStreamWaitEvent(StreamHandle handle, Event* event, unsigned flags) {
+DRIVER cuStreamWaitEvent(StreamHandle handle, Event* event_handle, unsigned flags) {
   return run_call("cuStreamWaitEvent", Needs::kContext, [&](Call& call) -> int {
+    Event* event = nullptr;
     Stream* stream = nullptr;
-    if (const int code = strict::event_at(call, event)) return code;
+    if (const int code = strict::event_at(call, event_handle, event)) return code;
     if (const int code = strict::stream_at(call, handle, stream)) return code;
     if (flags > 1) return strict::kInvalidValue;
     if (const int code = strict::check_enqueue(call, *stream)) return code;
@@ -303,6 +326,7 @@ DRIVER cuStreamWaitEvent(StreamHandle handle, Event* event, unsigned flags) {
     if (event->stream == nullptr) return 0;
     Operation mark;
     mark.call = call.name;
+    if (call.s.order != strict::Order::kWithoutWaits) mark.waits.raise(event->stream->component, event->position);
     stream->clock.join(event->clock);
     strict::enqueue(call.s, *stream, std::move(mark));
     return 0;
@@ -322,23 +346,27 @@ int check_event(Call& call, const Event& event) {
 
 }  // namespace
 
-DRIVER cuEventQuery(Event* event) {
+DRIVER cuEventQuery(Event* handle) {
   return run_call("cuEventQuery", Needs::kContext, [&](Call& call) -> int {
-    if (const int code = strict::event_at(call, event)) return code;
+    Event* event = nullptr;
+    if (const int code = strict::event_at(call, handle, event)) return code;
     if (const int code = check_event(call, *event)) return code;
-    if (!strict::is_done(call.s, event->clock.own)) return strict::kNotReady;
+    if (event->stream == nullptr) return 0;
+    if (!strict::is_done(call.s, *event->stream, event->position)) return strict::kNotReady;
     strict::learn(call.s, event->clock);
     return 0;
   });
 }
 
-DRIVER cuEventSynchronize(Event* event) {
+DRIVER cuEventSynchronize(Event* handle) {
   return run_call("cuEventSynchronize", Needs::kContext, [&](Call& call) -> int {
-    if (const int code = strict::event_at(call, event)) return code;
+    Event* event = nullptr;
+    if (const int code = strict::event_at(call, handle, event)) return code;
     if (const int code = check_event(call, *event)) return code;
+    if (event->stream == nullptr) return 0;
     const strict::Knowledge clock = event->clock;
     call.driver.unlock();
-    strict::wait_for(call.s, call.lock, clock.own);
+    strict::wait_for(call.s, call.lock, *event->stream, event->position);
     strict::learn(call.s, clock);
     return event->context->error;
   });
@@ -436,4 +464,7 @@ DRIVER cuPointerGetAttribute(void* value, int attribute, Address address) {
 }
 
 #include "copies.h"
+#ifndef WITHOUT_BATCHES
+#include "batches.h"
+#endif
 #include "errors.h"
