@@ -99,6 +99,7 @@ inline Stream* new_stream(State& s, Context& context, bool is_blocking) {
   stream->is_blocking = is_blocking;
   stream->component = s.new_component(false);
   stream->handle = stream;
+  stream->number = ++s.last_number;
   s.streams.insert(stream);
   s.stream_handles[stream->handle] = stream;
   return stream;
@@ -107,6 +108,7 @@ inline Stream* new_stream(State& s, Context& context, bool is_blocking) {
 // A context without anything in it.
 inline void begin_context(State& s, Context& context, int device) {
   context.handle = &context;
+  context.number = ++s.last_number;
   context.device = device;
   context.error = kSuccess;
   context.legacy = new_stream(s, context, true);
@@ -144,6 +146,7 @@ inline Event* new_event(State& s, Context& context) {
   auto* event = new Event;  // kept for ever, as streams are
   event->context = &context;
   event->handle = event;
+  event->number = ++s.last_number;
   s.events.insert(event);
   s.event_handles[event->handle] = event;
   return event;

@@ -1,7 +1,8 @@
 // How tests handle the driver. Those of the first kind are the entry points of the other stand-in, too.
 #pragma once
 
-#include "call.h"
+#include "schedule.h"
+#include "transfers.h"
 
 namespace strict {
 
@@ -21,7 +22,7 @@ inline int64_t alive(const State& s, const std::string& what) {
     for (const Event* event : s.events) count += !event->is_destroyed;
   if (what == "registrations") count = static_cast<int64_t>(s.registrations.size());
   if (what == "allocations")
-    for (const auto& [begin, memory] : s.device_memory) count += memory.owned != nullptr;
+    for (const auto& [begin, memory] : s.device_memory) count += memory.is_allocated;
   if (what == "frees of memory in use") count = s.frees_in_use;
   return count;
 }
@@ -222,12 +223,7 @@ CONTROL void fake_replay(int device, void* captured_handle, void* stream_handle)
 CONTROL const char* fake_violations() {
   auto& s = strict::state();
   strict::Lock lock(s.mutex);
-  constexpr size_t kMost = 12;
-  s.told.clear();
-  for (size_t i = 0; i < std::min(kMost, s.violations.size()); ++i) s.told += s.violations[i] + "\n";
-  if (s.violations.size() > kMost) s.told += "and " + std::to_string(s.violations.size() - kMost) + " more\n";
-  s.violations.clear();
-  return s.told.c_str();
+  return s.tell_violations();
 }
 
 // Between tests: memory of before is given out anew without a word. Says whether nothing was going on any more.
@@ -236,8 +232,7 @@ CONTROL int fake_forget() {
   strict::Lock lock(s.mutex);
   if (!s.busy.empty()) return 0;
   strict::forget_order(s);
-  for (auto entry = s.device_memory.begin(); entry != s.device_memory.end();)
-    entry = entry->second.owned == nullptr ? s.device_memory.erase(entry) : std::next(entry);
+  strict::forget_told_memory(s);
   return 1;
 }
 

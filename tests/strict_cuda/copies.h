@@ -3,39 +3,6 @@
 
 namespace {
 
-enum class Pinned { kYes, kNo, kUnknown };
-
-// Fills in what a transfer needs to know of its memory. Host memory is that of the side that lies on the host.
-int look_at(Call& call, const Stream& stream, strict::Engine engine, Transfer& transfer, Pinned& pinned) {
-  State& s = call.s;
-  const Range to{transfer.to, transfer.bytes}, from{transfer.from, transfer.bytes};
-  pinned = Pinned::kYes;
-  if (engine != strict::kToHost) {
-    const auto* const target = strict::device_memory_of(s, call.name, to);
-    if (target == nullptr) return strict::kInvalidValue;
-    strict::look_at_owner(s, call.name, to, *target, stream);
-    transfer.keeps_to = target->owned;
-  }
-  if (engine != strict::kFromHost) {
-    const auto* const source = strict::device_memory_of(s, call.name, from);
-    if (source == nullptr) return strict::kInvalidValue;
-    strict::look_at_owner(s, call.name, from, *source, stream);
-    transfer.keeps_from = source->owned;
-    transfer.from_allocated = source->owned != nullptr;
-  }
-  if (engine == strict::kOnDevice) return 0;
-  const Range& host = engine == strict::kToHost ? to : from;
-  const strict::Registration* registration = nullptr;
-  if (!strict::look_at_host_memory(s, call.name, host, registration)) return strict::kInvalidValue;
-  if (registration == nullptr) {
-    strict::drop_told_memory(s, "host memory at " + strict::text_of(host), host);
-    pinned = Pinned::kNo;
-  } else {
-    (engine == strict::kToHost ? transfer.keeps_to : transfer.keeps_from) = registration->owned;
-  }
-  return 0;
-}
-
 // Pageable memory is copied through the driver's own: the call returns when that is done, and keeps others out until then.
 void wait_for_pageable(Call& call, const Stream& stream) {
   if (stream.capture != nullptr) return;
@@ -55,15 +22,15 @@ int copy(const char* name, strict::Engine engine, Address to, Address from, size
     transfer.from = from;
     transfer.bytes = bytes;
     transfer.failure = call.late;
-    Pinned pinned = Pinned::kUnknown;
-    if (const int code = look_at(call, *stream, engine, transfer, pinned)) return code;
-    if (engine != strict::kOnDevice) ++call.s.counts[pinned == Pinned::kYes ? "pinned copies" : "pageable copies"];
+    strict::Pinned pinned = strict::Pinned::kUnknown;
+    if (const int code = strict::look_at(call, *stream, engine, transfer, pinned)) return code;
+    if (engine != strict::kOnDevice) ++call.s.counts[pinned == strict::Pinned::kYes ? "pinned copies" : "pageable copies"];
     Operation operation;
     operation.engine = engine;
     operation.call = name;
     operation.transfers.push_back(transfer);
     strict::enqueue(call.s, *stream, std::move(operation));
-    if (pinned == Pinned::kNo) wait_for_pageable(call, *stream);
+    if (pinned == strict::Pinned::kNo) wait_for_pageable(call, *stream);
     return 0;
   });
 }

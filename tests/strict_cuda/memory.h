@@ -1,7 +1,9 @@
 // Memory: whose an address is, how far it reaches, and what is still going on there.
 #pragma once
 
-#include "schedule.h"
+#include <cstring>
+
+#include "order.h"
 
 namespace strict {
 
@@ -22,7 +24,7 @@ auto first_that_meets(Map& map, const Range& range) {
 }
 
 inline void refuse(State& s, const std::string& call, const Range& range, const std::string& why) {
-  s.violation(call + " is refused: " + text_of(range) + " " + why);
+  s.violation(call + " is given " + text_of(range) + ", which " + why);
 }
 
 // Null if the range does not lie within one piece of a device's memory.
@@ -83,7 +85,7 @@ inline void end_of_memory(State& s, const std::string& call, const Range& range,
 inline void drop_told_memory(State& s, const std::string& call, const Range& range) {
   for (auto found = first_that_meets(s.device_memory, range); found != s.device_memory.end();
        found = first_that_meets(s.device_memory, range)) {
-    if (found->second.owned != nullptr) return;
+    if (found->second.is_allocated) return;
     end_of_memory(s, call, found->second.range, true, &s.contexts[found->second.device]);
     s.device_memory.erase(found);
   }
@@ -94,7 +96,7 @@ inline void tell_of_memory(State& s, int device, const Range& range, bool is_gue
   std::vector<Address> old;
   auto found = first_that_meets(s.device_memory, range);
   for (; found != s.device_memory.end() && found->second.range.meets(range); ++found) {
-    if (found->second.owned != nullptr) return;
+    if (found->second.is_allocated) return;
     old.push_back(found->first);
     known = known && found->second.is_guessed && range.holds(found->second.range);
   }
@@ -103,7 +105,15 @@ inline void tell_of_memory(State& s, int device, const Range& range, bool is_gue
     if (!known || is_guessed) end_of_memory(s, "new memory at " + text_of(range), gone.range, true, &s.contexts[gone.device]);
     s.device_memory.erase(begin);
   }
-  s.device_memory[range.begin] = DeviceMemory{range, device, nullptr, is_guessed, ++s.last_number};
+  s.device_memory[range.begin] = DeviceMemory{range, device, nullptr, is_guessed, false, ++s.last_number};
+}
+
+// What cuMemAlloc has given out.
+inline void note_allocation(State& s, Context& context, const Range& range, std::shared_ptr<char> owned) {
+  drop_told_memory(s, "cuMemAlloc", range);
+  s.history.forget(range);
+  context.taken += range.bytes;
+  s.device_memory[range.begin] = DeviceMemory{range, context.device, std::move(owned), false, true, ++s.last_number};
 }
 
 inline int allocate(State& s, Context& context, size_t bytes, Address* address) {
@@ -112,19 +122,14 @@ inline int allocate(State& s, Context& context, size_t bytes, Address* address) 
   void* const memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   if (memory == nullptr) return kOutOfMemory;
   std::memset(memory, 0xcd, bytes);
-  const Range range{reinterpret_cast<Address>(memory), bytes};
-  drop_told_memory(s, "cuMemAlloc", range);
-  s.history.forget(range);
-  context.taken += bytes;
-  s.device_memory[range.begin] =
-      DeviceMemory{range, context.device, std::shared_ptr<char>(static_cast<char*>(memory), std::free), false, ++s.last_number};
-  *address = range.begin;
+  *address = reinterpret_cast<Address>(memory);
+  note_allocation(s, context, {*address, bytes}, std::shared_ptr<char>(static_cast<char*>(memory), std::free));
   return kSuccess;
 }
 
 inline int give_back(State& s, Address address) {
   const auto found = s.device_memory.find(address);
-  if (found == s.device_memory.end() || found->second.owned == nullptr) return kInvalidValue;
+  if (found == s.device_memory.end() || !found->second.is_allocated) return kInvalidValue;
   end_of_memory(s, "cuMemFree", found->second.range, false, &s.contexts[found->second.device]);
   s.contexts[found->second.device].taken -= found->second.range.bytes;
   s.device_memory.erase(found);
@@ -153,6 +158,12 @@ inline int unregister_memory(State& s, const std::string& call, Address address,
   end_of_memory(s, call, found->second.range, false, found->second.context);
   s.registrations.erase(found);
   return kSuccess;
+}
+
+// Between tests: memory of before is given out anew without a word.
+inline void forget_told_memory(State& s) {
+  for (auto entry = s.device_memory.begin(); entry != s.device_memory.end();)
+    entry = entry->second.is_allocated ? std::next(entry) : s.device_memory.erase(entry);
 }
 
 }  // namespace strict

@@ -51,6 +51,7 @@ struct Capture;
 
 struct Context {
   void* handle = nullptr;
+  uint64_t number = 0;  // for traces
   int device = 0;
   bool is_green = false;  // another context of the device than its primary one
   int references = 0;
@@ -92,6 +93,7 @@ struct Operation {
 
 struct Stream {
   void* handle = nullptr;
+  uint64_t number = 0;
   Context* context = nullptr;
   Component component = 0;
   bool is_blocking = true, is_legacy = false, is_given_out = false, is_destroyed = false;
@@ -104,6 +106,7 @@ struct Stream {
 
 struct Event {
   void* handle = nullptr;
+  uint64_t number = 0;
   Context* context = nullptr;
   bool is_destroyed = false;
   Stream* stream = nullptr;  // where it was recorded; null: nowhere yet
@@ -123,8 +126,9 @@ struct Capture {
 struct DeviceMemory {
   Range range;
   int device = 0;
-  std::shared_ptr<char> owned;  // null: a test has told of it
-  bool is_guessed = false;      // from what a kernel wrote
+  std::shared_ptr<char> owned;
+  bool is_guessed = false;    // from what a kernel wrote
+  bool is_allocated = false;  // by cuMemAlloc; else a test has told of it
   uint64_t id = 0;
 };
 
@@ -179,6 +183,16 @@ struct State {
   int64_t frees_in_use = 0;
   std::vector<std::string> violations;
   std::string told;
+
+  // One a line, and they are forgotten. The text lasts until the next call.
+  const char* tell_violations() {
+    constexpr size_t kMost = 200;
+    told.clear();
+    for (size_t i = 0; i < std::min(kMost, violations.size()); ++i) told += violations[i] + "\n";
+    if (violations.size() > kMost) told += "and " + std::to_string(violations.size() - kMost) + " more\n";
+    violations.clear();
+    return told.c_str();
+  }
 
   Component new_component(bool of_thread) {
     const uint64_t position = of_thread ? std::numeric_limits<uint64_t>::max() : 0;

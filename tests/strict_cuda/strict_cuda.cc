@@ -110,7 +110,7 @@ DRIVER cuDevicePrimaryCtxRelease_v2(int device) {
     for (Event* event : s.events) event->is_destroyed = event->is_destroyed || event->context == &context;
     std::vector<Address> allocations, registrations;
     for (const auto& [begin, memory] : s.device_memory)
-      if (memory.owned != nullptr && memory.device == device) allocations.push_back(begin);
+      if (memory.is_allocated && memory.device == device) allocations.push_back(begin);
     for (const auto& [begin, memory] : s.registrations)
       if (memory.context == &context) registrations.push_back(begin);
     for (const Address begin : allocations) strict::give_back(s, begin);
