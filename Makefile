@@ -29,7 +29,7 @@ NATIVE_STAMP := $(VENV)/.stamp-native
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench gpu report-gpu asan tsan wheel clean distclean
+.PHONY: help setup demo test lint bench gpu report-gpu asan tsan device-stress wheel clean distclean
 
 help:
 	@echo "make demo    train a small model, kill it, resume it, compare with torch.save"
@@ -39,6 +39,7 @@ help:
 	@echo "make gpu     on a machine with an NVIDIA GPU: all checks and benchmarks that need one, in 20 minutes"
 	@echo "make asan    native stress program under the address and undefined-behaviour sanitizers"
 	@echo "make tsan    the same under the thread sanitizer"
+	@echo "make device-stress  jobs on a strict model of the CUDA driver (SECONDS=60 SEED=1)"
 	@echo "make wheel   build a release wheel into dist/"
 	@echo "make setup   only prepare .venv      (make setup PYTHON=python3.12)"
 	@echo "make clean   remove what was built;  make distclean removes .venv too"
@@ -78,6 +79,12 @@ clean:
 
 distclean: clean
 	rm -rf .venv .venv-torch* .venv-gpu*
+
+SECONDS ?= 60
+SEED    ?= 1
+
+device-stress: $(NATIVE_STAMP)
+	PYTHONPATH=tests:tests/devices $(PY) tests/devices/device_stress.py --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 # ---- environment -----------------------------------------------------------------------------------------------------
 

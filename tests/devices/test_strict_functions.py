@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -220,8 +221,7 @@ def test_an_engine_does_its_copies_in_the_order_in_which_they_become_ready(face:
     streams = [face.stream(NON_BLOCKING) for _ in range(6)]
     for stream in streams:
         assert face.to_host(face.pinned(), face.allocation(), stream) == 0
-        wait_until(lambda: True)
-    for earlier, later in zip(streams, streams[1:], strict=False):
+    for earlier, later in itertools.pairwise(streams):
         face.wait(later)
         assert face.code("cuStreamQuery", earlier) == 0
     face.fake.configure()
