@@ -57,7 +57,9 @@ HEAVY_MODULES = ("torch.distributed", "mpi4py", "deepspeed")
 LIBRARY = python_files("ckpt", "integrations")
 ALL_PYTHON = [ROOT / "setup.py", *LIBRARY, *python_files("bench", "examples", "tests")]
 TEST_CPP = [
-    path for folder in ("native", "fake_cuda", "strict_cuda") for path in sorted((ROOT / "tests" / folder).glob("*.[ch]*"))
+    path
+    for folder in ("native", "fake_cuda", "strict_cuda", "proxy_cuda")
+    for path in sorted((ROOT / "tests" / folder).glob("*.[ch]*"))
 ]
 ALL_CPP = [*core_files(".cc", ".h"), *TEST_CPP]
 

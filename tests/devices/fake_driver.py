@@ -1,6 +1,7 @@
 """The stand-ins for the CUDA driver, built once and driven from Python.
 
-`random` delays what it does by chance; `strict` reports whatever the documented order of things does not promise.
+`random` delays what it does by chance; `strict` reports whatever the documented order of things does not promise; `proxy`
+reports it of the calls that it forwards to another driver, here to `random`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from support import patience
 from torch.multiprocessing.reductions import StorageWeakRef
 
 SOURCES = {"random": TESTS / "fake_cuda" / "fake_cuda.cc", "strict": TESTS / "strict_cuda" / "strict_cuda.cc"}
+PROXY = TESTS / "proxy_cuda" / "proxy_cuda.cc"
 CHOSEN = os.environ.get("LAZYCKPT_TEST_DRIVER", "random")  # for the tests that do not ask for both
 DEFAULT_STREAM = 0
 ILLEGAL_ADDRESS = 700
@@ -31,10 +33,16 @@ ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees
 
 def build(directory: Path, *more_flags: str, kind: str = "random") -> Path:
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    target = directory / f"lib{SOURCES[kind].stem}.so"
+    source = PROXY if kind == "proxy" else SOURCES[kind]
+    target = directory / f"lib{source.stem}.so"
     flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
-    subprocess.run([compiler, *flags, str(SOURCES[kind]), "-o", str(target)], check=True, timeout=patience(300))
+    subprocess.run([compiler, *flags, str(source), "-o", str(target), "-ldl"], check=True, timeout=patience(300))
     return target
+
+
+def build_proxy(directory: Path, behind: Path | None = None) -> Path:
+    """In front of the driver of this file; None: of the system's."""
+    return build(directory, *[f'-DPROXIED_DRIVER="{behind}"'] if behind else [], kind="proxy")
 
 
 class FakeCuda:
@@ -44,7 +52,8 @@ class FakeCuda:
         self.path = str(path)
         self.cu = ctypes.CDLL(self.path)
         self.cu.fake_count.restype = self.cu.fake_live.restype = ctypes.c_int64
-        self.is_strict = hasattr(self.cu, "fake_violations")
+        self.is_strict = hasattr(self.cu, "fake_violations")  # it tells of what is not promised
+        self.is_proxy = path.stem == "libproxy_cuda"
         if self.is_strict:
             self.cu.fake_violations.restype = ctypes.c_char_p
         self._calls: list[Any] = []
@@ -152,7 +161,7 @@ class FakeCuda:
         self.cu.fake_synchronize(device, ctypes.c_void_p(stream))
 
     def fail(self, call: str, *, skip: int = 0, code: int = ILLEGAL_ADDRESS, late: bool = False) -> None:
-        if late and self.is_strict:
+        if late and self.is_strict and not self.is_proxy:
             pytest.skip("an operation that fails ends its context: nothing that is tested here goes on")
         self.cu.fake_fail(call.encode(), ctypes.c_int64(skip), code, int(late))
 
@@ -176,9 +185,11 @@ class FakeCuda:
 
     def allocated(self, address: int, length: int) -> None:
         """Memory of the training is one allocation of a device from now on, over whose ends no copy goes; 0 bytes: no more."""
-        if not self.is_strict:
+        if not self.is_strict or self.is_proxy:
             self.cu.fake_allocated(ctypes.c_void_p(address), ctypes.c_uint64(length))
-        elif length:
+        if not self.is_strict:
+            return
+        if length:
             self._told.add(address)
             self.cu.fake_declare(0, ctypes.c_void_p(address), ctypes.c_size_t(length))
         else:
@@ -223,8 +234,10 @@ def fake_library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     directory = tmp_path_factory.getbasetemp() / f"{kind}_cuda"
     if not directory.exists():
         directory.mkdir()
-        build(directory, kind=kind)
-    return directory / f"lib{SOURCES[kind].stem}.so"
+        library = build(directory, kind="random" if kind == "proxy" else kind)
+        if kind == "proxy":
+            build_proxy(directory, library)
+    return next(directory.glob("libproxy_cuda.so"), directory / f"lib{SOURCES.get(kind, PROXY).stem}.so")
 
 
 @contextlib.contextmanager

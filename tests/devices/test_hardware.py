@@ -1,24 +1,31 @@
 """On a real GPU, through torch: what no stand-in for the driver can show. `make gpu` runs it.
 
-With LAZYCKPT_TEST_DEVICE=cpu the same programs run in host memory, which tries out these tests, and not the library.
+With LAZYCKPT_TEST_DEVICE=cpu the same programs run in host memory, which tries out these tests, and not the library. With
+LAZYCKPT_TEST_DRIVER=proxy the library's calls go through the checking proxy, which may find no rule broken. (LAZYCKPT_PROXY_TRACE names
+a file for the calls; "%p" in it is the number of the process.)
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fake_driver import CHOSEN, build_proxy
 from places import PYTHONPATH
 from support import patience
 
 import ckpt
+from ckpt import devices as torch_devices
 
 DEVICE = torch.device(os.environ.get("LAZYCKPT_TEST_DEVICE", "cuda"))
 ON_GPU = DEVICE.type == "cuda"
@@ -27,6 +34,29 @@ needs_gpu = pytest.mark.skipif(not ON_GPU, reason="has no meaning in host memory
 DEADLINE_S = 120.0
 ARENAS = ("16MiB", "1GiB")  # less than the state, and more
 WIDTH = 1024 if ON_GPU else 128
+
+
+@functools.cache
+def proxy() -> Path:
+    return build_proxy(Path(tempfile.mkdtemp(prefix="ckpt-proxy-")))
+
+
+def checked() -> Iterator[None]:
+    """Through the proxy, if that is chosen."""
+    if CHOSEN != "proxy" or not ON_GPU:
+        yield
+        return
+    library, before = ctypes.CDLL(str(proxy())), torch_devices.in_use
+    library.fake_violations.restype = ctypes.c_char_p
+    torch_devices.in_use = torch_devices.TorchDevices(driver=str(proxy()))
+    yield
+    torch_devices.in_use = before
+    found = library.fake_violations().decode()
+    # What tries a device out lets a copy and a write race, each with the other, on purpose.
+    assert [each for each in found.splitlines() if not ("cuMemsetD8Async" in each and "race" in each)] == []
+
+
+through_proxy = pytest.fixture(autouse=True)(checked)
 
 
 def options(**how: Any) -> ckpt.Options:
@@ -254,8 +284,9 @@ def test_a_full_device(tmp_path: Path) -> None:
 @pytest.mark.parametrize("setting", ["backend:cudaMallocAsync", "expandable_segments:True"])
 def test_other_allocators(setting: str, tmp_path: Path) -> None:
     program = (
-        "import pathlib, sys, test_hardware as t\n"
-        "t.save_every_step(pathlib.Path(sys.argv[1]), {'foreach': True}, t.make_stream(), '16MiB')\n"
+        "import contextlib, pathlib, sys, test_hardware as t\n"
+        "with contextlib.contextmanager(t.checked)():\n"
+        "    t.save_every_step(pathlib.Path(sys.argv[1]), {'foreach': True}, t.make_stream(), '16MiB')\n"
     )
     environment = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": setting, "PYTORCH_ALLOC_CONF": setting, "PYTHONPATH": PYTHONPATH}
     ended = subprocess.run(
