@@ -9,6 +9,7 @@
 #include <mutex>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -18,6 +19,7 @@
 #include "engine/save_request.h"
 #include "format/file_spec.h"
 #include "format/torch_zip.h"
+#include "format/torch_zip_sequence.h"
 #include "jobs/replica_sample.h"
 #include "os/file.h"
 
@@ -83,17 +85,33 @@ std::vector<StorageBytes> to_storages(const std::vector<uintptr_t>& addresses, c
   return storages;
 }
 
+// (pickles, of each archive the number of its pickle, of each archive the number of its storages)
+using Archives = std::tuple<std::vector<py::bytes>, std::vector<uint32_t>, std::vector<uint32_t>>;
+
+TorchZipSequence to_sequence(const Archives& archives, std::vector<StorageBytes> storages) {
+  TorchZipSequence sequence;
+  for (const py::bytes& pickle : std::get<0>(archives)) {
+    sequence.pickles.emplace_back(PyBytes_AS_STRING(pickle.ptr()), static_cast<size_t>(PyBytes_GET_SIZE(pickle.ptr())));
+  }
+  sequence.pickle_of = std::get<1>(archives);
+  sequence.storages_of = std::get<2>(archives);
+  sequence.storages = std::move(storages);
+  return sequence;
+}
+
 std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool direct, const std::string& archive,
                                  const Blobs& head, const std::vector<uintptr_t>& addresses,
                                  const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
                                  size_t copy_at_most, uint32_t uniform_alignment, bool verify, double timeout_s,
                                  uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
-                                 bool with_directory, const std::string& like, int directory, bool probe, bool sum) {
+                                 bool with_directory, const std::string& like, int directory, bool probe, bool sum,
+                                 const std::optional<Archives>& archives) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
                   to_named(tail, copy_at_most), uniform_alignment, direct};
+  if (archives) request.sequence = to_sequence(*archives, std::move(request.file.storages));
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
@@ -197,6 +215,19 @@ const ZipLayout& shared_layout(const Job& job) {
   return *job.layout;
 }
 
+// (offset, length) of each archive of a file that holds several.
+std::vector<std::pair<uint64_t, uint64_t>> archives_of(const Job& job) {
+  std::vector<std::pair<uint64_t, uint64_t>> places;
+  places.reserve(job.archives.size());
+  for (const ByteRange& place : job.archives) places.emplace_back(place.begin, place.end - place.begin);
+  return places;
+}
+
+// (bytes of a piece, the CRC-32 of each piece of the file), once finished.
+std::pair<uint64_t, std::vector<uint32_t>> pieces_of(const Job& job) {
+  return locked(job, [&] { return std::make_pair(job.checksums.piece_bytes, job.checksums.pieces); });
+}
+
 // Of everything that must be the same in all processes for their parts to make one file.
 uint32_t layout_checksum(const ZipLayout& layout) {
   const uint32_t crc = crc32(0, layout.payload_offsets.data(), layout.payload_offsets.size() * sizeof(uint64_t));
@@ -230,6 +261,8 @@ void bind_job(py::module_& module) {
       .def_property_readonly("written", [](const Job& job) { return py::make_tuple(job.range.begin, job.range.end); })
       .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })
       .def_property_readonly("edges", edges_of)
+      .def_property_readonly("archives", archives_of)
+      .def_property_readonly("piece_checksums", pieces_of)
       .def_property_readonly("layout_crc32", [](const Job& job) { return layout_checksum(shared_layout(job)); })
       .def("directory", [](const Job& job, const std::vector<uint32_t>& record_crcs) {
         if (record_crcs.size() != job.spec.record_count) throw py::value_error("one checksum for each record");
@@ -288,7 +321,8 @@ void bind_engine(py::module_& module) {
            py::arg("share_index") = 0, py::arg("share_count") = 1,
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
-           py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false)
+           py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
+           py::arg("archives") = py::none())
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

@@ -1,6 +1,7 @@
 #include "engine/save_request.h"
 
 #include <utility>
+#include <vector>
 
 #include "format/zip_layout.h"
 
@@ -12,13 +13,16 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
                                                request.with_directory, request.like, request.directory);
   ZipLayout layout;
   FileSpec spec;
+  std::vector<ByteRange> archives;
   try {
-    spec = describe(request.file, target->limits(), request.share, layout);
+    spec = request.sequence ? describe(*request.sequence, target->limits(), layout, archives)
+                            : describe(request.file, target->limits(), request.share, layout);
   } catch (...) {
     target->discard();
     throw;
   }
   auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams);
+  job->archives = std::move(archives);
   if (shared) job->layout = std::make_unique<ZipLayout>(std::move(layout));
   return job;
 }

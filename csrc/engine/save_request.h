@@ -9,12 +9,14 @@
 #include "engine/engine.h"
 #include "format/file_spec.h"
 #include "format/torch_zip.h"
+#include "format/torch_zip_sequence.h"
 #include "os/file.h"
 
 namespace lazyckpt {
 
 struct SaveRequest {
   TorchFile file;
+  std::optional<TorchZipSequence> sequence = {};  // instead of what `file` holds
   Share share;          // of several processes that write it together
   CaptureChecks checks;
   double timeout_s = 0;
@@ -29,7 +31,7 @@ struct SaveRequest {
 };
 
 // Lays the file out and makes it, and hands both to the engine: see Engine::submit(). The job of a file that is shared keeps the
-// layout.
+// layout; that of a sequence keeps where each archive lies.
 std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const Interrupt& interrupt);
 
 }  // namespace lazyckpt

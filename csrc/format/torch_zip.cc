@@ -20,13 +20,20 @@ ZipRecord align_record(std::string name, const std::byte* bytes, uint64_t length
   const bool direct = whole ? limits.direct() : file.direct;
   if (kind == Source::kCopy || on_device(kind) || !direct) return {std::move(name), length, kSmallAlign, 0};
   if (!whole) return {std::move(name), length, kPage, kUsualRemainder};
-  // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
-  const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
-  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(bytes) % limits.memory_align);
-  return {std::move(name), length, align, remainder};
+  return place_storage(std::move(name), {bytes, length, kind}, limits);
 }
 
 }  // namespace
+
+ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoLimits& limits) {
+  if (storage.kind == Source::kCopy || on_device(storage.kind) || !limits.direct()) {
+    return {std::move(name), storage.length, kSmallAlign, 0};
+  }
+  // A block boundary of the file must fall on an aligned address: congruence modulo the memory alignment does it.
+  const auto align = std::max<uint32_t>(kPage, static_cast<uint32_t>(block_bytes(limits)));
+  const auto remainder = static_cast<uint32_t>(reinterpret_cast<uintptr_t>(storage.bytes) % limits.memory_align);
+  return {std::move(name), storage.length, align, remainder};
+}
 
 FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout) {
   std::vector<ZipRecord> records;
@@ -45,23 +52,9 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   for (const NamedBytes& blob : file.tail) add(blob.name, blob.bytes, blob.length, blob.kind);
 
   layout = lay_out_zip(file.archive, records);
-  FileSpec spec;
-  spec.size = layout.file_size;
+  FileSpec spec = to_spec(layout, std::move(payloads));
   spec.share = share;
   spec.share.body_end = layout.directory_offset;
-  spec.record_count = records.size();
-  spec.crc_fields = layout.crc_fields;
-  spec.extents.reserve(payloads.size() + layout.parts.size());
-  const auto* structure = reinterpret_cast<const std::byte*>(layout.structure.data());
-  for (const StructurePart& part : layout.parts) {
-    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure, kHost});
-  }
-  for (size_t i = 0; i < payloads.size(); ++i) {
-    payloads[i].offset = layout.payload_offsets[i];
-    if (payloads[i].length > 0) spec.extents.push_back(payloads[i]);
-  }
-  std::sort(spec.extents.begin(), spec.extents.end(),
-            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
   return spec;
 }
 

@@ -37,6 +37,9 @@ struct TorchFile {
   bool direct = true;              // whether direct I/O is asked for
 };
 
+// How a storage of a file that one process writes is placed: large ones so that they can leave zero-copy by direct I/O.
+ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoLimits& limits);
+
 // A file that several processes write together has the same layout in all of them, wherever their tensors lie and whatever
 // each has found its file system to demand.
 //

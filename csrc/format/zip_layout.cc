@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/crc32.h"
 #include "base/error.h"
 #include "format/zip_format.h"
 
@@ -15,12 +16,24 @@ class Builder {
  public:
   Builder(const std::string& archive, const std::vector<ZipRecord>& records) : records_(records) {
     names_.reserve(records.size());
-    for (const ZipRecord& record : records) names_.push_back(archive + "/" + record.name);
+    numbers_.reserve(records.size());
+    header_offsets_.reserve(records.size());
+    uint32_t number = 0;
+    for (const ZipRecord& record : records) {
+      names_.push_back(archive + "/" + record.name);
+      numbers_.push_back(record.contents == nullptr ? number++ : kStructure);
+    }
   }
 
-  ZipLayout build() {
-    for (size_t i = 0; i < records_.size(); ++i) add_record(i);
-    add_directory();
+  // Of records [first, end).
+  ByteRange add_archive(size_t first, size_t end) {
+    begin_ = cursor_;
+    for (size_t i = first; i < end; ++i) add_record(i);
+    add_directory(first, end);
+    return {begin_, cursor_};
+  }
+
+  ZipLayout end() {
     end_part();
     std::stable_sort(layout_.crc_fields.begin(), layout_.crc_fields.end(),
                      [](const CrcField& a, const CrcField& b) { return a.offset < b.offset; });
@@ -40,10 +53,13 @@ class Builder {
     layout_.structure += text;
     cursor_ += text.size();
   }
-  void put_crc(size_t record) {
-    layout_.crc_fields.push_back({cursor_, static_cast<uint32_t>(record)});
+  void put_crc(size_t index) {
+    const ZipRecord& record = records_[index];
+    if (record.contents != nullptr) return put32(crc32(0, record.contents, record.size));
+    layout_.crc_fields.push_back({cursor_, numbers_[index]});
     put32(0);
   }
+  uint64_t in_archive() const { return cursor_ - begin_; }
 
   // Closes the part that has been growing since the last payload.
   void end_part() {
@@ -54,20 +70,25 @@ class Builder {
 
   void add_record(size_t index) {
     const ZipRecord& record = records_[index];
-    header_offsets_.push_back(cursor_);
+    header_offsets_.push_back(in_archive());
     add_local_header(record, names_[index]);
-    layout_.payload_offsets.push_back(cursor_);
+    if (record.contents == nullptr) layout_.payload_offsets.push_back(cursor_);
     if (record.size == 0) return;
-    end_part();
-    cursor_ += record.size;
+    if (record.contents == nullptr) {
+      end_part();
+      cursor_ += record.size;
+    } else {
+      layout_.structure.append(reinterpret_cast<const char*>(record.contents), record.size);
+      cursor_ += record.size;
+    }
     add_descriptor(index);
   }
 
   void add_local_header(const ZipRecord& record, const std::string& name) {
-    const uint64_t begin = cursor_;
+    const uint64_t begin = in_archive();
     const bool large = needs_zip64(record.size), far = needs_zip64(begin);
     const size_t zip64 = (large || far ? 4 : 0) + (large ? 16 : 0) + (far ? 8 : 0);
-    const size_t padding = padding_for(record, begin + kLocalHeaderBytes + name.size() + zip64 + 4);
+    const size_t padding = padding_for(record, cursor_ + kLocalHeaderBytes + name.size() + zip64 + 4);
     put32(kLocalSignature);
     put16(0);
     put16(flags(record));
@@ -113,10 +134,11 @@ class Builder {
     put(size, width);
   }
 
-  void add_directory() {
-    const uint64_t begin = layout_.directory_offset = cursor_;
-    for (size_t i = 0; i < records_.size(); ++i) add_directory_entry(i);
-    const uint64_t size = cursor_ - begin, end = cursor_, count = records_.size();
+  void add_directory(size_t first_record, size_t end_record) {
+    const uint64_t begin = in_archive();
+    layout_.directory_offset = cursor_;
+    for (size_t i = first_record; i < end_record; ++i) add_directory_entry(i);
+    const uint64_t size = in_archive() - begin, end = in_archive(), count = end_record - first_record;
     put32(kZip64EndSignature);
     put64(kZip64EndBytes - 12);
     put16(kVersionMadeBy);
@@ -175,21 +197,64 @@ class Builder {
 
   const std::vector<ZipRecord>& records_;
   std::vector<std::string> names_;
-  std::vector<uint64_t> header_offsets_;
+  std::vector<uint32_t> numbers_;  // of payloads
+  std::vector<uint64_t> header_offsets_;  // in their archives
   ZipLayout layout_;
   uint64_t cursor_ = 0;    // in the file
+  uint64_t begin_ = 0;     // of the archive
   size_t part_begin_ = 0;  // in layout_.structure
 };
 
 }  // namespace
 
-ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& records) {
+namespace {
+
+void refuse_long_names(const std::string& archive, const std::vector<ZipRecord>& records) {
   for (const ZipRecord& record : records) {
     if (archive.size() + 1 + record.name.size() > kMax16) {
       throw Error(ErrorKind::kCorrupt, "a record name of more than 65535 bytes does not fit a zip file");
     }
   }
-  return Builder(archive, records).build();
+}
+
+}  // namespace
+
+ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& records) {
+  std::vector<ByteRange> places;
+  return lay_out_zips(archive, records, {records.size()}, places);
+}
+
+ZipLayout lay_out_zips(const std::string& archive, const std::vector<ZipRecord>& records, const std::vector<size_t>& counts,
+                       std::vector<ByteRange>& places) {
+  refuse_long_names(archive, records);
+  Builder builder(archive, records);
+  places.clear();
+  places.reserve(counts.size());
+  size_t first = 0;
+  for (const size_t count : counts) {
+    places.push_back(builder.add_archive(first, first + count));
+    first += count;
+  }
+  return builder.end();
+}
+
+FileSpec to_spec(const ZipLayout& layout, std::vector<Extent> payloads) {
+  FileSpec spec;
+  spec.size = layout.file_size;
+  spec.record_count = payloads.size();
+  spec.crc_fields = layout.crc_fields;
+  spec.extents.reserve(payloads.size() + layout.parts.size());
+  const auto* structure = reinterpret_cast<const std::byte*>(layout.structure.data());
+  for (const StructurePart& part : layout.parts) {
+    spec.extents.push_back({structure + part.begin, part.length, part.offset, Source::kCopy, kStructure, kHost});
+  }
+  for (size_t i = 0; i < payloads.size(); ++i) {
+    payloads[i].offset = layout.payload_offsets[i];
+    if (payloads[i].length > 0) spec.extents.push_back(payloads[i]);
+  }
+  std::sort(spec.extents.begin(), spec.extents.end(),
+            [](const Extent& a, const Extent& b) { return a.offset < b.offset; });
+  return spec;
 }
 
 }  // namespace lazyckpt

@@ -40,6 +40,22 @@ void CrcChain::give_up() {
   advanced_.notify_all();
 }
 
+namespace {
+
+constexpr uint64_t kPiece = uint64_t{4} << 20;  // smaller chunks are joined, larger ones are pieces as they are
+
+// Of a file that one process writes: its chunks follow each other from the beginning, and each is of the same size but the last.
+void add_pieces(Checksums& sums, const std::vector<Chunk>& chunks) {
+  if (chunks.empty()) return;
+  sums.piece_bytes = std::max<uint64_t>(kPiece, chunks.size() > 1 ? chunks[1].offset : chunks[0].content);
+  for (const Chunk& chunk : chunks) {
+    if (chunk.offset % sums.piece_bytes == 0) sums.pieces.push_back(0);
+    sums.pieces.back() = crc32_combine(sums.pieces.back(), chunk.crc, chunk.content);
+  }
+}
+
+}  // namespace
+
 // ---- Job ---------------------------------------------------------------------------------------------------------
 
 Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, FileSpec description,
@@ -98,7 +114,10 @@ Checksums Job::sum_up() const {
   for (const Chunk& chunk : chunks) {
     if (chunk.written) sums.written = crc32_combine(sums.written, chunk.crc, chunk.content);
   }
-  if (spec.share.whole()) return sums;
+  if (spec.share.whole()) {
+    add_pieces(sums, chunks);
+    return sums;
+  }
   sums.only_read = part_only_read(chunks);
   sums.last_written = last_part_written(chunks);
   return sums;

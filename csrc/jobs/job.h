@@ -103,6 +103,8 @@ struct DeviceProgress {
 // Of what a job has written, and, where the file is shared, of the records that others write a part of.
 struct Checksums {
   uint32_t written = 0;
+  std::vector<uint32_t> pieces;  // of each `piece_bytes` of it, so that parts of the file can be verified
+  uint64_t piece_bytes = 0;
   RecordPart only_read, last_written;
 };
 
@@ -118,6 +120,7 @@ struct Job {
   const ByteRange range;  // of the file: what this job writes
   const ByteRange fields;  // indices: the CRC fields in it
   std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
+  std::vector<ByteRange> archives;  // of a file of several: where each lies. Of who has submitted it
   std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
   const CaptureChecks checks;
   const double timeout_s;  // the longest that a fence waits for it
