@@ -20,6 +20,8 @@ class Job:
     written: tuple[int, int]
     checksums: tuple[list[int], list[int]]
     edges: tuple[tuple[int, int, int], tuple[int, int, int]]  # only read, and last written: record, bytes, CRC-32
+    archives: list[tuple[int, int]]  # of a file of several: offset and length of each
+    piece_checksums: tuple[int, list[int]]  # bytes of a piece; the CRC-32 of each piece of the file
     layout_crc32: int
     limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int
@@ -73,8 +75,12 @@ class Engine:
         streams: Mapping[int, int] = {},
         expected_limits: tuple[int, int] | None = None,
         with_directory: bool = False,
+        like: bytes = b"",
+        directory: int = -1,
         probe: bool = False,
         sum: bool = False,
+        # Pickles; of each archive which of them is its, and how many storages it has.
+        archives: tuple[Sequence[bytes], Sequence[int], Sequence[int]] | None = None,
     ) -> Job: ...
     def fence(self, streams: Mapping[int, int] = {}) -> None: ...
     def order(self, streams: Mapping[int, int]) -> None: ...
@@ -157,8 +163,15 @@ def add_owned(
     index: StorageIndex | None,
     tensor_type: type,
     values: Callable[[Any], list[Any]],
+    wrappers: tuple[type, Callable[[Any], torch.Tensor]] | None = None,
 ) -> None: ...
-def add_declared(found: dict[Any, list[Any]], value: Any, tensor_type: type, values: Callable[[Any], list[Any]]) -> None: ...
+def add_declared(
+    found: dict[Any, list[Any]],
+    value: Any,
+    tensor_type: type,
+    values: Callable[[Any], list[Any]],
+    wrappers: tuple[type, Callable[[Any], torch.Tensor]] | None = None,
+) -> None: ...
 
 class StorageIndex: ...
 

@@ -11,6 +11,7 @@ import functools
 import inspect
 import logging
 import pickle
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -298,6 +299,73 @@ def default_store() -> Any:
         return get() if get is not None else None
     except TypeError:  # it wants something
         return None
+
+
+# ---- sharded tensors -------------------------------------------------------------------------------------------------
+
+
+def wrappers() -> tuple[type, Callable[[Any], torch.Tensor]] | None:
+    """The class of tensors that are parts of a whole, and what gives the part that lies here: itself, where no gradients are
+    recorded. None as long as nobody can have made one.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    return None if kind is None else (kind, kind.to_local)
+
+
+def root_mesh(mesh: Any) -> Any:
+    """The device mesh of which `mesh` is a part, or itself. One that does not tell is taken for a whole one."""
+    get = getattr(mesh, "_get_root_mesh", None)
+    if get is not None:
+        return get()
+    get = getattr(find("distributed.device_mesh._mesh_resources"), "get_root_mesh", None)  # of older torch
+    return mesh if get is None else get(mesh)
+
+
+def flatten_state_dict(state: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[Any, ...]]]:
+    """As torch.distributed.checkpoint names what lies in a nested state dict: by flat keys, and each key's path.
+
+    Raises:
+        ValueError: two paths have one key.
+    """
+    from torch.distributed.checkpoint import DefaultSavePlanner
+
+    flatten = find("distributed.checkpoint._nested_dict.flatten_state_dict")
+    if flatten is not None:
+        flat, paths = flatten(state)
+        return flat, paths
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state)
+    return planner.state_dict, planner.mappings
+
+
+class DcpNames(NamedTuple):
+    """What is in the `.metadata` of torch.distributed.checkpoint, and is not public.
+
+    Attributes:
+        storage_info: the class that says where an item lies.
+        version: of the format; None where this torch writes none.
+    """
+
+    storage_info: Any
+    version: str | None
+
+
+@functools.cache
+def dcp_names() -> DcpNames:
+    """
+    Raises:
+        RuntimeError: this torch does not have them: a checkpoint that it could read cannot be written.
+    """
+    import torch.distributed.checkpoint.filesystem
+
+    info = find("distributed.checkpoint.filesystem._StorageInfo")
+    if not _has_name(info):
+        raise RuntimeError(
+            f"torch {torch.__version__} keeps the places of a checkpoint's items in another way than those that were tested "
+            f"({TESTED}); sharded= cannot be saved"
+        )
+    return DcpNames(info, find("distributed.checkpoint.filesystem.CURRENT_DCP_VERSION"))
 
 
 # ---- hooks -----------------------------------------------------------------------------------------------------------

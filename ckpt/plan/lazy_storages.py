@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import Optimizer
 
-from ckpt import _native
+from ckpt import _native, torch_private
 from ckpt._native import StorageIndex
 from ckpt.fence import replayed_optimizers, step_is_running, stepped_optimizers
 from ckpt.plan.views import ByteInterval, byte_interval
@@ -113,7 +113,8 @@ def _add_declared(found: dict[Any, list[Any]], declared: Any) -> None:
 def _add_optimizer(found: dict[Any, list[Any]], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = optimizer.state if isinstance(optimizer.state, dict) else dict(optimizer.state)
-    _native.add_owned(found, groups, state, index, torch.Tensor, _values)
+    with torch.no_grad():  # see torch_private.wrappers()
+        _native.add_owned(found, groups, state, index, torch.Tensor, _values, torch_private.wrappers())
 
 
 def _leave_out(found: dict[Any, list[Any]], optimizer: Optimizer) -> None:
@@ -127,7 +128,8 @@ def _leave_out(found: dict[Any, list[Any]], optimizer: Optimizer) -> None:
 
 def _add_tensors(found: dict[Any, list[Any]], value: Any) -> None:
     """However deep they lie; those without a storage of their own (sparse and the like) are captured inside save()."""
-    _native.add_declared(found, value, torch.Tensor, _values)
+    with torch.no_grad():
+        _native.add_declared(found, value, torch.Tensor, _values, torch_private.wrappers())
 
 
 def _values(value: Any) -> list[Any]:

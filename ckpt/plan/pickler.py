@@ -84,7 +84,7 @@ class StorageTable:
     def reducer_override(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is torch.Tensor:
-            if obj.layout is _strided and obj.dtype in CLASSES and _is_plain(obj):
+            if obj.layout is _strided and obj.dtype in CLASSES and is_plain(obj):
                 return self.reduce(obj)
         elif kind is OrderedDict:
             if not obj and not obj.__dict__:
@@ -212,7 +212,7 @@ class _TorchPickler(pickle.Pickler):
         self.reducer_override = table.reducer_override if short else table.note  # type: ignore[method-assign]
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
     """No attribute, hook, lazy conjugation or nesting that torch's own pickling would have to look at."""
     return (
         (tensor.is_cpu or tensor.is_cuda)

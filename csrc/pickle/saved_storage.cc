@@ -324,17 +324,42 @@ py::tuple find_changed(const py::list& records) {
 
 // ---- What an optimizer owns --------------------------------------------------------------------------------------
 
+// A tensor that has no memory but that of another one: (its class, what gives the other); or None.
+class Wrappers {
+ public:
+  explicit Wrappers(const py::object& given) {
+    if (given.is_none()) return;
+    const auto pair = given.cast<py::tuple>();
+    if (pair.size() != 2 || !PyType_Check(PyTuple_GET_ITEM(pair.ptr(), 0))) throw py::type_error("wrappers are a class and a function");
+    type_ = reinterpret_cast<PyTypeObject*>(PyTuple_GET_ITEM(pair.ptr(), 0));
+    local_ = py::reinterpret_borrow<py::object>(PyTuple_GET_ITEM(pair.ptr(), 1));
+  }
+
+  // What it wraps; null if it is no wrapper.
+  py::object unwrap(PyObject* tensor) const {
+    if (type_ == nullptr || PyObject_TypeCheck(tensor, type_) == 0) return {};
+    return owned(PyObject_CallOneArg(local_.ptr(), tensor));
+  }
+
+ private:
+  PyTypeObject* type_ = nullptr;  // as long as its module
+  py::object local_;
+};
+
 // Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
 class StorageFinder {
  public:
   // `declared`: all of the storages is lazy, which None before the tensors says.
   StorageFinder(const py::dict& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values,
-                bool declared)
+                const py::object& wrappers, bool declared)
       : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values),
-        declared_(declared) {}
+        wrappers_(wrappers), declared_(declared) {}
 
   void add(PyObject* value) {
-    if (PyObject_TypeCheck(value, tensor_type_) != 0) return add_tensor(value);
+    if (PyObject_TypeCheck(value, tensor_type_) != 0) {
+      const py::object local = wrappers_.unwrap(value);
+      return add_tensor(local ? local.ptr() : value);
+    }
     if (value == Py_None || PyFloat_CheckExact(value) || PyLong_Check(value) || PyUnicode_CheckExact(value)) return;
     if (Py_EnterRecursiveCall(" while looking through an optimizer") != 0) throw py::error_already_set();
     try {
@@ -386,6 +411,7 @@ class StorageFinder {
   const StorageIndex* index_;
   PyTypeObject* tensor_type_;
   const py::function& values_;
+  const Wrappers wrappers_;
   const bool declared_;
 };
 
@@ -424,19 +450,20 @@ class OwnedByOptimizer {
 };
 
 void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, const StorageIndex* index,
-               const py::object& tensor_type, const py::function& values) {
+               const py::object& tensor_type, const py::function& values, const py::object& wrappers) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!known.keys_last) return;  // that of a storage which is gone may be another's by now: then none is known to be lazy
-  StorageFinder finder(found, index, tensor_type, values, false);
+  StorageFinder finder(found, index, tensor_type, values, wrappers, false);
   OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
   for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
   optimizer.add_state();
 }
 
-void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values) {
+void add_declared(const py::dict& found, const py::object& value, const py::object& tensor_type, const py::function& values,
+                  const py::object& wrappers) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!known.keys_last) return;
-  StorageFinder(found, nullptr, tensor_type, values, true).add(value.ptr());
+  StorageFinder(found, nullptr, tensor_type, values, wrappers, true).add(value.ptr());
 }
 
 }  // namespace
@@ -466,8 +493,9 @@ void bind_records(py::module_& module) {
              py::arg("lazy_on_devices"), py::arg("kinds"));
   module.def("find_changed", &find_changed, py::arg("records"));
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
-             py::arg("tensor_type"), py::arg("values"));
-  module.def("add_declared", &add_declared, py::arg("found"), py::arg("value"), py::arg("tensor_type"), py::arg("values"));
+             py::arg("tensor_type"), py::arg("values"), py::arg("wrappers") = py::none());
+  module.def("add_declared", &add_declared, py::arg("found"), py::arg("value"), py::arg("tensor_type"), py::arg("values"),
+             py::arg("wrappers") = py::none());
 }
 
 }  // namespace lazyckpt

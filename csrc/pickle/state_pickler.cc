@@ -287,7 +287,7 @@ class StatePickler {
     return true;
   }
 
-  // As _is_plain() in ckpt/plan/pickler.py.
+  // As is_plain() in ckpt/plan/pickler.py.
   static bool is_bare(PyObject* tensor, PyObject* dtype) {
     const Names& name = names();
     return !is_true(name.is_neg.call_on(tensor)) &&
