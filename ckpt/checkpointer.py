@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import RankConversation
+from ckpt.commit.layout_exchange import LayoutExchange
 from ckpt.commit.publication import Publication
 from ckpt.commit.step_target import StepTarget
 from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
-from ckpt.directory.manifest import RANK, REPLICATED
+from ckpt.directory import sharded_files, step_names
+from ckpt.directory.manifest import RANK, REPLICATED, SHARDED, SHARDED_METADATA
 from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import (
@@ -28,6 +30,7 @@ from ckpt.errors import (
     StorageError,
 )
 from ckpt.fence import fence
+from ckpt.formats.dcp_file import DcpFile
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
@@ -38,6 +41,8 @@ from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
 from ckpt.session import SaveSession
+from ckpt.sharded.metadata import MetadataWriter
+from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
 
 _tokens = itertools.count()
@@ -93,13 +98,17 @@ class Checkpointer(SaveSession):
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
+        self._sharded_format = DcpFile(ShardedPlanner(self.rank, self.world_size))
+        self._layouts = LayoutExchange(MetadataWriter(self.options.metadata_compat))
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: Any = None, *, replicated: Any = None, lazy: Any = None) -> PendingSave:
+    def save(
+        self, step: int, state: Any = None, *, replicated: Any = None, sharded: Any = None, lazy: Any = None
+    ) -> PendingSave:
         """Saves checkpoint `step`, in the background. Saving a step again replaces it once the new one is durable.
 
         Args:
@@ -112,7 +121,12 @@ class Checkpointer(SaveSession):
                 the error names it. A difference of a few elements may go unseen; then a tensor has the value of one of the
                 ranks. Of what lies on devices nothing is compared by samples with `Options.device_lazy`, or with
                 `Options.replicated_writers="rank0"`.
-            lazy: as in `ckpt.save`, for both.
+            sharded: a state dict of which each rank holds a part: nested dicts and lists of DTensors, of any placements, on a
+                mesh of all ranks or on a part of one; tensors that are the same on all ranks; values that are. What it lies in
+                is then a checkpoint of torch.distributed.checkpoint, which `load(state, checkpoint_id=<directory of the step>)`
+                of torch reads on any number of ranks. No collective is called for it. What several ranks hold is written by
+                one of them. Compared are keys, shapes, placements and values, and of tensors that are no DTensors samples.
+            lazy: as in `ckpt.save`, for all of them.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
@@ -122,8 +136,9 @@ class Checkpointer(SaveSession):
             CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
                 by restore(), and `step` is not above the newest. Nothing has been written or removed.
             PeerError: at the first save, rank 0 does not answer, or may not save, for instance because of that.
-            TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; also what
-                pickling a state raises.
+            TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; `sharded`
+                holds what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks,
+                two values of the same key); also what pickling a state raises.
 
         Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
         `result()` and by wait().
@@ -136,7 +151,7 @@ class Checkpointer(SaveSession):
         try:
             self._claim_directory(call)
             self._check_failures()
-            self._begin(task, call, state, replicated, lazy)
+            self._begin(task, call, self._contents(state, replicated, sharded), lazy)
         except BaseException as error:
             self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError)):
@@ -169,10 +184,15 @@ class Checkpointer(SaveSession):
         self._claimed, self._token = True, answer["token"]
         self._directories.token = self._token
 
-    def _begin(self, task: SaveTask, call: SaveCall, state: Any, replicated: Any, lazy: Any) -> None:
-        contents = [] if state is None and replicated is not None else [(RANK, state)]
-        contents += [] if replicated is None else [(REPLICATED, replicated)]
+    def _contents(self, state: Any, replicated: Any, sharded: Any) -> list[tuple[str, Any]]:
+        others = [(REPLICATED, replicated), (SHARDED, sharded)]
+        given = [(kind, each) for kind, each in others if each is not None]
+        return given if state is None and given else [(RANK, state), *given]
+
+    def _begin(self, task: SaveTask, call: SaveCall, contents: list[tuple[str, Any]], lazy: Any) -> None:
         written = [kind for kind, _ in contents if self._writes(kind)]
+        if SHARDED in written and self.rank == 0:
+            written.append(SHARDED_METADATA)
         targets, limits = self._directories.begin(call.directory.name, [self._stem(kind) for kind in written])
         names = dict(zip(written, targets, strict=True))
         saved = tuple(self._make_file(kind, names.get(kind), call, limits) for kind, _ in contents)
@@ -180,7 +200,9 @@ class Checkpointer(SaveSession):
         def publish(error: BaseException | None) -> Path:
             failed = True
             try:
-                path = self._publish(dataclasses.replace(call, files=saved), error)
+                path = self._publish(dataclasses.replace(call, files=saved), error, names.get(SHARDED_METADATA))
+                if SHARDED in names:
+                    self._layouts.note_published()
                 failed = False
                 return path
             except BaseException:
@@ -204,13 +226,13 @@ class Checkpointer(SaveSession):
             self._directories.forget_save(call.directory, targets)
             self._attend(task, call, skipped)
 
-    def _publish(self, call: SaveCall, error: BaseException | None) -> Path:
-        target = StepTarget(call, self._directories, self.rank, self.world_size)
+    def _publish(self, call: SaveCall, error: BaseException | None, metadata: Path | None = None) -> Path:
+        target = StepTarget(call, self._directories, self.rank, self.world_size, self._layouts, metadata)
         return Publication(self._conversation, target).run(error)
 
     def _writes(self, kind: str) -> bool:
         """Whether this rank writes it, or its share of it."""
-        return kind == RANK or self.rank == 0 or self.options.replicated_writers != "rank0"
+        return kind != REPLICATED or self.rank == 0 or self.options.replicated_writers != "rank0"
 
     def _make_file(self, kind: str, target: Path | None, call: SaveCall, limits: tuple[int, int] | None) -> SavedFile:
         """
@@ -218,19 +240,30 @@ class Checkpointer(SaveSession):
             target: None if it is only compared.
         """
         write_share = None
-        several = kind == REPLICATED and self.world_size > 1
-        if several and self.options.replicated_writers != "rank0":
+        several = kind != RANK and self.world_size > 1
+        if several and kind == REPLICATED and self.options.replicated_writers != "rank0":
             write_share = WriteShare(self.rank, self.world_size, f"{self._token}{call.number:08x}")
-        named = target or call.directory / f"{self._stem(kind)}.pt"
+        named = target or call.directory / step_names.free_name(self._stem(kind), set())
         like = self._directories.replaced_by(named, self._stem(kind))
         file = FileInFlight(
-            named, write_share, limits=limits, with_directory=True, replicated=several, number=call.number, like=like
+            named,
+            write_share,
+            limits=limits,
+            with_directory=True,
+            replicated=several,
+            number=call.number,
+            like=like,
+            made=self._sharded_format if kind == SHARDED else None,
         )
         return SavedFile(file, kind, written=target is not None)
 
     def _stem(self, kind: str) -> str:
         if kind == REPLICATED:
             return "replicated"
+        if kind == SHARDED_METADATA:
+            return sharded_files.METADATA
+        if kind == SHARDED:
+            return f"__{self.rank}"
         return "state" if self.world_size == 1 else f"rank-{self.rank:05d}"
 
     def _attend(self, task: SaveTask, call: SaveCall, error: BaseException) -> None:

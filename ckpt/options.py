@@ -63,6 +63,8 @@ class Options:
             few microseconds for each. Drivers are known that crash or hang over such calls: try it out before relying on it.
         device_rate: bytes a second that leave each CUDA device in the background, at most; default 0: as many as the link
             carries. For jobs whose network card shares that link with the GPU. What a fence waits for is not held back.
+        metadata_compat: "2.14": the `.metadata` of `Checkpointer.save(sharded=)` can be read by torch before 2.15, too; default
+            None: as the running torch writes it, and torch 2.15 notes something that older ones cannot read.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back
@@ -97,6 +99,7 @@ class Options:
     device_cache: int | str = 0
     device_batches: bool = False
     device_rate: int | str = 0
+    metadata_compat: str | None = None
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -127,6 +130,7 @@ class Options:
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
         self._need(self.replicated_writers in ("all", "rank0"), "replicated_writers", "must be 'all' or 'rank0'")
         self._need(self.replicated_readers in ("each", "all"), "replicated_readers", "must be 'each' or 'all'")
+        self._need(self.metadata_compat in (None, "2.14"), "metadata_compat", "must be None or '2.14'")
         self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
         for name in ("timeout_s", "drain_timeout_s", "commit_timeout_s"):
             value = getattr(self, name)

@@ -47,12 +47,12 @@ class BundleTarget:
 
     # ---- every rank ------------------------------------------------------------------------------------------------
 
-    def name_now(self, file: SavedFile) -> FileEntry | None:
+    def name_now(self, file: SavedFile) -> Sequence[FileEntry]:
         """What lies elsewhere gets its name with the others, but no manifest lists it."""
         if not self._is_inside(file):
-            return None
+            return ()
         job = file.file.job
-        return FileEntry(file.file.target.name, job.size, job.crc32, file.kind, self.rank, file.file.temporary.name)
+        return (FileEntry(file.file.target.name, job.size, job.crc32, file.kind, self.rank, file.file.temporary.name),)
 
     def _is_inside(self, file: SavedFile) -> bool:
         return file.file.target.parent == self.call.directory

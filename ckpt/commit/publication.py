@@ -79,15 +79,14 @@ class Publication:
             if error is not None:
                 raise error
             for file in self._call.files:
-                if (entry := self._target.name_now(file)) is not None:
-                    self._listed.append((file, entry))
+                self._listed.extend((file, entry) for entry in self._target.name_now(file))
             prepared = self._target.describe(tuple(entry for _, entry in self._listed))
         except BaseException as caught:
             return failed_answer(self._call.what, caught), caught.with_traceback(None)
         for file, entry in self._listed:
             # Once rank 0 has our word, the manifest may name it, whatever we hear of that.
             file.file.undecided = entry.temporary != ""
-        return good_answer(self._call.what, **dataclasses.asdict(prepared)), None
+        return good_answer(self._call.what, **prepared.to_message()), None
 
     def _undo(self, by_all: bool) -> None:
         for file in self._call.files:

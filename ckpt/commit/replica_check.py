@@ -17,6 +17,11 @@ from ckpt.commit.shared_file import WrittenShare, find_disagreement
 from ckpt.saving.file_in_flight import FileInFlight
 
 _NOT_ALIKE = "the replicated state is not the same on all ranks: "
+_SHARDED_NOT_ALIKE = "the sharded state is not the same on all ranks, as it must be beside the contents of shards: "
+_SHARDED_REMEDY = (
+    ". What each rank has for itself goes to state= of save(); keys, shapes, placements, and whatever is no shard of a DTensor "
+    "must be the same everywhere"
+)
 _REMEDY = (
     ". Give what differs as the rank's own state (state= of save(), data= of the callback), or make it the same on every rank, "
     "to the byte"
@@ -86,14 +91,22 @@ def replica_of(file: FileInFlight) -> Replica:
     return Replica(digest_of_replica(file), without_devices(file.pickle), file.samples)
 
 
-def explain(ours: Replica | None, differing: tuple[int, ...], ask: Callable[[Mapping[str, Any]], list[str]]) -> Failure:
-    """On rank 0: asks the ranks whose replicated state is not that of rank 0 for the first difference."""
-    texts = ask({"replica": None if ours is None else ours.to_message(), "ranks": differing})
+def explain(
+    ours: Replica | None, number: int, differing: tuple[int, ...], ask: Callable[[Mapping[str, Any]], list[str]], sharded: bool
+) -> Failure:
+    """On rank 0: asks the ranks whose replicated state is not that of rank 0 for the first difference.
+
+    Args:
+        number: of the state, among those of the save that must be the same on all ranks.
+        sharded: it is what must be the same of a sharded state.
+    """
+    texts = ask({"replica": None if ours is None else ours.to_message(), "ranks": differing, "number": number})
     first = differing[0]
     found = texts[first] if first < len(texts) else ""
     who = f"that of {_in_words(differing)} differs" if len(differing) == 1 else f"those of {_in_words(differing)} differ"
-    text = f"{_NOT_ALIKE}{who} from that of rank 0" + (f", {found}" if found else "")
-    return Failure(text + _REMEDY, differing)
+    beginning, remedy = (_SHARDED_NOT_ALIKE, _SHARDED_REMEDY) if sharded else (_NOT_ALIKE, _REMEDY)
+    text = f"{beginning}{who} from that of rank 0" + (f", {found}" if found else "")
+    return Failure(text + remedy, differing)
 
 
 def reply(question: Mapping[str, Any], ours: Replica | None, rank: int) -> str:

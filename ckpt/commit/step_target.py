@@ -6,14 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt import _native
 from ckpt.commit.conversation import Failure
+from ckpt.commit.layout_exchange import LayoutExchange
 from ckpt.commit.replica_check import Replica, compare_shares, digest_of_replica, explain, replica_of, reply
 from ckpt.commit.rounds import Ask
 from ckpt.commit.shared_file import join_shares, share_of
 from ckpt.commit.target import Choice, Prepared, SaveCall, SavedFile
 from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.directory import sharded_files
+from ckpt.directory.manifest import REPLICATED, SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA, FileEntry, Manifest
+from ckpt.directory.sharded_files import PieceChecksums
+from ckpt.directory.step_names import names_in
 from ckpt.directory.steps import StepDirectories
+from ckpt.saving.file_in_flight import FileInFlight
+from ckpt.sharded.contents import encode
 from ckpt.storage import durable
 
 
@@ -23,39 +30,70 @@ class StepTarget:
     names_late = False
     node = ""
 
-    def __init__(self, call: SaveCall, directories: StepDirectories, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        call: SaveCall,
+        directories: StepDirectories,
+        rank: int,
+        world_size: int,
+        layouts: LayoutExchange | None = None,
+        metadata: Path | None = None,
+    ) -> None:
+        """
+        Args:
+            layouts: of a save with a sharded state.
+            metadata: on rank 0, its file then.
+        """
         self.call = call
         self.leads = rank == 0
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
+        self._layouts = layouts
+        self._metadata = metadata
         self._before: Manifest | None = None  # what the step was until now
 
     # ---- every rank ------------------------------------------------------------------------------------------------
 
-    def name_now(self, file: SavedFile) -> FileEntry | None:
+    def name_now(self, file: SavedFile) -> Sequence[FileEntry]:
         if not file.written or file.is_shared:
-            return None
-        return self._give_name(file, file.file.job.crc32, self._rank)
+            return ()
+        job = file.file.job
+        if file.kind != SHARDED:
+            return (self._give_name(file, job.crc32, self._rank),)
+        piece_bytes, crc32s = job.piece_checksums
+        path = sharded_files.checksums_path(file.file.target)
+        content = PieceChecksums(job.size, piece_bytes, crc32s).to_bytes()
+        data = self._give_name(file, job.crc32, self._rank, {path: content})
+        return data, _entry(path, content, SHARDED_CHECKSUMS, self._rank)
 
-    def _give_name(self, file: SavedFile, crc32: int, rank: int = 0) -> FileEntry:
-        self._directories.give_final_name(file.file.temporary, file.file.target)
+    def _give_name(self, file: SavedFile, crc32: int, rank: int = 0, beside: Mapping[Path, bytes] | None = None) -> FileEntry:
+        self._directories.give_final_name(file.file.temporary, file.file.target, beside)
         return FileEntry(file.file.target.name, file.file.job.size, crc32, file.kind, rank)
 
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
+        layout = None
+        if self._layouts is not None and (sharded := self._sharded()) is not None:
+            layout = self._layouts.say(encode(sharded.contents.items, sharded.job.archives))
         if self._world_size == 1:
-            return Prepared(files)
+            return Prepared(files, layout=layout)
         shares = tuple(share_of(file.file) for file in self._shared())
-        return Prepared(files, tuple(digest_of_replica(file.file) for file in self._replicated()), shares)
+        return Prepared(files, tuple(digest_of_replica(file.file) for file in self._replicated()), shares, layout)
 
     def reply(self, question: Mapping[str, Any]) -> str:
-        return reply(question, self._replica(), self._rank)
+        if "layouts" in question:
+            return "" if self._layouts is None else self._layouts.reply(question, self._rank)
+        return reply(question, self._replica(question["number"]), self._rank)
 
     def undo(self, file: SavedFile, by_all: bool) -> None:
         if by_all:
             file.file.given_up = file.is_shared
         if file.written and (self._rank == 0 or not file.is_shared):
             self._directories.remove_unpublished(file.file.target)
+        if file.kind == SHARDED:
+            self._directories.remove_unpublished(sharded_files.checksums_path(file.file.target))
+            if self._metadata is not None:
+                self._directories.remove_unpublished(self._metadata)
 
     def path(self) -> Path:
         return self.call.directory
@@ -64,15 +102,46 @@ class StepTarget:
 
     def choose(self, answers: Sequence[Prepared], ask: Ask) -> Choice | Failure:
         """All files; but only if what is replicated is the same on all ranks."""
-        differing = tuple(rank for rank, answer in enumerate(answers) if answer.digests != answers[0].digests)
-        if differing:
-            return explain(self._replica(), differing, ask)
-        failure = compare_shares([file.file for file in self._shared()], [answer.shares for answer in answers])
+        failure = self._find_differing(answers, ask)
+        failure = failure or compare_shares([file.file for file in self._shared()], [answer.shares for answer in answers])
         if failure is not None:
             return failure
         self._before = manifests.read_if_any(self.call.directory)
-        files = tuple(file for answer in answers for file in answer.files) + self._join_shares(answers)
+        metadata = self._write_metadata(answers, ask)
+        if isinstance(metadata, Failure):
+            return metadata
+        files = tuple(file for answer in answers for file in answer.files) + metadata + self._join_shares(answers)
         return Choice(files, self._directories.others_in(self.call.directory, files, self._before))
+
+    def _find_differing(self, answers: Sequence[Prepared], ask: Ask) -> Failure | None:
+        """What must be the same on all ranks, and is not."""
+        for number in range(max(len(answer.digests) for answer in answers)):
+            digests = [answer.digests[number : number + 1] for answer in answers]
+            differing = tuple(rank for rank, digest in enumerate(digests) if digest != digests[0])
+            if differing:
+                files = self._replicated()
+                sharded = number < len(files) and files[number].kind == SHARDED
+                return explain(self._replica(number), number, differing, ask, sharded)
+        return None
+
+    def _write_metadata(self, answers: Sequence[Prepared], ask: Ask) -> tuple[FileEntry, ...] | Failure:
+        """Of the sharded state, if there is one: by what all ranks have written."""
+        sharded, words = self._sharded(), [answer.layout for answer in answers]
+        if self._layouts is None or self._metadata is None or sharded is None:
+            return ()
+        found = [word for word in words if word is not None]
+        if len(found) != len(words):
+            lacking = tuple(rank for rank, word in enumerate(words) if word is None)
+            return Failure("not all ranks have given a sharded state", lacking)
+        if sharded_files.foreign_metadata(names_in(self.call.directory), self._before):
+            return Failure(f"'{self.call.directory}' holds a {sharded_files.METADATA} that is not of this checkpoint", (0,))
+        layouts = self._layouts.complete(found, ask)
+        if isinstance(layouts, Failure):
+            return layouts
+        names = [next(file.name for file in answer.files if file.kind == SHARDED) for answer in answers]
+        content = self._layouts.metadata.make(sharded.contents.description, names, layouts, self.call.directory)
+        self._directories.write_unpublished(self._metadata, content, "metadata")
+        return (_entry(self._metadata, content, SHARDED_METADATA, 0),)
 
     def _join_shares(self, answers: Sequence[Prepared]) -> tuple[FileEntry, ...]:
         joined = []
@@ -107,9 +176,18 @@ class StepTarget:
     def _shared(self) -> list[SavedFile]:
         return [file for file in self.call.files if file.is_shared]
 
-    def _replicated(self) -> list[SavedFile]:
-        return [file for file in self.call.files if file.kind == REPLICATED]
+    def _sharded(self) -> FileInFlight | None:
+        return next((file.file for file in self.call.files if file.kind == SHARDED), None)
 
-    def _replica(self) -> Replica | None:
+    def _replicated(self) -> list[SavedFile]:
+        """Files of which something must be the same on all ranks."""
+        return [file for file in self.call.files if file.kind in (REPLICATED, SHARDED)]
+
+    def _replica(self, number: int) -> Replica | None:
         """What explain() and reply() compare."""
-        return next((replica_of(file.file) for file in self._replicated()), None)
+        files = self._replicated()
+        return replica_of(files[number].file) if number < len(files) else None
+
+
+def _entry(path: Path, content: bytes, kind: str, rank: int) -> FileEntry:
+    return FileEntry(path.name, len(content), _native.crc32(content), kind, rank)

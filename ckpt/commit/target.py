@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt.commit.conversation import Failure
+from ckpt.commit.layout_exchange import LayoutWord
 from ckpt.commit.replica_check import Digest
 from ckpt.commit.rounds import Ask
 from ckpt.commit.shared_file import WrittenShare
@@ -57,19 +58,29 @@ class Prepared:
     Attributes:
         digests: of what is to be the same on several ranks.
         shares: of the files that all ranks write together.
+        layout: of what it has written of a sharded state.
         node: see PublicationTarget.
     """
 
     files: tuple[FileEntry, ...] = ()
     digests: tuple[Digest, ...] = ()
     shares: tuple[WrittenShare, ...] = ()
+    layout: LayoutWord | None = None
     node: str = ""
+
+    def to_message(self) -> dict[str, Any]:
+        said = dataclasses.asdict(self)
+        if self.layout is None:
+            del said["layout"]
+        return said
 
     @staticmethod
     def parse(said: Mapping[str, Any]) -> Prepared:
         files = manifests.parse_files(said["files"])
         digests = tuple(Digest(**digest) for digest in said["digests"])
-        return Prepared(files, digests, tuple(WrittenShare(**share) for share in said["shares"]), said["node"])
+        shares = tuple(WrittenShare(**share) for share in said["shares"])
+        layout = said.get("layout")
+        return Prepared(files, digests, shares, LayoutWord(**layout) if layout else None, said["node"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +128,10 @@ class PublicationTarget(Protocol):
 
     # ---- every rank ------------------------------------------------------------------------------------------------
 
-    def name_now(self, file: SavedFile) -> FileEntry | None:
+    def name_now(self, file: SavedFile) -> Sequence[FileEntry]:
         """What a manifest will say of a file that is durable. Unless names are late, this gives it its own, durably.
 
-        None: this rank has nothing to say of it.
+        Empty: this rank has nothing to say of it. Several: it has written others that belong to it.
         """
 
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:

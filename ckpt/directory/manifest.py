@@ -20,14 +20,18 @@ _LARGEST_BYTES = 1 << 26  # of a manifest; one entry a file, some 150 bytes each
 
 
 RANK, REPLICATED = "rank", "replicated"
+# What `rank` has written of a sharded state, the checksums of pieces of that, and what lies where.
+SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA = "sharded", "sharded-checksums", "sharded-metadata"
+_KINDS = (RANK, REPLICATED, SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA)
 
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
     """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes.
 
-    Its kind is "rank" (what `rank` gave for itself) or "replicated" (what was the same on all ranks). `temporary`: the name
-    that it had when the manifest was written, if that was before it got its own; a crash may have left it under this.
+    Its kind is "rank" (what `rank` gave for itself), "replicated" (what was the same on all ranks), or one of a sharded state,
+    see sharded_files.py. `temporary`: the name that it had when the manifest was written, if that was before it got its own; a
+    crash may have left it under this.
     """
 
     name: str
@@ -143,7 +147,7 @@ def _parse(document: Any) -> Manifest:
 def _parse_file(file: Any) -> FileEntry:
     name, temporary = _plain_name(file["name"]), file.get("temporary", "")
     kind = file["kind"]
-    if kind not in (RANK, REPLICATED):
+    if kind not in _KINDS:
         raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
     if temporary:
         _plain_name(temporary)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory import unpublished
+from ckpt.directory import sharded_files, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
@@ -66,8 +66,8 @@ class Retention:
         if not self._shared:
             self._remove_temporaries(directory)
         # Also what a save has replaced that failed behind that.
-        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else manifests.names(before.files))
-        for name in replaced - manifests.names(manifest.files) - {*manifest.others}:
+        replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else sharded_files.names_of(before))
+        for name in replaced - sharded_files.names_of(manifest) - {*manifest.others}:
             durable.remove_file(directory / name)
         if self._keep is None:
             return
@@ -141,7 +141,8 @@ class Retention:
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
         """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
-        wanted = manifests.names(manifest.files) | {*manifest.others, manifests.NAME}
+        sharded_files.mend(directory, manifest)
+        wanted = sharded_files.names_of(manifest) | {*manifest.others, manifests.NAME}
         for path in directory.iterdir():
             owner = written_for(path.name)
             if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):
@@ -162,8 +163,8 @@ class Retention:
                 return
             durable.remove_file(directory / manifests.NAME)
             durable.sync_directory(directory)
-            for file in manifest.files:
-                durable.remove_file(directory / file.name)
+            for name in sharded_files.names_of(manifest):
+                durable.remove_file(directory / name)
 
     def _remove_step(self, directory: Path) -> None:
         with self._in_flight.taking_away(directory.name) as nobody_writes:

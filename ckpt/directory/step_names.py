@@ -12,7 +12,9 @@ from ckpt.storage import temporary_names
 
 _PREFIX = "step-"
 _DIGITS = 12  # so that names sort like numbers
-STEP_FILE = re.compile(r"(state|replicated|rank-\d{5,})(-\d+)?\.pt")
+STEP_FILE = re.compile(
+    r"(?P<stem>state|replicated|rank-\d{5,})(-\d+)?\.pt|(?P<sharded>__\d+)_\d+\.(distcp|crc32)|(?P<metadata>\.metadata)(-\d+)?"
+)
 
 
 def step_name(step: int) -> str:
@@ -57,7 +59,7 @@ def names_in(directory: Path) -> set[str]:
 def stem_of(name: str) -> str | None:
     """ "rank-00003" of "rank-00003-2.pt"; None for files that are not of a step."""
     match = STEP_FILE.fullmatch(name)
-    return None if match is None else match[1]
+    return None if match is None else match["stem"] or match["sharded"] or match["metadata"]
 
 
 def names_in_manifest(directory: Path) -> set[str]:
@@ -67,8 +69,15 @@ def names_in_manifest(directory: Path) -> set[str]:
 
 
 def free_name(stem: str, taken: set[str]) -> str:
-    name, number = f"{stem}.pt", 1
-    while name in taken:
+    """Of a file: "state.pt" or "state-2.pt", "__3_0.distcp" or "__3_1.distcp", ".metadata" or ".metadata-2"."""
+    number = 1
+    while (name := _name(stem, number)) in taken:
         number += 1
-        name = f"{stem}-{number}.pt"
     return name
+
+
+def _name(stem: str, number: int) -> str:
+    if stem.startswith("__"):
+        return f"{stem}_{number - 1}.distcp"
+    suffix = "" if stem.startswith(".") else ".pt"
+    return f"{stem}{suffix}" if number == 1 else f"{stem}-{number}{suffix}"

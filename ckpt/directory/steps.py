@@ -7,6 +7,7 @@
         state.pt              what a job of one process gave; or, of several:
         rank-00000.pt  ...    what each rank gave for itself
         replicated.pt         what was the same on all ranks
+        .metadata ...         and other files of a sharded state, see sharded_files.py
 
 A file of a step that is saved again gets another name (state-2.pt) beside the old one: the rename of the manifest exchanges the
 two at once.
@@ -20,11 +21,11 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory import step_names, unpublished
+from ckpt.directory import sharded_files, step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
@@ -277,6 +278,7 @@ class StepDirectories:
         with contextlib.ExitStack() as cleaning:
             with self._lock:
                 self._placed.difference_update(targets)
+                self._placed.difference_update(map(sharded_files.checksums_path, targets))
                 last = self._in_flight.discard(directory.name, (target.name for target in targets))
                 if last:
                     self._others.discard(directory.name)
@@ -297,29 +299,51 @@ class StepDirectories:
 
     # ---- the finisher's side --------------------------------------------------------------------------------------
 
-    def give_final_name(self, temporary: Path, target: Path) -> None:
+    def give_final_name(self, temporary: Path, target: Path, beside: Mapping[Path, bytes] | None = None) -> None:
         """Gives a written file its name, durably. No manifest names it yet: it belongs to no checkpoint.
+
+        Args:
+            beside: small files that belong to it, and what is to be in them.
 
         Raises:
             StorageError: a system call failed; the file is removed.
             CheckpointError: somebody else has put a checkpoint there meanwhile; it is left alone.
         """
+        there = self._refuse_to_replace(target)
+        if there is None and target.parent.name not in self._others:
+            durable.make_empty_file(unpublished.mark_of(target.parent, self.token))
+        self._placed.add(target)
+        durable.crash_point("before-rename")
+        try:
+            for path, content in (beside or {}).items():
+                self._placed.add(path)
+                durable.write_small_file(path, content)
+            durable.rename_durably(temporary, target)
+        except BaseException:
+            for path in (target, *(beside or {})):
+                self.remove_unpublished(path)
+            raise
+        durable.crash_point("renamed")
+
+    def write_unpublished(self, target: Path, content: bytes, crash_name: str) -> None:
+        """A small file of a step that rank 0 writes before its manifest, durably.
+
+        Raises:
+            StorageError, CheckpointError: as of give_final_name().
+        """
+        self._refuse_to_replace(target)
+        self._placed.add(target)
+        durable.replace_durably(target, content, crash_name)
+
+    def _refuse_to_replace(self, target: Path) -> Manifest | None:
+        """Returns the manifest of the step, if it has one."""
         self._refuse_another_directory()
         there = manifests.read_if_any(target.parent)
         if os.path.lexists(target) or (there is not None and target.name in manifests.names(there.files)):
             raise CheckpointError(
                 f"'{target}' was put there from elsewhere; it was not replaced: save this step again, or under another number"
             )
-        if there is None and target.parent.name not in self._others:
-            durable.make_empty_file(unpublished.mark_of(target.parent, self.token))
-        self._placed.add(target)
-        durable.crash_point("before-rename")
-        try:
-            durable.rename_durably(temporary, target)
-        except BaseException:
-            self.remove_unpublished(target)
-            raise
-        durable.crash_point("renamed")
+        return there
 
     def publish(self, manifest: Manifest, directory: Path) -> None:
         """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
@@ -343,7 +367,7 @@ class StepDirectories:
                     )
             self._root.sync()
             if (before := manifests.read_if_any(directory)) is not None:
-                self._retention.note_replaced(directory, manifests.names(before.files))
+                self._retention.note_replaced(directory, sharded_files.names_of(before))
             with unpublished.aside(directory, self.token) as aside:
                 durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
             self._root.point_latest(f"{directory.name}\n")
@@ -401,6 +425,7 @@ class StepDirectories:
         """
         try:
             with self._still_ours():
+                sharded_files.mend(directory, manifest)
                 self._retention.tidy(directory, manifest, before)
         except (CheckpointError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._directory, error)

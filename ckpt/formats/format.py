@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from ckpt.plan.save_plan import SavePlan
+from ckpt.plan.lazy_storages import LazyStorages
+from ckpt.plan.save_plan import Archives, SavePlan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,16 +20,24 @@ class FileDescription:
         archive: the folder in the file that holds the records.
         head, tail: the records before and behind those of the tensors, each with its name and its bytes.
         alignment: bytes, of each record; None: large ones begin at multiples of what direct I/O demands, the others need none.
+        archives: the file holds these, without head and tail; None: one.
     """
 
     archive: bytes
     head: list[tuple[str, bytes]]
     tail: list[tuple[str, bytes]]
     alignment: int | None
+    archives: Archives | None = None
 
 
 class FileFormat(Protocol):
-    """How a planned save becomes a file. TorchZip is the one that there is."""
+    """How an object becomes a file: TorchZip, DcpFile."""
+
+    def plan(self, obj: Any, lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
+        """What of the object goes to the file; see make_plan()."""
+
+    def structure(self, obj: Any) -> SavePlan:
+        """What of it ranks compare, where another one writes it; see structure_of()."""
 
     def describe(self, plan: SavePlan, target: Path, shared_token: str | None) -> FileDescription:
         """

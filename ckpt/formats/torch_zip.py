@@ -8,9 +8,11 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from typing import Any
 
 from ckpt.formats.format import FileDescription
-from ckpt.plan.save_plan import SavePlan
+from ckpt.plan.lazy_storages import LazyStorages
+from ckpt.plan.save_plan import SavePlan, make_plan, structure_of
 
 SHARED_ARCHIVE = b"replicated"  # the same on all ranks, whatever the file will be called
 
@@ -24,6 +26,14 @@ class TorchZip:
     """
 
     alignment: int | None = None
+
+    def plan(self, obj: Any, lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
+        """See FileFormat."""
+        return make_plan(obj, lazy, eager_bytes, device_lazy)
+
+    def structure(self, obj: Any) -> SavePlan:
+        """See FileFormat."""
+        return structure_of(obj)
 
     def describe(self, plan: SavePlan, target: Path, shared_token: str | None) -> FileDescription:
         """See FileFormat."""

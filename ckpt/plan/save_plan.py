@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.storage import UntypedStorage
@@ -22,9 +22,30 @@ COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of re
 _nbytes, _location = (operator.attrgetter(name) for name in ("nbytes", "location"))
 
 
+class Archives(NamedTuple):
+    """Of a file that holds several, one behind the other. The records are those of the first archive, then of the second, ...
+
+    Attributes:
+        pickles: several archives may share one.
+        pickle_of: of each archive, which of them is its pickle.
+        records_of: of each archive, how many records it has.
+    """
+
+    pickles: list[bytes]
+    pickle_of: list[int]
+    records_of: list[int]
+
+
 @dataclasses.dataclass(slots=True)
 class SavePlan:
-    """What submit() needs. The lists have one entry for each record."""
+    """What submit() needs. The lists have one entry for each record.
+
+    Attributes:
+        archives: None: the file holds one archive, whose pickle is `pickle`.
+        compared: what must be the same on all ranks, if that is not the plan itself. Not written.
+        named: what names a tensor in an error, if that is not what is saved.
+        contents: what the format notes of it, for the commit.
+    """
 
     pickle: bytes
     records: list[SavedStorage]
@@ -35,6 +56,10 @@ class SavePlan:
     devices: list[int] = dataclasses.field(default_factory=list)  # on which they lie, or HOST; empty: all on the host
     device_mode: device_modes.Mode | None = None  # None: nothing lies on devices
     device_mode_reason: str = ""
+    archives: Archives | None = None
+    compared: SavePlan | None = None
+    named: Any = None
+    contents: Any = None
 
     def device_bytes(self) -> int:
         """Of the records that leave from devices."""
@@ -54,7 +79,7 @@ def make_plan(obj: Any, lazy: LazyStorages, eager_bytes: int, device_lazy: bool 
         whatever pickling `obj` raises.
     """
     data, records = pickle_object(obj)
-    return _place(data, records, lazy, eager_bytes, device_lazy)
+    return place(SavePlan(data, records, [], bytearray(len(records))), lazy, eager_bytes, device_lazy)
 
 
 def structure_of(obj: Any) -> SavePlan:
@@ -93,8 +118,13 @@ def _copy_to_host(storage: UntypedStorage, low: int, nbytes: int) -> UntypedStor
     return view.cpu().untyped_storage()
 
 
-def _place(data: bytes, records: list[SavedStorage], lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
-    plan = SavePlan(data, records, [], bytearray(len(records)))
+def place(plan: SavePlan, lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
+    """Finds out of each record where it lies and how it may leave; one whose kind is OWNED already keeps that.
+
+    Args:
+        lazy, eager_bytes, device_lazy: as of make_plan().
+    """
+    records = plan.records
     plan.devices = _find_devices(plan, eager_bytes, device_lazy)
     shared = SharedMemory()
     plan.addresses, plan.lazy = _native.choose_kinds(

@@ -12,6 +12,7 @@ from ckpt._native import SavedStorage
 from ckpt.device_modes import Mode
 from ckpt.devices import HOST
 from ckpt.errors import CaptureError
+from ckpt.formats.format import FileFormat
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.saving.device_sums import DeviceSums
 from ckpt.storage import durable
@@ -36,6 +37,7 @@ class FileInFlight:
         with_directory: make the directory with it, if that is not there.
         replicated: what it holds is said to be the same on several ranks.
         number: of the save, the same on all these ranks: each save takes samples of other bytes.
+        made: how it is made of what is saved; None: as torch.save makes files.
         directory: that the file lies in: then it is made there, whatever that is called by then.
         like: the file whose permissions it takes over; if not given, what is there under its name, if anything.
     """
@@ -51,6 +53,7 @@ class FileInFlight:
         number: int = 0,
         like: Path | None = None,
         directory: durable.Directory | None = None,
+        made: FileFormat | None = None,
     ) -> None:
         self.target = target
         self.write_share = write_share
@@ -60,6 +63,7 @@ class FileInFlight:
         self.number = number
         self.like = like or target
         self.directory = directory
+        self.made = made
         self.temporary = temporary_path(target) if write_share is None else shared_path(target, write_share.token)
         self.job: Any = None
         self.wants_direct = False
@@ -68,6 +72,7 @@ class FileInFlight:
         self.pickle = b""  # the structure of what is saved, and the sizes of its records: to be compared between ranks
         self.sizes: Sequence[int] = ()
         self.samples = b""  # a checksum of some bytes of each record, if it is replicated
+        self.contents: Any = None  # as its format notes them
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
         self.device_mode: Mode | None = None  # how they leave, see ckpt/device_modes.py
         self.device_mode_reason = ""
@@ -219,7 +224,7 @@ class FileInFlight:
         return None if self.job is None else self.job.limits
 
     def forget_structure(self) -> None:
-        self.pickle, self.sizes, self.samples = b"", (), b""
+        self.pickle, self.sizes, self.samples, self.contents = b"", (), b"", None
 
     def discard(self) -> None:
         """Removes the file that will not be published. One that is shared may be published by rank 0, until that gives it up.

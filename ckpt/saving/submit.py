@@ -7,7 +7,6 @@ import dataclasses
 import gc
 import logging
 import os
-import re
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -22,7 +21,8 @@ from ckpt.formats.torch_zip import TorchZip
 from ckpt.options import AUTO, Options
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
-from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host, make_plan, structure_of
+from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host
+from ckpt.plan.shards import find_shards
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Publish, SaveFinisher
 from ckpt.saving.device_sums import DeviceSums
@@ -85,29 +85,31 @@ def _begin(
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
     for (file, _, _), plan in zip(contents, plans, strict=True):
-        if file.replicated:
+        if file.replicated and plan.compared is None:
             _refuse_shards(plan.pickle)
     runtime.make_room(sum(plan.device_bytes() for plan in plans))
     for (file, obj, written), plan in zip(contents, plans, strict=True):
-        file.pickle, file.sizes = plan.pickle, plan.sizes
-        if file.replicated:
-            where = addresses_on_host(plan, copied=file.write_share is not None)
-            file.samples = _native.sample_records(addresses=where, sizes=plan.sizes, seed=file.number)
+        _note_structure(file, plan)
         if written:
             _submit_or_copy(runtime, file, obj, plan, storages, options)
             task.files += (file,)
 
 
-# In a pickle, the classes of tensors of which each rank holds a part: their structure is the same everywhere, their bytes are
-# not.
-_SHARDED = re.compile(rb"ctorch\.distributed[\w.]*\n(DTensor|ShardedTensor)\n")
+def _note_structure(file: FileInFlight, plan: SavePlan) -> None:
+    """What is compared between ranks when it is published."""
+    file.contents = plan.contents
+    compared = plan if plan.compared is None else plan.compared
+    file.pickle, file.sizes = compared.pickle, compared.sizes
+    if file.replicated:
+        where = addresses_on_host(compared, copied=file.write_share is not None)
+        file.samples = _native.sample_records(addresses=where, sizes=compared.sizes, seed=file.number)
 
 
 def _refuse_shards(pickled: bytes) -> None:
-    if found := _SHARDED.search(pickled):
+    if (kind := find_shards(pickled)) is not None:
         raise TypeError(
-            f"replicated= holds a {found[1].decode()}, of which each rank has a part: give it as the rank's own state, or give "
-            "what its full_tensor() returns"
+            f"replicated= holds a {kind}, of which each rank has a part: give it as sharded=, or give what its full_tensor() "
+            "returns"
         )
 
 
@@ -151,14 +153,17 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
         lazy: None: only pickle it, for its structure.
     """
     try:
-        if lazy is None:
-            return structure_of(obj)
-        return make_plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
+        made = _format_of(file, options)
+        return made.structure(obj) if lazy is None else made.plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
     except CheckpointError:
         raise
     except Exception as error:
         explain(error, obj, file.target)
         raise
+
+
+def _format_of(file: FileInFlight, options: Options) -> FileFormat:
+    return file.made or TorchZip(options.record_alignment)
 
 
 def _submit_or_copy(
@@ -189,7 +194,7 @@ def _submit_or_copy(
 
 def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, options: Options) -> None:
     records = plan.records
-    made: FileFormat = TorchZip(options.record_alignment)
+    made = _format_of(file, options)
     write_share = file.write_share
     content = made.describe(plan, file.target, write_share.token if write_share else None)
     file.devices = frozenset(plan.devices) - {HOST}
@@ -199,7 +204,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             file.device_sums = DeviceSums(plan)
     file.wants_direct = options.direct_io and content.alignment is None  # uniform records lie at no block boundary
     file.hold(
-        ChangeDetector(obj, plan.lazy),
+        ChangeDetector(obj if plan.named is None else plan.named, plan.lazy),
         records,
         first_record=len(content.head),
         until_durable=(content, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
@@ -231,6 +236,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             directory=-1 if file.directory is None else file.directory.descriptor,
             probe=bool(file.devices),
             sum=file.device_sums is not None,
+            archives=content.archives,
         )
     except BaseException as error:
         unwatch(file)

@@ -273,6 +273,11 @@ def replace_durably(path: Path, content: bytes, crash_name: str, temporary: Path
     crash_point(f"{crash_name}-renamed")
 
 
+def write_small_file(path: Path, content: bytes) -> None:
+    """Its content is durable then, its name only once sync_directory() has been called behind it."""
+    _native.write_small_file(os.fsencode(path), content)
+
+
 def replace_quickly(path: Path, content: bytes) -> None:
     """Gives the small file `path` this content, atomically, but without an fsync of the directory: not to survive a crash.
 

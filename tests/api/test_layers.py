@@ -13,6 +13,7 @@ PACKAGE_LAYERS = (
     {"device_check", "fence", "options", "state_dicts", "storage"},
     {"device_modes"},
     {"coordinator", "directory", "loading", "plan"},
+    {"sharded"},
     {"formats", "restore"},
     {"saving"},
     {"commit", "metrics"},

@@ -1,0 +1,150 @@
+"""What is in a sharded state: a key for each tensor and value, named as torch.distributed.checkpoint names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from ckpt import torch_private
+from ckpt.sharded.chunks import Box, LocalPart, local_part
+from ckpt.sharded.meshes import Group, MeshPlace
+
+# Of who writes an item. An archive is about as much beside its tensor, and a value about as much as an archive.
+_ARCHIVE_BYTES = 1024
+
+
+class Entry(NamedTuple):
+    """One key.
+
+    Attributes:
+        value: the tensor of this rank, or a value.
+        shape: of the whole tensor; None: it is a value.
+        boxes: what of it this rank holds; none of a value.
+        group: the ranks that hold the same.
+        nbytes: about as much as it takes in the file.
+        described: what must be the same on all ranks.
+    """
+
+    value: Any
+    shape: tuple[int, ...] | None
+    boxes: tuple[Box, ...]
+    group: Group
+    nbytes: int
+    described: Any
+    requires_grad: bool = False
+
+
+class EntryFinder:
+    """Of one rank. It remembers meshes and parts from save to save, which do not change.
+
+    Args:
+        rank, world_size: of this process in the job.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self._rank, self._world_size = rank, world_size
+        self._everywhere = Group(b"", world_size, rank)
+        self._places: dict[int, tuple[Any, MeshPlace]] = {}  # by id of the mesh, which is kept
+        self._parts: dict[Any, tuple[LocalPart, Group, Any]] = {}
+
+    def find(self, state: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[str, tuple[Any, ...]]]:
+        """The entries by their keys, and the path of each in the state.
+
+        Raises:
+            TypeError: something of it cannot be saved as sharded.
+            ValueError: two paths have one key; or a tensor lies on a mesh of other ranks, or has values that are not final.
+        """
+        if not isinstance(state, Mapping):
+            raise TypeError(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
+        # As torch does it: what has a state dict stands for it.
+        given = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
+        try:
+            flat, paths = torch_private.flatten_state_dict(given)
+        except ValueError as error:
+            raise ValueError(f"cannot save sharded=: {error}: two places of the state have the same name for torch") from error
+        kinds = _kinds()
+        with torch.no_grad():  # to_local() gives the tensor itself then
+            return {key: self._entry(key, value, kinds) for key, value in flat.items()}, paths
+
+    def _entry(self, key: str, value: Any, kinds: _Kinds) -> Entry:
+        if not isinstance(value, torch.Tensor):
+            if isinstance(value, kinds.sharded) or hasattr(value, "__create_write_items__"):
+                raise TypeError(_refusal(key, value))
+            return Entry(value, None, (), self._everywhere, _ARCHIVE_BYTES, value)
+        if isinstance(value, kinds.dtensor):
+            return self._sharded_entry(key, value)
+        if hasattr(value, "__create_write_items__"):
+            raise TypeError(_refusal(key, value))
+        shape = tuple(value.shape)
+        _refuse_meta(key, value)
+        nbytes = value.numel() * value.itemsize + _ARCHIVE_BYTES
+        origin = (0,) * len(shape)
+        whole = Box(origin, shape, origin)
+        return Entry(value.detach(), shape, (whole,), self._everywhere, nbytes, value, value.requires_grad)
+
+    def _sharded_entry(self, key: str, tensor: Any) -> Entry:
+        mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+        name = (shape, id(mesh), tensor.placements)
+        found = self._parts.get(name)
+        if found is None:
+            try:
+                found = self._parts[name] = self._find_part(tensor, mesh, shape)
+            except ValueError as error:
+                raise ValueError(f"cannot save '{key}' of sharded=: {error}") from error
+        part, group, described = found
+        local = tensor.to_local()
+        if (trigger := getattr(local, "trigger_wait", None)) is not None:  # the result of a collective that may be under way
+            local = trigger()
+        if local.requires_grad or type(local) is not torch.Tensor:
+            local = local.detach()
+        if tuple(local.shape) != part.shape:
+            raise ValueError(
+                f"cannot save '{key}' of sharded=: this rank holds {tuple(local.shape)} of it, where {part.shape} follows from "
+                f"its shape {shape} and its placements {tensor.placements} on the {mesh}"
+            )
+        _refuse_meta(key, local)
+        nbytes = local.numel() * local.itemsize + _ARCHIVE_BYTES
+        return Entry(local, shape, part.boxes, group, nbytes, (*described, tensor.dtype), tensor.requires_grad)
+
+    def _find_part(self, tensor: Any, mesh: Any, shape: tuple[int, ...]) -> tuple[LocalPart, Group, Any]:
+        kept = self._places.get(id(mesh))
+        if kept is None or kept[0] is not mesh:
+            kept = self._places[id(mesh)] = mesh, MeshPlace(mesh, self._rank, self._world_size)
+        place = kept[1]
+        part = local_part(shape, tensor.placements, place.shape, place.coordinate)
+        described = ("DTensor", shape, " ".join(map(repr, tensor.placements)), place.description)
+        return part, place.group(part.replicated), described
+
+
+class _Kinds(NamedTuple):
+    dtensor: type
+    sharded: tuple[type, ...]
+
+
+def _kinds() -> _Kinds:
+    """Imported here: what is saved without them costs nothing of it."""
+    from torch.distributed.tensor import DTensor
+
+    found = torch_private.find("distributed._shard.sharded_tensor.ShardedTensor")
+    return _Kinds(DTensor, (found,) if isinstance(found, type) else ())
+
+
+def _is_stateful(value: Any) -> bool:
+    return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
+
+
+def _refusal(key: str, value: Any) -> str:
+    kind = type(value).__name__
+    if kind == "ShardedTensor":
+        return (
+            f"cannot save '{key}' of sharded=: it is a ShardedTensor, as FSDP1 makes them. Take the state by get_state_dict() "
+            "of torch.distributed.checkpoint.state_dict, from a model that was wrapped with a device_mesh, which gives DTensors"
+        )
+    return f"cannot save '{key}' of sharded=: a {kind} says by itself what of it is saved; give DTensors, tensors or values"
+
+
+def _refuse_meta(key: str, tensor: torch.Tensor) -> None:
+    if tensor.is_meta:
+        raise ValueError(f"cannot save '{key}' of sharded=: it is on the meta device and has no values")
