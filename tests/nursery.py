@@ -62,13 +62,14 @@ class Nursery:
 
     Args:
         optimizer: also import what optimizers need; then a child takes longer to end.
+        sharded: and what sharded models need.
     """
 
-    def __init__(self, optimizer: bool = False) -> None:
+    def __init__(self, optimizer: bool = False, sharded: bool = False) -> None:
         self.socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), *(["--optimizer"] if optimizer else [])],
+                [sys.executable, __file__, str(theirs.fileno()), *["--optimizer"] * optimizer, *["--sharded"] * sharded],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": PYTHONPATH},
             )
@@ -112,6 +113,12 @@ def warm_up() -> None:
     optimizer.step()
 
 
+def import_sharding() -> None:
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel  # noqa: F401
+
+
 def freeze() -> None:
     """The children neither copy what they do not change nor walk it when they end."""
     gc.collect()
@@ -146,6 +153,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if "--optimizer" in sys.argv:
         warm_up()
+    if "--sharded" in sys.argv:
+        import_sharding()
     freeze()
     with socket.socket(fileno=int(sys.argv[1])) as requests:
         program = serve(requests)

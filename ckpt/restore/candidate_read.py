@@ -164,6 +164,8 @@ class CandidateRead:
     def _will_load(self, manifest: Manifest, file: FileEntry) -> bool:
         if file.kind == REPLICATED:
             return True
+        if file.kind != RANK:
+            return False  # of a sharded state
         if manifest.world_size == self._world_size:
             return file.rank == self._rank
         return self._request.merge is not None

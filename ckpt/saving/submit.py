@@ -29,6 +29,7 @@ from ckpt.saving.device_sums import DeviceSums
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.runtime import Runtime, orphan
 from ckpt.saving.task import SaveTask
+from ckpt.sharded.refusals import Refused
 
 logger = logging.getLogger("ckpt")
 
@@ -155,7 +156,7 @@ def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Opti
     try:
         made = _format_of(file, options)
         return made.structure(obj) if lazy is None else made.plan(obj, lazy, options.size("eager_bytes"), options.device_lazy)
-    except CheckpointError:
+    except (CheckpointError, Refused):
         raise
     except Exception as error:
         explain(error, obj, file.target)

@@ -9,10 +9,12 @@ import torch
 
 from ckpt import torch_private
 from ckpt.sharded.chunks import Box, LocalPart, local_part
-from ckpt.sharded.meshes import Group, MeshPlace
+from ckpt.sharded.meshes import Group, MeshPlace, everywhere
+from ckpt.sharded.refusals import RefusedType, RefusedValue
 
 # Of who writes an item. An archive is about as much beside its tensor, and a value about as much as an archive.
 _ARCHIVE_BYTES = 1024
+_MOST_MESHES = 64  # that are remembered
 
 
 class Entry(NamedTuple):
@@ -45,7 +47,7 @@ class EntryFinder:
 
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._everywhere = Group(b"", world_size, rank)
+        self._everywhere = everywhere(rank, world_size)
         self._places: dict[int, tuple[Any, MeshPlace]] = {}  # by id of the mesh, which is kept
         self._parts: dict[Any, tuple[LocalPart, Group, Any]] = {}
 
@@ -57,26 +59,26 @@ class EntryFinder:
             ValueError: two paths have one key; or a tensor lies on a mesh of other ranks, or has values that are not final.
         """
         if not isinstance(state, Mapping):
-            raise TypeError(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
+            raise RefusedType(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
         # As torch does it: what has a state dict stands for it.
         given = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
         try:
             flat, paths = torch_private.flatten_state_dict(given)
         except ValueError as error:
-            raise ValueError(f"cannot save sharded=: {error}: two places of the state have the same name for torch") from error
+            raise RefusedValue(
+                f"cannot save sharded=: {error}: two places of the state have the same name for torch"
+            ) from error
         kinds = _kinds()
         with torch.no_grad():  # to_local() gives the tensor itself then
             return {key: self._entry(key, value, kinds) for key, value in flat.items()}, paths
 
     def _entry(self, key: str, value: Any, kinds: _Kinds) -> Entry:
-        if not isinstance(value, torch.Tensor):
-            if isinstance(value, kinds.sharded) or hasattr(value, "__create_write_items__"):
-                raise TypeError(_refusal(key, value))
-            return Entry(value, None, (), self._everywhere, _ARCHIVE_BYTES, value)
         if isinstance(value, kinds.dtensor):
             return self._sharded_entry(key, value)
-        if hasattr(value, "__create_write_items__"):
-            raise TypeError(_refusal(key, value))
+        if isinstance(value, kinds.sharded) or hasattr(value, "__create_write_items__"):
+            raise RefusedType(_refusal(key, value))
+        if not isinstance(value, torch.Tensor):
+            return Entry(value, None, (), self._everywhere, _ARCHIVE_BYTES, value)
         shape = tuple(value.shape)
         _refuse_meta(key, value)
         nbytes = value.numel() * value.itemsize + _ARCHIVE_BYTES
@@ -92,7 +94,7 @@ class EntryFinder:
             try:
                 found = self._parts[name] = self._find_part(tensor, mesh, shape)
             except ValueError as error:
-                raise ValueError(f"cannot save '{key}' of sharded=: {error}") from error
+                raise RefusedValue(f"cannot save '{key}' of sharded=: {error}") from error
         part, group, described = found
         local = tensor.to_local()
         if (trigger := getattr(local, "trigger_wait", None)) is not None:  # the result of a collective that may be under way
@@ -100,7 +102,7 @@ class EntryFinder:
         if local.requires_grad or type(local) is not torch.Tensor:
             local = local.detach()
         if tuple(local.shape) != part.shape:
-            raise ValueError(
+            raise RefusedValue(
                 f"cannot save '{key}' of sharded=: this rank holds {tuple(local.shape)} of it, where {part.shape} follows from "
                 f"its shape {shape} and its placements {tensor.placements} on the {mesh}"
             )
@@ -110,7 +112,10 @@ class EntryFinder:
 
     def _find_part(self, tensor: Any, mesh: Any, shape: tuple[int, ...]) -> tuple[LocalPart, Group, Any]:
         kept = self._places.get(id(mesh))
-        if kept is None or kept[0] is not mesh:
+        if kept is None:
+            if len(self._places) == _MOST_MESHES:  # somebody makes them anew each time
+                self._places.clear()
+                self._parts.clear()
             kept = self._places[id(mesh)] = mesh, MeshPlace(mesh, self._rank, self._world_size)
         place = kept[1]
         part = local_part(shape, tensor.placements, place.shape, place.coordinate)
@@ -147,4 +152,4 @@ def _refusal(key: str, value: Any) -> str:
 
 def _refuse_meta(key: str, tensor: torch.Tensor) -> None:
     if tensor.is_meta:
-        raise ValueError(f"cannot save '{key}' of sharded=: it is on the meta device and has no values")
+        raise RefusedValue(f"cannot save '{key}' of sharded=: it is on the meta device and has no values")

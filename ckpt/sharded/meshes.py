@@ -30,6 +30,11 @@ class Group(NamedTuple):
     place: int
 
 
+def everywhere(rank: int, world_size: int) -> Group:
+    """Of all ranks."""
+    return Group(array.array("q", range(world_size)).tobytes(), world_size, rank)
+
+
 class MeshPlace:
     """
     Args:

@@ -18,6 +18,7 @@ from ckpt.sharded.chunks import Box
 from ckpt.sharded.contents import Contents, Description, Item, Key
 from ckpt.sharded.entries import Entry, EntryFinder
 from ckpt.sharded.owners import find_owned
+from ckpt.sharded.refusals import RefusedType, refuse_unpicklable
 
 _SIMPLE = (str, int, float, bool, type(None))  # values that are the same object for whoever has the same value
 
@@ -55,7 +56,13 @@ class ShardedPlanner:
         """What is the same on all ranks: the values, and all that is known of the tensors beside the bytes of shards."""
         if self._world_size == 1:
             return SavePlan(b"", [], [], bytearray())
-        compared = structure_of({key: entry.described for key, entry in entries.items()})
+        described = {key: entry.described for key, entry in entries.items()}
+        try:
+            compared = structure_of(described)
+        except Exception:
+            for key, value in described.items():
+                _pickle_value(key, value)
+            raise
         _refuse_shards_in(compared.pickle)
         return compared
 
@@ -72,18 +79,18 @@ class _Archives:
 
     def add(self, number: int, key: str, entry: Entry) -> Iterator[Item]:
         if entry.shape is None:
-            self._add_value(entry.value)
+            self._add_value(key, entry.value)
             yield Item(number, None)
             return
         for box in entry.boxes:
             self._add_tensor(_part_of(entry.value, box))
             yield Item(number, box)
 
-    def _add_value(self, value: Any) -> None:
+    def _add_value(self, key: str, value: Any) -> None:
         name = (type(value), repr(value)) if type(value) in _SIMPLE else None
         number = self._numbers.get(name) if name is not None else None
         if number is None:
-            data, records = pickle_object(value)
+            data, records = _pickle_value(key, value)
             _refuse_shards_in(data)
             number = self._note_pickle(name, data)
             self._add(number, records)
@@ -127,7 +134,16 @@ class _Archives:
         self.kinds.extend(bytes(len(records)))
 
 
+def _pickle_value(key: str, value: Any) -> tuple[bytes, list[SavedStorage]]:
+    try:
+        return pickle_object(value)
+    except Exception as error:
+        refuse_unpicklable(key, error)
+
+
 def _part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    if box.sizes == tensor.shape:
+        return tensor
     for dim, (begin, size) in enumerate(zip(box.begin, box.sizes, strict=True)):
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, begin, size)
@@ -147,7 +163,7 @@ def _record(tensor: torch.Tensor, interval: ByteInterval) -> SavedStorage:
 def _refuse_shards_in(pickled: bytes) -> None:
     """Of values, which are pickled as they are on one rank."""
     if (kind := find_shards(pickled)) is not None:
-        raise TypeError(
+        raise RefusedType(
             f"sharded= holds a {kind} inside of something that is saved as one value: torch.distributed.checkpoint looks for "
             "tensors in dicts and lists alone"
         )

@@ -38,6 +38,8 @@ POINTS = {
 }
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
 BUNDLE_POINTS = ["placed", "all-placed"]  # tests/integrations/test_deepspeed_crash.py
+SMALL_FILES = ("manifest", "latest", "metadata", "metadata-copy")
+SHARDED_POINTS = [f"metadata{part}-{end}" for part in ("", "-copy") for end in ("written", "renamed")]  # tests/sharded
 FILE_POINTS = ["preallocated", "chunk-written", "chunks-written", "data-durable", "before-rename", "renamed"]
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -160,8 +162,8 @@ def test_the_list_of_crash_points_is_complete() -> None:
     small_files = {point for point in found if point.startswith("{crash_name}")}
     assert small_files, "replace_durably() has crash points"
     found -= small_files
-    found |= {point.format(crash_name=name) for point in small_files for name in ("manifest", "latest")}
-    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS}
+    found |= {point.format(crash_name=name) for point in small_files for name in SMALL_FILES}
+    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS}
 
 
 @pytest.mark.parametrize("mode", ["steps", "again", "keep one"])

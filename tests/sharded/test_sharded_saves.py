@@ -1,0 +1,78 @@
+"""Sharded states of every kind, saved by 1, 2 and 4 ranks, and looked at by a process that has torch and not the library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from dist import sharded_states
+from nursery import Nursery
+from places import TESTS
+from support import DEADLINE_S
+
+READER = TESTS / "dist" / "torch_reader.py"
+RUNS = [(case, world) for case, (_, worlds) in sharded_states.CASES.items() for world in worlds]
+TRAINED = [(case, world) for case, world in RUNS if case not in ("placements", "grid", "apart", "fsdp1")]
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+class Saved:
+    """All cases of a job of so many ranks.
+
+    Attributes:
+        errors: what the reader found wrong, by case.
+        stats: what each rank said of its saves, by case.
+    """
+
+    def __init__(self, nurseries: list[Nursery], directory: Any, world: int) -> None:
+        request = {"work": "save_cases", "world": world, "directory": str(directory), "meeting": str(directory / "meeting")}
+        children = [
+            nurseries[rank].start(f"from dist import sharded_saves; sharded_saves.main({request | {'rank': rank}!r})")
+            for rank in range(world)
+        ]
+        ended = [child.wait() for child in children]
+        assert [each.returncode for each in ended] == [0] * world, "\n".join(each.stderr for each in ended)
+        said = [json.loads(line) for each in ended for line in each.stdout.splitlines() if line.startswith("{")]
+        self.stats = {case: [each for each in said if each["case"] == case] for case in sharded_states.CASES}
+        command = [sys.executable, str(READER), str(directory)]
+        read = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE_S, cwd="/")
+        assert read.returncode == 0, read.stderr
+        found = [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
+        self.errors = {each["case"].rpartition("-")[0]: each["error"] for each in found}
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    nurseries = [Nursery(optimizer=True, sharded=True) for _ in range(4)]
+    yield nurseries
+    for nursery in nurseries:
+        nursery.__exit__()
+
+
+@pytest.fixture(scope="module")
+def saved(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Saved]:
+    return {world: Saved(nurseries, tmp_path_factory.mktemp(f"world{world}"), world) for world in (1, 2, 4)}
+
+
+@pytest.mark.parametrize(("case", "world"), RUNS)
+def test_torch_alone_reads_what_was_saved(case: str, world: int, saved: dict[int, Saved]) -> None:
+    """Bit for bit as it was at save(), though it was stepped behind the fence while writes were slow; described as by torch."""
+    assert saved[world].errors[case] == ""
+
+
+@pytest.mark.parametrize(("case", "world"), TRAINED)
+def test_what_an_optimizer_writes_leaves_lazily(case: str, world: int, saved: dict[int, Saved]) -> None:
+    assert len(saved[world].stats[case]) == world
+    for rank in saved[world].stats[case]:
+        assert rank["zero_copy"] + rank["at_fence"] > rank["in_save"]
+
+
+@pytest.mark.parametrize(("case", "world"), [(case, world) for case, world in RUNS if case != "apart"])
+def test_each_rank_writes_about_as_much(case: str, world: int, saved: dict[int, Saved]) -> None:
+    sizes = [rank["total"] for rank in saved[world].stats[case]]
+    assert max(sizes) < 1.2 * min(sizes)
