@@ -6,6 +6,7 @@
 #include "bindings/errors.h"
 #include "bindings/files.h"
 #include "bindings/reading.h"
+#include "pickle/owned_storages.h"
 #include "pickle/saved_storage.h"
 #include "pickle/state_pickler.h"
 
@@ -22,6 +23,7 @@ PYBIND11_MODULE(_native, module) {
   bind_files(module);
   bind_reading(module);
   bind_records(module);
+  bind_owned_storages(module);
   bind_pickling(module);
   bind_leak(module);
   bind_faults(module);

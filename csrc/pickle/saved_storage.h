@@ -2,6 +2,8 @@
 // for each of them in the time of whoever saves. ckpt/plan/pickler.py says what all of it is for.
 #pragma once
 
+#include <unordered_map>
+
 #include "pickle/objects.h"
 
 namespace lazyckpt {
@@ -41,6 +43,17 @@ pybind11::object storage_key(PyObject* storage);
 // Of a storage on the CPU that a tensor covers.
 pybind11::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
                              Py_ssize_t numel);
+
+// The storages of the tensors that are saved, by the tensor: an optimizer's state is, mostly, the very same objects, and to
+// find them here takes a tenth of asking torch.
+class StorageIndex {
+ public:
+  explicit StorageIndex(const pybind11::list& records);
+  pybind11::object find(PyObject* tensor) const;  // null if it is not among them
+
+ private:
+  std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
+};
 
 void bind_records(pybind11::module_& module);
 
