@@ -41,6 +41,7 @@ from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
 from ckpt.session import SaveSession
+from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
@@ -98,7 +99,8 @@ class Checkpointer(SaveSession):
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
-        self._sharded_format = DcpFile(ShardedPlanner(self.rank, self.world_size))
+        self._entries = EntryFinder(self.rank, self.world_size)
+        self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
         self._layouts = LayoutExchange(MetadataWriter(self.options.metadata_compat))
         self._claimed = False
         self._succeeded = False
@@ -305,6 +307,7 @@ class Checkpointer(SaveSession):
         merge: Callable[[list[Any]], Any] | None = None,
         into: Any = None,
         replicated_into: Any = None,
+        sharded_into: Any = None,
         strict: bool = True,
         fresh: bool = False,
         exclusive: bool = False,
@@ -333,6 +336,9 @@ class Checkpointer(SaveSession):
                 contents yet, and returns a dict of tensors by their paths in that, such as ("model", "weight"). Those that
                 are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
                 may be called for several checkpoints, one after the other.
+            sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
+                and placements. Each rank reads what it holds, and nothing else of the data files but what it takes to verify
+                that: pieces of 4 MiB. Values are put into dicts and lists; what has a load_state_dict() is given its part.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
             fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are
@@ -359,13 +365,28 @@ class Checkpointer(SaveSession):
         """
         self._check_usable()
         self._restorer.begin()
-        if into is not None and merge is not None:
+        targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
+        request = self._request(targets, map_location, weights_only, merge, strict)
+        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+
+    def _request(
+        self, targets: dict[str, Any], map_location: Any, weights_only: bool, merge: Any, strict: bool
+    ) -> RestoreRequest:
+        """When nothing reads or writes the targets any more."""
+        if targets["into"] is not None and merge is not None:
             raise ValueError("restore() takes into= or merge=, not both: what merge() returns is loaded to new memory")
         self._drain(self.options.drain_timeout_s)
-        if into is not None or replicated_into is not None:
+        if any(target is not None for target in targets.values()):
             fence()
-        request = RestoreRequest(map_location, weights_only, merge, into, replicated_into, strict, self.options.timeout_s)
-        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+        return RestoreRequest(
+            map_location,
+            weights_only,
+            merge,
+            strict=strict,
+            timeout_s=self.options.timeout_s,
+            finder=self._entries,
+            **targets,
+        )
 
     def agree(self, key: str, value: bytes) -> bytes:
         """Rank 0's value, on every rank. Waits for rank 0, a round trip; no collective of the training is used.

@@ -63,7 +63,9 @@ class StepTarget:
             return (self._give_name(file, job.crc32, self._rank),)
         piece_bytes, crc32s = job.piece_checksums
         path = sharded_files.checksums_path(file.file.target)
-        content = PieceChecksums(job.size, piece_bytes, crc32s).to_bytes()
+        archives, payloads = job.archives, job.payloads
+        places = {archives[index][0]: payloads[n] for index, n in enumerate(file.file.contents.payloads) if n >= 0}
+        content = PieceChecksums(job.size, piece_bytes, crc32s, places).to_bytes()
         data = self._give_name(file, job.crc32, self._rank, {path: content})
         return data, _entry(path, content, SHARDED_CHECKSUMS, self._rank)
 

@@ -2,7 +2,7 @@
 
     .metadata           what lies where, for readers of torch
     __0_0.distcp  ...   what each rank has written
-    __0_0.crc32   ...   the CRC-32 of each piece of that, so that parts of it can be verified
+    __0_0.crc32   ...   the CRC-32 of each piece of that, and where the bytes of tensors are, so that parts can be read
 
 Readers of torch look for `.metadata` alone. A step that is saved again has another file for it beside the old one
 (.metadata-2), which the manifest names; behind the manifest `.metadata` becomes a copy of that. A crash in between leaves the
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import array
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from ckpt.storage import durable
 
 METADATA = ".metadata"
 _MAGIC = b"ckptcrc1"
-_HEAD = struct.Struct("<8sQQ")  # magic, bytes of the data file, bytes of a piece
+_HEAD = struct.Struct("<8sQQQ")  # magic, bytes of the data file, bytes of a piece, number of payloads
 
 
 def checksums_path(data: Path) -> Path:
@@ -36,14 +36,18 @@ class PieceChecksums(NamedTuple):
     Attributes:
         file_bytes: of the data file.
         piece_bytes: the first piece begins at 0, each is as long as that, and the last may be shorter.
+        payloads: by the offset of an archive, where its payload begins: only of archives that hold a contiguous tensor.
     """
 
     file_bytes: int
     piece_bytes: int
     crc32s: Sequence[int]
+    payloads: Mapping[int, int] = {}
 
     def to_bytes(self) -> bytes:
-        return _HEAD.pack(_MAGIC, self.file_bytes, self.piece_bytes) + array.array("I", self.crc32s).tobytes()
+        head = _HEAD.pack(_MAGIC, self.file_bytes, self.piece_bytes, len(self.payloads))
+        places = array.array("Q", (number for place in self.payloads.items() for number in place))
+        return head + array.array("I", self.crc32s).tobytes() + places.tobytes()
 
     @staticmethod
     def parse(content: bytes) -> PieceChecksums:
@@ -51,15 +55,17 @@ class PieceChecksums(NamedTuple):
         Raises:
             CorruptError: it is not what to_bytes() makes.
         """
-        crc32s = array.array("I")
+        crc32s, places = array.array("I"), array.array("Q")
         try:
-            magic, file_bytes, piece_bytes = _HEAD.unpack_from(content)
-            crc32s.frombytes(content[_HEAD.size :])
+            magic, file_bytes, piece_bytes, count = _HEAD.unpack_from(content)
+            begin = len(content) - 16 * count
+            crc32s.frombytes(content[_HEAD.size : begin])
+            places.frombytes(content[begin:])
         except (struct.error, ValueError) as error:
             raise CorruptError(f"the checksums of a data file cannot be read: {error}") from error
         if magic != _MAGIC or piece_bytes == 0 or len(crc32s) != -(-file_bytes // piece_bytes):
             raise CorruptError("the checksums of a data file do not fit it")
-        return PieceChecksums(file_bytes, piece_bytes, crc32s)
+        return PieceChecksums(file_bytes, piece_bytes, crc32s, dict(zip(places[::2], places[1::2], strict=True)))
 
 
 def metadata_name(manifest: Manifest | None) -> str | None:

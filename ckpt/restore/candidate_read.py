@@ -27,6 +27,7 @@ from ckpt.restore.candidates import Candidate, Objection
 from ckpt.restore.file_readers import UNFIT, NewMemoryReader
 from ckpt.restore.readiness import StartVote
 from ckpt.restore.request import Restored, RestoreRequest, lends
+from ckpt.restore.sharded_reader import ShardedReader
 
 
 @dataclasses.dataclass
@@ -64,6 +65,7 @@ class CandidateRead:
         self._manifest: Manifest | None = None
         self._readers: dict[Path, NewMemoryReader] = {}
         self._held: dict[Path, Callable[[], Any]] = {}  # what has been read, and found good
+        self._sharded: ShardedReader | None = None
         self._refusal: Exception | None = None  # why it cannot be loaded as asked, although it may be good
 
     def examine(self) -> Objection | None:
@@ -99,15 +101,19 @@ class CandidateRead:
             state = next((load(file) for file in own if file.rank == self._rank), None)
         elif own and self._request.merge is not None:
             state = self._request.merge([load(file) for file in own])
-        return Restored(manifest.step, state, replicated[0] if replicated else None)
+        sharded = None if self._sharded is None else self._sharded.take()
+        return Restored(manifest.step, state, replicated[0] if replicated else None, sharded)
 
     # ---- the phases ------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
         manifest = file_readers.read_manifest(self._directory, self._candidate.sequence)
+        self._sharded = self._request.sharded_reader(self._directory, manifest, self._targets.touched)
         for file in manifest.files:
             path = self._directory / file.name
+            if self._sharded is not None and file.kind not in (RANK, REPLICATED):
+                continue  # what is needed of it is read, and verified then
             if self._will_load(manifest, file):
                 collective = self._candidate.collective and file.kind == REPLICATED
                 reader = self._request.reader_of(path, file, self._targets.touched, collective)
@@ -118,6 +124,7 @@ class CandidateRead:
                 file_readers.verify(path, file, self._request.timeout_s)
         refusal: Exception | None = self._targets.lost or self._why_not_filled()
         refusal = refusal or next((each.refusal for each in self._readers.values() if each.refusal), None)
+        refusal = refusal or (None if self._sharded is None else self._sharded.refusal)
         self._manifest, self._refusal = manifest, refusal or self._why_not_there(manifest)
 
     def _agree(self, failure: Exception | None) -> None:
@@ -139,6 +146,12 @@ class CandidateRead:
         left = [(path, reader) for path, reader in self._readers.items() if path not in self._held]
         for path, reader in sorted(left, key=lambda item: not item[1].collective):
             self._read_file(path, reader)
+        if self._sharded is not None and not self._refusal:
+            self._targets.touched = True
+            try:
+                self._sharded.fill()
+            except DeadlineError as error:
+                self._give_target_up(error)
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
@@ -154,12 +167,15 @@ class CandidateRead:
         except DeadlineError as error:
             if not reader.has_target:
                 raise
-            self._targets.lost = self._refusal = CheckpointError(
-                f"{error}. A read that hangs may still write to what was to be loaded into, at any time: make that anew"
-            )
+            self._give_target_up(error)
             return
         self._refusal = reader.refusal
         self._held[path] = reader.take
+
+    def _give_target_up(self, error: DeadlineError) -> None:
+        self._targets.lost = self._refusal = CheckpointError(
+            f"{error}. A read that hangs may still write to what was to be loaded into, at any time: make that anew"
+        )
 
     def _will_load(self, manifest: Manifest, file: FileEntry) -> bool:
         if file.kind == REPLICATED:

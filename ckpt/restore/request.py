@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ckpt.directory.manifest import REPLICATED, FileEntry
+from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
+from ckpt.restore.sharded_reader import ShardedReader
+from ckpt.sharded.entries import EntryFinder
 
 
 class _Pair(NamedTuple):
@@ -22,13 +24,15 @@ class Restored(_Pair):
 
     Attributes:
         replicated: what was given as such; None if nothing was. Then `state` may be the one that is None.
+        sharded: what was given as `sharded_into`, filled.
     """
 
     replicated: Any
+    sharded: Any
 
-    def __new__(cls, step: int, state: Any, replicated: Any = None) -> Restored:
+    def __new__(cls, step: int, state: Any, replicated: Any = None, sharded: Any = None) -> Restored:
         self = super().__new__(cls, step, state)
-        self.replicated = replicated
+        self.replicated, self.sharded = replicated, sharded
         return self
 
 
@@ -45,6 +49,28 @@ class RestoreRequest(NamedTuple):
     replicated_into: Any
     strict: bool
     timeout_s: float
+    sharded_into: Any = None
+    finder: EntryFinder | None = None
+
+    def sharded_reader(self, directory: Path, manifest: Manifest, touched: bool) -> ShardedReader | None:
+        """Of the sharded state; None if there is no target for it.
+
+        Args:
+            touched: the target holds parts of another checkpoint already.
+        """
+        if self.sharded_into is None:
+            return None
+        assert self.finder is not None
+        strict = self.strict or touched
+        return ShardedReader(
+            directory,
+            manifest,
+            self.sharded_into,
+            self.finder,
+            strict=strict,
+            weights_only=self.weights_only,
+            timeout_s=self.timeout_s,
+        )
 
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into

@@ -49,10 +49,13 @@ class Contents(NamedTuple):
 
     Attributes:
         items: what it writes, in the order of the archives.
+        payloads: of each archive the number of its record, if that is the elements of a tensor as they follow each other in a
+            contiguous one, and nothing else; -1 if it is not.
         description: on rank 0 alone.
     """
 
     items: list[Item]
+    payloads: list[int]
     description: Description | None
 
 

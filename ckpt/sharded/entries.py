@@ -61,7 +61,7 @@ class EntryFinder:
         if not isinstance(state, Mapping):
             raise RefusedType(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
         # As torch does it: what has a state dict stands for it.
-        given = {key: value.state_dict() if _is_stateful(value) else value for key, value in state.items()}
+        given = {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
         try:
             flat, paths = torch_private.flatten_state_dict(given)
         except ValueError as error:
@@ -136,7 +136,7 @@ def _kinds() -> _Kinds:
     return _Kinds(DTensor, (found,) if isinstance(found, type) else ())
 
 
-def _is_stateful(value: Any) -> bool:
+def is_stateful(value: Any) -> bool:
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 

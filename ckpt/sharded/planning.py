@@ -27,12 +27,13 @@ class ShardedPlanner:
     """Of one rank.
 
     Args:
+        finder: of this rank.
         rank, world_size: of this process in the job.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, finder: EntryFinder, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
-        self._finder = EntryFinder(rank, world_size)
+        self._finder = finder
 
     def plan(self, state: Mapping[str, Any], lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
         """As make_plan(). `contents` of the plan is a Contents.
@@ -49,7 +50,7 @@ class ShardedPlanner:
         place(plan, lazy, eager_bytes, device_lazy)
         plan.compared = self._compared(entries)
         plan.named = {key: entry.value for key, entry in entries.items()}
-        plan.contents = Contents(items, _describe(entries, paths) if self._rank == 0 else None)
+        plan.contents = Contents(items, archives.payloads, _describe(entries, paths) if self._rank == 0 else None)
         return plan
 
     def _compared(self, entries: Mapping[str, Entry]) -> SavePlan:
@@ -74,6 +75,7 @@ class _Archives:
         self.records: list[SavedStorage] = []
         self.kinds = bytearray()
         self.made = Archives([], [], [])
+        self.payloads: list[int] = []
         self._eager_bytes = eager_bytes
         self._numbers: dict[Any, int] = {}  # of pickles that many archives share
 
@@ -117,6 +119,8 @@ class _Archives:
             data, _ = pickle_object(torch.empty_strided(size, stride, dtype=dtype))
             number = self._note_pickle(name, data)
         self._add(number, [_record(tensor, interval)])
+        if tensor.is_contiguous():
+            self.payloads[-1] = len(self.records) - 1
         if is_ours and interval.high > self._eager_bytes and tensor.is_cpu:
             self.kinds[-1] = OWNED
 
@@ -130,6 +134,7 @@ class _Archives:
     def _add(self, number: int, records: list[SavedStorage]) -> None:
         self.made.pickle_of.append(number)
         self.made.records_of.append(len(records))
+        self.payloads.append(-1)
         self.records.extend(records)
         self.kinds.extend(bytes(len(records)))
 

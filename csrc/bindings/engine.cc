@@ -262,6 +262,7 @@ void bind_job(py::module_& module) {
       .def_property_readonly("checksums", [](const Job& job) { return py::make_tuple(job.field_records, checksums_of(job)); })
       .def_property_readonly("edges", edges_of)
       .def_property_readonly("archives", archives_of)
+      .def_property_readonly("payloads", [](const Job& job) { return job.payloads; })
       .def_property_readonly("piece_checksums", pieces_of)
       .def_property_readonly("layout_crc32", [](const Job& job) { return layout_checksum(shared_layout(job)); })
       .def("directory", [](const Job& job, const std::vector<uint32_t>& record_crcs) {

@@ -11,6 +11,8 @@
 
 #include "base/device.h"
 #include "bindings/errors.h"
+#include "os/file.h"
+#include "reading/range_reader.h"
 #include "reading/record_file.h"
 
 namespace py = pybind11;
@@ -70,6 +72,29 @@ uint32_t read_share(const RecordFile& file, const Destinations& destinations, ui
   return file.read_share(wanted, begin, end, options);
 }
 
+using Ranges = std::vector<std::tuple<uint64_t, uint64_t, uintptr_t>>;
+
+// (bytes of the file, CRC-32 of each range, bytes that were read): of ranges (offset, length, address in memory of the host; 0: only
+// checksummed).
+py::tuple read_file_ranges(const std::string& path, const Ranges& wanted, int threads, double timeout_s, const py::object& keep) {
+  std::vector<ReadRange> ranges;
+  ranges.reserve(wanted.size());
+  for (const auto& [offset, length, address] : wanted) {
+    ranges.push_back({offset, length, reinterpret_cast<std::byte*>(address), kHost});
+  }
+  const ReadOptions options = reading(threads, timeout_s, kPieceBytes, keep);
+  std::vector<uint32_t> crcs;
+  uint64_t size = 0, read = 0;
+  {
+    py::gil_scoped_release release;
+    const auto file = std::make_shared<ReadableFile>(path, true);
+    crcs = read_ranges(file, ranges, options);
+    size = file->size();
+    read = file->bytes_read();
+  }
+  return py::make_tuple(size, crcs, read);
+}
+
 }  // namespace
 
 void bind_reading(py::module_& module) {
@@ -95,6 +120,8 @@ void bind_reading(py::module_& module) {
       }, py::arg("in_memory"), py::arg("threads"))
       .def_property_readonly("directory_crc32", &RecordFile::directory_crc)
       .def_property_readonly("bytes_read", [](const RecordFile& file) { return file.file().bytes_read(); });
+  module.def("read_file_ranges", &read_file_ranges, py::arg("path"), py::arg("ranges"), py::kw_only(), py::arg("threads"),
+             py::arg("timeout_s"), py::arg("keep"));
   module.def("verify_torch_file", [](const std::string& path, int threads) {
     const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
     py::gil_scoped_release release;

@@ -22,6 +22,7 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
     throw;
   }
   auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams);
+  if (request.sequence) job->payloads = layout.payload_offsets;
   job->archives = std::move(archives);
   if (shared) job->layout = std::make_unique<ZipLayout>(std::move(layout));
   return job;

@@ -121,6 +121,7 @@ struct Job {
   const ByteRange fields;  // indices: the CRC fields in it
   std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
   std::vector<ByteRange> archives;  // of a file of several: where each lies. Of who has submitted it
+  std::vector<uint64_t> payloads;   // and where each record does
   std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
   const CaptureChecks checks;
   const double timeout_s;  // the longest that a fence waits for it

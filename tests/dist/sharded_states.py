@@ -218,6 +218,20 @@ CASES: dict[str, tuple[Callable[[int], Any], tuple[int, ...]]] = {
 }
 
 
+def difference(expected: Any, found: Any, path: str = "") -> str:
+    """The first one; empty if there is none."""
+    if isinstance(expected, torch.Tensor):
+        same = expected.shape == found.shape and expected.dtype == found.dtype
+        bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (expected, found)]
+        return "" if same and torch.equal(*bits) else path
+    if isinstance(expected, dict):
+        return next((text for key in expected if (text := difference(expected[key], found[key], f"{path}.{key}"))), "")
+    if isinstance(expected, (list, tuple)):
+        pairs = enumerate(zip(expected, found, strict=True))
+        return next((text for number, pair in pairs if (text := difference(*pair, f"{path}.{number}"))), "")
+    return "" if expected == found else path
+
+
 # ---- what it is in full ----------------------------------------------------------------------------------------------
 
 
@@ -239,6 +253,13 @@ def in_full(state: Any) -> Any:
     if isinstance(state, (list, tuple)):
         return type(state)(map(in_full, state))
     return state
+
+
+def whole_of(case: Any, state: Any) -> Any:
+    """As in_full(), also of what does not lie in one box."""
+    if getattr(case, "whole", None) is None:
+        return in_full(state)
+    return {key: value.full_tensor() for key, value in state.items()}
 
 
 def _whole(tensor: DTensor) -> torch.Tensor:

@@ -16,6 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt.plan.save_plan import SavePlan
 from ckpt.sharded.contents import decode, digest, encode
+from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.meshes import Group, MeshPlace
 from ckpt.sharded.owners import find_owned
 from ckpt.sharded.planning import ShardedPlanner
@@ -102,7 +103,7 @@ def test_planning_on_one_of_very_many_ranks() -> None:
         job.become(5_000)
         mesh = init_device_mesh("cpu", (1024, 16), mesh_dim_names=("replicate", "shard"))
         state = made(mesh, 1000) | {"step": 1, "ones": torch.ones(3)}
-        planner = ShardedPlanner(5_000, 16_384)
+        planner = ShardedPlanner(EntryFinder(5_000, 16_384), 5_000, 16_384)
         first = plan(planner, state)
         begin = time.perf_counter()
         second = plan(planner, state)
@@ -119,7 +120,7 @@ def test_all_ranks_together_write_each_part_once() -> None:
             job.become(rank)
             mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("replicate", "shard"))
             state = made(mesh, 20) | {"step": 1, "plain": torch.ones(30)}
-            found = plan(ShardedPlanner(rank, 6), state).contents
+            found = plan(ShardedPlanner(EntryFinder(rank, 6), rank, 6), state).contents
             assert (found.description is None) == (rank != 0)
             written.update((item.key, item.box and item.box.offsets) for item in found.items)
     assert set(written.values()) == {1} and len(written) == 20 * 2 + 2
@@ -129,7 +130,7 @@ def test_a_layout_survives_its_message() -> None:
     with Job(1) as job:
         job.become(0)
         state = {"a": torch.zeros(3, 4), "b": torch.zeros(()), "c": "text"}
-        items = plan(ShardedPlanner(0, 1), state).contents.items
+        items = plan(ShardedPlanner(EntryFinder(0, 1), 0, 1), state).contents.items
     text = encode(items, [(10, 20), (30, 40), (50, 1 << 40)])
     found = decode(text)
     assert [(item.key, item.offsets, item.sizes, item.at, item.length) for item in found] == [

@@ -21,6 +21,19 @@ TRAINED = [(case, world) for case, world in RUNS if case not in ("placements", "
 pytestmark = pytest.mark.usefixtures("native")
 
 
+def run_ranks(nurseries: list[Nursery], work: str, directory: Any, world: int) -> list[dict[str, Any]]:
+    """What all ranks have said."""
+    meeting = directory.with_name(f"{directory.name}-{work}-{world}")
+    request = {"work": work, "world": world, "directory": str(directory), "meeting": str(meeting)}
+    children = [
+        nurseries[rank].start(f"from dist import sharded_saves; sharded_saves.main({request | {'rank': rank}!r})")
+        for rank in range(world)
+    ]
+    ended = [child.wait() for child in children]
+    assert [each.returncode for each in ended] == [0] * world, "\n".join(each.stderr for each in ended)
+    return [json.loads(line) for each in ended for line in each.stdout.splitlines() if line.startswith("{")]
+
+
 class Saved:
     """All cases of a job of so many ranks.
 
@@ -30,14 +43,8 @@ class Saved:
     """
 
     def __init__(self, nurseries: list[Nursery], directory: Any, world: int) -> None:
-        request = {"work": "save_cases", "world": world, "directory": str(directory), "meeting": str(directory / "meeting")}
-        children = [
-            nurseries[rank].start(f"from dist import sharded_saves; sharded_saves.main({request | {'rank': rank}!r})")
-            for rank in range(world)
-        ]
-        ended = [child.wait() for child in children]
-        assert [each.returncode for each in ended] == [0] * world, "\n".join(each.stderr for each in ended)
-        said = [json.loads(line) for each in ended for line in each.stdout.splitlines() if line.startswith("{")]
+        self.directory = directory
+        said = run_ranks(nurseries, "save_cases", directory, world)
         self.stats = {case: [each for each in said if each["case"] == case] for case in sharded_states.CASES}
         command = [sys.executable, str(READER), str(directory)]
         read = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE_S, cwd="/")
@@ -63,6 +70,33 @@ def saved(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) ->
 def test_torch_alone_reads_what_was_saved(case: str, world: int, saved: dict[int, Saved]) -> None:
     """Bit for bit as it was at save(), though it was stepped behind the fence while writes were slow; described as by torch."""
     assert saved[world].errors[case] == ""
+
+
+def loads(world: int) -> list[tuple[str, int, int]]:
+    """(case, ranks that saved it, `world`)."""
+    cases = [case for case, (_, worlds) in sharded_states.CASES.items() if world in (worlds if world != 3 else (1, 2, 4, 3))]
+    here = cases if world != 3 else ["fsdp", "placements"]
+    return [(case, before, world) for case in here for before in sharded_states.CASES[case][1]]
+
+
+@pytest.fixture(scope="module")
+def loaded(nurseries: list[Nursery], saved: dict[int, Saved]) -> dict[tuple[str, int, int], list[str]]:
+    """What each rank found wrong with what restore() gave it."""
+    found: dict[tuple[str, int, int], list[str]] = {}
+    for before, job in saved.items():
+        for world in (1, 2, 3, 4):
+            for each in run_ranks(nurseries, "load_cases", job.directory, world):
+                case, _, ranks = each["case"].rpartition("-")
+                assert int(ranks) == before
+                found.setdefault((case, before, world), []).append(each["error"])
+    return found
+
+
+@pytest.mark.parametrize(("case", "before", "world"), [each for world in (1, 2, 3, 4) for each in loads(world)])
+def test_any_number_of_ranks_restores_it(
+    case: str, before: int, world: int, loaded: dict[tuple[str, int, int], list[str]]
+) -> None:
+    assert loaded[case, before, world] == [""] * world
 
 
 @pytest.mark.parametrize(("case", "world"), TRAINED)

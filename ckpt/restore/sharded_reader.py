@@ -1,0 +1,213 @@
+"""Reads a sharded checkpoint into the state of this rank: only the bytes that it needs, each of them verified."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ckpt import _native
+from ckpt.directory import sharded_files
+from ckpt.directory.manifest import SHARDED_METADATA, FileEntry, Manifest
+from ckpt.directory.sharded_files import PieceChecksums
+from ckpt.errors import CheckpointError, CorruptError, MismatchError, StorageError
+from ckpt.loading.archive import reader_threads
+from ckpt.sharded.entries import EntryFinder, is_stateful
+from ckpt.sharded.resharding import FileReads, ReadPlan, differences, ranges_to_read
+
+_SHOWN = 8  # differences that a message names
+
+
+class ShardedReader:
+    """Of one checkpoint. Making one reads its metadata, and compares that with the target; it writes to nothing.
+
+    Args:
+        target: a state dict as it was given to save(), of any mesh and placements.
+        finder: of this rank.
+
+    Attributes:
+        refusal: why it cannot be loaded as asked, though it may be good. Then only check() may be called.
+        bytes_read: by fill(), of data files.
+
+    Raises:
+        CorruptError, StorageError: it is damaged, or cannot be read.
+        TypeError, ValueError: the target is nothing that could have been saved.
+    """
+
+    def __init__(
+        self, directory: Path, manifest: Manifest, target: Any, finder: EntryFinder, *, strict: bool, weights_only: bool,
+        timeout_s: float,
+    ) -> None:  # fmt: skip
+        self._directory, self._timeout_s = directory, timeout_s
+        self._files = {file.name: file for file in manifest.files}
+        self._checksums: dict[str, PieceChecksums] = {}
+        self.refusal: CheckpointError | None = None
+        self.bytes_read = 0
+        metadata_file = next((file for file in manifest.files if file.kind == SHARDED_METADATA), None)
+        if metadata_file is None:
+            self.refusal = CheckpointError(f"'{directory}' has nothing for sharded_into=: no sharded state was saved in it")
+            return
+        if not isinstance(target, MutableMapping):
+            raise TypeError(f"sharded_into= takes a state dict (nested dicts and lists), not a {type(target).__name__}")
+        metadata = _unpickle(directory / metadata_file.name, self._small(metadata_file))
+        self._stateful = {key: value for key, value in target.items() if is_stateful(value)}
+        self._state = {key: value.state_dict() if key in self._stateful else value for key, value in target.items()}
+        self._target = target
+        entries, self._paths = finder.find(self._state)
+        problems = differences(metadata, entries, strict)
+        if problems:
+            text = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+            self.refusal = MismatchError(f"'{directory}' does not fit sharded_into=: {text}", problems)
+            return
+        self._plan = ReadPlan(metadata, self._payload_of, weights_only)
+        self._tensors = []
+        for key, entry in entries.items():
+            if key not in metadata.state_dict_metadata:
+                continue
+            if entry.shape is None:
+                self._plan.add_value(key)
+            else:
+                self._plan.add_tensor(key, entry)
+                self._tensors.append(entry.value)
+
+    def fill(self) -> None:
+        """Reads all, and checks every byte that it uses.
+
+        Raises:
+            CorruptError, StorageError, DeadlineError: something of it is damaged, or cannot be read.
+            CheckpointError: weights_only refuses a value.
+        """
+        for tensor in self._tensors:  # also if reading fails: then there are parts of the file
+            if not tensor.is_inference():
+                torch.autograd.graph.increment_version(tensor)
+        with torch.no_grad():
+            for name, reads in self._plan.files.items():
+                self._read(name, reads)
+                for finish in reads.finish:
+                    _finish(finish, self._directory / name)
+            self._plan.files.clear()
+
+    def take(self) -> Any:
+        """Local: puts values to their places, once the checkpoint has been chosen. Returns the target."""
+        for key, value in self._plan.values.items():
+            _put(self._state, self._paths[key], value)
+        for key, value in self._state.items():
+            if key in self._stateful:
+                self._stateful[key].load_state_dict(value)
+            elif self._target[key] is not value:
+                self._target[key] = value
+        return self._target
+
+    # ---- files -----------------------------------------------------------------------------------------------------
+
+    def _read(self, name: str, reads: FileReads) -> None:
+        path, checksums = self._directory / name, self._checksums_of(name)
+        ranges, pieces = ranges_to_read(reads.destinations, checksums.piece_bytes, checksums.file_bytes)
+        if not ranges:
+            return
+        size, crcs, read = _native.read_file_ranges(
+            os.fsencode(path), ranges, threads=reader_threads(), timeout_s=self._timeout_s, keep=reads.keep
+        )
+        self.bytes_read += read
+        if size != checksums.file_bytes:
+            raise CorruptError(f"'{path}' has {size} bytes; its checksums are of {checksums.file_bytes}")
+        at = 0
+        for piece, count in pieces:
+            crc = 0
+            for number in range(at, at + count):
+                crc = _native.crc32_combine(crc, crcs[number], ranges[number][1])
+            at += count
+            if crc != checksums.crc32s[piece]:
+                begin = piece * checksums.piece_bytes
+                raise CorruptError(f"'{path}' fails a CRC-32: of its bytes from {begin} on some have changed")
+
+    def _payload_of(self, name: str, offset: int) -> int | None:
+        return self._checksums_of(name).payloads.get(offset)
+
+    def _checksums_of(self, name: str) -> PieceChecksums:
+        found = self._checksums.get(name)
+        if found is None:
+            data = self._files.get(name)
+            file = self._files.get(sharded_files.checksums_path(Path(name)).name)
+            if data is None or file is None:
+                raise CorruptError(f"'{self._directory / name}' is named by the metadata, but not by the manifest")
+            found = self._checksums[name] = PieceChecksums.parse(self._small(file))
+            if found.file_bytes != data.bytes:
+                raise CorruptError(f"the checksums of '{self._directory / name}' are those of another file")
+        return found
+
+    def _small(self, file: FileEntry) -> bytes:
+        path = self._directory / file.name
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+        if (len(content), _native.crc32(content)) != (file.bytes, file.crc32):
+            raise CorruptError(f"'{path}' is not what its manifest says: its bytes have changed")
+        return content
+
+
+# What torch puts into `.metadata`, beside dtypes and layouts.
+_METADATA = (
+    *("Metadata", "TensorStorageMetadata", "TensorProperties", "BytesStorageMetadata", "ChunkStorageMetadata", "MetadataIndex"),
+    *("StorageMeta", "_MEM_FORMAT_ENCODING"),
+)
+_CLASSES = {("torch.distributed.checkpoint.metadata", name) for name in _METADATA} | {
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Imports and calls nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _CLASSES:
+            return super().find_class(module, name)
+        found = getattr(torch, name, None) if module == "torch" else None
+        if isinstance(found, (torch.dtype, torch.layout)):
+            return found
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in it")
+
+
+def _unpickle(path: Path, content: bytes) -> Any:
+    import torch.distributed.checkpoint.filesystem
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    try:
+        found = _MetadataUnpickler(io.BytesIO(content)).load()
+    except Exception as error:
+        raise CheckpointError(
+            f"'{path}' cannot be read by torch {torch.__version__}: {error}. Was it written by a newer one? See "
+            "Options.metadata_compat"
+        ) from error
+    if not isinstance(found, Metadata):
+        raise CorruptError(f"'{path}' is no metadata of torch.distributed.checkpoint")
+    return found
+
+
+def _finish(finish: Any, path: Path) -> None:
+    try:
+        finish()
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"'{path}' holds a value that weights_only=True refuses: {error}") from error
+
+
+def _put(state: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Where torch has found it: keys are texts in the path, whatever they are."""
+    for step in path[:-1]:
+        state = state[_key_of(state, step)]
+    if isinstance(state, (MutableMapping, list)):
+        state[_key_of(state, path[-1])] = value
+
+
+def _key_of(container: Any, step: Any) -> Any:
+    if isinstance(container, Mapping) and step not in container:
+        return next(key for key in container if str(key) == step)
+    return step
