@@ -175,14 +175,19 @@ def _refuse_shards_in(pickled: bytes) -> None:
 
 
 def _describe(entries: Mapping[str, Entry], paths: dict[str, tuple[Any, ...]]) -> Description:
-    return Description([Key(key, entry.shape, _properties_of(entry)) for key, entry in entries.items()], paths)
-
-
-def _properties_of(entry: Entry) -> Any:
     from torch.distributed.checkpoint.metadata import TensorProperties
 
-    if entry.shape is None:
-        return None
-    properties = TensorProperties.create_from_tensor(entry.value)
-    properties.requires_grad = entry.requires_grad
-    return properties
+    known: dict[Any, Any] = {}  # most tensors are alike
+
+    def properties_of(entry: Entry) -> Any:
+        if entry.shape is None:
+            return None
+        tensor = entry.value
+        name = tensor.dtype, tensor.layout, tensor.is_pinned(), entry.requires_grad
+        found = known.get(name)
+        if found is None:
+            found = known[name] = TensorProperties.create_from_tensor(tensor)
+            found.requires_grad = entry.requires_grad
+        return found
+
+    return Description([Key(key, entry.shape, properties_of(entry)) for key, entry in entries.items()], paths)
