@@ -1,8 +1,8 @@
 """On a real GPU, through torch: what no stand-in for the driver can show. `make gpu` runs it.
 
 With LAZYCKPT_TEST_DEVICE=cpu the same programs run in host memory, which tries out these tests, and not the library. With
-LAZYCKPT_TEST_DRIVER=proxy the library's calls go through the checking proxy, which may find no rule broken. (LAZYCKPT_PROXY_TRACE names
-a file for the calls; "%p" in it is the number of the process.)
+LAZYCKPT_TEST_DRIVER=proxy the library's calls go through the checking proxy, which may find no rule broken.
+(LAZYCKPT_PROXY_TRACE names a file for the calls; "%p" in it is the number of the process.)
 """
 
 from __future__ import annotations
