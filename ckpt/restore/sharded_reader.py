@@ -27,7 +27,8 @@ class ShardedReader:
     """Of one checkpoint. Making one reads its metadata, and compares that with the target; it writes to nothing.
 
     Args:
-        target: a state dict as it was given to save(), of any mesh and placements.
+        target: a state dict as it was given to save(), of any mesh and placements; or what gives one, called with shape and
+            dtype of each tensor by its key, and None for each value.
         finder: of this rank.
 
     Attributes:
@@ -52,9 +53,11 @@ class ShardedReader:
         if metadata_file is None:
             self.refusal = CheckpointError(f"'{directory}' has nothing for sharded_into=: no sharded state was saved in it")
             return
+        metadata = _unpickle(directory / metadata_file.name, self._small(metadata_file))
+        if callable(target):
+            target = target(_forms(metadata))
         if not isinstance(target, MutableMapping):
             raise TypeError(f"sharded_into= takes a state dict (nested dicts and lists), not a {type(target).__name__}")
-        metadata = _unpickle(directory / metadata_file.name, self._small(metadata_file))
         self._stateful = {key: value for key, value in target.items() if is_stateful(value)}
         self._state = {key: value.state_dict() if key in self._stateful else value for key, value in target.items()}
         self._target = target
@@ -150,6 +153,11 @@ class ShardedReader:
         if (len(content), _native.crc32(content)) != (file.bytes, file.crc32):
             raise CorruptError(f"'{path}' is not what its manifest says: its bytes have changed")
         return content
+
+
+def _forms(metadata: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:
+    saved = metadata.state_dict_metadata.items()
+    return {key: (tuple(each.size), each.properties.dtype) if hasattr(each, "size") else None for key, each in saved}
 
 
 # What torch puts into `.metadata`, beside dtypes and layouts.

@@ -38,6 +38,10 @@ class CheckpointCallback:
     * by each rank for itself: the random number generators of Python, numpy, torch and CUDA, the positions in `data`, and, with
       several ranks, whatever modules hold besides parameters (BatchNorm statistics differ under `broadcast_buffers=False`).
 
+    * together: modules whose parameters are DTensors (fully_shard, HSDP, tensor parallelism) and their optimizers, by the names
+      of the parameters. That is a checkpoint of torch.distributed.checkpoint, which lies in the directory of the step; another
+      number of ranks, and another way of sharding, may resume. FullyShardedDataParallel is refused: use fully_shard.
+
     What is the same for all lies in one file, under the names of the arguments ("model", or "model/name" if there are several):
     `torch.load(file)["model"]` is the state dict of the bare model.
 
@@ -162,7 +166,8 @@ class CheckpointCallback:
         self._check_remaining()
         began_at = when_to_save.now()
         replicated, state = self._state.capture()
-        pending = self._checkpointer.save(step, state, replicated=replicated, lazy=self._lazy)
+        sharded = self._state.capture_sharded()
+        pending = self._checkpointer.save(step, state, replicated=replicated, sharded=sharded, lazy=self._lazy)
         self._step = step
         self._unseen.append(pending)
         if self._waits:
@@ -231,6 +236,8 @@ class CheckpointCallback:
             map_location="cpu",
             weights_only=weights_only,
             replicated_into=functools.partial(self._state.lend_memory, strict=strict),
+            sharded_into=self._state.sharded_into,
+            strict=strict,
             fresh=fresh,
             exclusive=True,
         )

@@ -1,4 +1,4 @@
-"""Refuses objects of which each rank holds only a part: they must not be saved as if they were the same on all ranks."""
+"""Refuses objects of which each rank holds a part without a word of which: they must not be saved as if they were whole."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .torch_private import is_flat_parameter
 
 # (module, class, what to use instead). Looked up where the module has been imported: else no object can be one of them.
 _WRAPPERS = (
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "DistributedDataParallel"),
+    ("torch.distributed.fsdp", "FullyShardedDataParallel", "torch.distributed.fsdp.fully_shard"),
     ("torch.distributed.optim", "ZeroRedundancyOptimizer", "an optimizer on each rank"),
     ("deepspeed", "DeepSpeedEngine", "ckpt.integrations.deepspeed"),
     ("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer", "ckpt.integrations.deepspeed"),
 )
-_TENSORS = (("torch.distributed.tensor", "DTensor"), ("torch.distributed._shard.sharded_tensor", "ShardedTensor"))
+_TENSORS = (("torch.distributed._shard.sharded_tensor", "ShardedTensor"),)  # DTensors are saved as such: see sharded_parts.py
 
 
 def refuse_shards(name: str, part: Any) -> None:
@@ -31,14 +31,12 @@ def refuse_shards(name: str, part: Any) -> None:
             if _is_a(each, module, kind):
                 where = f", in '{path}'" if path else ""
                 raise TypeError(
-                    f"{name} is sharded (a {kind}{where}): each rank holds a part of it, and this callback saves what is the "
-                    f"same on all ranks. Use {instead}"
+                    f"{name} is sharded (a {kind}{where}): each rank holds a part of it, and this callback cannot tell which. "
+                    f"Use {instead}"
                 )
     for path, parameter in _parameters(part):
         if (shard := _kind_of_shard(parameter)) is not None:
-            raise TypeError(
-                f"{name} is sharded ('{path}' is a {shard}); this callback saves what is the same on all ranks only"
-            )
+            raise TypeError(f"{name} is sharded ('{path}' is a {shard}); of what is sharded this callback saves DTensors alone")
 
 
 def _objects(part: Any) -> Iterator[tuple[str, Any]]:

@@ -96,9 +96,9 @@ def take_state(part: Any, split: bool) -> tuple[Any, dict[str, Any] | None]:
     own: dict[str, Any] = {}
     parameters = {name for name, _ in part.named_parameters(remove_duplicate=False)} if split else set(state)
     for key, value in state.items():
-        (shared if key in parameters else own)[_bare(key)] = value
+        (shared if key in parameters else own)[bare(key)] = value
     metadata = torch_private.metadata_of(state)
-    torch_private.set_metadata(shared, {_bare(prefix): dict(value) for prefix, value in metadata.items()})
+    torch_private.set_metadata(shared, {bare(prefix): dict(value) for prefix, value in metadata.items()})
     return shared, own if split else None
 
 
@@ -118,15 +118,15 @@ def lend_memory(part: Any, shared: Any, strict: bool) -> dict[tuple[Any, ...], t
 def _lend_module(module: nn.Module, shared: Any, strict: bool) -> dict[tuple[Any, ...], torch.Tensor] | None:
     if not isinstance(shared, Mapping):
         return None
-    parameters = {_bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
-    persistent = {_bare(key) for key in module.state_dict()}
+    parameters = {bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
+    persistent = {bare(key) for key in module.state_dict()}
     if strict and not parameters.keys() <= shared.keys() <= persistent:
         return None
     here: dict[str, torch.Tensor] = {}  # in the order in which torch loads them
     for prefix, each in module.named_modules(remove_duplicate=False):
         own = {"prefix": prefix, "recurse": False, "remove_duplicate": False}
         named = [*each.named_parameters(**own), *each.named_buffers(**own)]
-        here |= {_bare(name): tensor for name, tensor in named if _bare(name) in persistent}
+        here |= {bare(name): tensor for name, tensor in named if bare(name) in persistent}
     if any(nn.parameter.is_lazy(tensor) for tensor in here.values()):
         return {}  # it gets memory by load_state_dict()
     common = {key: (shared[key], tensor) for key, tensor in here.items() if key in shared}
@@ -168,16 +168,16 @@ def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool)
     if not isinstance(part, nn.Module):
         part.load_state_dict(shared)
         return []
-    names = {_bare(key): key for key in part.state_dict()}
+    names = {bare(key): key for key in part.state_dict()}
     state = collections.OrderedDict((names.get(key, key), value) for key, value in {**shared, **(own or {})}.items())
     metadata = torch_private.metadata_of(shared)
     prefixes = [prefix for prefix, _ in part.named_modules(remove_duplicate=False)]
-    torch_private.set_metadata(state, {p: metadata[_bare(p)] for p in prefixes if _bare(p) in metadata})
+    torch_private.set_metadata(state, {p: metadata[bare(p)] for p in prefixes if bare(p) in metadata})
     differing = part.load_state_dict(state, strict=strict)
     return [*differing.missing_keys, *differing.unexpected_keys]
 
 
-def _bare(key: str) -> str:
+def bare(key: str) -> str:
     """The key that it would be if no submodule were compiled."""
     return ".".join(name for name in key.split(".") if name != "_orig_mod") if "_orig_mod" in key else key
 

@@ -16,6 +16,7 @@ import ckpt
 
 from . import state_parts
 from .random_state import rng_state, set_rng_state
+from .sharded_parts import Saved, ShardedParts
 from .state_parts import load_state, same, take_state
 
 logger = logging.getLogger("ckpt")
@@ -36,6 +37,10 @@ class Restored(Protocol):
     @property
     def replicated(self) -> Any:
         """What is the same on all ranks; None if there is none."""
+
+    @property
+    def sharded(self) -> Any:
+        """Of which each rank has a part; None if there is none."""
 
 
 class TrainingState(Protocol):
@@ -67,6 +72,7 @@ class NamedParts(TrainingState):
         merge_data: Callable[[list[Any]], Any] | None = None,
     ) -> None:
         self._parts = parts
+        self._sharded = ShardedParts(parts)
         self._data = positions
         self._checkpointer = checkpointer
         self._merge_data = merge_data
@@ -79,11 +85,23 @@ class NamedParts(TrainingState):
         replicated: State = {}
         state: State = {"rng": rng_state()}
         for name, part in self._parts.items():
-            replicated[name], own = take_state(part, split=self._checkpointer.world_size > 1)
+            if name in self._sharded:
+                own = self._sharded.take_own(name)
+            else:
+                replicated[name], own = take_state(part, split=self._checkpointer.world_size > 1)
             if own is not None:
                 state[f"buffers/{name}"] = own
         state.update((name, part.state_dict()) for name, part in self._data.items())
         return replicated, state
+
+    def capture_sharded(self) -> State | None:
+        """`sharded` of `ckpt.Checkpointer.save`: of which each rank has a part; None if there is nothing of the kind."""
+        return self._sharded.take() if self._sharded else None
+
+    @property
+    def sharded_into(self) -> Callable[[Saved], State] | None:
+        """The same of `ckpt.Checkpointer.restore`."""
+        return self._sharded.targets if self._sharded else None
 
     def resume(self, found: Restored, *, strict: bool = True) -> int:
         """See TrainingState. The random number generators are put back last of all.
@@ -97,7 +115,8 @@ class NamedParts(TrainingState):
         """
         step, replicated, state = found.step, found.replicated or {}, found.state or {}
         ckpt.fence()  # loading writes to tensors
-        self._check_parts(step, replicated, self._parts, strict)
+        whole = {name: part for name, part in self._parts.items() if name not in self._sharded}
+        self._check_parts(step, replicated, whole, strict)
         dropped = state.get("dropped", ())
         held = _positions(state)
         self._check_parts(step, held, {name: part for name, part in self._data.items() if name not in dropped}, strict)
@@ -107,6 +126,11 @@ class NamedParts(TrainingState):
                     passed_over = load_state(part, replicated[name], state.get(f"buffers/{name}"), strict)
                 if passed_over:
                     logger.warning("'%s' of checkpoint %d: only one side has %s", name, step, ", ".join(passed_over))
+        for name, filled in (found.sharded or {}).items():
+            with _Naming(step, name):
+                passed_over = self._sharded.load(name, filled, state.get(f"buffers/{name}"), strict)
+            if passed_over:
+                logger.warning("'%s' of checkpoint %d: only one side has %s", name, step, ", ".join(passed_over))
         for name, part in self._data.items():
             if name in held:
                 with _Naming(step, name):
@@ -122,9 +146,10 @@ class NamedParts(TrainingState):
         This is `replicated_into` of `ckpt.Checkpointer.restore`.
         """
         lent: dict[tuple[Any, ...], torch.Tensor] = {}
-        if not isinstance(replicated, Mapping) or (strict and replicated.keys() != self._parts.keys()):
+        whole = {name: part for name, part in self._parts.items() if name not in self._sharded}
+        if not isinstance(replicated, Mapping) or (strict and replicated.keys() != whole.keys()):
             return {}
-        for name, part in self._parts.items():
+        for name, part in whole.items():
             if name in replicated:
                 tensors = state_parts.lend_memory(part, replicated[name], strict)
                 if tensors is None:

@@ -1,0 +1,209 @@
+"""Modules whose parameters are DTensors (fully_shard, tensor parallelism), and the optimizers that step these.
+
+Their states go by names of parameters, as torch.distributed.checkpoint.state_dict has them. So they can be loaded on another
+number of ranks, and by whoever reads such checkpoints:
+
+    model          {name of a parameter: DTensor, or a tensor that is the same on all ranks}
+    optimizer      {"state": {name: {"exp_avg": ..., "step": ...}}, "param_groups": [{"params": [names], "lr": ..., ...}]}
+
+What a module holds besides parameters is each rank's own, as of modules that are not sharded.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import ckpt
+from ckpt import optimizers
+
+from . import state_parts
+
+State = dict[str, Any]
+Saved = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]  # by key: shape and dtype of a tensor, None of a value
+
+
+def is_dtensor(tensor: Any) -> bool:
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)
+    return isinstance(kind, type) and isinstance(tensor, kind)
+
+
+class ShardedParts:
+    """Those among the parts of a training state.
+
+    Args:
+        parts: as name_parts() gives them.
+
+    Raises:
+        TypeError: the parameters of an optimizer belong to no module among the parts, or it has parameters of several.
+    """
+
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+        self._modules = {name: part for name, part in modules.items() if any(map(is_dtensor, part.parameters()))}
+        self._optimizers: dict[str, tuple[torch.optim.Optimizer, nn.Module]] = {}
+        self._owners: dict[str, str] = {}  # the names of these modules, by optimizer
+        for name, part in parts.items():
+            if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, _parameters(part))):
+                owner = self._owners[name] = self._owner_of(name, part)
+                self._optimizers[name] = part, self._modules[owner]
+
+    def _owner_of(self, name: str, optimizer: torch.optim.Optimizer) -> str:
+        stepped = set(map(id, _parameters(optimizer)))
+        for owner, module in self._modules.items():
+            if stepped <= set(map(id, module.parameters())):
+                return owner
+        raise TypeError(
+            f"{name} steps DTensors that do not all belong to one of the modules that were given: give its module, too, since "
+            "its state is saved by the names of its parameters"
+        )
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._modules or name in self._optimizers
+
+    def __bool__(self) -> bool:
+        return bool(self._modules)
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def take(self) -> State:
+        """`sharded` of `ckpt.Checkpointer.save`: the tensors are those that are there."""
+        found: State = {name: _shared_of(module) for name, module in self._modules.items()}
+        found.update((name, _state_of(*pair)) for name, pair in self._optimizers.items())
+        return found
+
+    def take_own(self, name: str) -> State | None:
+        """What this rank alone has of it; None if it is no module."""
+        module = self._modules.get(name)
+        return None if module is None else _own_of(module)
+
+    # ---- restoring -------------------------------------------------------------------------------------------------
+
+    def targets(self, saved: Saved) -> State:
+        """`sharded_into` of `ckpt.Checkpointer.restore`: what is there, and memory for what an optimizer has not yet.
+
+        Raises:
+            ckpt.CheckpointError: an optimizer has not stepped, and it does not follow from its parameters how what was saved is
+                laid out.
+        """
+        found: State = {name: _shared_of(module) for name, module in self._modules.items()}
+        found.update((name, _target_of(name, self._owners[name], *pair, saved)) for name, pair in self._optimizers.items())
+        return found
+
+    def load(self, name: str, filled: Any, own: State | None, strict: bool) -> list[str]:
+        """Puts back what targets() were filled with; returns the names in a module that only one side has, if not strict.
+
+        Raises:
+            ValueError: it does not fit.
+        """
+        if name in self._optimizers:
+            _load_optimizer(*self._optimizers[name], filled)
+            return []
+        module, own = self._modules[name], own or {}
+        names = {state_parts.bare(key): key for key in module.state_dict()}
+        differing = sorted(_own_of(module).keys() ^ own.keys())
+        if differing and strict:
+            raise ValueError(f"only one side has {', '.join(differing)}")
+        module.load_state_dict({names[key]: value for key, value in own.items() if key in names}, strict=False)
+        return differing
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _named(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Each parameter under each of its names."""
+    return {state_parts.bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
+
+
+def _shared_of(module: nn.Module) -> State:
+    state = {state_parts.bare(key): value for key, value in module.state_dict().items()}
+    return {name: state[name] for name in _named(module) if name in state}
+
+
+def _own_of(module: nn.Module) -> State:
+    parameters = _named(module)
+    return {key: value for name, value in module.state_dict().items() if (key := state_parts.bare(name)) not in parameters}
+
+
+def _names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
+    """Of the parameters of each group. One that has several names goes by the first."""
+    names: dict[int, str] = {}
+    for name, tensor in _named(module).items():
+        names.setdefault(id(tensor), name)
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def _state_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> State:
+    state = optimizer.state_dict()
+    groups = [
+        {**group, "params": names} for group, names in zip(state["param_groups"], _names_in(optimizer, module), strict=True)
+    ]
+    indices = [index for group in state["param_groups"] for index in group["params"]]
+    named = dict(zip(indices, [name for group in groups for name in group["params"]], strict=True))
+    return {"state": {named[index]: value for index, value in state["state"].items()}, "param_groups": groups}
+
+
+def _target_of(name: str, owner: str, optimizer: torch.optim.Optimizer, module: nn.Module, saved: Saved) -> State:
+    target, parameters = _state_of(optimizer, module), _named(module)
+    prefix = f"{name}.state."
+    states: dict[str, State] = {}
+    for parameter_name in (each for names in _names_in(optimizer, module) for each in names):
+        begin = f"{prefix}{parameter_name}."
+        keys = [key.removeprefix(begin) for key in saved if key.startswith(begin)]
+        here = target["state"].get(parameter_name, {})
+        # A name may be the beginning of another: "a" and "a.b" are parameters of different modules.
+        wanted = [key for key in keys if "." not in key]
+        if wanted:
+            parameter = parameters[parameter_name]
+            theirs = saved.get(f"{owner}.{parameter_name}")
+            # Of another model: let the comparison say so, of the parameter and of its state.
+            same = theirs is not None and theirs[0] == tuple(parameter.shape)
+            memory = _memory_for if same else _memory_like
+            states[parameter_name] = {
+                key: here[key] if key in here else memory(f"{begin}{key}", parameter, saved[f"{begin}{key}"]) for key in wanted
+            }
+    return {"state": states, "param_groups": _groups_of(f"{name}.param_groups.", saved) or target["param_groups"]}
+
+
+def _groups_of(prefix: str, saved: Saved) -> list[State]:
+    """Memory for what the groups had when they were saved: schedulers add to them, and not each optimizer has one yet."""
+    groups: dict[int, State] = {}
+    for key, form in saved.items():
+        if key.startswith(prefix):
+            number, _, field = key.removeprefix(prefix).partition(".")
+            groups.setdefault(int(number), {})[field] = None if form is None else torch.zeros(form[0], dtype=form[1])
+    return [groups[number] for number in sorted(groups)]
+
+
+def _memory_like(_: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], torch.dtype] | None) -> Any:
+    return None if form is None else torch.zeros_like(parameter, dtype=form[1], requires_grad=False)
+
+
+def _memory_for(key: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], torch.dtype] | None) -> Any:
+    if form is None:
+        return None
+    shape, dtype = form
+    if shape == tuple(parameter.shape):
+        return _memory_like(key, parameter, form)
+    if len(shape) == 0:  # a count of steps
+        return torch.zeros((), dtype=dtype)
+    raise ckpt.CheckpointError(
+        f"'{key}' has the shape {shape}, which is not that of its parameter: how it is laid out on the ranks is only known "
+        "when the optimizer has stepped once"
+    )
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, filled: Any) -> None:
+    ours, theirs = _names_in(optimizer, module), [group["params"] for group in filled["param_groups"]]
+    if ours != theirs:
+        raise ValueError(f"its groups have the parameters {ours}, those in the checkpoint {theirs}")
+    numbers = {name: index for index, name in enumerate(name for names in ours for name in names)}
+    groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in filled["param_groups"]]
+    state = {numbers[name]: value for name, value in filled["state"].items()}
+    optimizers.load_state(optimizer, {"state": state, "param_groups": groups})

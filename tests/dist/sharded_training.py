@@ -1,0 +1,116 @@
+"""One rank of a job that trains a sharded model by CheckpointCallback; it may kill itself. It prints a line of JSON at the end.
+
+All ranks have the same batches, and gradients are averaged: so each number of ranks computes the same, to the bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as td
+from dist.sharded_trainer import digest
+from support import options
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+import ckpt
+from ckpt.integrations.torch import CheckpointCallback
+
+
+class Net(nn.Module):
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, hidden), nn.Linear(hidden, 16)
+        self.norm = nn.BatchNorm1d(16)
+        self.frozen = nn.Parameter(torch.randn(5, 3), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(self.down(torch.relu(self.up(x)))) * self.frozen.sum()
+
+
+def wrap(model: nn.Module, how: str, world: int) -> None:
+    if how == "fsdp":
+        mesh = init_device_mesh("cpu", (world,))
+        for layer in (model.up, model.down):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    elif how == "tensor parallel":
+        parallelize_module(model, init_device_mesh("cpu", (world,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
+    elif how == "hybrid":
+        fully_shard(model, mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicas", "shards")))
+
+
+def whole(value: Any) -> Any:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+class Training:
+    """
+    Args:
+        request: directory, meeting, rank, world, how, steps; `kill_at`: the step behind which it kills itself.
+    """
+
+    def __init__(self, request: dict[str, Any]) -> None:
+        rank, world = request["rank"], request["world"]
+        os.environ["RANK"], os.environ["WORLD_SIZE"] = str(rank), str(world)
+        td.init_process_group("gloo", init_method=f"file://{request['meeting']}", rank=rank, world_size=world)
+        self.request = request
+        torch.manual_seed(7 + request.get("seed", 0))
+        self.model = Net(request["hidden"])
+        wrap(self.model, request["how"], world)
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW([{"params": learning[:2], "weight_decay": 0.1}, {"params": learning[2:]}], lr=0.01)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3)
+        self.callback = CheckpointCallback(
+            request["directory"], model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, options=options(),
+            coordinator="torch", keep=None,
+        )  # fmt: skip
+
+    def state(self) -> Any:
+        """All of it, on each rank."""
+        averages = [[whole(its[key]) for key in sorted(its)] for its in self.optimizer.state.values()]
+        weights = [whole(value).detach() for value in self.model.state_dict().values()]
+        return [*weights, *averages, torch.tensor([group["lr"] for group in self.optimizer.param_groups])]
+
+    def run(self) -> dict[str, Any]:
+        found = begin = self.callback.resume()
+        resumed = digest(self.state())
+        if self.request["save_first"]:
+            self.callback.save(0)
+        digests = {}
+        for step in range(begin + 1, self.request["steps"] + 1):
+            torch.manual_seed(step)
+            self.model(torch.randn(8, 16)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.scheduler.step()
+            digests[step] = digest(self.state())
+            pending = self.callback.step(step)
+            assert pending is not None
+            if step == self.request["kill_at"] - 2:
+                pending.result(60)
+            if step == self.request["kill_at"]:
+                os.kill(os.getpid(), signal.SIGKILL)
+        self.callback.close()
+        return {"found": found, "resumed": resumed, "digests": digests}
+
+
+def main(request: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    try:
+        made = Training({"kill_at": -1, "hidden": 36, "save_first": False} | request)
+        said: dict[str, Any] = made.run()
+    except (ckpt.CheckpointError, TypeError) as error:
+        said = {"error": f"{type(error).__name__}: {error}"}
+    os.write(1, (json.dumps(said) + "\n").encode())
+    os._exit(0)
+
+
