@@ -130,7 +130,7 @@ def bar_row(judged: Judged, lines: Lines, size: Size | None) -> tuple[str, ...]:
 
 
 def with_default_arena(judged: Judged, lines: Lines) -> str:
-    """The same figure, where there is one; it has no bar: what does not fit the arena leaves as fast as the disk writes."""
+    """The same figure, where there is one; it has no bar: it may be smaller than the state, or grow first."""
     if judged.default_case:
         line = lines.get((judged.default_case, judged.quantity))
         return "" if line is None else figure(line["value"], line["unit"])

@@ -14,7 +14,7 @@ SCALES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01, 0.002)
 MOST_ROUNDS = 5
 # How many times the state each thing needs to have free: the job with its gradients and activations; arenas, staging memory and
 # the copies that rivals keep; files of several ways of saving, beside each other.
-DEVICE_TIMES, HOST_TIMES, DISK_TIMES = 4.0, 6.5, 3.5
+DEVICE_TIMES, HOST_TIMES, DISK_TIMES = 4.0, 7.5, 3.5
 HOST_BASE_BYTES = 4 << 30
 DEVICE_BASE_BYTES = 4 << 30  # contexts and activations
 START_S = 15.0  # of each part: CUDA, the model, warming up

@@ -32,6 +32,7 @@ LEFT_BYTES = 256 * MIB  # of the device, when it is filled: less would be a matt
 PIECES, ALIGNED = 64, 2 * MIB  # in which the device is filled; torch takes large blocks in multiples of the latter
 SLOWLY = 0.3  # of them come with a pause, as a training grows: within seconds, not at once
 PAUSE_S = 0.05
+ARENA = "512MiB"  # less than the state, so that a fence that comes early has a use for a cache
 CACHE_SHARE = 8  # of the device's memory
 STAND_IN_BYTES, STAND_IN_TOTAL = 128 * MIB, GIB // 2
 QUIET = 6  # iterations at first that do not fill it: their fences come early, and find a cache; then it must be given back
@@ -79,7 +80,7 @@ class Ballast:
 def child(device: Device, way: str, seconds: float, nbytes: int | None, directory: Path) -> dict[str, Any]:
     """Trains for so long; what was seen."""
     cache = (STAND_IN_TOTAL if device.stand_in else torch.cuda.mem_get_info(device.torch_device)[1]) // CACHE_SHARE
-    options = ckpt.Options(device_lazy=True, device_cache=cache if way == "cache" else 0)
+    options = ckpt.Options(device_lazy=True, arena_bytes=ARENA, device_cache=cache if way == "cache" else 0)
     trainer = GpuTrainer(parameters_for(device, directory), device)
     ballast = Ballast(device, nbytes)
     process = psutil.Process()
