@@ -18,7 +18,7 @@ from support import patience
 
 from bench.gpu_report.findings import FAIL, INCONCLUSIVE, NOT_RUN, PASS, SKIPPED, Findings, read
 from bench.gpu_report.page import BARS, make_page
-from bench.gpu_report.plan import Planner, proxy_is_there
+from bench.gpu_report.plan import DEVICE_TESTS, Planner, proxy_is_there
 from bench.gpu_report.run import NO_GPU, Results, run
 from bench.gpu_report.runner import Outcome, Runner, Step
 from bench.gpu_report.sizes import STATE_BYTES, Size, choose
@@ -341,15 +341,16 @@ def test_the_steps_are_all_there_and_in_order() -> None:
 
 
 def test_the_checking_driver_is_used_where_there_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "tests" / "devices").mkdir(parents=True)
-    assert not proxy_is_there(tmp_path)
-    (tmp_path / "tests" / "devices" / "fake_driver.py").write_text('SOURCES = {"proxy": 1}')
-    assert proxy_is_there(tmp_path)
+    (tmp_path / DEVICE_TESTS).parent.mkdir(parents=True)
+    (tmp_path / DEVICE_TESTS).write_text("import pytest\n")
+    assert not proxy_is_there(tmp_path) and proxy_is_there(ROOT)
     for there in (True, False):
         monkeypatch.setattr("bench.gpu_report.plan.proxy_is_there", lambda root, there=there: there)
         (again,) = (each for each in Planner().checks() if "every call" in each.name)
         assert again.environment["LAZYCKPT_TEST_DRIVER"] == "proxy"
         assert bool(again.skip) is not there
+    (again,) = (each for each in Planner(tmp_path).checks() if "every call" in each.name)
+    assert "host memory" in again.skip, "torch would call no driver there, and the proxy would see nothing"
 
 
 def test_without_a_gpu_one_sentence_says_so(tmp_path: Path) -> None:

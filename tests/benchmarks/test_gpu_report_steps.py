@@ -18,8 +18,8 @@ from support import patience
 
 import ckpt
 from bench.gpu_report.findings import FAIL, INCONCLUSIVE, PASS, SKIPPED, Findings, read
-from bench.gpu_report.plan import ALLOCATORS
-from bench.gpu_report.steps import device_suite, facts, full_memory, latency, sanitized, save_and_restore
+from bench.gpu_report.plan import ALLOCATORS, DEVICE_TESTS
+from bench.gpu_report.steps import facts, full_memory, latency, sanitized, save_and_restore
 
 DEADLINE_S = patience(120.0)
 MIB = 1 << 20
@@ -298,7 +298,7 @@ def test_a_failed_test_of_the_suite_is_a_finding(tmp_path: Path) -> None:
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=DEADLINE_S)
     lines = read(tmp_path / "out")
     assert verdicts(lines) == {"test_a": FAIL, "test_b": PASS} and "assert 1 == 2" in lines[0]["reason"]
-    assert (ROOT / device_suite.TESTS).is_file()
+    assert (ROOT / DEVICE_TESTS).is_file()
 
 
 def test_a_device_is_known_by_its_bus(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.gpu_report.findings import FAIL, PASS, SKIPPED, Findings, step_parser
+from bench.gpu_report.plan import DEVICE_TESTS
 from bench.measure.machine import ROOT
 
-TESTS = "tests/devices/test_hardware.py"
 REASON_CHARACTERS = 600
 
 
@@ -39,7 +39,16 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="EXPRESSION", help="as pytest's -k")
     asked = parser.parse_args(arguments)
     base = Path(asked.directory) / "pytest"
-    command = [str(ROOT / TESTS), "-q", "-p", "no:cacheprovider", f"--basetemp={base}", f"--rootdir={ROOT}", "-k", asked.only]
+    command = [
+        str(ROOT / DEVICE_TESTS),
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        f"--basetemp={base}",
+        f"--rootdir={ROOT}",
+        "-k",
+        asked.only,
+    ]
     return int(pytest.main(command, plugins=[Recorder(Findings(asked.out))]))
 
 
