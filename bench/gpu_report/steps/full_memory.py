@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 import shutil
 import statistics
 import subprocess
@@ -35,7 +36,8 @@ PAUSE_S = 0.05
 ARENA = "512MiB"  # less than the state, so that a fence that comes early has a use for a cache
 CACHE_SHARE = 8  # of the device's memory
 STAND_IN_BYTES, STAND_IN_TOTAL = 128 * MIB, GIB // 2
-QUIET = 6  # iterations at first that do not fill it: their fences come early, and find a cache; then it must be given back
+QUIET, MOST_QUIET = 6, 60  # iterations at first that do not fill it: fences come early, and find a cache; then it must go
+STILL_BYTES = MIB
 FLAT_DEVICE_BYTES, FLAT_HOST_BYTES = 64 * MIB, 128 * MIB
 FEWEST = 6  # iterations, below which nothing is said about growth
 CHILD_SLACK_S = 60.0
@@ -77,38 +79,64 @@ class Ballast:
         self._device.synchronize()
 
 
+class Memory:
+    """What is taken, after each iteration that gives all back that it has no use for.
+
+    Attributes:
+        settled: the arena has been touched: the host's does not grow any more, as it does for a while when saves begin.
+        device_bytes, host_bytes: since then.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.settled = False
+        self.device_bytes: list[int] = []
+        self.host_bytes: list[int] = []
+        self._device, self._process = device, psutil.Process()
+        self._before, self._looks = 0, 0
+
+    def look(self) -> None:
+        if not self._device.stand_in:
+            torch.cuda.empty_cache()
+        ctypes.CDLL(None).malloc_trim(0)
+        host = self._process.memory_info().rss
+        if self.settled:
+            self.device_bytes.append(self._device.taken_bytes())
+            self.host_bytes.append(host)
+        self._looks += 1
+        still = host <= self._before + STILL_BYTES
+        self.settled = self.settled or (self._looks >= QUIET and still) or self._looks >= MOST_QUIET
+        self._before = host
+
+
 def child(device: Device, way: str, seconds: float, nbytes: int | None, directory: Path) -> dict[str, Any]:
-    """Trains for so long; what was seen."""
+    """Trains for so long, once memory has settled; what was seen."""
     cache = (STAND_IN_TOTAL if device.stand_in else torch.cuda.mem_get_info(device.torch_device)[1]) // CACHE_SHARE
     options = ckpt.Options(device_lazy=True, arena_bytes=ARENA, device_cache=cache if way == "cache" else 0)
     trainer = GpuTrainer(parameters_for(device, directory), device)
-    ballast = Ballast(device, nbytes)
-    process = psutil.Process()
-    device_bytes, host_bytes, cached_bytes, pending = [], [], [], None
-    ends, number = clock() + seconds, 0
-    while clock() < ends or number < 2:
+    ballast, memory = Ballast(device, nbytes), Memory(device)
+    cached_bytes, pending = [], None
+    ends, number = math.inf, 0
+    while clock() < ends:
         if way != "alone":
             if pending is not None:
                 pending.result(seconds + CHILD_SLACK_S)
                 cached_bytes.append(pending.stats.device_cached_bytes)
             pending = ckpt.save(trainer.state(), directory / f"{number % 2}.pt", lazy=trainer.model, options=options)
         trainer.forward_backward()
-        if number >= QUIET:
+        if memory.settled:
+            ends = min(ends, clock() + seconds)
             ballast.in_and_out()
-        if number % 2 and not device.stand_in:
-            torch.cuda.empty_cache()
         trainer.step()
         device.synchronize()
-        if number % 2:
-            device_bytes.append(device.taken_bytes())
-            ctypes.CDLL(None).malloc_trim(0)
-            host_bytes.append(process.memory_info().rss)
+        if not memory.settled or number % 2:
+            memory.look()
         number += 1
     if pending is not None:
         pending.result(seconds + CHILD_SLACK_S)
     seen: dict[str, Any] = {"iterations": number, "out_of_memory": ballast.failures, "ballast_bytes": ballast.nbytes}
-    seen |= {"device_growth_bytes": growth(device_bytes), "host_growth_bytes": growth(host_bytes)}
-    return seen | {"largest_device_bytes": max(device_bytes), "device_cached_bytes": sum(cached_bytes)}
+    seen |= {"device_growth_bytes": growth(memory.device_bytes), "host_growth_bytes": growth(memory.host_bytes)}
+    largest = max(memory.device_bytes, default=0)
+    return seen | {"largest_device_bytes": largest, "device_cached_bytes": sum(cached_bytes)}
 
 
 def parameters_for(device: Device, directory: Path) -> int:
