@@ -30,7 +30,7 @@ class SaveStats:
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
         device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
-            host inside save()); None where there were none. See `Options.device_lazy`.
+            host inside save()); None where there were none, or `Options.device_lazy` is False.
         device_mode_reason: why not lazily.
         probed_bytes: bytes of devices that were recorded inside save(), and found to be the same in the file.
         arena_bytes: size of the staging memory by now.
