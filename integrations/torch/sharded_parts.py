@@ -122,13 +122,16 @@ def _named(module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _shared_of(module: nn.Module) -> State:
+    """Its parameters, and what else of it is sharded."""
     state = {state_parts.bare(key): value for key, value in module.state_dict().items()}
-    return {name: state[name] for name in _named(module) if name in state}
+    parameters = _named(module)
+    return {name: value for name, value in state.items() if name in parameters or is_dtensor(value)}
 
 
 def _own_of(module: nn.Module) -> State:
+    state = {state_parts.bare(key): value for key, value in module.state_dict().items()}
     parameters = _named(module)
-    return {key: value for name, value in module.state_dict().items() if (key := state_parts.bare(name)) not in parameters}
+    return {name: value for name, value in state.items() if name not in parameters and not is_dtensor(value)}
 
 
 def _names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:

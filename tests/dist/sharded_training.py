@@ -18,7 +18,7 @@ from support import options
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import ckpt
@@ -42,7 +42,10 @@ def wrap(model: nn.Module, how: str, world: int) -> None:
         for layer in (model.up, model.down):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
-    elif how == "tensor parallel":
+    elif how in ("tensor parallel", "sharded buffer"):
+        if how == "sharded buffer":
+            table = distribute_tensor(torch.randn(6, 2), init_device_mesh("cpu", (world,)), [Shard(0)])
+            model.register_buffer("table", table)
         parallelize_module(model, init_device_mesh("cpu", (world,)), {"up": ColwiseParallel(), "down": RowwiseParallel()})
     elif how == "hybrid":
         fully_shard(model, mesh=init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicas", "shards")))

@@ -13,7 +13,7 @@ from nursery import Nursery
 from torch.distributed.checkpoint import FileSystemReader
 
 STEPS = 8
-HOW = {"fsdp": 2, "tensor parallel": 2, "hybrid": 4}
+HOW = {"fsdp": 2, "tensor parallel": 2, "sharded buffer": 2, "hybrid": 4}
 
 pytestmark = pytest.mark.usefixtures("native")
 
