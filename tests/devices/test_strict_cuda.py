@@ -313,6 +313,19 @@ def test_before_and_after(fake_library: Path, tmp_path: Path) -> None:
             assert call() == 4
 
 
+def test_a_driver_that_has_ended_holds_no_memory(fake_library: Path, tmp_path: Path) -> None:
+    own = tmp_path / "libown.so"
+    shutil.copy(fake_library, own)
+    with loaded(own) as fake:
+        face = Face(fake)
+        memory = face.host()
+        assert face.register(memory) == 0
+        fake.cu.fake_shut_down()
+        assert face.unregister(memory) == 4
+        fake.configure()
+        assert face.register(memory) == face.unregister(memory) == 0
+
+
 def test_the_last_release_ends_a_context(fake_library: Path, tmp_path: Path) -> None:
     own = tmp_path / "libown.so"
     shutil.copy(fake_library, own)

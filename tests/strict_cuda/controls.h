@@ -29,6 +29,19 @@ inline int64_t alive(const State& s, const std::string& what) {
 
 }  // namespace strict
 
+namespace strict {
+
+// What a driver that has ended no longer holds: its caller has nowhere to give it back to, and may use host memory otherwise.
+inline void begin_again(State& s) {
+  s.is_shut_down = false;
+  s.registrations.clear();
+  s.device_memory.clear();
+  s.history.forget_all();
+  for (Context& context : s.contexts) context.taken = 0;
+}
+
+}  // namespace strict
+
 #define CONTROL extern "C" __attribute__((visibility("default")))
 
 // ---- as with the other stand-in --------------------------------------------------------------------------------------
@@ -47,7 +60,7 @@ CONTROL void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   s.memory_of_others = 0;
   s.counts.clear();
   s.faults.clear();
-  s.is_shut_down = false;
+  if (s.is_shut_down) strict::begin_again(s);
   for (auto& [handle, context] : s.context_handles) context->error = 0;
   s.changed.notify_all();
 }
