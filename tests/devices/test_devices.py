@@ -173,7 +173,7 @@ def test_a_fence_does_not_wait_for_what_an_earlier_one_has_put_in_order(
 
 def test_a_copy_that_fails_fails_that_save_only(training: Training, tmp_path: Path) -> None:
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
-        training.cuda.fail("cuMemcpyDtoHAsync", skip=2, late=True)
+        training.cuda.fail("cuMemcpyDtoHAsync", skip=20, late=True)  # behind the probes
         error = checkpointer.save(1, state(), lazy=True).exception(30)
         assert isinstance(error, DeviceError) and "ILLEGAL_ADDRESS" in str(error)
         checkpointer.save(2, state(2.0), lazy=True).result(30)

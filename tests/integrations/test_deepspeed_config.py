@@ -35,6 +35,8 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "device_lazy": True,
     "device_cache": "16MiB",
     "device_batches": True,
+    "device_rate": "1GiB",
+    "metadata_compat": "2.14",
     "record_alignment": 512,
     "replicated_writers": "rank0",
     "replicated_readers": "all",
