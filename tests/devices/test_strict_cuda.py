@@ -159,7 +159,9 @@ def test_a_copy_stays_within_an_allocation(face: Face) -> None:
     assert face.to_host(target, memory + 1, side, 100) == 1
     face.found("cuMemcpyDtoHAsync is given", "crosses the end")
     assert face.to_host(target, face.host(), side) == 1
-    face.found("no memory of a device")
+    (told,) = face.fake.violations()
+    # What begins in memory that a test before has told of, and has freed since, is not within it either.
+    assert "no memory of a device" in told or "crosses the end" in told, told
     assert face.batch([(face.allocation(), face.allocation()), (face.allocation(10), face.allocation())], side) == (1, 1)
     face.found("crosses the end")
 
