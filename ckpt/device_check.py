@@ -37,7 +37,7 @@ def check_devices(devices: Iterable[int] | None = None, *, timeout_s: float = 5.
     write brings what was written; a write that waits for an event behind a copy does not change what the copy brings; on the
     default stream and on another one. Without the waits both must go wrong, else the verdict is "inconclusive": that is so
     where all streams share one queue of the hardware (CUDA_DEVICE_MAX_CONNECTIONS=1). Then copies of odd sizes, there and back.
-    Takes some 0.2 s a device. Saves and training may go on meanwhile, graph captures too; then it is "inconclusive".
+    Takes timeout_s a device at most. Saves and training may go on meanwhile, graph captures too; then it is "inconclusive".
 
     Args:
         devices: their numbers, as torch has them; None: the current one.

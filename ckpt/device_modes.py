@@ -29,7 +29,7 @@ _ORDER: tuple[Mode, ...] = ("host", "ordered", "lazy")
 _PROOFS = 3  # saves that are looked at more closely, in each mode
 _CAPTURING = "a graph is being captured"  # how the check says so
 
-# (compute capability, major version of the driver), as the table of GPUs in docs/compatibility.md lists them.
+# (compute capability, major version of the CUDA that torch was built with), as the table of GPUs in docs/compatibility.md lists them.
 KNOWN: frozenset[tuple[str, int]] = frozenset()
 
 
@@ -72,7 +72,7 @@ def wants_proof(devices: Collection[int], wish: bool | str) -> bool:
 
 
 def try_out(devices: Collection[int]) -> None:
-    """Those that have not been, now, unless a graph is being captured. Takes some 0.2 s each.
+    """Those that have not been, now, unless a graph is being captured. Takes 5 s each at most.
 
     A device that is still busy with the training's work is waited for first.
     """
@@ -85,7 +85,7 @@ def try_out(devices: Collection[int]) -> None:
             try:
                 torch_devices.in_use.synchronize_stream(device)
                 found = check_devices([device])[0]
-            except DeviceError as error:
+            except (DeviceError, RuntimeError) as error:  # also of what the training has enqueued before
                 found = DeviceCheck(device, "failed", str(error), 0.0)
             if found.verdict == "inconclusive" and found.reason.startswith(_CAPTURING):
                 continue

@@ -49,7 +49,7 @@ class Devices(Protocol):
         """Memory of the device."""
 
     def platform_of(self, device: int) -> tuple[str, int]:
-        """Its compute capability, as in "9.0", and the major version of the driver's CUDA."""
+        """Its compute capability, as in "9.0", and the major version of the CUDA that torch was built with."""
 
     def synchronize_stream(self, device: int) -> None:
         """Waits for all that its current stream has been given."""

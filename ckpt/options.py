@@ -46,7 +46,7 @@ class Options:
             a warning); others are copied on the current stream, and save() does not wait for that. Fences let the current
             stream of each device wait. False: all are copied to the host inside save(), which waits for it. Default "auto": at
             first all are copied on the current stream to the pinned arena, and save() does not wait for that. The first save
-            tries the device out (`check_devices()`, some 0.2 s). If it passes, and three saves were right, lazy ones are
+            tries the device out (`check_devices()`, 5 s at most). If it passes, and three saves were right, lazy ones are
             fetched in the background from then on. A device that cannot be used so, or whose bytes were once not right in the
             file, is copied from as before, or as with False; `SaveStats.device_mode` and `device_mode_reason` tell. In each
             case save() records up to 4 MiB of what leaves last, and a save whose file has other bytes there fails; with "auto"

@@ -19,7 +19,7 @@ from ckpt.errors import ClosedError, DeadlineError, SkippedError
 from ckpt.fence import unwatch
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
-from ckpt.saving.notices import note_buffered, note_device_mode, note_fences, note_pageable
+from ckpt.saving.notices import note_buffered, note_devices, note_fences, note_pageable
 from ckpt.saving.task import SaveTask
 
 logger = logging.getLogger("ckpt")
@@ -165,10 +165,10 @@ class SaveFinisher:
             return given_up
         errors = [error for file in task.files if (error := file.error()) is not None]
         for file in task.files:
-            note_device_mode(file)
             file.let_go()
             note_buffered(file)
             note_pageable(file)
+        note_devices(task)
         note_fences(task)
         if errors and self._given_up_at is not None:
             return DeadlineError(f"the save to '{task.path}' was given up: it was not durable at the deadline of the drain")

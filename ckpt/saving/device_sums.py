@@ -29,24 +29,26 @@ class DeviceSums:
 
     def __init__(self, plan: SavePlan) -> None:
         self.complete = False
-        self._pending: list[tuple[int, Sequence[int], Any]] = []
+        self._pending: list[tuple[int, dict[int, int], Any]] = []
         for device in sorted(set(plan.devices) - {HOST}):
-            indices = [index for index, where in enumerate(plan.devices) if where == device]
-            spans = [(record.storage, record.low, record.nbytes) for record in map(plan.records.__getitem__, indices)]
-            self._pending.append((device, indices, torch_devices.in_use.start_sums(spans, device)))
+            records = {index: plan.records[index] for index, where in enumerate(plan.devices) if where == device}
+            spans = [(record.storage, record.low, record.nbytes) for record in records.values()]
+            sizes = {index: record.nbytes for index, record in records.items()}
+            self._pending.append((device, sizes, torch_devices.in_use.start_sums(spans, device)))
 
-    def find_changed(self, written: Sequence[int]) -> tuple[int, int] | None:
+    def find_changed(self, written: Sequence[tuple[int, int]]) -> tuple[int, int] | None:
         """A record whose bytes in the file are others, and its device; None if there is none, or the sums did not come.
 
         Args:
-            written: of each record.
+            written: of each record its sum, and how many bytes are in that. What other ranks have written in part is left out.
         """
-        for device, indices, poll in self._pending:
+        for device, sizes, poll in self._pending:
             found = poll(_PATIENCE_S)
             if found is None:
                 return None
-            for index, expected in zip(indices, found, strict=True):
-                if expected % _MODULUS != written[index] % _MODULUS:
+            for (index, nbytes), expected in zip(sizes.items(), found, strict=True):
+                own, bytes_written = written[index]
+                if bytes_written == nbytes and expected % _MODULUS != own:
                     return index, device
         self.complete = True
         return None

@@ -76,6 +76,7 @@ class FileInFlight:
         self.devices: frozenset[int] = frozenset()  # from which bytes are fetched
         self.device_mode: Mode | None = None  # how they leave, see ckpt/device_modes.py
         self.device_mode_reason = ""
+        self.wants_sums = False
         self.device_sums: DeviceSums | None = None
         self.was_proof = False  # all bytes of devices were compared
         self.changed_device = HOST  # whose bytes were found to be others in the file

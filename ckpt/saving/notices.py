@@ -58,15 +58,23 @@ def note_buffered(file: FileInFlight) -> None:
         )
 
 
-def note_device_mode(file: FileInFlight) -> None:
+def note_devices(task: SaveTask) -> None:
     """Of a save that has ended: whether its bytes of devices were right, as far as that was looked at."""
-    mode = file.device_mode
-    if mode not in ("lazy", "ordered"):
-        return
-    if file.changed_device != HOST:
-        device_modes.note_wrong(file.changed_device, mode, f"the save to '{file.target}' had other bytes than inside save()")
-    elif file.was_proof and file.job.error is None:
-        device_modes.note_right(file.devices, mode)
+    proofs: dict[tuple[int, device_modes.Mode], bool] = {}  # once for a save, however many files it has
+    for file in task.files:
+        mode = file.device_mode
+        if mode not in ("lazy", "ordered"):
+            continue
+        if file.changed_device != HOST:
+            device_modes.note_wrong(
+                file.changed_device, mode, f"the save to '{file.target}' had other bytes than inside save()"
+            )
+        right = file.was_proof and file.job.error is None and file.changed_device == HOST
+        for device in file.devices:
+            proofs[device, mode] = proofs.get((device, mode), True) and right
+    for (device, mode), right in proofs.items():
+        if right:
+            device_modes.note_right([device], mode)
 
 
 def note_fences(task: SaveTask) -> None:

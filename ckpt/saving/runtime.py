@@ -12,7 +12,7 @@ import multiprocessing.util
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from ckpt import _native, device_modes
@@ -38,8 +38,11 @@ class Runtime:
             device_batches=options.device_batches,
             device_rate=options.size("device_rate"),
         )
-        if options.device_lazy and (devices := torch_devices.at_work()):
-            self._open(devices, options.device_lazy)
+        if devices := torch_devices.at_work():
+            if options.device_lazy is True:
+                self._engine.open_devices(devices)
+            elif options.device_lazy == AUTO and device_modes.mode_of(devices, AUTO)[0] != "host":
+                self.try_open(devices)
         self._leases = 0  # guarded by _registry_lock, as the next two
         self._kept: SaveFinisher | None = None
         self._drain_timeout_s = 0.0  # the longest that anybody who shares this engine asked for
@@ -61,15 +64,14 @@ class Runtime:
             self._finishers.append(finisher)
             return finisher
 
-    def _open(self, devices: list[int], wish: bool | str) -> None:
-        if device_modes.mode_of(devices, wish)[0] == "host":
-            return
+    def try_open(self, devices: Collection[int]) -> str:
+        """Gets the engine ready for saves from these; why it cannot be, which is noted, or nothing."""
         try:
-            self._engine.open_devices(devices)
+            self._engine.open_devices(sorted(devices))
         except DeviceError as error:
-            if wish is True:
-                raise
             device_modes.note_unusable(devices, str(error))
+            return str(error)
+        return ""
 
     def make_room(self, device_bytes: int) -> None:
         """For a save with so many bytes on devices, if the arena sizes itself."""

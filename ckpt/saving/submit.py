@@ -76,6 +76,8 @@ def start(
     finally:
         task.save_s = time.monotonic() - task.started_at
     finisher.commit_later(task, publish)
+    _try_out(task, options)
+    task.save_s = time.monotonic() - task.started_at
 
 
 def _begin(
@@ -94,6 +96,7 @@ def _begin(
         if written:
             _submit_or_copy(runtime, file, obj, plan, storages, options)
             task.files += (file,)
+            _start_sums(file, plan)
 
 
 def _note_structure(file: FileInFlight, plan: SavePlan) -> None:
@@ -132,6 +135,8 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
             runtime.make_room(task.device_bytes)
             _submit_or_copy(runtime, file, obj, plan, storages, options)
         task.files += (file,)
+        _start_sums(file, plan)
+        _try_out(task, options)
     finally:
         task.save_s += time.monotonic() - began
 
@@ -172,21 +177,18 @@ def _submit_or_copy(
 ) -> None:
     """If training computes in another context, as a green one, torch copies what lies on devices to the host.
 
-    So it does where the engine cannot use them, and the options leave it the choice.
+    So it does where the engine cannot use them, and the options leave it the choice. Once a save has begun it does not: what
+    that has given to the engine is on its way.
     """
-    try:
-        _submit(runtime, file, obj, plan, options)
-    except DeviceError as refused:
-        may_copy = refused.in_other_context or (options.device_lazy == AUTO and not refused.capturing)
-        if not may_copy or not file.devices:
-            raise
-        if not refused.in_other_context:
-            device_modes.note_unusable(file.devices, str(refused))
-        reason = str(refused)
-    else:
-        if options.device_lazy == AUTO:
-            device_modes.try_out(file.devices)
-        return
+    devices = frozenset(plan.devices) - {HOST}
+    reason = runtime.try_open(devices) if devices and options.device_lazy == AUTO else ""
+    if not reason:
+        try:
+            return _submit(runtime, file, obj, plan, options)
+        except DeviceError as refused:
+            if not refused.in_other_context or not file.devices:
+                raise
+            reason = str(refused)
     with _without_collector():
         plan = _plan(file, obj, storages, dataclasses.replace(options, device_lazy=False))
     _submit(runtime, file, obj, plan, options)
@@ -200,9 +202,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     content = made.describe(plan, file.target, write_share.token if write_share else None)
     file.devices = frozenset(plan.devices) - {HOST}
     file.device_mode, file.device_mode_reason = plan.device_mode, plan.device_mode_reason
-    if file.devices and device_modes.wants_proof(file.devices, options.device_lazy):
-        with contextlib.suppress(RuntimeError):  # torch has no memory for it
-            file.device_sums = DeviceSums(plan)
+    with_proof = bool(file.devices) and device_modes.wants_proof(file.devices, options.device_lazy)
     file.wants_direct = options.direct_io and content.alignment is None  # uniform records lie at no block boundary
     file.hold(
         ChangeDetector(obj if plan.named is None else plan.named, plan.lazy),
@@ -236,7 +236,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             like=os.fsencode(file.like),
             directory=-1 if file.directory is None else file.directory.descriptor,
             probe=bool(file.devices),
-            sum=file.device_sums is not None,
+            sum=with_proof,
             archives=content.archives,
         )
     except BaseException as error:
@@ -244,6 +244,20 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
         if not isinstance(error, Exception):  # interrupted: a writer that hangs may still read what we hold
             orphan(file.memory)
         raise
+    file.wants_sums = with_proof
+
+
+def _start_sums(file: FileInFlight, plan: SavePlan) -> None:
+    """Behind submit(), which refuses streams that are being captured: there these would become a part of the graph."""
+    if file.wants_sums:
+        with contextlib.suppress(RuntimeError):  # torch has no memory for it
+            file.device_sums = DeviceSums(plan)
+
+
+def _try_out(task: SaveTask, options: Options) -> None:
+    """The devices of a save that is on its way, whatever comes of this."""
+    if options.device_lazy == AUTO:
+        device_modes.try_out({device for file in task.files for device in file.devices})
 
 
 def log_failure(task: SaveTask, error: BaseException | None) -> None:

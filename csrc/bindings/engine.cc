@@ -208,6 +208,14 @@ py::dict stats_of(const Job& job) {
   return dict;
 }
 
+// (sum, bytes that are in it) of each record.
+std::vector<std::pair<uint64_t, uint64_t>> word_sums_of(const Job& job) {
+  const std::vector<WordSum> sums = locked(job, [&] { return job.word_sums; });
+  std::vector<std::pair<uint64_t, uint64_t>> found;
+  for (const WordSum& each : sums) found.emplace_back(each.sum, each.bytes);
+  return found;
+}
+
 // ---- Files that several processes write together -----------------------------------------------------------------
 
 const ZipLayout& shared_layout(const Job& job) {
@@ -270,7 +278,7 @@ void bind_job(py::module_& module) {
         const ZipLayout& layout = shared_layout(job);
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
-      .def_property_readonly("word_sums", [](const Job& job) { return locked(job, [&] { return job.word_sums; }); })
+      .def_property_readonly("word_sums", word_sums_of)
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
       .def_property_readonly("size", [](const Job& job) { return job.spec.size; })

@@ -13,7 +13,6 @@
 #include "base/crc32.h"
 #include "base/fault.h"
 #include "base/signals.h"
-#include "jobs/word_sum.h"
 #include "os/cpus.h"
 
 namespace lazyckpt {
@@ -437,9 +436,13 @@ void Engine::write_chunk(Job& job, size_t index) {
 
 void Engine::add_word_sums(Job& job, const Chunk& chunk) {
   if (!chunk.written || !chunk.has_device_bytes()) return;
-  const auto sums = word_sums(chunk, job.spec);
+  std::vector<WordSum> sums(job.word_sums.size());
+  lazyckpt::add_word_sums(chunk, job.spec, sums);
   Lock lock(monitor_->mutex);
-  for (const auto& [record, sum] : sums) job.word_sums[record] += sum;
+  for (size_t i = 0; i < sums.size(); ++i) {
+    job.word_sums[i].sum += sums[i].sum;
+    job.word_sums[i].bytes += sums[i].bytes;
+  }
 }
 
 void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {

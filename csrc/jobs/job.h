@@ -19,6 +19,7 @@
 #include "jobs/chunk.h"
 #include "jobs/device_probes.h"
 #include "jobs/witness.h"
+#include "jobs/word_sum.h"
 #include "memory/spans.h"
 #include "os/file.h"
 
@@ -36,7 +37,7 @@ double monotonic_seconds();
 struct CaptureChecks {
   bool verify = false;  // each lazy byte: a checksum inside submit(), and another of what was captured
   bool probe = false;   // some device bytes: see DeviceProbes
-  bool sum = false;     // finds a sum of each record of a device, for the caller to compare: see word_sum()
+  bool sum = false;     // finds a sum of each record of a device, for the caller to compare: see word_sum.h
 };
 
 struct JobStats {
@@ -139,7 +140,7 @@ struct Job {
   size_t active = 0;       // threads (writers, submitter, fence) inside one of its chunks or its file
   size_t uncaptured = 0;   // chunks whose lazy host bytes are still only in the tensors, and shares of devices not enqueued
   size_t probing = 0;      // copies of the probes that have not been seen to end
-  std::vector<uint64_t> word_sums;  // one for each record, if they are wanted
+  std::vector<WordSum> word_sums;  // one for each record, if they are wanted
   size_t flying = 0;       // batches of copies from the caller's device memory that have not been seen to end
   size_t fencing = 0;      // fences that wait for it
   bool submitted = false;  // submit() has published its last chunk, or given up

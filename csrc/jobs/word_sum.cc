@@ -28,8 +28,7 @@ uint64_t word_sum(const std::byte* bytes, size_t length, uint64_t offset) {
   return sum + sum_bytes(bytes + at, length - at, offset + at);
 }
 
-std::vector<std::pair<uint32_t, uint64_t>> word_sums(const Chunk& chunk, const FileSpec& spec) {
-  std::vector<std::pair<uint32_t, uint64_t>> found;
+void add_word_sums(const Chunk& chunk, const FileSpec& spec, std::vector<WordSum>& sums) {
   const uint64_t end = chunk.offset + chunk.content;
   uint64_t begin = chunk.offset;  // of the segment
   auto segment = chunk.segments.begin();
@@ -38,9 +37,9 @@ std::vector<std::pair<uint32_t, uint64_t>> word_sums(const Chunk& chunk, const F
     const uint64_t from = std::max(extent.offset, chunk.offset), to = std::min(extent.offset + extent.length, end);
     if (!on_device(extent.kind) || from >= to) continue;
     while (from >= begin + segment->length) begin += (segment++)->length;
-    found.emplace_back(extent.record, word_sum(segment->source + (from - begin), to - from, from - extent.offset));
+    sums[extent.record].sum += word_sum(segment->source + (from - begin), to - from, from - extent.offset);
+    sums[extent.record].bytes += to - from;
   }
-  return found;
 }
 
 }  // namespace lazyckpt

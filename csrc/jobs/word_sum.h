@@ -4,7 +4,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <utility>
 #include <vector>
 
 #include "jobs/chunk.h"
@@ -14,7 +13,12 @@ namespace lazyckpt {
 // Of a part of a record that begins `offset` bytes behind its begin. The sums of all parts add up to that of the record.
 uint64_t word_sum(const std::byte* bytes, size_t length, uint64_t offset);
 
-// Of what a chunk has of each record that lies on a device, in file order. All its bytes must be there.
-std::vector<std::pair<uint32_t, uint64_t>> word_sums(const Chunk& chunk, const FileSpec& spec);
+struct WordSum {
+  uint64_t sum = 0;
+  uint64_t bytes = 0;  // of the record, that are in it
+};
+
+// Adds what a chunk has of each record that lies on a device. All its bytes must be there.
+void add_word_sums(const Chunk& chunk, const FileSpec& spec, std::vector<WordSum>& sums);
 
 }  // namespace lazyckpt

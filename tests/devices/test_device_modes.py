@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import logging
 import random
@@ -17,6 +18,7 @@ import torch
 from device_training import Training, cuda, fake_library, state, training
 from places import ROOT
 from support import DEADLINE_S, assert_same, wait_until
+from test_ranks_apart import Threaded, Wire
 
 import ckpt
 from ckpt import device_modes
@@ -287,3 +289,92 @@ def test_the_table_of_known_devices() -> None:
     rows = re.findall(r"^\| (\d+\.\d+) \| (\d+) \| \d{4}-\d\d-\d\d \| \S", text, re.MULTILINE)
     assert {(capability, int(major)) for capability, major in rows} == device_modes.KNOWN
     assert "GPUs on which saving in the background" in text
+
+
+# ---- what a save has of several files, of several ranks, and when it may not be looked at -----------------------------
+
+
+def test_ranks_that_write_a_file_together_go_up_too(training: Training, tmp_path: Path) -> None:
+    """Each sums up what it writes, and compares the records of which it writes all."""
+    wire = Wire()
+    checkpointers = []
+    for rank in range(2):
+        made = ckpt.Checkpointer(tmp_path, options=support.options(**SMALL), coordinator=Threaded(wire, rank))
+        checkpointers.append(made)
+    current = state()
+
+    def save_all(rank: int) -> list[str | None]:
+        found = []
+        for step in range(1, 6):
+            pending = checkpointers[rank].save(step, replicated=current, lazy=True)
+            pending.result(DEADLINE_S)
+            found.append(pending.stats.device_mode)
+        return found
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        modes = list(pool.map(save_all, range(2)))
+        list(pool.map(lambda rank: checkpointers[rank].close(), range(2)))
+    assert modes[0][0] == modes[1][0] == "ordered" and modes[0][-1] == modes[1][-1] == "lazy", modes
+
+
+def test_a_save_of_several_files_is_one_proof(training: Training, tmp_path: Path) -> None:
+    modes = []
+    with ckpt.BundleCheckpointer(options=support.options(), coordinator="local") as checkpointer:
+        for number in range(5):
+            bundle = checkpointer.begin(tmp_path, f"bundle-{number}")
+            for part in range(4):
+                bundle.save(state(float(part)), bundle.directory / f"{part}.pt", lazy=True)
+            pending = bundle.commit()
+            pending.result(DEADLINE_S)
+            modes.append(pending.stats.device_mode)
+    assert modes == ["ordered"] * 3 + ["lazy"] * 2
+
+
+def test_a_save_that_a_capture_refuses_puts_nothing_into_the_graph(training: Training, tmp_path: Path) -> None:
+    training.cuda.set_capturing(0, training.streams[0], True)
+    before = training.cuda.count("cuLaunchHostFunc")
+    with pytest.raises(ckpt.errors.DeviceError, match="captured into a graph"):
+        ckpt.save(state(), tmp_path / "a.pt", options=support.options())
+    assert training.cuda.count("cuLaunchHostFunc") == before
+    training.cuda.set_capturing(0, training.streams[0], False)
+
+
+def test_a_copy_that_is_refused_is_an_error_and_no_reason_to_begin_again(training: Training, tmp_path: Path) -> None:
+    """What the first attempt has written to the file and to the arena is still on its way."""
+    save(training, tmp_path / "before.pt")
+    training.cuda.fail("cuMemcpyDtoHAsync", skip=18, code=2)
+    with contextlib.suppress(ckpt.errors.DeviceError):
+        pending = ckpt.save(state(), tmp_path / "a.pt", options=support.options())
+        assert isinstance(pending.exception(DEADLINE_S), ckpt.errors.DeviceError)
+    assert device_modes.mode_of([0], "auto")[0] == "ordered"
+    save(training, tmp_path / "a.pt")
+
+
+def test_an_interrupt_while_a_device_is_tried_out(training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The save is on its way, and ends; its files are nobody's leftovers."""
+
+    def interrupted(device: int) -> None:
+        raise KeyboardInterrupt
+
+    with ckpt.Checkpointer(tmp_path, options=support.options(), coordinator="local") as checkpointer:
+        monkeypatch.setattr(training, "synchronize_stream", interrupted, raising=False)
+        with pytest.raises(KeyboardInterrupt):
+            checkpointer.save(1, state(), lazy=True)
+        monkeypatch.undo()
+        monkeypatch.setattr(torch_devices, "in_use", training)
+        ckpt.fence()
+        checkpointer.wait(DEADLINE_S)
+        assert checkpointer.steps() == [1]
+
+
+def test_a_device_whose_training_has_failed_is_not_tried_out(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is the training's error, which it will meet by itself; the save has its own outcome."""
+
+    def broken(device: int) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(training, "synchronize_stream", broken, raising=False)
+    assert save(training, tmp_path / "a.pt").device_mode == "ordered"
+    assert "an illegal memory access" in save(training, tmp_path / "a.pt").device_mode_reason
