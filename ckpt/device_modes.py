@@ -29,7 +29,8 @@ _ORDER: tuple[Mode, ...] = ("host", "ordered", "lazy")
 _PROOFS = 3  # saves that are looked at more closely, in each mode
 _CAPTURING = "a graph is being captured"  # how the check says so
 
-# (compute capability, major version of the CUDA that torch was built with), as the table of GPUs in docs/compatibility.md lists them.
+# (compute capability, major version of the CUDA that torch was built with), as the table of GPUs in docs/compatibility.md
+# lists them.
 KNOWN: frozenset[tuple[str, int]] = frozenset()
 
 

@@ -5,6 +5,7 @@ A child runs its program as a script would: it may be killed, and it ends throug
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import os
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import types
+from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
 from places import PYTHONPATH
@@ -98,6 +100,13 @@ class Nursery:
         self._lines.close()
         self.socket.close()
         assert self._process.wait(DEADLINE_S) == 0
+
+
+@contextlib.contextmanager
+def sharding_nurseries(count: int) -> Iterator[list[Nursery]]:
+    """One for each rank of jobs with sharded models."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Nursery(optimizer=True, sharded=True)) for _ in range(count)]
 
 
 # ---- the nursery's side ----------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import psutil
+
 from ckpt.options import FIRST_ARENA_BYTES
 
 _SHARE = 0.4  # of the memory that is available, for the arenas of all ranks of this node
@@ -35,8 +37,12 @@ def local_ranks(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Host memory that can be taken without swapping, within the limit of the control group, if there is one."""
-    found = [_available_in_meminfo(root)]
+    """Host memory that can be taken without swapping, within the limit of the control group, of which psutil knows nothing.
+
+    Args:
+        root: where the file systems of the kernel are mounted.
+    """
+    found = [int(psutil.virtual_memory().available)]
     for group in (root / "sys/fs/cgroup", root / "sys/fs/cgroup" / _own_group(root)):
         limit, used = _number(group / "memory.max"), _number(group / "memory.current")
         if limit is not None:
@@ -46,15 +52,6 @@ def available_bytes(root: Path = Path("/")) -> int:
     if limit is not None:
         found.append(limit - (used or 0))
     return max(0, min(found))
-
-
-def _available_in_meminfo(root: Path) -> int:
-    try:
-        lines = (root / "proc/meminfo").read_text().splitlines()
-    except OSError:
-        return 0
-    fields = dict(line.split(":", 1) for line in lines if ":" in line)
-    return int(fields.get("MemAvailable", "0").split()[0]) << 10
 
 
 def _own_group(root: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nursery import Nursery
+from nursery import Nursery, sharding_nurseries
 from torch.distributed.checkpoint import FileSystemReader
 
 STEPS = 8
@@ -20,10 +20,8 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    made = [Nursery(optimizer=True, sharded=True) for _ in range(4)]
-    yield made
-    for nursery in made:
-        nursery.__exit__()
+    with sharding_nurseries(4) as made:
+        yield made
 
 
 class Jobs:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nursery import Child, Ended, Nursery
+from nursery import Child, Ended, Nursery, sharding_nurseries
 from test_commit import ALL_RANKS, IMPATIENT, RANK_0_ONLY
 
 from ckpt import _native
@@ -38,10 +38,8 @@ class Told:
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True, sharded=True) for _ in range(2)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
+    with sharding_nurseries(2) as made:
+        yield made
 
 
 Run = Callable[..., list[Told]]

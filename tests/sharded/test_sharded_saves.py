@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from dist import sharded_states
-from nursery import Nursery
+from nursery import Nursery, sharding_nurseries
 from places import TESTS
 from support import DEADLINE_S
 
@@ -55,10 +55,8 @@ class Saved:
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True, sharded=True) for _ in range(4)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
+    with sharding_nurseries(4) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
