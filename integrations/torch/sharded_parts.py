@@ -46,6 +46,7 @@ class ShardedParts:
         modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
         self._modules = {name: part for name, part in modules.items() if any(map(is_dtensor, part.parameters()))}
         self._optimizers: dict[str, tuple[torch.optim.Optimizer, nn.Module]] = {}
+        self._on_one_side: dict[str, list[str]] = {}  # names in modules, by the checkpoint that targets() was told of last
         self._owners: dict[str, str] = {}  # the names of these modules, by optimizer
         for name, part in parts.items():
             if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, _parameters(part))):
@@ -91,6 +92,9 @@ class ShardedParts:
                 laid out.
         """
         found: State = {name: _shared_of(module) for name, module in self._modules.items()}
+        for name, state in found.items():
+            theirs = {key.removeprefix(f"{name}.") for key in saved if key.startswith(f"{name}.")}
+            self._on_one_side[name] = sorted(theirs ^ state.keys())
         found.update((name, _target_of(name, self._owners[name], *pair, saved)) for name, pair in self._optimizers.items())
         return found
 
@@ -109,7 +113,7 @@ class ShardedParts:
         if differing and strict:
             raise ValueError(f"only one side has {', '.join(differing)}")
         module.load_state_dict({names[key]: value for key, value in own.items() if key in names}, strict=False)
-        return differing
+        return self._on_one_side[name] + differing
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

@@ -5,7 +5,9 @@ All ranks have the same batches, and gradients are averaged: so each number of r
 
 from __future__ import annotations
 
+import io
 import json
+import logging
 import os
 import signal
 from pathlib import Path
@@ -68,6 +70,8 @@ class Training:
         self.request = request
         torch.manual_seed(7 + request.get("seed", 0))
         self.model = Net(request["hidden"])
+        for name in request["more"]:
+            self.model.register_parameter(name, nn.Parameter(torch.zeros(4), requires_grad=False))
         wrap(self.model, request["how"], world)
         learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW([{"params": learning[:2], "weight_decay": 0.1}, {"params": learning[2:]}], lr=0.01)
@@ -84,7 +88,7 @@ class Training:
         return [*weights, *averages, torch.tensor([group["lr"] for group in self.optimizer.param_groups])]
 
     def run(self) -> dict[str, Any]:
-        found = begin = self.callback.resume()
+        found = begin = self.callback.resume(strict=self.request["strict"])
         resumed = digest(self.state())
         if self.request["save_first"]:
             self.callback.save(0)
@@ -108,12 +112,14 @@ class Training:
 
 def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
+    heard = io.StringIO()
+    logging.getLogger("ckpt").addHandler(logging.StreamHandler(heard))
     try:
-        made = Training({"kill_at": -1, "hidden": 36, "save_first": False} | request)
+        made = Training({"kill_at": -1, "hidden": 36, "save_first": False, "more": [], "strict": True} | request)
         said: dict[str, Any] = made.run()
     except (ckpt.CheckpointError, TypeError) as error:
         said = {"error": f"{type(error).__name__}: {error}"}
-    os.write(1, (json.dumps(said) + "\n").encode())
+    os.write(1, (json.dumps(said | {"log": heard.getvalue()}) + "\n").encode())
     os._exit(0)
 
 

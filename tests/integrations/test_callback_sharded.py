@@ -89,6 +89,16 @@ def test_an_optimizer_that_has_not_stepped_when_it_is_saved(jobs: Jobs) -> None:
     assert {each["found"] for each in resumed} == {0} and [each["digests"] for each in resumed] == [through["digests"]] * 2
 
 
+@pytest.mark.parametrize(("before", "after"), [([], ["added"]), (["gone"], [])])
+def test_what_only_one_side_has_is_told_of(before: list[str], after: list[str], jobs: Jobs) -> None:
+    jobs.run("saved", "fsdp", 2, steps=1, more=before)
+    (name,) = before + after
+    for said in jobs.run("saved", "fsdp", 2, steps=1, more=after):
+        assert f"'model.{name}' is " in said["error"]
+    for said in jobs.run("saved", "fsdp", 2, steps=1, more=after, strict=False):
+        assert said["found"] == 1 and f"'model' of checkpoint 1: only one side has {name}" in said["log"]
+
+
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_model_with_other_parameters_is_refused(world: int, jobs: Jobs) -> None:
     jobs.run("saved", "fsdp", 2, steps=1)
