@@ -337,10 +337,9 @@ class Checkpointer(SaveSession):
                 are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
                 may be called for several checkpoints, one after the other.
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
-                and placements, or a function that gives one: it is called, for each checkpoint that is looked at, with shape
-                and dtype of what was saved by its key (None for values). Each rank reads what it holds, and nothing else of
-                the data files but what it takes to verify that: pieces of 4 MiB. Values are put into dicts and lists; what has
-                a load_state_dict() is given its part.
+                and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
+                by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
+                pieces of 4 MiB. Values are put into dicts and lists; what has a load_state_dict() is given its part.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
             fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are

@@ -63,7 +63,8 @@ class FakeCheckpointer:
         self.directory = directory
         self.saved: list[int] = []
 
-    def save(self, step: int, state: Any, *, replicated: Any, lazy: Any) -> Any:
+    def save(self, step: int, state: Any, *, replicated: Any, sharded: Any, lazy: Any) -> Any:
+        assert sharded is None, "nothing of these models is"
         self.saved.append(step)
         self.state, self.replicated_state, self.lazy = state, replicated, lazy
         return type(self).make_save()
@@ -71,7 +72,7 @@ class FakeCheckpointer:
     def restore(self, *, merge: Any, **arguments: Any) -> Any:
         if self.states is None:
             return None
-        return types.SimpleNamespace(step=9, state=merge(self.states), replicated=self.replicated)
+        return types.SimpleNamespace(step=9, state=merge(self.states), replicated=self.replicated, sharded=None)
 
     def close(self) -> None:
         pass
