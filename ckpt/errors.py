@@ -13,6 +13,7 @@
     ├── ClosedError         the Checkpointer, or the engine under it, is closed
     ├── ForkedError         a forked child touched the engine of its parent
     ├── CancelledError      the save was interrupted (Ctrl-C in a wait)
+    ├── UnsupportedError    a state cannot be saved in the way that was asked for
     ├── DeviceError         the CUDA driver is missing, or one of its calls failed
     └── PeerError           ranks of the job did not answer in time (which: `ranks`)
 
@@ -99,6 +100,10 @@ class ForkedError(CheckpointError):
 
 class CancelledError(CheckpointError):
     """The save was interrupted before it was captured."""
+
+
+class UnsupportedError(CheckpointError):
+    """What was given cannot be saved in the way that was asked for, on any rank; nothing was begun."""
 
 
 class DeviceError(CheckpointError):

@@ -93,12 +93,46 @@ def beginning() -> Iterator[None]:
             _begun.notify_all()
 
 
+class Hold:
+    """Of a save that one thread has begun and another one will submit: from now until release(), fences wait.
+
+    Args:
+        timeout_s: how long a fence waits; then this is lost, and what it was for must not be saved any more.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
+        self.lost = False  # guarded by _begun
+        _beginning[self] = _NO_THREAD
+
+    def release(self) -> bool:
+        """False if a fence has not waited for it. Safe to call again."""
+        with _begun:
+            _beginning.pop(self, None)
+            _begun.notify_all()
+            return not self.lost
+
+    def _lose(self) -> None:
+        with _begun:
+            if _beginning.pop(self, None) is None:
+                return
+            self.lost = True
+        logger.error("a fence has waited %s s for a save that was not submitted: it is given up", self.timeout_s)
+
+
+_NO_THREAD = 0
+
+
 def _await_beginnings() -> None:
     """Of other threads: each ends by its own deadline. A fence of the same one comes from a signal handler, or out of what is
     being pickled.
     """
     tokens = {token for token, thread in list(_beginning.items()) if thread != threading.get_ident()}
-    while tokens & _beginning.keys():
+    began = time.monotonic()
+    while waiting := tokens & _beginning.keys():
+        for token in waiting:
+            if isinstance(token, Hold) and time.monotonic() > began + token.timeout_s:
+                token._lose()
         with _begun:
             _begun.wait(_SLICE_S)
 

@@ -21,6 +21,7 @@ import secrets
 import socket
 import struct
 import time
+import zlib
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -321,6 +322,16 @@ def default_store() -> tuple[Any, int, int]:
         raise CheckpointError("torch.distributed was initialised with a backend that has no store (mpi): use coordinator 'mpi'")
     store = torch_private.default_store()
     return _own_store() if store is None else store, dist.get_rank(), dist.get_world_size()
+
+
+def of_group(group: Any) -> StoreCoordinator:
+    """Among the ranks of a process group alone, which must all call this."""
+    import torch.distributed as dist
+
+    store, _, _ = default_store()
+    ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
+    name = f"group-{zlib.crc32(ranks.encode()):08x}-{len(ranks)}"
+    return StoreCoordinator(dist.PrefixStore(name, store), dist.get_rank(group), dist.get_world_size(group))
 
 
 def has_store() -> bool:

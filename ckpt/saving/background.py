@@ -152,6 +152,7 @@ class SaveFinisher:
                     self._await(file, file.job.wait_released)
                     file.try_seal()
                     file.free()
+            task.note_captured()
             # Those that no fence has sealed. Not sooner: as long as nobody has been told that the tensors may change, a write
             # to them breaks the promise, and shows here even if it had just begun when the last byte was captured.
             for file in task.files:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import math
 import os
+import threading
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,8 @@ from typing import Any
 from ckpt.errors import DeadlineError, ForkedError
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.task import SaveTask
+
+_LOOK_S = 0.01  # how often who waits looks by himself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,8 +110,7 @@ class PendingSave:
         if self._task.future.done():
             return True
         self._check_owner()
-        sealed = [file.try_seal() for file in self._task.files]  # each of them, whatever the first says
-        return self._task.handed_over and all(sealed)
+        return self._task.captured()
 
     def result(self, timeout: float | None = None) -> Path:
         """Waits until durable (fsynced, renamed, directory fsynced) and returns the path that was published.
@@ -143,6 +147,22 @@ class PendingSave:
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
         """Calls `callback(self)` once done, on a background thread; at once if done already. Its errors are logged."""
         self._task.future.add_done_callback(lambda _: callback(self))
+
+    def wait_captured(self, timeout: float | None = None) -> bool:
+        """Waits until the tensors may change; False if `timeout`, in seconds, came first. A fence waits for less: it copies."""
+        end = math.inf if timeout is None else time.monotonic() + timeout
+        reached = threading.Event()
+        self.add_captured_callback(lambda _: reached.set())
+        while not reached.wait(max(0.0, min(_LOOK_S, end - time.monotonic()))):
+            self._task.note_captured()  # who takes saves to their end may be busy with one before
+            if time.monotonic() >= end:
+                return reached.is_set()
+        return True
+
+    def add_captured_callback(self, callback: Callable[[PendingSave], object]) -> None:
+        """Calls `callback(self)` once the tensors may change, on a background thread; at once if they may already."""
+        self._check_owner()
+        self._task.call_when_captured(lambda: callback(self))
 
     @property
     def stats(self) -> SaveStats:

@@ -8,7 +8,7 @@ import gc
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from ckpt import _native, device_modes
@@ -43,6 +43,7 @@ def start(
     *,
     lazy: Any,
     options: Options,
+    ready: Callable[[], None] | None = None,
 ) -> None:
     """Begins the save of one or more files; on return `task` is on its way, or skipped.
 
@@ -50,6 +51,7 @@ def start(
         contents: the files, what goes into each, and whether this process writes it: if not, only its structure is noted.
         publish: called on the finisher's thread once the data of all files is durable under their temporary names, or with the
             error; returns what the save's `result()` returns. Not called if this function raises before a file was submitted.
+        ready: called when all is planned, and nothing of it is submitted yet; what it raises is raised.
 
     Raises:
         whatever went wrong; then nothing is left behind, and `task` is not resolved, or will be by the finisher.
@@ -63,7 +65,7 @@ def start(
         return
     try:
         with beginning():
-            _begin(runtime, task, contents, lazy, options)
+            _begin(runtime, task, contents, lazy, options, ready)
     except BaseException as error:
         if task.files:  # those in flight are the finisher's to clean up
             task.begin_error = error
@@ -81,7 +83,12 @@ def start(
 
 
 def _begin(
-    runtime: Runtime, task: SaveTask, contents: Sequence[tuple[FileInFlight, Any, bool]], lazy: Any, options: Options
+    runtime: Runtime,
+    task: SaveTask,
+    contents: Sequence[tuple[FileInFlight, Any, bool]],
+    lazy: Any,
+    options: Options,
+    ready: Callable[[], None] | None,
 ) -> None:
     with _without_collector():
         storages = lazy_storages(lazy)
@@ -90,9 +97,12 @@ def _begin(
     for (file, _, _), plan in zip(contents, plans, strict=True):
         if file.replicated and plan.compared is None:
             _refuse_shards(plan.pickle)
+    for (file, _, _), plan in zip(contents, plans, strict=True):
+        _note_structure(file, plan)
+    if ready is not None:
+        ready()
     runtime.make_room(sum(plan.device_bytes() for plan in plans))
     for (file, obj, written), plan in zip(contents, plans, strict=True):
-        _note_structure(file, plan)
         if written:
             _submit_or_copy(runtime, file, obj, plan, storages, options)
             task.files += (file,)

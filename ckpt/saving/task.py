@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,7 +51,33 @@ class SaveTask:
         self.started_at = time.monotonic()
         self.durable_at: float | None = None
         self.save_s = 0.0
+        self._told = threading.Lock()
+        self._captured: concurrent.futures.Future[None] | None = None  # guarded by _told; once somebody wants to know
         self.device_bytes = 0  # of the files so far, where they come one by one
+
+    def captured(self) -> bool:
+        """See PendingSave.captured."""
+        if self.future.done():
+            return True
+        sealed = [file.try_seal() for file in self.files]  # each of them, whatever the first says
+        return self.handed_over and all(sealed)
+
+    def call_when_captured(self, callback: Callable[[], object]) -> None:
+        with self._told:
+            captured = self._captured = self._captured or concurrent.futures.Future()
+        captured.add_done_callback(lambda _: callback())
+        self.note_captured()
+
+    def note_captured(self) -> None:
+        """Calls those who are to be called, if it is so. If there are none, files are not sealed sooner than they must be."""
+        captured = self._captured
+        if captured is None or not self.captured():
+            return
+        with self._told:
+            if captured.done() or captured.running():
+                return
+            captured.set_running_or_notify_cancel()
+        captured.set_result(None)
 
     def done(self) -> bool:
         """True once durable, or failed."""
@@ -75,6 +102,7 @@ class SaveTask:
         if on_done is not None:
             on_done(self, None)
         self.future.set_result(path)
+        self.note_captured()
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error, unless it has its outcome already."""
@@ -84,6 +112,7 @@ class SaveTask:
         if on_done is not None:
             on_done(self, error)
         self.future.set_exception(error)
+        self.note_captured()
 
     def clear_up(self) -> None:
         """What is left to do once whoever waits has the outcome."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -137,6 +137,28 @@ class _Archives:
         self.payloads.append(-1)
         self.records.extend(records)
         self.kinds.extend(bytes(len(records)))
+
+
+def plan_tensors(
+    tensors: Iterable[tuple[torch.Tensor, bool]], lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str
+) -> SavePlan:
+    """Of a file that holds an archive for each tensor.
+
+    Args:
+        tensors: each with whether its memory stays as it is until the file is durable, so that nothing of it need be copied.
+    """
+    archives = _Archives(eager_bytes)
+    for tensor, stays in tensors:
+        first = len(archives.records)
+        archives._add_tensor(tensor.detach())
+        for index in range(first, len(archives.records)):
+            if stays and tensor.is_cpu and archives.records[index].nbytes > eager_bytes:
+                archives.kinds[index] = OWNED
+    plan = SavePlan(b"", archives.records, [], archives.kinds, archives=archives.made)
+    place(plan, lazy, eager_bytes, device_lazy)
+    plan.named = {}
+    plan.contents = Contents([], archives.payloads, None)
+    return plan
 
 
 def _pickle_value(key: str, value: Any) -> tuple[bytes, list[SavedStorage]]:

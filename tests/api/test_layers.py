@@ -18,7 +18,8 @@ PACKAGE_LAYERS = (
     {"saving"},
     {"commit", "metrics"},
     {"session"},
-    {"bundles", "checkpointer"},
+    {"bundles", "checkpointer", "dcp_checkpointer"},
+    {"dcp"},
 )
 
 # What users and adapters may rely on. A name that goes from here breaks their programs; one that comes must be kept.
@@ -28,10 +29,14 @@ PUBLIC_NAMES = {
         *("check_devices", "fence", "load", "load_into", "save"),
     },
     "ckpt.coordinator": {"Coordinator", "make_coordinator"},
+    "ckpt.dcp": {
+        *("DcpCheckpointer", "ItemFiles", "ItemWriter", "StagedTensors", "VerifiedFile"),
+        *("publish_metadata", "read_metadata"),
+    },
     "ckpt.errors": {
         *("CancelledError", "CaptureError", "CheckpointError", "ClosedError", "CorruptError", "DeadlineError"),
         *("DeviceError", "FailedSavesError", "ForkedError", "InUseError", "MismatchError", "NotACheckpointError"),
-        *("PeerError", "SkippedError", "StorageError"),
+        *("PeerError", "SkippedError", "StorageError", "UnsupportedError"),
     },
     "ckpt.formats": set(),
     "ckpt.metrics": {"MetricsSink", "SaveRecord"},

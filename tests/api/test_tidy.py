@@ -45,7 +45,7 @@ CORE_LAYERS = (
 
 # Beside the names in ckpt.__all__; test_layers.py says what is public in them. All other modules are private.
 PUBLIC_MODULES = {
-    *("ckpt.coordinator", "ckpt.errors", "ckpt.formats", "ckpt.integrations", "ckpt.metrics"),
+    *("ckpt.coordinator", "ckpt.dcp", "ckpt.errors", "ckpt.formats", "ckpt.integrations", "ckpt.metrics"),
     *("ckpt.optimizers", "ckpt.options", "ckpt.quantities", "ckpt.state_dicts"),
 }
 # The one package that changes what is on disk.

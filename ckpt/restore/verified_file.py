@@ -1,0 +1,105 @@
+"""A file of bytes that are verified before anybody gets them: a data file of a checkpoint, with its checksums beside it."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections import OrderedDict
+from pathlib import Path
+
+from ckpt import _native
+from ckpt.directory.sharded_files import PieceChecksums, checksums_path
+from ckpt.errors import CorruptError
+
+_KEPT_PIECES = 4  # of which a part was read: the next read may be beside it
+
+
+class VerifiedFile(io.RawIOBase):
+    """
+    Raises:
+        CorruptError: there are no checksums, or they are those of another file; or, from reads, a piece has changed.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._file: io.FileIO | None = None
+        self._at = 0
+        self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        beside = checksums_path(path)
+        try:
+            self._checksums = PieceChecksums.parse(beside.read_bytes())
+        except FileNotFoundError as error:
+            raise CorruptError(f"'{beside}' is gone: '{path}' cannot be verified") from error
+        except CorruptError as error:
+            raise CorruptError(f"'{beside}': {error}") from None
+        self._file = path.open("rb", buffering=0)
+        size = os.fstat(self._file.fileno()).st_size
+        if size != self._checksums.file_bytes:
+            self.close()
+            raise CorruptError(f"'{path}' has {size} bytes; its checksums are of {self._checksums.file_bytes}")
+
+    def close(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+        super().close()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._checksums.file_bytes}[whence]
+        if base + offset < 0:
+            raise OSError(22, f"negative seek in '{self._path}'")
+        self._at = base + offset
+        return self._at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
+        """Fills all of it, but at the end of the file."""
+        wanted = memoryview(buffer).cast("B")
+        wanted = wanted[: max(0, self._checksums.file_bytes - self._at)]
+        size, done = self._checksums.piece_bytes, 0
+        while done < len(wanted):
+            number, inside = divmod(self._at, size)
+            length = min(size, self._checksums.file_bytes - number * size)
+            part = wanted[done : done + length - inside]
+            if inside == 0 and len(part) == length and number not in self._pieces:
+                self._read_piece(number, part)  # without a copy
+            else:
+                part[:] = memoryview(self._piece(number, length))[inside : inside + len(part)]
+            done += len(part)
+            self._at += len(part)
+        return done
+
+    def _piece(self, number: int, length: int) -> bytes:
+        found = self._pieces.get(number)
+        if found is None:
+            content = bytearray(length)
+            self._read_piece(number, memoryview(content))
+            found = self._pieces[number] = bytes(content)
+            while len(self._pieces) > _KEPT_PIECES:
+                self._pieces.popitem(last=False)
+        self._pieces.move_to_end(number)
+        return found
+
+    def _read_piece(self, number: int, into: memoryview) -> None:
+        if self._file is None:
+            raise ValueError(f"'{self._path}' is closed")
+        begin, done = number * self._checksums.piece_bytes, 0
+        while done < len(into):
+            count = os.preadv(self._file.fileno(), [into[done:]], begin + done)
+            if count == 0:
+                raise CorruptError(f"'{self._path}' ends at byte {begin + done}: it was cut off")
+            done += count
+        if _native.crc32(into) != self._checksums.crc32s[number]:
+            raise CorruptError(
+                f"'{self._path}' fails a CRC-32: some of its bytes {begin} to {begin + len(into) - 1} have changed"
+            )
