@@ -1,0 +1,104 @@
+"""VerifyingStorageReader: torch's reader, which gets no byte that was not verified."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint import FileSystemReader
+
+from ckpt.dcp import VerifiedFile, read_metadata
+from ckpt.errors import CorruptError
+
+from . import torch_private
+from .notices import say_once
+
+_METADATA = ".metadata"
+_READ_BYTES = 4 << 20
+
+
+class VerifyingStorageReader(FileSystemReader):
+    """A storage reader for `torch.distributed.checkpoint.load`.
+
+    Of a checkpoint that this library has written, each piece of 4 MiB in which something is read is verified, and damage ends
+    in CorruptError. One without checksums is read as torch reads it, and the log says so.
+
+    Attributes:
+        damage: the first that was found.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *more: Any, **other: Any) -> None:
+        super().__init__(path, *more, **other)
+        self.damage: CorruptError | None = None
+        self._is_ours = False
+        self._serves = torch_private.FileSystem is not None and torch_private.replace_files(self, _Files(self))
+
+    def reset(self, checkpoint_id: Any = None) -> None:
+        super().reset(checkpoint_id)
+        self.damage, self._is_ours = None, False
+
+    def read_metadata(self, *arguments: Any, **more: Any) -> Any:
+        if self._serves:
+            return super().read_metadata(*arguments, **more)
+        self.open_metadata(Path(self.path) / _METADATA)
+        return super().read_metadata(*arguments, **more)
+
+    def read_data(self, plan: Any, planner: Any) -> Any:
+        if not self._serves and self._is_ours:
+            names = {self.storage_data[item.storage_index].relative_path for item in plan.items}
+            for name in sorted(names):
+                with self.open_data(Path(self.path) / name) as file:
+                    while file.read(_READ_BYTES):
+                        pass
+        return super().read_data(plan, planner)
+
+    def open_metadata(self, path: Path) -> io.BytesIO:
+        with self._noting():
+            content, self._is_ours = read_metadata(path.parent)
+        if not self._is_ours:
+            say_once("a checkpoint without checksums is read: it was not written by this library, and is not verified")
+        return io.BytesIO(content)
+
+    @contextlib.contextmanager
+    def open_data(self, path: Path) -> Iterator[Any]:
+        if not self._is_ours:
+            with path.open("rb") as plain:
+                yield plain
+            return
+        with self._noting(), VerifiedFile(path) as file:
+            yield file
+
+    @contextlib.contextmanager
+    def _noting(self) -> Iterator[None]:
+        """torch tells of errors in words of its own."""
+        try:
+            yield
+        except CorruptError as error:
+            self.damage = self.damage or error
+            raise
+
+
+_Base: Any = torch_private.FileSystem or object
+
+
+class _Files(_Base):
+    """What the reader opens files by."""
+
+    def __init__(self, reader: VerifyingStorageReader) -> None:
+        super().__init__()
+        self._reader = reader
+
+    @contextlib.contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        if mode != "rb":
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        elif Path(path).name == _METADATA:
+            yield self._reader.open_metadata(Path(path))
+        else:
+            with self._reader.open_data(Path(path)) as stream:
+                yield stream
