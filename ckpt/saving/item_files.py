@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from ckpt.directory import dcp_directory
 from ckpt.directory import manifest as manifests
 from ckpt.directory.dcp_directory import DcpDirectory
 from ckpt.directory.sharded_files import PieceChecksums
+from ckpt.errors import CorruptError
 from ckpt.formats.tensors_file import TensorsFile
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
@@ -67,7 +68,13 @@ class ItemWriter:
         """
         durable.make_directory(self._directory.path, durable=False)
         pending, placed = self._write_tensors(tensors) if tensors else (None, [])
-        return ItemFiles(pending, placed, self._write_blobs(blobs))
+        try:
+            return ItemFiles(pending, placed, self._write_blobs(blobs))
+        except BaseException:
+            if pending is not None:
+                pending.exception()  # its memory may be written to once we have raised
+            self.discard(sorted({name for name, _, _ in placed}))
+            raise
 
     def _write_tensors(self, tensors: Any) -> tuple[PendingSave, list[Place]]:
         target = self._directory.take_name(self._rank)
@@ -108,12 +115,26 @@ class ItemWriter:
             dcp_directory.remove(self._directory.path / name)
 
 
-def publish_metadata(directory: Path, metadata: bytes, data_files: Sequence[str]) -> None:
+def publish_metadata(directory: Path, metadata: bytes, data_files: Mapping[str, int]) -> None:
     """Makes files that are durable a checkpoint for readers of torch, at once, and removes those of the one before.
 
+    Args:
+        data_files: by name, how many bytes of each are used.
+
     Raises:
+        CorruptError: one is not there: somebody else saves to the directory, or not all ranks see the same one.
         StorageError: a system call failed.
     """
+    for name, used in data_files.items():
+        try:
+            size = (directory / name).stat().st_size
+        except OSError:
+            size = -1
+        if size < used:
+            raise CorruptError(
+                f"'{directory / name}' does not have the {used} bytes that a rank has written: not all ranks see the same "
+                "directory, or somebody else saves to it"
+            )
     place = DcpDirectory(directory, locks=False)
     place.publish(dcp_directory.seal(metadata), None)
     place.tidy({*data_files})

@@ -130,12 +130,12 @@ def load(
             process_group=process_group,
             **more,
         )
-    except Exception as error:
+    except BaseException as error:  # as torch's own is
         if (damage := getattr(storage_reader, "damage", None)) is not None:
             raise damage.with_traceback(None) from error
         for failure in getattr(error, "failures", {}).values():  # of other ranks
             if isinstance(failure[0], CorruptError):
-                raise failure[0] from error
+                raise failure[0].with_traceback(None) from error
         raise
 
 

@@ -113,8 +113,10 @@ class LazyStorageWriter(FileSystemWriter):
             metadata.version = torch_private.VERSION
         metadata.storage_data = {result.index: result.storage_data for each in results for result in each}
         metadata.storage_meta = self.storage_meta()
-        names = sorted({info.relative_path for info in metadata.storage_data.values()})
-        publish_metadata(Path(self.path), pickle.dumps(metadata), names)
+        used: dict[str, int] = {}
+        for info in metadata.storage_data.values():
+            used[info.relative_path] = max(used.get(info.relative_path, 0), info.offset + info.length)
+        publish_metadata(Path(self.path), pickle.dumps(metadata), used)
 
 
 def _results(files: ItemFiles, of_tensors: list[Any], of_blobs: list[Any]) -> Any:
