@@ -57,7 +57,7 @@ class FakeCuda:
         if self.is_strict:
             self.cu.fake_violations.restype = ctypes.c_char_p
         self._calls: list[Any] = []
-        self.lost = 0  # bytes of device 0 that a test before has left to a device that hung: they count as those of others
+        self.lost: dict[int, int] = {}  # by device: bytes that tests before have left to it when it hung, as if others had them
         self.excused: list[str] = []  # what is in the text of violations that a test makes on purpose
         self._owned: dict[int, StorageWeakRef] = {}
         self._told: set[int] = set()  # where allocations begin that a test has told of
@@ -182,13 +182,17 @@ class FakeCuda:
 
     def set_memory(self, *, total: int, others: int = 0) -> None:
         """Of each device, bytes; `others` have taken that much."""
-        self.cu.fake_set_memory(ctypes.c_uint64(total), ctypes.c_uint64(max(0, others - self.lost)))
+        for device in (0, 1):
+            rest = max(0, others - self.lost.get(device, 0))
+            self.cu.fake_set_memory(device, ctypes.c_uint64(total), ctypes.c_uint64(rest))
 
-    def allocated_bytes(self) -> int:
-        """By cuMemAlloc on device 0, and not given back."""
-        self.cu.fake_set_memory(ctypes.c_uint64(1 << 40), ctypes.c_uint64(0))
+    def allocated_bytes(self, device: int) -> int:
+        """By cuMemAlloc, and not given back."""
+        self.cu.fake_set_memory(device, ctypes.c_uint64(1 << 40), ctypes.c_uint64(0))
+        self.make_current(device)
         free, total = ctypes.c_size_t(), ctypes.c_size_t()
         self.call("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
+        self.make_current(0)
         self.configure()
         return total.value - free.value
 
@@ -256,7 +260,7 @@ def loaded(library: Path) -> Iterator[FakeCuda]:
     fake.violations()
     fake.forget()
     fake.make_current(0)
-    fake.lost = fake.allocated_bytes()
+    fake.lost = {device: fake.allocated_bytes(device) for device in (0, 1)}
     fake.before = fake.alive()
     yield fake
     fake.configure()

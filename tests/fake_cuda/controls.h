@@ -17,7 +17,7 @@ void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   all.hold = Hold::kNone;
   all.order = Order::kRight;
   all.total_bytes = size_t{4} << 30;
-  all.others_bytes = 0;
+  all.others_bytes.clear();
   all.largest_registration = all.most_registered = UINT64_MAX;
   all.faults.clear();
   all.call_delays.clear();
@@ -48,11 +48,11 @@ void fake_hold_copies(int hold) {
   controls().changed.notify_all();
 }
 
-// What cuMemGetInfo says, and cuMemAlloc keeps to: the size of each device, and what others have taken of it.
-void fake_set_memory(uint64_t total_bytes, uint64_t others_bytes) {
+// What cuMemGetInfo says, and cuMemAlloc keeps to: the size of all devices, and what others have taken of this one.
+void fake_set_memory(int device, uint64_t total_bytes, uint64_t others_bytes) {
   std::lock_guard<std::mutex> lock(controls().mutex);
   controls().total_bytes = total_bytes;
-  controls().others_bytes = others_bytes;
+  controls().others_bytes[device] = others_bytes;
 }
 
 // How much host memory can be pinned by one call, and altogether, beside what is.

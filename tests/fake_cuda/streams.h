@@ -92,7 +92,8 @@ struct Controls {
   std::map<uintptr_t, size_t> registered;
   int global_captures = 0;  // that are going on, in the mode in which others may not make unsafe calls
   uint64_t largest_registration = UINT64_MAX, most_registered = UINT64_MAX;  // bytes at once, and of all together
-  size_t total_bytes = size_t{4} << 30, others_bytes = 0;  // of each device, and what others have taken of it
+  size_t total_bytes = size_t{4} << 30;  // of each device
+  std::map<int, size_t> others_bytes;    // what others have taken of a device
   std::map<uintptr_t, std::pair<int, size_t>> allocated;   // address -> device, bytes
   std::map<uintptr_t, size_t> of_training;                 // other memory that plays allocations of a device
   std::multimap<uintptr_t, size_t> copying;  // what copies that have not ended read and write
@@ -104,7 +105,7 @@ inline Controls& controls() {
 }
 
 inline size_t free_bytes(int device) {  // requires the lock of controls()
-  size_t used = controls().others_bytes;
+  size_t used = controls().others_bytes[device];
   for (const auto& [address, block] : controls().allocated) used += block.first == device ? block.second : 0;
   return controls().total_bytes > used ? controls().total_bytes - used : 0;
 }

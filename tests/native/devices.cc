@@ -118,7 +118,9 @@ class Training {
         saves.push_back(std::move(save));
         continue;
       }
-      if (random.one_in(8)) fake_.set_memory(uint64_t{1} << 30, uint64_t{1} << 30);  // caches are given back
+      if (random.one_in(8)) {  // caches are given back
+        for (int device = 0; device < 2; ++device) fake_.set_memory(device, uint64_t{1} << 30, uint64_t{1} << 30);
+      }
       save.sample.each(Source::kCopy, &Buffer::spoil);
       spoil_on_devices(save, Source::kDeviceCopy);
       if (random.one_in(2)) pass_fence(engine, random, save);

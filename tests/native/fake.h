@@ -44,7 +44,7 @@ struct Fake {
   void (*fill)(int device, cuda::StreamHandle stream, void* begin, int value, size_t bytes) = nullptr;
   void (*synchronize)(int device, cuda::StreamHandle stream) = nullptr;
   int64_t (*live)(const char* what) = nullptr;
-  void (*set_memory)(uint64_t total_bytes, uint64_t others_bytes) = nullptr;
+  void (*set_memory)(int device, uint64_t total_bytes, uint64_t others_bytes) = nullptr;
 };
 
 }  // namespace lazyckpt::stress

@@ -32,7 +32,9 @@ CONTROL void fake_fail(const char* call, int64_t skip, int code, int late) { con
 CONTROL void fake_set_order(int order) { control<void>("fake_set_order", order); }
 CONTROL void fake_delay(const char* call, double seconds) { control<void>("fake_delay", call, seconds); }
 CONTROL void fake_hold_copies(int hold) { control<void>("fake_hold_copies", hold); }
-CONTROL void fake_set_memory(uint64_t total, uint64_t others) { control<void>("fake_set_memory", total, others); }
+CONTROL void fake_set_memory(int device, uint64_t total, uint64_t others) {
+  control<void>("fake_set_memory", device, total, others);
+}
 CONTROL void fake_limit_pinning(uint64_t most, uint64_t all) { control<void>("fake_limit_pinning", most, all); }
 CONTROL void fake_allocated(void* begin, uint64_t bytes) { control<void>("fake_allocated", begin, bytes); }
 CONTROL void fake_capture_globally(int begins) { control<void>("fake_capture_globally", begins); }

@@ -57,7 +57,7 @@ CONTROL void fake_configure(int devices, uint64_t seed, double most_delay_s) {
   s.largest_registration = s.most_registered = UINT64_MAX;
   s.delays.clear();
   s.memory_total = size_t{80} << 30;
-  s.memory_of_others = 0;
+  s.memory_of_others.clear();
   s.counts.clear();
   s.faults.clear();
   if (s.is_shut_down) strict::begin_again(s);
@@ -90,11 +90,11 @@ CONTROL void fake_hold_copies(int hold) {
   s.changed.notify_all();
 }
 
-CONTROL void fake_set_memory(uint64_t total, uint64_t others) {
+CONTROL void fake_set_memory(int device, uint64_t total, uint64_t others) {
   auto& s = strict::state();
   strict::Lock lock(s.mutex);
   s.memory_total = total;
-  s.memory_of_others = others;
+  s.memory_of_others[device] = others;
 }
 
 // A kernel that writes. Memory that nobody has told of is its device's from then on.

@@ -118,7 +118,7 @@ inline void note_allocation(State& s, Context& context, const Range& range, std:
 
 inline int allocate(State& s, Context& context, size_t bytes, Address* address) {
   if (address == nullptr || bytes == 0) return kInvalidValue;
-  if (s.memory_of_others + context.taken + bytes > s.memory_total) return kOutOfMemory;
+  if (s.memory_of_others[context.device] + context.taken + bytes > s.memory_total) return kOutOfMemory;
   void* const memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
   if (memory == nullptr) return kOutOfMemory;
   std::memset(memory, 0xcd, bytes);

@@ -177,7 +177,8 @@ struct State {
   int hold = 0;  // 1: all copies, 2: those out of allocated memory
   uint64_t largest_registration = UINT64_MAX, most_registered = UINT64_MAX;  // bytes at once, and of all together
   std::map<std::string, double> delays;                                      // of calls, in seconds
-  size_t memory_total = size_t{80} << 30, memory_of_others = 0;
+  size_t memory_total = size_t{80} << 30;
+  std::map<int, size_t> memory_of_others;  // by device
   std::map<std::string, int64_t> counts;
   std::map<std::string, std::deque<Fault>> faults;
   int64_t frees_in_use = 0;

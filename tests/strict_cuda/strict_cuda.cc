@@ -390,7 +390,7 @@ DRIVER cuMemFree_v2(Address address) {
 
 DRIVER cuMemGetInfo_v2(size_t* free, size_t* total) {
   return run_call("cuMemGetInfo", Needs::kContext, [&](Call& call) -> int {
-    const size_t taken = call.s.memory_of_others + call.context->taken;
+    const size_t taken = call.s.memory_of_others[call.context->device] + call.context->taken;
     *total = call.s.memory_total;
     *free = taken < *total ? *total - taken : 0;
     return 0;
