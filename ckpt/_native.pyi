@@ -256,3 +256,6 @@ class StatePickler:
     def dump(
         self, root: Any, *, records: dict[Any, Any], order: list[Any], remaps: dict[int, Any], reduce: Callable[[Any], Any]
     ) -> bytes | None: ...
+    def read_form(
+        self, state: dict[Any, Any], *, wrapper: tuple[type, str, str] | None, is_value: Callable[[type], bool]
+    ) -> tuple[bytes, bytes, list[torch.Tensor], list[SavedStorage], list[int], list[Any], list[Any]] | None: ...

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import operator
 import pickle
 import sys
 import warnings
@@ -304,13 +305,27 @@ def default_store() -> Any:
 # ---- sharded tensors -------------------------------------------------------------------------------------------------
 
 
+_LOCAL, _SPEC = "_local_tensor", "_spec"  # slots of DTensor
+
+
 def wrappers() -> tuple[type, Callable[[Any], torch.Tensor]] | None:
     """The class of tensors that are parts of a whole, and what gives the part that lies here: itself, where no gradients are
     recorded. None as long as nobody can have made one.
     """
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
-    return None if kind is None else (kind, kind.to_local)
+    if kind is None:
+        return None
+    return kind, (operator.attrgetter(_LOCAL) if hasattr(kind, _LOCAL) else kind.to_local)
+
+
+def wrapper_names() -> tuple[type, str, str] | None:
+    """The class of tensors that are parts of a whole, and the names of its attributes: of the part that lies here, and of where
+    that belongs. None as long as nobody can have made one, and if this torch has other names.
+    """
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    return (kind, _LOCAL, _SPEC) if kind is not None and hasattr(kind, _LOCAL) and hasattr(kind, _SPEC) else None
 
 
 def root_mesh(mesh: Any) -> Any:

@@ -15,6 +15,7 @@ from ckpt.sharded.refusals import RefusedType, RefusedValue
 # Of who writes an item. An archive is about as much beside its tensor, and a value about as much as an archive.
 _ARCHIVE_BYTES = 1024
 _MOST_MESHES = 64  # that are remembered
+_NOT_STATEFUL = (dict, list, int, float, str, torch.Tensor, torch.nn.Parameter)  # types that need not be asked
 
 
 class Entry(NamedTuple):
@@ -48,27 +49,31 @@ class EntryFinder:
     def __init__(self, rank: int, world_size: int) -> None:
         self._rank, self._world_size = rank, world_size
         self._everywhere = everywhere(rank, world_size)
+        self._local_of: Any = None
         self._places: dict[int, tuple[Any, MeshPlace]] = {}  # by id of the mesh, which is kept
-        self._parts: dict[Any, tuple[LocalPart, Group, Any]] = {}
+        self._parts: dict[Any, tuple[LocalPart, Group, str]] = {}
+        self._described: dict[tuple[str, torch.dtype], str] = {}
+        self._texts: dict[str, str] = {}
 
     def find(self, state: Mapping[str, Any]) -> tuple[dict[str, Entry], dict[str, tuple[Any, ...]]]:
         """The entries by their keys, and the path of each in the state.
+
+        Args:
+            state: as resolve() gives it.
 
         Raises:
             TypeError: something of it cannot be saved as sharded.
             ValueError: two paths have one key; or a tensor lies on a mesh of other ranks, or has values that are not final.
         """
-        if not isinstance(state, Mapping):
-            raise RefusedType(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
-        # As torch does it: what has a state dict stands for it.
-        given = {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
         try:
-            flat, paths = torch_private.flatten_state_dict(given)
+            flat, paths = torch_private.flatten_state_dict(dict(state))
         except ValueError as error:
             raise RefusedValue(
                 f"cannot save sharded=: {error}: two places of the state have the same name for torch"
             ) from error
         kinds = _kinds()
+        wrappers = torch_private.wrappers()
+        self._local_of = wrappers and wrappers[1]
         with torch.no_grad():  # to_local() gives the tensor itself then
             return {key: self._entry(key, value, kinds) for key, value in flat.items()}, paths
 
@@ -84,7 +89,7 @@ class EntryFinder:
         nbytes = value.numel() * value.itemsize + _ARCHIVE_BYTES
         origin = (0,) * len(shape)
         whole = Box(origin, shape, origin)
-        return Entry(value.detach(), shape, (whole,), self._everywhere, nbytes, value, value.requires_grad)
+        return Entry(value.detach(), shape, (whole,), self._everywhere, nbytes, bare(value), value.requires_grad)
 
     def _sharded_entry(self, key: str, tensor: Any) -> Entry:
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
@@ -96,7 +101,7 @@ class EntryFinder:
             except ValueError as error:
                 raise RefusedValue(f"cannot save '{key}' of sharded=: {error}") from error
         part, group, described = found
-        local = tensor.to_local()
+        local = self._local_of(tensor)
         if (trigger := getattr(local, "trigger_wait", None)) is not None:  # the result of a collective that may be under way
             local = trigger()
         if local.requires_grad or type(local) is not torch.Tensor:
@@ -108,9 +113,17 @@ class EntryFinder:
             )
         _refuse_meta(key, local)
         nbytes = local.numel() * local.itemsize + _ARCHIVE_BYTES
-        return Entry(local, shape, part.boxes, group, nbytes, (*described, tensor.dtype), tensor.requires_grad)
+        return Entry(local, shape, part.boxes, group, nbytes, self._describe(described, tensor.dtype), tensor.requires_grad)
 
-    def _find_part(self, tensor: Any, mesh: Any, shape: tuple[int, ...]) -> tuple[LocalPart, Group, Any]:
+    def _describe(self, part: str, dtype: torch.dtype) -> str:
+        """One object for equal texts: which objects are shared shows in a pickle, and must not differ between ranks."""
+        found = self._described.get((part, dtype))
+        if found is None:
+            text = f"{part} {dtype}"
+            found = self._described[part, dtype] = self._texts.setdefault(text, text)
+        return found
+
+    def _find_part(self, tensor: Any, mesh: Any, shape: tuple[int, ...]) -> tuple[LocalPart, Group, str]:
         kept = self._places.get(id(mesh))
         if kept is None:
             if len(self._places) == _MOST_MESHES:  # somebody makes them anew each time
@@ -119,7 +132,7 @@ class EntryFinder:
             kept = self._places[id(mesh)] = mesh, MeshPlace(mesh, self._rank, self._world_size)
         place = kept[1]
         part = local_part(shape, tensor.placements, place.shape, place.coordinate)
-        described = ("DTensor", shape, " ".join(map(repr, tensor.placements)), place.description)
+        described = f"DTensor {shape} {' '.join(map(repr, tensor.placements))} {place.description}"
         return part, place.group(part.replicated), described
 
 
@@ -136,7 +149,25 @@ def _kinds() -> _Kinds:
     return _Kinds(DTensor, (found,) if isinstance(found, type) else ())
 
 
+def resolve(state: Any) -> dict[str, Any]:
+    """As torch does it: what has a state dict stands for it.
+
+    Raises:
+        TypeError: it is no state dict.
+    """
+    if not isinstance(state, Mapping):
+        raise RefusedType(f"sharded= takes a state dict (nested dicts and lists), not a {type(state).__name__}")
+    return {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
+
+
+def bare(tensor: torch.Tensor) -> torch.Tensor:
+    """As it is compared: no parameter, whose class would be pickled."""
+    return tensor if type(tensor) is torch.Tensor else tensor.detach()
+
+
 def is_stateful(value: Any) -> bool:
+    if type(value) in _NOT_STATEFUL:
+        return False
     return callable(getattr(value, "state_dict", None)) and callable(getattr(value, "load_state_dict", None))
 
 

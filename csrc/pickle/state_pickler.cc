@@ -6,10 +6,12 @@
 #include <utility>
 #include <vector>
 
-#include "pickle/dlpack.h"
 #include "pickle/objects.h"
 #include "pickle/opcodes.h"
 #include "pickle/saved_storage.h"
+#include "pickle/state_form.h"
+#include "pickle/tensor_look.h"
+#include "pickle/vocabulary.h"
 
 namespace py = pybind11;
 
@@ -33,10 +35,8 @@ PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
 // ---- Names ---------------------------------------------------------------------------------------------------------
 
 struct Names {
-  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, is_cpu{"is_cpu"}, layout{"layout"}, dtype{"dtype"}, is_neg{"is_neg"},
-      is_complex{"is_complex"}, is_conj{"is_conj"}, is_nested{"is_nested"}, untyped_storage{"untyped_storage"},
-      nbytes{"nbytes"}, storage_offset{"storage_offset"}, size{"size"}, stride{"stride"},
-      requires_grad{"requires_grad"}, storage{"storage"};
+  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, layout{"layout"}, dtype{"dtype"}, untyped_storage{"untyped_storage"},
+      nbytes{"nbytes"}, storage_offset{"storage_offset"}, requires_grad{"requires_grad"}, storage{"storage"};
 };
 
 const Names& names() {
@@ -48,14 +48,6 @@ const Names& names() {
 
 // An object that this pickler leaves to the one in Python.
 struct Unsupported {};
-
-// What stays the same from save to save; see ckpt/plan/pickler.py, which makes it.
-struct Vocabulary {
-  py::dict globals;        // function, class or dtype -> the opcodes that name it
-  py::dict classes;        // dtype -> (class of its storages or None, bytes per element)
-  py::object tensor_type, parameter_type, ordered_dict, dtype_type, strided, rebuild_tensor, location_tag;
-  const DlExchange* exchange;  // null: a tensor is asked by its methods
-};
 
 // What is new for each save.
 struct Tables {
@@ -265,7 +257,7 @@ class StatePickler {
     const py::object dtype = name.dtype.of(tensor);
     PyObject* known = find(words_.classes, dtype.ptr());
     if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
-    if (!look(tensor)) return false;  // first: elsewhere a tensor need not have a storage
+    if (!shape_.look(words_.exchange, tensor)) return false;  // first: elsewhere a tensor need not have a storage
     const py::object storage = name.untyped_storage.call_on(tensor), cdata = storage_key(storage.ptr());
     if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
     const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
@@ -285,43 +277,6 @@ class StatePickler {
     out_.put('R');
     memoize(tensor);
     return true;
-  }
-
-  // As is_plain() in ckpt/plan/pickler.py.
-  static bool is_bare(PyObject* tensor, PyObject* dtype) {
-    const Names& name = names();
-    return !is_true(name.is_neg.call_on(tensor)) &&
-           !(is_true(name.is_complex.of(dtype)) && is_true(name.is_conj.call_on(tensor))) &&
-           !is_true(name.is_nested.of(tensor)) && !is_true(name.dict.of(tensor)) &&
-           !is_true(owned(PyObject_GetAttr(tensor, torch_names().backward_hooks)));
-  }
-
-  // Fills shape_. False if the tensor is neither on the CPU nor on a CUDA device.
-  bool look(PyObject* tensor) {
-    shape_ = {std::move(shape_.sizes), std::move(shape_.strides), 1, 0, kDlCpu, 0};
-    if (words_.exchange != nullptr) {
-      DlTensor seen{};
-      if (words_.exchange->look(tensor, &seen) != 0) {
-        PyErr_Clear();
-        return false;
-      }
-      shape_.sizes.assign(seen.shape, seen.shape + seen.dimensions);
-      shape_.strides.assign(seen.strides, seen.strides + seen.dimensions);
-      shape_.address = reinterpret_cast<uintptr_t>(seen.data);
-      shape_.device_type = seen.device_type;
-      shape_.device_id = seen.device_id;
-    } else {
-      if (!is_true(names().is_cpu.of(tensor))) return false;
-      copy_numbers(names().size.call_on(tensor).ptr(), shape_.sizes);
-      copy_numbers(names().stride.call_on(tensor).ptr(), shape_.strides);
-    }
-    for (const int64_t size : shape_.sizes) shape_.numel *= size;
-    return shape_.device_type == kDlCpu || shape_.device_type == kDlCuda;
-  }
-
-  static void copy_numbers(PyObject* tuple, std::vector<int64_t>& numbers) {
-    numbers.clear();
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple); ++i) numbers.push_back(to_size(PyTuple_GET_ITEM(tuple, i)));
   }
 
   // For the tensor in shape_.
@@ -376,18 +331,10 @@ class StatePickler {
     memoize(parameter);
   }
 
-  // Of the tensor at hand.
-  struct Shape {
-    std::vector<int64_t> sizes, strides;
-    int64_t numel = 1;
-    unsigned long long address = 0;  // where it is told for nothing
-    int32_t device_type = kDlCpu, device_id = 0;
-  };
-
   const Vocabulary& words_;
   const Tables& tables_;
   OpcodeWriter out_;
-  Shape shape_;
+  TensorShape shape_;  // of the tensor at hand
   std::map<int32_t, std::string> device_tags_;  // by the number of a CUDA device
   std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
 };
@@ -422,7 +369,8 @@ void bind_pickling(py::module_& module) {
            py::arg("location_tag"), py::arg("probe"))
       .def_property_readonly("exchanges", [](const Vocabulary& words) { return words.exchange != nullptr; })
       .def("dump", &dump, py::arg("root"), py::kw_only(), py::arg("records"), py::arg("order"), py::arg("remaps"),
-           py::arg("reduce"));
+           py::arg("reduce"))
+      .def("read_form", &read_form, py::arg("state"), py::kw_only(), py::arg("wrapper"), py::arg("is_value"));
 }
 
 }  // namespace lazyckpt
