@@ -20,14 +20,16 @@ class Place(NamedTuple):
     local_rank: int = 0  # on this machine: which of its GPUs to take
 
 
-def join(backend: str) -> Place:
-    """Makes the process group, if there are several processes."""
+def join(backend: str, also_alone: bool = False) -> Place:
+    """Makes the process group, if there are several processes, or one is to have it, too."""
     if "LOCAL_RANK" in os.environ:  # of torchrun
         dist.init_process_group(backend)
         return Place(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
-    if {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys():  # of mpirun: Open MPI, MPICH and its kin
-        return join_by_mpi(backend)
-    return Place()
+    by_mpi = {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE"} & os.environ.keys()  # of mpirun: Open MPI, MPICH and its kin
+    place = join_by_mpi(backend) if by_mpi else Place()
+    if also_alone and place.ranks == 1:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return place
 
 
 def join_by_mpi(backend: str) -> Place:

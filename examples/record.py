@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 Record = dict[str, Any]
 
@@ -68,13 +69,19 @@ class Log:
             self.write("save", step=step, error=None if error is None else str(error), **dataclasses.asdict(pending.stats))
 
 
+def whole(tensor: Tensor) -> Tensor:
+    """All of it, on each rank: a collective, if it is sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def digest(state: Any) -> str:
-    """SHA-256 over a whole state: every byte of every tensor, and every number beside them."""
+    """SHA-256 over a whole state: every byte of every tensor, and every number beside them. Where tensors are sharded, all
+    ranks must call it."""
     sha = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            value = value.detach().cpu().contiguous()
+            value = whole(value).detach().cpu().contiguous()
             sha.update(f"{value.dtype}{tuple(value.shape)}".encode())
             if value.numel():
                 sha.update((ctypes.c_char * value.nbytes).from_address(value.data_ptr()))

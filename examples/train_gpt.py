@@ -8,6 +8,12 @@ The same on several processes, which must see the same directory:
     torchrun --nproc_per_node 2 examples/train_gpt.py --directory out/run
     mpirun -n 2 python examples/train_gpt.py --directory out/run
 
+With --fsdp each of them holds a part of the model and of its optimizer, and saves that. Any number of processes may resume; to
+learn from the same windows as two with --batch 8, one takes --batch 16:
+
+    torchrun --nproc_per_node 2 examples/train_gpt.py --directory out/run --fsdp
+    python examples/train_gpt.py --directory out/run --fsdp --resume --batch 16
+
 Kill it at any moment, or any one of its processes, and resume it: on a CPU it ends in the same weights, bit for bit. What that
 takes is in `train`: make a CheckpointCallback, resume() before the loop, step() in it. To compare, `--engine torch` saves with
 torch.save and fsync instead, and `--engine none` never.
@@ -23,9 +29,11 @@ from typing import Any
 import launch
 import torch
 from gpt import GPT, Batches, Shape, read_text
-from record import Log, digest
+from record import Log, digest, whole
 from savers import NoSaving, TorchSaving, rng_state
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -41,15 +49,19 @@ class Training:
         self.device = torch.device(args.device)
         if args.device == "cuda":
             self.device = torch.device("cuda", place.local_rank)
-        torch.manual_seed(args.seed + place.rank)  # dropout differs between ranks; the weights will be those of rank 0
+        torch.manual_seed(args.seed)
         shape = Shape(args.layers, args.heads, args.width, args.context, args.dropout)
-        self.model = GPT(shape).to(self.device)
-        self.learner = DistributedDataParallel(self.model) if place.ranks > 1 else self.model
+        self.model = self.learner = GPT(shape).to(self.device)
+        torch.manual_seed(args.seed + place.rank)  # dropout differs between ranks
+        if args.fsdp:
+            shard(self.model, self.device.type, place.ranks)
+        elif place.ranks > 1:
+            self.learner = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(decay_groups(self.model), lr=args.lr, fused=True)
         warmup, last = args.warmup, args.iterations
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: lr_factor(step, warmup, last))
         self.batches = Batches(read_text(args.text), args.batch, args.context, args.seed, place.rank, place.ranks)
-        if place.ranks > 1:
+        if self.learner is not self.model:
             self.warm_up()
 
     def warm_up(self) -> None:
@@ -70,6 +82,13 @@ class Training:
         self.optimizer.step()  # first waits until the save under way is safe, then moves weights
         self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def shard(model: GPT, device: str, ranks: int) -> None:
+    """Makes each parameter a DTensor, of which each rank holds a part."""
+    mesh = init_device_mesh(device, (ranks,))
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh)
 
 
 def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
@@ -130,6 +149,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--text", type=Path, help="a text to learn (default: Python's own documentation)")
     add("--events", type=Path, help="write one JSON line per event here")
     add("--final", type=Path, help="save the final model here, with torch.save")
+    add("--fsdp", action="store_true", help="shard model and optimizer over the processes")
     add("--layers", type=int, default=6)
     add("--heads", type=int, default=8)
     add("--width", type=int, default=512)
@@ -150,18 +170,21 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.engine != "none" and not args.resume and any(args.directory.glob("*")):
         raise SystemExit(f"{args.directory} is not empty: add --resume, or name another --directory")
-    place = launch.join("gloo" if args.device == "cpu" else "nccl")
+    if args.engine == "torch" and args.fsdp:
+        raise SystemExit("--engine torch saves what one process has: it is not for --fsdp")
+    place = launch.join("gloo" if args.device == "cpu" else "nccl", also_alone=args.fsdp)
     if args.engine == "torch" and place.ranks > 1:
         raise SystemExit("--engine torch is for one process")
     training, log = Training(args, place), Log(args.events if place.rank == 0 else None)
     train(args, training, log, quiet=place.rank != 0)
+    parts = [training.model, training.optimizer, training.schedule, training.batches]
+    final = digest([*(part.state_dict() for part in parts), rng_state()])  # on all ranks: of what is sharded each has a part
+    weights = {name: whole(tensor) for name, tensor in training.model.state_dict().items()}
     if place.rank == 0:
-        parts = [training.model, training.optimizer, training.schedule, training.batches]
-        final = digest([*(part.state_dict() for part in parts), rng_state()])
         log.write("end", digest=final)
         print(f"final state: sha256 {final}")
         if args.final is not None:
-            torch.save(training.model.state_dict(), args.final)
+            torch.save(weights, args.final)
     launch.leave()
 
 

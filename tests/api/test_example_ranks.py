@@ -30,6 +30,7 @@ LAUNCHERS = {
     "torchrun": TORCHRUN,
     "mpirun": [str(MPIRUN), "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable],
 }
+ALONE = {"alone": [sys.executable]}
 RANK_VARIABLES = {"torchrun": "RANK", "mpirun": "OMPI_COMM_WORLD_RANK"}
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI", "PMIX", "PRTE")
 DEADLINE_S = patience(60.0)
@@ -45,7 +46,8 @@ def need(launcher: str) -> None:
 
 
 def launch(launcher: str, where: Path, name: str, *more: str) -> subprocess.Popen[str]:
-    command = [*LAUNCHERS[launcher], str(SCRIPT), *TINY, f"--directory={where / 'saved'}", f"--events={where / name}", *more]
+    flags = [*TINY, f"--directory={where / 'saved'}", f"--events={where / name}", *more]
+    command = [*(LAUNCHERS | ALONE)[launcher], str(SCRIPT), *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
     environment |= {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -77,16 +79,17 @@ def events(log: Path) -> list[Record]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def kill_rank_1_once_saved(launcher: str, where: Path, saves: int) -> list[Record]:
-    """SIGKILL for one rank of two when so many saves are durable; what rank 0 had logged when all had ended."""
-    program = launch(launcher, where, "killed")
+def kill_once_saved(launcher: str, where: Path, saves: int, *more: str, ranks: tuple[int, ...] = (1,)) -> list[Record]:
+    """SIGKILL for these ranks when so many saves are durable; what rank 0 had logged when all had ended."""
+    program = launch(launcher, where, "killed", *more)
     try:
         deadline = time.monotonic() + DEADLINE_S
         while [e["event"] for e in events(where / "killed")].count("save") < saves and program.poll() is None:
             assert time.monotonic() < deadline, "the run to be killed makes no progress"
             time.sleep(0.001)
         if program.poll() is None:
-            process_of_rank_1(launcher, program.pid).kill()
+            for process in [processes_of_ranks(launcher, program.pid)[rank] for rank in ranks]:
+                process.kill()
     finally:
         _, errors = finish(program)
     records = events(where / "killed")
@@ -95,9 +98,12 @@ def kill_rank_1_once_saved(launcher: str, where: Path, saves: int) -> list[Recor
     return records
 
 
-def process_of_rank_1(launcher: str, pid: int) -> psutil.Process:
+def processes_of_ranks(launcher: str, pid: int) -> dict[int, psutil.Process]:
+    if launcher in ALONE:
+        return {0: psutil.Process(pid)}
     children = psutil.Process(pid).children(recursive=True)
-    return next(child for child in children if child.environ().get(RANK_VARIABLES[launcher]) == "1")
+    ranks = [(child.environ().get(RANK_VARIABLES[launcher]), child) for child in children]
+    return {int(rank): child for rank, child in ranks if rank is not None}
 
 
 def losses(records: list[Record]) -> dict[int, str]:
@@ -113,7 +119,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_rank_is_killed_and_all_resume(launcher: str, reference: list[Record], tmp_path: Path) -> None:
     need(launcher)
-    killed = kill_rank_1_once_saved(launcher, tmp_path, saves=5)
+    killed = kill_once_saved(launcher, tmp_path, 5)
     resumed = run(launcher, tmp_path, "resumed", "--resume")
 
     expected, start = losses(reference), resumed[0]["resumed_from"]
