@@ -40,7 +40,9 @@ class CheckpointCallback:
 
     * together: modules whose parameters are DTensors (fully_shard, HSDP, tensor parallelism) and their optimizers, by the names
       of the parameters. That is a checkpoint of torch.distributed.checkpoint, which lies in the directory of the step; another
-      number of ranks, and another way of sharding, may resume. FullyShardedDataParallel is refused: use fully_shard.
+      number of ranks, and another way of sharding, may resume. So are modules in FullyShardedDataParallel (FSDP1), if that was
+      given a device_mesh and use_orig_params=True. Of these torch gathers copies in each save(), by collectives, and copies
+      them again when they are loaded: fully_shard costs none of that.
 
     What is the same for all lies in one file, under the names of the arguments ("model", or "model/name" if there are several):
     `torch.load(file)["model"]` is the state dict of the bare model.
@@ -165,8 +167,7 @@ class CheckpointCallback:
         """
         self._check_remaining()
         began_at = when_to_save.now()
-        replicated, state = self._state.capture()
-        sharded = self._state.capture_sharded()
+        replicated, state, sharded = self._state.capture()
         pending = self._checkpointer.save(step, state, replicated=replicated, sharded=sharded, lazy=self._lazy)
         self._step = step
         self._unseen.append(pending)
@@ -236,7 +237,7 @@ class CheckpointCallback:
             map_location="cpu",
             weights_only=weights_only,
             replicated_into=functools.partial(self._state.lend_memory, strict=strict),
-            sharded_into=self._state.sharded_into,
+            sharded_into=self._state.prepare_targets(),
             strict=strict,
             fresh=fresh,
             exclusive=True,

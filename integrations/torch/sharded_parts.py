@@ -1,4 +1,4 @@
-"""Modules whose parameters are DTensors (fully_shard, tensor parallelism), and the optimizers that step these.
+"""Modules whose parameters are DTensors (fully_shard, tensor parallelism), or become such (FSDP1), and what steps these.
 
 Their states go by names of parameters, as torch.distributed.checkpoint.state_dict has them. So they can be loaded on another
 number of ranks, and by whoever reads such checkpoints:
@@ -11,8 +11,9 @@ What a module holds besides parameters is each rank's own, as of modules that ar
 
 from __future__ import annotations
 
+import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from torch import nn
 import ckpt
 from ckpt import optimizers
 
-from . import state_parts
+from . import fsdp1, state_parts
+from .torch_private import is_flattened
 
 State = dict[str, Any]
 Saved = Mapping[str, tuple[tuple[int, ...], torch.dtype] | None]  # by key: shape and dtype of a tensor, None of a value
@@ -44,14 +46,23 @@ class ShardedParts:
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         modules = {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
-        self._modules = {name: part for name, part in modules.items() if any(map(is_dtensor, part.parameters()))}
+        self._flat = {name for name, part in modules.items() if fsdp1.is_wrapped(part)}
+        self._modules = {
+            name: part for name, part in modules.items() if name in self._flat or any(map(is_dtensor, part.parameters()))
+        }
+        # While a module of FSDP1 computes, and after some of its forwards, it does not say which its parameters are.
+        self._parameter_names = {name: frozenset(_named(part)) for name, part in self._modules.items()}
         self._optimizers: dict[str, tuple[torch.optim.Optimizer, nn.Module]] = {}
         self._on_one_side: dict[str, list[str]] = {}  # names in modules, by the checkpoint that targets() was told of last
         self._owners: dict[str, str] = {}  # the names of these modules, by optimizer
         for name, part in parts.items():
-            if isinstance(part, torch.optim.Optimizer) and any(map(is_dtensor, _parameters(part))):
+            if isinstance(part, torch.optim.Optimizer) and any(map(self._is_sharded, _parameters(part))):
                 owner = self._owners[name] = self._owner_of(name, part)
                 self._optimizers[name] = part, self._modules[owner]
+        self._names = {name: _names_in(*pair) for name, pair in self._optimizers.items()}
+
+    def _is_sharded(self, parameter: torch.Tensor) -> bool:
+        return is_dtensor(parameter) or is_flattened(parameter)
 
     def _owner_of(self, name: str, optimizer: torch.optim.Optimizer) -> str:
         stepped = set(map(id, _parameters(optimizer)))
@@ -59,8 +70,8 @@ class ShardedParts:
             if stepped <= set(map(id, module.parameters())):
                 return owner
         raise TypeError(
-            f"{name} steps DTensors that do not all belong to one of the modules that were given: give its module, too, since "
-            "its state is saved by the names of its parameters"
+            f"{name} steps sharded parameters that do not all belong to one of the modules that were given: give its module, "
+            "too, since its state is saved by the names of its parameters"
         )
 
     def __contains__(self, name: str) -> bool:
@@ -71,49 +82,88 @@ class ShardedParts:
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def take(self) -> State:
-        """`sharded` of `ckpt.Checkpointer.save`: the tensors are those that are there."""
-        found: State = {name: _shared_of(module) for name, module in self._modules.items()}
-        found.update((name, _state_of(*pair)) for name, pair in self._optimizers.items())
-        return found
+    def take(self) -> tuple[State, dict[str, State]]:
+        """`sharded` of `ckpt.Checkpointer.save`, with the tensors that are there, but for FSDP1; and what of each module this
+        rank alone has."""
+        states = {name: self._state_of_module(name) for name in self._modules}
+        found: State = {name: self._shared_of(name, state) for name, state in states.items()}
+        for name, pair in self._optimizers.items():
+            found[name] = fsdp1.take_optimizer(*pair) if self._owners[name] in self._flat else _state_of(*pair)
+        return found, {name: self._own_of(name, state) for name, state in states.items()}
 
-    def take_own(self, name: str) -> State | None:
-        """What this rank alone has of it; None if it is no module."""
-        module = self._modules.get(name)
-        return None if module is None else _own_of(module)
+    def _state_of_module(self, name: str) -> State:
+        module = self._modules[name]
+        if name in self._flat:
+            return fsdp1.take_module(module)
+        return {state_parts.bare(key): value for key, value in module.state_dict().items()}
+
+    def _shared_of(self, name: str, state: State) -> State:
+        """Its parameters, and what else of it is sharded."""
+        parameters = self._parameter_names[name]
+        return {key: value for key, value in state.items() if key in parameters or is_dtensor(value)}
+
+    def _own_of(self, name: str, state: State) -> State:
+        parameters = self._parameter_names[name]
+        return {key: value for key, value in state.items() if key not in parameters and not is_dtensor(value)}
 
     # ---- restoring -------------------------------------------------------------------------------------------------
 
-    def targets(self, saved: Saved) -> State:
-        """`sharded_into` of `ckpt.Checkpointer.restore`: what is there, and memory for what an optimizer has not yet.
+    def prepare_targets(self) -> Callable[[Saved], State]:
+        """`sharded_into` of `ckpt.Checkpointer.restore`: what is there, and memory for what an optimizer has not yet, and for
+        FSDP1. To be called by all ranks together; what it gives asks nobody.
 
-        Raises:
+        That raises:
             ckpt.CheckpointError: an optimizer has not stepped, and it does not follow from its parameters how what was saved is
                 laid out.
         """
-        found: State = {name: _shared_of(module) for name, module in self._modules.items()}
+        return functools.partial(self._targets, {name: self._state_of_module(name) for name in self._modules})
+
+    def _targets(self, states: dict[str, State], saved: Saved) -> State:
+        found: State = {name: self._shared_of(name, state) for name, state in states.items()}
         for name, state in found.items():
             theirs = {key.removeprefix(f"{name}.") for key in saved if key.startswith(f"{name}.")}
             self._on_one_side[name] = sorted(theirs ^ state.keys())
-        found.update((name, _target_of(name, self._owners[name], *pair, saved)) for name, pair in self._optimizers.items())
+        found.update((name, self._target_of(name, found, saved)) for name in self._optimizers)
         return found
 
+    def _target_of(self, name: str, found: State, saved: Saved) -> State:
+        (optimizer, module), owner = self._optimizers[name], self._owners[name]
+        if owner not in self._flat:
+            return _target_of(name, owner, _state_of(optimizer, module), _named(module), saved)
+        groups = [{**group, "params": names} for group, names in zip(optimizer.param_groups, self._names[name], strict=True)]
+        return _target_of(name, owner, {"state": {}, "param_groups": groups}, found[owner], saved)
+
     def load(self, name: str, filled: Any, own: State | None, strict: bool) -> list[str]:
-        """Puts back what targets() were filled with; returns the names in a module that only one side has, if not strict.
+        """Puts back what the targets were filled with; returns the names in a module that only one side has, if not strict.
 
         Raises:
             ValueError: it does not fit.
         """
         if name in self._optimizers:
-            _load_optimizer(*self._optimizers[name], filled)
+            self._load_optimizer(name, filled)
             return []
         module, own = self._modules[name], own or {}
-        names = {state_parts.bare(key): key for key in module.state_dict()}
-        differing = sorted(_own_of(module).keys() ^ own.keys())
+        here = self._own_of(name, self._state_of_module(name))
+        differing = sorted(here.keys() ^ own.keys())
         if differing and strict:
             raise ValueError(f"only one side has {', '.join(differing)}")
-        module.load_state_dict({names[key]: value for key, value in own.items() if key in names}, strict=False)
+        fitting = {key: value for key, value in own.items() if key in here}
+        if name in self._flat:
+            fsdp1.load_module(module, {**here, **fitting, **filled})
+        else:
+            names = {state_parts.bare(key): key for key in module.state_dict()}
+            module.load_state_dict({names[key]: value for key, value in fitting.items()}, strict=False)
         return self._on_one_side[name] + differing
+
+    def _load_optimizer(self, name: str, filled: Any) -> None:
+        ours, theirs = self._names[name], [group["params"] for group in filled["param_groups"]]
+        if ours != theirs:
+            raise ValueError(f"its groups have the parameters {ours}, those in the checkpoint {theirs}")
+        optimizer, module = self._optimizers[name]
+        if self._owners[name] in self._flat:
+            fsdp1.load_optimizer(optimizer, module, filled)
+        else:
+            _load_optimizer(optimizer, ours, filled)
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
@@ -123,19 +173,6 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 def _named(module: nn.Module) -> dict[str, torch.Tensor]:
     """Each parameter under each of its names."""
     return {state_parts.bare(name): tensor for name, tensor in module.named_parameters(remove_duplicate=False)}
-
-
-def _shared_of(module: nn.Module) -> State:
-    """Its parameters, and what else of it is sharded."""
-    state = {state_parts.bare(key): value for key, value in module.state_dict().items()}
-    parameters = _named(module)
-    return {name: value for name, value in state.items() if name in parameters or is_dtensor(value)}
-
-
-def _own_of(module: nn.Module) -> State:
-    state = {state_parts.bare(key): value for key, value in module.state_dict().items()}
-    parameters = _named(module)
-    return {name: value for name, value in state.items() if name not in parameters and not is_dtensor(value)}
 
 
 def _names_in(optimizer: torch.optim.Optimizer, module: nn.Module) -> list[list[str]]:
@@ -156,11 +193,15 @@ def _state_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> State:
     return {"state": {named[index]: value for index, value in state["state"].items()}, "param_groups": groups}
 
 
-def _target_of(name: str, owner: str, optimizer: torch.optim.Optimizer, module: nn.Module, saved: Saved) -> State:
-    target, parameters = _state_of(optimizer, module), _named(module)
+def _target_of(name: str, owner: str, target: State, parameters: Mapping[str, torch.Tensor], saved: Saved) -> State:
+    """
+    Args:
+        target: what the optimizer has.
+        parameters: of the module that is the owner, by their names.
+    """
     prefix = f"{name}.state."
     states: dict[str, State] = {}
-    for parameter_name in (each for names in _names_in(optimizer, module) for each in names):
+    for parameter_name in (each for group in target["param_groups"] for each in group["params"]):
         begin = f"{prefix}{parameter_name}."
         keys = [key.removeprefix(begin) for key in saved if key.startswith(begin)]
         here = target["state"].get(parameter_name, {})
@@ -206,10 +247,7 @@ def _memory_for(key: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], 
     )
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, module: nn.Module, filled: Any) -> None:
-    ours, theirs = _names_in(optimizer, module), [group["params"] for group in filled["param_groups"]]
-    if ours != theirs:
-        raise ValueError(f"its groups have the parameters {ours}, those in the checkpoint {theirs}")
+def _load_optimizer(optimizer: torch.optim.Optimizer, ours: list[list[str]], filled: Any) -> None:
     numbers = {name: index for index, name in enumerate(name for names in ours for name in names)}
     groups = [{**group, "params": [numbers[name] for name in group["params"]]} for group in filled["param_groups"]]
     state = {numbers[name]: value for name, value in filled["state"].items()}

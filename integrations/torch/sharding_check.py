@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .torch_private import is_flat_parameter
+from . import fsdp1
+from .torch_private import has_device_mesh, is_flat_parameter, uses_original_parameters
 
 # (module, class, what to use instead). Looked up where the module has been imported: else no object can be one of them.
 _WRAPPERS = (
-    ("torch.distributed.fsdp", "FullyShardedDataParallel", "torch.distributed.fsdp.fully_shard"),
     ("torch.distributed.optim", "ZeroRedundancyOptimizer", "an optimizer on each rank"),
     ("deepspeed", "DeepSpeedEngine", "ckpt.integrations.deepspeed"),
     ("deepspeed.runtime.base_optimizer", "DeepSpeedOptimizer", "ckpt.integrations.deepspeed"),
@@ -27,16 +27,34 @@ def refuse_shards(name: str, part: Any) -> None:
         TypeError: this rank holds only a part of it.
     """
     for path, each in _objects(part):
+        _refuse_unnamed(name, path, each)
         for module, kind, instead in _WRAPPERS:
             if _is_a(each, module, kind):
-                where = f", in '{path}'" if path else ""
                 raise TypeError(
-                    f"{name} is sharded (a {kind}{where}): each rank holds a part of it, and this callback cannot tell which. "
-                    f"Use {instead}"
+                    f"{name} is sharded (a {kind}{_where(path)}): each rank holds a part of it, and this callback cannot tell "
+                    f"which. Use {instead}"
                 )
     for path, parameter in _parameters(part):
         if (shard := _kind_of_shard(parameter)) is not None:
             raise TypeError(f"{name} is sharded ('{path}' is a {shard}); of what is sharded this callback saves DTensors alone")
+
+
+def _refuse_unnamed(name: str, path: str, module: Any) -> None:
+    """FSDP1 of which torch does not give the state as DTensors."""
+    kind = fsdp1.wrapper()
+    if kind is None or not isinstance(module, kind):
+        return
+    missing = [] if has_device_mesh(module) else ["device_mesh=init_device_mesh(...)"]
+    missing += [] if uses_original_parameters(module) else ["use_orig_params=True"]
+    if missing:
+        raise TypeError(
+            f"{name} is sharded (a FullyShardedDataParallel{_where(path)}) without {' and '.join(missing)}: wrap it with both, "
+            "so that torch gives its state as DTensors, or use torch.distributed.fsdp.fully_shard"
+        )
+
+
+def _where(path: str) -> str:
+    return f", in '{path}'" if path else ""
 
 
 def _objects(part: Any) -> Iterator[tuple[str, Any]]:

@@ -178,8 +178,9 @@ def load_state(part: Any, shared: Any, own: dict[str, Any] | None, strict: bool)
 
 
 def bare(key: str) -> str:
-    """The key that it would be if no submodule were compiled."""
-    return ".".join(name for name in key.split(".") if name != "_orig_mod") if "_orig_mod" in key else key
+    """The key that it would be if no submodule were wrapped or compiled."""
+    wrapped = torch_private.WRAPPED
+    return ".".join(name for name in key.split(".") if name not in wrapped) if "._" in f".{key}" else key
 
 
 def same(a: Any, b: Any) -> bool:

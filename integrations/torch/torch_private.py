@@ -47,6 +47,25 @@ def index_sampler(iterator: Any) -> Any:
     return getattr(iterator, "_index_sampler", None)
 
 
+# What wrappers call what they wrap, in names of parameters. State dicts have the first of these names alone.
+WRAPPED = frozenset(("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"))
+
+
+def has_device_mesh(module: Any) -> bool:
+    """Whether a FullyShardedDataParallel was given one; False, too, if it does not say."""
+    return getattr(module, "_device_mesh", None) is not None
+
+
+def uses_original_parameters(module: Any) -> bool:
+    """The same of use_orig_params=True."""
+    return bool(getattr(module, "_use_orig_params", False))
+
+
+def is_flattened(parameter: torch.Tensor) -> bool:
+    """Whether a FullyShardedDataParallel keeps it in a flat one; False, too, if that cannot be told."""
+    return bool(getattr(parameter, "_fsdp_flattened", False))
+
+
 def is_flat_parameter(tensor: torch.Tensor) -> bool:
     """Whether FullyShardedDataParallel has made it, which marks what are plain parameters; its modules are found without."""
     return bool(getattr(tensor, "_is_flat_param", False))

@@ -46,8 +46,9 @@ class Restored(Protocol):
 class TrainingState(Protocol):
     """All that changes while a model learns."""
 
-    def capture(self) -> tuple[State, State]:
-        """What is the same on all ranks, and what is this rank's own: `replicated` and `state` of `ckpt.Checkpointer.save`."""
+    def capture(self) -> tuple[State, State, State | None]:
+        """What is the same on all ranks, what is this rank's own, and of what each rank has a part, if there is anything of the
+        kind: `replicated`, `state` and `sharded` of `ckpt.Checkpointer.save`."""
 
     def resume(self, found: Restored) -> int:
         """Puts back what was captured; returns the optimizer steps done."""
@@ -81,27 +82,23 @@ class NamedParts(TrainingState):
         """Those among the parts. Their parameters and states change only in their steps, so these may leave lazily."""
         return [part for part in self._parts.values() if isinstance(part, torch.optim.Optimizer)]
 
-    def capture(self) -> tuple[State, State]:
+    def capture(self) -> tuple[State, State, State | None]:
         replicated: State = {}
         state: State = {"rng": rng_state()}
+        sharded, of_rank = self._sharded.take() if self._sharded else (None, {})
         for name, part in self._parts.items():
             if name in self._sharded:
-                own = self._sharded.take_own(name)
+                own = of_rank.get(name)
             else:
                 replicated[name], own = take_state(part, split=self._checkpointer.world_size > 1)
             if own is not None:
                 state[f"buffers/{name}"] = own
         state.update((name, part.state_dict()) for name, part in self._data.items())
-        return replicated, state
+        return replicated, state, sharded
 
-    def capture_sharded(self) -> State | None:
-        """`sharded` of `ckpt.Checkpointer.save`: of which each rank has a part; None if there is nothing of the kind."""
-        return self._sharded.take() if self._sharded else None
-
-    @property
-    def sharded_into(self) -> Callable[[Saved], State] | None:
-        """The same of `ckpt.Checkpointer.restore`."""
-        return self._sharded.targets if self._sharded else None
+    def prepare_targets(self) -> Callable[[Saved], State] | None:
+        """`sharded_into` of `ckpt.Checkpointer.restore`. To be called by all ranks together."""
+        return self._sharded.prepare_targets() if self._sharded else None
 
     def resume(self, found: Restored, *, strict: bool = True) -> int:
         """See TrainingState. The random number generators are put back last of all.

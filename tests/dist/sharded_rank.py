@@ -56,6 +56,8 @@ for original in (False, True):
     told(f"fsdp-inside-{original}", lambda inside=inside: callback(model=inside))
     optimizer = torch.optim.Adam(model.parameters())
     told(f"fsdp-optimizer-{original}", lambda o=optimizer: callback(model=nn.Linear(2, 2), optimizer=o))
+model = FullyShardedDataParallel(make(), device_mesh=mesh, device_id=torch.device("cpu"))
+told("fsdp-mesh", lambda model=model: callback(model=model))
 sharded = make()
 fully_shard(sharded, mesh=mesh)
 told("fully_shard", lambda: callback(model=sharded))

@@ -13,7 +13,8 @@ from nursery import Nursery, sharding_nurseries
 from torch.distributed.checkpoint import FileSystemReader
 
 STEPS = 8
-HOW = {"fsdp": 2, "tensor parallel": 2, "sharded buffer": 2, "hybrid": 4}
+HOW = {"fsdp": 2, "tensor parallel": 2, "sharded buffer": 2, "hybrid": 4, "recomputed": 2}
+HOW |= {"fsdp1": 2, "fsdp1 inside": 2, "fsdp1 hybrid": 4}
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -62,14 +63,23 @@ def test_killed_and_resumed(how: str, jobs: Jobs) -> None:
         assert each["digests"] == {step: value for step, value in through["digests"].items() if int(step) > each["found"]}
 
 
+@pytest.mark.parametrize("saved", ["fsdp", "fsdp1", "recomputed"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
-def test_resumed_on_another_number_of_ranks(before: int, after: int, jobs: Jobs) -> None:
+def test_resumed_on_another_number_of_ranks(before: int, after: int, saved: str, jobs: Jobs) -> None:
     """And with another way of sharding."""
-    (through, *_) = jobs.run("saved", "fsdp", before, steps=4)
-    for how in ("fsdp", "tensor parallel"):
+    (through, *_) = jobs.run("saved", saved, before, steps=4)
+    for how in ("fsdp", "tensor parallel", "fsdp1"):
         resumed = jobs.run("saved", how, after, steps=4, seed=1)
         assert {each["found"] for each in resumed} == {4}
         assert {each["resumed"] for each in resumed} == {through["digests"]["4"]}
+
+
+@pytest.mark.parametrize(("how", "world"), [("fsdp", 2), ("fsdp1", 2), ("fsdp1", 1)])
+def test_what_is_written_behind_the_fence_is_not_saved(how: str, world: int, jobs: Jobs) -> None:
+    """While writes are slow. FSDP1 on one rank shards nothing: torch gives what is there, and no copies."""
+    (through, *_) = jobs.run("saved", how, world, steps=1, spoilt=True)
+    for each in jobs.run("saved", how, world, steps=1, seed=1):
+        assert each["found"] == 1 and each["resumed"] == through["digests"]["1"]
 
 
 def test_torch_reads_it(jobs: Jobs, tmp_path: Path) -> None:
@@ -80,12 +90,13 @@ def test_torch_reads_it(jobs: Jobs, tmp_path: Path) -> None:
     assert "model.norm.running_mean" not in keys, "each rank's own"
 
 
-def test_an_optimizer_that_has_not_stepped_when_it_is_saved(jobs: Jobs) -> None:
+@pytest.mark.parametrize("how", ["fsdp", "fsdp1"])
+def test_an_optimizer_that_has_not_stepped_when_it_is_saved(how: str, jobs: Jobs) -> None:
     """To save it makes no steps: the training goes on as without."""
-    (through, *_) = jobs.run("through", "fsdp", 2, steps=3)
-    (early, *_) = jobs.run("early", "fsdp", 2, steps=0, save_first=True)
+    (through, *_) = jobs.run("through", how, 2, steps=3)
+    (early, *_) = jobs.run("early", how, 2, steps=0, save_first=True)
     assert early["digests"] == {}
-    resumed = jobs.run("early", "fsdp", 2, steps=3, seed=1)
+    resumed = jobs.run("early", how, 2, steps=3, seed=1)
     assert {each["found"] for each in resumed} == {0} and [each["digests"] for each in resumed] == [through["digests"]] * 2
 
 

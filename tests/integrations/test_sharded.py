@@ -29,12 +29,14 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 REFUSED = {
-    "fsdp-False": "model is sharded (a FullyShardedDataParallel)",
-    "fsdp-True": "model is sharded (a FullyShardedDataParallel)",
+    "fsdp-False": "model is sharded (a FullyShardedDataParallel) without device_mesh=init_device_mesh(...) and use_orig_params",
+    "fsdp-True": "model is sharded (a FullyShardedDataParallel) without device_mesh=init_device_mesh(...): wrap it with both",
+    "fsdp-mesh": "model is sharded (a FullyShardedDataParallel) without use_orig_params=True: wrap it with both",
     "fsdp-inside-False": "model is sharded (a FullyShardedDataParallel, in 'trunk')",
     "fsdp-inside-True": "model is sharded (a FullyShardedDataParallel, in 'trunk')",
     "fsdp-optimizer-False": "optimizer is sharded ('parameter 0 of group 0' is a FlatParameter)",
-    "fully_shard-optimizer": "optimizer steps DTensors that do not all belong to one of the modules that were given",
+    "fsdp-optimizer-True": "optimizer steps sharded parameters that do not all belong to one of the modules that were given",
+    "fully_shard-optimizer": "optimizer steps sharded parameters that do not all belong to one of the modules that were given",
     "zero": "optimizer is sharded (a ZeroRedundancyOptimizer)",
     "replicated-shard": "replicated= holds a DTensor, of which each rank has a part",
 }
