@@ -11,7 +11,7 @@ import torch.distributed as td
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -92,6 +92,18 @@ def mixed(world: int) -> Trained:
         fully_shard(model, mesh=mesh)
 
     return Trained(wrap, begun=False)
+
+
+def offloaded(world: int) -> Trained:
+    """Kept in host memory. Where all computes there, nothing moves, but it takes the way of what does."""
+    mesh = init_device_mesh("cpu", (world,))
+    policy = CPUOffloadPolicy(pin_memory=False)
+
+    def wrap(model: nn.Module) -> None:
+        fully_shard(model.up, mesh=mesh, offload_policy=policy)
+        fully_shard(model, mesh=mesh, offload_policy=policy)
+
+    return Trained(wrap)
 
 
 def fsdp1(world: int) -> Trained:
@@ -208,6 +220,7 @@ CASES: dict[str, tuple[Callable[[int], Any], tuple[int, ...]]] = {
     "fsdp": (fsdp, (1, 2, 4)),
     "fsdp-fused": (lambda world: fsdp(world, fused=True), (2,)),
     "mixed": (mixed, (2,)),
+    "offloaded": (offloaded, (2,)),
     "fsdp1": (fsdp1, (2,)),
     "hsdp": (hsdp, (2, 4)),
     "tensor-parallel": (tensor_parallel, (1, 2)),

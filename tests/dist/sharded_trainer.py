@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Trainer:
             pass
 
     def save(self, step: int, fault: Any = None, own: Any = None, drop: str | None = None, twice: bool = False,
-             forget: bool = False, grow: int = 0) -> None:  # fmt: skip
+             forget: bool = False, grow: int = 0, sleep_s: float = 0.0) -> None:  # fmt: skip
         state = self.trained.state()
         state["progress"] |= {"step": step, "list": [0] * grow} | ({} if own is None else {"own": own})
         if drop is not None:
@@ -96,6 +97,7 @@ class Trainer:
         expected = digest(sharded_states.in_full(state)) if not self.request["plan"] else "-"
         if fault:
             _native.set_fault(**fault)
+        time.sleep(sleep_s)
         if forget:
             self.checkpointer._layouts._known.clear()
         try:

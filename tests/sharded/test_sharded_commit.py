@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 from nursery import Child, Ended, Nursery, sharding_nurseries
+from support import stop, wait_until
 from test_commit import ALL_RANKS, IMPATIENT, RANK_0_ONLY
 
 from ckpt import _native
@@ -42,23 +44,29 @@ def nurseries() -> Iterator[list[Nursery]]:
         yield made
 
 
+Start = Callable[..., list[Child]]
 Run = Callable[..., list[Told]]
 
 
 @pytest.fixture
-def run(nurseries: list[Nursery], tmp_path: Path) -> Run:
+def start(nurseries: list[Nursery], tmp_path: Path) -> Start:
     numbers = iter(range(100))
 
-    def run(*each: dict[str, Any], **common: Any) -> list[Told]:
+    def start(*each: dict[str, Any], **common: Any) -> list[Child]:
         meeting = str(tmp_path / f"meeting-{next(numbers)}")
         children: list[Child] = []
         for rank in range(2):
             request = {"directory": str(tmp_path / "steps"), "meeting": meeting, "rank": rank, "world": 2} | common
             request |= each[rank] if each else {}
             children.append(nurseries[rank].start(f"from dist import sharded_trainer; sharded_trainer.main({request!r})"))
-        return [Told(child.wait()) for child in children]
+        return children
 
-    return run
+    return start
+
+
+@pytest.fixture
+def run(start: Start) -> Run:
+    return lambda *each, **common: [Told(child.wait()) for child in start(*each, **common)]
 
 
 def ended_well(told: list[Told]) -> list[Told]:
@@ -161,6 +169,28 @@ def test_metadata_that_cannot_be_written(call: str, run: Run, tmp_path: Path) ->
     for each in told:
         assert [*each.durable] == [0, 2] and "No space left" in each.failed[1][1]
     assert not list(step_directory(tmp_path, 1).glob("*.distcp"))
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+    """The save that it misses is given up. The other rank cannot train on without it; when it is back, both do, and save."""
+    slowly = {str(step): {"sleep_s": 0.2} for step in range(12)}
+    children = start(steps=12, plan=slowly, options=IMPATIENT["options"])
+    wait_until(lambda: any((tmp_path / "steps").glob("step-*/manifest.json")), what="the first checkpoint")
+    stop(children[victim].pid)
+    try:
+        wait_until(lambda: "failed" in children[1 - victim].complained(), what="a save that the other gives up")
+    finally:
+        os.kill(children[victim].pid, signal.SIGCONT)
+    told = ended_well([Told(child.wait()) for child in children])
+    first = min(told[1 - victim].failed)
+    assert f"rank {victim}" in told[1 - victim].failed[first][1]
+    newest = {max(each.durable) for each in told}
+    assert min(newest) > first
+    assert victim == 0 or first not in told[victim].durable, "rank 0 alone may have published before it hung"
+    for step in {*told[0].durable, *told[1].durable}:
+        assert_whole(tmp_path, step)
+    assert ended_well(run(first=20, steps=1))[0].found[0][0] == str(max(newest))
 
 
 # ---- killed ----------------------------------------------------------------------------------------------------------
