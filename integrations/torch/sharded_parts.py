@@ -85,17 +85,23 @@ class ShardedParts:
     def take(self) -> tuple[State, dict[str, State]]:
         """`sharded` of `ckpt.Checkpointer.save`, with the tensors that are there, but for FSDP1; and what of each module this
         rank alone has."""
-        states = {name: self._state_of_module(name) for name in self._modules}
+        states = {name: self._state_of_module(name, as_they_are=True) for name in self._modules}
         found: State = {name: self._shared_of(name, state) for name, state in states.items()}
         for name, pair in self._optimizers.items():
             found[name] = fsdp1.take_optimizer(*pair) if self._owners[name] in self._flat else _state_of(*pair)
         return found, {name: self._own_of(name, state) for name, state in states.items()}
 
-    def _state_of_module(self, name: str) -> State:
+    def _state_of_module(self, name: str, as_they_are: bool = False) -> State:
+        """
+        Args:
+            as_they_are: parameters, not tensors without their gradients: to make one of these of a DTensor takes long.
+        """
         module = self._modules[name]
         if name in self._flat:
             return fsdp1.take_module(module)
-        return {state_parts.bare(key): value for key, value in module.state_dict().items()}
+        plain = type(module).state_dict is nn.Module.state_dict
+        state = module.state_dict(keep_vars=True) if as_they_are and plain else module.state_dict()
+        return {state_parts.bare(key): value for key, value in state.items()}
 
     def _shared_of(self, name: str, state: State) -> State:
         """Its parameters, and what else of it is sharded."""
