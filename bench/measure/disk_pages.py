@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -33,3 +34,11 @@ def forget_pages(path: Path) -> None:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         finally:
             os.close(descriptor)
+
+
+def drop_from_cache(directory: Path) -> None:
+    """The files' pages; all that is cached, too, where that is allowed."""
+    forget_pages(directory)
+    if os.geteuid() == 0:
+        with contextlib.suppress(OSError):  # a container: the files' own pages have been dropped
+            Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")

@@ -5,23 +5,21 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 import ckpt
+from bench.measure.ranks import Ranks
 from bench.measure.sampling import Sample, Settings, Side, Values, clock, interleave
 from bench.rivals.base import Rival
 from bench.rivals.dcp import DcpSaveInGroup
 from bench.rivals.ours import Ckpt
 from bench.rivals.torch_save import TorchSave
 from bench.workloads.training import BYTES_PER_PARAMETER, bytes_of, state_of
-from examples.launch import Place
 
 State = dict[str, Any]
 
@@ -45,25 +43,6 @@ class Shape(NamedTuple):
     compute_s: float
     arena: str
     coordinator: str
-
-
-class Ranks:
-    """All ranks of the job, as one of them sees them."""
-
-    def __init__(self, place: Place) -> None:
-        self.rank, self.count = place.rank, place.ranks
-        self.nodes = len(set(self.gather(socket.gethostname())))
-
-    def gather(self, mine: Any) -> list[Any]:
-        if self.count == 1:
-            return [mine]
-        answers: list[Any] = [None] * self.count
-        dist.all_gather_object(answers, mine)
-        return answers
-
-    def meet(self) -> None:
-        if self.count > 1:
-            dist.barrier()
 
 
 # ---- rivals ----------------------------------------------------------------------------------------------------------

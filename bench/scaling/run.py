@@ -16,23 +16,20 @@ import json
 import os
 import shlex
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench.measure.machine import ROOT, describe_run
+from bench.measure.ranks import Ranks, environment_of_ranks, run_job, torchrun
 from bench.measure.rate_limit import active_rate, limited, parse_rate
 from bench.measure.report import Report, table
 from bench.measure.sampling import Settings, column, note
-from bench.scaling.rank import STRONG, WEAK, Measured, Ranks, Shape, measure, shared_workspace
+from bench.scaling.rank import STRONG, WEAK, Measured, Shape, measure, shared_workspace
 from ckpt.quantities import parse_size
 from examples import launch
 
-TIMEOUT_S = 3600.0
-OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI", "PMIX", "PRTE")
 UNITS = {"rate_GBps": "GB/s"}  # of the others: seconds
 HOW = {
     "rate_GBps": "bytes of all ranks, divided by durable_s",
@@ -82,7 +79,7 @@ def run_rank(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures with the others; rank 0 returns the lines, the others none."""
     place = launch.join("gloo")
     try:
-        ranks = Ranks(place)
+        ranks = Ranks(place.rank, place.ranks)
         sizes = parse_size(asked.weak_bytes, "--weak-bytes"), parse_size(asked.model_bytes, "--model-bytes")
         shape = Shape(tuple(asked.kinds.split(",")), *sizes, asked.compute_s, asked.arena, asked.coordinator)
         settings = Settings(asked.directory, rounds=asked.rounds, rest_s=asked.rest_s)
@@ -119,8 +116,7 @@ def run_jobs(asked: argparse.Namespace, arguments: list[str]) -> list[dict[str, 
     """
     report = Report(common_fields(asked.directory), scale=1.0)
     with tempfile.TemporaryDirectory() as scratch:
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(OF_LAUNCHERS)}
-        environment["OMP_NUM_THREADS"] = "1"
+        environment = environment_of_ranks()
         if asked.rank_rate:
             environment = limited(environment, parse_rate(asked.rank_rate), Path(scratch))
         for count in map(int, asked.ranks.split(",")):
@@ -134,7 +130,7 @@ def run_jobs(asked: argparse.Namespace, arguments: list[str]) -> list[dict[str, 
 
 def started_by(launcher: str, count: int) -> list[str]:
     if launcher == "torchrun":
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        return torchrun(count)
     beside = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     mpirun = shutil.which("mpirun", path=beside)
     if mpirun is None:
@@ -154,20 +150,6 @@ def of_a_rank(arguments: list[str]) -> list[str]:
         else:
             kept.append(argument)
     return kept
-
-
-def run_job(command: list[str], environment: dict[str, str]) -> None:
-    with tempfile.TemporaryFile("w+") as said:
-        job = subprocess.Popen(command, stdout=said, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
-        try:
-            status = job.wait(TIMEOUT_S)
-        finally:
-            if job.poll() is None:
-                os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
-        if status != 0:
-            said.seek(0)
-            raise RuntimeError(f"a job of ranks failed ({shlex.join(command)}):\n{said.read()[-4000:]}")
 
 
 def read_lines(paths: list[Path]) -> list[dict[str, Any]]:

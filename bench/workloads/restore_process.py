@@ -6,7 +6,6 @@ python -m bench.workloads.restore_process load CASE DIRECTORY 0     where DIRECT
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import sys
@@ -21,7 +20,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 import ckpt
-from bench.measure.disk_pages import forget_pages
+from bench.measure.disk_pages import drop_from_cache
 from bench.measure.sampling import clock
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.memory_process import MIB, forget_the_past, high_water_mark, make_state
@@ -88,14 +87,6 @@ def way(case: str, directory: Path) -> Callable[[], State]:
         SAFETENSORS: lambda: touched(safetensors.torch.load_file(directory / "state.safetensors")),
     }
     return simple[case]
-
-
-def drop_from_cache(directory: Path) -> None:
-    """The files' pages; all that is cached, too, where that is allowed."""
-    forget_pages(directory)
-    if os.geteuid() == 0:
-        with contextlib.suppress(OSError):  # a container: the files' own pages have been dropped
-            Path("/proc/sys/vm/drop_caches").write_text("1", encoding="ascii")
 
 
 def load(case: str, directory: Path) -> dict[str, Any]:
