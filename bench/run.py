@@ -11,6 +11,7 @@
     python -m bench.run --workload frequency              a save every 10 to every iteration; not part of "all"
     python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
+    python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -50,6 +51,12 @@ def measure_gpu(settings: Settings, report: Report) -> None:
     measure_gpu(settings, report)
 
 
+def measure_sharded(settings: Settings, report: Report) -> None:
+    from bench.sharded.workload import measure_sharded  # with the same
+
+    measure_sharded(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -67,6 +74,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "frequency": measure_frequency,
     "sizes": measure_sizes,
     "restore": measure_restore,
+    "sharded": measure_sharded,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle
@@ -89,7 +97,11 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--rivals", metavar="NAMES", help="parts of the names of those to measure beside ours (all workloads that have rivals)"
     )
-    parser.add_argument("--parts", metavar="NAMES", help="some of blocked, early, rate, iterations, restore (gpu)")
+    parser.add_argument(
+        "--parts",
+        metavar="NAMES",
+        help="some of blocked, early, rate, iterations, restore (gpu); of blocked, restore, planning (sharded)",
+    )
     parser.add_argument(
         "--pretend-cuda", type=Path, metavar="LIBRARY", help="a stand-in for the CUDA driver, to see that gpu works without one"
     )

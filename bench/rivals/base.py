@@ -81,6 +81,10 @@ class Rival:
     def _load(self, path: Path, into: dict[str, Any]) -> Any:
         raise NotImplementedError
 
+    def adopt(self, saves: int) -> None:
+        """Other processes have saved so many checkpoints into its directory; the newest is what load() brings back."""
+        self._saves = saves
+
     def prune(self) -> None:
         """All but the newest `keep` checkpoints go."""
         for number in range(self._saves - self.keep, -1, -1):

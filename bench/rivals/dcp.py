@@ -54,6 +54,9 @@ class InGroup:
     def _writer(self, path: Path) -> dcp.FileSystemWriter:
         return dcp.FileSystemWriter(path)
 
+    def load(self, into: dict[str, Any]) -> None:
+        dcp.load(into, checkpoint_id=str(self.newest))  # type: ignore[attr-defined]
+
 
 class DcpSaveInGroup(InGroup, DcpSave):
     configuration = "torch.distributed.checkpoint.save with FileSystemWriter's defaults, which fsync the data"
@@ -65,6 +68,7 @@ class DcpAsync(DcpSave):
     copies = 1
     kind = AsyncCheckpointerType.THREAD
     staging = StagingOptions(False, False, False, False)  # pinned, shared, asynchronous, non-blocking
+    group: Any = None  # of processes that save together; None: the default one
 
     def __init__(self, directory: Path, keep: int = KEEP) -> None:
         super().__init__(directory, keep)
@@ -85,6 +89,7 @@ class DcpAsync(DcpSave):
             storage_writer=self._writer(path),
             async_checkpointer_type=self.kind,
             async_stager=self._stager,
+            process_group=self.group,
             no_dist=self.no_dist,
         )
         if isinstance(answer, AsyncSaveResponse):
