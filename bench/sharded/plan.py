@@ -17,7 +17,8 @@ class Plan:
         rounds: samples of each side.
         rest_s: rest before each sample, seconds.
         tensors, nbytes: of the state, all ranks together.
-        compute_s: of what stands for forward and backward; None: twice a flush of ours, and at least `least_compute_s`.
+        compute_s: of what stands for forward and backward; None: longer than a flush of each side, and at least
+            `least_compute_s`.
         rivals: parts of the names of those to measure beside ours; empty: all.
         write: whether LOADS begins with writing what is loaded.
         simulated_ranks: of PLANNING.
