@@ -15,7 +15,7 @@ from bench.sharded.plan import Plan
 from bench.sharded.state import Shape, Training, blank_like, difference, local_tensors
 
 KEEP = 1  # checkpoints, besides the one that is being written
-# What stands for forward and backward is longer than the flush of each side: by so much, as far as one save has told.
+# What stands for forward and backward is longer than the flush of each side: by so much, as far as its second save has told.
 FLUSHES_PER_ITERATION = 1.25
 
 
@@ -54,6 +54,7 @@ class Job:
             self.errors[rival.name] = errors[0]
 
     def _check(self, rival: Rival) -> str:
+        self.iterate(rival)  # the first one touches fresh memory, and makes directories
         expected = {name: tensor.clone() for name, tensor in local_tensors(self.training.state).items()}
         self._flushes_s.append(self.iterate(rival)["durable_s"])
         into = blank_like(self.training.state)
