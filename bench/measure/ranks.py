@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 TIMEOUT_S = 3600.0
+GRACE_S = 45.0  # torchrun gives its ranks 30
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_", "OMPI_", "PMI", "PMIX", "PRTE")
 
 
@@ -47,6 +48,16 @@ def environment_of_ranks() -> dict[str, str]:
     return environment | {"OMP_NUM_THREADS": "1"}
 
 
+def end(job: subprocess.Popen[Any]) -> None:
+    """torchrun's ranks have sessions of their own: it must be asked, so that it ends them."""
+    job.terminate()
+    try:
+        job.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+
+
 def run_job(command: list[str], environment: dict[str, str]) -> None:
     """
     Raises:
@@ -58,8 +69,7 @@ def run_job(command: list[str], environment: dict[str, str]) -> None:
             status = job.wait(TIMEOUT_S)
         finally:
             if job.poll() is None:
-                os.killpg(job.pid, signal.SIGKILL)
-                job.wait()
+                end(job)
         if status != 0:
             said.seek(0)
             raise RuntimeError(f"a job of ranks failed ({shlex.join(command)}):\n{said.read()[-4000:]}")
