@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "archives.h"
 #include "base/error.h"
 #include "checks.h"
 #include "cuda/driver.h"
@@ -104,7 +105,7 @@ class Training {
 
   void train(Engine& engine, Random random, std::vector<Save>& saves) {
     for (int i = 0; i < kJobsPerThread; ++i) {
-      Sample sample = to_devices(random, SampleMaker(random, 4096).make());
+      Sample sample = to_devices(random, make_sample(random));
       Save save{directory_ + "/d" + std::to_string(next_file++) + "-", std::move(sample), nullptr};
       try {
         auto file = make_file(random, save.path, !random.one_in(4));
@@ -180,6 +181,7 @@ class Training {
     bytes_cached += save.job->stats.device_cached_bytes;
     const std::string found = read_back(save.path);
     expect(found == save.sample.expected, save.path + " does not hold what it should" + difference(found, save.sample));
+    check_archives(save.sample, save.path + "archive");
     ++durable;
     bytes_verified += found.size();
     ::unlink(save.path.c_str());

@@ -80,10 +80,17 @@ class Buffer {
   size_t length_ = 0;
 };
 
+// A zip archive in a file of several: bytes [begin, end), and its records in order, with their names.
+struct Archive {
+  uint64_t begin = 0, end = 0;
+  std::vector<std::pair<std::string, std::string>> records;
+};
+
 struct Sample {
   FileSpec spec;
-  std::vector<std::pair<Source, Buffer>> memory;
+  std::vector<std::pair<Source, Buffer>> memory;  // of each extent
   std::string expected;
+  std::vector<Archive> archives;  // if it is made of them
 
   void each(Source kind, void (Buffer::*act)()) {
     for (auto& [is, buffer] : memory) {

@@ -1,7 +1,7 @@
 // Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
 // short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold;
-// several ranks write one file together; and bytes come from devices and go to them, which a fake driver plays
-// (libfake_cuda.so, beside the program).
+// of files of several archives each is read by itself; several ranks write one file together; and bytes come from devices and
+// go to them, which a fake driver plays (libfake_cuda.so, beside the program).
 //
 //     stress [seconds] [seed] [directory]
 //
@@ -22,6 +22,7 @@
 #include <thread>
 #include <vector>
 
+#include "archives.h"
 #include "base/error.h"
 #include "base/fault.h"
 #include "checks.h"
@@ -53,6 +54,17 @@ struct Flight {
   bool may_fail = false;
 };
 
+void check_pieces(const Flight& flight) {
+  const Checksums& found = flight.job->checksums;
+  const std::string& file = flight.sample.expected;
+  const size_t count = file.empty() ? 0 : (file.size() - 1) / found.piece_bytes + 1;
+  if (found.pieces.size() != count) return mismatch(flight.path + " has another number of pieces");
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t crc = plain_crc32(file.substr(i * found.piece_bytes, found.piece_bytes));
+    expect(found.pieces[i] == crc, flight.path + " has another CRC-32 in its piece " + std::to_string(i));
+  }
+}
+
 void check_finished(Flight& flight, bool engine_ended) {
   const Outcome outcome = look_at(*flight.job);
   expect(outcome.finished, flight.path + " is not finished");
@@ -65,6 +77,8 @@ void check_finished(Flight& flight, bool engine_ended) {
   const std::string found = read_back(flight.path);
   expect(found == flight.sample.expected, flight.path + " does not hold what it should");
   expect(flight.job->checksums.written == plain_crc32(flight.sample.expected), flight.path + " has another CRC-32");
+  check_pieces(flight);
+  check_archives(flight.sample, flight.path + "archive");
   ++durable;
   bytes_verified += found.size();
   ::unlink(flight.path.c_str());
@@ -113,7 +127,7 @@ class Round {
       Flight flight;
       flight.path = directory_ + "/f" + std::to_string(next_file++) + "-";
       add_fault(random, flight);
-      flight.sample = SampleMaker(random, 4096).make();
+      flight.sample = make_sample(random);
       if (!take_off(engine, random, flight)) continue;
       flight.sample.each(Source::kCopy, &Buffer::spoil);
       if (random.one_in(2)) flight.sample.each(Source::kCopy, &Buffer::release);
@@ -185,7 +199,7 @@ class Round {
     expect(drained, "the engine did not drain");
     expect(engine.in_flight() == 0, "jobs are in flight after close()");
     expect(engine.arena().used() == 0, "the arena is in use after all jobs have ended");
-    Flight late{directory_ + "/late-", SampleMaker(random_, 4096).make(), nullptr, true};
+    Flight late{directory_ + "/late-", make_sample(random_), nullptr, true};
     try {
       engine.submit(std::make_unique<WritableFile>(late.path, false), late.sample.spec, {}, 1, {});
       mismatch("a closed engine took a job");
@@ -332,10 +346,10 @@ int main(int argc, char** argv) {
     if (rounds % 5 == 0) call_off(random, directory);
   }
   std::printf("%d rounds: %d files durable and right (%.1f MiB, %.1f through caches), %d failed, %d called off, %d fences interrupted; "
-              "%d damaged files, %d found; %d written together, %d with a share that failed; %.1f MiB loaded; %d mismatches\n",
+              "%d damaged files, %d found; %d written together, %d with a share that failed; %d archives read; %.1f MiB loaded; %d mismatches\n",
               rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576,
               static_cast<double>(bytes_cached) / 1048576, failed.load(), cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
-              torn.load(), static_cast<double>(bytes_loaded) / 1048576, mismatches.load());
+              torn.load(), archives_read.load(), static_cast<double>(bytes_loaded) / 1048576, mismatches.load());
   if (mismatches == 0) {
     ::unlink((directory + "/fuzzed").c_str());
     if (::rmdir(directory.c_str()) != 0) mismatch("files were left behind in " + directory);
