@@ -1,8 +1,9 @@
 """Jobs on the strict model of the CUDA driver, as they come: `make device-stress SECONDS=1800 SEED=1`.
 
 Each round has several jobs side by side, each in a thread, with two optimizers on two streams of a device, options and a
-directory of its own; meanwhile copies are held up, calls fail, and somebody captures graphs. Every file that a save says it has
-written holds what was there at save(), the driver finds no rule broken, and nothing of it is left at the end.
+directory of its own, and some of whose saves are sharded; meanwhile copies are held up, calls fail, and graphs are captured.
+Every file that a save says it has written holds what was there at save(), the driver finds no rule broken, and nothing of it is
+left at the end.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import fake_driver
 import torch
+import torch.distributed.checkpoint as stock
 from device_training import Training
 from fake_driver import FakeCuda
 from support import close_engines, options
@@ -101,6 +103,7 @@ class Expected:
     pending: ckpt.PendingSave
     values: list[int]  # of the first optimizer, the second, the buffers
     text: str
+    sharded: Any = None  # what has been saved so
 
 
 @dataclasses.dataclass
@@ -186,8 +189,9 @@ class Job:
                  "host": torch.full((5000,), float(step)), "step": step}  # fmt: skip
         values = [self.optimizers[0].value, self.optimizers[1].value, self.buffers_value]
         with contextlib.suppress(CheckpointError), self.counted("saves that were refused"):
-            pending = saver.save(step, state)
-            self.waits.append(Expected(pending, values, "state.pt"))
+            sharded = self.chance.random() < 0.4
+            pending = saver.save(step, sharded=state) if sharded else saver.save(step, state)
+            self.waits.append(Expected(pending, values, "" if sharded else "state.pt", state if sharded else None))
         for buffer in self.buffers:  # eager: they may change at once
             self.world.write(buffer, 251)
 
@@ -224,8 +228,14 @@ class Job:
             path = expected.pending.result(STALLS_S)
         except CheckpointError:
             return self.count("saves that failed")
-        found = torch.load(path / expected.text if expected.text else path, weights_only=True)
-        parts = [found["first"], found["second"], found["buffers"]] if expected.text else [found]
+        if expected.sharded is None:
+            found = torch.load(path / expected.text if expected.text else path, weights_only=True)
+        else:
+            found = {
+                name: [torch.zeros_like(each) for each in expected.sharded[name]] for name in ("first", "second", "buffers")
+            }
+            stock.load(found, checkpoint_id=str(path), no_dist=True)
+        parts = [found["first"], found["second"], found["buffers"]] if isinstance(found, dict) else [found]
         for part, value in zip(parts, expected.values, strict=True):
             for tensor in part:
                 seen = set(tensor.contiguous().view(torch.uint8).unique().tolist())
