@@ -54,6 +54,9 @@ class Devices(Protocol):
     def synchronize_stream(self, device: int) -> None:
         """Waits for all that its current stream has been given."""
 
+    def mark(self, device: int) -> Callable[[], None]:
+        """What waits, on any thread, for all that its current stream has been given so far."""
+
     def start_sums(self, spans: Sequence[Span], device: int) -> Callable[[float], list[int] | None]:
         """Enqueues, on the current stream, the sums of the 64-bit little-endian words of each (the last filled up with zeros).
 
@@ -101,6 +104,11 @@ class TorchDevices:
 
     def synchronize_stream(self, device: int) -> None:
         torch.cuda.current_stream(device).synchronize()
+
+    def mark(self, device: int) -> Callable[[], None]:
+        done = torch.cuda.Event()
+        done.record(torch.cuda.current_stream(device))
+        return done.synchronize
 
     def start_sums(self, spans: Sequence[Span], device: int) -> Callable[[float], list[int] | None]:
         with torch.cuda.device(device), torch.no_grad():

@@ -78,6 +78,10 @@ class StagedState(concurrent.futures.Future):
             ticket.lost.atexit = False
         return self._placeholder
 
+    def changed(self) -> str | None:
+        """See StagedTensors."""
+        return self.tensors.changed(self._placeholder)
+
     def finish(self) -> None:
         """Its tensors may change. Safe to call again."""
         self.tensors.release()

@@ -51,11 +51,13 @@ class LazyStorageWriter(FileSystemWriter):
     def write_data(self, plan: Any, planner: Any) -> Any:
         staged = take_staged()
         try:
+            if staged is not None:
+                staged.tensors.await_copies()
             prefix = _PREFIX.fullmatch(torch_private.prefix_of(plan) or "")
             if self._leaves_it_to_torch() or prefix is None:
                 written = super().write_data(plan, planner)  # fences wait for all of it
-                if staged is not None and not staged.tensors.release():
-                    raise _too_late(self.path)
+                if staged is not None:
+                    self._let_go(staged)
                 return written
             return self._write(plan, planner, int(prefix[1]), staged)
         finally:
@@ -93,8 +95,8 @@ class LazyStorageWriter(FileSystemWriter):
         tensors.clear()
         try:
             # Only now: as long as nothing is submitted, a step of an optimizer must wait for it.
-            if staged is not None and not staged.tensors.release():
-                raise _too_late(self.path)
+            if staged is not None:
+                self._let_go(staged)
             if files.pending is not None:
                 if staged is not None:
                     files.pending.add_captured_callback(lambda _: staged.finish())
@@ -105,6 +107,20 @@ class LazyStorageWriter(FileSystemWriter):
             written.discard(sorted({name for name, _, _ in (*files.tensors, *files.blobs)}))
             raise
         return _results(files, of_tensors, of_blobs)
+
+    def _let_go(self, staged: StagedState) -> None:
+        """Steps of optimizers may go on, for which fences look at what was submitted."""
+        changed = staged.changed()
+        if not staged.tensors.release():
+            raise CaptureError(
+                f"the save to '{self.path}' was given up: a step of an optimizer has waited for torch to plan it, longer than "
+                "Options.timeout_s. Does async_save() share its process group with the training?"
+            )
+        if changed is not None:
+            raise CaptureError(
+                f"{changed} was changed before its bytes were captured by the save to '{self.path}'; nothing was published. "
+                "Call ckpt.fence() before code that writes to tensors outside an optimizer step"
+            )
 
     def finish(self, metadata: Any, results: list[list[WriteResult]]) -> None:
         if self._leaves_it_to_torch():
@@ -128,10 +144,3 @@ def _results(files: ItemFiles, of_tensors: list[Any], of_blobs: list[Any]) -> An
     future: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
     future.set_result(results)
     return future
-
-
-def _too_late(path: Any) -> CaptureError:
-    return CaptureError(
-        f"the save to '{path}' was given up: a step of an optimizer has waited for torch to plan it, longer than "
-        "Options.timeout_s. Does async_save() share its process group with the training?"
-    )
