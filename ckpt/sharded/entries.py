@@ -10,7 +10,7 @@ import torch
 from ckpt import torch_private
 from ckpt.sharded.chunks import Box, LocalPart, local_part
 from ckpt.sharded.meshes import Group, MeshPlace, everywhere
-from ckpt.sharded.refusals import RefusedType, RefusedValue
+from ckpt.sharded.refusals import RefusedType, RefusedValue, refuse_unreadable
 
 # Of who writes an item. An archive is about as much beside its tensor, and a value about as much as an archive.
 _ARCHIVE_BYTES = 1024
@@ -84,8 +84,8 @@ class EntryFinder:
             raise RefusedType(_refusal(key, value))
         if not isinstance(value, torch.Tensor):
             return Entry(value, None, (), self._everywhere, _ARCHIVE_BYTES, value)
+        refuse_unreadable(key, value)
         shape = tuple(value.shape)
-        _refuse_meta(key, value)
         nbytes = value.numel() * value.itemsize + _ARCHIVE_BYTES
         origin = (0,) * len(shape)
         whole = Box(origin, shape, origin)
@@ -111,7 +111,7 @@ class EntryFinder:
                 f"cannot save '{key}' of sharded=: this rank holds {tuple(local.shape)} of it, where {part.shape} follows from "
                 f"its shape {shape} and its placements {tensor.placements} on the {mesh}"
             )
-        _refuse_meta(key, local)
+        refuse_unreadable(key, local)
         nbytes = local.numel() * local.itemsize + _ARCHIVE_BYTES
         return Entry(local, shape, part.boxes, group, nbytes, self._describe(described, tensor.dtype), tensor.requires_grad)
 
@@ -179,8 +179,3 @@ def _refusal(key: str, value: Any) -> str:
             "of torch.distributed.checkpoint.state_dict, from a model that was wrapped with a device_mesh, which gives DTensors"
         )
     return f"cannot save '{key}' of sharded=: a {kind} says by itself what of it is saved; give DTensors, tensors or values"
-
-
-def _refuse_meta(key: str, tensor: torch.Tensor) -> None:
-    if tensor.is_meta:
-        raise RefusedValue(f"cannot save '{key}' of sharded=: it is on the meta device and has no values")

@@ -41,11 +41,15 @@ class VerifyingStorageReader(FileSystemReader):
         super().reset(checkpoint_id)
         self.damage, self._is_ours = None, False
 
-    def read_metadata(self, *arguments: Any, **more: Any) -> Any:
-        if self._serves:
-            return super().read_metadata(*arguments, **more)
-        self.open_metadata(Path(self.path) / _METADATA)
-        return super().read_metadata(*arguments, **more)
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
+        """torch goes by the name of `kwargs`: where there is no `.metadata` of all ranks, it asks for that of this rank."""
+        if kwargs.get("rank") is None:
+            self.damage = None
+            if not self._serves:
+                self.open_metadata(Path(self.path) / _METADATA)
+        elif self.damage is not None:
+            raise self.damage  # there is one: what ranks have written each for itself is older
+        return super().read_metadata(*args, **kwargs)
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         if not self._serves and self._is_ours:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 import ckpt
 from ckpt.dcp import ItemFiles, ItemWriter, publish_metadata
-from ckpt.errors import CaptureError
+from ckpt.errors import CaptureError, UnsupportedError
 
 from . import torch_private
 from .notices import say_once
@@ -85,6 +85,7 @@ class LazyStorageWriter(FileSystemWriter):
             for item in plan.items:
                 data = planner.resolve_data(item)
                 if isinstance(data, torch.Tensor):
+                    _refuse_unreadable(item.index.fqn, data)
                     tensors.append((data, staged is None or not staged.tensors.is_live(data)))
                     of_tensors.append(item)
                 else:
@@ -133,6 +134,13 @@ class LazyStorageWriter(FileSystemWriter):
         for info in metadata.storage_data.values():
             used[info.relative_path] = max(used.get(info.relative_path, 0), info.offset + info.length)
         publish_metadata(Path(self.path), pickle.dumps(metadata), used)
+
+
+def _refuse_unreadable(key: str, tensor: torch.Tensor) -> None:
+    """As torch does, by accident: it could not load it."""
+    if tensor.is_meta or tensor.layout is not torch.strided:
+        what = "on the meta device" if tensor.is_meta else f"of {tensor.layout}"
+        raise UnsupportedError(f"cannot save '{key}': torch.distributed.checkpoint loads no tensors {what}")
 
 
 def _results(files: ItemFiles, of_tensors: list[Any], of_blobs: list[Any]) -> Any:

@@ -47,6 +47,7 @@ def states(rank: int) -> dict[str, Any]:
         "same-key": {"a": {"b": 1}, "a.b": 2},
         "inside": {"pair": (shard, 1)},
         "meta": {"w": torch.zeros(3, device="meta")},
+        "sparse": {"w": torch.eye(3).to_sparse()},
         "function": {"f": lambda: rank},
         "list": [shard],
         "short": {"w": short},

@@ -14,6 +14,7 @@ TOLD = {
     "same-key": "ValueError: cannot save sharded=: duplicated flatten key a.b: two places of the state have the same name",
     "inside": "TypeError: sharded= holds a DTensor inside of something that is saved as one value",
     "meta": "ValueError: cannot save 'w' of sharded=: it is on the meta device",
+    "sparse": "ValueError: cannot save 'w' of sharded=: torch.distributed.checkpoint loads no tensors of torch.sparse_coo",
     "function": "TypeError: cannot save 'f' of sharded=: it cannot be pickled: ",
     "list": "TypeError: sharded= takes a state dict (nested dicts and lists), not a list",
     "good": "accepted",
