@@ -113,7 +113,7 @@ class TorchDevices:
     def start_sums(self, spans: Sequence[Span], device: int) -> Callable[[float], list[int] | None]:
         with torch.cuda.device(device), torch.no_grad():
             found = torch.stack([word_sum(*span) for span in spans])
-            host = torch.empty(len(spans), dtype=torch.int64, pin_memory=True)
+            host = torch.empty(len(spans), dtype=torch.int64, device="cpu", pin_memory=True)
             host.copy_(found, non_blocking=True)
             done = torch.cuda.Event()
             done.record()

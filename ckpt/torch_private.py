@@ -233,7 +233,7 @@ NEWER_DTYPES = [getattr(torch, name) for name in _NEWER if hasattr(torch, name)]
 @functools.cache
 def _has_addresses() -> bool:
     """Whether `_cdata` tells which storages are one and the same."""
-    first, other = torch.zeros(4), torch.zeros(4)
+    first, other = torch.zeros(4, device="cpu"), torch.zeros(4, device="cpu")
     try:
         key, again, another = (each.untyped_storage()._cdata for each in (first, first[1:], other))
         return type(key) is int and key == again != another
@@ -244,7 +244,7 @@ def _has_addresses() -> bool:
 @functools.cache
 def _has_versions() -> bool:
     """Whether `_version` tells that a tensor has been written to, by whichever view."""
-    tensor = torch.zeros(4)
+    tensor = torch.zeros(4, device="cpu")
     try:
         before = tensor._version
         tensor.detach()[1:].add_(1)
@@ -256,7 +256,7 @@ def _has_versions() -> bool:
 @functools.cache
 def _storages_last() -> bool:
     """Whether a storage is the same Python object whenever it is asked for, also if nobody has kept that."""
-    tensor = torch.zeros(4)
+    tensor = torch.zeros(4, device="cpu")
     try:
         tensor.untyped_storage().kept = True  # type: ignore[attr-defined]
         return hasattr(tensor[1:].untyped_storage(), "kept")

@@ -228,8 +228,11 @@ def _records(value: Any) -> tuple[dict[str, bytes], dict[str, torch.UntypedStora
 
 
 def _sample() -> tuple[dict[str, bytes], dict[str, torch.UntypedStorage]]:
-    numbers = torch.arange(6.0)
-    return _records({"a": numbers, "b": numbers[2:5:2], "c": torch.ones(3, dtype=torch.int16), "d": torch.ones(4) > 0, "e": 5})
+    numbers = torch.arange(6.0, device="cpu")
+    ones = torch.ones(4, device="cpu")
+    return _records(
+        {"a": numbers, "b": numbers[2:5:2], "c": torch.ones_like(ones[1:], dtype=torch.int16), "d": ones > 0, "e": 5}
+    )
 
 
 def _is_sample(found: Any) -> bool:

@@ -328,8 +328,14 @@ def short_way() -> bool:
 
 
 def _is_short_way_right() -> bool:
-    whole = torch.zeros(3)
-    sample = [whole, Parameter(whole), torch.ones(2, dtype=torch.bfloat16), whole > 0, torch.empty(2, dtype=torch.uint16)]
+    whole = torch.zeros(3, device="cpu")
+    sample = [
+        whole,
+        Parameter(whole),
+        torch.ones_like(whole[1:], dtype=torch.bfloat16),
+        whole > 0,
+        torch.empty_like(whole[1:], dtype=torch.uint16),
+    ]
     table = StorageTable({})
     native = state_pickler.dump(sample, records=table.records, order=table.order, remaps={}, reduce=table.reducer_override)
     return native == dump_in_python(sample, {})[0] == dump_in_python(sample, {}, short=False)[0]

@@ -76,7 +76,7 @@ class ArchiveBuilder:
         number = self._numbers.get(name)
         if number is None:
             # Nothing of it but its form is in the pickle; memory that nobody touches costs nothing.
-            data, _ = pickle_object(torch.empty_strided(size, stride, dtype=dtype))
+            data, _ = pickle_object(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
             number = self._note_pickle(name, data)
         self._add(number, [_record(tensor, interval)])
         if tensor.is_contiguous():

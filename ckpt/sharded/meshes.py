@@ -62,14 +62,14 @@ class MeshPlace:
         self._root_ranks = root.flatten()
         self._groups: dict[tuple[int, ...], Group] = {}
 
-        place_of = torch.empty(world_size, dtype=torch.int64)  # in the root, by the rank
-        place_of[self._root_ranks] = torch.arange(world_size)
+        place_of = torch.empty(world_size, dtype=torch.int64, device="cpu")  # in the root, by the rank
+        place_of[self._root_ranks] = torch.arange(world_size, device="cpu")
         # Places in the root, as a sum of two: of that which tells the ranks of the mesh apart, and of what they have in common.
         coordinates = (
             torch.stack(torch.unravel_index(place_of[own.flatten()], root.shape)) if root.dim() else own.new_zeros(1, 1)
         )
         varies = (coordinates != coordinates[:, :1]).any(1)
-        strides = torch.tensor(_strides(root.shape), dtype=torch.int64)
+        strides = torch.tensor(_strides(root.shape), dtype=torch.int64, device="cpu")
         self._inside = (coordinates * (strides * varies)[:, None]).sum(0).reshape(own.shape)
         self._beside = _all_places([n for n, inside in zip(root.shape, varies.tolist(), strict=True) if not inside],
                                    strides[~varies].tolist())  # fmt: skip
@@ -107,7 +107,7 @@ def _check_ranks(mesh: Any, root: torch.Tensor, rank: int, world_size: int) -> N
             f"rank {rank} of {world_size} for the Checkpointer: both must be the same (see coordinator=)"
         )
     ranks = root.flatten()
-    if ranks.numel() != world_size or not torch.equal(ranks.sort().values, torch.arange(world_size)):
+    if ranks.numel() != world_size or not torch.equal(ranks.sort().values, torch.arange(world_size, device="cpu")):
         raise ValueError(
             f"the {mesh} has {ranks.numel()} ranks, which are not those of the Checkpointer, 0 to {world_size - 1}: sharded "
             "tensors must lie on a mesh of all ranks, or on a part of one"
@@ -122,9 +122,9 @@ def _strides(shape: Sequence[int]) -> list[int]:
 
 
 def _all_places(shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    places = torch.zeros(1, dtype=torch.int64)
+    places = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in zip(shape, strides, strict=True):
-        places = (places[:, None] + torch.arange(size)[None, :] * stride).flatten()
+        places = (places[:, None] + torch.arange(size, device="cpu")[None, :] * stride).flatten()
     return places
 
 

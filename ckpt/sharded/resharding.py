@@ -105,7 +105,7 @@ class ReadPlan:
             reads.destinations.append(ByteDestination(begin, end, target.data_ptr()))
             reads.keep.append(target)
             return None
-        memory = torch.empty(last - first, dtype=dtype)
+        memory = torch.empty(last - first, dtype=dtype, device="cpu")
         reads.destinations.append(ByteDestination(begin, end, memory.data_ptr()))
         reads.keep.append(memory)
         strides = _strides(sizes)
@@ -119,7 +119,7 @@ class ReadPlan:
         return None
 
     def _read_archive(self, info: Any, finish: Callable[[torch.Tensor], None]) -> None:
-        memory = torch.empty(info.length, dtype=torch.uint8)
+        memory = torch.empty(info.length, dtype=torch.uint8, device="cpu")
         reads = self._of_file(info.relative_path)
         reads.destinations.append(ByteDestination(info.offset, info.offset + info.length, memory.data_ptr()))
         reads.keep.append(memory)

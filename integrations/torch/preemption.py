@@ -122,7 +122,7 @@ class SharedFlag:
 
             return take
         work.wait()  # makes the stream wait, not the host
-        on_host = torch.empty(1, dtype=torch.int32, pin_memory=True)
+        on_host = torch.empty(1, dtype=torch.int32, device="cpu", pin_memory=True)
         on_host.copy_(flag, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
