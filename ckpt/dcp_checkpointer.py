@@ -31,7 +31,7 @@ from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
 from ckpt.session import SaveSession
-from ckpt.sharded.entries import EntryFinder
+from ckpt.sharded.entries import EntryFinder, is_stateful
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 
@@ -53,6 +53,7 @@ class DcpCheckpointer(SaveSession):
 
     Raises:
         CheckpointError: the ranks cannot agree; PeerError: not all of them came.
+        ValueError: this process is not in the group.
     """
 
     def __init__(self, *, options: Options | None = None, group: Any = None, alone: bool = False) -> None:
@@ -92,6 +93,8 @@ class DcpCheckpointer(SaveSession):
         task = SaveTask(path, on_done=functools.partial(self._note_done, call.number))
         agreement = _Agreement(self, call)
         try:
+            state = _with_state_dicts(state)
+            agreement.has_states = True
             self._begin(task, call, state, lazy, agreement)
         except BaseException as error:
             if not agreement.reached:
@@ -188,11 +191,12 @@ class _Agreement:
 
     Attributes:
         reached: all go on. Else nothing is owed to the others once explain() has returned.
+        has_states: what has a state dict has given it. What goes wrong before is no matter of what is saved, or by whom.
     """
 
     def __init__(self, session: DcpCheckpointer, call: SaveCall) -> None:
         self._session, self._call = session, call
-        self.reached = False
+        self.reached = self.has_states = False
         self._asked = False
 
     def reach(self, file: FileInFlight) -> None:
@@ -209,7 +213,7 @@ class _Agreement:
 
     def explain(self, error: BaseException) -> BaseException:
         """What this rank raises because of what went wrong before all agreed; the others are told."""
-        is_unfit = isinstance(error, Exception) and not isinstance(error, CheckpointError)
+        is_unfit = self.has_states and isinstance(error, Exception) and not isinstance(error, CheckpointError)
         text = str(error) or type(error).__name__
         if not self._asked:
             kind = _UNSUPPORTED if is_unfit else "CheckpointError"
@@ -238,6 +242,12 @@ class _Agreement:
         return json.loads(said) or None
 
 
+def _with_state_dicts(state: Any) -> Any:
+    if not isinstance(state, Mapping):
+        return state
+    return {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
+
+
 def _find_refusal(answers: list[dict[str, Any]]) -> dict[str, str] | None:
     kinds = sorted((answer["kind"] in ("", _UNSUPPORTED), rank) for rank, answer in enumerate(answers) if answer["kind"])
     if kinds:  # an error before what is only not supported
@@ -260,6 +270,8 @@ def _coordinator(group: Any, alone: bool) -> Coordinator:
         return make_coordinator("local")
     if group is None or group is dist.group.WORLD:
         return make_coordinator("torch" if dist.get_world_size() > 1 else "local")
+    if dist.get_rank(group) < 0:
+        raise ValueError("this process does not belong to the process group whose ranks are to save together")
     return of_group(group) if dist.get_world_size(group) > 1 else make_coordinator("local")
 
 

@@ -166,6 +166,10 @@ def apart(request: dict[str, Any]) -> None:
     root, rank = Path(request["directory"]), request["rank"]
     groups = [td.new_group([0, 1]), td.new_group([2, 3])]
     half = rank // 2
+    try:
+        dcp.save({"w": torch.ones(3)}, checkpoint_id=str(root / "foreign"), process_group=groups[1 - half])
+    except ValueError as refused:
+        say(refused=str(refused))
     for number in range(2 + half):
         state = {"w": torch.full((70_000,), float(10 * half + number)), "half": half}
         dcp.save(state, checkpoint_id=str(root / f"half-{half}"), process_group=groups[half])
@@ -207,6 +211,75 @@ def _check_unlike(root: Path, trained: Any, expected: Any, rank: int) -> None:
     own = found.pop("own")
     assert own["number"] == 2 and own[f"rank-{rank}"].unique().tolist() == [float(rank)]
     say(error=sharded_states.difference(expected, sharded_states.in_full(found)))
+
+
+# ---- what goes wrong on one rank -------------------------------------------------------------------------------------
+
+
+class Failing:
+    """Gives no state on rank 1."""
+
+    def __init__(self, rank: int, error: BaseException) -> None:
+        self.rank, self.error = rank, error
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.rank == 1:
+            raise self.error
+        return {"x": torch.ones(2)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        raise NotImplementedError
+
+
+def lonely(request: dict[str, Any]) -> None:
+    """Rank 1 has errors of its own: all ranks hear of each, and go on. Nothing is waited for in a collective of torch."""
+    begin(request)
+    root, rank = Path(request["directory"]), request["rank"]
+    dcp.configure(options())
+    trained = sharded_states.fsdp(request["world"])
+    state = {**trained.state(), "number": 1}
+    expected = sharded_states.in_full(state)
+    dcp.save(state, checkpoint_id=str(root / "id"))
+    for error in (RuntimeError("no state today"), KeyboardInterrupt("now")):
+        for call in (dcp.save, dcp.async_save):
+            try:
+                call({"what": Failing(rank, error), "number": 2}, checkpoint_id=str(root / "id"))
+            except BaseException as found:
+                say(raised=type(found).__name__, text=str(found))
+    _check(root / "id", trained, expected)
+    _damage(root, rank, "__1_*.distcp")
+    _try_to_load(root / "id", trained)
+    _damage(root, rank, ".metadata")
+    _try_to_load(root / "id", trained)
+    dcp.save(state, checkpoint_id=str(root / "id"))
+    _check(root / "id", trained, expected)
+    dcp.close()
+    td.barrier()
+    os._exit(0)
+
+
+def _check(path: Path, trained: Any, expected: Any) -> None:
+    trained.step()
+    found = {**trained.state(), "number": -1}
+    dcp.load(found, checkpoint_id=str(path))
+    say(error=sharded_states.difference(expected, sharded_states.in_full(found)))
+
+
+def _damage(root: Path, rank: int, name: str) -> None:
+    td.barrier()
+    if rank == 0:
+        (path,) = (root / "id").glob(name)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    td.barrier()
+
+
+def _try_to_load(path: Path, trained: Any) -> None:
+    try:
+        dcp.load({**trained.state(), "number": -1}, checkpoint_id=str(path))
+    except BaseException as found:
+        say(raised=type(found).__name__, text=str(found))
 
 
 def main(request: dict[str, Any]) -> None:

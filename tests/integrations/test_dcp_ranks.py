@@ -212,6 +212,8 @@ def test_metadata_that_cannot_be_written(call: str, start: Start, reader: Reader
 
 def test_groups_save_beside_each_other(start: Start, tmp_path: Path) -> None:
     told = ended_well(start("apart", tmp_path, 4))
+    assert all("does not belong to the process group" in words.pop(0)["refused"] for words in told)
+    assert not (tmp_path / "foreign").exists()
     assert [words[0] for words in told] == [{"half": 0, "w": [1.0]}] * 2 + [{"half": 1, "w": [12.0]}] * 2
     assert sorted(path.name for path in (tmp_path / "rank-3").glob("*.distcp")) == ["__0_0.distcp"]
 
@@ -222,3 +224,17 @@ def test_states_that_differ_are_left_to_torch(start: Start, tmp_path: Path) -> N
     assert ended_well(ended) == [[{"error": ""}]] * 2
     for each in ended:
         assert each.stderr.count("makes this save, with LazyStorageWriter, because rank 1 has other keys") == 1
+
+
+def test_errors_of_one_rank(start: Start, tmp_path: Path) -> None:
+    """Also of what has a state dict and does not give it, where the others would wait in a collective of torch."""
+    told = ended_well(start("lonely", tmp_path, 2))
+    assert [words["raised"] for words in told[1] if "raised" in words][:4] == ["RuntimeError"] * 2 + ["KeyboardInterrupt"] * 2
+    others = [words for words in told[0] if "raised" in words]
+    assert [words["raised"] for words in others[:4]] == ["PeerError"] * 4
+    assert all("rank 1 cannot save" in words["text"] for words in others[:4]) and "no state today" in others[0]["text"]
+    for words in told:
+        assert [each["error"] for each in words if "error" in each] == ["", ""]
+        damaged = [each for each in words if "raised" in each][4:]
+        assert [each["raised"] for each in damaged] == ["CorruptError"] * 2, damaged
+        assert "__1_" in damaged[0]["text"] and ".metadata" in damaged[1]["text"]
