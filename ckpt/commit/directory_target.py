@@ -84,13 +84,13 @@ class DirectoryTarget:
         return 1 if before is None else before.sequence + 1
 
     def decide(self, manifest: Manifest) -> None:
-        self._directory.publish(self._metadata, manifest)
+        self._directory.publish(self._metadata, manifest, {})
 
     def stands(self, manifest: Manifest, error: Exception) -> bool:
         return self._directory.holds(self._metadata)
 
     def tidy(self, manifest: Manifest) -> None:
-        self._directory.tidy({file.name for file in manifest.files if file.kind == SHARDED})
+        self._directory.tidy(self._metadata, {file.name for file in manifest.files if file.kind == SHARDED})
         durable.crash_point("tidied")
 
     def point_latest(self) -> None:

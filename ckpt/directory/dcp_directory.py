@@ -18,7 +18,9 @@ import logging
 import os
 import re
 import struct
-from collections.abc import Collection
+import threading
+import weakref
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ckpt import _native
@@ -41,6 +43,48 @@ _UNSYNCABLE = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS)  # of direc
 _MOST_KNOWN = 1024
 
 
+class _Users:
+    """Of one directory in this process: several saves to it may be under way, by different ways.
+
+    Attributes:
+        guard: held, while disks are waited for, by who makes a checkpoint of what is there, or removes some of it.
+    """
+
+    def __init__(self) -> None:
+        self.guard = threading.Lock()
+        self._numbers = threading.Lock()
+        self._last: dict[int, int] = {}  # of data files, by rank; guarded by _numbers
+
+    def take_number(self, rank: int, taken: Collection[int]) -> int:
+        """One that is not taken, and was not given to another save."""
+        with self._numbers:
+            self._last[rank] = max([self._last.get(rank, -1), *taken]) + 1
+            return self._last[rank]
+
+
+_users: weakref.WeakValueDictionary[str, _Users] = weakref.WeakValueDictionary()  # by path
+_users_guard = threading.Lock()
+
+
+def _users_of(path: Path) -> _Users:
+    with _users_guard:
+        name = os.path.realpath(path)
+        found = _users.get(name)
+        if found is None:
+            found = _users[name] = _Users()
+        return found
+
+
+def _forget_users() -> None:
+    """Of the parent process."""
+    global _users_guard
+    _users_guard = threading.Lock()
+    _users.clear()
+
+
+os.register_at_fork(after_in_child=_forget_users)
+
+
 class DcpDirectory:
     """Of one process. It need not be there before claim(), or before the first file is made.
 
@@ -51,7 +95,7 @@ class DcpDirectory:
     def __init__(self, path: Path, *, locks: bool) -> None:
         self.path = path
         self._lock = DirectoryLock(path) if locks else None
-        self._last = -1  # number of a data file that this process has chosen
+        self._users = _users_of(path)
 
     def claim(self) -> None:
         """
@@ -68,21 +112,21 @@ class DcpDirectory:
             self._lock.release()
 
     def take_name(self, rank: int) -> Path:
-        """For a data file of this rank: one that no file there has, nor had while this process has saved to it.
+        """For a data file of this rank: one that no file there has, nor that of another save of this process that is under way.
 
         Also removes what killed processes of this host have left here.
         """
         names = names_in(self.path)
         found = [DATA_FILE.fullmatch(name) for name in names]
         taken = [int(match["number"]) for match in found if match is not None and int(match["rank"]) == rank]
-        self._last = max([self._last, *taken]) + 1
+        number = self._users.take_number(rank, taken)
         _remove_abandoned(self.path, names)
-        return self.path / f"__{rank}_{self._last}.distcp"
+        return self.path / f"__{rank}_{number}.distcp"
 
-    def publish(self, metadata: bytes, manifest: Manifest | None) -> None:
+    def publish(self, metadata: bytes, manifest: Manifest | None, used: Mapping[str, int]) -> None:
         """Makes the files that are there under their own names, durably, the checkpoint.
 
-            1. look whether they are
+            1. look whether they are                               another save may have removed them
             2. fsync of what the directory lies in
             3. write `.metadata` and the manifest aside, fsync     the checkpoint before stands
             4. rename to `.metadata`                               the new one, for whoever reads
@@ -91,21 +135,32 @@ class DcpDirectory:
 
         Args:
             metadata: sealed.
+            used: by name, how many bytes each file has at least.
 
         Raises:
-            CorruptError: a file is not as its rank has written it.
+            CorruptError: a file is not as its rank has written it, or not there any more.
             StorageError: a system call failed.
             InUseError: the directory is not ours any more.
         """
-        if self._lock is not None:
-            self._lock.assert_held()
-        for file in () if manifest is None else manifest.files:
-            if file.name != METADATA and not has_size(self.path / file.name, file.bytes):
+        with self._users.guard:
+            if self._lock is not None:
+                self._lock.assert_held()
+            self._look_at(used, manifest)
+            _sync_parents(self.path)
+            self._give_names(metadata, manifest)
+        durable.crash_point("manifest-renamed")
+
+    def _look_at(self, used: Mapping[str, int], manifest: Manifest | None) -> None:
+        exact = {} if manifest is None else {file.name: file.bytes for file in manifest.files if file.name != METADATA}
+        for name, size in {**used, **exact}.items():
+            path = self.path / name
+            if not (has_size(path, size) if name in exact else _size_of(path) >= size):
                 raise CorruptError(
-                    f"'{self.path / file.name}' does not have the {file.bytes} bytes that rank {file.rank} has written: not "
-                    "all ranks see the same directory, or somebody else saves to it"
+                    f"'{path}' does not have the {size} bytes that its rank has written: not all ranks see the same directory, "
+                    "or somebody else saves to it"
                 )
-        _sync_parents(self.path)
+
+    def _give_names(self, metadata: bytes, manifest: Manifest | None) -> None:
         contents = {METADATA: metadata} | ({} if manifest is None else {manifests.NAME: manifest.to_json()})
         aside = {name: temporary_names.temporary_path(self.path / name) for name in contents}
         try:
@@ -114,14 +169,15 @@ class DcpDirectory:
             durable.crash_point("metadata-written")
             durable.give_name(aside[METADATA], self.path / METADATA)
             durable.crash_point("metadata-renamed")
-            if manifest is not None:
+            if manifest is None:
+                durable.remove_quietly(self.path / manifests.NAME)  # of a checkpoint that was there before
+            else:
                 durable.give_name(aside[manifests.NAME], self.path / manifests.NAME)
             durable.sync_directory(self.path)
         except BaseException:
             for temporary in aside.values():
                 durable.remove_quietly(temporary)
             raise
-        durable.crash_point("manifest-renamed")
 
     def holds(self, metadata: bytes) -> bool:
         """Whether that is what readers find."""
@@ -130,13 +186,18 @@ class DcpDirectory:
         except OSError:
             return False
 
-    def tidy(self, kept: Collection[str]) -> None:
+    def tidy(self, metadata: bytes, kept: Collection[str]) -> None:
         """Removes the files of former checkpoints, once a new one is durable. A failure is only logged.
 
         Args:
+            metadata: of the new one. If another save has replaced that meanwhile, it is the one to tidy up.
             kept: names of the data files of the new one.
         """
-        wanted = {*kept, *(sharded_files.checksums_path(Path(name)).name for name in kept)}
+        with self._users.guard:
+            if self.holds(metadata):
+                self._remove_all_but({*kept, *(sharded_files.checksums_path(Path(name)).name for name in kept)})
+
+    def _remove_all_but(self, wanted: Collection[str]) -> None:
         try:
             for name in sorted(names_in(self.path)):
                 if DATA_FILE.fullmatch(name) and name not in wanted:
@@ -169,6 +230,13 @@ def remove(target: Path) -> None:
     """A data file that will not be published, and its checksums."""
     durable.remove_quietly(target)
     durable.remove_quietly(sharded_files.checksums_path(target))
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
 
 
 def _remove_abandoned(directory: Path, names: Collection[str]) -> None:

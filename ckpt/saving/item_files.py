@@ -11,10 +11,8 @@ import torch
 
 from ckpt import _native
 from ckpt.directory import dcp_directory
-from ckpt.directory import manifest as manifests
 from ckpt.directory.dcp_directory import DcpDirectory
-from ckpt.directory.sharded_files import PieceChecksums
-from ckpt.errors import CorruptError
+from ckpt.directory.sharded_files import PieceChecksums, checksums_path
 from ckpt.formats.tensors_file import TensorsFile
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
@@ -125,17 +123,7 @@ def publish_metadata(directory: Path, metadata: bytes, data_files: Mapping[str, 
         CorruptError: one is not there: somebody else saves to the directory, or not all ranks see the same one.
         StorageError: a system call failed.
     """
-    for name, used in data_files.items():
-        try:
-            size = (directory / name).stat().st_size
-        except OSError:
-            size = -1
-        if size < used:
-            raise CorruptError(
-                f"'{directory / name}' does not have the {used} bytes that a rank has written: not all ranks see the same "
-                "directory, or somebody else saves to it"
-            )
-    place = DcpDirectory(directory, locks=False)
-    place.publish(dcp_directory.seal(metadata), None)
-    place.tidy({*data_files})
-    durable.remove_quietly(directory / manifests.NAME)  # of a checkpoint that was there before
+    place, sealed = DcpDirectory(directory, locks=False), dcp_directory.seal(metadata)
+    checksums = {checksums_path(Path(name)).name: 1 for name in data_files}
+    place.publish(sealed, None, {**data_files, **checksums})
+    place.tidy(sealed, data_files)

@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as stock
 import ckpt
 from ckpt.errors import CorruptError, PeerError, UnsupportedError
 
+from . import in_flight, torch_private
 from .notices import say_once
 from .reader import VerifyingStorageReader
 from .responses import StagingFuture, UploadFuture, metadata_of, response
@@ -43,6 +44,7 @@ def save(
             return metadata_of(pending.result())
     writer = storage_writer or _writer_for(checkpoint_id, use_collectives)
     _say(reason, writer)
+    _await_earlier(_path_of(checkpoint_id, writer), by_torch=True)
     return stock.save(
         state_dict,
         checkpoint_id=checkpoint_id,
@@ -89,9 +91,13 @@ def async_save(
     if reason is None:
         pending, reason = _begin(state_dict, checkpoint_id, process_group, no_dist)
         if pending is not None:
-            return response(StagingFuture(pending), UploadFuture(pending))
+            upload = UploadFuture(pending)
+            in_flight.note(checkpoint_id, False, upload)
+            return response(StagingFuture(pending), upload)
     writer = storage_writer or _writer_for(checkpoint_id, use_collectives)
     _say(reason, writer)
+    path = _path_of(checkpoint_id, writer)
+    _await_earlier(path, by_torch=True)
     more: dict[str, Any] = {
         "checkpoint_id": checkpoint_id,
         "storage_writer": writer,
@@ -100,7 +106,10 @@ def async_save(
         **({"no_dist": True} if no_dist else {}),
         **_newer(use_collectives),
     }
-    return _as_response(_save_behind(state_dict, writer, async_stager, more))
+    found = _as_response(_save_behind(state_dict, writer, async_stager, more))
+    if path is not None:
+        in_flight.note(path, True, found.upload_completion)
+    return found
 
 
 def load(
@@ -161,6 +170,7 @@ def _is_path(checkpoint_id: Any) -> bool:
 
 def _begin(state: Any, path: Any, process_group: Any, no_dist: bool) -> tuple[ckpt.PendingSave | None, str | None]:
     """The save; or why torch is to make it."""
+    _await_earlier(path, by_torch=False)
     try:
         session = session_of(process_group, no_dist)
     except PeerError:
@@ -171,6 +181,18 @@ def _begin(state: Any, path: Any, process_group: Any, no_dist: bool) -> tuple[ck
         return session.save(path, state), None
     except UnsupportedError as error:
         return None, str(error)
+
+
+def _path_of(checkpoint_id: Any, writer: Any) -> Any:
+    """Where a writer of torch writes to; None if that is no directory."""
+    if checkpoint_id is None:
+        checkpoint_id = getattr(writer, "path", None)
+    return checkpoint_id if isinstance(checkpoint_id, (str, os.PathLike)) and _is_path(checkpoint_id) else None
+
+
+def _await_earlier(path: Any, *, by_torch: bool) -> None:
+    if path is not None:
+        in_flight.await_earlier(path, by_torch, options().commit_timeout_s)
 
 
 def _writer_for(checkpoint_id: Any, use_collectives: bool) -> Any:
@@ -191,8 +213,7 @@ def _save_behind(state: Any, writer: Any, stager: Any, more: dict[str, Any]) -> 
     try:
         return stock.async_save(state, async_stager=LazyStager(options()), **more)
     except TypeError:  # of what it cannot stage, or of a torch that takes no stagers; nothing was begun
-        default = getattr(getattr(stock, "staging", None), "DefaultStager", None)
-        return stock.async_save(state, **({} if default is None else {"async_stager": default()}), **more)
+        return stock.async_save(state, **torch_private.copying_stager(), **more)
 
 
 def _as_response(found: Any) -> Any:

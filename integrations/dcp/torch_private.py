@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed.checkpoint as stock
 import torch.distributed.checkpoint.filesystem as filesystem
 
 # Where an item lies, as `.metadata` says it.
 StorageInfo: Any = getattr(filesystem, "_StorageInfo", None)
 VERSION: str | None = getattr(filesystem, "CURRENT_DCP_VERSION", None)
+staging: Any = getattr(stock, "staging", None)
 FileSystem: Any = getattr(filesystem, "FileSystem", None)
 
 
@@ -37,3 +39,10 @@ def replace_files(reader: Any, files: Any) -> bool:
         return False
     reader.fs = files
     return True
+
+
+def copying_stager() -> dict[str, Any]:
+    """What lets async_save() of torch copy all of a state inside the call, on any machine; nothing where it does so anyway."""
+    if staging is None or not hasattr(staging, "StagingOptions"):
+        return {}
+    return {"async_stager": staging.DefaultStager(staging.StagingOptions(False, False, False, False))}
