@@ -17,7 +17,7 @@ from .notices import say_once
 from .reader import VerifyingStorageReader
 from .responses import StagingFuture, UploadFuture, metadata_of, response
 from .sessions import background_group, is_initialized, options, session_of
-from .stager import LazyStager
+from .stager import LazyStager, NotStagedError
 from .writer import LazyStorageWriter
 
 
@@ -212,8 +212,10 @@ def _save_behind(state: Any, writer: Any, stager: Any, more: dict[str, Any]) -> 
         return stock.async_save(state, **more)
     try:
         return stock.async_save(state, async_stager=LazyStager(options()), **more)
-    except TypeError:  # of what it cannot stage, or of a torch that takes no stagers; nothing was begun
-        return stock.async_save(state, **torch_private.copying_stager(), **more)
+    except NotStagedError as error:
+        return stock.async_save(state, **torch_private.copying_stager(error.kind), **more)
+    except TypeError:  # of a torch that takes no stagers; nothing was begun
+        return stock.async_save(state, **more)
 
 
 def _as_response(found: Any) -> Any:

@@ -17,7 +17,7 @@ _options: ckpt.Options | None = None
 # By process, group and whether it is alone; with the group, whose number may be used again. What belongs to a parent process is
 # left alone: its threads are not here.
 _sessions: dict[tuple[int, int, bool], tuple[Any, DcpCheckpointer]] = {}
-_own_groups: dict[int, tuple[Any, Any]] = {}  # by that of all ranks
+_own_groups: dict[int, tuple[Any, Any]] = {}  # by the group whose ranks they have, with that
 
 
 def configure(options: ckpt.Options) -> None:
@@ -92,13 +92,21 @@ def _lives(group: Any, world: Any) -> bool:
 
 
 def background_group(process_group: Any, no_dist: bool) -> Any:
-    """For collectives of another thread: those of the training must not meet them. A collective, the first time."""
-    if process_group is not None or no_dist or not is_initialized():
+    """For collectives of another thread: those of the training must not meet them. A collective, the first time.
+
+    Of the same ranks: whoever names a group may train on that.
+    """
+    if no_dist or not is_initialized():
         return process_group
-    world: Any = dist.group.WORLD
-    known = _own_groups.get(id(world))
-    if known is None or known[0] is not world:
-        known = _own_groups[id(world)] = world, dist.new_group(backend="gloo")
+    group: Any = process_group or dist.group.WORLD
+    if dist.get_rank(group) < 0:
+        return group  # torch refuses it
+    known = _own_groups.get(id(group))
+    if known is None or known[0] is not group:
+        among: dict[str, Any] = {}
+        if group is not dist.group.WORLD:
+            among = {"ranks": dist.get_process_group_ranks(group), "use_local_synchronization": True}
+        known = _own_groups[id(group)] = group, dist.new_group(backend="gloo", **among)
     return known[1]
 
 

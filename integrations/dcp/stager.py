@@ -19,6 +19,17 @@ from ckpt.dcp import StagedTensors
 _local = threading.local()
 
 
+class NotStagedError(TypeError):
+    """
+    Attributes:
+        kind: the name of the class of what this does not know.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"a {kind} cannot be staged lazily")
+        self.kind = kind
+
+
 class LazyStager:
     """A stager for `torch.distributed.checkpoint.async_save(..., async_stager=, storage_writer=LazyStorageWriter(path))`.
 
@@ -127,7 +138,7 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> Callable[[StagedTens
 
         return make
     if hasattr(value, "__create_write_items__") or type(value).__name__ == "ShardedTensor":
-        raise TypeError(f"a {type(value).__name__} cannot be staged lazily")
+        raise NotStagedError(type(value).__name__)
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return lambda staged: staged.tensors[number]

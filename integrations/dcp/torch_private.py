@@ -41,8 +41,12 @@ def replace_files(reader: Any, files: Any) -> bool:
     return True
 
 
-def copying_stager() -> dict[str, Any]:
-    """What lets async_save() of torch copy all of a state inside the call, on any machine; nothing where it does so anyway."""
-    if staging is None or not hasattr(staging, "StagingOptions"):
+def copying_stager(kind: str) -> dict[str, Any]:
+    """What lets async_save() of torch copy all of a state inside the call, on any machine; nothing where it does so anyway.
+
+    Args:
+        kind: of a tensor in it. DefaultStager fails at ShardedTensors; writers to file systems are stagers, which do not.
+    """
+    if staging is None or not hasattr(staging, "StagingOptions") or kind == "ShardedTensor":
         return {}
     return {"async_stager": staging.DefaultStager(staging.StagingOptions(False, False, False, False))}

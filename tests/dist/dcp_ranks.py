@@ -16,6 +16,8 @@ from dist import sharded_states
 from dist.sharded_saves import begin
 from support import DEADLINE_S, options, patience
 from torch.distributed.checkpoint import staging
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import StateDictType
 
 from ckpt import _native
 from ckpt.integrations import dcp
@@ -188,14 +190,17 @@ def unlike(request: dict[str, Any]) -> None:
     root, rank = Path(request["directory"]), request["rank"]
     dcp.configure(options())
     trained = sharded_states.fsdp(request["world"])
+    group = {"none": None, "world": td.group.WORLD, "own": td.new_group(backend="gloo")}[request["group"]]
     for number in range(3):
         own = {f"rank-{rank}": torch.full((3000,), float(rank)), "number": number}
         state = {**trained.state(), "own": own}
         expected = sharded_states.in_full(trained.state())
         slow_writes()
-        response = dcp.async_save(state, checkpoint_id=str(root / "id"))
+        response = dcp.async_save(state, checkpoint_id=str(root / "id"), process_group=group)
         for _ in range(20):
-            td.all_reduce(torch.ones(3))
+            reduced = torch.ones(3)
+            td.all_reduce(reduced, group=group)
+            assert reduced.tolist() == [2.0] * 3
         trained.step()
         response.upload_completion.result(DEADLINE_S)
         _native.clear_faults()
@@ -211,6 +216,42 @@ def _check_unlike(root: Path, trained: Any, expected: Any, rank: int) -> None:
     own = found.pop("own")
     assert own["number"] == 2 and own[f"rank-{rank}"].unique().tolist() == [float(rank)]
     say(error=sharded_states.difference(expected, sharded_states.in_full(found)))
+
+
+def sharded_tensors(request: dict[str, Any]) -> None:
+    """As FSDP1 gives them without a mesh: torch makes these saves."""
+    begin(request)
+    dcp.configure(options())
+    torch.manual_seed(3)
+    model = FSDP(torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 30)), device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    target = str(Path(request["directory"]) / "id")
+
+    def step() -> None:
+        model(torch.ones(3, 300)).sum().backward()
+        optimizer.step()
+
+    def state(kind: StateDictType) -> dict[str, Any]:
+        with FSDP.state_dict_type(model, kind):
+            return {key: tensor.clone() if kind is StateDictType.FULL_STATE_DICT else tensor
+                    for key, tensor in model.state_dict().items()}  # fmt: skip
+
+    for call in (dcp.async_save, dcp.save):
+        step()
+        expected = state(StateDictType.FULL_STATE_DICT)
+        response = call(state(StateDictType.SHARDED_STATE_DICT), checkpoint_id=target)
+        step()
+        if call is dcp.async_save:
+            response.upload_completion.result(DEADLINE_S)
+        found = state(StateDictType.SHARDED_STATE_DICT)
+        say(kind=type(next(iter(found.values()))).__name__)
+        dcp.load(found, checkpoint_id=target)
+        with FSDP.state_dict_type(model, StateDictType.SHARDED_STATE_DICT):
+            model.load_state_dict(found)
+        now = state(StateDictType.FULL_STATE_DICT)
+        say(same=[key for key, tensor in now.items() if torch.equal(tensor, expected[key])] == list(now))
+    td.barrier()
+    os._exit(0)
 
 
 # ---- what goes wrong on one rank -------------------------------------------------------------------------------------

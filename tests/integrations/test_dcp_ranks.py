@@ -218,12 +218,18 @@ def test_groups_save_beside_each_other(start: Start, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "rank-3").glob("*.distcp")) == ["__0_0.distcp"]
 
 
-def test_states_that_differ_are_left_to_torch(start: Start, tmp_path: Path) -> None:
-    """Which collects them, in the background, while the training reduces on its own group."""
-    ended = start("unlike", tmp_path, 2)
+@pytest.mark.parametrize("group", ["none", "world", "own"])
+def test_states_that_differ_are_left_to_torch(group: str, start: Start, tmp_path: Path) -> None:
+    """Which collects them, in the background, while the training reduces on the group that it names, if any."""
+    ended = start("unlike", tmp_path, 2, group=group)
     assert ended_well(ended) == [[{"error": ""}]] * 2
     for each in ended:
         assert each.stderr.count("makes this save, with LazyStorageWriter, because rank 1 has other keys") == 1
+
+
+def test_sharded_tensors_are_left_to_torch(start: Start, tmp_path: Path) -> None:
+    told = ended_well(start("sharded_tensors", tmp_path, 2))
+    assert told == [[{"kind": "ShardedTensor"}, {"same": True}] * 2] * 2
 
 
 def test_errors_of_one_rank(start: Start, tmp_path: Path) -> None:
