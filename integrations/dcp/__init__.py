@@ -17,6 +17,7 @@ these, without this library. What differs:
 * A save is durable, all of it, before readers find it. An id that is saved again is the former checkpoint until then. Its files
   have other names each time, and the former ones are removed.
 * What went wrong on any rank is raised on all.
+* Saves to one id come one after the other, and a load of it comes after those that were begun.
 
 What this does not do is left to torch, with `LazyStorageWriter` where that fits, and the log says so once: a planner, a writer
 or a stager of the caller's; ShardedTensors, and tensors that make their own write items; states whose keys or values differ

@@ -123,10 +123,13 @@ def load(
 ) -> None:
     """Loads, as torch does, and verifies every byte that it uses. Tensors of saves in flight are captured before.
 
+    Of an id that this process is saving to it waits for that, and loads what is there then.
+
     Raises:
         CorruptError: something of it is damaged; what was to be loaded may hold parts of it.
     """
     ckpt.fence()
+    _await_earlier(_path_of(checkpoint_id, storage_reader), by_torch=True)
     if storage_reader is None and checkpoint_id is not None and _is_path(checkpoint_id):
         storage_reader = VerifyingStorageReader(checkpoint_id)
     more: dict[str, Any] = {"no_dist": True} if no_dist else {}
@@ -183,10 +186,10 @@ def _begin(state: Any, path: Any, process_group: Any, no_dist: bool) -> tuple[ck
         return None, str(error)
 
 
-def _path_of(checkpoint_id: Any, writer: Any) -> Any:
-    """Where a writer of torch writes to; None if that is no directory."""
+def _path_of(checkpoint_id: Any, place: Any) -> Any:
+    """The directory of a writer or reader of torch; None if it has none."""
     if checkpoint_id is None:
-        checkpoint_id = getattr(writer, "path", None)
+        checkpoint_id = getattr(place, "path", None)
     return checkpoint_id if isinstance(checkpoint_id, (str, os.PathLike)) and _is_path(checkpoint_id) else None
 
 

@@ -16,7 +16,7 @@ _under_way: dict[
 
 
 def await_earlier(path: Any, by_torch: bool, timeout_s: float) -> None:
-    """Waits for the newest save to the directory, if that or the next one is made by torch; whatever comes of it.
+    """Waits for the newest save to the directory, if torch makes that, or what comes next; whatever comes of it.
 
     Else the older one might be the last to get its name, or might remove files of the other.
 
@@ -28,10 +28,7 @@ def await_earlier(path: Any, by_torch: bool, timeout_s: float) -> None:
     if future is None or not (by_torch or earlier_by_torch):
         return
     if concurrent.futures.wait([future], timeout_s).not_done:
-        raise ckpt.CheckpointError(
-            f"the save to '{path}' was not begun: the one before it has not ended within {timeout_s:g} s, and torch "
-            "makes one of the two"
-        )
+        raise ckpt.CheckpointError(f"the save to '{path}' that is under way has not ended within {timeout_s:g} s")
 
 
 def note(path: Any, by_torch: bool, future: Any) -> None:

@@ -77,6 +77,16 @@ def test_the_later_save_is_the_one_that_is_there(ways: tuple[str, str], tmp_path
     assert names == {".distcp", ".crc32"} and len(list((tmp_path / "id").glob("__*.distcp"))) <= 2
 
 
+@pytest.mark.parametrize("way", ["ours", "torch"])
+def test_a_load_waits_for_what_is_on_its_way(way: str, tmp_path: Path) -> None:
+    begin(way, 1, tmp_path / "id").result(DEADLINE_S)
+    slow()
+    upload = begin(way, 2, tmp_path / "id")
+    found = state(-1)
+    dcp.load(found, checkpoint_id=tmp_path / "id", no_dist=True)
+    assert upload.done() and found["number"] == 2 and found["layer 5"].unique().tolist() == [2.0]
+
+
 def test_ids_do_not_wait_for_each_other(tmp_path: Path) -> None:
     slow()
     first = begin("torch", 1, tmp_path / "1")
