@@ -74,7 +74,10 @@ def watch(file: Watched, runtime: Fenced) -> None:
 
 
 def unwatch(file: Watched) -> None:
+    """It is sealed, or fails: also before it was submitted, and then nothing of it will be published."""
     _uncaptured.pop(id(file), None)
+    if file.job is None:
+        _fetched.pop(id(file), None)
 
 
 @contextlib.contextmanager
