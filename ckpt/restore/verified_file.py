@@ -69,11 +69,13 @@ class VerifiedFile(io.RawIOBase):
         size, done = self._checksums.piece_bytes, 0
         while done < len(wanted):
             number, inside = divmod(self._at, size)
-            length = min(size, self._checksums.file_bytes - number * size)
-            part = wanted[done : done + length - inside]
-            if inside == 0 and len(part) == length and number not in self._pieces:
-                self._read_piece(number, part)  # without a copy
+            whole = (len(wanted) - done) // size * size if inside == 0 else 0
+            if whole:
+                part = wanted[done : done + whole]
+                self._read_pieces(number, part)  # without a copy
             else:
+                length = min(size, self._checksums.file_bytes - number * size)
+                part = wanted[done : done + length - inside]
                 part[:] = memoryview(self._piece(number, length))[inside : inside + len(part)]
             done += len(part)
             self._at += len(part)
@@ -83,23 +85,26 @@ class VerifiedFile(io.RawIOBase):
         found = self._pieces.get(number)
         if found is None:
             content = bytearray(length)
-            self._read_piece(number, memoryview(content))
+            self._read_pieces(number, memoryview(content))
             found = self._pieces[number] = bytes(content)
             while len(self._pieces) > _KEPT_PIECES:
                 self._pieces.popitem(last=False)
         self._pieces.move_to_end(number)
         return found
 
-    def _read_piece(self, number: int, into: memoryview) -> None:
+    def _read_pieces(self, first: int, into: memoryview) -> None:
+        """As many as fit; the last one of the file may be shorter."""
         if self._file is None:
             raise ValueError(f"'{self._path}' is closed")
-        begin, done = number * self._checksums.piece_bytes, 0
+        size = self._checksums.piece_bytes
+        begin, done = first * size, 0
         while done < len(into):
             count = os.preadv(self._file.fileno(), [into[done:]], begin + done)
             if count == 0:
                 raise CorruptError(f"'{self._path}' ends at byte {begin + done}: it was cut off")
             done += count
-        if _native.crc32(into) != self._checksums.crc32s[number]:
-            raise CorruptError(
-                f"'{self._path}' fails a CRC-32: some of its bytes {begin} to {begin + len(into) - 1} have changed"
-            )
+        for number, at in enumerate(range(0, len(into), size), first):
+            piece = into[at : at + size]
+            if _native.crc32(piece) != self._checksums.crc32s[number]:
+                where = f"{number * size} to {number * size + len(piece) - 1}"
+                raise CorruptError(f"'{self._path}' fails a CRC-32: some of its bytes {where} have changed")

@@ -60,6 +60,8 @@ struct FileSpec {
   size_t record_count = 0;
   uint64_t size = 0;
   Share share;
+  // Bytes: of each part of the file that is so long (the last may be shorter) the CRC-32 is wanted, too. 0: of parts as they come.
+  uint64_t sums_every = 0;
 };
 
 // Bytes [begin, end) of a file.

@@ -11,6 +11,8 @@ namespace {
 
 constexpr const char* kArchive = "archive";  // as torch.save calls it where it writes to no file of its own
 constexpr std::string_view kVersion = "3\n";
+// Who reads a part of a tensor must read and verify whole parts of the file.
+constexpr uint64_t kSumsEvery = 256 * 1024;
 constexpr std::string_view kByteOrder = "little";  // as all machines that we run on
 
 ZipRecord in_structure(std::string name, std::string_view bytes) {
@@ -48,7 +50,9 @@ FileSpec describe(const TorchZipSequence& sequence, const IoLimits& limits, ZipL
     counts.push_back(records.size() - first);
   }
   layout = lay_out_zips(kArchive, records, counts, places);
-  return to_spec(layout, std::move(payloads));
+  FileSpec spec = to_spec(layout, std::move(payloads));
+  spec.sums_every = kSumsEvery;
+  return spec;
 }
 
 }  // namespace lazyckpt

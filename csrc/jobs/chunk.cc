@@ -54,6 +54,22 @@ void add_piece(Chunk& chunk, uint32_t record, uint64_t length, Source kind = Sou
   }
 }
 
+// So that none reaches over a multiple of `every` bytes of the file.
+void split_pieces(Chunk& chunk, uint64_t every) {
+  std::vector<Piece> split;
+  split.reserve(chunk.pieces.size() + static_cast<size_t>(chunk.content / every) + 1);
+  uint64_t at = chunk.offset;
+  for (const Piece& piece : chunk.pieces) {
+    for (uint64_t left = piece.length; left > 0;) {
+      const uint64_t length = std::min(left, every - at % every);
+      split.push_back({piece.record, static_cast<size_t>(length), 0, piece.seen});
+      at += length;
+      left -= length;
+    }
+  }
+  chunk.pieces = std::move(split);
+}
+
 // Extents [first_extent, end_extent) are set; finds segments and pieces.
 void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
   const uint64_t begin = chunk.offset, content_end = begin + chunk.content;
@@ -164,6 +180,7 @@ std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits,
     const uint64_t content_end = begin + chunk.content;
     while (chunk.end_field < spec.crc_fields.size() && spec.crc_fields[chunk.end_field].offset < content_end) ++chunk.end_field;
     describe(chunk, spec, limits);
+    if (spec.sums_every > 0) split_pieces(chunk, spec.sums_every);
     chunks.push_back(std::move(chunk));
   }
   return chunks;

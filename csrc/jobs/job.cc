@@ -44,9 +44,23 @@ namespace {
 
 constexpr uint64_t kPiece = uint64_t{4} << 20;  // smaller chunks are joined, larger ones are pieces as they are
 
+// No piece of a chunk reaches from one part of the file into the next.
+void add_parts(Checksums& sums, const std::vector<Chunk>& chunks, uint64_t every) {
+  sums.piece_bytes = every;
+  uint64_t at = 0;
+  for (const Chunk& chunk : chunks) {
+    for (const Piece& piece : chunk.pieces) {
+      if (at % every == 0) sums.pieces.push_back(0);
+      sums.pieces.back() = crc32_combine(sums.pieces.back(), piece.crc, piece.length);
+      at += piece.length;
+    }
+  }
+}
+
 // Of a file that one process writes: its chunks follow each other from the beginning, and each is of the same size but the last.
-void add_pieces(Checksums& sums, const std::vector<Chunk>& chunks) {
+void add_pieces(Checksums& sums, const std::vector<Chunk>& chunks, uint64_t every) {
   if (chunks.empty()) return;
+  if (every > 0) return add_parts(sums, chunks, every);
   sums.piece_bytes = std::max<uint64_t>(kPiece, chunks.size() > 1 ? chunks[1].offset : chunks[0].content);
   for (const Chunk& chunk : chunks) {
     if (chunk.offset % sums.piece_bytes == 0) sums.pieces.push_back(0);
@@ -115,7 +129,7 @@ Checksums Job::sum_up() const {
     if (chunk.written) sums.written = crc32_combine(sums.written, chunk.crc, chunk.content);
   }
   if (spec.share.whole()) {
-    add_pieces(sums, chunks);
+    add_pieces(sums, chunks, spec.sums_every);
     return sums;
   }
   sums.only_read = part_only_read(chunks);

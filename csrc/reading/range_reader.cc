@@ -43,7 +43,7 @@ struct Segment {
   uint32_t crc;
 };
 
-// One read, and what it is for. Straight: one segment, aligned, read to its place.
+// One read, and what it is for. Straight: aligned, and read to its place, where its segments lie side by side, too.
 struct Piece {
   uint64_t begin, end;
   size_t first, last;  // segments
@@ -69,13 +69,19 @@ class Cutter {
       : file_(file), align_(std::max(file.limits().memory_align, file.limits().offset_align)), piece_bytes_(piece_bytes) {}
 
   void cut(const std::vector<ReadRange>& ranges) {
-    std::vector<size_t> order(ranges.size());
-    std::iota(order.begin(), order.end(), size_t{0});
-    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return ranges[a].offset < ranges[b].offset; });
-    for (const size_t index : order) {
-      const ReadRange& range = ranges[index];
+    std::vector<size_t> order;
+    order.reserve(ranges.size());
+    for (size_t i = 0; i < ranges.size(); ++i) {
+      const ReadRange& range = ranges[i];
       if (range.offset > file_.size() || range.length > file_.size() - range.offset) refuse(range);
-      if (range.length > 0) cut_range(index, range);
+      if (range.length > 0) order.push_back(i);
+    }
+    std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return ranges[a].offset < ranges[b].offset; });
+    for (size_t i = 0; i < order.size();) {
+      size_t end = i + 1;
+      while (end < order.size() && follows(ranges[order[end - 1]], ranges[order[end]])) ++end;
+      cut_run(ranges, order.data() + i, order.data() + end);
+      i = end;
     }
   }
 
@@ -93,18 +99,39 @@ class Cutter {
   uint64_t down(uint64_t offset) const { return offset / align_ * align_; }
   uint64_t up(uint64_t offset) const { return (offset + align_ - 1) / align_ * align_; }
 
-  void cut_range(size_t index, const ReadRange& range) {
-    const auto address = reinterpret_cast<uintptr_t>(range.to);
-    const bool congruent = range.to != nullptr && range.device == kHost && address % align_ == range.offset % align_;
-    if (!congruent || range.length < kShortestStraight) return bounce(index, range, 0, range.length);
-    const uint64_t begin = up(range.offset) - range.offset, end = down(range.offset + range.length) - range.offset;
-    bounce(index, range, 0, begin);
-    for (uint64_t done = begin; done < end; done += piece_bytes_) {
-      const uint64_t length = std::min<uint64_t>(piece_bytes_, end - done);
-      segments.push_back({index, range.offset + done, length, range.to + done, kHost, 0});
-      pieces.push_back({range.offset + done, range.offset + done + length, segments.size() - 1, segments.size(), true, false});
+  // Whether both lie side by side, in the file as in memory.
+  static bool follows(const ReadRange& before, const ReadRange& range) {
+    return before.offset + before.length == range.offset && before.to != nullptr && before.to + before.length == range.to &&
+           before.device == range.device;
+  }
+
+  // Of ranges each of which follows the one before.
+  void cut_run(const std::vector<ReadRange>& ranges, const size_t* first, const size_t* last) {
+    const ReadRange& head = ranges[*first];
+    const uint64_t run_end = ranges[last[-1]].offset + ranges[last[-1]].length;
+    const auto address = reinterpret_cast<uintptr_t>(head.to);
+    const bool congruent = head.to != nullptr && head.device == kHost && address % align_ == head.offset % align_;
+    uint64_t begin = run_end, end = run_end;  // what is read straight
+    if (congruent && run_end - head.offset >= kShortestStraight) begin = up(head.offset), end = down(run_end);
+    for (const size_t* each = first; each < last; ++each) bounce_part(*each, ranges[*each], 0, begin);
+    for (uint64_t at = begin; at < end; at += piece_bytes_) {
+      const uint64_t piece_end = std::min(at + piece_bytes_, end);
+      pieces.push_back({at, piece_end, segments.size(), segments.size(), true, false});
+      for (; first < last && ranges[*first].offset < piece_end; ++first) {
+        const ReadRange& range = ranges[*first];
+        const uint64_t from = std::max(range.offset, at), to = std::min(range.offset + range.length, piece_end);
+        if (from < to) segments.push_back({*first, from, to - from, range.to + (from - range.offset), kHost, 0});
+        if (range.offset + range.length > piece_end) break;
+      }
+      pieces.back().last = segments.size();
     }
-    bounce(index, range, end, range.length);
+    for (; first < last; ++first) bounce_part(*first, ranges[*first], end, run_end);
+  }
+
+  // What of the range lies in bytes begin..end of the file.
+  void bounce_part(size_t index, const ReadRange& range, uint64_t begin, uint64_t end) {
+    const uint64_t from = std::max(begin, range.offset), to = std::min(end, range.offset + range.length);
+    if (from < to) bounce(index, range, from - range.offset, to - range.offset);
   }
 
   // Bytes begin..end of the range, relative to it.
