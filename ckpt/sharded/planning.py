@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -107,12 +108,14 @@ def _describe(entries: Mapping[str, Entry], paths: dict[str, tuple[Any, ...]]) -
     from torch.distributed.checkpoint.metadata import TensorProperties
 
     known: dict[Any, Any] = {}  # most tensors are alike
+    with_strides = any(field.name == "strides" for field in dataclasses.fields(TensorProperties))  # torch 2.15
 
     def properties_of(entry: Entry) -> Any:
         if entry.shape is None:
             return None
         tensor = entry.value
-        name = tensor.dtype, tensor.layout, tensor.is_pinned(), entry.requires_grad
+        strides = tensor.stride() if with_strides and tensor.layout is torch.strided else None
+        name = tensor.dtype, tensor.layout, tensor.is_pinned(), entry.requires_grad, strides
         found = known.get(name)
         if found is None:
             found = known[name] = TensorProperties.create_from_tensor(tensor)
