@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt import torch_private
+from ckpt.plan.shards import is_named_part
 from ckpt.sharded.chunks import Box, LocalPart, local_part
 from ckpt.sharded.meshes import Group, MeshPlace, everywhere
 from ckpt.sharded.refusals import RefusedType, RefusedValue, refuse_unreadable
@@ -80,7 +81,7 @@ class EntryFinder:
     def _entry(self, key: str, value: Any, kinds: _Kinds) -> Entry:
         if isinstance(value, kinds.dtensor):
             return self._sharded_entry(key, value)
-        if isinstance(value, kinds.sharded) or hasattr(value, "__create_write_items__"):
+        if isinstance(value, kinds.sharded) or hasattr(value, "__create_write_items__") or is_named_part(value):
             raise RefusedType(_refusal(key, value))
         if not isinstance(value, torch.Tensor):
             return Entry(value, None, (), self._everywhere, _ARCHIVE_BYTES, value)
@@ -173,6 +174,11 @@ def is_stateful(value: Any) -> bool:
 
 def _refusal(key: str, value: Any) -> str:
     kind = type(value).__name__
+    if is_named_part(value):
+        return (
+            f"cannot save '{key}' of sharded=: its attributes say that it is a part of another tensor, as a "
+            "CheckpointableTensor of torch does; give DTensors, or use ckpt.integrations.dcp, which lets torch plan such a save"
+        )
     if kind == "ShardedTensor":
         return (
             f"cannot save '{key}' of sharded=: it is a ShardedTensor, as FSDP1 makes them. Take the state by get_state_dict() "

@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import ckpt
-from ckpt.dcp import StagedTensors
+from ckpt.dcp import StagedTensors, is_named_part
 
 _local = threading.local()
 
@@ -139,6 +139,8 @@ def _take_apart(value: Any, tensors: list[torch.Tensor]) -> Callable[[StagedTens
         return make
     if hasattr(value, "__create_write_items__") or type(value).__name__ == "ShardedTensor":
         raise NotStagedError(type(value).__name__)
+    if is_named_part(value):  # a copy would not say which
+        raise NotStagedError("CheckpointableTensor")
     if isinstance(value, torch.Tensor):
         tensors.append(value)
         return lambda staged: staged.tensors[number]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ckpt.dcp import is_named_part
+
 from . import fsdp1
 from .torch_private import has_device_mesh, is_flat_parameter, uses_original_parameters
 
@@ -74,6 +76,8 @@ def _parameters(part: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _kind_of_shard(tensor: torch.Tensor) -> str | None:
     if is_flat_parameter(tensor):
         return "FlatParameter"
+    if is_named_part(tensor):
+        return "CheckpointableTensor"
     return next((kind for module, kind in _TENSORS if _is_a(tensor, module, kind)), None)
 
 

@@ -31,7 +31,7 @@ PUBLIC_NAMES = {
     "ckpt.coordinator": {"Coordinator", "make_coordinator"},
     "ckpt.dcp": {
         *("DcpCheckpointer", "ItemFiles", "ItemWriter", "StagedTensors", "VerifiedFile"),
-        *("publish_metadata", "read_metadata"),
+        *("is_named_part", "publish_metadata", "read_metadata"),
     },
     "ckpt.errors": {
         *("CancelledError", "CaptureError", "CheckpointError", "ClosedError", "CorruptError", "DeadlineError"),

@@ -39,10 +39,14 @@ def states(rank: int) -> dict[str, Any]:
     alone = DeviceMesh("cpu", [0])
     shard = DTensor.from_local(torch.zeros(4, 3), mesh, [Shard(0)])
     old = sharded_tensor.zeros(ChunkShardingSpec(0, ["rank:0/cpu", "rank:1/cpu"]), 4, 2)
+    part = torch.zeros(2, 3)
+    part.global_shape, part.global_offsets = (4, 3), ((2 * rank, 0),)  # type: ignore[attr-defined]
+    part.local_offsets, part.local_sizes = ((0, 0),), ((2, 3),)  # type: ignore[attr-defined]
     short = DTensor.from_local(torch.zeros(4 + rank, 3), mesh, [Shard(0)], run_check=False, shape=(8, 3), stride=(3, 1))
     return {
         "partial": {"w": DTensor.from_local(torch.zeros(4), mesh, [Partial()])},
         "sharded-tensor": {"model": {"w": old}},
+        "named-part": {"w": part},
         "other-mesh": {"w": DTensor.from_local(torch.zeros(4), alone, [Replicate()], run_check=False)},
         "same-key": {"a": {"b": 1}, "a.b": 2},
         "inside": {"pair": (shard, 1)},

@@ -10,6 +10,7 @@ from nursery import Nursery
 TOLD = {
     "partial": "ValueError: cannot save 'w' of sharded=: it has the placement P",
     "sharded-tensor": "TypeError: cannot save 'model.w' of sharded=: it is a ShardedTensor, as FSDP1 makes them. Take ",
+    "named-part": "TypeError: cannot save 'w' of sharded=: its attributes say that it is a part of another tensor, as a ",
     "other-mesh": "ValueError: cannot save 'w' of sharded=: ",
     "same-key": "ValueError: cannot save sharded=: duplicated flatten key a.b: two places of the state have the same name",
     "inside": "TypeError: sharded= holds a DTensor inside of something that is saved as one value",
