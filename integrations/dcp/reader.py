@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from ckpt.dcp import VerifiedFile, read_metadata
-from ckpt.errors import CorruptError
+from ckpt.errors import CheckpointError, CorruptError
 
 from . import torch_private
 from .notices import say_once
@@ -43,13 +44,22 @@ class VerifyingStorageReader(FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Any:
         """torch goes by the name of `kwargs`: where there is no `.metadata` of all ranks, it asks for that of this rank."""
+        path = Path(self.path) / _METADATA
         if kwargs.get("rank") is None:
             self.damage = None
             if not self._serves:
-                self.open_metadata(Path(self.path) / _METADATA)
+                self.open_metadata(path)
         elif self.damage is not None:
             raise self.damage  # there is one: what ranks have written each for itself is older
-        return super().read_metadata(*args, **kwargs)
+        try:
+            return super().read_metadata(*args, **kwargs)
+        except (OSError, CorruptError):
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"'{path}' cannot be read by torch {torch.__version__}: {error}. Was it written by a newer one, or by another "
+                "Python? See Options.metadata_compat"
+            ) from error
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         if not self._serves and self._is_ours:

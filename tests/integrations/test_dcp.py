@@ -23,6 +23,7 @@ from places import PYTHONPATH
 from support import DEADLINE_S, options
 from torch import nn
 from torch.distributed.checkpoint._extension import ExtensionRegistry, StreamTransformExtension
+from torch.distributed.checkpoint.metadata import TensorProperties
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 
 import ckpt
@@ -425,6 +426,19 @@ def test_what_torch_has_written_is_read_as_torch_reads_it(tmp_path: Path, caplog
     dcp.save(trained.state(9), checkpoint_id=tmp_path / "id")
     assert_holds(tmp_path / "id", trained.state(9), dcp.load)
     assert len(list((tmp_path / "id").glob("*.distcp"))) == 1
+
+
+def test_metadata_of_a_newer_torch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It notes more of each tensor than this one can take up."""
+    trained = Trained()
+    dcp.save(trained.state(), checkpoint_id=tmp_path / "id")
+
+    def refuse(_: Any, state: Any) -> None:
+        raise ValueError("too many values to unpack (expected 5)")
+
+    monkeypatch.setattr(TensorProperties, "__setstate__", refuse)
+    with pytest.raises(BaseException, match=r"cannot be read by torch .*too many values.*See Options\.metadata_compat"):
+        dcp.load(trained.state(), checkpoint_id=tmp_path / "id")
 
 
 def test_a_step_of_a_checkpointer_is_read(tmp_path: Path) -> None:
