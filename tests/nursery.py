@@ -47,10 +47,6 @@ class Child:
         """Its standard output so far. The file's position is the child's own: it is left where it is."""
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace")
 
-    def complained(self) -> str:
-        """Its standard error so far."""
-        return os.pread(self._errors.fileno(), 1 << 20, 0).decode(errors="replace")
-
     def wait(self) -> Ended:
         """Kills it at the deadline."""
         self.kill_after(DEADLINE_S)

@@ -43,14 +43,18 @@ def digest(state: Any) -> str:
 class Trainer:
     """
     Args:
-        request: directory, meeting, rank, world, first, steps; crash_point and crash_skip; `plan`: for each step, by its number
-            as a text, what this rank does differently; `patience`: leave after so many failures.
+        request: directory, meeting, rank, world, first, steps; `port` of the store of somebody else, instead of a file;
+            crash_point and crash_skip; `plan`: for each step, by its number as a text, what this rank does differently;
+            `patience`: leave after so many failures.
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(request["rank"]), str(request["world"])
-        where = f"file://{request['meeting']}"
-        td.init_process_group("gloo", init_method=where, rank=request["rank"], world_size=request["world"])
+        world = {"rank": request["rank"], "world_size": request["world"]}
+        if request["port"]:
+            td.init_process_group("gloo", store=td.TCPStore("127.0.0.1", request["port"], is_master=False), **world)
+        else:
+            td.init_process_group("gloo", init_method=f"file://{request['meeting']}", **world)
         self.request, self.failures, self.waiting = request, 0, []
         self.trained = sharded_states.fsdp(request["world"])
         changes = {"commit_timeout_s": patience(20.0), "max_failed_saves": 0} | request["options"]
@@ -89,7 +93,7 @@ class Trainer:
             pass
 
     def save(self, step: int, fault: Any = None, own: Any = None, drop: str | None = None, twice: bool = False,
-             forget: bool = False, grow: int = 0, sleep_s: float = 0.0) -> None:  # fmt: skip
+             forget: bool = False, grow: int = 0, sleep_s: float = 0.0, still: bool = False) -> None:  # fmt: skip
         state = self.trained.state()
         state["progress"] |= {"step": step, "list": [0] * grow} | ({} if own is None else {"own": own})
         if drop is not None:
@@ -103,7 +107,8 @@ class Trainer:
         try:
             for _ in range(1 + twice):
                 pending = self.checkpointer.save(step, sharded=state)
-                self.trained.step()
+                if not still:
+                    self.trained.step()
                 pending.result(DEADLINE_S)
                 if twice:
                     state = self.trained.state()
@@ -117,6 +122,6 @@ class Trainer:
 
 def main(request: dict[str, Any]) -> None:
     torch.set_num_threads(1)
-    defaults = {"first": 0, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}, "patience": 1000}
+    defaults = {"first": 0, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}, "patience": 1000, "port": 0}
     Trainer(defaults | request).run()
     os._exit(0)
