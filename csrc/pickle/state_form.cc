@@ -16,7 +16,7 @@ namespace {
 
 struct Names {
   Name layout{"layout"}, dtype{"dtype"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"},
-      requires_grad{"requires_grad"}, items{"items"};
+      requires_grad{"requires_grad"}, items{"items"}, global_offsets{"global_offsets"};
 };
 
 const Names& names() {
@@ -45,7 +45,7 @@ class FormReader {
     switch (kind_of(object)) {
       case Kind::kDict: return add_dict(object);
       case Kind::kList: return is_terminal(object) ? add_value(object) : add_list(object);
-      case Kind::kTensor: return add_tensor(object, 'T');
+      case Kind::kTensor: return add_plain(object);
       case Kind::kWrapped: return add_wrapped(object);
       case Kind::kValue: return add_value(object);
     }
@@ -137,6 +137,13 @@ class FormReader {
     form_.push_back('V');
     kinds_.push_back('V');
     values_.append(py::handle(value));
+  }
+
+  // See is_named_part() in ckpt/plan/shards.py.
+  void add_plain(PyObject* tensor) {
+    const py::dict attributes = look_names().dict.of(tensor);
+    if (PyDict_GET_SIZE(attributes.ptr()) > 0 && find(attributes, names().global_offsets.text()) != nullptr) throw Unknown();
+    add_tensor(tensor, 'T');
   }
 
   void add_wrapped(PyObject* tensor) {

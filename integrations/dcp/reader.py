@@ -25,7 +25,7 @@ _READ_BYTES = 4 << 20
 class VerifyingStorageReader(FileSystemReader):
     """A storage reader for `torch.distributed.checkpoint.load`.
 
-    Of a checkpoint that this library has written, each piece of 4 MiB in which something is read is verified, and damage ends
+    Of a checkpoint that this library has written, each piece of 256 KiB in which something is read is verified, and damage ends
     in CorruptError. One without checksums is read as torch reads it, and the log says so.
 
     Attributes:
@@ -34,7 +34,7 @@ class VerifyingStorageReader(FileSystemReader):
 
     def __init__(self, path: str | os.PathLike[str], *more: Any, **other: Any) -> None:
         super().__init__(path, *more, **other)
-        self.damage: CorruptError | None = None
+        self.damage: CheckpointError | None = None
         self._is_ours = False
         self._serves = torch_private.FileSystem is not None and torch_private.replace_files(self, _Files(self))
 
@@ -56,10 +56,11 @@ class VerifyingStorageReader(FileSystemReader):
         except (OSError, CorruptError):
             raise
         except Exception as error:
-            raise CheckpointError(
+            self.damage = CheckpointError(
                 f"'{path}' cannot be read by torch {torch.__version__}: {error}. Was it written by a newer one, or by another "
                 "Python? See Options.metadata_compat"
-            ) from error
+            )
+            raise self.damage from error
 
     def read_data(self, plan: Any, planner: Any) -> Any:
         if not self._serves and self._is_ours:
