@@ -73,6 +73,7 @@ class ShardedReader:
             if key not in metadata.state_dict_metadata:
                 continue
             if entry.shape is None:
+                _expect_place(key, self._state, self._paths[key])
                 self._plan.add_value(key)
             else:
                 self._plan.add_tensor(key, entry)
@@ -209,10 +210,19 @@ def _finish(finish: Any, path: Path) -> None:
 
 def _put(state: Any, path: tuple[Any, ...], value: Any) -> None:
     """Where torch has found it: keys are texts in the path, whatever they are."""
+    _container_of(state, path)[_key_of(_container_of(state, path), path[-1])] = value
+
+
+def _expect_place(key: str, state: Any, path: tuple[Any, ...]) -> None:
+    container = _container_of(state, path)
+    if not isinstance(container, (MutableMapping, list)):
+        raise TypeError(f"'{key}' of sharded_into= lies in a {type(container).__name__}, which takes no other values")
+
+
+def _container_of(state: Any, path: tuple[Any, ...]) -> Any:
     for step in path[:-1]:
         state = state[_key_of(state, step)]
-    if isinstance(state, (MutableMapping, list)):
-        state[_key_of(state, path[-1])] = value
+    return state
 
 
 def _key_of(container: Any, step: Any) -> Any:

@@ -19,6 +19,7 @@ from ckpt.sharded.entries import Entry
 from ckpt.sharded.refusals import RefusedType, refuse_unpicklable
 
 _SIMPLE = (str, int, float, bool, type(None))  # values that are the same object for whoever has the same value
+_MOST_BITS = 64  # of an int; there are some that Python does not even show
 
 
 class ArchiveBuilder:
@@ -102,7 +103,8 @@ class ArchiveBuilder:
 
 def name_of_value(value: Any) -> Any:
     """What is the same of all values with the same pickle, if that can be told without pickling them."""
-    return (type(value), repr(value)) if type(value) in _SIMPLE else None
+    is_simple = type(value) in _SIMPLE and not (type(value) is int and value.bit_length() > _MOST_BITS)
+    return (type(value), repr(value)) if is_simple else None
 
 
 def kind_of_copy(tensor: torch.Tensor, nbytes: int, eager_bytes: int) -> int:

@@ -38,6 +38,11 @@ class LocalPart(NamedTuple):
     replicated: tuple[int, ...]
 
 
+def kind_of(placement: Any) -> Any:
+    """What two placements have in common that mean the same."""
+    return type(placement), getattr(placement, "dim", None), getattr(placement, "split_factor", None)
+
+
 def local_part(
     shape: Sequence[int], placements: Sequence[Any], mesh_shape: Sequence[int], coordinate: Sequence[int]
 ) -> LocalPart:

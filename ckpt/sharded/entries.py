@@ -9,7 +9,7 @@ import torch
 
 from ckpt import torch_private
 from ckpt.plan.shards import is_named_part
-from ckpt.sharded.chunks import Box, LocalPart, local_part
+from ckpt.sharded.chunks import Box, LocalPart, kind_of, local_part
 from ckpt.sharded.meshes import Group, MeshPlace, everywhere
 from ckpt.sharded.refusals import RefusedType, RefusedValue, refuse_unreadable
 
@@ -94,7 +94,7 @@ class EntryFinder:
 
     def _sharded_entry(self, key: str, tensor: Any) -> Entry:
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
-        name = (shape, id(mesh), tensor.placements)
+        name = (shape, id(mesh), tuple(map(kind_of, tensor.placements)))
         found = self._parts.get(name)
         if found is None:
             try:
@@ -105,7 +105,7 @@ class EntryFinder:
         local = self._local_of(tensor)
         if (trigger := getattr(local, "trigger_wait", None)) is not None:  # the result of a collective that may be under way
             local = trigger()
-        if local.requires_grad or type(local) is not torch.Tensor:
+        if local.requires_grad or type(local) is not torch.Tensor or local.__dict__:  # what is noted there is nobody's value
             local = local.detach()
         if tuple(local.shape) != part.shape:
             raise RefusedValue(

@@ -18,6 +18,7 @@ from ckpt.errors import CorruptError
 from ckpt.sharded.contents import Description, PlacedItem, decode
 
 _FIELDS_BEFORE_2_15 = 5  # of TensorProperties
+_AS_PICKLED = "surrogatepass"  # texts that are no UTF-8, as names of files may be
 
 
 class MetadataWriter:
@@ -40,7 +41,7 @@ class MetadataWriter:
         Raises:
             CorruptError: together, the ranks have not written each part of each tensor, and each value, once.
         """
-        texts = [str(directory).encode(), uuid.uuid4().hex.encode()]
+        texts = [str(directory).encode(errors=_AS_PICKLED), uuid.uuid4().hex.encode()]
         form = description, tuple(files), tuple(layouts)
         if self._last is not None and self._last[0] == form:
             made = _exchange(self._last[1], self._last[2], texts)
@@ -50,7 +51,7 @@ class MetadataWriter:
         metadata = _metadata(description, files, [decode(text) for text in layouts])
         from torch.distributed.checkpoint.metadata import StorageMeta
 
-        metadata.storage_meta = StorageMeta(checkpoint_id=texts[0].decode(), save_id=texts[1].decode())
+        metadata.storage_meta = StorageMeta(checkpoint_id=texts[0].decode(errors=_AS_PICKLED), save_id=texts[1].decode())
         made = self._pickle(metadata)
         self._last = form, made, texts
         return made

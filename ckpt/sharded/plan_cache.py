@@ -8,7 +8,9 @@ belongs in its whole. Nothing in here keeps a tensor alive.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,13 +19,15 @@ from ckpt import torch_private
 from ckpt._native import SavedStorage
 from ckpt.plan.pickler import short_way, state_pickler
 from ckpt.plan.save_plan import Archives
+from ckpt.plan.shards import is_named_part
 from ckpt.plan.views import ByteInterval
 from ckpt.sharded.archives import ArchiveBuilder, name_of_value, part_of, pickle_value, refuse_shards_in
-from ckpt.sharded.chunks import Box
+from ckpt.sharded.chunks import Box, kind_of
 from ckpt.sharded.contents import Description, Item
 from ckpt.sharded.entries import Entry, bare
 
 _TENSOR, _VALUE = b"TV"
+_PLAIN = (int, float, bool, str, bytes, tuple, list, NoneType)
 
 
 class Look(NamedTuple):
@@ -48,7 +52,8 @@ class Known(NamedTuple):
     """The plan of a state of this form.
 
     Attributes:
-        places: of each part, where it belongs.
+        specs: of each part, what it says itself, taken apart.
+        places: what that means.
         keys: of the leaves.
         tensors_at, values_at: which of the leaves are tensors, and which are values.
         described: of each leaf what must be the same on all ranks, if that is neither a tensor nor a value.
@@ -61,7 +66,7 @@ class Known(NamedTuple):
     """
 
     form: bytes
-    specs: list[Any]
+    specs: list[tuple[Any, ...]]
     places: list[Any]
     keys: list[str]
     tensors_at: list[int]
@@ -88,14 +93,15 @@ class PlanCache:
         if type(state) is not dict or not short_way():
             return None
         found = state_pickler.read_form(state, wrapper=torch_private.wrapper_names(), is_value=_is_value)
-        return None if found is None else Look(*found)
+        return None if found is None or any(map(_has_items, found[-1])) else Look(*found)
 
     def find(self, look: Look) -> Known | None:
         known = self._known
         if known is None or known.form != look.form:
             return None
-        for old, new, place in zip(known.specs, look.specs, known.places, strict=True):
-            if new is not old and _place_of(new) != place:
+        for old, spec, place in zip(known.specs, look.specs, known.places, strict=True):
+            new = _apart(spec)
+            if not all(map(operator.is_, old, new)) and _place_of(*new) != place:
                 return None
         return known
 
@@ -182,8 +188,8 @@ def _known(look: Look, keys: list[str], entries: Sequence[Entry], items: list[It
         return None
     return Known(
         form=look.form,
-        specs=look.specs,
-        places=list(map(_place_of, look.specs)),
+        specs=(specs := list(map(_apart, look.specs))),
+        places=[_place_of(*spec) for spec in specs],
         keys=keys,
         tensors_at=tensors_at,
         values_at=values_at,
@@ -221,9 +227,18 @@ def _agree(look: Look, entries: Sequence[Entry]) -> bool:
     return True
 
 
-def _place_of(spec: Any) -> Any:
-    """Of a part in its whole: by the mesh itself, since meshes that are equal may lie in different places of the job."""
-    return tuple(spec.shape), id(spec.mesh), spec.placements
+_apart = operator.attrgetter("mesh", "placements", "tensor_meta")
+
+
+def _place_of(mesh: Any, placements: Sequence[Any], whole: Any) -> Any:
+    """Of a part in its whole: by the mesh itself, since meshes that are equal may lie in different places of the job, and by
+    what placements are, since torch before 2.13 takes one that is sharded in strides for equal to one that is not."""
+    return whole and tuple(whole.shape), id(mesh), tuple(map(kind_of, placements))
+
+
+def _has_items(value: Any) -> bool:
+    """It says by itself what of it is saved, though its class does not."""
+    return type(value) not in _PLAIN and (hasattr(value, "__create_write_items__") or is_named_part(value))
 
 
 def _is_value(kind: type) -> bool:

@@ -6,6 +6,7 @@ temporary, and whatever is no contiguous tensor (values, and tensors of other ki
 
 from __future__ import annotations
 
+import ctypes
 import io
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -193,7 +194,7 @@ def _copy_parts(chunk: torch.Tensor, parts: Sequence[_Part]) -> None:
 
 
 def _bytes_of(memory: torch.Tensor) -> bytes:
-    return bytes(memory.untyped_storage())
+    return ctypes.string_at(memory.data_ptr(), memory.nbytes)
 
 
 def differences(metadata: Any, entries: Mapping[str, Entry], strict: bool) -> list[str]:

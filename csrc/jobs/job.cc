@@ -59,8 +59,8 @@ void add_parts(Checksums& sums, const std::vector<Chunk>& chunks, uint64_t every
 
 // Of a file that one process writes: its chunks follow each other from the beginning, and each is of the same size but the last.
 void add_pieces(Checksums& sums, const std::vector<Chunk>& chunks, uint64_t every) {
-  if (chunks.empty()) return;
   if (every > 0) return add_parts(sums, chunks, every);
+  if (chunks.empty()) return;
   sums.piece_bytes = std::max<uint64_t>(kPiece, chunks.size() > 1 ? chunks[1].offset : chunks[0].content);
   for (const Chunk& chunk : chunks) {
     if (chunk.offset % sums.piece_bytes == 0) sums.pieces.push_back(0);

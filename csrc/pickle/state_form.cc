@@ -76,9 +76,9 @@ class FormReader {
   bool is_terminal(PyObject* list) {
     const Descent descent;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list); ++i) {
-      PyObject* item = PyList_GET_ITEM(list, i);
-      const Kind kind = kind_of(item);
-      if (kind != Kind::kValue && !(kind == Kind::kList && is_terminal(item))) return false;
+      const auto item = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list, i));
+      const Kind kind = kind_of(item.ptr());
+      if (kind != Kind::kValue && !(kind == Kind::kList && is_terminal(item.ptr()))) return false;
     }
     return true;
   }

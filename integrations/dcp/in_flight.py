@@ -10,37 +10,35 @@ from typing import Any
 import ckpt
 
 _lock = threading.Lock()
-_under_way: dict[
-    tuple[int, str], tuple[bool, Any]
-] = {}  # by process and directory: whether torch makes the newest, and its future
+_under_way: dict[tuple[int, str], dict[Any, bool]] = {}  # by process and directory: their futures, and whether torch makes each
 
 
 def await_earlier(path: Any, by_torch: bool, timeout_s: float) -> None:
-    """Waits for the newest save to the directory, if torch makes that, or what comes next; whatever comes of it.
+    """Waits for the saves to the directory that torch makes, or for all if torch makes the next; whatever comes of them.
 
-    Else the older one might be the last to get its name, or might remove files of the other.
+    Else an older one might be the last to get its name, or might remove files of the other.
 
     Raises:
-        CheckpointError: it does not end.
+        CheckpointError: one does not end.
     """
     with _lock:
-        earlier_by_torch, future = _under_way.get(_key(path), (False, None))
-    if future is None or not (by_torch or earlier_by_torch):
-        return
-    if concurrent.futures.wait([future], timeout_s).not_done:
+        earlier = [future for future, is_of_torch in _under_way.get(_key(path), {}).items() if by_torch or is_of_torch]
+    if concurrent.futures.wait(earlier, timeout_s).not_done:
         raise ckpt.CheckpointError(f"the save to '{path}' that is under way has not ended within {timeout_s:g} s")
 
 
 def note(path: Any, by_torch: bool, future: Any) -> None:
-    """The newest."""
+    """One that has begun."""
     key = _key(path)
     with _lock:
-        _under_way[key] = by_torch, future
+        _under_way.setdefault(key, {})[future] = by_torch
 
     def end(_: Any) -> None:
         with _lock:
-            if _under_way.get(key, (False, None))[1] is future:
-                del _under_way[key]
+            left = _under_way.get(key, {})
+            left.pop(future, None)
+            if not left:
+                _under_way.pop(key, None)
 
     future.add_done_callback(end)
 

@@ -89,6 +89,7 @@ class ShardedParts:
         found: State = {name: self._shared_of(name, state) for name, state in states.items()}
         for name, pair in self._optimizers.items():
             found[name] = fsdp1.take_optimizer(*pair) if self._owners[name] in self._flat else _state_of(*pair)
+            _refuse_nested(name, found[name])
         return found, {name: self._own_of(name, state) for name, state in states.items()}
 
     def _state_of_module(self, name: str, as_they_are: bool = False) -> State:
@@ -197,6 +198,29 @@ def _state_of(optimizer: torch.optim.Optimizer, module: nn.Module) -> State:
     indices = [index for group in state["param_groups"] for index in group["params"]]
     named = dict(zip(indices, [name for group in groups for name in group["params"]], strict=True))
     return {"state": {named[index]: value for index, value in state["state"].items()}, "param_groups": groups}
+
+
+def _refuse_nested(name: str, state: State) -> None:
+    """What is deeper cannot be told from names with dots in them when it is to be loaded.
+
+    Raises:
+        TypeError: says what.
+    """
+    groups = [(f"group {number}", group) for number, group in enumerate(state["param_groups"])]
+    for where, fields in [*state["state"].items(), *groups]:
+        for key, value in fields.items():
+            if "." in str(key) or _is_nested(value):
+                what = "has a dot in its name" if "." in str(key) else f"is a {type(value).__name__}"
+                raise TypeError(
+                    f"{name} cannot be saved: of a sharded optimizer tensors and values are saved, and no containers of them, "
+                    f"but '{key}' of {where} {what}"
+                )
+
+
+def _is_nested(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return True
+    return isinstance(value, list) and any(isinstance(each, torch.Tensor) or _is_nested(each) for each in value)
 
 
 def _target_of(name: str, owner: str, target: State, parameters: Mapping[str, torch.Tensor], saved: Saved) -> State:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 import pickle
 import pickletools
 from pathlib import Path
@@ -49,6 +50,13 @@ def test_it_says_what_lies_where() -> None:
         MetadataIndex("n"): ("__1_0.distcp", 100, 50),
     }
     assert str(found.storage_meta.checkpoint_id) == "/steps/step-000000000001"
+
+
+def test_a_directory_of_any_name() -> None:
+    directory = Path(os.fsdecode(b"/steps \xff/step-1"))
+    for _ in range(2):
+        found = pickle.loads(MetadataWriter().make(DESCRIPTION, FILES, GOOD, directory))
+        assert found.storage_meta.checkpoint_id == str(directory)
 
 
 def test_of_another_step_it_is_made_of_the_last_one() -> None:

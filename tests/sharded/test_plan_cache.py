@@ -14,6 +14,8 @@ import torch
 import torch.distributed as td
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from ckpt.plan.lazy_storages import lazy_storages
@@ -126,7 +128,7 @@ def expect_same(warm: ShardedPlanner, rank: int, state: State) -> bool:
 
 
 def values(state: State, chance: random.Random) -> None:
-    state["epoch"] = chance.choice([chance.randrange(9), "four", None, 2.5, (1, [2])])
+    state["epoch"] = chance.choice([chance.randrange(9), "four", None, 2.5, (1, [2]), 10**5000])
     state["optimizer"]["param_groups"][0]["lr"] = chance.random()
     state["optimizer"]["state"][2]["name"] = "p" * chance.randrange(20)
 
@@ -223,6 +225,27 @@ def named_parts(state: State, chance: random.Random) -> None:
         state["views"]["high"].global_offsets = state["views"]["high"].local_offsets = [(0,)]
 
 
+def what_is_noted_beside(state: State, chance: random.Random) -> None:
+    """Objects that a user keeps at tensors, some of which nobody can pickle."""
+    state["columns"]._local_tensor.note = chance.choice([3, lambda: None, torch.ones(3)])
+    state["pair"][0].note = chance.choice([3, lambda: None])
+
+
+def spec_in_place(state: State, chance: random.Random) -> None:
+    spec = state["columns"]._spec
+    spec.placements = chance.choice([(Shard(1), Replicate()), (Replicate(), Shard(1)), (Replicate(), Replicate())])
+
+
+class Said:
+    """An object of which some are values."""
+
+
+def objects(state: State, chance: random.Random) -> None:
+    state["best"] = Said()
+    if chance.random() < 0.5:
+        state["best"].__create_write_items__ = None
+
+
 def sparse(state: State, chance: random.Random) -> None:
     state["best"] = chance.choice([torch.eye(3).to_sparse(), torch.eye(3)])
 
@@ -234,6 +257,7 @@ def refused(state: State, chance: random.Random) -> None:
 KNOWN: list[Change] = [values, numbers, other_memory, another_place_in_the_memory, new_objects]
 OTHERS: list[Change] = [
     *(strides, dtype, gradients, placements, another_mesh, order, keys, fewer_keys, containers, tensor_for_value),
+    *(what_is_noted_beside, spec_in_place, objects),
     *(tensors_in_values, what_is_shared, unresolved, sparse, refused, named_parts),
 ]
 
@@ -261,6 +285,19 @@ def test_whatever_changes(rank: int, seed: int) -> None:
         if not expect_same(warm, rank, state):
             state = state_on(init_device_mesh("cpu", (2, 2)))  # else it would be refused for ever
     assert warm.anew < 40, "the cache is used"
+
+
+def test_a_shard_in_strides_is_another_place(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where torch takes it for equal to one that is not, as torch before 2.13 does."""
+    mesh, warm = init_device_mesh("cpu", (2, 2)), planner(rank)
+    whole = part(mesh, 4, 4, placements=[Shard(0), Shard(0)])
+    monkeypatch.setattr(_StridedShard, "__eq__", lambda self, other: self.dim == other.dim)
+    strided = (_StridedShard(0, split_factor=2), Shard(0))
+    spec = DTensorSpec(mesh, strided, tensor_meta=whole._spec.tensor_meta)
+    found: DTensor = DTensor(whole._local_tensor, spec, requires_grad=False)  # type: ignore[abstract]
+    for tensor in (whole, found, whole):
+        expect_same(warm, rank, {"tensor": tensor})
+    assert warm.anew == 3
 
 
 def test_it_keeps_no_tensor_alive(rank: int) -> None:

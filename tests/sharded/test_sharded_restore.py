@@ -7,6 +7,7 @@ import pickle
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.resharding import ByteDestination, ranges_to_read
 
 MIB = 1 << 20
-PIECE = 4 * MIB
+PIECE = MIB // 4
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -86,6 +87,15 @@ def test_all_of_it_comes_back(tmp_path: Path) -> None:
     for key, value in state()["model"].items():
         assert torch.equal(target["model"][key], value) and target["model"][key].data_ptr() == places[key]
     assert target["numbers"] == {1: 5, "list": [1, 2]} and target["text"] == "x"
+
+
+def test_a_value_without_a_place_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path, options=options(), coordinator="local") as checkpointer:
+        checkpointer.save(1, sharded={"part": {"number": 5, "tensor": torch.ones(3)}}).result(60)
+    tensor = torch.zeros(3)
+    with pytest.raises(TypeError, match=r"'part.number' of sharded_into= lies in a mappingproxy, which takes no other values"):
+        restore(tmp_path, {"part": MappingProxyType({"number": 0, "tensor": tensor})})
+    assert not tensor.any()
 
 
 def test_a_module_is_given_its_part(tmp_path: Path) -> None:
