@@ -32,8 +32,6 @@ from gpt import GPT, Batches, Shape, read_text
 from record import Log, digest, whole
 from savers import NoSaving, TorchSaving, rng_state
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -86,6 +84,9 @@ class Training:
 
 def shard(model: GPT, device: str, ranks: int) -> None:
     """Makes each parameter a DTensor, of which each rank holds a part."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device, (ranks,))
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh)
