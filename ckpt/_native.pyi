@@ -142,6 +142,7 @@ def read_file_ranges(
     path: bytes,
     ranges: Sequence[tuple[int, int, int]],  # offset, length, address in memory of the host; 0: only checksummed
     *,
+    direct: bool,
     threads: int,
     timeout_s: float,
     keep: Any,

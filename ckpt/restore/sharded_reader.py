@@ -114,8 +114,10 @@ class ShardedReader:
         ranges, pieces = ranges_to_read(reads.destinations, checksums.piece_bytes, checksums.file_bytes)
         if not ranges:
             return
+        # What other ranks want of the file, too, they find in the page cache, if they are on this node.
+        alone = len(pieces) == len(checksums.crc32s)
         size, crcs, read = _native.read_file_ranges(
-            os.fsencode(path), ranges, threads=reader_threads(), timeout_s=self._timeout_s, keep=reads.keep
+            os.fsencode(path), ranges, direct=alone, threads=reader_threads(), timeout_s=self._timeout_s, keep=reads.keep
         )
         self.bytes_read += read
         if size != checksums.file_bytes:

@@ -76,7 +76,8 @@ using Ranges = std::vector<std::tuple<uint64_t, uint64_t, uintptr_t>>;
 
 // (bytes of the file, CRC-32 of each range, bytes that were read): of ranges (offset, length, address in memory of the host; 0: only
 // checksummed).
-py::tuple read_file_ranges(const std::string& path, const Ranges& wanted, int threads, double timeout_s, const py::object& keep) {
+py::tuple read_file_ranges(const std::string& path, const Ranges& wanted, bool direct, int threads, double timeout_s,
+                           const py::object& keep) {
   std::vector<ReadRange> ranges;
   ranges.reserve(wanted.size());
   for (const auto& [offset, length, address] : wanted) {
@@ -87,7 +88,7 @@ py::tuple read_file_ranges(const std::string& path, const Ranges& wanted, int th
   uint64_t size = 0, read = 0;
   {
     py::gil_scoped_release release;
-    const auto file = std::make_shared<ReadableFile>(path, true);
+    const auto file = std::make_shared<ReadableFile>(path, direct);
     crcs = read_ranges(file, ranges, options);
     size = file->size();
     read = file->bytes_read();
@@ -120,8 +121,8 @@ void bind_reading(py::module_& module) {
       }, py::arg("in_memory"), py::arg("threads"))
       .def_property_readonly("directory_crc32", &RecordFile::directory_crc)
       .def_property_readonly("bytes_read", [](const RecordFile& file) { return file.file().bytes_read(); });
-  module.def("read_file_ranges", &read_file_ranges, py::arg("path"), py::arg("ranges"), py::kw_only(), py::arg("threads"),
-             py::arg("timeout_s"), py::arg("keep"));
+  module.def("read_file_ranges", &read_file_ranges, py::arg("path"), py::arg("ranges"), py::kw_only(), py::arg("direct"),
+             py::arg("threads"), py::arg("timeout_s"), py::arg("keep"));
   module.def("verify_torch_file", [](const std::string& path, int threads) {
     const ReadOptions options = reading(threads, ReadOptions().timeout_s, kPieceBytes, py::none());
     py::gil_scoped_release release;
