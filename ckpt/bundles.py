@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
 import logging
 import os
 import time
@@ -15,6 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ckpt.commit.agreement import Refusal, find_refusal
 from ckpt.commit.bundle_target import BundleTarget
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.publication import Publication
@@ -238,27 +238,15 @@ class BundleCheckpointer(SaveSession):
         roots = [str(root), os.path.realpath(root)] if together else []
         said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots}
         said |= {"kind": type(error).__name__, "text": "" if error is None else str(error)}
-        refusal = self._agree_on_claim(number, said) if self.world_size > 1 else None
+        refusal = None
+        if self.world_size > 1:
+            key = f"{self._claims}/{number}"
+            refusal = find_refusal(self._coordinator, key, said, _judge, self.options.timeout_s)
         if error is not None:
             raise error
         if refusal is not None:
             raise _REFUSALS[refusal["kind"]](refusal["text"])
         return own
-
-    def _agree_on_claim(self, number: int, own: dict[str, Any]) -> dict[str, str] | None:
-        """What keeps any rank from saving, in words that are the same on all ranks."""
-        key, timeout_s = f"{self._claims}/{number}", self.options.timeout_s
-        refusal = None
-        try:
-            answers = self._coordinator.gather(f"{key}-ranks", json.dumps(own).encode(), timeout_s)
-            if answers is not None:
-                refusal = _find_refusal([json.loads(answer) for answer in answers])
-        except PeerError as missing:
-            if self.rank != 0:
-                raise
-            refusal = {"kind": PeerError.__name__, "text": str(missing)}  # the others wait for word
-        said = self._coordinator.broadcast(key, json.dumps(refusal).encode(), 2 * timeout_s)
-        return json.loads(said) or None
 
     def _check_remaining(self) -> None:
         """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
@@ -433,7 +421,7 @@ class BundleCheckpointer(SaveSession):
 _REFUSALS = {kind.__name__: kind for kind in (CheckpointError, FailedSavesError, PeerError)}
 
 
-def _find_refusal(answers: list[dict[str, Any]]) -> dict[str, str] | None:
+def _judge(answers: list[dict[str, Any]]) -> Refusal | None:
     """Why the ranks, which are given in their order, cannot make one bundle."""
     for own in answers:
         if own["text"]:

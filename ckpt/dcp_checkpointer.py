@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import json
 import os
 import threading
 import weakref
@@ -13,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt.commit.agreement import Refusal, find_refusal
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.directory_target import DirectoryTarget
 from ckpt.commit.layout_exchange import LayoutExchange
@@ -221,25 +221,14 @@ class _Agreement:
                 self._exchange({"what": self._call.what, "kind": kind, "text": text, "digest": []})
         return UnsupportedError(text) if is_unfit else error
 
-    def _exchange(self, own: dict[str, Any]) -> dict[str, str] | None:
+    def _exchange(self, own: dict[str, Any]) -> Refusal | None:
         """What keeps the ranks from saving, the same on all of them."""
         self._asked = True
         session = self._session
         if session.world_size == 1:
             return None
-        coordinator, timeout_s = session._coordinator, session.options.timeout_s
         key = f"{session._stream}-begin/{self._call.number}"
-        refusal = None
-        try:
-            answers = coordinator.gather(f"{key}-ranks", json.dumps(own).encode(), timeout_s)
-            if answers is not None:
-                refusal = _find_refusal([json.loads(answer) for answer in answers])
-        except PeerError as missing:
-            if session.rank != 0:
-                raise
-            refusal = {"kind": PeerError.__name__, "text": str(missing)}  # the others wait for word
-        said = coordinator.broadcast(key, json.dumps(refusal).encode(), 2 * timeout_s)
-        return json.loads(said) or None
+        return find_refusal(session._coordinator, key, own, _judge, session.options.timeout_s)
 
 
 def _with_state_dicts(state: Any) -> Any:
@@ -248,7 +237,7 @@ def _with_state_dicts(state: Any) -> Any:
     return {key: value.state_dict() if is_stateful(value) else value for key, value in state.items()}
 
 
-def _find_refusal(answers: list[dict[str, Any]]) -> dict[str, str] | None:
+def _judge(answers: list[dict[str, Any]]) -> Refusal | None:
     kinds = sorted((answer["kind"] in ("", _UNSUPPORTED), rank) for rank, answer in enumerate(answers) if answer["kind"])
     if kinds:  # an error before what is only not supported
         answer = answers[kinds[0][1]]
