@@ -16,10 +16,10 @@ from ckpt.commit.target import Choice, Prepared, SaveCall, SavedFile
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files
 from ckpt.directory.manifest import REPLICATED, SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA, FileEntry, Manifest
-from ckpt.directory.sharded_files import PieceChecksums
 from ckpt.directory.step_names import names_in
 from ckpt.directory.steps import StepDirectories
 from ckpt.saving.file_in_flight import FileInFlight
+from ckpt.saving.piece_sums import checksums_of
 from ckpt.sharded.contents import encode
 from ckpt.storage import durable
 
@@ -58,15 +58,11 @@ class StepTarget:
     def name_now(self, file: SavedFile) -> Sequence[FileEntry]:
         if not file.written or file.is_shared:
             return ()
-        job = file.file.job
+        crc32 = file.file.job.crc32
         if file.kind != SHARDED:
-            return (self._give_name(file, job.crc32, self._rank),)
-        piece_bytes, crc32s = job.piece_checksums
-        path = sharded_files.checksums_path(file.file.target)
-        archives, payloads = job.archives, job.payloads
-        places = {archives[index][0]: payloads[n] for index, n in enumerate(file.file.contents.payloads) if n >= 0}
-        content = PieceChecksums(job.size, piece_bytes, crc32s, places).to_bytes()
-        data = self._give_name(file, job.crc32, self._rank, {path: content})
+            return (self._give_name(file, crc32, self._rank),)
+        path, content = sharded_files.checksums_path(file.file.target), checksums_of(file.file)
+        data = self._give_name(file, crc32, self._rank, {path: content})
         return data, _entry(path, content, SHARDED_CHECKSUMS, self._rank)
 
     def _give_name(self, file: SavedFile, crc32: int, rank: int = 0, beside: Mapping[Path, bytes] | None = None) -> FileEntry:

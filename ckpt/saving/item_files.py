@@ -23,7 +23,7 @@ from ckpt.saving.submit import log_failure, start
 from ckpt.saving.task import SaveTask
 from ckpt.storage import durable
 
-_PIECE_BYTES = 4 << 20
+_PIECE_BYTES = 256 << 10  # as of the other data files
 
 Place = tuple[str, int, int]  # name of the file, offset and length in it
 
