@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_example_ranks import Record, events, kill_once_saved, losses, run
+from test_example_ranks import Record, assert_went_on, events, kill_once_saved, losses, run
 
 # On one rank and on two the same windows are in a batch.
 SHARDED = {"torchrun": ["--fsdp", "--batch=4"], "alone": ["--fsdp", "--batch=8"]}
@@ -25,14 +25,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
 def test_ranks_are_killed_and_all_resume(killed_ranks: tuple[int, ...], reference: list[Record], tmp_path: Path) -> None:
     killed = kill_once_saved("torchrun", tmp_path, 5, *SHARDED["torchrun"], ranks=killed_ranks)
     resumed = run("torchrun", tmp_path, "resumed", "--resume", *SHARDED["torchrun"])
-
-    expected, start = losses(reference), resumed[0]["resumed_from"]
-    assert 5 <= start <= len(losses(killed)) + 1
-    assert list(losses(resumed)) == list(range(start + 1, len(expected) + 1))
-    assert losses(killed).items() <= expected.items()
-    assert losses(resumed).items() <= expected.items()
-    assert resumed[-1]["digest"] == reference[-1]["digest"]
-    assert not [record for record in resumed if record.get("error")]
+    assert_went_on(reference, killed, resumed, saved=5)
 
 
 @pytest.fixture(scope="module")
