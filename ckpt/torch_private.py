@@ -328,6 +328,20 @@ def wrapper_names() -> tuple[type, str, str] | None:
     return (kind, _LOCAL, _SPEC) if kind is not None and hasattr(kind, _LOCAL) and hasattr(kind, _SPEC) else None
 
 
+_spec_parts = operator.attrgetter("mesh", "placements", "tensor_meta")
+
+
+def spec_parts(spec: Any) -> tuple[Any, Any, Any] | None:
+    """Of what a DTensor says of its place: its mesh, its placements, and what has the shape of the whole. None if this torch
+    has other names for them.
+    """
+    try:
+        found: tuple[Any, Any, Any] = _spec_parts(spec)
+    except AttributeError:
+        return None
+    return found if hasattr(found[2], "shape") else None
+
+
 def root_mesh(mesh: Any) -> Any:
     """The device mesh of which `mesh` is a part, or itself. One that does not tell is taken for a whole one."""
     get = getattr(mesh, "_get_root_mesh", None)

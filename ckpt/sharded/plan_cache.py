@@ -100,8 +100,8 @@ class PlanCache:
         if known is None or known.form != look.form:
             return None
         for old, spec, place in zip(known.specs, look.specs, known.places, strict=True):
-            new = _apart(spec)
-            if not all(map(operator.is_, old, new)) and _place_of(*new) != place:
+            new = torch_private.spec_parts(spec)
+            if new is None or (not all(map(operator.is_, old, new)) and _place_of(*new) != place):
                 return None
         return known
 
@@ -166,6 +166,9 @@ def _known(look: Look, keys: list[str], entries: Sequence[Entry], items: list[It
            description: Description | None) -> Known | None:  # fmt: skip
     if len(look.kinds) != len(entries) or not _agree(look, entries):
         return None
+    specs = [parts for parts in map(torch_private.spec_parts, look.specs) if parts is not None]
+    if len(specs) != len(look.specs):
+        return None
     tensors_at = [at for at, kind in enumerate(look.kinds) if kind != _VALUE]
     values_at = [at for at, kind in enumerate(look.kinds) if kind == _VALUE]
     number_of = {at: number for each in (tensors_at, values_at) for number, at in enumerate(each)}
@@ -188,7 +191,7 @@ def _known(look: Look, keys: list[str], entries: Sequence[Entry], items: list[It
         return None
     return Known(
         form=look.form,
-        specs=(specs := list(map(_apart, look.specs))),
+        specs=specs,
         places=[_place_of(*spec) for spec in specs],
         keys=keys,
         tensors_at=tensors_at,
@@ -227,13 +230,10 @@ def _agree(look: Look, entries: Sequence[Entry]) -> bool:
     return True
 
 
-_apart = operator.attrgetter("mesh", "placements", "tensor_meta")
-
-
 def _place_of(mesh: Any, placements: Sequence[Any], whole: Any) -> Any:
     """Of a part in its whole: by the mesh itself, since meshes that are equal may lie in different places of the job, and by
     what placements are, since torch before 2.13 takes one that is sharded in strides for equal to one that is not."""
-    return whole and tuple(whole.shape), id(mesh), tuple(map(kind_of, placements))
+    return tuple(whole.shape), id(mesh), tuple(map(kind_of, placements))
 
 
 def _has_items(value: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import operator
 import random
 import weakref
 from collections import OrderedDict
@@ -18,6 +19,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from ckpt import torch_private
 from ckpt.plan.lazy_storages import lazy_storages
 from ckpt.plan.save_plan import SavePlan
 from ckpt.sharded.entries import EntryFinder
@@ -297,6 +299,18 @@ def test_a_shard_in_strides_is_another_place(rank: int, monkeypatch: pytest.Monk
     found: DTensor = DTensor(whole._local_tensor, spec, requires_grad=False)  # type: ignore[abstract]
     for tensor in (whole, found, whole):
         expect_same(warm, rank, {"tensor": tensor})
+    assert warm.anew == 3
+
+
+@pytest.mark.parametrize("names", [("wrapper_names", lambda: None), ("_spec_parts", operator.attrgetter("no_such_name"))])
+def test_a_torch_with_other_names_is_planned_for_anew(
+    rank: int, names: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    state, warm = state_on(init_device_mesh("cpu", (2, 2))), planner(rank)
+    warm.plan(state, lazy_storages(True), EAGER_BYTES, False)
+    monkeypatch.setattr(torch_private, *names)
+    for _ in range(2):
+        expect_same(warm, rank, state)
     assert warm.anew == 3
 
 
