@@ -115,6 +115,32 @@ for _ in range(3):
     assert_both_steps_are_good(tmp_path)
 
 
+def test_a_child_does_not_keep_the_space_of_a_file_that_is_replaced(run: Run) -> None:
+    """Forked with the outcome of the save, before the space is given back."""
+    body = """
+path = directory + "/a.pt"
+
+def replaced():
+    links = ("/proc/self/fd/" + number for number in os.listdir("/proc/self/fd"))
+    return [link for link in links if os.path.islink(link) and os.readlink(link) == path + " (deleted)"]
+
+def look(_):
+    seen.append(len(replaced()))
+    seen.append(fork(lambda: os._exit(len(replaced()))))
+    told.set()
+
+seen, told = [], threading.Event()
+ckpt.save({"weights": weights}, path, options=options).result(120)
+_native.set_fault("fdatasync", delay_s=60)
+pending = ckpt.save({"weights": weights}, path, options=options)
+pending.add_done_callback(look)
+_native.clear_faults()
+pending.result(120)
+assert told.wait(120) and seen == [1, 0], seen
+"""
+    run(body)
+
+
 def test_a_child_is_refused_what_belongs_to_its_parent(run: Run, tmp_path: Path) -> None:
     finished = """
 finished = ckpt.save({"n": 1}, directory + "/finished.pt", options=options)
