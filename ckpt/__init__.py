@@ -16,16 +16,24 @@ For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path
 derive from CheckpointError.
 """
 
-from ckpt.bundles import BundleCheckpointer
-from ckpt.checkpointer import Checkpointer
-from ckpt.device_check import check_devices
-from ckpt.errors import CheckpointError
-from ckpt.fence import fence  # as an attribute it hides its module, which `from ckpt.fence import` still finds
-from ckpt.loading.load import load
-from ckpt.loading.load_into import load_into
-from ckpt.options import Options
-from ckpt.saving.pending import PendingSave, SaveStats
-from ckpt.saving.single_file import save
+import importlib
+import sys
+import types
+from typing import TYPE_CHECKING, Any
+
+from ckpt import fence_hooks
+
+if TYPE_CHECKING:
+    from ckpt.bundles import BundleCheckpointer
+    from ckpt.checkpointer import Checkpointer
+    from ckpt.device_check import check_devices
+    from ckpt.errors import CheckpointError
+    from ckpt.fence import fence
+    from ckpt.loading.load import load
+    from ckpt.loading.load_into import load_into
+    from ckpt.options import Options
+    from ckpt.saving.pending import PendingSave, SaveStats
+    from ckpt.saving.single_file import save
 
 __version__ = "0.1.0"
 
@@ -42,3 +50,47 @@ __all__ = [
     "load_into",
     "save",
 ]
+
+# Imported when they are first asked for: what needs no torch, as the drain, is not to wait for it.
+_HOMES = {
+    "BundleCheckpointer": "ckpt.bundles",
+    "CheckpointError": "ckpt.errors",
+    "Checkpointer": "ckpt.checkpointer",
+    "Options": "ckpt.options",
+    "PendingSave": "ckpt.saving.pending",
+    "SaveStats": "ckpt.saving.pending",
+    "check_devices": "ckpt.device_check",
+    "fence": "ckpt.fence",
+    "load": "ckpt.loading.load",
+    "load_into": "ckpt.loading.load_into",
+    "save": "ckpt.saving.single_file",
+}
+_MODULES = {"coordinator", "dcp", "errors", "formats", "metrics", "optimizers", "options", "quantities", "state_dicts"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        value = getattr(importlib.import_module(_HOMES[name]), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return importlib.import_module(f"ckpt.{name}")
+    raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})
+
+
+class _Package(types.ModuleType):
+    """The function fence() hides its module, which `from ckpt.fence import` still finds: the import of any submodule makes it
+    an attribute of its package, whenever that happens."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "fence" and isinstance(value, types.ModuleType):
+            value = value.fence
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
+fence_hooks.install_beside_torch()

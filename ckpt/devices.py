@@ -10,6 +10,8 @@ from typing import Protocol
 import torch
 from torch.storage import UntypedStorage
 
+from ckpt import fence_hooks
+
 HOST = -1
 Span = tuple[UntypedStorage, int, int]  # its bytes [second, second + third)
 _WORD = 8  # bytes
@@ -214,3 +216,6 @@ def allocate(nbytes: int, device: int) -> UntypedStorage:
 def strangers(storages: Iterable[UntypedStorage]) -> set[int]:
     """The id() of storages on devices that torch takes for host memory."""
     return set(map(id, storages)) if in_use.in_host_memory else set()
+
+
+fence_hooks.loaded(__name__)

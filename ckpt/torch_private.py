@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.storage import TypedStorage, UntypedStorage
 
-from ckpt import _native
+from ckpt import _native, fence_hooks
 
 logger = logging.getLogger("ckpt")
 
@@ -406,3 +406,6 @@ def hide_from_compiler(hook: Callable[..., Any]) -> None:
     Without the name the compiler looks, finds what it cannot compile, warns, and calls it all the same.
     """
     hook._torchdynamo_disable = True  # type: ignore[attr-defined]
+
+
+fence_hooks.loaded(__name__)

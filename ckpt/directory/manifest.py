@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
+import importlib.metadata
 import json
+import sys
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from ckpt.errors import NotACheckpointError
 
@@ -63,13 +64,12 @@ class Manifest:
             "sequence": self.sequence,
             "world_size": self.world_size,
             "created": self.created or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
-            "versions": {"torch": str(torch.__version__)},
+            "versions": {"torch": _torch_version()},
             "files": [_without_empty(dataclasses.asdict(file)) for file in self.files],
         }
         if self.others:
             document["others"] = list(self.others)
-        document["crc32"] = _checksum(document)
-        return (json.dumps(document, indent=1) + "\n").encode()
+        return with_checksum(document)
 
 
 def read(directory: Path) -> Manifest:
@@ -82,17 +82,32 @@ def read(directory: Path) -> Manifest:
     try:
         if path.stat().st_size > _LARGEST_BYTES:
             raise NotACheckpointError(f"'{path}' is too large to be a manifest")
-        document = json.loads(path.read_bytes())
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise NotACheckpointError(
             f"'{directory}' holds no {NAME}: it was not committed, or is being removed, or its manifest is lost"
         ) from error
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
         raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
     try:
-        return _parse(document)
+        return parse(content)
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
     except (KeyError, TypeError, ValueError) as error:
         raise NotACheckpointError(f"'{path}' is not a valid manifest: {error}") from error
+
+
+def _torch_version() -> str:
+    """Imports no torch: a process that only copies checkpoints has none."""
+    return str(sys.modules["torch"].__version__) if "torch" in sys.modules else _installed_torch()
+
+
+@functools.cache
+def _installed_torch() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
 
 
 def _without_empty(fields: dict[str, Any]) -> dict[str, Any]:
@@ -118,19 +133,39 @@ def is_at(directory: Path, sequence: int) -> bool:
     return found is not None and found.sequence == sequence
 
 
-def _checksum(document: dict[str, Any]) -> int:
-    """CRC-32 of what the document says, however it is laid out."""
-    said = {key: value for key, value in document.items() if key != "crc32"}
-    return zlib.crc32(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+def with_checksum(document: Mapping[str, Any]) -> bytes:
+    """What parse_checked() takes."""
+    return (json.dumps({**document, "crc32": _checksum(document)}, indent=1) + "\n").encode()
 
 
-def _parse(document: Any) -> Manifest:
+def parse_checked(content: bytes) -> dict[str, Any]:
+    """
+    Raises:
+        TypeError, ValueError, RecursionError: it is not what with_checksum() makes of a document of this format.
+        KeyError: it does not say its format, or has no checksum.
+    """
+    document = json.loads(content)
     if not isinstance(document, dict):
         raise TypeError("it is not an object")
     if document["format"] != FORMAT:
         raise ValueError(f"its format is {document['format']!r}; this version reads {FORMAT}")
     if document["crc32"] != _checksum(document):
         raise ValueError("it fails its own CRC-32")
+    return document
+
+
+def _checksum(document: Mapping[str, Any]) -> int:
+    """CRC-32 of what the document says, however it is laid out."""
+    said = {key: value for key, value in document.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(said, sort_keys=True, separators=(",", ":")).encode())
+
+
+def parse(content: bytes) -> Manifest:
+    """
+    Raises:
+        KeyError, TypeError, ValueError, RecursionError: it is no manifest.
+    """
+    document = parse_checked(content)
     files = document["files"]
     if not isinstance(files, list) or not files:
         raise ValueError("it lists no files")

@@ -9,6 +9,7 @@ from test_tidy import PUBLIC_MODULES
 
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
+    {"fence_hooks"},
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
     {"device_check", "fence", "options", "state_dicts", "storage"},
     {"device_modes"},
