@@ -29,10 +29,11 @@ from ckpt.directory import sharded_files, step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.publishing import publish
 from ckpt.directory.retention import Retention
-from ckpt.directory.root import Root, has_size
+from ckpt.directory.root import Root
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
-from ckpt.errors import CheckpointError, ClosedError, CorruptError, InUseError, NotACheckpointError, StorageError
+from ckpt.errors import CheckpointError, ClosedError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -346,31 +347,16 @@ class StepDirectories:
         return there
 
     def publish(self, manifest: Manifest, directory: Path) -> None:
-        """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
-
-            1. fsync the parent of the step directory      not a checkpoint: no manifest
-            2. write the manifest aside, fsync             not a checkpoint; the mark is this file
-            3. rename to manifest.json                     a checkpoint, if the rename survives
-            4. fsync the step directory                    a checkpoint
-            5. `latest`: aside, fsync, rename, fsync       the newest checkpoint by name, too
+        """Makes the step a checkpoint: see publishing.py.
 
         Raises:
-            StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
+            StorageError: a system call failed; what was committed before still stands, and the step may, too.
             InUseError, ClosedError: the directory is not ours any more.
+            CorruptError: see publishing.py.
         """
         self._refuse_another_directory()
         with self._still_ours():
-            for file in manifest.files:  # whatever may have gone wrong between the ranks: no manifest names what is not there
-                if not has_size(directory / file.name, file.bytes):
-                    raise CorruptError(
-                        f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written"
-                    )
-            self._root.sync()
-            if (before := manifests.read_if_any(directory)) is not None:
-                self._retention.note_replaced(directory, sharded_files.names_of(before))
-            with unpublished.aside(directory, self.token) as aside:
-                durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
-            self._root.point_latest(f"{directory.name}\n")
+            publish(self._root, directory, manifest, self.token, self._retention.note_replaced)
 
     def _refuse_another_directory(self) -> None:
         """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.

@@ -24,6 +24,10 @@ from ckpt.storage import durable
 logger = logging.getLogger("ckpt")
 
 NAME = ".lock"
+_TWO_JOBS = (
+    "'{directory}' is being written to by {holder}: two jobs must not save into one directory. End that one first, or give "
+    "this one a directory of its own"
+)
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 _FLOCK = "hhqqi"  # struct flock, as fcntl(2) has it: type, whence, start, length, pid
 _held: dict[tuple[int, int, int], DirectoryLock] = {}  # by (pid, device, inode); guarded by _guard
@@ -36,10 +40,23 @@ class DirectoryLock:
     Args:
         give_way: called for another owner of this process who wants it: waits so many seconds until nothing is in flight, and,
             if the second argument says so, releases it; False if it does not. Default: it never gives way.
+        name: of the lock file.
+        refusal: what InUseError says; {directory} and {holder} stand for these.
+        owner: what one is called that has it in this process.
     """
 
-    def __init__(self, directory: Path, give_way: Callable[[float, bool], bool] | None = None) -> None:
-        self._path = directory / NAME
+    def __init__(
+        self,
+        directory: Path,
+        give_way: Callable[[float, bool], bool] | None = None,
+        *,
+        name: str = NAME,
+        refusal: str = _TWO_JOBS,
+        owner: str = "another Checkpointer",
+    ) -> None:
+        self._path = directory / name
+        self._refusal = refusal
+        self._owner = f"{owner} of this process"
         self._give_way = give_way
         self._descriptor = -1
         self._key: tuple[int, int, int] | None = None
@@ -60,7 +77,7 @@ class DirectoryLock:
         with _guard:
             # Looked at before it is opened: closing any descriptor of the file would drop the lock that this process has on it.
             if self._owner_here() is not None:
-                raise self._in_use("another Checkpointer of this process")
+                raise self._in_use(self._owner)
             descriptor = durable.open_lock_file(self._path)
             key = _key_of(os.fstat(descriptor))
             try:
@@ -77,6 +94,11 @@ class DirectoryLock:
             _held[key] = self
         self._descriptor, self._key = descriptor, key
         durable.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+
+    @property
+    def held(self) -> bool:
+        """False, too, where the file system has no locks."""
+        return self._key is not None
 
     def expect_free(self, timeout_s: float) -> None:
         """Looks whether acquire() would come to its end, and takes nothing.
@@ -99,7 +121,7 @@ class DirectoryLock:
         # Not under the guard: what is waited for may need it.
         if owner._give_way is None or not owner._give_way(timeout_s, for_good):
             flight = "" if owner._give_way is None else f", which still had saves in flight after {timeout_s:g} s"
-            raise self._in_use(f"another Checkpointer of this process{flight}")
+            raise self._in_use(f"{self._owner}{flight}")
 
     def _owner_here(self) -> DirectoryLock | None:
         """In this process; to be called under the guard."""
@@ -131,10 +153,7 @@ class DirectoryLock:
             os.close(self._descriptor)
 
     def _in_use(self, holder: str) -> InUseError:
-        return InUseError(
-            f"'{self._path.parent}' is being written to by {holder}: two jobs must not save into one directory. End that one "
-            "first, or give this one a directory of its own"
-        )
+        return InUseError(self._refusal.format(directory=self._path.parent, holder=holder))
 
 
 def _key_of(stat: os.stat_result) -> tuple[int, int, int]:

@@ -1,0 +1,53 @@
+"""The steps by which the files of a step become a checkpoint, whoever has written them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory import sharded_files, unpublished
+from ckpt.directory.manifest import Manifest
+from ckpt.directory.root import Root, has_size
+from ckpt.errors import CorruptError
+from ckpt.storage import durable
+
+
+def publish(
+    root: Root,
+    directory: Path,
+    manifest: Manifest,
+    token: str,
+    note_replaced: Callable[[Path, Iterable[str]], None],
+    *,
+    newest: bool = True,
+) -> None:
+    """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
+
+        1. fsync the parent of the step directory      not a checkpoint: no manifest
+        2. write the manifest aside, fsync             not a checkpoint; the mark is this file
+        3. rename to manifest.json                     a checkpoint, if the rename survives
+        4. fsync the step directory                    a checkpoint
+        5. `latest`: aside, fsync, rename, fsync       the newest checkpoint by name, too
+
+    Args:
+        root: of the step; its caller sees to it that nobody else publishes there.
+        directory: of the step.
+        token: names its mark: see unpublished.py.
+        note_replaced: called with the directory and what its manifest has named until now.
+        newest: whether no later commit is there; else `latest` stays as it is.
+
+    Raises:
+        StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
+        CorruptError: a file is not there, or has another size.
+    """
+    for file in manifest.files:  # whatever may have gone wrong before: no manifest names what is not there
+        if not has_size(directory / file.name, file.bytes):
+            raise CorruptError(f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written")
+    root.sync()
+    if (before := manifests.read_if_any(directory)) is not None:
+        note_replaced(directory, sharded_files.names_of(before))
+    with unpublished.aside(directory, token) as aside:
+        durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
+    if newest:
+        root.point_latest(f"{directory.name}\n")
