@@ -24,6 +24,7 @@ crash_point = _native.crash_point
 _KINDS = ((stat.S_ISDIR, "directory"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"), (stat.S_ISREG, "regular file"))
 _LONGEST_PATH = 4095  # bytes: PATH_MAX of Linux without the zero behind
 _LONGEST_NAME = 255
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV)
 
 
 def kind_of(mode: int) -> str:
@@ -403,3 +404,24 @@ def remove_tree(directory: Path) -> None:
     if failed is not None:
         raise failed
     _native.remove_directory(os.fsencode(directory))
+
+
+def link_or_rename(source: Path, target: Path) -> None:
+    """Gives a file a second name, so that it stays under the first if the second goes; where there are no links, another one.
+
+    Raises:
+        StorageError: neither can be done; EEXIST if there is something else under `target`.
+    """
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileExistsError as error:
+        if os.path.samestat(os.lstat(source), os.lstat(target)):
+            return
+        raise StorageError(errno.EEXIST, f"'{target}' is there already", str(target)) from error
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            text = f"cannot link '{source}' to '{target}': {error.strerror}"
+            raise StorageError(error.errno or 0, text, str(target)) from error
+        if os.path.lexists(target):  # a rename would take its place
+            raise StorageError(errno.EEXIST, f"'{target}' is there already", str(target)) from error
+        give_name(source, target)

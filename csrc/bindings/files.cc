@@ -1,8 +1,10 @@
 #include "bindings/files.h"
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <string>
+#include <utility>
 
 #include "base/crc32.h"
 #include "base/fault.h"
@@ -48,6 +50,11 @@ void bind_leak(py::module_& module) {
 
 void bind_faults(py::module_& module) {
   module.def("crash_point", [](const std::string& name) { fault::crash_point(name.c_str()); });
+  module.def("consult_fault", [](const std::string& call, const std::string& path) {
+    py::gil_scoped_release release;  // it may be told to wait
+    const fault::Verdict verdict = fault::consult(call.c_str(), path);
+    return std::pair(verdict.error, verdict.short_bytes);
+  });
 #if LAZYCKPT_FAULT_HOOKS
   module.def("set_fault", [](const std::string& call, const std::string& path_part, int64_t skip, int64_t count,
                              int error, int64_t short_bytes, double delay_s) {
