@@ -65,7 +65,9 @@ _HOMES = {
     "load_into": "ckpt.loading.load_into",
     "save": "ckpt.saving.single_file",
 }
-_MODULES = {"coordinator", "dcp", "errors", "formats", "metrics", "optimizers", "options", "quantities", "state_dicts"}
+_MODULES = {
+    *("coordinator", "dcp", "drain", "errors", "formats", "metrics", "optimizers", "options", "quantities", "state_dicts"),
+}
 
 
 def __getattr__(name: str) -> Any:

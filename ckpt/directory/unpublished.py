@@ -24,7 +24,7 @@ from ckpt.directory.step_names import STEP_FILE, names_in
 from ckpt.errors import StorageError
 from ckpt.storage import durable, temporary_names
 
-_UNMARKED = "unmarked"
+UNMARKED = "unmarked"
 _MOST_NAMED = 4
 
 
@@ -40,7 +40,7 @@ def aside(directory: Path, token: str) -> Iterator[Path]:
     if os.path.lexists(mark):
         yield mark
         return
-    other = temporary_names.temporary_path(directory / _UNMARKED)
+    other = temporary_names.temporary_path(directory / UNMARKED)
     try:
         yield other
     except BaseException:

@@ -413,6 +413,9 @@ def link_or_rename(source: Path, target: Path) -> None:
         StorageError: neither can be done; EEXIST if there is something else under `target`.
     """
     try:
+        refused, _ = _native.consult_fault("link", os.fsencode(target))
+        if refused:
+            raise OSError(refused, os.strerror(refused))
         os.link(source, target, follow_symlinks=False)
     except FileExistsError as error:
         if os.path.samestat(os.lstat(source), os.lstat(target)):

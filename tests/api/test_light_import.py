@@ -12,6 +12,14 @@ from support import patience
 LIGHT = [
     *("ckpt", "ckpt._native", "ckpt.errors", "ckpt.quantities"),
     *("ckpt.storage.durable", "ckpt.storage.directory_lock", "ckpt.storage.free_space", "ckpt.storage.stores"),
+    *(
+        "ckpt.drain",
+        "ckpt.drain.drainer",
+        "ckpt.cli.main",
+        "ckpt.__main__",
+        "ckpt.storage.block_files",
+        "ckpt.storage.pace_file",
+    ),
     *("ckpt.directory.manifest", "ckpt.directory.listing", "ckpt.directory.steps", "ckpt.directory.retention"),
 ]
 

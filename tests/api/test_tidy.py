@@ -45,7 +45,7 @@ CORE_LAYERS = (
 
 # Beside the names in ckpt.__all__; test_layers.py says what is public in them. All other modules are private.
 PUBLIC_MODULES = {
-    *("ckpt.coordinator", "ckpt.dcp", "ckpt.errors", "ckpt.formats", "ckpt.integrations", "ckpt.metrics"),
+    *("ckpt.coordinator", "ckpt.dcp", "ckpt.drain", "ckpt.errors", "ckpt.formats", "ckpt.integrations", "ckpt.metrics"),
     *("ckpt.optimizers", "ckpt.options", "ckpt.quantities", "ckpt.state_dicts"),
 }
 # The one package that changes what is on disk.
@@ -176,7 +176,10 @@ def test_only_one_package_changes_storage(path: Path) -> None:
     assert name_of(path).startswith(STORAGE_FOLDER) or not found
 
 
-@each(LIBRARY)
+PROGRAM = ("ckpt/__main__.py", "ckpt/cli/")  # no part of the library
+
+
+@each([path for path in LIBRARY if not name_of(path).startswith(PROGRAM)])
 def test_the_library_neither_prints_nor_exits_nor_sets_up_logging(path: Path) -> None:
     found = []
     for call, name in calls(path):
@@ -258,6 +261,21 @@ def test_tested_versions_are_told_alike() -> None:
     source = (ROOT / "ckpt" / "torch_private.py").read_text(encoding="utf-8")
     newest = f"{tested[-1][0]}.{tested[-1][1]}"
     assert re.search(rf'^TESTED = "2\.6 to {re.escape(newest)}"', source, re.MULTILINE)
+
+
+# ---- what a process that only copies needs ---------------------------------------------------------------------------
+
+WITHOUT_TORCH = {"drain", "cli", "directory", "storage", "errors", "quantities"}
+
+
+@each(python_files("ckpt/drain", "ckpt/cli", "ckpt/directory", "ckpt/storage"))
+def test_the_drain_needs_no_torch(path: Path) -> None:
+    found = []
+    for module, name, line in imports(path):
+        first, *rest = f"{module}.{name}".split(".")
+        if first == "torch" or (first == "ckpt" and rest[0] not in {*WITHOUT_TORCH, "_native"}):
+            found.append(f"line {line}: {module}.{name}")
+    assert found == []
 
 
 # ---- C++ -------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,281 @@
+"""The loop of a drain: it looks what is complete on its node, carries the newest home, and removes what is wanted no more."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import time
+from pathlib import Path
+
+from ckpt.directory.listing import find_steps
+from ckpt.directory.manifest import Manifest
+from ckpt.drain import journal as journals
+from ckpt.drain import node as nodes
+from ckpt.drain.backoff import Backoff, is_permanent
+from ckpt.drain.choice import Rules, created_s, next_one, superseded
+from ckpt.drain.delivery import deliver
+from ckpt.drain.home import Home, OutdoneError
+from ckpt.drain.journal import COMMITTED, COPIED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
+from ckpt.drain.node import Generation, Generations, NodeRetention
+from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
+from ckpt.drain.stopping import Stop, StoppedError
+from ckpt.errors import CheckpointError, InUseError, StorageError
+from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
+
+logger = logging.getLogger("ckpt")
+
+_WAKE = "wake"
+_POLL_S = 0.05
+_LOOK_S = 1.0
+_MOST_OLD_JOURNALS = 50
+_PATIENCE_S = 600.0  # for other nodes, once nobody trains here any more
+_IN_USE = "'{directory}' is being drained by {holder}: end that first, or let it do the work"
+
+
+class Drainer:
+    """Of one node and run.
+
+    Args:
+        root: the directory of the run on the node.
+        rate: bytes a second; None: what node.json says.
+
+    Attributes:
+        failed: whether something could not be carried home, and is not superseded.
+    """
+
+    def __init__(self, root: Path, stop: Stop, rate: int | None = None) -> None:
+        self._root = root
+        self._stop = stop
+        self._rate = rate
+        self._lock = DirectoryLock(root, name=nodes.LOCK, refusal=_IN_USE, owner="another drain")
+        self._generations = Generations(root)
+        self._retention = NodeRetention(root)
+        self._backoff = Backoff()
+        self._journals: dict[int, Journal] = {}
+        self._newest_at_home = -1
+        self._wanted_s = 0.0  # see Rules
+        self._alone_since: float | None = None
+        self.failed = False
+
+    def run(self, *, once: bool) -> None:
+        """Until it is asked to end, or nobody trains any more and nothing is left.
+
+        Args:
+            once: only until nothing is left that can be done now.
+
+        Raises:
+            InUseError: another drain is at work here.
+            NotACheckpointError: the directory is none of a run.
+            StorageError: it cannot be written to.
+        """
+        self._node = nodes.read(self._root)
+        self._lock.acquire()
+        try:
+            durable.make_directory(self._root / FOLDER, durable=True)
+            self._retention.remove_retired()
+            self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
+            for journal in self._journals.values():
+                if journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
+                    journal.change(QUEUED, next=None)
+            self._pace = self._make_pace()
+            while not self._stop.requested:
+                woken = self._wake_time()
+                if self._round():
+                    continue
+                if once or self._may_end():
+                    break
+                self._wait(woken)
+            lost = [journal for journal in self._journals.values() if journal.state == FAILED]
+            self.failed = any(journal.sequence > self._newest_at_home for journal in lost)
+        finally:
+            self._lock.release()
+
+    def _make_pace(self) -> Pace:
+        rate = self._node.rate if self._rate is None else self._rate
+        if rate is not None:
+            return FixedRate(rate, self._stop.sleep)
+        page = PaceFile(self._root / self._node.pace, lambda: self._node.is_trained())
+        return AutoRate(page.read, self._stop.sleep)
+
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def _wake_time(self) -> int:
+        with contextlib.suppress(OSError):
+            return os.stat(self._root / FOLDER / _WAKE).st_mtime_ns
+        return 0
+
+    def _wait(self, woken: int) -> None:
+        end = time.monotonic() + _LOOK_S
+        while not self._stop.requested and time.monotonic() < end and self._wake_time() == woken:
+            self._stop.sleep(_POLL_S)
+
+    def _may_end(self) -> bool:
+        if self._node.is_trained():
+            self._alone_since = None
+            return False
+        if self._alone_since is None:
+            self._alone_since = time.monotonic()
+        if any(journal.waits for journal in self._journals.values()):
+            return False
+        delivered = any(journal.state == COPIED for journal in self._journals.values())
+        return not delivered or time.monotonic() - self._alone_since > _PATIENCE_S
+
+    # ---- one round -------------------------------------------------------------------------------------------------
+
+    def _round(self) -> bool:
+        """Whether anything was carried."""
+        with contextlib.suppress(CheckpointError):  # it is just being replaced
+            self._node = nodes.read(self._root)
+        generations = self._generations.find()
+        self._note(generations)
+        home, opened = Home(self._node), []
+        if not self._backoff.waits and any(not journal.is_over for journal in self._journals.values()):
+            try:
+                self._settle(home)
+                opened = [sequence for sequence in home.opened() if self._node.nodes > 1 and not home.has_receipt(sequence)]
+            except (StorageError, InUseError) as error:
+                self._home_failed(error)
+        rules = Rules(self._node, self._wanted_s)
+        wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
+        self._supersede(generations, wanted)
+        self._retain(generations)
+        waiting = self._waiting(generations)
+        chosen = next_one(waiting, self._journals, opened)
+        if chosen is None or self._backoff.waits:
+            return False
+        self._carry(chosen, home, chosen.sequence in wanted)
+        return True
+
+    def _waiting(self, generations: list[Generation]) -> list[Generation]:
+        return [each for each in generations if self._journals[each.sequence].waits]
+
+    def _note(self, generations: list[Generation]) -> None:
+        """Gives each generation a journal, and ends those of generations that are there no more."""
+        for generation in generations:
+            sequence = generation.sequence
+            known = self._journals.get(sequence)
+            if known is None or known.identity != generation.identity:
+                path = journals.path_of(self._root, sequence)
+                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity)
+                self._journals[sequence].change(QUEUED)
+        there = {generation.sequence for generation in generations}
+        newest = max(there, default=-1)
+        for sequence in sorted(self._journals.keys() - there):
+            journal = self._journals[sequence]
+            if journal.waits:
+                self._forgo(journal, newest)
+        over = sorted(sequence for sequence in self._journals.keys() - there if self._journals[sequence].is_over)
+        for sequence in over[:-_MOST_OLD_JOURNALS]:
+            with contextlib.suppress(OSError):
+                durable.remove_file(self._journals.pop(sequence).path)
+
+    def _forgo(self, journal: Journal, newest: int) -> None:
+        """Its files are gone: the step was saved again, or somebody has removed it."""
+        if newest > journal.sequence:
+            journal.change(SUPERSEDED, by=newest)
+        else:
+            text = "its files are not on the node any more"
+            journal.change(FAILED, next=None, errno=errno.ENOENT, text=text)
+            logger.warning("step %d is not carried home: %s", journal.step, text)
+
+    def _supersede(self, generations: list[Generation], wanted: set[int]) -> None:
+        waiting = self._waiting(generations)
+        for sequence, by in superseded(waiting, self._journals, wanted, self._newest_at_home).items():
+            self._journals[sequence].change(SUPERSEDED, by=by)
+
+    def _retain(self, generations: list[Generation]) -> None:
+        """Never the newest, nor one that is still on its way."""
+        if self._node.keep is not None:
+            beyond = generations[self._node.keep :]
+            self._retention.retire([each for each in beyond if self._journals[each.sequence].is_over])
+
+    # ---- home ------------------------------------------------------------------------------------------------------
+
+    def _settle(self, home: Home) -> None:
+        """What has become of that to which this node has delivered its part.
+
+        Raises:
+            StorageError, InUseError: home cannot be asked now.
+        """
+        home.expect_ours()
+        checkpoints = find_steps(home.path).checkpoints
+        self._newest_at_home = max((manifest.sequence for _, manifest in checkpoints), default=-1)
+        rules = Rules(self._node)
+        self._wanted_s = max((created_s(each) for _, each in checkpoints if rules.want(each)), default=0.0)
+        delivered = [each for each in self._journals.values() if each.state == COPIED]
+        for journal in sorted(delivered, key=lambda each: each.sequence, reverse=True):
+            try:
+                self._settle_one(home, journal)
+            except OutdoneError as error:
+                journal.change(SUPERSEDED, by=error.by)
+            except (StorageError, InUseError):
+                raise
+            except CheckpointError as error:
+                self._give_up(journal, error)
+
+    def _settle_one(self, home: Home, journal: Journal) -> None:
+        def wants(manifest: Manifest) -> bool:
+            return Rules(self._node, self._wanted_s).want(manifest)
+
+        committed = home.is_committed(journal.step, journal.sequence)
+        if committed:
+            home.finish(journal.step, journal.sequence)
+        elif not home.has_receipt(journal.sequence):
+            if self._newest_at_home > journal.sequence:
+                raise OutdoneError(self._newest_at_home)
+            journal.change(QUEUED, inbox="")
+            return
+        elif not home.commit(journal.sequence, wants):
+            return
+        durable.crash_point("drain-committed")
+        self._newest_at_home = max(self._newest_at_home, journal.sequence)
+        journal.change(COMMITTED)
+
+    def _carry(self, generation: Generation, home: Home, wanted: bool) -> None:
+        journal = self._journals[generation.sequence]
+        try:
+            home.expect_ours()
+            journal.change(COPYING, began=journal.began or time.time(), next=None, text="", errno=0)
+            receipt = deliver(generation, self._node, home, journal, self._pace, self._stop, wanted=wanted)
+            self._settle(home)  # what was committed may be removed at home as soon as this one can be
+            home.write_receipt(generation.sequence, journal.inbox, receipt)
+            durable.crash_point("drain-delivered")
+            journal.change(COPIED, ended=time.time())
+            self._backoff.succeed()
+        except StoppedError:
+            journal.write()
+        except OutdoneError as error:
+            journal.change(SUPERSEDED, by=error.by)
+        except (StorageError, InUseError) as error:
+            if getattr(error, "errno", None) == errno.ENOENT and not wanted and self._is_outdone(generation, home):
+                journal.change(SUPERSEDED, by=self._newest_at_home)  # who has committed that has taken the inbox away
+            else:
+                self._home_failed(error, journal)
+        except CheckpointError as error:
+            if nodes.still_there(generation):
+                self._give_up(journal, error)
+            # else the next round finds that it is gone
+
+    def _is_outdone(self, generation: Generation, home: Home) -> bool:
+        with contextlib.suppress(StorageError, InUseError):
+            self._settle(home)
+        return self._newest_at_home > generation.sequence
+
+    def _home_failed(self, error: StorageError | InUseError, journal: Journal | None = None) -> None:
+        code = (error.errno if isinstance(error, StorageError) else None) or 0
+        if journal is not None and is_permanent(code):
+            self._give_up(journal, error)
+            return
+        delay = self._backoff.fail()
+        if self._backoff.is_worth_a_word:
+            logger.warning("carrying checkpoints home failed, it is tried again in %.0f s: %s", delay, error)
+        if journal is not None:
+            journal.change(FAILED, attempts=journal.attempts + 1, next=time.time() + delay, errno=code, text=str(error))
+
+    def _give_up(self, journal: Journal, error: CheckpointError) -> None:
+        code = getattr(error, "errno", None) or 0
+        journal.change(FAILED, attempts=journal.attempts + 1, next=None, errno=code, text=str(error))
+        logger.error("step %d was not carried home: %s", journal.step, error)

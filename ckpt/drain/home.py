@@ -1,0 +1,300 @@
+"""What the drains of all nodes do at home: they deliver into an inbox, and whoever finds it complete commits it.
+
+    .run                       names the run whose home this is
+    .drain/publish.lock        held by who opens an inbox, commits, or removes something
+    .drain/<run>/<sequence>/   an inbox: what is on its way
+        inbox.json                 its manifest, as it is on the nodes, and its token
+        rank-00000.pt  ...         under <name>.part until they are whole; what all nodes write together, until the commit
+        receipt-node-0000.json     what this node has delivered, and found to be right
+        plan.json                  the names that the files get in their step directory, once somebody commits
+
+An inbox that was removed and made again has another token: what was noted of the one before holds no more.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory.listing import newest_after
+from ckpt.directory.manifest import Manifest
+from ckpt.directory.step_names import names_in, step_name
+from ckpt.drain.arrival import Arrival, MissingError
+from ckpt.drain.node import Generation, Node
+from ckpt.drain.parts import Delivered, expect_whole, is_shared, owners_of
+from ckpt.errors import CheckpointError, InUseError, StorageError
+from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.temporary_names import is_temporary
+
+logger = logging.getLogger("ckpt")
+
+RUN = ".run"
+FOLDER = ".drain"
+PUBLISH_LOCK = "publish.lock"
+_INBOX = "inbox.json"
+_LONGEST_WAIT_S = 60.0  # for the lock: a commit takes milliseconds, and its removals seconds
+_LOOK_S = 0.05
+_LOCKED = "'{directory}' is locked by {holder}, which commits a checkpoint; this is tried again"
+
+
+class OutdoneError(CheckpointError):
+    """A later commit has taken the place of this one at home.
+
+    Attributes:
+        by: its sequence.
+    """
+
+    def __init__(self, by: int) -> None:
+        super().__init__(f"a later commit, {by}, is at home already")
+        self.by = by
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inbox:
+    token: str
+    manifest: Manifest
+
+
+class Home:
+    def __init__(self, node: Node) -> None:
+        self._node = node
+        self.path = node.home
+        self._inboxes = node.home / FOLDER / node.run
+
+    def expect_ours(self) -> None:
+        """
+        Raises:
+            StorageError: it is not there: it may come back.
+            CheckpointError: it is the home of another run.
+        """
+        path = self.path / RUN
+        try:
+            run = json.loads(path.read_bytes())["run"]
+        except OSError as error:
+            text = f"cannot read '{path}': {error.strerror}; is the file system mounted?"
+            raise StorageError(error.errno or 0, text, str(path)) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"'{path}' names no run: {error!r}") from error
+        if run != self._node.run:
+            raise CheckpointError(
+                f"'{self.path}' is the home of the run {run}, and this node has saved the run {self._node.run}"
+            )
+
+    # ---- delivering ------------------------------------------------------------------------------------------------
+
+    def inbox_of(self, sequence: int) -> Path:
+        return self._inboxes / f"{sequence:012d}"
+
+    def opened(self) -> list[int]:
+        """What some node has begun to deliver: sequences, newest first."""
+        return sorted((int(name) for name in names_in(self._inboxes) if name.isdecimal()), reverse=True)
+
+    def open_inbox(self, generation: Generation, wanted: bool) -> str:
+        """Makes the inbox if there is none; returns its token.
+
+        Args:
+            wanted: also if something newer is there.
+
+        Raises:
+            OutdoneError: something newer is there, or something newer of the same step.
+            CheckpointError: other nodes deliver something else under this number.
+            StorageError, InUseError: it cannot be made now.
+        """
+        inbox = self.inbox_of(generation.sequence)
+        durable.make_directory(self.path / FOLDER, durable=True)
+        with self._publishing():
+            self._refuse_outdone(generation.manifest)
+            newer = None if wanted else newest_after(self.path, generation.sequence)
+            if newer is not None:
+                raise OutdoneError(newer.sequence)
+            found = self._read_inbox(inbox)
+            if found is None:
+                durable.make_directory(inbox, durable=True)
+                document = {"format": manifests.FORMAT, "token": secrets.token_hex(8), "manifest": generation.content.decode()}
+                durable.replace_durably(inbox / _INBOX, manifests.with_checksum(document), "drain-inbox")
+                return str(document["token"])
+        if found.manifest != generation.manifest:
+            raise CheckpointError(f"'{inbox}' is for another checkpoint of the same number; remove it if no node writes to it")
+        return found.token
+
+    def _refuse_outdone(self, manifest: Manifest) -> None:
+        there = manifests.read_if_any(self._step(manifest))
+        if there is not None and there.sequence > manifest.sequence:
+            raise OutdoneError(there.sequence)
+
+    def _step(self, manifest: Manifest) -> Path:
+        return self.path / step_name(manifest.step)
+
+    def _read_inbox(self, inbox: Path) -> _Inbox | None:
+        try:
+            said = manifests.parse_checked((inbox / _INBOX).read_bytes())
+            return _Inbox(str(said["token"]), manifests.parse(said["manifest"].encode()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise StorageError(error.errno or 0, f"cannot read '{inbox / _INBOX}': {error.strerror}", str(inbox)) from error
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"'{inbox / _INBOX}' cannot be understood: {error!r}") from error
+
+    def write_receipt(self, sequence: int, token: str, parts: Sequence[Delivered]) -> None:
+        """This node has delivered all that it has to. The names in the inbox are made durable first."""
+        inbox = self.inbox_of(sequence)
+        durable.sync_directory(inbox)
+        document = {
+            "format": manifests.FORMAT,
+            "node": self._node.node,
+            "token": token,
+            "files": [part._asdict() for part in parts],
+        }
+        durable.replace_durably(self._receipt(inbox, self._node.node), manifests.with_checksum(document), "drain-receipt")
+
+    def has_receipt(self, sequence: int) -> bool:
+        """Of this node."""
+        inbox = self.inbox_of(sequence)
+        found = self._read_inbox(inbox)
+        return found is not None and self._read_receipt(inbox, self._node.node, found.token) is not None
+
+    def _receipt(self, inbox: Path, node: int) -> Path:
+        return inbox / f"receipt-node-{node:04d}.json"
+
+    def _read_receipt(self, inbox: Path, node: int, token: str) -> list[Delivered] | None:
+        path = self._receipt(inbox, node)
+        try:
+            said = manifests.parse_checked(path.read_bytes())
+            if said["token"] != token or said["node"] != node:
+                return None
+            return [Delivered(str(each["name"]), *(int(each[key]) for key in Delivered._fields[1:])) for each in said["files"]]
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None  # its node writes it anew
+
+    # ---- committing ------------------------------------------------------------------------------------------------
+
+    def is_committed(self, step: int, sequence: int) -> bool:
+        return manifests.is_at(self.path / step_name(step), sequence)
+
+    def commit(self, sequence: int, wants: Callable[[Manifest], bool]) -> bool:
+        """Makes a checkpoint of an inbox to which all nodes have delivered. False: one has not.
+
+        Args:
+            wants: whether an older generation is to come home all the same: says which inboxes stay.
+
+        Raises:
+            OutdoneError: something newer of the same step is there.
+            CorruptError: what was delivered is not what the manifest says.
+            StorageError, InUseError: it cannot be done now.
+        """
+        inbox = self.inbox_of(sequence)
+        if self._delivered(inbox) is None:
+            return False
+        with self._publishing() as locked:
+            if not locked and self._node.node != 0:
+                return False  # without locks one node must do it
+            found, delivered = self._read_inbox(inbox), self._delivered(inbox)  # again: now nobody changes it
+            if found is None or delivered is None:
+                return False
+            self._refuse_outdone(found.manifest)
+            by_node = dict(enumerate(delivered))
+            expect_whole(found.manifest.files, (part for parts in delivered for part in parts))
+            shared = {entry.name for entry in found.manifest.files if is_shared(entry, self._node.nodes)}
+            arrival = Arrival(self.path, inbox, found.manifest, shared, self._node.home_keep)
+            try:
+                arrival.publish()
+            except MissingError as error:  # their owners bring it again
+                for node in owners_of(error.name, by_node):
+                    durable.remove_file(self._receipt(inbox, node))
+                return False
+            durable.crash_point("drain-published")
+            arrival.tidy()
+            self._discard(inbox)
+            self._discard_older(sequence, wants)
+        return True
+
+    def finish(self, step: int, sequence: int) -> None:
+        """What an end behind the publication has left to be done."""
+        inbox = self.inbox_of(sequence)
+        if not os.path.lexists(inbox) and not any(map(is_temporary, names_in(self._inboxes))):
+            return
+        with self._publishing():
+            self._sweep()
+            found = self._read_inbox(inbox)
+            if found is not None and self.is_committed(step, sequence):
+                arrival = Arrival(self.path, inbox, found.manifest, set(), self._node.home_keep)
+                arrival.finish()
+                arrival.tidy()
+            if self.is_committed(step, sequence) and os.path.lexists(inbox):
+                self._discard(inbox)
+
+    def _delivered(self, inbox: Path) -> list[list[Delivered]] | None:
+        """What each node has; None if one has not ended."""
+        found = self._read_inbox(inbox)
+        if found is None:
+            return None
+        receipts = []
+        for node in range(self._node.nodes):
+            receipt = self._read_receipt(inbox, node, found.token)
+            if receipt is None:
+                return None
+            receipts.append(receipt)
+        return receipts
+
+    def _discard(self, inbox: Path) -> None:
+        """At once, under its name; what cannot be removed is tried again later."""
+        try:
+            durable.retire_directory(inbox)
+            durable.crash_point("drain-discarded")
+        except OSError as error:
+            logger.warning("removing '%s' failed, the checkpoint is good: %s", inbox, error)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Inboxes that are none any more. Its caller has the lock."""
+        try:
+            for name in names_in(self._inboxes):
+                if is_temporary(name):
+                    durable.remove_tree(self._inboxes / name)
+        except OSError as error:
+            logger.warning("removing what was delivered to '%s' failed, the checkpoint is good: %s", self._inboxes, error)
+
+    def _discard_older(self, sequence: int, wants: Callable[[Manifest], bool]) -> None:
+        for older in self.opened():
+            if older < sequence:
+                with contextlib.suppress(CheckpointError):
+                    found = self._read_inbox(self.inbox_of(older))
+                    if found is None or not wants(found.manifest):
+                        self._discard(self.inbox_of(older))
+
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[bool]:
+        """Meanwhile nobody else publishes or removes here. False: the file system has no locks.
+
+        Raises:
+            InUseError: somebody else does, for too long.
+            StorageError: the lock cannot be made.
+        """
+        lock = DirectoryLock(self.path / FOLDER, name=PUBLISH_LOCK, refusal=_LOCKED, owner="another drain")
+        end = time.monotonic() + _LONGEST_WAIT_S
+        while True:
+            try:
+                lock.acquire()
+                break
+            except InUseError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(_LOOK_S)
+        try:
+            yield lock.held
+        finally:
+            lock.release()

@@ -1,0 +1,147 @@
+"""What has become of a generation on its way home: one small file for each, which says enough to go on after any end.
+
+queued       it is complete on the node
+copying      its files are on their way; `files` says how far
+copied       this node has delivered its part
+committed    it is a checkpoint at home
+failed       `next` says when it is tried again; null: it is not
+superseded   it is not wanted at home any more; `by` is the sequence of what takes its place
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from ckpt.directory.step_names import names_in
+from ckpt.errors import StorageError
+from ckpt.storage import durable
+
+logger = logging.getLogger("ckpt")
+
+QUEUED, COPYING, COPIED, COMMITTED, FAILED, SUPERSEDED = "queued", "copying", "copied", "committed", "failed", "superseded"
+STATES = (QUEUED, COPYING, COPIED, COMMITTED, FAILED, SUPERSEDED)
+FOLDER = "drain"
+_FORMAT = 1
+
+
+@dataclasses.dataclass
+class Progress:
+    """Of one file.
+
+    Attributes:
+        done: bytes that were read and, as far as they are this node's to deliver, written durably.
+        crc32: of these.
+        part_crc32: of those of them that this node delivers.
+        finished: whether all of it lies at home, and was found to be what the manifest says.
+    """
+
+    done: int = 0
+    crc32: int = 0
+    part_crc32: int = 0
+    finished: bool = False
+
+
+@dataclasses.dataclass
+class Journal:
+    """
+    Attributes:
+        identity: CRC-32 of the manifest on the node.
+        inbox: token of the directory at home that `files` speaks of; see home.py.
+        files: by name.
+        total, bytes: that this node has to deliver, and has delivered.
+        rate: bytes a second, as measured last.
+        began, ended: Unix times, of the copying; 0: not yet.
+    """
+
+    path: Path
+    sequence: int
+    step: int
+    identity: int
+    inbox: str = ""
+    state: str = QUEUED
+    files: dict[str, Progress] = dataclasses.field(default_factory=dict)
+    attempts: int = 0
+    next: float | None = None
+    errno: int = 0
+    text: str = ""
+    total: int = 0
+    bytes: int = 0
+    rate: float = 0.0
+    began: float = 0.0
+    ended: float = 0.0
+    by: int = 0
+
+    @property
+    def waits(self) -> bool:
+        """Whether anything is left to copy."""
+        return self.state in (QUEUED, COPYING) or (self.state == FAILED and self.next is not None)
+
+    @property
+    def is_over(self) -> bool:
+        return not self.waits and self.state != COPIED
+
+    def write(self) -> None:
+        """In passing: a crash of the machine may leave what was there before."""
+        try:
+            durable.replace_quickly(self.path, _to_json(self))
+        except StorageError as error:  # after an end more is done again
+            logger.warning("%s", error)
+
+    def change(self, state: str, **fields: Any) -> None:
+        """Durably, if the node can be written to.
+
+        Args:
+            fields: new values of other attributes.
+        """
+        self.state = state
+        for name, value in fields.items():
+            setattr(self, name, value)
+        if self.is_over and self.ended == 0:
+            self.ended = time.time()
+        try:
+            durable.replace_durably(self.path, _to_json(self), "journal")
+        except StorageError as error:
+            logger.warning("%s", error)
+
+
+def _to_json(journal: Journal) -> bytes:
+    document = {"format": _FORMAT, **dataclasses.asdict(journal)}
+    del document["path"]
+    return json.dumps(document, indent=1).encode()
+
+
+def path_of(root: Path, sequence: int) -> Path:
+    return root / FOLDER / f"{sequence:012d}.json"
+
+
+def read(path: Path) -> Journal | None:
+    """None if there is none that can be understood: then all begins anew."""
+    try:
+        document = json.loads(path.read_bytes())
+        if document.pop("format") != _FORMAT or document["state"] not in STATES:
+            return None
+        files = {name: Progress(**said) for name, said in document.pop("files").items()}
+        return Journal(path=path, files=files, **document)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
+def read_all(root: Path) -> list[Journal]:
+    """Newest first.
+
+    Raises:
+        StorageError: the directory cannot be read.
+    """
+    names = sorted((name for name in names_in(root / FOLDER) if _is_journal(name)), reverse=True)
+    return [journal for name in names if (journal := read(root / FOLDER / name)) is not None]
+
+
+def _is_journal(name: str) -> bool:
+    stem, suffix = os.path.splitext(name)
+    return suffix == ".json" and stem.isdecimal()

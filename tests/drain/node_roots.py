@@ -1,0 +1,232 @@
+"""What a job would leave on the disks of its nodes, and the drain as a process of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from places import PYTHONPATH
+from support import patience
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory.step_names import free_name, names_in, step_name
+from ckpt.drain import journal as journals
+from ckpt.drain import node as nodes
+
+RUN = "run-1"
+MiB = 1 << 20
+DEADLINE_S = patience(60.0)
+
+
+@dataclasses.dataclass
+class Saved:
+    """A generation: its manifest, and what is in its files."""
+
+    manifest: Manifest
+    content: dict[str, bytes]
+
+
+class Job:
+    """A job of one rank for each node. It saves as the ranks would, but nothing of it runs.
+
+    Args:
+        settings: what differs in node.json from what is usual.
+    """
+
+    def __init__(self, base: Path, nodes: int = 1, home: Path | None = None, **settings: Any) -> None:
+        self.home = home or base / "home"
+        self.home.mkdir(exist_ok=True)
+        (self.home / ".run").write_text(json.dumps({"run": RUN}))
+        self.roots = [base / f"node{number}" / RUN for number in range(nodes)]
+        self.saved: dict[int, Saved] = {}  # by sequence
+        self.sequence = 0
+        for number, root in enumerate(self.roots):
+            (root / "drain").mkdir(parents=True, exist_ok=True)
+            self.describe(number, **settings)
+
+    def describe(self, node: int, **settings: Any) -> None:
+        document = {
+            **{"format": 1, "run": RUN, "home": str(self.home), "node": node, "nodes": len(self.roots)},
+            **{"world_size": len(self.roots), "ranks": [node], "keep": 2, "home_keep": None, "rate": 10**12},
+            **{"direct_io": True, "pace": "pace", **settings},
+        }
+        path = self.roots[node] / nodes.NAME
+        path.with_suffix(".new").write_bytes(manifests.with_checksum(document))
+        path.with_suffix(".new").rename(path)
+
+    def save(self, step: int, size: int = 200_000, common: int = 0, created: str = "") -> Saved:
+        """Makes a generation complete on all nodes; a step that is there is saved again, as a job does.
+
+        Args:
+            size: of the file of each rank, in bytes; about.
+            common: of replicated.pt; 0: there is none.
+        """
+        rng = random.Random(self.sequence)
+        taken = {name for root in self.roots for name in names_in(root / step_name(step))}
+        stems = [f"rank-{rank:05d}" for rank in range(len(self.roots))] + ["replicated"] * bool(common)
+        names = [free_name(stem, taken) for stem in stems]
+        content = {name: rng.randbytes(common if "repl" in name else size + 17 * number) for number, name in enumerate(names)}
+        return self.place(step, content, created)
+
+    def place(self, step: int, content: dict[str, bytes], created: str = "") -> Saved:
+        self.sequence += 1
+        files = []
+        for name, held in content.items():
+            kind = REPLICATED if name.startswith("replicated") else RANK
+            rank = 0 if kind == REPLICATED or name.startswith("state") else int(name[5:10])
+            files.append(FileEntry(name, len(held), zlib.crc32(held), kind, rank))
+        manifest = Manifest(
+            step, self.sequence, len(self.roots), tuple(files), created or f"2026-01-01T00:00:{self.sequence:02d}+00:00"
+        )
+        for number, root in enumerate(self.roots):
+            directory = root / step_name(step)
+            directory.mkdir(exist_ok=True)
+            before = manifests.read_if_any(directory)
+            for entry in manifest.files:
+                if entry.kind == REPLICATED or entry.rank == number:
+                    (directory / entry.name).write_bytes(content[entry.name])
+            (directory / f"receipt-{number:05d}.json").write_text("{}")
+            (directory / ".tmp-m").write_bytes(manifest.to_json())
+            (directory / ".tmp-m").rename(directory / manifests.NAME)
+            for name in manifests.names(before.files) if before else ():
+                (directory / name).unlink(missing_ok=True)
+            (root / "drain" / "wake").touch()
+        self.saved[manifest.sequence] = Saved(manifest, content)
+        return self.saved[manifest.sequence]
+
+    # ---- looking ---------------------------------------------------------------------------------------------------
+
+    def journal(self, sequence: int, node: int = 0) -> journals.Journal | None:
+        return journals.read(journals.path_of(self.roots[node], sequence))
+
+    def state(self, sequence: int, node: int = 0) -> str:
+        journal = self.journal(sequence, node)
+        return "" if journal is None else journal.state
+
+    def steps_on(self, node: int = 0) -> list[int]:
+        return sorted(int(path.name[5:]) for path in self.roots[node].glob("step-*"))
+
+    def steps_at_home(self) -> list[int]:
+        return sorted(self.manifests_at_home())
+
+    def manifests_at_home(self) -> dict[int, Manifest]:
+        found = (manifests.read_if_any(path) for path in self.home.glob("step-*"))
+        return {manifest.step: manifest for manifest in found if manifest is not None}
+
+    def assert_home_is_right(self) -> None:
+        """All that is committed there is, byte for byte, what was saved under its number; `latest` is the newest."""
+        found = self.manifests_at_home()
+        for manifest in found.values():
+            saved = self.saved[manifest.sequence]
+            assert (manifest.step, manifest.created) == (saved.manifest.step, saved.manifest.created)
+            assert len(manifest.files) == len(saved.manifest.files)
+            for here, there in zip(manifest.files, saved.manifest.files, strict=True):
+                assert dataclasses.replace(here, name="") == dataclasses.replace(there, name="")
+                path = self.home / step_name(manifest.step) / here.name
+                assert path.read_bytes() == saved.content[there.name], f"{path} is not what was saved"
+        latest = self.home / "latest"
+        if latest.exists():
+            assert int(latest.read_text().strip()[5:]) in found
+
+    def assert_home_is_tidy(self) -> None:
+        """Nothing is there but whole checkpoints."""
+        newest = max(self.manifests_at_home().values(), key=lambda manifest: manifest.sequence)
+        assert (self.home / "latest").read_text().strip() == step_name(newest.step)
+        for path in self.home.glob("step-*"):
+            manifest = manifests.read(path)
+            assert names_in(path) == {manifests.NAME, *manifests.names(manifest.files)}
+        assert [path.name for path in (self.home / ".drain" / RUN).iterdir()] == []
+        assert {path.name for path in self.home.iterdir() if not path.name.startswith("step-")} == {".run", ".drain", "latest"}
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Ended:
+    returncode: int
+    stderr: str
+
+
+class Drain:
+    """One process, from start to wait(). A context manager, which ends it."""
+
+    def __init__(self, root: Path, arguments: Sequence[str], prepare: str = "") -> None:
+        command = ["-m", "ckpt"]
+        if prepare:
+            command = [
+                "-c",
+                f"import sys; from ckpt import _native; {prepare}; from ckpt.cli.main import main; sys.exit(main())",
+            ]
+        self.process = subprocess.Popen(
+            [sys.executable, *command, "drain", str(root), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": PYTHONPATH},
+        )
+
+    def wait(self) -> Ended:
+        _, stderr = self.process.communicate(timeout=DEADLINE_S)
+        return Ended(self.process.returncode, stderr)
+
+    def kill_after(self, delay_s: float) -> Ended:
+        try:
+            self.process.wait(delay_s)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+        return self.wait()
+
+    def __enter__(self) -> Drain:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(DEADLINE_S)
+            finally:
+                self.process.kill()
+        self.process.communicate()
+
+
+def drain_once(root: Path, *arguments: str, prepare: str = "") -> Ended:
+    with Drain(root, ["--once", *arguments], prepare) as drain:
+        return drain.wait()
+
+
+def drain_well(root: Path, *arguments: str) -> None:
+    ended = drain_once(root, *arguments)
+    assert ended.returncode == 0, ended.stderr
+
+
+def crash_at(point: str, skip: int = 0) -> str:
+    return f"_native.set_crash_point({point!r}, {skip})"
+
+
+def fault(call: str, error: int, part: str = "", **more: Any) -> str:
+    settings: Mapping[str, Any] = {"error": error, **more}
+    return f"_native.set_fault({call!r}, {part!r}, **{settings!r})"
+
+
+def wait_for(condition: Callable[[], bool], drain: Drain | None = None) -> None:
+    end = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < end, "it never came"
+        assert drain is None or drain.process.poll() is None, drain.wait().stderr
+        time.sleep(0.01)
+
+
+def this_process() -> dict[str, int | None]:
+    """For node.json: somebody trains."""
+    return {str(os.getpid()): nodes.began_at(os.getpid())}

@@ -1,0 +1,12 @@
+"""Where a drain can be killed; tests/crash/ compares this list with the source, and tests/drain/ kills there."""
+
+DRAIN_FILES = ("journal", "drain-inbox", "drain-receipt", "drain-plan")  # small ones
+COPY_POINTS = ("drain-chunk", "drain-noted", "drain-copied", "drain-named", "drain-all-copied", "drain-delivered")
+COMMIT_POINTS = ("drain-placed", "drain-all-placed", "drain-published", "drain-discarded", "drain-committed")
+NODE_POINTS = ("drain-retired",)
+DRAIN_POINTS = (
+    *(f"{name}-{end}" for name in DRAIN_FILES for end in ("written", "renamed")),
+    *COPY_POINTS,
+    *COMMIT_POINTS,
+    *NODE_POINTS,
+)
