@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 
 from ckpt.directory.manifest import Manifest
-from ckpt.drain.journal import COPYING, Journal
+from ckpt.drain.journal import COPIED, COPYING, Journal
 from ckpt.drain.node import Generation, Node
 
 # Beside the one on its way: training must not fill the node because home is slow, or away.
@@ -14,21 +14,24 @@ _MOST_WAITING = 2
 
 
 class Rules:
-    """What home wants beside the newest: each n-th step, or one each so many seconds.
+    """What home wants beside the newest: each n-th step, or one at least each so many seconds.
 
     Args:
-        committed_s: when the newest checkpoint at home was made that was wanted for its time; 0: never.
+        times: when the checkpoints at home were made.
     """
 
-    def __init__(self, node: Node, committed_s: float = 0.0) -> None:
+    def __init__(self, node: Node, times: Iterable[float] = ()) -> None:
         self._steps = node.every_steps
         self._seconds = node.every_s
-        self._last_s = committed_s
+        self._times = list(times)
 
     def want(self, manifest: Manifest) -> bool:
         if self._steps is not None and manifest.step % self._steps == 0:
             return True
-        return self._seconds is not None and created_s(manifest) - self._last_s >= self._seconds
+        if self._seconds is None:
+            return False
+        made = created_s(manifest)
+        return not any(made - self._seconds < time <= made for time in self._times)
 
     def wanted(self, generations: Sequence[Generation]) -> set[int]:
         """Sequences; of those that are made shortly after each other, only the first is wanted for its time."""
@@ -36,7 +39,7 @@ class Rules:
         for generation in sorted(generations, key=lambda each: each.sequence):
             if self.want(generation.manifest):
                 found.add(generation.sequence)
-                self._last_s = max(self._last_s, created_s(generation.manifest))
+                self._times.append(created_s(generation.manifest))
         return found
 
 
@@ -70,8 +73,12 @@ def superseded(
     return found
 
 
-def next_one(waiting: Sequence[Generation], journals: Mapping[int, Journal], opened: Sequence[int]) -> Generation | None:
+def next_one(
+    waiting: Sequence[Generation], journals: Mapping[int, Journal], wanted: Container[int], opened: Container[int]
+) -> Generation | None:
     """The one to copy: what was begun; else the newest that other nodes have begun, so that some become whole; else the newest.
+
+    Nothing older than what this node has delivered, unless a rule wants it, or others have begun it: they have their reasons.
 
     Args:
         waiting: newest first.
@@ -79,4 +86,6 @@ def next_one(waiting: Sequence[Generation], journals: Mapping[int, Journal], ope
     """
     begun = [generation for generation in waiting if journals[generation.sequence].state == COPYING]
     common = [generation for generation in waiting if generation.sequence in opened]
-    return next(iter([*begun, *common, *waiting]), None)
+    delivered = max((sequence for sequence, journal in journals.items() if journal.state == COPIED), default=-1)
+    newer = [each for each in waiting if each.sequence > delivered or each.sequence in wanted]
+    return next(iter([*begun, *common, *newer]), None)

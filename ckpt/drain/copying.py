@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +14,7 @@ from ckpt.drain.journal import Progress
 from ckpt.drain.pacing import Pace
 from ckpt.drain.parts import Part
 from ckpt.drain.stopping import Stop, StoppedError
-from ckpt.errors import CorruptError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.block_files import Block, BlockReader, BlockWriter
 
@@ -57,17 +60,19 @@ class Copier:
             StoppedError: see there.
         """
         target = part_path(final)
-        if not _goes_on(target, part, progress):
+        if progress.done == 0 or not _goes_on(target, part, progress):
             _begin_anew(progress)
-        resumed = progress.done > 0
         try:
             self._copy_rest(source, target, part, progress)
-        except CorruptError:
-            if not resumed:
+        except CorruptError as error:
+            # What was noted may be wrong, or what was read: before a file is called damaged, it is read by itself.
+            if not _is_sound(source, part):
                 raise
-            # What an earlier process has noted may be wrong, too: only a whole pass tells.
             _begin_anew(progress)
-            self._copy_rest(source, target, part, progress)
+            try:
+                self._copy_rest(source, target, part, progress)
+            except CorruptError:
+                raise SourceError(errno.EIO, f"reads of '{source}' differ: {error}", str(source)) from error
         durable.crash_point("drain-copied")
         if not part.shared:
             durable.give_name(target, final)
@@ -75,27 +80,39 @@ class Copier:
         durable.crash_point("drain-named")
 
     def _copy_rest(self, source: Path, target: Path, part: Part, progress: Progress) -> None:
-        with self._open(source) as reader, BlockWriter(target, direct=self._direct) as writer:
-            if reader.size != part.entry.bytes:
-                raise CorruptError(f"'{source}' has {reader.size} bytes where {part.entry.bytes} were expected")
-            unnoted, noted_at = 0, time.monotonic()
-            while progress.done < part.entry.bytes:
-                unnoted += self._copy_chunk(reader, writer, part, progress)
-                durable.crash_point("drain-chunk")
-                due = unnoted >= _NOTE_EVERY_BYTES or time.monotonic() - noted_at >= _NOTE_EVERY_S
-                if due or self._stop.requested:
-                    writer.sync()
-                    self._note(unnoted)
-                    durable.crash_point("drain-noted")
-                    unnoted, noted_at = 0, time.monotonic()
-                if self._stop.requested:
-                    raise StoppedError("the drain was asked to end")
-            if progress.crc32 != part.entry.crc32:
-                raise CorruptError(
-                    f"'{source}' has the CRC-32 {progress.crc32:08x} where {part.entry.crc32:08x} was expected: it is damaged"
-                )
-            writer.finish(part.entry.bytes if part.is_last else None)
-            self._note(unnoted)
+        durable_so_far = copy.copy(progress)
+        try:
+            with self._open(source) as reader, BlockWriter(target, direct=self._direct) as writer:
+                if reader.size != part.entry.bytes:
+                    raise CorruptError(f"'{source}' has {reader.size} bytes where {part.entry.bytes} were expected")
+                unnoted = self._copy_chunks(reader, writer, part, progress, durable_so_far)
+                if progress.crc32 != part.entry.crc32:
+                    crcs = f"{progress.crc32:08x} where {part.entry.crc32:08x} was expected"
+                    raise CorruptError(f"'{source}' has the CRC-32 {crcs}: it is damaged")
+                writer.finish(part.entry.bytes if part.is_last else None)
+        except StorageError:
+            _assign(progress, durable_so_far)  # what was written since may be lost, whatever the next sync says
+            raise
+        self._note(unnoted)
+
+    def _copy_chunks(
+        self, reader: BlockReader, writer: BlockWriter, part: Part, progress: Progress, durable_so_far: Progress
+    ) -> int:
+        """Returns how many bytes were written that are not noted yet."""
+        unnoted, noted_at = 0, time.monotonic()
+        while progress.done < part.entry.bytes:
+            unnoted += self._copy_chunk(reader, writer, part, progress)
+            durable.crash_point("drain-chunk")
+            due = unnoted >= _NOTE_EVERY_BYTES or time.monotonic() - noted_at >= _NOTE_EVERY_S
+            if due or self._stop.requested:
+                writer.sync()
+                _assign(durable_so_far, progress)
+                self._note(unnoted)
+                durable.crash_point("drain-noted")
+                unnoted, noted_at = 0, time.monotonic()
+            if self._stop.requested:
+                raise StoppedError("the drain was asked to end")
+        return unnoted
 
     def _copy_chunk(self, reader: BlockReader, writer: BlockWriter, part: Part, progress: Progress) -> int:
         """Returns how many bytes were written."""
@@ -105,12 +122,12 @@ class Copier:
         began = time.monotonic()
         count = self._read(reader, offset)
         end = min(end, count)
-        progress.crc32 = _native.crc32(self._block.memory[:count], progress.crc32)
+        crc = _native.crc32(self._block.memory[:count], progress.crc32)
+        part_crc = progress.part_crc32
         if begin < end:
+            part_crc = _native.crc32(self._block.memory[begin:end], part_crc) if part.shared else crc
             writer.write(self._block, begin, end, offset + begin)
-            mine = self._block.memory[begin:end]
-            progress.part_crc32 = _native.crc32(mine, progress.part_crc32) if part.shared else progress.crc32
-        progress.done = offset + count
+        progress.done, progress.crc32, progress.part_crc32 = offset + count, crc, part_crc
         self._pace.note(end - begin, time.monotonic() - began)
         return max(0, end - begin)
 
@@ -141,5 +158,15 @@ def _goes_on(target: Path, part: Part, progress: Progress) -> bool:
 
 
 def _begin_anew(progress: Progress) -> None:
-    progress.done = progress.crc32 = progress.part_crc32 = 0
-    progress.finished = False
+    _assign(progress, Progress())
+
+
+def _assign(progress: Progress, other: Progress) -> None:
+    vars(progress).update(vars(other))
+
+
+def _is_sound(source: Path, part: Part) -> bool:
+    try:
+        return _native.digest_file(os.fsencode(source), 1) == (part.entry.bytes, part.entry.crc32)
+    except (OSError, CheckpointError):
+        return False

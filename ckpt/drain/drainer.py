@@ -56,7 +56,7 @@ class Drainer:
         self._backoff = Backoff()
         self._journals: dict[int, Journal] = {}
         self._newest_at_home = -1
-        self._wanted_s = 0.0  # see Rules
+        self._times_at_home: list[float] = []  # see Rules
         self._alone_since: float | None = None
         self.failed = False
 
@@ -89,7 +89,7 @@ class Drainer:
                     break
                 self._wait(woken)
             lost = [journal for journal in self._journals.values() if journal.state == FAILED]
-            self.failed = any(journal.sequence > self._newest_at_home for journal in lost)
+            self.failed = self._backoff.failures > 0 or any(journal.sequence > self._newest_at_home for journal in lost)
         finally:
             self._lock.release()
 
@@ -138,12 +138,12 @@ class Drainer:
                 opened = [sequence for sequence in home.opened() if self._node.nodes > 1 and not home.has_receipt(sequence)]
             except (StorageError, InUseError) as error:
                 self._home_failed(error)
-        rules = Rules(self._node, self._wanted_s)
+        rules = Rules(self._node, self._times_at_home)
         wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
         self._supersede(generations, wanted)
         self._retain(generations)
         waiting = self._waiting(generations)
-        chosen = next_one(waiting, self._journals, opened)
+        chosen = next_one(waiting, self._journals, wanted, opened)
         if chosen is None or self._backoff.waits:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
@@ -203,8 +203,7 @@ class Drainer:
         home.expect_ours()
         checkpoints = find_steps(home.path).checkpoints
         self._newest_at_home = max((manifest.sequence for _, manifest in checkpoints), default=-1)
-        rules = Rules(self._node)
-        self._wanted_s = max((created_s(each) for _, each in checkpoints if rules.want(each)), default=0.0)
+        self._times_at_home = [created_s(manifest) for _, manifest in checkpoints]
         delivered = [each for each in self._journals.values() if each.state == COPIED]
         for journal in sorted(delivered, key=lambda each: each.sequence, reverse=True):
             try:
@@ -218,7 +217,7 @@ class Drainer:
 
     def _settle_one(self, home: Home, journal: Journal) -> None:
         def wants(manifest: Manifest) -> bool:
-            return Rules(self._node, self._wanted_s).want(manifest)
+            return Rules(self._node, self._times_at_home).want(manifest)
 
         committed = home.is_committed(journal.step, journal.sequence)
         if committed:

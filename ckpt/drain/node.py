@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import logging
 import os
 import zlib
@@ -131,14 +130,6 @@ class Generation(NamedTuple):
     @property
     def sequence(self) -> int:
         return self.manifest.sequence
-
-    @property
-    def created_s(self) -> float:
-        """0 if that cannot be told."""
-        try:
-            return datetime.datetime.fromisoformat(self.manifest.created).timestamp()
-        except ValueError:
-            return 0.0
 
 
 class Generations:
