@@ -88,7 +88,7 @@ class Arrival:
         self._root = Root(home)
         self._in_flight = FilesInFlight()
         self._retention = Retention(
-            home, self._in_flight, keep, shared=True, max_in_flight=1, note_lost=_ignore, warn_once=logger.warning
+            home, self._in_flight, keep, shared=True, max_in_flight=1, note_lost=_ignore, warn_once=_warn
         )
 
     def publish(self) -> None:
@@ -219,6 +219,10 @@ class Arrival:
                     written = {each for each in names_in(self._home / name) if temporary_names.is_temporary(each)}
                     if written:
                         self._in_flight.add(name, written)
+
+
+def _warn(key: str, text: str, *details: object) -> None:
+    logger.warning(text, *details)
 
 
 def _ignore(path: Path) -> None:

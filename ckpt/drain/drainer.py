@@ -15,6 +15,7 @@ from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
 from ckpt.drain.choice import Rules, created_s, next_one, superseded
+from ckpt.drain.copying import SourceError
 from ckpt.drain.delivery import deliver
 from ckpt.drain.home import Home, OutdoneError
 from ckpt.drain.journal import COMMITTED, COPIED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
@@ -127,8 +128,7 @@ class Drainer:
 
     def _round(self) -> bool:
         """Whether anything was carried."""
-        with contextlib.suppress(CheckpointError):  # it is just being replaced
-            self._node = nodes.read(self._root)
+        self._look_at_description()
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
@@ -136,7 +136,7 @@ class Drainer:
             try:
                 self._settle(home)
                 opened = [sequence for sequence in home.opened() if self._node.nodes > 1 and not home.has_receipt(sequence)]
-            except (StorageError, InUseError) as error:
+            except CheckpointError as error:
                 self._home_failed(error)
         rules = Rules(self._node, self._times_at_home)
         wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
@@ -148,6 +148,13 @@ class Drainer:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
         return True
+
+    def _look_at_description(self) -> None:
+        """The job may have changed its mind, or be another process by now."""
+        with contextlib.suppress(CheckpointError):
+            before, self._node = self._node, nodes.read(self._root)
+            if self._node.rate != before.rate:
+                self._pace = self._make_pace()
 
     def _waiting(self, generations: list[Generation]) -> list[Generation]:
         return [each for each in generations if self._journals[each.sequence].waits]
@@ -248,6 +255,8 @@ class Drainer:
             journal.write()
         except OutdoneError as error:
             journal.change(SUPERSEDED, by=error.by)
+        except SourceError as error:
+            self._give_up(journal, error)
         except (StorageError, InUseError) as error:
             if getattr(error, "errno", None) == errno.ENOENT and not wanted and self._is_outdone(generation, home):
                 journal.change(SUPERSEDED, by=self._newest_at_home)  # who has committed that has taken the inbox away
@@ -263,8 +272,8 @@ class Drainer:
             self._settle(home)
         return self._newest_at_home > generation.sequence
 
-    def _home_failed(self, error: StorageError | InUseError, journal: Journal | None = None) -> None:
-        code = (error.errno if isinstance(error, StorageError) else None) or 0
+    def _home_failed(self, error: CheckpointError, journal: Journal | None = None) -> None:
+        code = getattr(error, "errno", None) or 0
         if journal is not None and is_permanent(code):
             self._give_up(journal, error)
             return

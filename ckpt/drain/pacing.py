@@ -80,8 +80,8 @@ class AutoRate:
         if page is None:
             self.rate = None
             return
-        if page.counter != self._seen:
-            self._seen = page.counter
+        if page.iterations != self._seen:
+            self._seen = page.iterations
             self._adapt(page)
         if self.rate is not None:
             self._limit.rate = self.rate

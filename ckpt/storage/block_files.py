@@ -113,7 +113,7 @@ class BlockReader(_BlockFile):
             StorageError: it cannot be read.
         """
         done = 0
-        while done < block.size:
+        while done < block.size and offset + done < self.size:
             most = self._consult("pread")
             end = block.size if most < 0 else min(block.size, done + max(most, 1))
             try:

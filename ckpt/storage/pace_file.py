@@ -1,8 +1,10 @@
 """How the training runs, told to a process that must not slow it down: one page that both map.
 
     u64 magic   u64 counter   f64 seconds of the last iteration   f64 their median without a drain   u64 capturing
+    u64 iterations
 
-The counter is odd while the rest is being written. `capturing` is 1 while a fence or a capture runs.
+The counter is odd while the rest is being written. `capturing` is 1 while a fence or a capture runs. `iterations` counts
+those that have ended: what is told twice of one is the same iteration.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from typing import NamedTuple
 from ckpt.errors import StorageError
 
 _MAGIC = int.from_bytes(b"ckptpace", "little")
-_LAYOUT = struct.Struct("<QQddQ")
+_LAYOUT = struct.Struct("<QQddQQ")
 _COUNTER = struct.Struct("<Q")
 _COUNTER_AT = 8
 _PAGE_BYTES = 4096
@@ -34,6 +36,7 @@ class Pace(NamedTuple):
     iteration_s: float
     median_s: float
     capturing: bool
+    iterations: int
 
 
 class PaceWriter:
@@ -56,10 +59,10 @@ class PaceWriter:
         magic, counter = struct.unpack_from("<QQ", self._map)
         self._counter = (counter + 1) // 2 * 2 if magic == _MAGIC else 0  # goes on where one before has ended
 
-    def write(self, iteration_s: float, median_s: float, capturing: bool) -> None:
+    def write(self, iterations: int, iteration_s: float, median_s: float, capturing: bool) -> None:
         _COUNTER.pack_into(self._map, _COUNTER_AT, self._counter + 1)
         self._counter += 2
-        _LAYOUT.pack_into(self._map, 0, _MAGIC, self._counter - 1, iteration_s, median_s, capturing)
+        _LAYOUT.pack_into(self._map, 0, _MAGIC, self._counter - 1, iteration_s, median_s, capturing, iterations)
         _COUNTER.pack_into(self._map, _COUNTER_AT, self._counter)
 
     def close(self) -> None:
@@ -90,11 +93,11 @@ class PaceReader:
     def read(self) -> Pace | None:
         """None if nothing was written yet, or it never holds still."""
         for _ in range(_MOST_LOOKS):
-            magic, counter, iteration_s, median_s, capturing = _LAYOUT.unpack_from(self._map)
+            magic, counter, iteration_s, median_s, capturing, iterations = _LAYOUT.unpack_from(self._map)
             if magic != _MAGIC:
                 return None
             if counter % 2 == 0 and _COUNTER.unpack_from(self._map, _COUNTER_AT)[0] == counter:
-                return Pace(counter, iteration_s, median_s, bool(capturing))
+                return Pace(counter, iteration_s, median_s, bool(capturing), iterations)
         return None
 
     def close(self) -> None:

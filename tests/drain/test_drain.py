@@ -15,6 +15,7 @@ import ckpt
 import ckpt.drain
 from ckpt.directory import manifest as manifests
 from ckpt.directory.step_names import names_in, step_name
+from ckpt.storage.pace_file import PaceWriter
 
 
 def test_the_process_has_no_torch(tmp_path: Path) -> None:
@@ -159,3 +160,23 @@ def test_status_of_all_generations(tmp_path: Path) -> None:
     drain_well(job.roots[0])
     found = [(each.sequence, each.state, each.superseded_by) for each in ckpt.drain.status(job.roots[0])]
     assert found == [(3, "committed", 0), (2, "superseded", 3), (1, "superseded", 3)]
+
+
+def test_a_training_that_is_slow_or_died_in_a_capture_does_not_hold_it_up_for_good(tmp_path: Path) -> None:
+    job = Job(tmp_path, rate="auto", pids=this_process())
+    pace = PaceWriter(job.roots[0] / "pace")
+    pace.write(1, 1.0, 1.0, False)
+    job.save(1, 24 * MiB)
+    with Drain(job.roots[0], []) as drain:
+        wait_for(lambda: job.state(1) == "committed", drain)
+        job.save(2, 24 * MiB)
+        iterations = 1
+        while job.state(2) != "committed":
+            iterations += 1
+            pace.write(iterations, 1.5, 1.0, False)
+            assert drain.process.poll() is None
+        pace.write(iterations, 1.5, 1.0, True)
+        job.save(3, 24 * MiB)
+        wait_for(lambda: job.state(3) == "committed", drain)
+    pace.close()
+    job.assert_home_is_right()

@@ -212,3 +212,28 @@ def test_a_removal_that_fails_is_no_failure(tmp_path: Path, native: object) -> N
     job.assert_home_is_right()
     drain_well(job.roots[0])
     assert [path.name for path in job.roots[0].iterdir() if path.name.startswith(".tmp")] == [] and job.steps_on() == [2]
+
+
+def test_a_removal_at_home_that_fails_is_no_failure(tmp_path: Path, native: object) -> None:
+    job = Job(tmp_path, home_keep=1)
+    job.save(1)
+    drain_well(job.roots[0])
+    job.save(2)
+    ended = drain_once(job.roots[0], prepare=fault("unlink", errno.EIO, "/.tmp-step-"))
+    assert ended.returncode == 0 and "removing '" in ended.stderr and "the checkpoint is good" in ended.stderr
+    assert job.state(2) == "committed" and job.steps_at_home() == [2]
+    job.save(3)
+    drain_well(job.roots[0])
+    assert job.steps_at_home() == [3]
+    job.assert_home_is_right()
+    job.assert_home_is_tidy()
+
+
+def test_an_inbox_that_cannot_be_understood_is_told(tmp_path: Path) -> None:
+    job = Job(tmp_path, nodes=2)
+    job.save(1)
+    drain_well(job.roots[0])
+    path = job.home / ".drain" / "run-1" / f"{1:012d}" / "inbox.json"
+    path.write_text("{}")
+    ended = drain_once(job.roots[1])
+    assert ended.returncode == 1 and "cannot be understood" in ended.stderr and job.steps_at_home() == []

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import random
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
 from drain_points import DRAIN_POINTS
-from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, fault
+from node_roots import RUN, Drain, Job, MiB, crash_at, drain_once, drain_well, fault
 
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.retention import Retention
@@ -139,3 +140,15 @@ def test_killed_at_any_moment(nodes: int, tmp_path: Path) -> None:
         assert found >= newest_seen, "nothing newer is taken back"
         newest_seen = found
     end_well(job, job.sequence)
+
+
+@pytest.mark.parametrize("point", ["drain-chunk", "drain-all-copied", "drain-delivered"])
+def test_an_inbox_that_was_removed_and_made_again_is_another(point: str, tmp_path: Path) -> None:
+    """What one node has noted of the first is not taken for what lies in the second, though a file of that name is as long."""
+    job = begin(tmp_path, 2)
+    job.save(3, size=MiB, common=20 * MiB)
+    kill_at(job, 0, point)
+    shutil.rmtree(job.home / ".drain" / RUN / f"{3:012d}")
+    drain_well(job.roots[1])
+    end_well(job, 3)
+    assert job.steps_at_home() == [2, 3]

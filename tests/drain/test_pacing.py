@@ -42,10 +42,19 @@ def test_a_fixed_rate_is_kept_and_not_saved_up() -> None:
 
 class Training:
     def __init__(self) -> None:
-        self.page: Pace | None = Pace(2, 1.0, 1.0, False)
+        self.page: Pace | None = Pace(2, 1.0, 1.0, False, 1)
 
     def iterate(self, share: float) -> None:
-        self.page = Pace(self.page.counter + 2 if self.page else 2, share, 1.0, False)
+        assert self.page is not None
+        self.page = Pace(self.page.counter + 2, share, 1.0, False, self.page.iterations + 1)
+
+    def begin_capture(self) -> None:
+        assert self.page is not None
+        self.page = self.page._replace(counter=self.page.counter + 2, capturing=True)
+
+    def end_capture(self) -> None:
+        assert self.page is not None
+        self.page = self.page._replace(counter=self.page.counter + 2, capturing=False)
 
 
 def make(time: Time) -> tuple[AutoRate, Training]:
@@ -78,6 +87,9 @@ def test_one_iteration_counts_once() -> None:
     training.iterate(1.5)
     for _ in range(5):
         rate.wait(1)
+        training.begin_capture()
+        rate.wait(1)
+        training.end_capture()
     assert rate.rate == 50.0 * MiB
 
 
@@ -94,11 +106,11 @@ def test_a_rate_that_was_chosen_is_kept() -> None:
 def test_it_pauses_while_a_capture_runs_but_not_for_one_that_died() -> None:
     time = Time()
     rate, training = make(time)
-    training.page = Pace(8, 1.0, 1.0, True)
+    training.begin_capture()
     for _ in range(3):
         rate.wait(1)
     assert 1.0 <= time.now - 100.0 < 1.1, "a second, once"
-    training.page = Pace(10, 1.0, 1.0, True)
+    training.begin_capture()
     rate.wait(1)
     assert time.now - 100.0 >= 2.0
 
@@ -120,14 +132,14 @@ def test_the_page_is_read_as_it_was_written(tmp_path: Path) -> None:
         PaceReader(path)
     writer = PaceWriter(path)
     assert page.read() is None, "nothing was written yet"
-    writer.write(0.5, 0.25, True)
-    assert page.read() == (2, 0.5, 0.25, True) and path.stat().st_size == 4096
-    writer.write(0.75, 0.25, False)
-    assert page.read() == (4, 0.75, 0.25, False)
+    writer.write(7, 0.5, 0.25, True)
+    assert page.read() == (2, 0.5, 0.25, True, 7) and path.stat().st_size == 4096
+    writer.write(8, 0.75, 0.25, False)
+    assert page.read() == (4, 0.75, 0.25, False, 8)
     writer.close()
     again = PaceWriter(path)
-    again.write(1.0, 1.0, False)
-    assert page.read() == (6, 1.0, 1.0, False), "the next process goes on"
+    again.write(0, 1.0, 1.0, False)
+    assert page.read() == (6, 1.0, 1.0, False, 0), "the next process goes on"
     again.close()
     trained = False
     assert page.read() is None
@@ -135,7 +147,7 @@ def test_the_page_is_read_as_it_was_written(tmp_path: Path) -> None:
 
 def test_a_page_that_is_being_written_is_not_taken(tmp_path: Path) -> None:
     writer = PaceWriter(tmp_path / "pace")
-    writer.write(0.5, 0.25, False)
+    writer.write(7, 0.5, 0.25, False)
     with (tmp_path / "pace").open("r+b") as file:
         file.seek(8)
         file.write((3).to_bytes(8, "little"))
