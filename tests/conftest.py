@@ -31,6 +31,8 @@ LONGEST = (
     "test_packaging.py",
     "test_crash.py",
     "test_commit.py",
+    "test_drain_kills.py",
+    "test_drain_faults.py",
     "test_device.py",
     "test_deepspeed_behaviour.py",
     "test_example_ranks.py",

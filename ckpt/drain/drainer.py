@@ -226,16 +226,17 @@ class Drainer:
         def wants(manifest: Manifest) -> bool:
             return Rules(self._node, self._times_at_home).want(manifest)
 
-        committed = home.is_committed(journal.step, journal.sequence)
-        if committed:
-            home.finish(journal.step, journal.sequence)
-        elif not home.has_receipt(journal.sequence):
-            if self._newest_at_home > journal.sequence:
-                raise OutdoneError(self._newest_at_home)
-            journal.change(QUEUED, inbox="")
-            return
-        elif not home.commit(journal.sequence, wants):
-            return
+        sequence = journal.sequence
+        if not home.is_committed(journal.step, sequence):
+            delivered = home.has_receipt(sequence)
+            if not (delivered and home.commit(sequence, wants)) and not home.is_committed(journal.step, sequence):
+                manifest = home.manifest_of(sequence)
+                if manifest is None or not delivered:
+                    journal.change(QUEUED, inbox="")  # who decides what is wanted decides about it, too
+                elif self._newest_at_home > sequence and not wants(manifest):
+                    raise OutdoneError(self._newest_at_home)
+                return
+        home.finish(journal.step, sequence)
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
         journal.change(COMMITTED)

@@ -145,6 +145,11 @@ class Home:
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"'{inbox / _INBOX}' cannot be understood: {error!r}") from error
 
+    def manifest_of(self, sequence: int) -> Manifest | None:
+        """Of what is being delivered."""
+        found = self._read_inbox(self.inbox_of(sequence))
+        return None if found is None else found.manifest
+
     def write_receipt(self, sequence: int, token: str, parts: Sequence[Delivered]) -> None:
         """This node has delivered all that it has to. The names in the inbox are made durable first."""
         inbox = self.inbox_of(sequence)

@@ -163,6 +163,13 @@ def test_when_the_newest_is_damaged_the_one_before_comes_home(tmp_path: Path) ->
         drain_well(root)
     assert job.steps_at_home() == [1]
     job.assert_home_is_right()
+    job.save(3, common=4 * MiB)
+    for root in (*job.roots, *job.roots):
+        drain_once(root)
+    assert [job.state(2, node) for node in (0, 1)] == ["superseded", "failed"], "what the other node can never deliver"
+    assert job.steps_at_home() == [1, 3]
+    job.assert_home_is_right()
+    job.assert_home_is_tidy()
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "gone", "a link", "a FIFO"])
