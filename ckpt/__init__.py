@@ -70,14 +70,16 @@ _MODULES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    if name in _MODULES:
-        return importlib.import_module(f"ckpt.{name}")
-    raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
+if not TYPE_CHECKING:  # a checker knows the names above, and is to find those that are wrong
+
+    def __getattr__(name: str) -> Any:
+        if name in _HOMES:
+            value = getattr(importlib.import_module(_HOMES[name]), name)
+            globals()[name] = value
+            return value
+        if name in _MODULES:
+            return importlib.import_module(f"ckpt.{name}")
+        raise AttributeError(f"module 'ckpt' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
