@@ -89,10 +89,14 @@ class Drainer:
                 if once or self._may_end():
                     break
                 self._wait(woken)
-            lost = [journal for journal in self._journals.values() if journal.state == FAILED]
-            self.failed = self._backoff.failures > 0 or any(journal.sequence > self._newest_at_home for journal in lost)
+            self.failed = self._has_failed()
         finally:
             self._lock.release()
+
+    def _has_failed(self) -> bool:
+        committed = [journal.sequence for journal in self._journals.values() if journal.state == COMMITTED]
+        failed = [journal.sequence for journal in self._journals.values() if journal.state == FAILED]
+        return self._backoff.failures > 0 or max(failed, default=-1) > max([self._newest_at_home, *committed])
 
     def _make_pace(self) -> Pace:
         rate = self._node.rate if self._rate is None else self._rate
@@ -240,6 +244,7 @@ class Drainer:
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
         journal.change(COMMITTED)
+        self._backoff.succeed()
 
     def _carry(self, generation: Generation, home: Home, wanted: bool) -> None:
         journal = self._journals[generation.sequence]

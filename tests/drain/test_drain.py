@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from node_roots import Drain, Job, MiB, drain_once, drain_well, fault, this_process, wait_for
+from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, fault, this_process, wait_for
 
 import ckpt
 import ckpt.drain
@@ -180,3 +180,14 @@ def test_a_training_that_is_slow_or_died_in_a_capture_does_not_hold_it_up_for_go
         wait_for(lambda: job.state(3) == "committed", drain)
     pace.close()
     job.assert_home_is_right()
+
+
+def test_one_that_hangs_is_called_stuck(tmp_path: Path, native: object) -> None:
+    job = Job(tmp_path)
+    job.save(1, 16 * MiB)
+    assert drain_once(job.roots[0], prepare=crash_at("drain-chunk")).returncode < 0
+    (found,) = ckpt.drain.status(job.roots[0])
+    assert found.state == "copying"
+    os.utime(job.roots[0] / "drain" / f"{1:012d}.json", (1, 1))
+    (found,) = ckpt.drain.status(job.roots[0])
+    assert found.state == "stuck"

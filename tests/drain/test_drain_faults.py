@@ -144,7 +144,8 @@ def test_a_damaged_file_is_put_aside(at: int, tmp_path: Path) -> None:
     assert journal is not None and (journal.state, journal.next) == ("failed", None) and "CRC-32" in journal.text
     assert job.steps_at_home() == [1] and drain_once(job.roots[0]).returncode == 1
     job.save(3)
-    drain_well(job.roots[0])
+    for _ in range(2):  # what has failed is of no more interest
+        drain_well(job.roots[0])
     assert job.steps_at_home() == [1, 3]
     job.assert_home_is_right()
     job.assert_home_is_tidy()
