@@ -19,8 +19,8 @@ import types
 from collections.abc import Iterator
 from typing import IO, Any, NamedTuple
 
+from deadlines import patience
 from places import PYTHONPATH
-from support import patience
 
 DEADLINE_S = patience(60.0)
 
@@ -39,9 +39,18 @@ class Child:
         self.pid = int(nursery.read_line())
 
     def kill_after(self, delay_s: float) -> None:
-        """Sends SIGKILL unless it ends before. The nursery has not reaped it then, so the pid is still its own."""
-        if not select.select([self._nursery.socket], [], [], delay_s)[0]:
-            os.kill(self.pid, signal.SIGKILL)
+        """Sends SIGKILL unless it ends before."""
+        if not self.ends_within(delay_s):
+            self.signal(signal.SIGKILL)
+
+    def ends_within(self, delay_s: float) -> bool:
+        return bool(select.select([self._nursery.socket], [], [], delay_s)[0])
+
+    def signal(self, number: int) -> None:
+        """Not if it has ended. The nursery tells so a moment after; pids are given in turn, so no other has this one yet."""
+        if not self.ends_within(0):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def said(self) -> str:
         """Its standard output so far. The file's position is the child's own: it is left where it is."""
@@ -65,13 +74,15 @@ class Nursery:
     Args:
         optimizer: also import what optimizers need; then a child takes longer to end.
         sharded: and what sharded models need.
+        drain: import what a drain needs, and no torch.
     """
 
-    def __init__(self, optimizer: bool = False, sharded: bool = False) -> None:
+    def __init__(self, optimizer: bool = False, sharded: bool = False, drain: bool = False) -> None:
         self.socket, theirs = socket.socketpair()
+        wishes = [*["--optimizer"] * optimizer, *["--sharded"] * sharded, *["--drain"] * drain]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), *["--optimizer"] * optimizer, *["--sharded"] * sharded],
+                [sys.executable, __file__, str(theirs.fileno()), *wishes],
                 pass_fds=[theirs.fileno()],
                 env=os.environ | {"PYTHONPATH": PYTHONPATH},
             )
@@ -110,6 +121,25 @@ def sharding_nurseries(count: int) -> Iterator[list[Nursery]]:
 
 
 # ---- the nursery's side ----------------------------------------------------------------------------------------------
+
+
+def import_torch() -> None:
+    import torch
+
+    import ckpt
+
+    for name in ckpt.__all__:  # each is imported when it is first asked for
+        getattr(ckpt, name)
+    torch.set_num_threads(1)
+
+
+def import_drain() -> None:
+    import psutil  # noqa: F401
+
+    import ckpt.cli.main
+    import ckpt.drain.drainer  # noqa: F401
+
+    assert "torch" not in sys.modules
 
 
 def warm_up() -> None:
@@ -155,11 +185,7 @@ def serve(requests: socket.socket) -> str | None:
 
 
 if __name__ == "__main__":
-    import torch
-
-    import ckpt  # noqa: F401
-
-    torch.set_num_threads(1)
+    import_drain() if "--drain" in sys.argv else import_torch()
     if "--optimizer" in sys.argv:
         warm_up()
     if "--sharded" in sys.argv:
