@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import json
 import os
@@ -15,8 +16,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deadlines import patience
+from nursery import Ended, Nursery
 from places import PYTHONPATH
-from support import patience
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
@@ -152,57 +154,77 @@ class Job:
 
 # ---- the process -----------------------------------------------------------------------------------------------------
 
+# Beside other tests it would wait for them. run_program() starts one that gives way.
+_DOES_NOT_GIVE_WAY = "from ckpt.cli import drain; drain._give_way_to_training = lambda: None"
 
-@dataclasses.dataclass
-class Ended:
-    returncode: int
-    stderr: str
+_idle: list[Nursery] = []  # each has one child at a time; there are as many as drains that ran side by side
+
+
+@atexit.register
+def _end_nurseries() -> None:
+    while _idle:
+        _idle.pop().__exit__()
 
 
 class Drain:
-    """One process, from start to wait(). A context manager, which ends it."""
+    """One process, from start to wait(). A context manager, which ends it.
 
-    def __init__(self, root: Path, arguments: Sequence[str], prepare: str = "") -> None:
-        command = ["-m", "ckpt"]
-        if prepare:
-            command = [
-                "-c",
-                f"import sys; from ckpt import _native; {prepare}; from ckpt.cli.main import main; sys.exit(main())",
-            ]
-        self.process = subprocess.Popen(
-            [sys.executable, *command, "drain", str(root), *arguments],
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"PYTHONPATH": PYTHONPATH},
-        )
+    Args:
+        prepare: Python that it runs before.
+    """
+
+    def __init__(self, root: Path, arguments: Sequence[str], prepare: str = "pass") -> None:
+        self._nursery = _idle.pop() if _idle else Nursery(drain=True)
+        self._child = self._nursery.start(_program(f"{_DOES_NOT_GIVE_WAY}; {prepare}"), "drain", str(root), *arguments)
+        self._ended: Ended | None = None
+        self.pid = self._child.pid
+
+    @property
+    def runs(self) -> bool:
+        return self._ended is None and not self._child.ends_within(0)
 
     def wait(self) -> Ended:
-        _, stderr = self.process.communicate(timeout=DEADLINE_S)
-        return Ended(self.process.returncode, stderr)
+        if self._ended is None:
+            self._ended = self._child.wait()
+            _idle.append(self._nursery)
+        return self._ended
 
     def kill_after(self, delay_s: float) -> Ended:
-        try:
-            self.process.wait(delay_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+        self._child.kill_after(delay_s)
         return self.wait()
+
+    def signal(self, number: int) -> None:
+        self._child.signal(number)
+
+    @property
+    def is_held(self) -> bool:
+        """At the point of hold_at()."""
+        return self.runs and Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
     def __enter__(self) -> Drain:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            try:
-                self.process.wait(DEADLINE_S)
-            finally:
-                self.process.kill()
-        self.process.communicate()
+        if self.runs:
+            self.signal(signal.SIGTERM)
+            self.signal(signal.SIGCONT)
+        self.wait()
 
 
-def drain_once(root: Path, *arguments: str, prepare: str = "") -> Ended:
-    with Drain(root, ["--once", *arguments], prepare) as drain:
-        return drain.wait()
+def _program(prepare: str) -> str:
+    return f"import sys; from ckpt import _native; {prepare}; from ckpt.cli.main import main; sys.exit(main())"
+
+
+def run_program(root: Path, *arguments: str, prepare: str = "") -> Ended:
+    """As a user starts it: with an interpreter of its own."""
+    command = [sys.executable, *(["-c", _program(prepare)] if prepare else ["-m", "ckpt"]), "drain", str(root), *arguments]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def drain_once(root: Path, *arguments: str, prepare: str = "pass") -> Ended:
+    return Drain(root, ["--once", *arguments], prepare).wait()
 
 
 def drain_well(root: Path, *arguments: str) -> None:
@@ -214,6 +236,14 @@ def crash_at(point: str, skip: int = 0) -> str:
     return f"_native.set_crash_point({point!r}, {skip})"
 
 
+def hold_at(point: str) -> str:
+    """It stops there once, until it gets SIGCONT."""
+    return f"import holding; holding.hold_at({point!r})"
+
+
+TRIES_SOON = "from ckpt.drain import backoff; backoff._SHORTEST_S = 0.02"
+
+
 def fault(call: str, error: int, part: str = "", **more: Any) -> str:
     settings: Mapping[str, Any] = {"error": error, **more}
     return f"_native.set_fault({call!r}, {part!r}, **{settings!r})"
@@ -223,7 +253,7 @@ def wait_for(condition: Callable[[], bool], drain: Drain | None = None) -> None:
     end = time.monotonic() + DEADLINE_S
     while not condition():
         assert time.monotonic() < end, "it never came"
-        assert drain is None or drain.process.poll() is None, drain.wait().stderr
+        assert drain is None or drain.runs, drain.wait().stderr
         time.sleep(0.01)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, fault, this_process, wait_for
+from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, fault, run_program, this_process, wait_for
 
 import ckpt
 import ckpt.drain
@@ -18,11 +19,11 @@ from ckpt.directory.step_names import names_in, step_name
 from ckpt.storage.pace_file import PaceWriter
 
 
-def test_the_process_has_no_torch(tmp_path: Path) -> None:
+def test_the_process_has_no_torch_and_gives_way(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1)
-    check = "import atexit, os; atexit.register(lambda: os._exit(7 if 'torch' in sys.modules else 5))"
-    assert drain_once(job.roots[0], prepare=check).returncode == 5
+    check = "import atexit, os; atexit.register(lambda: os._exit(7 if 'torch' in sys.modules else os.nice(0)))"
+    assert run_program(job.roots[0], "--once", prepare=check).returncode == 19
     assert job.state(1) == "committed"
 
 
@@ -32,7 +33,8 @@ def test_what_comes_home_is_restored(tmp_path: Path) -> None:
     file = io.BytesIO()
     torch.save(state, file)
     saved = job.place(7, {"state.pt": file.getvalue()})
-    drain_well(job.roots[0])
+    ended = run_program(job.roots[0], "--once")
+    assert ended.returncode == 0, ended.stderr
     directory = job.home / step_name(7)
     assert (directory / manifests.NAME).read_bytes() == saved.manifest.to_json()
     with ckpt.Checkpointer(job.home) as checkpointer:
@@ -96,8 +98,7 @@ def test_two_nodes_that_run_side_by_side(tmp_path: Path) -> None:
 def test_it_ends_when_nobody_trains_and_nothing_is_left(tmp_path: Path) -> None:
     job = Job(tmp_path, pids={str(os.getpid()): 1})  # another process of that number
     job.save(1)
-    with Drain(job.roots[0], []) as drain:
-        assert drain.wait().returncode == 0
+    assert run_program(job.roots[0]).returncode == 0
     assert job.steps_at_home() == [1]
 
 
@@ -106,18 +107,20 @@ def test_a_second_one_says_who_is_at_work(tmp_path: Path) -> None:
     job.save(1)
     with Drain(job.roots[0], []) as first:
         wait_for(lambda: job.state(1) == "committed", first)
-        second = drain_once(job.roots[0])
-        assert second.returncode == 1 and f"is being drained by process {first.process.pid} on " in second.stderr
-        assert first.process.poll() is None
+        second = run_program(job.roots[0], "--once")
+        assert second.returncode == 1 and f"is being drained by process {first.pid} on " in second.stderr
+        assert first.runs
     drain_well(job.roots[0])
 
 
 def test_asked_to_end_it_ends_within_a_file_and_goes_on_there(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.save(1, 64 * MiB)
-    with Drain(job.roots[0], ["--once", "--rate", "16MiB/s"]) as drain:
-        wait_for(lambda: bool((journal := job.journal(1)) and journal.bytes), drain)
-        drain.process.send_signal(signal.SIGTERM)
+    job.save(1, 24 * MiB)
+    name = "rank-00000.pt"
+    part = job.home / ".drain" / "run-1" / f"{1:012d}" / f"{name}.part"
+    with Drain(job.roots[0], ["--once", "--rate", "1MiB/s"]) as drain:
+        wait_for(lambda: part.exists() and part.stat().st_size > 0, drain)  # the next chunk comes after 8 s
+        drain.signal(signal.SIGTERM)
         assert drain.wait().returncode == 0
     before = job.journal(1)
     assert before is not None and before.state == "copying" and 0 < before.bytes < before.total
@@ -125,8 +128,6 @@ def test_asked_to_end_it_ends_within_a_file_and_goes_on_there(tmp_path: Path) ->
     assert (found.step, found.state, found.bytes, found.total_bytes) == (1, "copying", before.bytes, before.total)
     assert found.rate > 0
     # What lies there is not read again: it is replaced, and the file that comes home shows it.
-    name = "rank-00000.pt"
-    part = job.home / ".drain" / "run-1" / f"{1:012d}" / f"{name}.part"
     with part.open("r+b") as file:
         file.write(b"marked")
     drain_well(job.roots[0])
@@ -137,10 +138,10 @@ def test_asked_to_end_it_ends_within_a_file_and_goes_on_there(tmp_path: Path) ->
 def test_a_rate_holds_it_back(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1, 24 * MiB)
-    drain_well(job.roots[0], "--rate", "16MiB/s")
+    drain_well(job.roots[0], "--rate", "32MiB/s")
     journal = job.journal(1)
     assert (
-        journal is not None and journal.ended - journal.began >= 1.0
+        journal is not None and journal.ended - journal.began >= 0.5
     )  # the first 8 MiB are free, and the last need not be waited for
 
 
@@ -174,7 +175,8 @@ def test_a_training_that_is_slow_or_died_in_a_capture_does_not_hold_it_up_for_go
         while job.state(2) != "committed":
             iterations += 1
             pace.write(iterations, 1.5, 1.0, False)
-            assert drain.process.poll() is None
+            assert drain.runs
+            time.sleep(0.005)  # the drain has the lowest priority
         pace.write(iterations, 1.5, 1.0, True)
         job.save(3, 24 * MiB)
         wait_for(lambda: job.state(3) == "committed", drain)

@@ -22,6 +22,9 @@ PUBLISH_POINTS = ("manifest-written", "manifest-renamed", "latest-written", "lat
 COMMIT_MOMENTS = ("drain-plan-written", "drain-placed", "drain-all-placed", *PUBLISH_POINTS[:4], "drain-published")
 
 
+NOTES_EACH_CHUNK = "from ckpt.drain import copying; copying._NOTE_EVERY_BYTES = 1"
+
+
 def drain_all(job: Job) -> None:
     for root in [*job.roots, *job.roots[:-1]]:  # once more: the last of them has committed
         drain_well(root)
@@ -36,8 +39,7 @@ def begin(base: Path, nodes: int) -> Job:
 
 
 def kill_at(job: Job, node: int, point: str, skip: int = 0, prepare: str = "pass") -> None:
-    rate = ["--rate", "8MiB/s"] if point == "drain-noted" else []  # it notes each second
-    ended = drain_once(job.roots[node], *rate, prepare=f"{prepare}; {crash_at(point, skip)}")
+    ended = drain_once(job.roots[node], prepare=f"{NOTES_EACH_CHUNK}; {prepare}; {crash_at(point, skip)}")
     assert ended.returncode == -signal.SIGKILL, f"it never came to {point}: {ended.stderr}"
     job.assert_home_is_right()
     assert max(job.steps_at_home()) >= 2, "what was at home is there"
@@ -123,18 +125,23 @@ def test_what_a_killed_one_has_noted_is_checked_as_a_whole(tmp_path: Path) -> No
     end_well(job, 3)
 
 
+@pytest.mark.parametrize("kills", [30, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("nodes", [1, 2])
-def test_killed_at_any_moment(nodes: int, tmp_path: Path) -> None:
+def test_killed_at_any_moment(nodes: int, kills: int, tmp_path: Path) -> None:
+    """Some end before; so there are more rounds than kills."""
     moments = random.Random(20261129 + nodes)
-    job, newest_step, newest_seen = Job(tmp_path, nodes, home_keep=3), 0, 0
-    for _ in range(50):
+    job, newest_step, newest_seen, killed, rounds = Job(tmp_path, nodes, home_keep=3), 0, 0, 0, 0
+    while killed < kills or newest_seen == 0:
+        rounds += 1
+        assert rounds < 20 * kills, "drains are killed, and in spite of it something comes home"
         if moments.random() < 0.7:
             newest_step += moments.random() < 0.7
             job.save(newest_step, size=moments.randrange(3 * MiB), common=moments.choice([0, 5 * MiB]))
         drains = [Drain(root, ["--once"]) for root in job.roots]
         for drain in drains:
-            ended = drain.kill_after(moments.uniform(0.05, 0.3))
+            ended = drain.kill_after(moments.uniform(0.0, 0.08))
             assert ended.returncode in (0, -signal.SIGKILL), ended.stderr
+            killed += ended.returncode != 0
         job.assert_home_is_right()
         found = max((manifest.sequence for manifest in job.manifests_at_home().values()), default=0)
         assert found >= newest_seen, "nothing newer is taken back"

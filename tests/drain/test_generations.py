@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
-from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, this_process, wait_for
+from node_roots import Drain, Job, MiB, crash_at, drain_once, drain_well, hold_at, this_process, wait_for
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.step_names import names_in, step_name
 
-SLOW = ["--rate", "8MiB/s"]
-
-
-def is_copying(job: Job, sequence: int) -> bool:
-    journal = job.journal(sequence)
-    return journal is not None and journal.state == "copying" and journal.bytes > 0
+CRASHES = pytest.mark.usefixtures("native")
 
 
 def states(job: Job, node: int = 0) -> list[str]:
@@ -26,11 +22,13 @@ def states(job: Job, node: int = 0) -> list[str]:
 def test_newer_ones_come_while_one_is_on_its_way(tmp_path: Path) -> None:
     """It goes on: else saves that come faster than copies would never let any arrive. The newest is next."""
     job = Job(tmp_path, pids=this_process())
-    job.save(1, 24 * MiB)
-    with Drain(job.roots[0], SLOW) as drain:
-        wait_for(lambda: is_copying(job, 1), drain)
+    job.save(1, 12 * MiB)
+    with Drain(job.roots[0], [], hold_at("drain-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        assert job.state(1) == "copying"
         for step in (2, 3, 4, 5):
             job.save(step)
+        drain.signal(signal.SIGCONT)
         wait_for(lambda: job.state(5) == "committed", drain)
         wait_for(lambda: job.steps_on() == [4, 5], drain)
     assert states(job) == ["committed", "superseded", "superseded", "superseded", "committed"]
@@ -41,6 +39,7 @@ def test_newer_ones_come_while_one_is_on_its_way(tmp_path: Path) -> None:
     job.assert_home_is_tidy()
 
 
+@CRASHES
 def test_one_that_is_superseded_on_its_way_is_not_committed_over_a_newer_one(tmp_path: Path) -> None:
     """As when a save has gone straight home meanwhile."""
     (tmp_path / "other").mkdir()
@@ -85,10 +84,12 @@ def test_a_name_that_is_taken_at_home_is_not_replaced(tmp_path: Path) -> None:
 
 def test_a_step_is_saved_again_while_the_old_one_drains(tmp_path: Path) -> None:
     job = Job(tmp_path, pids=this_process())
-    job.save(1, 40 * MiB)
-    with Drain(job.roots[0], SLOW) as drain:
-        wait_for(lambda: is_copying(job, 1), drain)
+    job.save(1, 20 * MiB)
+    with Drain(job.roots[0], [], hold_at("drain-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        assert job.state(1) == "copying"
         job.save(1, MiB)  # which removes the file that is being read
+        drain.signal(signal.SIGCONT)
         wait_for(lambda: job.state(2) == "committed", drain)
         assert job.state(1) in ("committed", "superseded")
     assert manifests.read(job.home / step_name(1)).sequence == 2
@@ -96,6 +97,7 @@ def test_a_step_is_saved_again_while_the_old_one_drains(tmp_path: Path) -> None:
     job.assert_home_is_tidy()
 
 
+@CRASHES
 def test_a_step_is_saved_again_before_its_files_were_opened(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1)
@@ -203,6 +205,7 @@ def test_home_leaves_a_step_that_somebody_is_saving(tmp_path: Path) -> None:
     assert job.steps_at_home() == [3]
 
 
+@CRASHES
 def test_an_older_one_is_not_the_latest(tmp_path: Path) -> None:
     job = Job(tmp_path, home_every={"steps": 1})
     for step in (1, 2):
