@@ -8,6 +8,7 @@
     ├── NotACheckpointError a directory or manifest is not what it should be
     ├── DeadlineError       a wait outran its timeout (also a TimeoutError)
     ├── SkippedError        this save was not made: another was in flight and when_busy is "skip"
+    │   └── SupersededError this checkpoint stayed on the disks of the nodes: a newer one took its place on the way home
     ├── FailedSavesError    too many saves in a row have failed
     ├── InUseError          another job writes to the directory
     ├── ClosedError         the Checkpointer, or the engine under it, is closed
@@ -80,6 +81,23 @@ class DeadlineError(CheckpointError, TimeoutError):
 
 class SkippedError(CheckpointError):
     """The save was not made because another one was still in flight (`when_busy="skip"`)."""
+
+
+class SupersededError(SkippedError):
+    """A checkpoint was committed on the disks of the nodes, but did not come home: a newer one has taken its place.
+
+    Attributes:
+        step: its own.
+        by_step: that of the newer one; None if that is not known.
+    """
+
+    def __init__(self, message: str, step: int, by_step: int | None = None) -> None:
+        super().__init__(message)
+        self.step = step
+        self.by_step = by_step
+
+    def __reduce__(self) -> tuple[type, tuple[str, int, int | None]]:
+        return type(self), (str(self), self.step, self.by_step)
 
 
 class FailedSavesError(CheckpointError):

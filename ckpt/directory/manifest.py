@@ -63,13 +63,18 @@ class Manifest:
             "step": self.step,
             "sequence": self.sequence,
             "world_size": self.world_size,
-            "created": self.created or datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds"),
+            "created": self.created or now(),
             "versions": {"torch": _torch_version()},
             "files": [_without_empty(dataclasses.asdict(file)) for file in self.files],
         }
         if self.others:
             document["others"] = list(self.others)
         return with_checksum(document)
+
+
+def now() -> str:
+    """For Manifest.created."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="milliseconds")
 
 
 def read(directory: Path) -> Manifest:

@@ -14,6 +14,7 @@ _PREFIX = "step-"
 _DIGITS = 12  # so that names sort like numbers
 STEP_FILE = re.compile(
     r"(?P<stem>state|replicated|rank-\d{5,})(-\d+)?\.pt|(?P<sharded>__\d+)_\d+\.(distcp|crc32)|(?P<metadata>\.metadata)(-\d+)?"
+    r"|receipt-\d{5,}\.json"
 )
 
 
@@ -71,12 +72,13 @@ def names_in_manifest(directory: Path) -> set[str]:
 def free_name(stem: str, taken: set[str]) -> str:
     """Of a file: "state.pt" or "state-2.pt", "__3_0.distcp" or "__3_1.distcp", ".metadata" or ".metadata-2"."""
     number = 1
-    while (name := _name(stem, number)) in taken:
+    while (name := numbered_name(stem, number)) in taken:
         number += 1
     return name
 
 
-def _name(stem: str, number: int) -> str:
+def numbered_name(stem: str, number: int) -> str:
+    """Of a file; 1 is that of a step which is saved for the first time."""
     if stem.startswith("__"):
         return f"{stem}_{number - 1}.distcp"
     suffix = "" if stem.startswith(".") else ".pt"

@@ -19,31 +19,26 @@ import json
 import logging
 import os
 import secrets
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory import publish_lock
 from ckpt.directory.listing import newest_after
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.publish_lock import FOLDER, RUN
 from ckpt.directory.step_names import names_in, step_name
 from ckpt.drain.arrival import Arrival, MissingError
 from ckpt.drain.node import Generation, Node
 from ckpt.drain.parts import Delivered, expect_whole, is_shared, owners_of
-from ckpt.errors import CheckpointError, InUseError, StorageError
+from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
-from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.temporary_names import is_temporary
 
 logger = logging.getLogger("ckpt")
 
-RUN = ".run"
-FOLDER = ".drain"
-PUBLISH_LOCK = "publish.lock"
 _INBOX = "inbox.json"
-_LONGEST_WAIT_S = 60.0  # for the lock: a commit takes milliseconds, and its removals seconds
-_LOOK_S = 0.05
-_LOCKED = "'{directory}' is locked by {holder}, which commits a checkpoint; this is tried again"
 
 
 class OutdoneError(CheckpointError):
@@ -281,25 +276,5 @@ class Home:
                     if found is None or not wants(found.manifest):
                         self._discard(self.inbox_of(older))
 
-    @contextlib.contextmanager
-    def _publishing(self) -> Iterator[bool]:
-        """Meanwhile nobody else publishes or removes here. False: the file system has no locks.
-
-        Raises:
-            InUseError: somebody else does, for too long.
-            StorageError: the lock cannot be made.
-        """
-        lock = DirectoryLock(self.path / FOLDER, name=PUBLISH_LOCK, refusal=_LOCKED, owner="another drain")
-        end = time.monotonic() + _LONGEST_WAIT_S
-        while True:
-            try:
-                lock.acquire()
-                break
-            except InUseError:
-                if time.monotonic() >= end:
-                    raise
-                time.sleep(_LOOK_S)
-        try:
-            yield lock.held
-        finally:
-            lock.release()
+    def _publishing(self) -> AbstractContextManager[bool]:
+        return publish_lock.publishing(self.path, "drain")

@@ -1,0 +1,124 @@
+"""Starts the drain of a node: a process that is nobody's child, and so outlives the training whoever ends that."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import sysconfig
+import threading
+from pathlib import Path
+
+from ckpt.drain.node import LOCK, began_at
+from ckpt.errors import InUseError
+from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.log_file import last_line, open_log
+
+logger = logging.getLogger("ckpt")
+
+LOG = "drain.log"
+_MOST_LOG_BYTES = 1 << 20
+_START_TIMEOUT_S = 60.0  # of what starts the drain, which takes milliseconds
+# Launchers end the whole tree of processes below a rank. What is started here is adopted by the first process at once, and has
+# a session of its own, which no signal of a terminal reaches. Only this small program is a child, and is waited for. It tells
+# the number of the process on its output; the drain itself writes to the log alone.
+_START = """
+import os, sys
+pid = os.fork()
+if pid:
+    os.write(1, b"%d" % pid)
+    os._exit(0)
+try:
+    os.setsid()
+    os.dup2(2, 1)
+    os.execv(sys.argv[1], sys.argv[1:])
+except OSError as error:
+    os.write(2, ("the drain cannot be started: %s\\n" % error).encode())
+os._exit(127)
+"""
+
+
+class DrainProcess:
+    """Of one node and run. Any thread may call it.
+
+    Args:
+        root: of the run on this node: it has a node.json.
+
+    Attributes:
+        pid: of the one that was started here last; 0: none was.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._starting = threading.Lock()
+        self.pid, self._began = 0, -1
+        self._told = False
+
+    @property
+    def log(self) -> Path:
+        return self._root / LOG
+
+    def runs(self) -> bool:
+        """Also if somebody else has started it, or it has just been started and has not come far yet."""
+        if self.pid and began_at(self.pid) == self._began:
+            return True
+        try:
+            DirectoryLock(self._root, name=LOCK).expect_free(0.0)
+        except InUseError:
+            return True
+        return False
+
+    def ensure(self) -> str:
+        """Starts it unless it runs. Returns what is in the way, which is logged once; else an empty text."""
+        with self._starting:
+            if self.runs():
+                return ""
+            try:
+                self.pid = self._start()
+                self._began = began_at(self.pid) or -1
+            except (OSError, ValueError, subprocess.SubprocessError) as error:
+                return self._tell(f"cannot start the drain of '{self._root}', so nothing is carried home: {error}")
+        return ""
+
+    def last_words(self) -> str:
+        """What the drain has said last."""
+        return last_line(self.log)
+
+    def _start(self) -> int:
+        if not sys.executable:
+            raise ValueError("this interpreter does not know its own program; run `python -m ckpt drain` on each node")
+        command = [sys.executable, "-m", "ckpt", "drain", str(self._root)]
+        log = open_log(self.log, _MOST_LOG_BYTES)
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", "-S", "-c", _START, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                cwd="/",
+                env=_environment(),
+                start_new_session=True,
+                timeout=_START_TIMEOUT_S,
+                check=False,
+            )
+        finally:
+            os.close(log)
+        if done.returncode != 0 or not done.stdout.isdigit():
+            raise ValueError(f"'{sys.executable}' has ended with {done.returncode}; '{self.log}' may say why")
+        return int(done.stdout)
+
+    def _tell(self, text: str) -> str:
+        if not self._told:
+            self._told = True
+            logger.warning("%s", text)
+        return text
+
+
+def _environment() -> dict[str, str]:
+    """That of this process; but what is imported is this very ckpt, and nothing that lies in a working directory."""
+    here = str(Path(__file__).absolute().parents[2])
+    paths = [os.path.abspath(path) for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    if here not in (sysconfig.get_path("purelib"), sysconfig.get_path("platlib")):  # it would hide the standard library there
+        paths.insert(0, here)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1"}

@@ -1,0 +1,355 @@
+"""Tells saves that lie on the disk of their node what has become of them: home, superseded, or failed.
+
+The drain notes that in journals, one for each generation; a thread looks at those that somebody waits for. It also starts the
+drain again if that has ended.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from ckpt.directory import manifest as manifests
+from ckpt.drain import journal as journals
+from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
+from ckpt.drain.node import DAMAGED
+from ckpt.errors import (
+    CheckpointError,
+    ClosedError,
+    CorruptError,
+    DeadlineError,
+    ForkedError,
+    StorageError,
+    SupersededError,
+)
+from ckpt.tiers.drain_process import DrainProcess
+from ckpt.tiers.node_storage import NodeStorage
+
+logger = logging.getLogger("ckpt")
+
+_SHORTEST_LOOK_S, _LONGEST_LOOK_S = 0.05, 1.0
+_SHORTEST_RESTART_S, _LONGEST_RESTART_S = 1.0, 60.0
+_STANDSTILL_S = 60.0  # after that a word is said; again at each doubling
+_GRACE_S = 10.0  # for another process of the node to write the manifest
+_STABLE_NS = 50_000_000  # a file that was just replaced may be once more without another time
+_JOIN_S = 5.0
+
+Done = Callable[[Path], None]
+Fail = Callable[[CheckpointError], None]
+
+
+@dataclasses.dataclass
+class _Awaited:
+    """
+    Attributes:
+        stamp: of the journal when it was read last; None: it is to be read again.
+        attempts: that had failed by then.
+    """
+
+    sequence: int
+    step: int
+    name: str
+    done: Done
+    fail: Fail
+    stamp: tuple[int, ...] | None = None
+    attempts: int = 0
+    since: float = dataclasses.field(default_factory=time.monotonic)
+
+    def tell_arrival(self, path: Path) -> None:
+        try:
+            self.done(path)
+        except Exception:
+            logger.exception("telling that step %d has come home failed", self.step)
+
+    def tell_failure(self, error: CheckpointError) -> None:
+        try:
+            self.fail(error)
+        except Exception:
+            logger.exception("telling that step %d has not come home failed", self.step)
+
+
+class HomeWatch:
+    """Of one Checkpointer. Its thread runs as long as something is awaited.
+
+    Args:
+        drain: started again if it has ended; None: somebody else of this node does that.
+    """
+
+    def __init__(self, storage: NodeStorage, drain: DrainProcess | None) -> None:
+        self._storage = storage
+        self._drain = drain
+        self._pid = os.getpid()
+        self._changed = threading.Condition()
+        self._awaited: dict[int, _Awaited] = {}  # by sequence; guarded by _changed, as are the next four
+        self._thread: threading.Thread | None = None
+        self._look_now = False
+        self._telling = 0  # how many are just being told
+        self._closed = False
+        # Of the thread.
+        self._warnings = _Warnings(storage, drain)
+        self._restart_pause_s = _SHORTEST_RESTART_S
+        self._restart_at = 0.0
+
+    @property
+    def awaits_any(self) -> bool:
+        """Whether something is on its way home. Cheap."""
+        return bool(self._awaited)
+
+    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail) -> None:
+        """Either is called once, from a thread of the watch.
+
+        Args:
+            sequence: of a commit that stands on the node.
+            name: of its step directory.
+            done: gets the directory at home once it is a checkpoint there.
+            fail: gets a SupersededError if it will not be one, because of a newer one; another CheckpointError if a person must
+                do something about it.
+
+        Raises:
+            ForkedError: the watch belongs to the parent process.
+            ClosedError: it was closed.
+        """
+        if os.getpid() != self._pid:
+            raise ForkedError(f"the watch over '{self._storage.root}' belongs to the parent process, which has its thread")
+        with self._changed:
+            if self._closed:
+                raise ClosedError(f"step {step} lies on the node, but nobody waits for it to come home any more")
+            self._awaited[sequence] = _Awaited(sequence, step, name, done, fail)
+            self._look_now = True
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def look_now(self) -> None:
+        """Whoever waits is not to wait for the next look."""
+        if os.getpid() != self._pid:
+            return
+        with self._changed:
+            self._look_now = True
+            self._changed.notify_all()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Until all that is awaited now has an end; False if that has not come in time."""
+        if os.getpid() != self._pid:
+            return True
+        with self._changed:
+            self._look_now = True
+            self._changed.notify_all()
+            return self._changed.wait_for(lambda: not self._awaited and not self._telling, timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """Waits so long for what is awaited; what is left then fails, although the drain goes on. Safe to call again, and in a
+        forked child, which has nothing to close.
+        """
+        if os.getpid() != self._pid:
+            return
+        self.wait(timeout_s)
+        with self._changed:
+            self._closed = True
+            left, self._awaited = [*self._awaited.values()], {}
+            thread = self._thread
+            self._changed.notify_all()
+        for each in left:
+            where = self._storage.step_directory(each.name)
+            each.tell_failure(
+                DeadlineError(
+                    f"step {each.step} is a checkpoint on the node, in '{where}', but has not come to '{self._storage.home}' "
+                    f"within {timeout_s:g} s; the drain carries it there as soon as it can"
+                )
+            )
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(_JOIN_S)  # it may hang where the disk does
+
+    # ---- the thread ------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        pause_s = _SHORTEST_LOOK_S
+        self._warnings.note_round(changed=True)
+        while True:
+            with self._changed:
+                if not self._look_now:
+                    self._changed.wait(pause_s)
+                if self._look_now:
+                    self._look_now, pause_s = False, _SHORTEST_LOOK_S
+                if not self._awaited:
+                    self._thread = None
+                    return
+                awaited = [*self._awaited.values()]
+            try:
+                changed = self._look(awaited)
+                self._look_after_drain(changed)
+                self._warnings.note_round(changed)
+            except Exception:
+                logger.exception("looking what has become of checkpoints on '%s' failed; it is tried again", self._storage.root)
+                changed = False
+            pause_s = _SHORTEST_LOOK_S if changed else min(_LONGEST_LOOK_S, pause_s * 1.5)
+
+    def _look(self, awaited: Iterable[_Awaited]) -> bool:
+        """Whether a journal has changed."""
+        changed = False
+        for each in awaited:
+            path = journals.path_of(self._storage.root, each.sequence)
+            stamp = _stamp(path)
+            if stamp is None:
+                self._look_whether_it_can_come(each)
+            elif stamp != each.stamp:
+                journal = journals.read(path)
+                if journal is not None:
+                    changed, each.stamp = True, stamp if time.time_ns() - stamp[1] > _STABLE_NS else None
+                    self._note(each, journal)
+        return changed
+
+    def _note(self, each: _Awaited, journal: Journal) -> None:
+        if journal.state == COMMITTED:
+            self._warnings.note_success()
+            self._end(each)
+        elif journal.state == SUPERSEDED:
+            self._end(each, self._superseded(each, journal.by))
+        elif journal.state == FAILED:
+            if journal.next is None:
+                self._end(each, self._failed(each, journal))  # who made the save says so
+                return
+            self._warnings.note_failures(journal, journal.attempts - each.attempts)
+            each.attempts = journal.attempts
+
+    def _look_whether_it_can_come(self, each: _Awaited) -> None:
+        """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""
+        there = manifests.read_if_any(self._storage.step_directory(each.name))
+        found = -1 if there is None else there.sequence
+        if found == each.sequence or (found < each.sequence and time.monotonic() < each.since + _GRACE_S):
+            return
+        if _stamp(journals.path_of(self._storage.root, each.sequence)) is not None:
+            return  # by now
+        if manifests.is_at(self._storage.home / each.name, each.sequence):
+            self._end(each)
+        else:
+            self._end(each, self._superseded(each, 0))
+
+    def _end(self, each: _Awaited, error: CheckpointError | None = None) -> None:
+        with self._changed:
+            if self._awaited.pop(each.sequence, None) is None:
+                return  # close() was quicker
+            self._telling += 1
+        try:
+            if error is None:
+                each.tell_arrival(self._storage.home / each.name)
+            else:
+                each.tell_failure(error)
+        finally:
+            with self._changed:
+                self._telling -= 1
+                self._changed.notify_all()
+
+    # ---- what is said ----------------------------------------------------------------------------------------------
+
+    def _superseded(self, each: _Awaited, by: int) -> SupersededError:
+        lost = f"step {each.step} did not come to '{self._storage.home}'"
+        there = manifests.read_if_any(self._storage.step_directory(each.name))
+        if there is not None and there.sequence > each.sequence:
+            return SupersededError(f"{lost}: it was saved again meanwhile", each.step, each.step)
+        newer = journals.read(journals.path_of(self._storage.root, by)) if by > 0 else None
+        if newer is None:
+            return SupersededError(f"{lost}: a newer checkpoint has taken its place", each.step)
+        where = "is there already" if newer.state == COMMITTED else "goes first"
+        text = f"{lost}: the newer step {newer.step} {where}. Save less often if each checkpoint is wanted there"
+        return SupersededError(text, each.step, newer.step)
+
+    def _failed(self, each: _Awaited, journal: Journal) -> CheckpointError:
+        text = (
+            f"step {each.step} was not carried to '{self._storage.home}', but is a checkpoint on the nodes: {journal.text}. "
+            f"{remedy(journal.errno)}"
+        )
+        if journal.errno:
+            return StorageError(journal.errno, text, str(self._storage.home / each.name))
+        damaged = any(name.endswith(DAMAGED) for name in _names_in(self._storage.step_directory(each.name)))
+        return CorruptError(text) if damaged else CheckpointError(text)
+
+    # ---- the drain -------------------------------------------------------------------------------------------------
+
+    def _look_after_drain(self, changed: bool) -> None:
+        if self._drain is None:
+            return
+        now = time.monotonic()
+        if changed:
+            self._restart_pause_s = _SHORTEST_RESTART_S
+        if now < self._restart_at:
+            return
+        if self._drain.runs():
+            self._restart_at = now + _SHORTEST_RESTART_S
+            return
+        self._drain.ensure()
+        self._restart_at = now + self._restart_pause_s
+        self._restart_pause_s = min(_LONGEST_RESTART_S, 2 * self._restart_pause_s)
+
+
+class _Warnings:
+    """One word for each doubling, of failures in a row as of the time in which nothing moves."""
+
+    def __init__(self, storage: NodeStorage, drain: DrainProcess | None) -> None:
+        self._storage = storage
+        self._drain = drain or DrainProcess(storage.root)
+        self._failures, self._next_word = 0, 1
+        self._moved_at, self._standstill_s = time.monotonic(), _STANDSTILL_S
+
+    def note_success(self) -> None:
+        self._failures, self._next_word = 0, 1
+
+    def note_failures(self, journal: Journal, count: int) -> None:
+        self._failures += count
+        if self._failures < self._next_word:
+            return
+        self._next_word = 2 * self._failures
+        code = errno.errorcode.get(journal.errno, str(journal.errno))
+        logger.warning(
+            "carrying step %d from '%s' to '%s' failed, and is tried again (failures in a row: %d): %s (%s). %s. The training "
+            "and the checkpoints on the node are not concerned",
+            *(journal.step, self._storage.root, self._storage.home, self._failures, journal.text, code, remedy(journal.errno)),
+        )
+
+    def note_round(self, changed: bool) -> None:
+        """What keeps the drain from so much as beginning stands in no journal."""
+        now = time.monotonic()
+        if changed:
+            self._moved_at, self._standstill_s = now, _STANDSTILL_S
+        elif now - self._moved_at >= self._standstill_s:
+            self._standstill_s = 2 * (now - self._moved_at)
+            logger.warning(
+                "checkpoints on '%s' wait to be carried to '%s', and nothing moves for %.0f s. The drain said last (%s): %s",
+                *(self._storage.root, self._storage.home, now - self._moved_at, self._drain.log),
+                self._drain.last_words() or "nothing",
+            )
+
+
+def remedy(code: int) -> str:
+    """What a person may do about an error of a file system at home."""
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "Let the job write there, then save again or start the drain anew"
+    if code in (errno.ENOSPC, errno.EDQUOT):
+        return "Make room there"
+    if code in (errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT, errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN):
+        return "Look whether its file system is mounted and answers"
+    if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
+        return "Move away what is in the way there"
+    return "Look into drain.log on the node"
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _names_in(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []

@@ -1,0 +1,59 @@
+"""The disk of a node and the drain that belongs to it, for tests; and processes that mount something."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from node_roots import RUN, Job, this_process, wait_for
+
+from ckpt.drain.node import began_at
+from ckpt.tiers.drain_process import DrainProcess
+from ckpt.tiers.node_storage import NodeStorage
+from ckpt.tiers.tier import Tier
+
+
+def storage_of(job: Job, base: Path) -> NodeStorage:
+    """Of the first node."""
+    return NodeStorage(Tier.node(base / "node0"), job.home, RUN)
+
+
+def trained_job(base: Path, **settings: object) -> Job:
+    """As long as this process lives, its drain does not end."""
+    return Job(base, pids=this_process(), **settings)
+
+
+def has_ended(pid: int) -> bool:
+    return began_at(pid) is None
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_for(lambda: has_ended(pid))
+
+
+@contextmanager
+def ending(drain: DrainProcess) -> Iterator[DrainProcess]:
+    """Whatever was started by it ends with this."""
+    try:
+        yield drain
+    finally:
+        if drain.pid and not has_ended(drain.pid):
+            os.kill(drain.pid, signal.SIGTERM)
+            wait_for(lambda: has_ended(drain.pid))
+
+
+@contextmanager
+def that_cannot_be_changed(directory: Path) -> Iterator[None]:
+    """Not even by root, whom permissions do not hold back."""
+    if subprocess.run(["chattr", "+i", str(directory)], capture_output=True).returncode != 0:
+        pytest.skip("needs chattr +i, which not all users and file systems have")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(directory)], check=True)
