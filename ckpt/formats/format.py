@@ -43,6 +43,6 @@ class FileFormat(Protocol):
         """
         Args:
             target: what the file will be called.
-            shared_token: of a file that several processes write together, each of which gets the same description by it; it
-                has not been used before. None: this process writes all of it.
+            shared_token: of a file that several processes write, together or each the same: it gives each the same
+                description, and has not been used before. None: this process writes all of it.
         """

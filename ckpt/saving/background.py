@@ -132,7 +132,7 @@ class SaveFinisher:
                 self._ending += admitted
                 self._changed.notify_all()
             if published is not None:
-                task.succeed(published)
+                task.arrive(published)
             elif error is not None:
                 task.fail(error)
             task.clear_up()

@@ -39,6 +39,7 @@ class FileInFlight:
         number: of the save, the same on all these ranks: each save takes samples of other bytes.
         made: how it is made of what is saved; None: as torch.save makes files.
         directory: that the file lies in: then it is made there, whatever that is called by then.
+        token: of a file that several processes write with the same bytes, each its own; it is the same for all of them.
         like: the file whose permissions it takes over; if not given, what is there under its name, if anything.
     """
 
@@ -54,6 +55,7 @@ class FileInFlight:
         like: Path | None = None,
         directory: durable.Directory | None = None,
         made: FileFormat | None = None,
+        token: str | None = None,
     ) -> None:
         self.target = target
         self.write_share = write_share
@@ -64,6 +66,7 @@ class FileInFlight:
         self.like = like or target
         self.directory = directory
         self.made = made
+        self.token = write_share.token if write_share is not None else token
         self.temporary = temporary_path(target) if write_share is None else shared_path(target, write_share.token)
         self.job: Any = None
         self.wants_direct = False

@@ -8,7 +8,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ class SaveStats:
         arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none. The arena may
             be pinned in part: then they have only that part of it.
         direct_io: whether the file was written past the page cache; None until it is known.
+        tier_at: by the name of a tier, the instant of `time.monotonic()` at which it was committed there.
         started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
             change; data was fsynced; the checkpoint was published and fsynced. None until reached.
     """
@@ -62,6 +63,7 @@ class SaveStats:
     arena_bytes: int = 0
     arena_pinned: bool = False
     direct_io: bool | None = None
+    tier_at: Mapping[str, float] = dataclasses.field(default_factory=dict)
     started_at: float | None = None
     captured_at: float | None = None
     flushed_at: float | None = None
@@ -138,11 +140,7 @@ class PendingSave:
         Raises:
             DeadlineError: not done within `timeout`.
         """
-        self._check_owner()
-        try:
-            return self._task.future.exception(timeout)
-        except (concurrent.futures.TimeoutError, TimeoutError) as error:
-            raise self._not_done(timeout) from error
+        return self._wait(self._task.future, timeout)
 
     def add_done_callback(self, callback: Callable[[PendingSave], object]) -> None:
         """Calls `callback(self)` once done, on a background thread; at once if done already. Its errors are logged."""
@@ -164,11 +162,23 @@ class PendingSave:
         self._check_owner()
         self._task.call_when_captured(lambda: callback(self))
 
+    def on_tier(self, name: str) -> TierSave:
+        """The same save on a tier that it comes to on its way (`Tier`).
+
+        Raises:
+            ValueError: it does not come to one of this name.
+        """
+        if name not in self._task.tiers:
+            there = ", ".join(map(repr, self._task.tiers)) or "no tier"
+            raise ValueError(f"the save to '{self.path}' comes to {there}, not to {name!r}: see tiers= of Checkpointer")
+        return TierSave(self, self._task.tiers[name], name)
+
     @property
     def stats(self) -> SaveStats:
         """What this save has cost so far."""
         task = self._task
-        stats = SaveStats(save_s=task.save_s, started_at=task.started_at, durable_at=task.durable_at)
+        tiers = dict(task.tier_at)
+        stats = SaveStats(save_s=task.save_s, tier_at=tiers, started_at=task.started_at, durable_at=task.durable_at)
         if not task.files or os.getpid() != task.owner:
             return stats
         native = [dict(file.job.stats) for file in task.files]
@@ -183,6 +193,13 @@ class PendingSave:
         if all(file.job.finished for file in task.files):
             found["direct_io"] = all(each["direct_io"] for each in native)
         return dataclasses.replace(stats, **found)
+
+    def _wait(self, future: concurrent.futures.Future[Path], timeout: float | None) -> BaseException | None:
+        self._check_owner()
+        try:
+            return future.exception(timeout)
+        except (concurrent.futures.TimeoutError, TimeoutError) as error:
+            raise self._not_done(timeout) from error
 
     def __repr__(self) -> str:
         if not self.done():
@@ -199,4 +216,41 @@ class PendingSave:
 
     def _not_done(self, timeout: float | None) -> DeadlineError:
         state = "captured, not yet durable" if self.captured else "not yet captured"
+        if self._task.tier_at:
+            state = f"committed on the {' and the '.join(self._task.tier_at)}, not yet at home"
         return DeadlineError(f"the save to '{self.path}' is {state} after {timeout} s; it goes on in the background")
+
+
+class TierSave:
+    """The future of a save on a tier before the last: it is over when the checkpoint is committed there.
+
+    On the disks of nodes that survives the death of all processes, and of the operating systems; not that of a disk. A save
+    that went past the tier (it was full, or has failed) is over when it is committed where it went.
+    """
+
+    def __init__(self, pending: PendingSave, future: concurrent.futures.Future[Path], name: str) -> None:
+        self._pending = pending
+        self._future = future
+        self.name = name
+
+    def done(self) -> bool:
+        """True once committed there, or failed."""
+        return self._future.done()
+
+    def result(self, timeout: float | None = None) -> Path:
+        """Waits until it is committed there; returns the directory.
+
+        Raises:
+            DeadlineError, CheckpointError: as of PendingSave.result().
+        """
+        if (error := self.exception(timeout)) is not None:
+            raise error
+        return self._future.result()
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """Like result(), but returns the error, or None once committed there.
+
+        Raises:
+            DeadlineError: not done within `timeout`.
+        """
+        return self._pending._wait(self._future, timeout)

@@ -209,7 +209,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     records = plan.records
     made = _format_of(file, options)
     write_share = file.write_share
-    content = made.describe(plan, file.target, write_share.token if write_share else None)
+    content = made.describe(plan, file.target, file.token)
     file.devices = frozenset(plan.devices) - {HOST}
     file.device_mode, file.device_mode_reason = plan.device_mode, plan.device_mode_reason
     with_proof = bool(file.devices) and device_modes.wants_proof(file.devices, options.device_lazy)
@@ -248,6 +248,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             probe=bool(file.devices),
             sum=with_proof,
             archives=content.archives,
+            alike=write_share is None and file.token is not None,
         )
     except BaseException as error:
         unwatch(file)

@@ -29,6 +29,9 @@ class SaveTask:
         begin_error: why not all files could be submitted.
         handed_over: the finisher has it.
         skipped: why it was not begun at all, if that is so.
+        carry: set by who publishes it on a tier that is not the last: called when that has been done, and sees to the rest.
+        tiers: by name, those that it comes to on its way: where it lies there, once it does.
+        tier_at: when it came to these.
         afterwards: runs once whoever waits has the outcome: gives space back.
         started_at, durable_at: instants of `time.monotonic()`.
         save_s: seconds the caller has spent inside save().
@@ -48,6 +51,9 @@ class SaveTask:
         self.handed_over = False
         self.skipped: BaseException | None = None
         self.afterwards: Callable[[], object] | None = None
+        self.carry: Callable[[], None] | None = None
+        self.tiers: dict[str, concurrent.futures.Future[Path]] = {}
+        self.tier_at: dict[str, float] = {}
         self.started_at = time.monotonic()
         self.durable_at: float | None = None
         self.save_s = 0.0
@@ -95,9 +101,24 @@ class SaveTask:
         for file in self.planned:
             file.close_directory()
 
+    def arrive(self, path: Path) -> None:
+        """`path` was published; that is the end unless it is to be carried on from there."""
+        carry, self.carry = self.carry, None
+        if carry is None:
+            self.succeed(path)
+        else:
+            carry()
+
+    def reach(self, tier: str, path: Path) -> None:
+        """It is durable on a tier on its way."""
+        self.tier_at[tier] = time.monotonic()
+        self.tiers[tier].set_result(path)
+
     def succeed(self, path: Path) -> None:
         """Ends it: `path` was published."""
         self.durable_at = time.monotonic()
+        for tier in [name for name, future in self.tiers.items() if not future.done()]:
+            self.reach(tier, path)  # it went past it, to where more survives
         on_done, self._on_done = self._on_done, None  # else the two would hold each other
         if on_done is not None:
             on_done(self, None)
@@ -111,6 +132,9 @@ class SaveTask:
         on_done, self._on_done = self._on_done, None
         if on_done is not None:
             on_done(self, error)
+        for future in self.tiers.values():
+            if not future.done():
+                future.set_exception(error)
         self.future.set_exception(error)
         self.note_captured()
 

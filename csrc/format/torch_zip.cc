@@ -10,7 +10,7 @@ constexpr uint32_t kSmallAlign = 64;
 // copied to, and any mmap of it, finds them as well aligned as here.
 constexpr uint32_t kPage = 4096;
 
-// Where torch puts large tensors, modulo a page: what processes that write one file together expect of each other. A tensor
+// Where torch puts large tensors, modulo a page: what processes that write the same file expect of each other. A tensor
 // that lies elsewhere is copied.
 constexpr uint32_t kUsualRemainder = 64;
 
@@ -41,7 +41,7 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
   const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
-    records.push_back(align_record(std::move(name), bytes, length, kind, file, limits, share.whole()));
+    records.push_back(align_record(std::move(name), bytes, length, kind, file, limits, share.whole() && !file.alike));
     payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
   };
   for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);

@@ -35,12 +35,13 @@ struct TorchFile {
   std::vector<NamedBytes> tail;   // behind them
   uint32_t uniform_alignment = 0;  // of every record, as torch.save does; 0: 64, and large storages for direct I/O
   bool direct = true;              // whether direct I/O is asked for
+  bool alike = false;              // several processes write this very file, each its own
 };
 
 // How a storage of a file that one process writes is placed: large ones so that they can leave zero-copy by direct I/O.
 ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoLimits& limits);
 
-// A file that several processes write together has the same layout in all of them, wherever their tensors lie and whatever
+// A file that several processes write, together or each its own, has the same layout in all of them, wherever their tensors lie and whatever
 // each has found its file system to demand.
 //
 // `layout` must outlive the submit() of the spec, whose extents point into its structure.
