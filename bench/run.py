@@ -12,6 +12,7 @@
     python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
+    python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -57,6 +58,12 @@ def measure_sharded(settings: Settings, report: Report) -> None:
     measure_sharded(settings, report)
 
 
+def measure_tiers(settings: Settings, report: Report) -> None:
+    from bench.tiers.workload import measure_tiers  # with processes of its own
+
+    measure_tiers(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -75,6 +82,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "sizes": measure_sizes,
     "restore": measure_restore,
     "sharded": measure_sharded,
+    "tiers": measure_tiers,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle

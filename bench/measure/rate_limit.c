@@ -1,4 +1,5 @@
-/* Preloaded into a rank: its writes to regular files go no faster than RANK_RATE_BYTES_PER_S, taken all together.
+/* Preloaded into a rank: its writes to regular files go no faster than RANK_RATE_BYTES_PER_S, taken all together;
+ * with RANK_RATE_PLACE only those to files below that directory.
  *
  * Who writes how does not matter: the C library's calls are replaced, so that C++, Python and any library are held alike, and
  * the programs that are measured stay as they are. A write is begun only once the time has passed that it and all those
@@ -8,11 +9,14 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <pthread.h>
+#include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 #include <time.h>
+#include <unistd.h>
 
 static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static double free_at; /* seconds of CLOCK_MONOTONIC; guarded by the lock */
@@ -22,13 +26,24 @@ static double rate(void) {
   return text ? strtod(text, NULL) : 0.0;
 }
 
+/* Whether the file lies where the limit holds: everywhere, or below RANK_RATE_PLACE. */
+static int counts(int fd) {
+  char link[64], path[4096];
+  const char* place = getenv("RANK_RATE_PLACE");
+  ssize_t length;
+  if (!place) return 1;
+  snprintf(link, sizeof link, "/proc/self/fd/%d", fd);
+  length = readlink(link, path, sizeof path - 1);
+  return length > 0 && (size_t)length >= strlen(place) && strncmp(path, place, strlen(place)) == 0;
+}
+
 static void pay(int fd, double bytes) {
   struct stat status;
   struct timespec now, until;
   double seconds;
   const int before = errno;
   const double bytes_per_s = rate();
-  if (bytes_per_s > 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode)) {
+  if (bytes_per_s > 0 && fstat(fd, &status) == 0 && S_ISREG(status.st_mode) && counts(fd)) {
     pthread_mutex_lock(&lock);
     clock_gettime(CLOCK_MONOTONIC, &now);
     seconds = (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;

@@ -16,6 +16,7 @@ from ckpt.quantities import parse_size
 
 SOURCE = Path(__file__).with_suffix(".c")
 VARIABLE = "RANK_RATE_BYTES_PER_S"
+PLACE = "RANK_RATE_PLACE"
 
 
 def parse_rate(text: str) -> int:
@@ -30,11 +31,12 @@ def parse_rate(text: str) -> int:
     return rate
 
 
-def limited(environment: Mapping[str, str], bytes_per_s: int, directory: Path) -> dict[str, str]:
+def limited(environment: Mapping[str, str], bytes_per_s: int, directory: Path, below: Path | None = None) -> dict[str, str]:
     """The environment of a process whose writes go no faster than this.
 
     Args:
         directory: where the compiled library is put.
+        below: only writes to files in this directory, and those in it; None: all.
 
     Raises:
         RuntimeError: there is no C compiler, or it does not compile here.
@@ -49,7 +51,10 @@ def limited(environment: Mapping[str, str], bytes_per_s: int, directory: Path) -
         raise RuntimeError(f"{SOURCE.name} could not be compiled: {done.stderr.strip()}")
     before = environment.get("LD_PRELOAD")
     preload = f"{library}:{before}" if before else str(library)
-    return dict(environment) | {"LD_PRELOAD": preload, VARIABLE: str(bytes_per_s)}
+    limits = {"LD_PRELOAD": preload, VARIABLE: str(bytes_per_s)}
+    if below is not None:
+        limits[PLACE] = f"{below.absolute()}{os.sep}"
+    return dict(environment) | limits
 
 
 def active_rate() -> float | None:

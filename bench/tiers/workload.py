@@ -1,0 +1,152 @@
+"""The same job beside a slow home: without saving, saving there, and by way of its node's disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import ckpt
+from bench.measure.rate_limit import limited
+from bench.measure.report import Bar, Report
+from bench.measure.sampling import GIB, MIB, Sample, Settings, Side, Values, clock, interleave, note
+from ckpt.drain import journal as journals
+
+STATE_BYTES = 1 * GIB
+EVERY = 5
+SAVES = 6
+SLOWER = 10  # home is so many times slower than the disk
+TIMEOUT_S = 900
+NOTHING, FAST, SLOW, NODE = "no saving", "fast home", "slow home", "node, slow home"
+
+HOW = (
+    "a job of its own: forward, backward, step, and save() every 5th iteration; writes to home are held to a tenth of the "
+    "disk's rate by a preloaded library, in the job and in its drain"
+)
+
+
+def measure_tiers(settings: Settings, report: Report) -> None:
+    nbytes = settings.sized(STATE_BYTES)
+    with settings.workspace() as directory:
+        rate = measure_disk(directory, nbytes)
+        limit = int(rate / SLOWER)
+        note(f"the disk writes {rate / MIB:.0f} MiB/s, home {limit / MIB:.0f} MiB/s")
+        sides = [Side(case, partial(run_job, case, nbytes, directory, limit)) for case in (NOTHING, FAST, SLOW, NODE)]
+        samples = interleave(sides, settings.rounds_or(3), settings.settle, warmup=0)
+        add_training(report, samples, nbytes, rate, limit)
+        report.flush()
+        add_recovery(settings, report, directory, nbytes)
+
+
+def measure_disk(directory: Path, nbytes: int) -> float:
+    """Bytes a second of a save of ours to this disk, durable: what the node could do."""
+    state = {f"tensor{number}": torch.randn(nbytes // 64 // 4) for number in range(64)}
+    seconds = []
+    for _ in range(3):
+        os.sync()
+        began = clock()
+        ckpt.save(state, directory / "disk.pt", lazy=True).result()
+        seconds.append(clock() - began)
+    (directory / "disk.pt").unlink()
+    return nbytes / statistics.median(seconds)
+
+
+def run_job(case: str, nbytes: int, directory: Path, limit: int) -> Values:
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        home, node = Path(made, "home"), Path(made, "node")
+        save = {NOTHING: "nothing", FAST: "home", SLOW: "home", NODE: "node"}[case]
+        command = [sys.executable, "-m", "bench.tiers.job", str(home), "--save", save, "--node", str(node)]
+        command += ["--bytes", str(nbytes), "--iterations", str(EVERY * (SAVES + 1)), "--every", str(EVERY)]
+        environment: dict[str, str] = dict(os.environ)
+        if case in (SLOW, NODE):
+            environment = limited(environment, limit, directory, below=home)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+        if done.returncode != 0:
+            raise RuntimeError(f"the measured job failed: {done.stderr}")
+        found: Values = json.loads(done.stdout)
+        if case == NODE:
+            found |= carried(node, home)
+    return found
+
+
+def carried(node: Path, home: Path) -> Values:
+    """Of what the drain has noted: bytes that it has read from the node, and those of what came home."""
+    (root,) = node.iterdir()
+    noted = journals.read_all(root)
+    copied = sum(journal.bytes for journal in noted)
+    arrived = sum(journal.total for journal in noted if journal.state == journals.COMMITTED)
+    return {"copied_bytes": copied, "arrived_bytes": arrived}
+
+
+def add_training(report: Report, samples: dict[str, list[Sample]], nbytes: int, rate: float, limit: int) -> None:
+    detail: dict[str, Any] = {"disk_bytes_per_s": rate, "home_bytes_per_s": limit}
+
+    def column(case: str, name: str) -> list[Sample]:
+        return [Sample(sample.started_s, {name: sample.values[name]}) for sample in samples[case]]
+
+    def more(**others: Any) -> dict[str, Any]:
+        return {"nbytes": nbytes, "how": HOW, **others, **detail}
+
+    for case in (FAST, SLOW, NODE):
+        report.add("tiers", f"blocked for each save, {case}", "s", column(case, "blocked_s"), **more())
+    for case in samples:
+        report.add("tiers", f"iteration, {case}", "s", column(case, "iteration_s"), **more())
+    lost = {
+        case: [
+            Sample(mine.started_s, {"lost_s": max(1e-3, mine.values["total_s"] - idle.values["total_s"])})
+            for mine, idle in zip(samples[case], samples[NOTHING], strict=True)
+        ]
+        for case in (FAST, SLOW, NODE)
+    }
+    for case, seconds in lost.items():
+        report.add("tiers", f"lost by saving, {case}", "s", seconds, **more())
+    report.add_ratio("tiers", "lost: slow home / by way of the node", lost[SLOW], lost[NODE], **more(bar=Bar(">=", 5)))
+    iterations = {case: column(case, "iteration_s") for case in (FAST, NODE)}
+    report.add_ratio(
+        "tiers", "iteration: with the drain / fast home", iterations[NODE], iterations[FAST], **more(bar=Bar("<=", 1.02))
+    )
+    durable = [
+        Sample(sample.started_s, {"share": sample.values["bytes_saved"] / sample.values["durable_s"] / rate})
+        for sample in samples[NODE]
+    ]
+    report.add("tiers", "durable on the node: rate / the disk's", "1", durable, **more(bar=Bar(">=", 0.9)))
+    copied = [
+        Sample(each.started_s, {"copies": each.values["copied_bytes"] / each.values["arrived_bytes"]}) for each in samples[NODE]
+    ]
+    superseded = [each.values["superseded"] for each in samples[NODE]]
+    report.add("tiers", "bytes copied / bytes that came home", "1", copied, **more(bar=Bar("<=", 1.0), superseded=superseded))
+
+
+def add_recovery(settings: Settings, report: Report, directory: Path, nbytes: int) -> None:
+    """From the node, beside the same files read where a job without tiers has them."""
+    home, node = directory / "home", directory / "node"
+    state = {f"tensor{number}": torch.randn(nbytes // 64 // 4) for number in range(64)}
+    with ckpt.Checkpointer(home, tiers=[ckpt.Tier.node(node)]) as checkpointer:
+        checkpointer.save(1, state).result()
+    sides = [Side("home", partial(restore, home, [])), Side("node", partial(restore, home, [ckpt.Tier.node(node)]))]
+    samples = interleave(sides, settings.rounds_or(5), settings.settle)
+    how = "clock around restore() in one process, after the page cache was asked to drop the files"
+    report.add_ratio(
+        "tiers", "restore: node / home", samples["node"], samples["home"], nbytes=nbytes, how=how, bar=Bar("<=", 1.2)
+    )
+
+
+def restore(home: Path, tiers: list[ckpt.Tier]) -> Values:
+    for path in (*home.rglob("*.pt"), *(file for tier in tiers for file in tier.path.rglob("*.pt"))):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with ckpt.Checkpointer(home, tiers=tiers) as checkpointer:
+        began = clock()
+        found = checkpointer.restore()
+        seconds = clock() - began
+    if found is None:
+        raise RuntimeError("nothing was restored")
+    return {"restore_s": seconds}
