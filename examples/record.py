@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from ckpt.errors import SupersededError
+
 Record = dict[str, Any]
 
 
@@ -66,7 +68,8 @@ class Log:
         while self._unfinished and self._unfinished[0][1].done():
             step, pending = self._unfinished.pop(0)
             error = pending.exception()  # a save that fails is logged, and training goes on
-            self.write("save", step=step, error=None if error is None else str(error), **dataclasses.asdict(pending.stats))
+            said = {"error": None if error is None else str(error), "superseded": isinstance(error, SupersededError)}
+            self.write("save", step=step, **said, **dataclasses.asdict(pending.stats))
 
 
 def whole(tensor: Tensor) -> Tensor:

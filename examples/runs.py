@@ -56,8 +56,12 @@ class Run:
 class Stage:
     """Where the runs happen: the flags they share, and a directory for what they write."""
 
-    def __init__(self, iterations: int, flags: list[str], work: Path) -> None:
-        self.iterations, self.work = iterations, work
+    def __init__(self, iterations: int, flags: list[str], work: Path, home_rate: int) -> None:
+        """
+        Args:
+            home_rate: bytes a second that the engine "node" carries from the disk of the node to its checkpoints.
+        """
+        self.iterations, self.work, self._home_rate = iterations, work, home_rate
         self._flags = [f"--iterations={iterations}", *flags]
         self._started = 0
 
@@ -65,8 +69,9 @@ class Stage:
         self._started += 1
         log = self.work / f"{self._started}-{engine}.jsonl"
         script = Path(__file__).with_name("train_gpt.py")
-        command = [sys.executable, str(script), f"--engine={engine}", f"--directory={directory}"]
-        command += [f"--events={log}", *self._flags, *more]
+        how = ["--engine=lazy", f"--node-tier={directory}-nodes", f"--home-rate={self._home_rate}"]
+        command = [sys.executable, str(script), *(how if engine == "node" else [f"--engine={engine}"])]
+        command += [f"--directory={directory}", f"--events={log}", *self._flags, *more]
         return subprocess.Popen(command, stdout=subprocess.DEVNULL, text=True), log
 
     def finish(self, engine: str, directory: Path, *more: str) -> Run:
@@ -85,8 +90,8 @@ class Stage:
     def measure(self, engine: str) -> Run:
         directory = self.work / engine
         run = self.finish(engine, directory)
-        shutil.rmtree(directory, ignore_errors=True)
-        failed = [save["error"] for save in run.saves if save.get("error")]
+        self._remove(directory)
+        failed = [save["error"] for save in run.saves if save.get("error") and not save["superseded"]]
         if failed:
             raise DemoFailed(f"a save failed: {failed[0]}")
         if engine != "none" and len(run.saves) != self.iterations:
@@ -96,7 +101,7 @@ class Stage:
     def kill_and_resume(self) -> tuple[Run, Run]:
         """The run that was killed, and the one that went on from what it had saved."""
         directory = self.work / "killed"
-        child, log = self.spawn("lazy", directory)
+        child, log = self.spawn("node", directory)
         try:
             self._wait_for_a_random_moment(child, log)
         finally:
@@ -106,15 +111,19 @@ class Stage:
             print("  killed", file=sys.stderr)  # behind the progress bar that stopped for ever
         if code != -signal.SIGKILL:
             raise DemoFailed(f"the run to be killed ended by itself, with exit code {code}")
-        killed = Run.read("lazy", log)
-        resumed = self.finish("lazy", directory, "--resume")
-        shutil.rmtree(directory, ignore_errors=True)
+        killed = Run.read("node", log)
+        resumed = self.finish("node", directory, "--resume")
+        self._remove(directory)
         return killed, resumed
+
+    def _remove(self, directory: Path) -> None:
+        for path in (directory, directory.with_name(f"{directory.name}-nodes")):
+            shutil.rmtree(path, ignore_errors=True)
 
     def _wait_for_a_random_moment(self, child: subprocess.Popen[str], log: Path) -> None:
         enough = random.randint(WARM_UP + 1, max(WARM_UP + 1, self.iterations - 3))
         deadline = time.monotonic() + CHILD_TIMEOUT_S
-        while len(seen := Run.read("lazy", log).iterations) < enough:
+        while len(seen := Run.read("node", log).iterations) < enough:
             if child.poll() is not None:
                 return
             if time.monotonic() > deadline:

@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 SHOWN = 5  # iterations
 COMPUTE, UPDATE, BLOCKED = "#9db8d2", "#5b7fa6", "#d1495b"
-CAPTURE, FLUSH, COMMIT = "#edae49", "#66a182", "#2e4057"
+CAPTURE, FLUSH, COMMIT, CARRY = "#edae49", "#66a182", "#2e4057", "#b5a7c9"
 LEGEND = {
     "forward + backward": COMPUTE,
     "optimizer step": UPDATE,
@@ -27,8 +27,9 @@ LEGEND = {
     "capture": CAPTURE,
     "flush": FLUSH,
     "commit": COMMIT,
+    "on its way home": CARRY,
 }
-TRAINING, CAPTURING, FLUSHING = 2.0, 1.0, 0.0  # the lanes
+TRAINING, CAPTURING, FLUSHING, CARRYING = 2.0, 1.0, 0.0, -1.0  # the lanes
 
 
 def draw(panels: list[tuple[str, list[Record], list[Record]]], path: Path) -> None:
@@ -58,14 +59,18 @@ def _panel(axis: Axes, name: str, shown: list[Record], saves: list[Record]) -> f
     for record in shown:
         _bars(axis, TRAINING, origin, _training(record))
     for save in saves:
-        if save["durable_at"] > origin and save["started_at"] < end:
+        if _committed_at(save) > origin and save["started_at"] < end:
             _bars(axis, CAPTURING, origin, [(save["started_at"], save["captured_at"], CAPTURE)])
             _bars(axis, FLUSHING, origin, _flushing(save))
+    carried = [(_committed_at(save), save["durable_at"]) for save in saves if save.get("tier_at") and save["durable_at"]]
+    # One at a time; those that came too late for it have stayed on the disk of the node.
+    _bars(axis, CARRYING, origin, [(begin, min(home, end), CARRY) for begin, home in carried if begin < end])
+    lanes = {TRAINING: "training", CAPTURING: "capture", FLUSHING: "flush, commit"} | ({CARRYING: "home"} if carried else {})
     axis.axvline(end - origin, color="black", linewidth=0.8, linestyle=":")
     axis.annotate(f" {len(shown)} iterations", (end - origin, 2.42), fontsize=8, va="top")
     axis.set_title(name, loc="left", fontsize=10, fontweight="bold")
-    axis.set_yticks([TRAINING, CAPTURING, FLUSHING], ["training", "capture", "flush, commit"])
-    axis.set_ylim(-0.5, 2.5)
+    axis.set_yticks([*lanes], [*lanes.values()])
+    axis.set_ylim(min(lanes) - 0.5, 2.5)
     axis.tick_params(length=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     return float(end - origin)
@@ -83,7 +88,12 @@ def _training(r: Record) -> Iterable[tuple[float, float, str]]:
 def _flushing(r: Record) -> Iterable[tuple[float, float, str]]:
     straight = r.get("bytes_zero_copy", 0) > 0  # from the tensors to the disk: the flush begins with the capture
     yield r["started_at"] if straight else r["captured_at"], r["flushed_at"], FLUSH
-    yield r["flushed_at"], r["durable_at"], COMMIT
+    yield r["flushed_at"], _committed_at(r), COMMIT
+
+
+def _committed_at(r: Record) -> float:
+    """Where it lands first."""
+    return float(r.get("tier_at", {}).get("node", r["durable_at"]))
 
 
 def _bars(axis: Axes, lane: float, origin: float, spans: Iterable[tuple[float, float, str]]) -> None:

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import ckpt
 from ckpt.integrations.torch import CheckpointCallback
 
 CALLBACKS: dict[str, Any] = {"lazy": CheckpointCallback, "torch": TorchSaving, "none": NoSaving}
@@ -110,6 +111,7 @@ def lr_factor(step: int, warmup: int, last: int) -> float:
 
 
 def train(args: argparse.Namespace, training: Training, log: Log, quiet: bool) -> None:
+    more = {} if args.node_tier is None else {"tiers": [ckpt.Tier.node(args.node_tier, rate=args.home_rate)]}
     with CALLBACKS[args.engine](
         args.directory,
         model=training.model,
@@ -117,6 +119,7 @@ def train(args: argparse.Namespace, training: Training, log: Log, quiet: bool) -
         scheduler=training.schedule,
         data=training.batches,
         every=args.save_every,
+        **more,
     ) as callback:
         done = callback.resume() if args.resume else 0  # after it, random numbers are where they were, too
         parameters = sum(p.numel() for p in training.model.parameters())
@@ -144,6 +147,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--engine", choices=CALLBACKS, default="lazy", help="how to save")
     add("--directory", type=Path, default=Path("out/checkpoints"), help="where checkpoints go")
+    add("--node-tier", type=Path, help="a directory on a disk of each node: saves land there first, and are carried on")
+    add("--home-rate", default="auto", help="bytes a second that leave it for --directory, such as 200MB")
     add("--save-every", type=int, default=1, help="iterations between two saves")
     add("--resume", action="store_true", help="go on from the newest checkpoint, if there is one")
     add("--iterations", type=int, default=100, help="where training ends, resumed or not")
@@ -171,6 +176,8 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     if args.engine != "none" and not args.resume and any(args.directory.glob("*")):
         raise SystemExit(f"{args.directory} is not empty: add --resume, or name another --directory")
+    if args.engine != "lazy" and args.node_tier is not None:
+        raise SystemExit("--node-tier is for --engine lazy")
     if args.engine == "torch" and args.fsdp:
         raise SystemExit("--engine torch saves what one process has: it is not for --fsdp")
     place = launch.join("gloo" if args.device == "cpu" else "nccl", also_alone=args.fsdp)
