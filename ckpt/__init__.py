@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ckpt.options import Options
     from ckpt.saving.pending import PendingSave, SaveStats
     from ckpt.saving.single_file import save
+    from ckpt.tiers.tier import Tier
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ __all__ = [
     "Options",
     "PendingSave",
     "SaveStats",
+    "Tier",
     "check_devices",
     "fence",
     "load",
@@ -59,6 +61,7 @@ _HOMES = {
     "Options": "ckpt.options",
     "PendingSave": "ckpt.saving.pending",
     "SaveStats": "ckpt.saving.pending",
+    "Tier": "ckpt.tiers.tier",
     "check_devices": "ckpt.device_check",
     "fence": "ckpt.fence",
     "load": "ckpt.loading.load",

@@ -8,12 +8,13 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.layout_exchange import LayoutExchange
+from ckpt.commit.node_target import NodeStepTarget
 from ckpt.commit.publication import Publication
 from ckpt.commit.step_target import StepTarget
 from ckpt.commit.target import SaveCall, SavedFile
@@ -34,6 +35,7 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
+from ckpt.restore.nearby import Nearby
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
 from ckpt.saving.file_in_flight import FileInFlight, WriteShare
@@ -45,6 +47,9 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
+from ckpt.tiers.node_level import NodeLevel, Route, find_node_root
+from ckpt.tiers.run_id import make_run
+from ckpt.tiers.tier import Tier, check_place, node_tier
 
 _tokens = itertools.count()
 
@@ -65,11 +70,14 @@ class Checkpointer(SaveSession):
             directory), "local" (one process), or "auto", which takes the first of "torch", "mpi", "file" that fits how the job
             was launched, and "local" for a job of one.
         metrics: who is told of each save that has ended, see `ckpt.metrics.MetricsSink`.
+        tiers: `[Tier.node(path)]`: saves land on a disk of each node first, and a process of its own carries them to
+            `directory`, which stays what result() speaks of. `on_tier("node")` of what save() returns tells of the first
+            landing. All ranks give the same.
 
     Raises:
         StorageError: the directory cannot be made or entered, as far as can be seen without making it; says what is in the
             way.
-        ValueError: keep is less than 1, or there is no such coordinator.
+        ValueError: keep is less than 1, there is no such coordinator, or tiers are none that a Checkpointer can have.
         CheckpointError: the coordinator cannot work here, or not all ranks came.
 
     A context manager: leaving the block drains what is in flight. Methods may be called from any one thread at a time.
@@ -83,10 +91,14 @@ class Checkpointer(SaveSession):
         options: Options | None = None,
         coordinator: str | Coordinator = "auto",
         metrics: Iterable[MetricsSink] = (),
+        tiers: Sequence[Tier] = (),
     ) -> None:
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
+        tier = node_tier(tiers)
+        if tier is not None:
+            check_place(tier.path, self.directory)
         durable.expect_directory(self.directory)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
@@ -98,13 +110,23 @@ class Checkpointer(SaveSession):
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
-        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective)
+        nearby = None
+        if tier is not None:
+            find_root = functools.partial(find_node_root, tier, self.directory)
+            nearby = Nearby(made, f"{self._stream}-nearby", find_root, self.options.timeout_s)
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, nearby)
         self._entries = EntryFinder(self.rank, self.world_size)
         self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
         self._layouts = LayoutExchange(MetadataWriter(self.options.metadata_compat))
+        self._nodes: NodeLevel | None = None
+        if tier is not None:
+            self._nodes = NodeLevel(tier, self._directories, self.rank, self.world_size, keep, self.options)
+            weakref.finalize(self, self._nodes.close).atexit = False
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
+        self._run = ""  # names the job on the disks of its nodes
+        self._arranged: bytes | None = None  # on rank 0: what it says of the nodes
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -152,8 +174,9 @@ class Checkpointer(SaveSession):
         task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
         try:
             self._claim_directory(call)
+            self._enter_nodes(call)
             self._check_failures()
-            self._begin(task, call, self._contents(state, replicated, sharded), lazy)
+            self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
         except BaseException as error:
             self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError)):
@@ -175,34 +198,66 @@ class Checkpointer(SaveSession):
                 if not self._claimed:
                     self._check_failures()
                     self._directories.claim(call.step, self.options.timeout_s)
+                    if self._nodes is not None:
+                        self._run = make_run(self.directory)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise
-        said = json.dumps({"token": self._token}).encode()
+        said = json.dumps({"token": self._token, "run": self._run}).encode()
         answer = json.loads(self._coordinator.broadcast(key, said, self.options.timeout_s))
         if "refusal" in answer:
             raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
-        self._claimed, self._token = True, answer["token"]
+        self._claimed, self._token, self._run = True, answer["token"], answer["run"]
         self._directories.token = self._token
+
+    def _enter_nodes(self, call: SaveCall) -> None:
+        """At the first save with tiers: each rank looks at the disk of its node, and rank 0 says who is on which.
+
+        It says so again at each save until one has succeeded, as above.
+        """
+        nodes = self._nodes
+        if nodes is None or (nodes.entered and (self.rank != 0 or self._succeeded)):
+            return
+        key, timeout_s = f"{self._stream}-nodes/{call.number}", self.options.timeout_s
+        if not nodes.entered:
+            try:
+                found = self._coordinator.gather(f"{key}-found", nodes.look(self._run, self._token), timeout_s)
+            except PeerError as error:
+                if self.rank == 0:
+                    self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), timeout_s)
+                raise
+            if found is not None:
+                self._arranged = json.dumps(nodes.arrange(found, self._run)).encode()
+        answer = json.loads(self._coordinator.broadcast(key, self._arranged if self.rank == 0 else None, timeout_s))
+        if "refusal" in answer:
+            raise PeerError(f"rank 0 does not know all nodes: {answer['refusal']}", (0,))
+        nodes.enter(answer)
+
+    def _route(self, task: SaveTask, call: SaveCall) -> Route:
+        """Where the files of this save go first."""
+        if self._nodes is None:
+            return Route(self._directories, call.directory)
+        return self._nodes.route(task, call.number)
 
     def _contents(self, state: Any, replicated: Any, sharded: Any) -> list[tuple[str, Any]]:
         others = [(REPLICATED, replicated), (SHARDED, sharded)]
         given = [(kind, each) for kind, each in others if each is not None]
         return given if state is None and given else [(RANK, state), *given]
 
-    def _begin(self, task: SaveTask, call: SaveCall, contents: list[tuple[str, Any]], lazy: Any) -> None:
-        written = [kind for kind, _ in contents if self._writes(kind)]
+    def _begin(self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any) -> None:
+        call, directories = dataclasses.replace(call, directory=route.directory), route.directories
+        written = [kind for kind, _ in contents if self._writes(kind, route)]
         if SHARDED in written and self.rank == 0:
             written.append(SHARDED_METADATA)
-        targets, limits = self._directories.begin(call.directory.name, [self._stem(kind) for kind in written])
+        targets, limits = directories.begin(call.directory.name, [self._stem(kind) for kind in written], route.number)
         names = dict(zip(written, targets, strict=True))
-        saved = tuple(self._make_file(kind, names.get(kind), call, limits) for kind, _ in contents)
+        saved = tuple(self._make_file(kind, names.get(kind), call, route, limits) for kind, _ in contents)
 
         def publish(error: BaseException | None) -> Path:
             failed = True
             try:
-                path = self._publish(dataclasses.replace(call, files=saved), error, names.get(SHARDED_METADATA))
+                path = self._publish(task, dataclasses.replace(call, files=saved), route, error, names.get(SHARDED_METADATA))
                 if SHARDED in names:
                     self._layouts.note_published()
                 failed = False
@@ -211,10 +266,10 @@ class Checkpointer(SaveSession):
                 task.discard()  # before forget_save() looks whether anything is left
                 raise
             finally:
-                self._directories.forget_save(call.directory, targets, failed=failed)
-                task.afterwards = self._directories.sweep
+                directories.forget_save(call.directory, targets, failed=failed)
+                task.afterwards = directories.sweep
                 for each in saved:
-                    self._directories.note_limits(each.file.found_limits())
+                    directories.note_limits(each.file.found_limits())
                     each.file.forget_structure()
 
         files = [(each.file, obj, each.written) for each, (_, obj) in zip(saved, contents, strict=True)]
@@ -222,31 +277,50 @@ class Checkpointer(SaveSession):
             start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
         except BaseException:
             if not task.handed_over:
-                self._directories.forget_save(call.directory, targets)
+                directories.forget_save(call.directory, targets)
             raise
         if (skipped := task.skipped) is not None:
-            self._directories.forget_save(call.directory, targets)
+            directories.forget_save(call.directory, targets)
             self._attend(task, call, skipped)
 
-    def _publish(self, call: SaveCall, error: BaseException | None, metadata: Path | None = None) -> Path:
-        target = StepTarget(call, self._directories, self.rank, self.world_size, self._layouts, metadata)
-        return Publication(self._conversation, target).run(error)
+    def _publish(
+        self, task: SaveTask, call: SaveCall, route: Route, error: BaseException | None, metadata: Path | None = None
+    ) -> Path:
+        details = (call, route.directories, self.rank, self.world_size, self._layouts, metadata)
+        target, bypass = StepTarget(*details), None
+        if self._nodes is not None:
+            bypass = self._nodes.bypass
+            if route.place is not None:
+                target = NodeStepTarget(*details, home=self._directories, place=route.place, path=task.path)
+        publication = Publication(self._conversation, target, bypass)
+        path = publication.run(error)
+        if self._nodes is not None and route.place is not None:
+            task.carry = functools.partial(self._nodes.carry, task, publication.sequence, call.directory)
+        return path
 
-    def _writes(self, kind: str) -> bool:
+    def _writes(self, kind: str, route: Route) -> bool:
         """Whether this rank writes it, or its share of it."""
+        if route.place is not None:
+            return kind != REPLICATED or route.place.ranks[0] == self.rank
         return kind != REPLICATED or self.rank == 0 or self.options.replicated_writers != "rank0"
 
-    def _make_file(self, kind: str, target: Path | None, call: SaveCall, limits: tuple[int, int] | None) -> SavedFile:
+    def _make_file(
+        self, kind: str, target: Path | None, call: SaveCall, route: Route, limits: tuple[int, int] | None
+    ) -> SavedFile:
         """
         Args:
             target: None if it is only compared.
         """
-        write_share = None
+        write_share = token = None
         several = kind != RANK and self.world_size > 1
-        if several and kind == REPLICATED and self.options.replicated_writers != "rank0":
-            write_share = WriteShare(self.rank, self.world_size, f"{self._token}{call.number:08x}")
+        if several and kind == REPLICATED:
+            same = f"{self._token}{call.number:08x}"
+            if route.place is not None:
+                token = same if route.place.count > 1 else None
+            elif self.options.replicated_writers != "rank0":
+                write_share = WriteShare(self.rank, self.world_size, same)
         named = target or call.directory / step_names.free_name(self._stem(kind), set())
-        like = self._directories.replaced_by(named, self._stem(kind))
+        like = route.directories.replaced_by(named, self._stem(kind))
         file = FileInFlight(
             named,
             write_share,
@@ -256,6 +330,7 @@ class Checkpointer(SaveSession):
             number=call.number,
             like=like,
             made=self._sharded_format if kind == SHARDED else None,
+            token=token,
         )
         return SavedFile(file, kind, written=target is not None)
 
@@ -278,7 +353,7 @@ class Checkpointer(SaveSession):
 
             def publish(_: BaseException | None) -> Path:
                 try:
-                    return self._publish(call, said)
+                    return self._publish(task, call, Route(self._directories, call.directory), said)
                 finally:
                     task.discard()  # what the others have written of a file that all write together
 
@@ -291,6 +366,8 @@ class Checkpointer(SaveSession):
         super()._note_done(number, task, error)
 
     def _release(self) -> None:
+        if self._nodes is not None:
+            self._nodes.close()
         self._directories.release()
 
     # ---- looking ---------------------------------------------------------------------------------------------------

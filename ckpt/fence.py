@@ -22,7 +22,7 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from types import CodeType, FrameType
 from typing import Any, Protocol
 
@@ -243,7 +243,7 @@ def _install_hooks() -> None:
         _note_step(key, sys._getframe(1))
         if torch_devices.is_capturing():
             _note_capture(optimizer)
-        _before_step()
+        _before_step(key)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         _note_end(id(optimizer), sys._getframe(1))
@@ -323,8 +323,36 @@ def _code_of(step: Any) -> CodeType | None:
     return getattr(inspect.unwrap(step), "__code__", None)
 
 
-def _before_step() -> None:
-    if _uncaptured or _beginning or _fetched:
+class Follower(Protocol):
+    """Is told of each iteration: see tiers/pace.py."""
+
+    def note_fence(self, now: float, beat: Hashable) -> None: ...
+
+    def capturing(self, clock: Callable[[], float]) -> contextlib.AbstractContextManager[None]: ...
+
+
+_followers: list[Follower] = []
+
+
+def follow(follower: Follower) -> None:
+    _followers.append(follower)
+
+
+def unfollow(follower: Follower) -> None:
+    """Safe to call again."""
+    with contextlib.suppress(ValueError):
+        _followers.remove(follower)
+
+
+def _before_step(optimizer: int) -> None:
+    now = time.monotonic()
+    for follower in _followers:
+        follower.note_fence(now, optimizer)
+    if not (_uncaptured or _beginning or _fetched):
+        return
+    with contextlib.ExitStack() as stack:
+        for follower in _followers:
+            stack.enter_context(follower.capturing(time.monotonic))
         fence()
 
 

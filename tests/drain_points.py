@@ -1,4 +1,7 @@
-"""Where a drain can be killed; tests/crash/ compares this list with the source, and tests/drain/ kills there."""
+"""Where a drain can be killed, and a job that saves by way of its nodes, beside the usual places.
+
+tests/crash/ compares these lists with the source; tests/drain/ and tests/tiers/ kill there.
+"""
 
 DRAIN_FILES = ("journal", "drain-inbox", "drain-receipt", "drain-plan")  # small ones
 COPY_POINTS = ("drain-chunk", "drain-noted", "drain-copied", "drain-named", "drain-all-copied", "drain-delivered")
@@ -10,3 +13,5 @@ DRAIN_POINTS = (
     *COMMIT_POINTS,
     *NODE_POINTS,
 )
+RUN_POINTS = ("run-written", "run-named")  # at the first save of a run
+SPREAD_POINTS = ("spread",)

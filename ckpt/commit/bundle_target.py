@@ -40,6 +40,7 @@ class BundleTarget:
     varying: tuple[str, ...] = ()
     held: durable.Directory | None = None
     names_late: ClassVar[bool] = True
+    spread: ClassVar[bool] = False
 
     @property
     def leads(self) -> bool:

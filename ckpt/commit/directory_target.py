@@ -29,6 +29,7 @@ class DirectoryTarget:
     """See the module, and directory/dcp_directory.py."""
 
     names_late = False
+    spread = False
     node = ""
 
     def __init__(self, call: SaveCall, directory: DcpDirectory, rank: int, layouts: LayoutExchange) -> None:

@@ -10,7 +10,10 @@ replace files, see directory/bundles.py, so more rounds follow:
                Of a file that several ranks have written, that of the lowest rank does; the others go.
     latest     rank 0 moves it, and tells everybody.
 
-Where nodes have directories of their own, the first rank of each node writes manifest and `latest` there.
+Where nodes have directories of their own, the first rank of each node writes manifest and `latest` there. A step on the
+disks of nodes has one manifest, of the files of all of them; when rank 0 has written it, one more round follows:
+
+    spread     the first rank of each other node: the same manifest. Rank 0 gathers that, and tells everybody.
 
 rounds.py says what a round is, and what becomes of the files when one fails. Every save() takes part, also one that failed
 before it began, because the others wait for word from it. Runs on the finisher's thread.
@@ -23,6 +26,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt.commit.bypass import BypassVote
 from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer
 from ckpt.commit.rounds import Answers, Ask, Round, Verdict
 from ckpt.commit.target import Prepared, PublicationTarget, SavedFile
@@ -35,14 +39,20 @@ from ckpt.storage import durable
 class Publication:
     """That of one save; see the module."""
 
-    def __init__(self, conversation: RankConversation, target: PublicationTarget) -> None:
+    def __init__(self, conversation: RankConversation, target: PublicationTarget, bypass: BypassVote | None = None) -> None:
+        """
+        Args:
+            bypass: of a job that saves by way of its nodes.
+        """
         self._conversation = conversation
         self._target = target
         self._call = target.call
+        self._bypass = bypass
         self._listed: list[tuple[SavedFile, FileEntry]] = []  # of this rank's files, those that a manifest is to name
         # On rank 0, once it has decided:
         self._doubt: BaseException | None = None  # whether the manifest lasts
         self._is_empty = False
+        self.sequence = -1  # of the commit, once rank 0 has decided
 
     def run(self, error: BaseException | None) -> Path:
         """
@@ -56,12 +66,22 @@ class Publication:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
         own, error = self._prepare(error)
+        if self._bypass is not None:
+            own |= self._bypass.say()
         first = self._round(
-            "prepared", undo=self._undo, answered=lambda: durable.crash_point("prepared"), reply=self._target.reply
+            "prepared",
+            undo=self._undo,
+            answered=lambda: durable.crash_point("prepared"),
+            reply=self._target.reply,
+            also=self._say_bypass,
+            heard=self._hear_bypass,
         )
         said = first.hold(own, error, lambda answers: self._decide(answers, first.ask))
+        self.sequence = said["sequence"]
         if self._target.names_late:
             self._name_late(said)
+        elif self._target.spread:
+            self._spread(said)
         return self._target.path()
 
     def _round(self, phase: str, **hooks: Any) -> Round:
@@ -69,7 +89,14 @@ class Publication:
         return Round(self._conversation, f"{call.number}-{phase}", f"{call.what} to '{call.where}'", **hooks)
 
     def _manifest(self, sequence: int, files: Sequence[FileEntry], others: tuple[str, ...] = ()) -> Manifest:
-        return Manifest(self._call.step, sequence, self._conversation.world_size, tuple(files), others=others)
+        return Manifest(self._call.step, sequence, self._conversation.world_size, tuple(files), manifests.now(), others)
+
+    def _say_bypass(self, failure: Failure | None, answers: Answers) -> Mapping[str, Any]:
+        return {} if self._bypass is None else self._bypass.decide(failure, answers, self._target.node != "")
+
+    def _hear_bypass(self, said: Mapping[str, Any]) -> None:
+        if self._bypass is not None:
+            self._bypass.hear(self._call.number, said)
 
     # ---- the first round -------------------------------------------------------------------------------------------
 
@@ -113,7 +140,8 @@ class Publication:
             return Verdict(Failure(text, (0,), stands=True), doubt)
         self._doubt, self._is_empty = doubt, choice.is_empty
         elsewhere = {node: [dataclasses.asdict(file) for file in files] for node, files in choice.elsewhere.items()}
-        return Verdict(more={"sequence": sequence, "files": elsewhere, "dropped": choice.dropped})
+        more = {"sequence": sequence, "files": elsewhere, "dropped": choice.dropped}
+        return Verdict(more=more | ({"manifest": manifest.to_json().decode()} if self._target.spread else {}))
 
     def _publish(self, manifest: Manifest) -> Exception | None:
         """Returns what went wrong although the manifest has its name: it is decided, but may not last."""
@@ -124,6 +152,29 @@ class Publication:
                 raise
             return error.with_traceback(None)
         return None
+
+    # ---- the round after it, if each node has a directory of its own -------------------------------------------------
+
+    def _spread(self, said: Mapping[str, Any]) -> None:
+        """
+        Args:
+            said: what rank 0 told when it had decided.
+        """
+        error: BaseException | None = None
+        if self._conversation.rank != 0 and self._target.leads:
+            try:
+                manifest = manifests.parse(said["manifest"].encode())
+                self._target.decide(manifest)
+                self._target.tidy(manifest)
+            except Exception as caught:
+                error = caught.with_traceback(None)
+            durable.crash_point("spread")
+        hooks = {"also": self._say_failure, "heard": self._hear_bypass}
+        self._round("spread", **hooks).hold(self._answer(error), error, lambda _: Verdict())
+
+    def _say_failure(self, failure: Failure | None, answers: Answers) -> Mapping[str, Any]:
+        """All else has been said before."""
+        return {} if failure is None else self._say_bypass(failure, answers)
 
     # ---- the rounds after it, if names are late --------------------------------------------------------------------
 

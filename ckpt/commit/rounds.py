@@ -53,6 +53,8 @@ class Round:
             None: the files are a checkpoint's already.
         answered: runs when this rank has answered, or, on rank 0, when it has the answers.
         reply: answers what rank 0 asks.
+        also: what rank 0 tells beside its verdict, given the failure, if there is one, and the answers, if it has all of them.
+        heard: gets all that rank 0 tells, on every rank.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class Round:
         undo: Callable[[bool], None] | None = None,
         answered: Callable[[], object] | None = None,
         reply: Callable[[Mapping[str, Any]], str] | None = None,
+        also: Callable[[Failure | None, Answers], Mapping[str, Any]] | None = None,
+        heard: Callable[[Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._conversation = conversation
         self._key = key
@@ -71,6 +75,8 @@ class Round:
         self._undo = undo
         self._answered = answered
         self._reply = reply
+        self._also = also
+        self._heard = heard
         self._asked = False
 
     def hold(self, own: Mapping[str, Any], error: BaseException | None, act: Callable[[Answers], Verdict]) -> Mapping[str, Any]:
@@ -90,6 +96,8 @@ class Round:
             failure, error, said = self._lead(own, error, act)
         else:
             failure, said = self._follow(own, error)
+        if self._heard is not None:
+            self._heard(said)
         if failure is None:
             return said
         if not failure.stands and self._undo is not None:
@@ -113,8 +121,9 @@ class Round:
         else:
             verdict = act(answers)
         key = f"{self._key}-verdict{'-again' if self._asked else ''}"
-        self._conversation.tell_outcome(key, verdict.failure, **verdict.more)
-        return verdict.failure, verdict.error, verdict.more
+        more = {**verdict.more, **(self._also(verdict.failure, answers) if self._also is not None else {})}
+        self._conversation.tell_outcome(key, verdict.failure, **more)
+        return verdict.failure, verdict.error, more
 
     def _follow(self, own: Mapping[str, Any], error: BaseException | None) -> tuple[Failure | None, Mapping[str, Any]]:
         try:

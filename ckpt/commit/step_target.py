@@ -28,6 +28,7 @@ class StepTarget:
     """See the module. Rank 0 ends files that all ranks have written together, and gives them their names."""
 
     names_late = False
+    spread = False
     node = ""
 
     def __init__(
@@ -105,11 +106,18 @@ class StepTarget:
         if failure is not None:
             return failure
         self._before = manifests.read_if_any(self.call.directory)
+        written = self._gather(answers)
+        if isinstance(written, Failure):
+            return written
         metadata = self._write_metadata(answers, ask)
         if isinstance(metadata, Failure):
             return metadata
-        files = tuple(file for answer in answers for file in answer.files) + metadata + self._join_shares(answers)
+        files = written + metadata + self._join_shares(answers)
         return Choice(files, self._directories.others_in(self.call.directory, files, self._before))
+
+    def _gather(self, answers: Sequence[Prepared]) -> tuple[FileEntry, ...] | Failure:
+        """What the ranks have written, each by itself."""
+        return tuple(file for answer in answers for file in answer.files)
 
     def _find_differing(self, answers: Sequence[Prepared], ask: Ask) -> Failure | None:
         """What must be the same on all ranks, and is not."""

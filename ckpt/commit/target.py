@@ -110,6 +110,7 @@ class PublicationTarget(Protocol):
     Attributes:
         names_late: False: files get their own names before a manifest lists them. True: afterwards, because they may replace
             files that are in use; until then the manifest gives their temporary names, too.
+        spread: whether each node has a directory of its own, and gets the whole manifest there. Not if names are late.
         node: names the directory tree that this rank sees; the same on all ranks if they share one.
         leads: whether this rank writes a manifest: rank 0, and one rank of each other node.
     """
@@ -119,6 +120,9 @@ class PublicationTarget(Protocol):
 
     @property
     def names_late(self) -> bool: ...
+
+    @property
+    def spread(self) -> bool: ...
 
     @property
     def node(self) -> str: ...

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files, unpublished
-from ckpt.directory.manifest import Manifest
+from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.root import Root, has_size
 from ckpt.errors import CorruptError
 from ckpt.storage import durable
@@ -21,6 +21,7 @@ def publish(
     note_replaced: Callable[[Path, Iterable[str]], None],
     *,
     newest: bool = True,
+    local: Callable[[FileEntry], bool] = lambda _: True,
 ) -> None:
     """Makes the step a checkpoint; a crash between any two lines leaves the state named on the right.
 
@@ -36,12 +37,13 @@ def publish(
         token: names its mark: see unpublished.py.
         note_replaced: called with the directory and what its manifest has named until now.
         newest: whether no later commit is there; else `latest` stays as it is.
+        local: which files are to be here; others lie on other nodes.
 
     Raises:
         StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
         CorruptError: a file is not there, or has another size.
     """
-    for file in manifest.files:  # whatever may have gone wrong before: no manifest names what is not there
+    for file in filter(local, manifest.files):  # whatever may have gone wrong before: no manifest names what is not there
         if not has_size(directory / file.name, file.bytes):
             raise CorruptError(f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written")
     root.sync()

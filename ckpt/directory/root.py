@@ -37,6 +37,7 @@ class Root:
         self._held: durable.Directory | None = None  # until make()
         self._numbering = threading.Lock()
         self._next_sequence: int | None = None  # guarded by _numbering
+        self._taken_elsewhere = 0  # numbers up to this one; guarded by _numbering
 
     def make(self, *, synced: bool) -> None:
         """Makes it, if it is not there. From now on this is the one that is meant, whatever becomes of its name.
@@ -105,8 +106,14 @@ class Root:
         with self._numbering:
             if self._next_sequence is None:
                 self._next_sequence = max((manifest.sequence for _, manifest in find_committed()), default=0) + 1
+            self._next_sequence = max(self._next_sequence, self._taken_elsewhere + 1)
             self._next_sequence += 1
             return self._next_sequence - 1
+
+    def number_above(self, sequence: int) -> None:
+        """Commits up to this number lie elsewhere, on their way here or given up."""
+        with self._numbering:
+            self._taken_elsewhere = max(self._taken_elsewhere, sequence)
 
     def sync(self) -> None:
         """Makes the directories in it durable."""

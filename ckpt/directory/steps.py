@@ -21,18 +21,18 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory import sharded_files, step_names, unpublished
+from ckpt.directory import publish_lock, sharded_files, step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.publishing import publish
 from ckpt.directory.retention import Retention
 from ckpt.directory.root import Root
-from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest
+from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, numbered_name
 from ckpt.errors import CheckpointError, ClosedError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
 
@@ -74,6 +74,10 @@ class StepDirectories:
         self._placed: set[Path] = set()
         self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
 
+    @property
+    def path(self) -> Path:
+        return self._directory
+
     # ---- looking ---------------------------------------------------------------------------------------------------
 
     def committed(self) -> Found:
@@ -83,8 +87,17 @@ class StepDirectories:
     def look_for_restore(self) -> Found:
         """The same, for who wants to know what there is before it saves."""
         found = self.committed()
-        self._seen = max([self._seen, *(manifest.sequence for _, manifest in found.checkpoints)])
+        self.note_seen(max((manifest.sequence for _, manifest in found.checkpoints), default=-1))
         return found
+
+    def note_seen(self, sequence: int) -> None:
+        """A restore has come across commits up to this number, here or on their way here."""
+        self._seen = max(self._seen, sequence)
+
+    def highest(self) -> tuple[str, int]:
+        """The name of the highest step, and the number of the last commit that are here; "" and 0 if there is none."""
+        sequences = (manifest.sequence for _, manifest in self.committed().checkpoints)
+        return max(filter(is_step_name, names_in(self._directory)), default=""), max(sequences, default=0)
 
     def lost(self, found: Found) -> str:
         """What to say if there are no checkpoints, but files of some; empty if there are none. Logs each such directory."""
@@ -141,10 +154,11 @@ class StepDirectories:
             self._root.claim(timeout_s)
             try:
                 self._refuse_to_begin_again(step)  # which may have had saves in flight
+                with self._publishing():
+                    self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
             except BaseException:
                 self._root.lock.release()
                 raise
-            self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
 
     def _refuse_to_begin_again(self, step: int) -> None:
         """A job that forgets to resume would begin at its first step, and retention would remove what was saved before."""
@@ -217,9 +231,20 @@ class StepDirectories:
             if self._released:
                 raise ClosedError(f"the Checkpointer of '{self._directory}' was closed before this save was published")
             self._root.lock.assert_held()
+            with self._publishing():
+                yield
+
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """Meanwhile no drain commits or removes here."""
+        if not publish_lock.is_home(self._directory):
+            yield
+            return
+        durable.make_directory(self._directory / publish_lock.FOLDER, durable=True)
+        with publish_lock.publishing(self._directory, "Checkpointer"):
             yield
 
-    def begin(self, name: str, stems: Sequence[str]) -> tuple[list[Path], tuple[int, int] | None]:
+    def begin(self, name: str, stems: Sequence[str], number: int | None = None) -> tuple[list[Path], tuple[int, int] | None]:
         """Chooses names for the files of a step that no committed or pending one uses.
 
         The step's directory is made with its files, if it is not there. For a step above all others nothing is looked up. The
@@ -227,6 +252,7 @@ class StepDirectories:
 
         Args:
             stems: of the names: "state", "replicated", "rank-00003".
+            number: that the names are to have, see numbered_name(); None: the first that is free.
 
         Returns:
             The files, and what direct I/O demands of them, for FileInFlight; None as long as that is not known.
@@ -249,7 +275,7 @@ class StepDirectories:
                 taken |= names | names_in_manifest(directory)
                 if unpublished.may_hold_others(names):
                     self._others.add(name)
-            files = [free_name(stem, taken) for stem in stems]
+            files = [free_name(stem, taken) if number is None else numbered_name(stem, number) for stem in stems]
             self._in_flight.add(name, files)
             return [directory / file for file in files], self._limits
 
@@ -346,8 +372,11 @@ class StepDirectories:
             )
         return there
 
-    def publish(self, manifest: Manifest, directory: Path) -> None:
+    def publish(self, manifest: Manifest, directory: Path, local: Callable[[FileEntry], bool] = lambda _: True) -> None:
         """Makes the step a checkpoint: see publishing.py.
+
+        Args:
+            local: whether a file of the manifest is to be here; others lie on other nodes.
 
         Raises:
             StorageError: a system call failed; what was committed before still stands, and the step may, too.
@@ -356,7 +385,7 @@ class StepDirectories:
         """
         self._refuse_another_directory()
         with self._still_ours():
-            publish(self._root, directory, manifest, self.token, self._retention.note_replaced)
+            publish(self._root, directory, manifest, self.token, self._retention.note_replaced, local=local)
 
     def _refuse_another_directory(self) -> None:
         """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.
@@ -402,6 +431,10 @@ class StepDirectories:
     def take_sequence(self) -> int:
         """The number of the next commit."""
         return self._root.take_sequence(lambda: self.committed().checkpoints)
+
+    def number_above(self, sequence: int) -> None:
+        """Commits up to this number lie on nodes: see Root."""
+        self._root.number_above(sequence)
 
     def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.

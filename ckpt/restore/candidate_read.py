@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from ckpt.directory import manifest as manifests
@@ -25,6 +24,7 @@ from ckpt.errors import CheckpointError, DeadlineError, PeerError
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import Candidate, Objection
 from ckpt.restore.file_readers import UNFIT, NewMemoryReader
+from ckpt.restore.places import StepPlaces
 from ckpt.restore.readiness import StartVote
 from ckpt.restore.request import Restored, RestoreRequest, lends
 from ckpt.restore.sharded_reader import ShardedReader
@@ -49,22 +49,28 @@ class CandidateRead:
     """See the module.
 
     Args:
-        directory: of the candidate.
+        places: of the candidate.
         targets: of this restore; what reading does to them is noted there.
     """
 
     def __init__(
-        self, directory: Path, candidate: Candidate, request: RestoreRequest, targets: TargetState, rank: int, world_size: int
+        self,
+        places: StepPlaces,
+        candidate: Candidate,
+        request: RestoreRequest,
+        targets: TargetState,
+        rank: int,
+        world_size: int,
     ) -> None:
-        self._directory = directory
+        self._places = places
         self._candidate = candidate
         self._request = request
         self._targets = targets
         self._rank = rank
         self._world_size = world_size
         self._manifest: Manifest | None = None
-        self._readers: dict[Path, NewMemoryReader] = {}
-        self._held: dict[Path, Callable[[], Any]] = {}  # what has been read, and found good
+        self._readers: dict[str, NewMemoryReader] = {}
+        self._held: dict[str, Callable[[], Any]] = {}  # what has been read, and found good
         self._sharded: ShardedReader | None = None
         self._refusal: Exception | None = None  # why it cannot be loaded as asked, although it may be good
 
@@ -79,7 +85,7 @@ class CandidateRead:
                 return None
             if not _speaks_against_candidate(failure):
                 raise failure
-            return Objection(str(failure), not manifests.is_at(self._directory, self._candidate.sequence))
+            return Objection(str(failure), not manifests.is_at(self._places.nearest, self._candidate.sequence))
         finally:
             del failure  # its frames would keep memory alive, and themselves
             self._readers = {}
@@ -92,7 +98,7 @@ class CandidateRead:
         assert manifest is not None
 
         def load(file: FileEntry) -> Any:
-            return self._held.pop(self._directory / file.name)()
+            return self._held.pop(file.name)()
 
         own = sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
         replicated = [load(file) for file in manifest.files if file.kind == REPLICATED]
@@ -108,18 +114,18 @@ class CandidateRead:
 
     def _open(self) -> None:
         """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
-        manifest = file_readers.read_manifest(self._directory, self._candidate.sequence)
-        self._sharded = self._request.sharded_reader(self._directory, manifest, self._targets.touched)
+        manifest = file_readers.read_manifest(self._places.nearest, self._candidate.sequence)
+        self._sharded = self._request.sharded_reader(self._places, manifest, self._targets.touched)
         for file in manifest.files:
-            path = self._directory / file.name
+            path = self._places.path_of(file.name)
             if self._sharded is not None and file.kind not in (RANK, REPLICATED):
                 continue  # what is needed of it is read, and verified then
             if self._will_load(manifest, file):
                 collective = self._candidate.collective and file.kind == REPLICATED
                 reader = self._request.reader_of(path, file, self._targets.touched, collective)
-                self._readers[path] = reader
+                self._readers[file.name] = reader
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
-                    self._read_file(path, reader)
+                    self._read_file(file.name, reader)
             elif self._is_mine(file):
                 file_readers.verify(path, file, self._request.timeout_s)
         refusal: Exception | None = self._targets.lost or self._why_not_filled()
@@ -143,9 +149,9 @@ class CandidateRead:
 
         That comes first because nothing may fail on this rank alone before it.
         """
-        left = [(path, reader) for path, reader in self._readers.items() if path not in self._held]
-        for path, reader in sorted(left, key=lambda item: not item[1].collective):
-            self._read_file(path, reader)
+        left = [(name, reader) for name, reader in self._readers.items() if name not in self._held]
+        for name, reader in sorted(left, key=lambda item: not item[1].collective):
+            self._read_file(name, reader)
         if self._sharded is not None and not self._refusal:
             self._targets.touched = True
             try:
@@ -155,7 +161,7 @@ class CandidateRead:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def _read_file(self, path: Path, reader: NewMemoryReader) -> None:
+    def _read_file(self, name: str, reader: NewMemoryReader) -> None:
         """For its checksums alone, and then never a collective, if there has been a refusal."""
         if self._refusal:
             reader.check()
@@ -170,7 +176,7 @@ class CandidateRead:
             self._give_target_up(error)
             return
         self._refusal = reader.refusal
-        self._held[path] = reader.take
+        self._held[name] = reader.take
 
     def _give_target_up(self, error: DeadlineError) -> None:
         self._targets.lost = self._refusal = CheckpointError(
@@ -197,7 +203,7 @@ class CandidateRead:
         if not left:
             return None
         return CheckpointError(
-            f"'{self._directory}' has nothing for {len(left)} tensors that hold parts of a damaged checkpoint now, which was "
+            f"'{self._places}' has nothing for {len(left)} tensors that hold parts of a damaged checkpoint now, which was "
             "passed over: make what is to be loaded into anew"
         )
 
@@ -207,7 +213,7 @@ class CandidateRead:
         common = any(file.kind == REPLICATED for file in manifest.files)
         if own and manifest.world_size != self._world_size and self._request.merge is None:
             return CheckpointError(
-                f"'{self._directory}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job "
+                f"'{self._places}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job "
                 f"has {self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
                 "many ranks"
             )
@@ -219,7 +225,7 @@ class CandidateRead:
         ):
             if target is not None and not found and not lends(target):
                 what = " and ".join(has) or "no state at all"
-                return CheckpointError(f"'{self._directory}' has nothing for {name}= on rank {self._rank}; it has {what}")
+                return CheckpointError(f"'{self._places}' has nothing for {name}= on rank {self._rank}; it has {what}")
         return None
 
 

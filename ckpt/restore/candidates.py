@@ -27,11 +27,17 @@ DAMAGED, LOST, GONE = "damaged", "lost", "gone"
 
 
 class Candidate(NamedTuple):
-    """A directory name, the sequence number of its manifest, and whether the ranks read a file of it together."""
+    """A directory name, the sequence number of its manifest, and how it is read.
+
+    Attributes:
+        collective: whether the ranks read a file of it together.
+        nearest: whether each rank reads what its node has; else all read what is at home.
+    """
 
     name: str
     sequence: int
     collective: bool = False
+    nearest: bool = False
 
 
 class Seen(NamedTuple):
@@ -114,26 +120,26 @@ class CandidateVote:
         Raises:
             PeerError: another rank cannot go on, or does not answer. Or what went wrong here; the others are told.
         """
-        rejected: dict[tuple[str, int], str] = {}
-        times_gone: collections.Counter[tuple[str, int]] = collections.Counter()
+        rejected: dict[Candidate, str] = {}
+        times_gone: collections.Counter[Candidate] = collections.Counter()
         end = time.monotonic() + self._timeout_s
         for _ in range(_MOST_LOOKS):
             seen = self._find(find_steps)
             for candidate in seen.candidates:
-                key = (candidate.name, candidate.sequence)
-                if key in rejected:
+                if candidate in rejected:
                     continue
-                time.sleep(_PAUSE_S * times_gone[key])
+                time.sleep(_PAUSE_S * times_gone[candidate])
                 objection = self._ask(candidate, verify)
                 if objection is None:
                     return candidate, Refusal()
-                if objection.gone and times_gone[key] < _LOOKS_AT_ONE:
-                    times_gone[key] += 1
+                if objection.gone and times_gone[candidate] < _LOOKS_AT_ONE:
+                    times_gone[candidate] += 1
                     break
-                rejected[key] = objection.cause
-                logger.warning("checkpoint '%s' is passed over: %s", candidate.name, objection.cause)
+                rejected[candidate] = objection.cause
+                where = " as it lies on the nodes" if candidate.nearest else ""
+                logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, where, objection.cause)
             else:
-                causes = {candidate: cause for (candidate, _), cause in rejected.items()}
+                causes = {candidate.name: cause for candidate, cause in rejected.items()}
                 return None, self._give_up([*seen.rejected, *_each_once(causes)], seen.lost)
             logger.info("checkpoint '%s' went while it was being read: looking again", candidate.name)
             if time.monotonic() > end:

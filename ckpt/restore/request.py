@@ -10,6 +10,7 @@ import torch
 
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
+from ckpt.restore.places import StepPlaces
 from ckpt.restore.sharded_reader import ShardedReader
 from ckpt.sharded.entries import EntryFinder
 
@@ -52,7 +53,7 @@ class RestoreRequest(NamedTuple):
     sharded_into: Any = None
     finder: EntryFinder | None = None
 
-    def sharded_reader(self, directory: Path, manifest: Manifest, touched: bool) -> ShardedReader | None:
+    def sharded_reader(self, places: StepPlaces, manifest: Manifest, touched: bool) -> ShardedReader | None:
         """Of the sharded state; None if there is no target for it.
 
         Args:
@@ -63,7 +64,7 @@ class RestoreRequest(NamedTuple):
         assert self.finder is not None
         strict = self.strict or touched
         return ShardedReader(
-            directory,
+            places,
             manifest,
             self.sharded_into,
             self.finder,

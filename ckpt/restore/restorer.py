@@ -12,20 +12,40 @@ target, its tensors are filled while the ranks choose, and all else is put there
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, Manifest
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpointError
 from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
+from ckpt.restore.nearby import Nearby, NearCopy
+from ckpt.restore.places import StepPlaces
 from ckpt.restore.request import Restored, RestoreRequest
+
+logger = logging.getLogger("ckpt")
 
 
 class Restorer:
     """See the module."""
 
-    def __init__(self, directories: StepDirectories, rank: int, world_size: int, vote: CandidateVote, collective: bool) -> None:
+    def __init__(
+        self,
+        directories: StepDirectories,
+        rank: int,
+        world_size: int,
+        vote: CandidateVote,
+        collective: bool,
+        nearby: Nearby | None = None,
+    ) -> None:
+        """
+        Args:
+            nearby: what lies on the nodes; None: home alone counts.
+        """
+        self._nearby = nearby
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
@@ -43,11 +63,14 @@ class Restorer:
 
         def verify(candidate: Candidate) -> Objection | None:
             self._read = None  # before there is memory for the next
-            self._read = CandidateRead(root / candidate.name, candidate, request, self._targets, self._rank, self._world_size)
+            places = self._places_of(root, candidate)
+            self._read = CandidateRead(places, candidate, request, self._targets, self._rank, self._world_size)
             return self._read.examine()
 
         self._targets = TargetState()
         try:
+            if self._nearby is not None:
+                self._nearby.look()
             if self._rank == 0:
                 if exclusive:
                     self._refuse_a_second_job(request.timeout_s)
@@ -56,12 +79,31 @@ class Restorer:
                 found, refusal = self._vote.follow(verify)
             if found is not None:
                 assert self._read is not None
+                logger.info("step %s is restored from '%s'", found.name, self._places_of(root, found))
+                self._tell_of_newer(found)
                 return self._read.take()
             if refusal.causes:
                 raise self._nothing_good(root, refusal)
             return None
         finally:
             self._read = None
+
+    def _tell_of_newer(self, found: Candidate) -> None:
+        """On rank 0: what other ranks have saved, or what is not whole."""
+        if self._rank == 0 and self._nearby is not None and self._nearby.newest > found.sequence:
+            logger.warning(
+                "'%s' was restored, but disks of nodes hold a newer checkpoint, which this job cannot read there: it was "
+                "saved by another number of ranks, or on other nodes. Once the drains have brought it home it can be resumed",
+                found.name,
+            )
+
+    def _places_of(self, root: Path, candidate: Candidate) -> StepPlaces:
+        """Where this rank reads it."""
+        home = root / candidate.name
+        near = self._nearby.directory_of(candidate.sequence) if candidate.nearest and self._nearby is not None else None
+        if near is None:
+            return StepPlaces([home])
+        return StepPlaces([near, home] if manifests.is_at(home, candidate.sequence) else [near])
 
     def _refuse_a_second_job(self, timeout_s: float) -> None:
         try:
@@ -76,7 +118,20 @@ class Restorer:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
         lost = self._directories.lost(found)
         candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
+        if self._nearby is not None:
+            self._directories.note_seen(self._nearby.newest)
+            candidates = self._with_nearby(candidates, self._nearby.copies)
         return Seen(candidates, [str(error) for error in found.damaged], "" if fresh else lost)
+
+    def _with_nearby(self, at_home: Sequence[Candidate], copies: Sequence[NearCopy]) -> list[Candidate]:
+        """Newest commit first; what lies on nodes before the same at home."""
+        home = {candidate.sequence for candidate in at_home}
+        near = [
+            Candidate(copy.name, copy.sequence, self._collective and copy.collective, nearest=True)
+            for copy in copies
+            if copy.everywhere or copy.sequence in home
+        ]
+        return sorted([*near, *at_home], key=lambda candidate: candidate.sequence, reverse=True)
 
     def _nothing_good(self, root: Path, refusal: Refusal) -> CheckpointError:
         text = "; ".join(refusal.causes)

@@ -17,6 +17,7 @@ from ckpt.directory.manifest import SHARDED_METADATA, FileEntry, Manifest
 from ckpt.directory.sharded_files import PieceChecksums
 from ckpt.errors import CheckpointError, CorruptError, MismatchError, StorageError
 from ckpt.loading.archive import reader_threads
+from ckpt.restore.places import StepPlaces
 from ckpt.sharded.entries import EntryFinder, is_stateful
 from ckpt.sharded.resharding import FileReads, ReadPlan, differences, ranges_to_read
 
@@ -41,19 +42,19 @@ class ShardedReader:
     """
 
     def __init__(
-        self, directory: Path, manifest: Manifest, target: Any, finder: EntryFinder, *, strict: bool, weights_only: bool,
+        self, places: StepPlaces, manifest: Manifest, target: Any, finder: EntryFinder, *, strict: bool, weights_only: bool,
         timeout_s: float,
     ) -> None:  # fmt: skip
-        self._directory, self._timeout_s = directory, timeout_s
+        self._places, self._timeout_s = places, timeout_s
         self._files = {file.name: file for file in manifest.files}
         self._checksums: dict[str, PieceChecksums] = {}
         self.refusal: CheckpointError | None = None
         self.bytes_read = 0
         metadata_file = next((file for file in manifest.files if file.kind == SHARDED_METADATA), None)
         if metadata_file is None:
-            self.refusal = CheckpointError(f"'{directory}' has nothing for sharded_into=: no sharded state was saved in it")
+            self.refusal = CheckpointError(f"'{places}' has nothing for sharded_into=: no sharded state was saved in it")
             return
-        metadata = _unpickle(directory / metadata_file.name, self._small(metadata_file))
+        metadata = _unpickle(places.path_of(metadata_file.name), self._small(metadata_file))
         if callable(target):
             target = target(_forms(metadata))
         if not isinstance(target, MutableMapping):
@@ -65,7 +66,7 @@ class ShardedReader:
         problems = differences(metadata, entries, strict)
         if problems:
             text = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
-            self.refusal = MismatchError(f"'{directory}' does not fit sharded_into=: {text}", problems)
+            self.refusal = MismatchError(f"'{places}' does not fit sharded_into=: {text}", problems)
             return
         self._plan = ReadPlan(metadata, self._payload_of, weights_only)
         self._tensors = []
@@ -93,7 +94,7 @@ class ShardedReader:
             for name, reads in self._plan.files.items():
                 self._read(name, reads)
                 for finish in reads.finish:
-                    _finish(finish, self._directory / name)
+                    _finish(finish, self._places.path_of(name))
             self._plan.files.clear()
 
     def take(self) -> Any:
@@ -110,7 +111,7 @@ class ShardedReader:
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _read(self, name: str, reads: FileReads) -> None:
-        path, checksums = self._directory / name, self._checksums_of(name)
+        path, checksums = self._places.path_of(name), self._checksums_of(name)
         ranges, pieces = ranges_to_read(reads.destinations, checksums.piece_bytes, checksums.file_bytes)
         if not ranges:
             return
@@ -141,14 +142,14 @@ class ShardedReader:
             data = self._files.get(name)
             file = self._files.get(sharded_files.checksums_path(Path(name)).name)
             if data is None or file is None:
-                raise CorruptError(f"'{self._directory / name}' is named by the metadata, but not by the manifest")
+                raise CorruptError(f"'{self._places.path_of(name)}' is named by the metadata, but not by the manifest")
             found = self._checksums[name] = PieceChecksums.parse(self._small(file))
             if found.file_bytes != data.bytes:
-                raise CorruptError(f"the checksums of '{self._directory / name}' are those of another file")
+                raise CorruptError(f"the checksums of '{self._places.path_of(name)}' are those of another file")
         return found
 
     def _small(self, file: FileEntry) -> bytes:
-        path = self._directory / file.name
+        path = self._places.path_of(file.name)
         try:
             content = path.read_bytes()
         except OSError as error:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -63,7 +63,7 @@ class CheckpointCallback:
             before. Of a module only the parameters have to be equal.
         every: when step() saves: a number of steps; a time, as timedelta or text ("30s", "10min", "2h"); or "auto" or
             `Auto(mtbf=..., overhead=...)`: as often as pays.
-        keep, options, coordinator, metrics: as for `ckpt.Checkpointer`.
+        keep, options, coordinator, metrics, tiers: as for `ckpt.Checkpointer`.
         lazy: more that changes only in an optimizer's step, as for `ckpt.save`; for example `model`, if it has many frozen
             parameters, which belong to no optimizer and would be copied at every save although nothing changes them.
         merge_data: called when another number of ranks resumes, with what `data` gave on each of the old ranks, in their order
@@ -97,6 +97,7 @@ class CheckpointCallback:
         options: ckpt.Options | None = None,
         coordinator: Any = "auto",
         metrics: Iterable[MetricsSink] = (),
+        tiers: Sequence[ckpt.Tier] = (),
         lazy: Any = None,
         merge_data: Callable[[list[Any]], Any] | None = None,
         preemption: bool | Duration = False,
@@ -113,7 +114,9 @@ class CheckpointCallback:
         grace = _GRACE if preemption is True else preemption
         grace_s = parse_duration(grace, "preemption") if grace is not False else None
         when_to_save.make_interval(every, None)  # complains before anything is made
-        self._checkpointer = ckpt.Checkpointer(directory, keep=keep, options=options, coordinator=coordinator, metrics=metrics)
+        self._checkpointer = ckpt.Checkpointer(
+            directory, keep=keep, options=options, coordinator=coordinator, metrics=metrics, tiers=tiers
+        )
         self._state = NamedParts(parts, positions, self._checkpointer, merge_data)
         self._lazy = [*self._state.optimizers(), *([] if lazy is None else [lazy])]
         self._agreed = 0

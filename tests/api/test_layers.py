@@ -19,7 +19,7 @@ PACKAGE_LAYERS = (
     {"formats", "restore"},
     {"saving"},
     {"commit", "metrics"},
-    {"session"},
+    {"session", "tiers"},
     {"bundles", "checkpointer", "dcp_checkpointer"},
     {"dcp"},
     {"cli"},
@@ -29,7 +29,7 @@ PACKAGE_LAYERS = (
 # What users and adapters may rely on. A name that goes from here breaks their programs; one that comes must be kept.
 PUBLIC_NAMES = {
     "ckpt": {
-        *("BundleCheckpointer", "CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats"),
+        *("BundleCheckpointer", "CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats", "Tier"),
         *("check_devices", "fence", "load", "load_into", "save"),
     },
     "ckpt.coordinator": {"Coordinator", "make_coordinator"},
@@ -41,7 +41,7 @@ PUBLIC_NAMES = {
     "ckpt.errors": {
         *("CancelledError", "CaptureError", "CheckpointError", "ClosedError", "CorruptError", "DeadlineError"),
         *("DeviceError", "FailedSavesError", "ForkedError", "InUseError", "MismatchError", "NotACheckpointError"),
-        *("PeerError", "SkippedError", "StorageError", "UnsupportedError"),
+        *("PeerError", "SkippedError", "StorageError", "SupersededError", "UnsupportedError"),
     },
     "ckpt.formats": set(),
     "ckpt.metrics": {"MetricsSink", "SaveRecord"},

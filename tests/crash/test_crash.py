@@ -13,7 +13,7 @@ from typing import Any
 import crash_child
 import pytest
 import torch
-from drain_points import DRAIN_FILES, DRAIN_POINTS
+from drain_points import DRAIN_FILES, DRAIN_POINTS, RUN_POINTS, SPREAD_POINTS
 from nursery import Child, Ended, Nursery
 from places import ROOT
 
@@ -164,7 +164,7 @@ def test_the_list_of_crash_points_is_complete() -> None:
     assert small_files, "replace_durably() has crash points"
     found -= small_files
     found |= {point.format(crash_name=name) for point in small_files for name in SMALL_FILES}
-    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *DRAIN_POINTS}
+    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *DRAIN_POINTS, *RUN_POINTS, *SPREAD_POINTS}
 
 
 @pytest.mark.parametrize("mode", ["steps", "again", "keep one"])

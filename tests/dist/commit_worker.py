@@ -3,6 +3,7 @@
 It reports on its standard output, one line each, each in one write:
 
     found <step> <digest of the replicated state> <step of its own state>     what restore() gave; -1 - -1 if nothing
+    landed <step> <directory>                                                 it is on the disks of the nodes
     durable <step>
     failed <step> <type of the error>: <text>
 """
@@ -68,6 +69,7 @@ class Rank:
             keep=request["keep"],
             options=options(**request["options"]),
             coordinator=request["coordinator"],
+            tiers=[ckpt.Tier.node(request["node"], **request["tier"])] if request["node"] else [],
         )
         assert (self.checkpointer.rank, self.checkpointer.world_size) == (request["rank"], request["world"])
 
@@ -107,6 +109,8 @@ class Rank:
             pending = self.checkpointer.save(step if as_step is None else as_step, own, replicated=replicated, lazy=lazy)
             if twice:
                 pending = self.checkpointer.save(step, own, replicated=replicated)
+            if self.request["node"] and pending.on_tier("node").exception() is None:
+                say(f"landed {step} {pending.on_tier('node').result()}")
             if self.request["wait"]:
                 pending.exception()
         except Exception as error:
@@ -126,7 +130,7 @@ class Rank:
 
 def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"coordinator": "file", "wait": True, "patience": 1000}
+    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "node": None, "tier": {}}
     Rank(defaults | request).run()
 
 

@@ -103,7 +103,7 @@ class Training:
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, 3)
         self.callback = CheckpointCallback(
             request["directory"], model=self.model, optimizer=self.optimizer, scheduler=self.scheduler, options=options(),
-            coordinator="torch", keep=None,
+            coordinator="torch", keep=None, tiers=[ckpt.Tier.node(path) for path in request.get("nodes", ())],
         )  # fmt: skip
 
     def state(self) -> Any:

@@ -63,6 +63,18 @@ def test_killed_and_resumed(how: str, jobs: Jobs) -> None:
         assert each["digests"] == {step: value for step, value in through["digests"].items() if int(step) > each["found"]}
 
 
+@pytest.mark.parametrize("how", ["fsdp", "fsdp1"])
+def test_killed_and_resumed_by_way_of_a_node(how: str, jobs: Jobs, tmp_path: Path) -> None:
+    """What landed is resumed from, whether it has come home or not; then another number of ranks resumes what came home."""
+    nodes = [str(tmp_path / "node")]
+    (through, *_) = jobs.run("through", how, 2)
+    jobs.run("killed", how, 2, killed=True, kill_at=6, nodes=nodes)
+    for each in jobs.run("killed", how, 2, seed=1, nodes=nodes):
+        assert 4 <= each["found"] <= 6 and each["resumed"] == through["digests"][str(each["found"])]
+    for each in jobs.run("killed", how, 1, steps=STEPS, seed=1, nodes=nodes):
+        assert each["found"] == STEPS and each["resumed"] == through["digests"][str(STEPS)]
+
+
 @pytest.mark.parametrize("saved", ["fsdp", "fsdp1", "recomputed"])
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
 def test_resumed_on_another_number_of_ranks(before: int, after: int, saved: str, jobs: Jobs) -> None:

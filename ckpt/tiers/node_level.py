@@ -1,0 +1,298 @@
+"""What a Checkpointer has of the disks of its nodes: who shares one, where this rank saves, and what carries it home.
+
+enter     once, at the first save, all ranks: each looks at its node's disk and tells rank 0, which says who is on which
+          node, from which number commits and file names go on, and which steps are there already
+route     each save: by way of the node, or straight home (commit/bypass.py)
+carry     each save that the nodes have: the drain is woken, and watched until home has it
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ckpt.commit.bypass import BypassVote
+from ckpt.commit.node_target import NodePlace
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import FileEntry
+from ckpt.directory.steps import StepDirectories
+from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
+from ckpt.fence import follow, unfollow
+from ckpt.options import Options
+from ckpt.saving.task import SaveTask
+from ckpt.tiers.drain_process import DrainProcess
+from ckpt.tiers.home_watch import HomeWatch
+from ckpt.tiers.node_storage import NodeStorage, identity, this_process
+from ckpt.tiers.pace import TrainingPace
+from ckpt.tiers.run_id import find_run, highest_on_its_way
+from ckpt.tiers.tier import Tier, warnings_about
+
+logger = logging.getLogger("ckpt")
+
+NODE = "node"  # what on_tier() calls it
+_LOOK_S = 0.05
+
+
+def find_node_root(tier: Tier, home: Path) -> Path | None:
+    """The directory of steps on this node's disk, of the run that has this home; None if there is none.
+
+    Raises:
+        NotACheckpointError, StorageError: home does not say which run it is of.
+    """
+    run = find_run(home)
+    if run is None:
+        return None
+    root = tier.path / run
+    return root if root.is_dir() else None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Said:
+    """What one rank finds on its node.
+
+    Attributes:
+        node: the same on all ranks that share the disk.
+        locked: whether this rank is the one of them that has locked it.
+        step, sequence: the highest that lie there.
+        refusal: why this rank cannot save there; empty if it can.
+    """
+
+    node: str = ""
+    locked: bool = False
+    step: str = ""
+    sequence: int = 0
+    refusal: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """Where the files of a save go first.
+
+    Attributes:
+        directory: of the step there.
+        number: that the names of its files get, see numbered_name(); None: the first that is free.
+        place: of this rank, if it is by way of its node; None: straight home.
+    """
+
+    directories: StepDirectories
+    directory: Path
+    number: int | None = None
+    place: NodePlace | None = None
+
+
+class NodeLevel:
+    """
+    Args:
+        home: to which they are carried.
+        keep: how many stay there; None: all.
+    """
+
+    def __init__(
+        self, tier: Tier, home: StepDirectories, rank: int, world_size: int, keep: int | None, options: Options
+    ) -> None:
+        self.tier = tier
+        self.entered = False
+        self.bypass = None if tier.required else BypassVote(options.max_in_flight, self._why_not)
+        self._home = home
+        self._rank = rank
+        self._world_size = world_size
+        self._keep = keep
+        self._options = options
+        self._locked = False  # whether this rank has locked the disk
+        self._bytes = 0  # of the last save, on this node
+        self._highest = ""  # step that was saved, or lay somewhere when this was entered
+        self._base = 0  # names of files that lie beside others have numbers above it
+        self._off = ""  # why this tier is not used at all
+        self._storage: NodeStorage | None = None
+        self._directories: StepDirectories | None = None
+        self._place: NodePlace | None = None
+        self._watch: HomeWatch | None = None
+        self._pace = TrainingPace(self._is_draining)
+
+    # ---- at the first save -----------------------------------------------------------------------------------------
+
+    def look(self, run: str, token: str) -> bytes:
+        """What this rank tells rank 0. The rank that locks the disk removes what a crash left there, before any rank writes.
+
+        Args:
+            run: names the job, see publish_lock.py.
+            token: of rank 0, see StepDirectories.
+        """
+        try:
+            said = self._look(run, token)
+        except (CheckpointError, OSError) as error:
+            said = _Said(refusal=str(error))
+        return json.dumps(dataclasses.asdict(said)).encode()
+
+    def _look(self, run: str, token: str) -> _Said:
+        if self._storage is None or self._directories is None:
+            storage = NodeStorage(self.tier, self._home.path, run)
+            options = self._options
+            directories = StepDirectories(storage.root, None, shared=self._world_size > 1, max_in_flight=options.max_in_flight)
+            storage.make()
+            for warning in warnings_about(self.tier.path, self._home.path) if self._rank == 0 else ():
+                logger.warning("%s", warning)
+            self._storage, self._directories = storage, directories
+        self._directories.token = token
+        self._directories.look_for_restore()  # what lies there may be of a line that was given up
+        if not self._locked:
+            with contextlib.suppress(InUseError):  # of another rank, or of a job that should be gone: rank 0 finds out
+                self._directories.claim(0, 0.0)
+                self._locked = True
+        found = self._storage.survey()
+        return _Said(identity(self.tier.path), self._locked, found.highest_step_name, found.highest_sequence)
+
+    def arrange(self, answers: Sequence[bytes], run: str) -> dict[str, Any]:
+        """On rank 0: who is on which node, and where numbers go on.
+
+        Args:
+            answers: of look(), in the order of ranks.
+            run: as there.
+        """
+        found = [_Said(**json.loads(answer)) for answer in answers]
+        nodes: dict[str, list[int]] = {}
+        for rank, said in enumerate(found):
+            if said.refusal:
+                return {"off": f"rank {rank}: {said.refusal}"}
+            nodes.setdefault(said.node, []).append(rank)
+        for ranks in nodes.values():
+            if not any(found[rank].locked for rank in ranks):
+                return {"off": f"another job is saving to the disk of rank {ranks[0]}: end that one first"}
+        step, sequence = self._home.highest()
+        steps, sequences = [step, *(said.step for said in found)], [sequence, *(said.sequence for said in found)]
+        sequences.append(highest_on_its_way(self._home.path, run))  # of a node whose disk is another one now
+        return {"nodes": list(nodes.values()), "step": max(steps), "sequence": max(sequences)}
+
+    def enter(self, said: dict[str, Any]) -> None:
+        """
+        Args:
+            said: by rank 0, from arrange().
+
+        Raises:
+            PeerError: a node's disk cannot be used, and the tier is required.
+            StorageError: this one cannot be written to.
+        """
+        if "off" in said:
+            if self.tier.required:
+                raise PeerError(f"the disks of the nodes, which are required, cannot be used: {said['off']}", ())
+            self._off = said["off"]
+            logger.warning("saves go straight home: the disks of the nodes cannot be used: %s", self._off)
+            self.entered = True
+            return
+        assert self._storage is not None
+        nodes = [tuple(ranks) for ranks in said["nodes"]]
+        number = next(number for number, ranks in enumerate(nodes) if self._rank in ranks)
+        self._place = NodePlace(number, len(nodes), nodes[number])
+        self._highest, self._base = said["step"], said["sequence"]
+        self._home.number_above(said["sequence"])
+        drain = None
+        if self.leads:
+            self._storage.describe_node(
+                number,
+                len(nodes),
+                self._world_size,
+                nodes[number],
+                home_keep=self._keep,
+                direct_io=self._options.direct_io,
+                pids=this_process(),
+            )
+            drain = DrainProcess(self._storage.root)
+            drain.ensure()
+            self._pace.begin(self._storage.pace)
+            follow(self._pace)
+        self._watch = HomeWatch(self._storage, drain)
+        self.entered = True
+
+    # ---- each save -------------------------------------------------------------------------------------------------
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes for its node what is the same on all ranks."""
+        assert self._place is not None
+        return self._place.ranks[0] == self._rank
+
+    def route(self, task: SaveTask, number: int) -> Route:
+        """Of save `number`; to be called once for each, on all ranks, which take the same.
+
+        A step that may lie somewhere already, here or at home, gets names that none of its files has.
+
+        Raises:
+            SkippedError, DeadlineError: the disk is full, and the tier says that nothing else is to be done then.
+        """
+        name = task.path.name
+        is_new = name > self._highest
+        self._highest = max(name, self._highest)
+        files = 1 if is_new else self._base + number + 2
+        task.tiers = {NODE: concurrent.futures.Future()}
+        if not self._takes(task, number):
+            return Route(self._home, task.path, files)
+        self._wait_for_room(name)
+        assert self._directories is not None and self._storage is not None
+        return Route(self._directories, self._storage.root / name, files, self._place)
+
+    def _takes(self, task: SaveTask, number: int) -> bool:
+        """Whether it goes by way of the nodes."""
+        assert task.step is not None
+        bypassed = self.bypass is not None and self.bypass.reason(number)
+        return not self._off and not bypassed and self.tier.wants(task.step, None)
+
+    def _wait_for_room(self, name: str) -> None:
+        """As the tier says what is to be done if its disk is full.
+
+        Raises:
+            SkippedError, DeadlineError: there is none.
+        """
+        if self.tier.when_full == "through" or not self._why_not():
+            return
+        if self.tier.when_full == "skip":
+            raise SkippedError(f"'{name}' was not saved: {self._why_not()}")
+        end = time.monotonic() + self._options.timeout_s
+        while why := self._why_not():
+            if time.monotonic() > end:
+                raise DeadlineError(f"'{name}' was not saved: {why}, after {self._options.timeout_s} s")
+            time.sleep(_LOOK_S)
+
+    def _why_not(self) -> str:
+        """Why the disk takes no more saves. One rank of each node looks."""
+        if self._storage is None or not self.leads or self._storage.has_room((self._options.max_in_flight + 1) * self._bytes):
+            return ""
+        return f"'{self._storage.root}' has no room for more: home takes checkpoints more slowly than they are saved"
+
+    def carry(self, task: SaveTask, sequence: int, directory: Path) -> None:
+        """The nodes have a save.
+
+        Args:
+            sequence: of the commit.
+            directory: of the step, on the node.
+        """
+        assert self._watch is not None and self._storage is not None and task.step is not None
+        if self.leads:
+            manifest = manifests.read_if_any(directory)
+            self._bytes = 0 if manifest is None else sum(file.bytes for file in filter(self._holds, manifest.files))
+            self._storage.wake()
+        task.reach(NODE, directory)
+        self._watch.watch(sequence, task.step, directory.name, task.succeed, task.fail)
+
+    def _is_draining(self) -> bool:
+        return self._watch is not None and self._watch.awaits_any
+
+    def _holds(self, file: FileEntry) -> bool:
+        return self._place is not None and self._place.holds(file)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """What is not home yet is brought by the drain, all the same."""
+        unfollow(self._pace)
+        self._pace.close()
+        if self._watch is not None:
+            self._watch.close(0.0)
+        if self._directories is not None:
+            self._directories.release()

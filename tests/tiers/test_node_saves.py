@@ -1,0 +1,217 @@
+"""Saves that land on the disks of nodes: real ranks, real drains, kills. A node is a directory that its ranks share."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from dist import commit_worker
+from drain_points import RUN_POINTS, SPREAD_POINTS
+from nursery import Child, Ended, Nursery
+from support import patience
+
+from ckpt.tiers.drain_process import DrainProcess
+
+MOST_RANKS = 4
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    nurseries = [Nursery(optimizer=True) for _ in range(MOST_RANKS)]
+    yield nurseries
+    for nursery in nurseries:
+        nursery.__exit__()
+
+
+class Told:
+    """What one rank said."""
+
+    def __init__(self, ended: Ended) -> None:
+        self.ended = ended
+        found = re.search(r"^found (-?\d+) (\S+) (-?\d+)$", ended.stdout, re.MULTILINE)
+        self.found = (int(found[1]), found[2], int(found[3])) if found else None
+        self.landed = {int(step): Path(path) for step, path in re.findall(r"^landed (\d+) (.*)$", ended.stdout, re.MULTILINE)}
+        self.durable = [int(step) for step in re.findall(r"^durable (\d+)$", ended.stdout, re.MULTILINE)]
+        failed = re.findall(r"^failed (\d+) (\w+): (.*)$", ended.stdout, re.MULTILINE)
+        self.failed = {int(step): (kind, text) for step, kind, text in failed}
+
+
+class Job:
+    """A job on several nodes.
+
+    Args:
+        nodes: for each rank, the number of its node.
+    """
+
+    def __init__(self, nurseries: list[Nursery], path: Path, nodes: list[int]) -> None:
+        self.home = path / "home"
+        self.nodes = [path / f"node-{number}" for number in nodes]
+        self._nurseries = nurseries
+
+    def start(self, *each: dict[str, Any], **common: Any) -> list[Child]:
+        children = []
+        for rank, node in enumerate(self.nodes):
+            request = {"directory": str(self.home), "rank": rank, "world": len(self.nodes), "node": str(node)}
+            request |= common | (each[rank] if each else {})
+            children.append(self._nurseries[rank].start(f"from dist import commit_worker; commit_worker.main({request!r})"))
+        return children
+
+    def run(self, *each: dict[str, Any], **common: Any) -> list[Told]:
+        told = [Told(child.wait()) for child in self.start(*each, **common)]
+        for rank in told:
+            assert rank.ended.returncode == 0, rank.ended.stderr
+        return told
+
+
+Make = Callable[..., Job]
+
+
+@pytest.fixture
+def make(nurseries: list[Nursery], tmp_path: Path) -> Iterator[Make]:
+    yield lambda *nodes: Job(nurseries, tmp_path, list(nodes))
+    end_drains(tmp_path)
+
+
+def end_drains(directory: Path) -> None:
+    """Those that outlive their job, because home is far behind."""
+    for lock in directory.glob("node-*/*/.drain.lock"):
+        drain = DrainProcess(lock.parent)
+        while drain.runs():
+            signed = re.match(r"process (\d+) on ", lock.read_text())
+            if signed is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(signed[1]), signal.SIGKILL)
+            time.sleep(0.01)
+
+
+EXPECTED: dict[int, str] = {}
+
+
+def expected_digest(step: int) -> str:
+    if not EXPECTED:
+        torch.set_num_threads(1)  # as in the ranks: sums are rounded otherwise with more
+        trainer = commit_worker.Trainer()
+        for _ in range(20):
+            trainer.advance()
+            EXPECTED[trainer.step] = commit_worker.digest(trainer.state())
+    return EXPECTED[step]
+
+
+def assert_at_home(job: Job, step: int) -> None:
+    folder = job.home / f"step-{step:012d}"
+    manifest = json.loads((folder / "manifest.json").read_text())
+    kinds = [(file["kind"], file["rank"]) for file in manifest["files"]]
+    assert sorted(kinds) == sorted([("replicated", 0), *(("rank", rank) for rank in range(len(job.nodes)))])
+    for file in manifest["files"]:
+        state = torch.load(folder / file["name"])
+        if file["kind"] == "rank":
+            assert (state["rank"], state["step"]) == (file["rank"], step)
+
+
+@pytest.mark.parametrize("nodes", [[0, 1], [0, 0], [0, 1, 0, 1]], ids=str)
+def test_saves_land_on_the_nodes_and_come_home(make: Make, nodes: list[int]) -> None:
+    job = make(*nodes)
+    told = job.run()
+    for rank, each in enumerate(told):
+        assert [*each.landed] == [0, 1, 2] and each.durable[-1] == 2 and not each.failed, each.ended
+        assert all(path.is_relative_to(job.nodes[rank]) for path in each.landed.values())
+    assert_at_home(job, 2)
+    manifests = {(path / "manifest.json").read_bytes() for path in (each.landed[2] for each in told)}
+    assert len(manifests) == 1, "all nodes have the same"
+
+
+SLOW_HOME = {"tier": {"rate": 50_000}, "wait": False, "options": {"drain_timeout_s": 0.2}}
+IMPATIENT: dict[str, Any] = {
+    "options": {"commit_timeout_s": patience(3.0), "timeout_s": patience(8.0)},
+    "patience": 1,
+    "wait": False,
+}
+ALL_RANKS = ["before-rename", "renamed", "receipt-written", "receipt-renamed", "prepared"]
+LEADERS = ["manifest-written", "manifest-renamed", "tidied"]
+
+
+def assert_resumes(job: Job, least: int, **common: Any) -> list[Told]:
+    """The next run finds what was promised, or something newer, the same on all ranks; and it comes home."""
+    told = job.run(steps=1, **common)
+    found = {each.found for each in told}
+    step = next(iter(found))[0] if len(found) == 1 else None
+    assert step is not None and step >= least, found
+    assert step < 0 or found == {(step, expected_digest(step), step)}
+    return told
+
+
+POINTS = [(point, rank) for rank in (0, 1) for point in (*ALL_RANKS, *LEADERS)]
+POINTS += [(point, 0) for point in ("published", *RUN_POINTS)] + [(point, 1) for point in SPREAD_POINTS]
+FEW = [
+    ("receipt-renamed", 1),
+    ("prepared", 0),
+    ("manifest-renamed", 0),
+    ("manifest-renamed", 1),
+    ("spread", 1),
+]
+
+
+@pytest.mark.parametrize(
+    ("point", "rank"), [pytest.param(*each, marks=[] if each in FEW else pytest.mark.slow) for each in POINTS]
+)
+def test_a_rank_is_killed(make: Make, point: str, rank: int) -> None:
+    """What had landed is found again, with what the drains have brought home meanwhile."""
+    job = make(0, 1)
+    killed = {"crash_point": point, "crash_skip": 0 if point in RUN_POINTS else 1}
+    told = [Told(child.wait()) for child in job.start(*[killed if each == rank else {} for each in (0, 1)], **IMPATIENT)]
+    assert told[rank].ended.returncode == -9, told[rank].ended
+    assert_resumes(job, max(max(each.landed, default=-1) for each in told))
+    assert_at_home(job, max(int(path.name[5:]) for path in job.home.glob("step-*")))
+
+
+def test_a_job_that_is_killed_goes_on_from_the_nodes(make: Make) -> None:
+    """Home is far behind."""
+    job = make(0, 1)
+    told = job.run(**SLOW_HOME)
+    assert all([*each.landed] == [0, 1, 2] for each in told)
+    assert not (job.home / "step-000000000002").exists()
+    assert_resumes(job, 2, **SLOW_HOME)
+
+
+def test_the_disk_of_a_node_is_lost(make: Make) -> None:
+    """Its ranks read from home what the others read from their nodes; what only the nodes had is lost with it."""
+    job = make(0, 1)
+    job.run()
+    shutil.rmtree(job.nodes[1])
+    assert_resumes(job, 2)
+
+
+def test_a_node_is_full(make: Make) -> None:
+    """Saves go straight home, until there is room again."""
+    job = make(0, 1)
+    told = job.run(steps=6, tier={"max_bytes": 4_000_000, "keep": 1})
+    for each in told:
+        assert not each.failed and [*each.landed] == [*range(6)]
+        assert any(path.is_relative_to(job.home) for path in each.landed.values()), "it is too small for three"
+    assert_at_home(job, 5)
+    assert_resumes(job, 5)
+
+
+def test_a_disk_of_a_node_fails(make: Make) -> None:
+    """The save that meets it fails; the next one that begins behind it goes home; then the disk is tried again."""
+    job = make(0, 1)
+    fault = {"call": "pwritev", "path_part": "node-1", "error": errno.EIO, "count": -1}
+    told = job.run({}, {"plan": {"1": {"fault": fault}}}, steps=6)
+    for rank, each in enumerate(told):
+        assert [*each.failed] == [1], each.ended
+        where = {step: path.is_relative_to(job.nodes[rank]) for step, path in each.landed.items()}
+        assert where == {0: True, 2: True, 3: False, 4: True, 5: True}
+    assert_at_home(job, 5)
