@@ -34,7 +34,7 @@ class Case:
         variant: "plain", "pipeline" or "moe".
         offload, frozen, tied: the optimizer's state in host memory; a layer that does not learn; one weight in two places.
         muon: matrices are updated by DeepSpeed's Muon.
-        own_adam: by DeepSpeed's compiled Adam, CPUAdam with `offload` and FusedAdam without, not by torch's.
+        own_adam: by DeepSpeed's compiled Adam, CPUAdam with `offload`, FusedAdam without; with `muon`, the rest.
         restless: some parameters are changed by forward.
         expert_ranks: over how many ranks the experts of a "moe" are spread.
         same_buffers: all ranks have the same values in their buffers, as resuming with ZeRO 0 to 2 needs: rank 0's are saved.
@@ -197,10 +197,11 @@ def configuration(case: Case) -> dict[str, Any]:
     precision = {"bf16": {"enabled": case.precision == "bf16"}, "fp16": {"enabled": case.precision == "fp16"}}
     if case.precision == "fp16":
         precision["fp16"] |= {"initial_scale_power": 8, "loss_scale_window": 2}
-    optimizer = {"type": "AdamW", "params": {"lr": 1e-2, "torch_adam": not case.own_adam}}
+    optimizer: dict[str, Any] = {"type": "AdamW", "params": {"lr": 1e-2}}
     if case.muon:
         optimizer = {"type": "Muon", "params": {"lr": 1e-2, "momentum": 0.9, "ns_method": "standard"}}
         zero |= {"reduce_scatter": False}
+    optimizer["params"]["torch_adam"] = not case.own_adam  # of Muon too: it leaves biases and norms to Adam
     return {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": ACCUMULATE,

@@ -52,6 +52,7 @@ CASES = [
     *(case("own_step", muon=True, **zero) for zero in ZERO),
     *(case("whole_step", precision=precision, **MUON) for precision in ("fp32", "fp16", "bf16")),
 ]
+OWN_ADAM = [case("own_step", muon=True, own_adam=True, **zero) for zero in ZERO]  # DeepSpeed compiles it when it is first used
 NAMES: Fields = {"name": "names", "mode": "unfenced", "engine": "enable", "stage": 1}
 
 
@@ -64,9 +65,23 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     return Writes(tmp_path_factory.mktemp("writes"), 2, [*CASES, NAMES])
 
 
+@pytest.fixture(scope="module")
+def own_adam(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+    return Writes(tmp_path_factory.mktemp("adam"), 2, OWN_ADAM)
+
+
 @pytest.mark.parametrize("name", [fields["name"] for fields in CASES])
 def test_what_writes_to_the_state_waits_for_what_was_saved(name: str, ranks: Outcomes) -> None:
-    found = ranks[name]
+    assert_fenced(ranks[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [fields["name"] for fields in OWN_ADAM])
+def test_so_does_a_step_with_an_optimizer_that_deepspeed_compiles(name: str, own_adam: Outcomes) -> None:
+    assert_fenced(own_adam[name])
+
+
+def assert_fenced(found: list[Fields]) -> None:
     assert any(rank["changed"] and rank["files"] for rank in found), "nothing was written to"
     for rank in found:
         assert (rank["raised"], rank["wait"], rank["differences"]) == (None, None, [])
