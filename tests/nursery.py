@@ -17,7 +17,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, NoReturn
 
 from deadlines import patience
 from places import PYTHONPATH
@@ -78,16 +78,31 @@ class Nursery:
     """
 
     def __init__(self, optimizer: bool = False, sharded: bool = False, drain: bool = False) -> None:
-        self.socket, theirs = socket.socketpair()
         wishes = [*["--optimizer"] * optimizer, *["--sharded"] * sharded, *["--drain"] * drain]
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno()), *wishes],
+        self._begin(__file__, *wishes)
+
+    def _begin(self, script: str, *wishes: str, **environment: str) -> None:
+        with self._connect() as theirs:
+            self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+                [sys.executable, script, str(theirs.fileno()), *wishes],
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": PYTHONPATH},
+                env=os.environ | {"PYTHONPATH": PYTHONPATH} | environment,
             )
+
+    def _connect(self) -> socket.socket:
+        """The nursery's end."""
+        self.socket, theirs = socket.socketpair()
         self._lines = self.socket.makefile("rb", buffering=0)
         self.socket.settimeout(DEADLINE_S + 30)
+        return theirs
+
+    def another(self) -> Nursery:
+        """Forked from this one, without imports of its own. It ends before this one, which must have no child now."""
+        made = Nursery.__new__(Nursery)
+        made._process = None
+        with made._connect() as theirs:
+            socket.send_fds(self.socket, [json.dumps({}).encode()], [theirs.fileno()])
+        return made
 
     def start(self, program: str, *arguments: str) -> Child:
         output, errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
@@ -110,14 +125,22 @@ class Nursery:
         self.socket.shutdown(socket.SHUT_RDWR)
         self._lines.close()
         self.socket.close()
-        assert self._process.wait(DEADLINE_S) == 0
+        assert self._process is None or self._process.wait(DEADLINE_S) == 0, "it has ended badly, or one forked from it"
 
 
 @contextlib.contextmanager
-def sharding_nurseries(count: int) -> Iterator[list[Nursery]]:
-    """One for each rank of jobs with sharded models."""
+def nurseries_of_ranks(count: int, **wishes: bool) -> Iterator[list[Nursery]]:
+    """One for each rank of a job. Sets have another order on odd ranks than on even ones, as on ranks that nobody forks."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Nursery(optimizer=True, sharded=True)) for _ in range(count)]
+        made = [stack.enter_context(Nursery(**wishes)) for _ in range(min(count, 2))]
+        for rank in range(2, count):
+            made.append(stack.enter_context(made[rank % 2].another()))
+        yield made
+
+
+def sharding_nurseries(count: int) -> contextlib.AbstractContextManager[list[Nursery]]:
+    """For jobs with sharded models."""
+    return nurseries_of_ranks(count, optimizer=True, sharded=True)
 
 
 # ---- the nursery's side ----------------------------------------------------------------------------------------------
@@ -164,24 +187,38 @@ def freeze() -> None:
     gc.freeze()
 
 
-def serve(requests: socket.socket) -> str | None:
-    """In the nursery: None, at the end. In a child: its program."""
-    while True:
-        message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 2)
-        if not message:
-            return None
-        pid = os.fork()
-        if pid == 0:
+def serve(number: int) -> str:
+    """What comes through the socket of this number. Returns in children only: the program."""
+    with socket.socket(fileno=number) as requests:
+        others: list[int] = []
+        while True:
+            message, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 2)
+            if not message:
+                end(others)
             request = json.loads(message)
-            for number, descriptor in enumerate(descriptors, start=1):
-                os.dup2(descriptor, number)
+            pid = os.fork()
+            if pid == 0:
+                break
+            for descriptor in descriptors:
                 os.close(descriptor)
-            sys.argv[1:] = request["arguments"]
-            return str(request["program"])
-        for descriptor in descriptors:
-            os.close(descriptor)
-        requests.sendall(b"%d\n" % pid)
-        requests.sendall(b"%d\n" % os.waitpid(pid, 0)[1])
+            if not request:
+                others.append(pid)
+                continue
+            requests.sendall(b"%d\n" % pid)
+            requests.sendall(b"%d\n" % os.waitpid(pid, 0)[1])
+    if not request:
+        return serve(descriptors[0])
+    for standard, descriptor in enumerate(descriptors, start=1):
+        os.dup2(descriptor, standard)
+        os.close(descriptor)
+    sys.argv[1:] = request["arguments"]
+    return str(request["program"])
+
+
+def end(others: list[int]) -> NoReturn:
+    """Of a nursery, once those have ended that were forked from it. It has nothing to finalise."""
+    statuses = [os.waitpid(pid, 0)[1] for pid in others]
+    os._exit(1 if any(statuses) else 0)
 
 
 if __name__ == "__main__":
@@ -191,8 +228,6 @@ if __name__ == "__main__":
     if "--sharded" in sys.argv:
         import_sharding()
     freeze()
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        program = serve(requests)
-    if program is not None:
-        nursery, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
-        exec(compile(program, "program", "exec"), vars(sys.modules["__main__"]))
+    program = serve(int(sys.argv[1]))
+    nursery, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    exec(compile(program, "program", "exec"), vars(sys.modules["__main__"]))

@@ -6,6 +6,7 @@ fault; and the next save works.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -18,8 +19,9 @@ from typing import Any
 
 import pytest
 import torch
+from background import Result, side_by_side
 from dist import commit_worker
-from nursery import Child, Ended, Nursery
+from nursery import Child, Ended, Nursery, nurseries_of_ranks
 from support import stop, wait_until
 
 MOST_RANKS = 3
@@ -36,17 +38,17 @@ RANK_0_ONLY = [
     "removal-begun",
 ]
 
-IMPATIENT: dict[str, Any] = {"options": {"commit_timeout_s": commit_worker.SHORT_S}, "patience": 1}
+LANES = 6  # jobs of two ranks side by side: the one that is left waits for most of the time
+IMPATIENT: dict[str, Any] = {"commit_timeout_s": commit_worker.SHORT_S}
+LEFT_ALONE: dict[str, Any] = {"options": {"commit_timeout_s": 2 * commit_worker.SHORT_S}, "patience": 1}
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True) for _ in range(MOST_RANKS)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
+    with nurseries_of_ranks(MOST_RANKS, optimizer=True) as made:
+        yield made
 
 
 class Told:
@@ -88,11 +90,19 @@ Run = Callable[..., list[Told]]
 
 @pytest.fixture
 def start(nurseries: list[Nursery], tmp_path: Path) -> Start:
-    return lambda *each, world=2, **common: Job(nurseries, tmp_path, world, list(each), **common)
+    return starter(nurseries, tmp_path)
+
+
+def starter(nurseries: list[Nursery], directory: Path) -> Start:
+    return lambda *each, world=2, **common: Job(nurseries, directory, world, list(each), **common)
 
 
 @pytest.fixture
 def run(start: Start) -> Run:
+    return runner(start)
+
+
+def runner(start: Start) -> Run:
     def run(*each: dict[str, Any], **common: Any) -> list[Told]:
         told = start(*each, **common).end()
         for rank in told:
@@ -322,40 +332,62 @@ def assert_survived(told: Told, victim: int) -> None:
     assert all(kind == "PeerError" and f"rank {victim}" in text for kind, text in told.failed.values()), told.failed
 
 
-@pytest.mark.parametrize(("point", "victim"), [(p, v) for p in ALL_RANKS for v in (0, 1)] + [(p, 0) for p in RANK_0_ONLY])
-def test_a_rank_is_killed_at_any_point(point: str, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
-    crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
-    job = start(*crashes, steps=7, keep=2, **IMPATIENT)
-    told = job.end()
-    assert told[victim].ended.returncode == -signal.SIGKILL
-    assert_survived(told[1 - victim], victim)
-    durable = max([-1, *told[0].durable, *told[1].durable])
-    assert assert_whole(tmp_path, 2) >= durable >= 0
-    assert_goes_on(run, tmp_path, durable)
-
-
 GROUP_POINTS = [(point, victim) for point in ("data-durable", "prepared") for victim in (0, 1)]
 GROUP_POINTS += [(point, 0) for point in ("shares-written", "manifest-renamed", "published")]
 
 
+@pytest.fixture(scope="module")
+def begun(
+    nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Result]:
+    expected_digest(0)  # once, before there are threads
+    with contextlib.ExitStack() as stack:
+        lanes = [[stack.enter_context(nursery.another()) for nursery in nurseries[:2]] for _ in range(LANES)]
+        bodies = {
+            "test_a_rank_is_killed_at_any_point": killed_at_a_point,
+            "test_a_rank_of_a_process_group_is_killed": killed_at_a_point_with_a_process_group,
+            "test_a_rank_is_killed_at_any_moment": killed_at_a_moment,
+        }
+        yield stack.enter_context(side_by_side(request, bodies, lanes, tmp_path_factory))
+
+
+@pytest.mark.parametrize(("point", "victim"), [(p, v) for p in ALL_RANKS for v in (0, 1)] + [(p, 0) for p in RANK_0_ONLY])
+def test_a_rank_is_killed_at_any_point(point: str, victim: int, begun: Result, request: pytest.FixtureRequest) -> None:
+    begun(request)
+
+
 @pytest.mark.parametrize(("point", "victim"), GROUP_POINTS)
-def test_a_rank_of_a_process_group_is_killed(point: str, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
+def test_a_rank_of_a_process_group_is_killed(point: str, victim: int, begun: Result, request: pytest.FixtureRequest) -> None:
     """Which agrees by the store of torch.distributed, whose server dies with rank 0."""
-    crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
-    told = start(*crashes, steps=7, coordinator="torch", port=free_port(), **IMPATIENT).end()
-    assert told[victim].ended.returncode == -signal.SIGKILL
-    assert_survived(told[1 - victim], victim)
-    durable = max([-1, *told[0].durable, *told[1].durable])
-    assert assert_whole(tmp_path, 2) >= durable >= 0
-    assert_goes_on(run, tmp_path, durable)
+    begun(request)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("delay_s", [0.0, 0.02, 0.05, 0.1, 0.2])
-def test_a_rank_is_killed_at_any_moment(delay_s: float, victim: int, start: Start, run: Run, tmp_path: Path) -> None:
-    job = start(steps=38, wait=False, keep=3, **IMPATIENT)
+def test_a_rank_is_killed_at_any_moment(delay_s: float, victim: int, begun: Result, request: pytest.FixtureRequest) -> None:
+    begun(request)
+
+
+def killed_at_a_point(lane: list[Nursery], directory: Path, point: str, victim: int, **more: Any) -> None:
+    start = starter(lane, directory)
+    crashes = [{"crash_point": point if rank == victim else "", "crash_skip": 2} for rank in range(2)]
+    told = start(*crashes, steps=7, **(more or {"keep": 2}), **LEFT_ALONE).end()
+    assert told[victim].ended.returncode == -signal.SIGKILL
+    assert_survived(told[1 - victim], victim)
+    durable = max([-1, *told[0].durable, *told[1].durable])
+    assert assert_whole(directory, 2) >= durable >= 0
+    assert_goes_on(runner(start), directory, durable)
+
+
+def killed_at_a_point_with_a_process_group(lane: list[Nursery], directory: Path, point: str, victim: int) -> None:
+    killed_at_a_point(lane, directory, point, victim, coordinator="torch", port=free_port())
+
+
+def killed_at_a_moment(lane: list[Nursery], directory: Path, delay_s: float, victim: int) -> None:
+    start = starter(lane, directory)
+    job = start(steps=38, wait=False, keep=3, **LEFT_ALONE)
     deadline = time.monotonic() + 30
-    while not committed(tmp_path) and time.monotonic() < deadline:
+    while not committed(directory) and time.monotonic() < deadline:
         time.sleep(0.005)
     time.sleep(delay_s)
     os.kill(job.children[victim].pid, signal.SIGKILL)
@@ -363,15 +395,15 @@ def test_a_rank_is_killed_at_any_moment(delay_s: float, victim: int, start: Star
     if told[victim].ended.returncode == -signal.SIGKILL and told[1 - victim].failed:
         assert_survived(told[1 - victim], victim)
     newest = max([-1, *told[0].durable, *told[1].durable])
-    assert assert_whole(tmp_path, 2) >= newest
-    assert_goes_on(run, tmp_path, newest)
+    assert assert_whole(directory, 2) >= newest
+    assert_goes_on(runner(start), directory, newest)
 
 
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_path: Path) -> None:
     """The others miss it and train on; when it comes back, saves work again."""
     slowly = {str(step): {"sleep_s": 0.25} for step in range(16)}
-    job = start(steps=16, plan=slowly, options=IMPATIENT["options"])
+    job = start(steps=16, plan=slowly, options=IMPATIENT)
     wait_until(lambda: bool(committed(tmp_path)), what="the first checkpoint")
     stop(job.children[victim].pid)
     try:

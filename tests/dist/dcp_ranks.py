@@ -114,7 +114,7 @@ class Again:
         self.request = request
         self.root, self.rank = Path(request["directory"]), request["rank"]
         self.by_parts = request["way"] == "parts"
-        limits = {"commit_timeout_s": 2.0 if request["crash_point"] else patience(20.0)}
+        limits = {"commit_timeout_s": 3.0 if request["crash_point"] else patience(20.0)}
         dcp.configure(options(**limits))
         self.group = td.new_group(backend="gloo") if self.by_parts else None
         self.trained = sharded_states.fsdp(request["world"])

@@ -2,30 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from places import PYTHONPATH
-from nursery import DEADLINE_S, Nursery, freeze, serve, warm_up
+from nursery import Nursery, freeze, serve, warm_up
 
 
 class DeepSpeedNursery(Nursery):
     def __init__(self) -> None:
-        self.socket, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=os.environ
-                | {"PYTHONPATH": PYTHONPATH}
-                | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-            )
-        self._lines = self.socket.makefile("rb", buffering=0)
-        self.socket.settimeout(DEADLINE_S + 30)
+        self._begin(__file__, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
 
 
 def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int) -> str:
@@ -48,7 +35,4 @@ if __name__ == "__main__":
 
     warm_up()
     freeze()
-    with socket.socket(fileno=int(sys.argv[1])) as requests:
-        program = serve(requests)
-    if program is not None:
-        exec(program, {})
+    exec(serve(int(sys.argv[1])), {})

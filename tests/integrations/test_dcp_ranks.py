@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import json
 import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
+from background import Result, side_by_side
 from dist import sharded_states
-from nursery import Ended, Nursery
+from nursery import Ended, Nursery, sharding_nurseries
 from places import TESTS
 from support import DEADLINE_S
 from torch.distributed.checkpoint import FileSystemReader
@@ -22,28 +26,31 @@ READERS = TESTS / "dist"
 RUNS = [(case, world) for case, (_, worlds) in sharded_states.CASES.items() for world in worlds]
 ALL_RANKS = ["preallocated", "chunks-written", "data-durable", "before-rename", "renamed", "prepared"]
 RANK_0_ONLY = ["metadata-written", "metadata-renamed", "manifest-renamed", "published", "tidied"]
+NUMBERS = itertools.count()
 OF_PARTS = ["chunks-written", "data-durable", "before-rename", "renamed"]
 
 pytestmark = pytest.mark.usefixtures("native")
-
-
-@pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True, sharded=True) for _ in range(4)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
 
 
 Start = Callable[..., list[Ended]]
 
 
 @pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    with sharding_nurseries(4) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
 def start(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> Start:
-    numbers = iter(range(1000))
+    return starter(nurseries, tmp_path_factory)
+
+
+def starter(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> Start:
+    """What starts a job, whose ranks are children of these, and waits for its end."""
 
     def start(work: str, directory: Path, world: int, *each: dict[str, Any], **common: Any) -> list[Ended]:
-        meeting = tmp_path_factory.getbasetemp() / f"meeting-{next(numbers)}"
+        meeting = tmp_path_factory.getbasetemp() / f"meeting-{next(NUMBERS)}"
         children = []
         for rank in range(world):
             request = {"work": work, "directory": str(directory), "meeting": str(meeting), "rank": rank, "world": world}
@@ -113,12 +120,14 @@ class Reader:
     def __init__(self) -> None:
         command = [sys.executable, str(READERS / "dcp_reader.py")]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd="/")
+        self._one_at_a_time = threading.Lock()
 
     def find(self, directory: Path) -> int:
         """The number of the state that it is, bit for bit."""
         candidates = sorted(map(str, directory.parent.glob("expected-*.pt")))
-        print(json.dumps({"directory": str(directory), "candidates": candidates}), file=self._input, flush=True)
-        answer = json.loads(self._output.readline())
+        with self._one_at_a_time:
+            print(json.dumps({"directory": str(directory), "candidates": candidates}), file=self._input, flush=True)
+            answer = json.loads(self._output.readline())
         assert "error" not in answer, answer["error"]
         return int(re.findall(r"\d+", answer["found"])[0])
 
@@ -165,24 +174,45 @@ KILLS += [("parts", point, victim) for point in OF_PARTS for victim in (0, 1)]
 KILLS += [("parts", point, 0) for point in ("metadata-written", "metadata-renamed", "manifest-renamed")]
 
 
+LANES = 6  # jobs side by side: the rank that is left waits for most of the time
+
+
+@pytest.fixture(scope="module")
+def begun(
+    nurseries: list[Nursery], reader: Reader, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Iterator[Result]:
+    def killed(start: Start, directory: Path, **case: Any) -> None:
+        killed_while_an_id_is_saved_again(start, reader, directory, **case)
+
+    with contextlib.ExitStack() as stack:
+        pairs = [[stack.enter_context(nursery.another()) for nursery in nurseries[:2]] for _ in range(LANES)]
+        lanes = [starter(pair, tmp_path_factory) for pair in pairs]
+        bodies = {"test_killed_while_an_id_is_saved_again": killed}
+        yield stack.enter_context(side_by_side(request, bodies, lanes, tmp_path_factory))
+
+
 @pytest.mark.parametrize(("way", "point", "victim"), KILLS)
 def test_killed_while_an_id_is_saved_again(
-    way: str, point: str, victim: int, start: Start, reader: Reader, tmp_path: Path
+    way: str, point: str, victim: int, begun: Result, request: pytest.FixtureRequest
 ) -> None:
     """Readers of torch find the one or the other, never a mixture, and the next save clears up."""
-    ended_well(start("again", tmp_path, 2, way=way))
+    begun(request)
+
+
+def killed_while_an_id_is_saved_again(start: Start, reader: Reader, directory: Path, way: str, point: str, victim: int) -> None:
+    ended_well(start("again", directory, 2, way=way))
     each = [{"crash_point": point if rank == victim else "none"} for rank in (0, 1)]
-    told = start("again", tmp_path, 2, *each, first=1, way=way)
+    told = start("again", directory, 2, *each, first=1, way=way)
     assert told[victim].returncode == -signal.SIGKILL, told[victim].stderr
-    found = reader.find(tmp_path / "id")
+    found = reader.find(directory / "id")
     assert found in (0, 1)
     if any(each == {"durable": 1} for each in said(told[1 - victim])):
         assert found == 1, "called durable, and not there"
     if point in (*ALL_RANKS, "metadata-written") and (point, victim) != ("prepared", 1):  # then rank 0 has its word
         assert found == 0
-    ended_well(start("again", tmp_path, 2, first=2, way=way))
-    assert reader.find(tmp_path / "id") == 2
-    assert_nothing_left(tmp_path / "id")
+    ended_well(start("again", directory, 2, first=2, way=way))
+    assert reader.find(directory / "id") == 2
+    assert_nothing_left(directory / "id")
 
 
 @pytest.mark.parametrize("way", ["ours", "parts"])
