@@ -66,7 +66,7 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, seed=st.integers(0, 1 << 32))
 @example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 0, 0, 2, 2, 0.001, 0.001, 64, True, False, False), 1)
 @example(
@@ -78,6 +78,18 @@ CASES = st.builds(
 @example(Case((90_000,) * 40, (LAZY,), (1, 0, HOST), 260 * KIB, 65536, 1, MIB, 0, 3, 2, 0.001, 0.001, 0, True, True, True), 5)
 @pytest.mark.usefixtures("native")
 def test_the_file_holds_the_bytes_of_the_call(cuda: FakeCuda, tmp_path: Path, case: Case, seed: int) -> None:
+    assert_file_holds_the_bytes(cuda, tmp_path, case, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=600, deadline=None, suppress_health_check=list(HealthCheck))
+@given(case=CASES, seed=st.integers(0, 1 << 32))
+@pytest.mark.usefixtures("native")
+def test_the_file_holds_the_bytes_of_the_call_in_many_cases(cuda: FakeCuda, tmp_path: Path, case: Case, seed: int) -> None:
+    assert_file_holds_the_bytes(cuda, tmp_path, case, seed)
+
+
+def assert_file_holds_the_bytes(cuda: FakeCuda, tmp_path: Path, case: Case, seed: int) -> None:
     cuda.configure(seed=seed, most_delay_s=case.delay_s)
     torch.manual_seed(seed)
     streams = {0: DEFAULT_STREAM, 1: DEFAULT_STREAM} if case.default_stream else None

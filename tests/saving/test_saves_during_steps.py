@@ -351,8 +351,9 @@ def test_a_hook_behind_ours_writes(native: Any, tmp_path: Path) -> None:
     assert not step_is_running()
 
 
+@pytest.mark.parametrize("saves", [10, pytest.param(200, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", NESTED)
-def test_saves_at_random_moments_of_steps_within_steps(kind: str, native: Any, tmp_path: Path) -> None:
+def test_saves_at_random_moments_of_steps_within_steps(kind: str, saves: int, native: Any, tmp_path: Path) -> None:
     weights, optimizer = nested(kind)
     choose, end = random.Random(kind), threading.Event()
     optimizer.meeting = lambda: time.sleep(choose.uniform(0, 0.003))
@@ -365,7 +366,7 @@ def test_saves_at_random_moments_of_steps_within_steps(kind: str, native: Any, t
     thread = threading.Thread(target=train)
     thread.start()
     try:
-        for _ in range(40):
+        for _ in range(saves):
             native.set_fault("pwritev", delay_s=choose.choice([0.0, 0.001, 0.003]))
             time.sleep(choose.uniform(0, 0.005))
             pending = ckpt.save(weights, tmp_path / "x.pt", options=options(arena_bytes="16MiB"))
