@@ -1,7 +1,7 @@
 """The package as a user meets it: an sdist, wheels built from it and from a checkout, and an editable install.
 
-Everything is built in copies, without network, from the packages that are already installed. One release build and at
-most one development build are compiled; what a second build of the same kind needs is carried over from the first.
+Everything is built in copies, without network, from the packages that are already installed, of objects that the checkout
+has: those of a development build. Of a release build one file is compiled; with `-m slow` wheels are those of a release.
 """
 
 import importlib.util
@@ -62,6 +62,20 @@ print(json.dumps({
 """
 
 
+HOOKS = "csrc/bindings/files.cc"  # binds the fault hooks
+# Compiles that file only: the objects of all others are empty, and nothing is linked. Notes what it is called with.
+COMPILER = """#!{python}
+import os, subprocess, sys
+
+arguments = sys.argv[1:]
+with open({log!r}, "a") as log:
+    log.write(" ".join(arguments) + "\\n")
+if {only!r} in arguments:
+    sys.exit(subprocess.call([{real!r}, *arguments]))
+open(arguments[arguments.index("-o") + 1], "w").close()
+"""
+
+
 class Installed(NamedTuple):
     """What a fresh interpreter reports about an installed package, after a save and a load with it."""
 
@@ -95,12 +109,12 @@ def copy_tree(to: Path) -> Path:
 def carry_objects(source: Path, to: Path) -> None:
     """Compiled objects keep their times, so the build in `to` uses those that are newer than its sources."""
     for objects in source.glob("build/native-*"):
-        shutil.copytree(objects, to / "build" / objects.name)
+        shutil.copytree(objects, to / "build" / objects.name, dirs_exist_ok=True)
 
 
-def build_wheel(tree: Path, to: Path) -> Path:
+def build_wheel(tree: Path, kind: str, to: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", to, tree)
-    run(*pip, cwd=tree.parent)
+    run(*pip, cwd=tree.parent, **({} if kind == "release" else {"LAZYCKPT_BUILD": kind}))
     (wheel,) = to.glob("lazyckpt-*.whl")
     return wheel
 
@@ -144,15 +158,21 @@ def unpacked(sdist: Path, place: Path) -> Path:
     return top
 
 
-@pytest.fixture(scope="module")
-def wheel_from_sdist(unpacked: Path, place: Path) -> Path:
-    return build_wheel(unpacked, place / "wheel-from-sdist")
+@pytest.fixture(scope="module", params=["dev", pytest.param("release", marks=pytest.mark.slow)])
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
 
 
 @pytest.fixture(scope="module")
-def release(wheel_from_sdist: Path, place: Path) -> Installed:
-    site = install_wheel(wheel_from_sdist, place / "release-site")
-    return try_out(sys.executable, place / "release-run", PYTHONPATH=str(site))
+def wheel_from_sdist(unpacked: Path, kind: str, place: Path) -> Path:
+    carry_objects(ROOT, unpacked)
+    return build_wheel(unpacked, kind, place / f"wheel-from-sdist-{kind}")
+
+
+@pytest.fixture(scope="module")
+def installed(wheel_from_sdist: Path, kind: str, place: Path) -> Installed:
+    site = install_wheel(wheel_from_sdist, place / f"{kind}-site")
+    return try_out(sys.executable, place / f"{kind}-run", PYTHONPATH=str(site))
 
 
 @pytest.fixture(scope="module")
@@ -195,21 +215,23 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel_from_sdist: Path) -> Non
     assert len(licenses) == 1
 
 
-def test_wheel_from_sdist_works(release: Installed, wheel_from_sdist: Path, place: Path) -> None:
-    site = place / "release-site"
-    assert release.ckpt == site / "ckpt" / "__init__.py"
-    assert release.integrations == site / "ckpt" / "integrations" / "__init__.py"
-    assert release.native.parent == site / "ckpt"
-    assert wheel_from_sdist.name.startswith(f"lazyckpt-{release.version}-")
+def test_wheel_from_sdist_works(installed: Installed, wheel_from_sdist: Path, kind: str, place: Path) -> None:
+    site = place / f"{kind}-site"
+    assert installed.ckpt == site / "ckpt" / "__init__.py"
+    assert installed.integrations == site / "ckpt" / "integrations" / "__init__.py"
+    assert installed.native.parent == site / "ckpt"
+    assert wheel_from_sdist.name.startswith(f"lazyckpt-{installed.version}-")
 
 
-def test_wheel_from_checkout_is_the_same_and_works(tree: Path, unpacked: Path, wheel_from_sdist: Path, place: Path) -> None:
+def test_wheel_from_checkout_is_the_same_and_works(
+    tree: Path, unpacked: Path, wheel_from_sdist: Path, kind: str, place: Path
+) -> None:
     carry_objects(unpacked, tree)
-    wheel = build_wheel(tree, place / "wheel-from-checkout")
+    wheel = build_wheel(tree, kind, place / f"wheel-from-checkout-{kind}")
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(wheel_from_sdist) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())
-    site = install_wheel(wheel, place / "checkout-site")
-    found = try_out(sys.executable, place / "checkout-run", PYTHONPATH=str(site))
+    site = install_wheel(wheel, place / f"checkout-{kind}-site")
+    found = try_out(sys.executable, place / f"checkout-{kind}-run", PYTHONPATH=str(site))
     assert found.ckpt == site / "ckpt" / "__init__.py"
     assert found.integrations == site / "ckpt" / "integrations" / "__init__.py"
 
@@ -221,17 +243,36 @@ def test_editable_install_works(editable: Installed, place: Path) -> None:
     assert editable.native.parent == tree / "ckpt"
 
 
-def test_fault_hooks_are_in_development_builds_only(release: Installed, editable: Installed) -> None:
+def test_fault_hooks_are_in_development_builds_only(installed: Installed, kind: str, editable: Installed) -> None:
     hooks = {"set_fault", "clear_faults", "set_crash_point", "override_io_limits"}
     assert hooks <= set(editable.native_names)
-    assert hooks.isdisjoint(release.native_names)
+    assert hooks <= set(installed.native_names) if kind == "dev" else hooks.isdisjoint(installed.native_names)
 
 
-def test_native_module_needs_only_what_a_plain_machine_has(release: Installed, editable: Installed) -> None:
+def test_a_release_build_compiles_without_fault_hooks(editable: Installed, place: Path) -> None:
+    """The file that binds them; of the others it is seen with what they would be compiled."""
+    tree, log, compiler = copy_tree(place / "release-flags"), place / "commands", place / "compiler"
+    real = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log), only=HOOKS, real=real))
+    compiler.chmod(0o755)
+    to = ("--build-lib", place / "no-module")
+    run(sys.executable, "setup.py", "build_ext", *to, cwd=tree, CC=str(compiler), CXX=str(compiler))
+    commands = [line.split() for line in log.read_text().splitlines()]
+    compiled = {command[command.index("-c") + 1]: command for command in commands if "-c" in command}
+    assert compiled.keys() == {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*.cc")}
+    for command in compiled.values():
+        assert {"-O2", "-DNDEBUG", "-fvisibility-inlines-hidden"} <= set(command) and "-UNDEBUG" not in command
+        assert not any("FAULT_HOOKS" in argument for argument in command)
+    (made,) = tree.glob(f"build/native-release-*/{HOOKS}".removesuffix(".cc") + ".o")
+    assert b"set_fault" in editable.native.read_bytes()
+    assert made.stat().st_size > 0 and b"set_fault" not in made.read_bytes()
+
+
+def test_native_module_needs_only_what_a_plain_machine_has(installed: Installed, editable: Installed) -> None:
     if shutil.which("readelf") is None:
         pytest.skip("readelf is not installed (package binutils)")
-    for installed in (release, editable):
-        output = run("readelf", "--wide", "--dynamic", installed.native, cwd=installed.native.parent)
+    for native in (installed.native, editable.native):
+        output = run("readelf", "--wide", "--dynamic", native, cwd=native.parent)
         needed = re.findall(r"\(NEEDED\).*\[(.*)\]", output)
         assert needed, output
         assert [name for name in needed if not PLAIN_LIBRARIES.fullmatch(name)] == []
@@ -246,10 +287,10 @@ def paths_that_python_links_with() -> list[str]:
     )
 
 
-def test_native_module_exports_only_its_entry(release: Installed) -> None:
+def test_native_module_exports_only_its_entry(installed: Installed) -> None:
     if shutil.which("nm") is None:
         pytest.skip("nm is not installed (package binutils)")
-    output = run("nm", "-D", "--defined-only", release.native, cwd=release.native.parent)
+    output = run("nm", "-D", "--defined-only", installed.native, cwd=installed.native.parent)
     # The weak ones are instances of the standard library's templates, which every C++ library exports.
     strong = [line.split()[-1] for line in output.splitlines() if line.split()[-2] in "TDBR"]
     assert [name for name in strong if name not in ("_init", "_fini")] == ["PyInit__native"]
