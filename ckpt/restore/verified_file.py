@@ -15,7 +15,9 @@ _KEPT_PIECES = 4  # of which a part was read: the next read may be beside it
 
 
 class VerifiedFile(io.RawIOBase):
-    """
+    """Once a read has failed, each later one raises the same error, at once: torch's reader calls read() while the error of
+    readinto() is still set, and with Python 3.13 the next builtin that is called makes a SystemError of it.
+
     Raises:
         CorruptError: there are no checksums, or they are those of another file; or, from reads, a piece has changed.
         OSError: it cannot be read.
@@ -27,6 +29,7 @@ class VerifiedFile(io.RawIOBase):
         self._file: io.FileIO | None = None
         self._at = 0
         self._pieces: OrderedDict[int, bytes] = OrderedDict()
+        self._failure: CorruptError | OSError | None = None
         beside = checksums_path(path)
         try:
             self._checksums = PieceChecksums.parse(beside.read_bytes())
@@ -41,7 +44,7 @@ class VerifiedFile(io.RawIOBase):
             raise CorruptError(f"'{path}' has {size} bytes; its checksums are of {self._checksums.file_bytes}")
 
     def close(self) -> None:
-        file, self._file = self._file, None
+        file, self._file, self._failure = self._file, None, None  # its traceback knows this file
         if file is not None:
             file.close()
         super().close()
@@ -64,6 +67,15 @@ class VerifiedFile(io.RawIOBase):
 
     def readinto(self, buffer: bytearray | memoryview, /) -> int:  # type: ignore[override]
         """Fills all of it, but at the end of the file."""
+        if self._failure is not None:
+            raise self._failure
+        try:
+            return self._fill(buffer)
+        except (CorruptError, OSError) as error:
+            self._failure = error
+            raise
+
+    def _fill(self, buffer: bytearray | memoryview) -> int:
         wanted = memoryview(buffer).cast("B")
         wanted = wanted[: max(0, self._checksums.file_bytes - self._at)]
         size, done = self._checksums.piece_bytes, 0
