@@ -114,3 +114,33 @@ def test_copies_of_device_memory_are_waited_for(tmp_path: Path, monkeypatch: pyt
     found = {"weight": torch.zeros(300, 300), "bias": torch.zeros(300)}
     stock.load(found, checkpoint_id=str(tmp_path / "id"), no_dist=True)
     assert torch.equal(found["weight"], model.weight) and torch.equal(found["bias"], model.bias)
+
+
+VIEWS: dict[str, Callable[[], torch.Tensor]] = {
+    "whole": lambda: torch.randn(4, 5),
+    "transposed": lambda: torch.randn(40, 60).t(),
+    "column": lambda: torch.randn(50, 50)[:, 3],
+    "gaps": lambda: torch.randn(6, 8)[1:, 2:5],
+    "expanded": lambda: torch.randn(4, 1)[1:].expand(3, 5),
+    "windows": lambda: torch.randn(20).unfold(0, 4, 2),
+    "channels": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)[:, :, 1:],
+    "empty": lambda: torch.randn(3, 4)[:, :0],
+    "scalar": lambda: torch.randn(3)[1],
+    "conjugated": lambda: torch.randn(3, 4, dtype=torch.complex64)[:, 1:3].conj(),
+    "negative": lambda: torch._neg_view(torch.randn(3, 4)[:, 1:3]),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+}
+
+
+@pytest.mark.parametrize("kind", VIEWS)
+def test_a_copy_lies_in_its_memory_as_the_tensor_does(kind: str) -> None:
+    """torch 2.15 notes the strides of what is staged, and with its own stagers those are what they were."""
+    tensor = VIEWS[kind]()
+    kept = staged.StagedTensors([tensor], options())
+    (copy,) = kept.tensors
+    kept.release()
+    assert copy is not tensor and copy.dtype == tensor.dtype and torch.equal(copy.to_dense(), tensor.to_dense())
+    if tensor.layout is torch.strided and tensor.numel() > 0:
+        assert copy.untyped_storage().data_ptr() != tensor.untyped_storage().data_ptr()
+        if kind not in ("conjugated", "negative"):
+            assert copy.stride() == tensor.stride() and copy.storage_offset() == 0
