@@ -333,13 +333,30 @@ _spec_parts = operator.attrgetter("mesh", "placements", "tensor_meta")
 
 def spec_parts(spec: Any) -> tuple[Any, Any, Any] | None:
     """Of what a DTensor says of its place: its mesh, its placements, and what has the shape of the whole. None if this torch
-    has other names for them.
+    has other names for them, and if that is not all that it says.
     """
     try:
         found: tuple[Any, Any, Any] = _spec_parts(spec)
     except AttributeError:
         return None
-    return found if hasattr(found[2], "shape") else None
+    return found if hasattr(found[2], "shape") and _is_cut_in_order(spec) else None
+
+
+def is_cut_in_order(tensor: Any) -> bool:
+    """Whether each dimension of a DTensor that is sharded over several dimensions of the mesh is cut over the first of them
+    first, as its placements say. Newer torch can keep another order beside them, though nothing that is public makes one.
+    """
+    return _is_cut_in_order(getattr(tensor, _SPEC, None))
+
+
+def _is_cut_in_order(spec: Any) -> bool:
+    if spec is None or len(spec.placements) < 2:
+        return True
+    for entry in getattr(spec, "shard_order", None) or ():
+        dims = getattr(entry, "mesh_dims", ())
+        if len(dims) > 1 and list(dims) != sorted(dims):
+            return False
+    return True
 
 
 def root_mesh(mesh: Any) -> Any:

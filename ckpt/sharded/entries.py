@@ -94,6 +94,11 @@ class EntryFinder:
 
     def _sharded_entry(self, key: str, tensor: Any) -> Entry:
         mesh, shape = tensor.device_mesh, tuple(tensor.shape)
+        if not torch_private.is_cut_in_order(tensor):
+            raise RefusedValue(
+                f"cannot save '{key}' of sharded=: it is cut over the dimensions of its mesh in another order than that of its "
+                f"placements {tensor.placements}, which do not tell then what each rank holds. Redistribute it before saving"
+            )
         name = (shape, id(mesh), tuple(map(kind_of, tensor.placements)))
         found = self._parts.get(name)
         if found is None:

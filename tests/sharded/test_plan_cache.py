@@ -302,6 +302,23 @@ def test_a_shard_in_strides_is_another_place(rank: int, monkeypatch: pytest.Monk
     assert warm.anew == 3
 
 
+def test_another_order_of_cutting_is_refused(rank: int) -> None:
+    """Of which placements say nothing: each part would be written to the place of another one, as torch itself does it."""
+    entry = getattr(torch.distributed.tensor._dtensor_spec, "ShardOrderEntry", None)
+    if entry is None:
+        pytest.skip("this torch has one order of cutting")
+    mesh, warm = init_device_mesh("cpu", (2, 2)), planner(rank)
+    usual = part(mesh, 2, 3, placements=[Shard(0), Shard(0)])
+    assert expect_same(warm, rank, {"tensor": usual})
+    spec = usual._spec
+    other = DTensorSpec(spec.mesh, spec.placements, tensor_meta=spec.tensor_meta, shard_order=(entry(0, (1, 0)),))
+    tensor: DTensor = DTensor(usual._local_tensor, other, requires_grad=False)  # type: ignore[abstract]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"cannot save 'tensor' of sharded=: it is cut over .* in another order"):
+            warm.plan({"tensor": tensor}, lazy_storages(True), EAGER_BYTES, False)
+    assert expect_same(warm, rank, {"tensor": usual})
+
+
 @pytest.mark.parametrize("names", [("wrapper_names", lambda: None), ("_spec_parts", operator.attrgetter("no_such_name"))])
 def test_a_torch_with_other_names_is_planned_for_anew(
     rank: int, names: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
