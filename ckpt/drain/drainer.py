@@ -141,7 +141,8 @@ class Drainer:
                 self._settle(home)
                 opened = [sequence for sequence in home.opened() if self._node.nodes > 1 and not home.has_receipt(sequence)]
             except CheckpointError as error:
-                self._home_failed(error)
+                newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
+                self._home_failed(error, None if newest is None else self._journals[newest.sequence])
         rules = Rules(self._node, self._times_at_home)
         wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
         self._supersede(generations, wanted)

@@ -84,6 +84,8 @@ def test_home_is_away_for_a_while(tmp_path: Path) -> None:
         wait_for(lambda: job.steps_on() == [7, 8], drain)
         assert not job.home.exists(), "what is not mounted is not written to"
         assert [job.state(sequence) for sequence in range(2, 7)] == ["superseded"] * 5
+        # Who waits for the newest finds the cause in its journal.
+        wait_for(lambda: (newest := job.journal(job.sequence)) is not None and newest.errno == errno.ENOENT, drain)
         away.rename(job.home)
         wait_for(lambda: job.state(8) == "committed", drain)
         wait_for(lambda: job.state(7) in ("superseded", "committed"), drain)
