@@ -68,12 +68,13 @@ class Drainer:
             once: only until nothing is left that can be done now.
 
         Raises:
-            InUseError: another drain is at work here.
+            InUseError: another drain is at work here, and somebody trains; with `once`, one that nobody trains beside is waited
+                for, since it ends by itself.
             NotACheckpointError: the directory is none of a run.
             StorageError: it cannot be written to.
         """
         self._node = nodes.read(self._root)
-        self._lock.acquire()
+        self._take_lock(once)
         try:
             durable.make_directory(self._root / FOLDER, durable=True)
             self._retention.remove_retired()
@@ -92,6 +93,15 @@ class Drainer:
             self.failed = self._has_failed()
         finally:
             self._lock.release()
+
+    def _take_lock(self, once: bool) -> None:
+        while True:
+            try:
+                return self._lock.acquire()
+            except InUseError:
+                if not once or self._stop.requested or self._node.is_trained():
+                    raise
+                self._stop.sleep(_POLL_S)
 
     def _has_failed(self) -> bool:
         committed = [journal.sequence for journal in self._journals.values() if journal.state == COMMITTED]

@@ -113,6 +113,16 @@ def test_a_second_one_says_who_is_at_work(tmp_path: Path) -> None:
     drain_well(job.roots[0])
 
 
+def test_behind_a_job_its_drain_is_waited_for(tmp_path: Path) -> None:
+    """As a script does that may end only when all is home."""
+    job = Job(tmp_path)
+    job.save(1, 12 * MiB)
+    with Drain(job.roots[0], ["--rate", "4MiB/s"]) as first:
+        wait_for(lambda: job.state(1) == "copying", first)
+        assert drain_once(job.roots[0]).returncode == 0
+        assert job.state(1) == "committed" and first.wait().returncode == 0
+
+
 def test_asked_to_end_it_ends_within_a_file_and_goes_on_there(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.save(1, 24 * MiB)
