@@ -76,7 +76,7 @@ def free_port() -> int:
 
 
 def run_jobs(which: str, sizes: list[int], root: Path, names: list[str] | None = None) -> dict[int, list[dict[str, Line]]]:
-    """What each rank reports, by scenario, for jobs of so many ranks, one after the other."""
+    """What each rank reports, by scenario, for jobs of so many ranks: at once, but those of MPI one after the other."""
     jobs = []
     for size in sizes:
         directory = root / str(size)
@@ -125,25 +125,28 @@ def root() -> Iterator[Path]:
         yield Path(made)
 
 
-Jobs = dict[str, "Future[dict[int, list[dict[str, Line]]]]"]
+Jobs = dict[tuple[str, int], "Future[dict[int, list[dict[str, Line]]]]"]
 
 
 @pytest.fixture(scope="module")
 def pool() -> Iterator[ThreadPoolExecutor]:
     """What has processes of its own runs beside the rest: it waits more than it works."""
-    with ThreadPoolExecutor(3) as made:
+    with ThreadPoolExecutor(4) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
 def jobs(root: Path, pool: ThreadPoolExecutor) -> Jobs:
-    """All jobs that conform, those of one implementation one after the other."""
-    futures = {}
+    """All jobs that conform. Ranks are stopped, killed or idle for much of the time, and processes of ours are forked."""
+    futures: Jobs = {}
     for which in ("file", "torch", "mpi", "local"):
         (root / which).mkdir()
-        if which != "mpi" or not why_no_mpi():
-            sizes = [size for name, size in GROUPS if name == which]
-            futures[which] = pool.submit(run_jobs, which, sizes, root / which)
+        if which == "mpi" and why_no_mpi():
+            continue
+        sizes = [size for name, size in GROUPS if name == which]
+        for some in [[size] for size in sizes] if which == "mpi" else [sizes]:
+            future = pool.submit(run_jobs, which, some, root / which)
+            futures |= {(which, size): future for size in some}
     return futures
 
 
@@ -170,7 +173,7 @@ def assert_went_well(reports: list[dict[str, Line]], name: str) -> None:
 def test_conforms(jobs: Jobs, which: str, size: int, name: str) -> None:
     if which == "mpi" and why_no_mpi():
         pytest.skip(why_no_mpi())
-    assert_went_well(jobs[which].result()[size], name)
+    assert_went_well(jobs[which, size].result()[size], name)
 
 
 def crash_and_run_again(place: Path) -> list[dict[str, Line]]:

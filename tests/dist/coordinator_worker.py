@@ -466,8 +466,8 @@ def main(which: str, names: list[str]) -> None:
         os._exit(0)  # the ends of MPI and gloo wait for the dead
 
 
-def run_job(which: str, size: int, directory: str, port: int, names: list[str]) -> None:
-    """Forks the ranks of a job and waits for them."""
+def start_job(which: str, size: int, directory: str, port: int, names: list[str]) -> list[int]:
+    """Forks the ranks of a job."""
     children = []
     for rank in range(size):
         pid = os.fork()
@@ -475,8 +475,7 @@ def run_job(which: str, size: int, directory: str, port: int, names: list[str]) 
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             run_rank(which, directory, names)
         children.append(pid)
-    for pid in children:
-        os.waitpid(pid, 0)
+    return children
 
 
 def run_rank(which: str, directory: str, names: list[str]) -> None:
@@ -494,7 +493,7 @@ RANK = -1
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "--jobs":
-        for job in sys.argv[2:]:
-            run_job(*json.loads(job))
+        for pid in [pid for job in sys.argv[2:] for pid in start_job(*json.loads(job))]:
+            os.waitpid(pid, 0)
     else:
         run_rank(sys.argv[1], sys.argv[2], sys.argv[3:])
