@@ -28,7 +28,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Of two processes that share the files, none is to get a long one last.
 LONGEST = (
-    "test_packaging.py",
+    "test_dcp_ranks.py",
     "test_crash.py",
     "test_commit.py",
     "test_drain_kills.py",
@@ -54,6 +54,7 @@ LONGEST = (
     "test_shared_read.py",
     "test_ranks_apart.py",
     "test_hostile.py",
+    "test_packaging.py",
 )
 
 
