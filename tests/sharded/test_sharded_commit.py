@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as td
 from nursery import Child, Ended, Nursery, sharding_nurseries
 from support import stop, wait_until
-from test_commit import ALL_RANKS, IMPATIENT, RANK_0_ONLY
+from test_commit import ALL_RANKS, IMPATIENT, LEFT_ALONE, RANK_0_ONLY
 
 from ckpt import _native
 from ckpt.directory.sharded_files import PieceChecksums
@@ -179,7 +179,7 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
     slowly = {str(step): {"sleep_s": 0.25, "still": True} for step in range(16)}
     # Of a store that is a file a rank may hold the lock when it is stopped, and then nobody has a deadline.
     store = td.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    children = start(steps=16, plan=slowly, options=IMPATIENT["options"], port=store.port)
+    children = start(steps=16, plan=slowly, options=IMPATIENT, port=store.port)
     wait_until(lambda: any((tmp_path / "steps").glob("step-*/manifest.json")), what="the first checkpoint")
     stop(children[victim].pid)
     try:
@@ -204,8 +204,8 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
 def test_killed_at_a_crash_point(point: str, victim: int, run: Run, tmp_path: Path) -> None:
     """The step before stands, or the step itself, whole, on all ranks; and the next job finds nothing in its way."""
     first = ended_well(run(steps=2))
-    killed = {"crash_point": point, "crash_skip": 0, **IMPATIENT}
-    told = run(*[killed if rank == victim else IMPATIENT for rank in range(2)], first=2, steps=1)
+    killed = {"crash_point": point, "crash_skip": 0, **LEFT_ALONE}
+    told = run(*[killed if rank == victim else LEFT_ALONE for rank in range(2)], first=2, steps=1)
     assert told[victim].ended.returncode == -signal.SIGKILL, told[victim].ended.stderr
     again = ended_well(run(first=5, steps=1))
     found = int(again[0].found[0][0])
@@ -223,7 +223,7 @@ def test_killed_at_a_crash_point(point: str, victim: int, run: Run, tmp_path: Pa
 def test_killed_while_a_step_is_saved_again(point: str, run: Run, tmp_path: Path) -> None:
     """For torch the step is one or the other, and for us the same, as soon as somebody saves."""
     first = ended_well(run(steps=2))
-    told = run({"crash_point": point, **IMPATIENT}, IMPATIENT, first=1, steps=1)
+    told = run({"crash_point": point, **LEFT_ALONE}, LEFT_ALONE, first=1, steps=1)
     assert told[0].ended.returncode == -signal.SIGKILL, told[0].ended.stderr
     between = ended_well(run(first=5, steps=0))
     assert between[0].found == between[1].found and between[0].found[0][0] == "1"
