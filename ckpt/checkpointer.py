@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -41,13 +42,13 @@ from ckpt.restore.restorer import Restorer
 from ckpt.saving.file_in_flight import FileInFlight, WriteShare
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
-from ckpt.saving.task import SaveTask
+from ckpt.saving.task import SaveTask, wait_landed
 from ckpt.session import SaveSession
 from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
-from ckpt.tiers.node_level import NodeLevel, Route, find_node_root
+from ckpt.tiers.node_level import NODE, NodeLevel, Route, find_node_root
 from ckpt.tiers.run_id import make_run
 from ckpt.tiers.tier import Tier, check_place, node_tier
 
@@ -172,6 +173,8 @@ class Checkpointer(SaveSession):
         call = SaveCall(self._saves, step, f"step {step}", where=directory, directory=directory)
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
+        if self._nodes is not None:
+            task.tiers[NODE] = concurrent.futures.Future()
         try:
             self._claim_directory(call)
             self._enter_nodes(call)
@@ -179,7 +182,7 @@ class Checkpointer(SaveSession):
             self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
         except BaseException as error:
             self._attend(task, call, error)
-            if not isinstance(error, (StorageError, DeadlineError)):
+            if not isinstance(error, (StorageError, DeadlineError, SkippedError)):
                 raise
             task.fail(error.with_traceback(None))  # whose frames would keep the state alive
         self._remember(task)
@@ -228,10 +231,14 @@ class Checkpointer(SaveSession):
                     self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), timeout_s)
                 raise
             if found is not None:
-                self._arranged = json.dumps(nodes.arrange(found, self._run)).encode()
+                try:
+                    self._arranged = json.dumps(nodes.arrange(found, self._run, call.step)).encode()
+                except CheckpointError as error:
+                    self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), timeout_s)
+                    raise
         answer = json.loads(self._coordinator.broadcast(key, self._arranged if self.rank == 0 else None, timeout_s))
         if "refusal" in answer:
-            raise PeerError(f"rank 0 does not know all nodes: {answer['refusal']}", (0,))
+            raise PeerError(f"rank 0 may not save by way of the nodes: {answer['refusal']}", (0,))
         nodes.enter(answer)
 
     def _route(self, task: SaveTask, call: SaveCall) -> Route:
@@ -362,7 +369,7 @@ class Checkpointer(SaveSession):
             self._pending.append(attended)
 
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
-        self._succeeded |= error is None
+        self._succeeded |= error is None or bool(task.tier_at)
         super()._note_done(number, task, error)
 
     def _release(self) -> None:
@@ -453,7 +460,10 @@ class Checkpointer(SaveSession):
         """When nothing reads or writes the targets any more."""
         if targets["into"] is not None and merge is not None:
             raise ValueError("restore() takes into= or merge=, not both: what merge() returns is loaded to new memory")
-        self._drain(self.options.drain_timeout_s)
+        if self._nodes is None:
+            self._drain(self.options.drain_timeout_s)
+        elif not wait_landed(self._pending, NODE, self.options.drain_timeout_s):
+            raise DeadlineError(f"saves of {self._what} have not landed after {self.options.drain_timeout_s} s")
         if any(target is not None for target in targets.values()):
             fence()
         return RestoreRequest(

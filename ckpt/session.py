@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import weakref
 from collections.abc import Iterable
 from types import TracebackType
@@ -63,6 +64,8 @@ class SaveSession:
         self._failed_in_a_row = 0
         self._raised_at = 0  # saves before this one were in flight when so many failures were raised
         self._last_failed: BaseException | None = None
+        self._failed_number = -1  # which save that was
+        self._noting = threading.RLock()  # one outcome at a time; a sink may save
 
     @property
     def rank(self) -> int:
@@ -157,15 +160,19 @@ class SaveSession:
             ) from cause
 
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
-        """The outcome of save `number`."""
-        self._count(number, task, error)
-        self._sinks.note(task, error, self.rank, self.world_size)
+        """The outcome of save `number`. Of saves that tiers carry on, another thread may tell."""
+        with self._noting:
+            self._count(number, task, error)
+            self._sinks.note(task, error, self.rank, self.world_size)
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         if error is None:
             self._failed_in_a_row = 0
-            self._last_failed = None
+            if number >= self._failed_number:
+                self._last_failed = None
         elif not isinstance(error, SkippedError):
-            self._failed_in_a_row += number >= self._raised_at
-            self._last_failed = self._unreported = error
+            # What has landed on a tier is a checkpoint there: training need not end for that.
+            self._failed_in_a_row += number >= self._raised_at and task.counts and not task.tier_at
+            self._last_failed, self._failed_number = error, number
+            self._unreported = error
             log_failure(task, error)

@@ -1,7 +1,7 @@
 """Which saves go straight home, past the disks of nodes: those for which one has no room, and some behind one that failed.
 
 All ranks must take the same way, and save() waits for nobody. So rank 0 says with the verdict on one save which way a later one
-takes: the one that cannot begin before this one is over, because only so many may be in flight.
+takes: the one whose save() cannot be called before this one is over, because only so many may be in flight.
 
 Behind a failure one save goes home, behind the next one two, then four: a disk that comes back is found again, and one that
 does not costs little.
@@ -70,8 +70,8 @@ class BypassVote:
         if (reason := said.get("bypass")) is None:
             return
         with self._lock:
-            self._said[number + self._ahead] = reason
-            for old in [old for old in self._said if old < number]:
+            self._said[number + self._ahead + 1] = reason
+            for old in [old for old in self._said if old < number - 1]:
                 del self._said[old]
         if reason != self._warned:
             if reason:

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from ckpt.directory import numbering
 from ckpt.directory.listing import LATEST
 from ckpt.directory.manifest import Manifest
 from ckpt.storage import durable, temporary_names
@@ -37,7 +38,7 @@ class Root:
         self._held: durable.Directory | None = None  # until make()
         self._numbering = threading.Lock()
         self._next_sequence: int | None = None  # guarded by _numbering
-        self._taken_elsewhere = 0  # numbers up to this one; guarded by _numbering
+        self._reserved: tuple[int, int] | None = None  # numbers above the first, up to the second; guarded by _numbering
 
     def make(self, *, synced: bool) -> None:
         """Makes it, if it is not there. From now on this is the one that is meant, whatever becomes of its name.
@@ -106,14 +107,30 @@ class Root:
         with self._numbering:
             if self._next_sequence is None:
                 self._next_sequence = max((manifest.sequence for _, manifest in find_committed()), default=0) + 1
-            self._next_sequence = max(self._next_sequence, self._taken_elsewhere + 1)
+            if self._reserved is not None:
+                base, last = self._reserved
+                self._next_sequence = max(self._next_sequence, base + 1)
+                if self._next_sequence > last:
+                    self._reserve(last)
             self._next_sequence += 1
             return self._next_sequence - 1
 
-    def number_above(self, sequence: int) -> None:
-        """Commits up to this number lie elsewhere, on their way here or given up."""
+    def reserve_numbers(self, above: int) -> int:
+        """From now on commits get numbers that no other job has: see numbering.py. Returns the one below the first.
+
+        Args:
+            above: the highest number that was come across, here or elsewhere.
+
+        Raises:
+            CorruptError, StorageError: as of numbering.reserve().
+        """
         with self._numbering:
-            self._taken_elsewhere = max(self._taken_elsewhere, sequence)
+            return self._reserve(above)
+
+    def _reserve(self, above: int) -> int:
+        base = numbering.reserve(self.path, above)
+        self._reserved = base, base + numbering.RESERVED
+        return base
 
     def sync(self) -> None:
         """Makes the directories in it durable."""

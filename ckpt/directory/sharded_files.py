@@ -12,6 +12,7 @@ old one, whose data files are still there, and the next job that saves mends it.
 from __future__ import annotations
 
 import array
+import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -83,8 +84,8 @@ def names_of(manifest: Manifest) -> set[str]:
 def mend(directory: Path, manifest: Manifest) -> None:
     """Lets `.metadata` be what the manifest names."""
     name = metadata_name(manifest)
-    if name is None or name == METADATA:
-        return
+    if name is None or name == METADATA or not os.path.lexists(directory / name):
+        return  # the last: it lies on another node
     content = (directory / name).read_bytes()
     try:
         if (directory / METADATA).read_bytes() == content:

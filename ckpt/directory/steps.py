@@ -32,7 +32,7 @@ from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.publishing import publish
 from ckpt.directory.retention import Retention
 from ckpt.directory.root import Root
-from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, numbered_name
+from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, numbered_name, step_name
 from ckpt.errors import CheckpointError, ClosedError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable
 
@@ -154,21 +154,46 @@ class StepDirectories:
             self._root.claim(timeout_s)
             try:
                 self._refuse_to_begin_again(step)  # which may have had saves in flight
-                with self._publishing():
-                    self._retention.remove_leftovers()  # before a byte is written: a full disk may be full of them
+                self._clean()
+                if publish_lock.is_home(self._directory):
+                    self._root.reserve_numbers(self.highest()[1])
             except BaseException:
                 self._root.lock.release()
                 raise
+
+    def _clean(self) -> None:
+        """Before a byte is written: a full disk may be full of what a crash has left."""
+        try:
+            with self._publishing():
+                self._retention.remove_leftovers()
+        except InUseError as error:
+            logger.warning("what a crash has left in '%s' is not removed now: %s", self._directory, error)
 
     def _refuse_to_begin_again(self, step: int) -> None:
         """A job that forgets to resume would begin at its first step, and retention would remove what was saved before."""
         newest = newest_after(self._directory, self._seen)
         if newest is not None and step <= newest.step:
-            raise CheckpointError(
-                f"step {step} was not saved: '{self._directory}' holds checkpoints that this job has not looked at, the newest "
-                f"of step {newest.step}, and saving lower steps beside them would replace or remove them. Call restore(), or "
-                "resume() of a callback, before the first save; or save into another directory; or move the old ones away"
-            )
+            raise self._unseen(step, f"'{self._directory}' holds checkpoints", f"step {newest.step}")
+
+    def refuse_unseen(self, step: int, highest: str, sequence: int) -> None:
+        """The same, of what lies on nodes.
+
+        Args:
+            highest: the name of the highest step there.
+            sequence: of the last commit there.
+
+        Raises:
+            CheckpointError: nobody has looked at that.
+        """
+        if sequence > self._seen and step_name(step) <= highest:
+            raise self._unseen(step, "disks of nodes hold checkpoints", highest)
+
+    def _unseen(self, step: int, what: str, newest: str) -> CheckpointError:
+        return CheckpointError(
+            f"step {step} was not saved: {what} that this job has not looked at, the newest of {newest}, and saving lower "
+            "steps beside them would replace or remove them. Call restore(), or resume() of a callback, before the first save; "
+            "or save into another directory; or move the old ones away"
+        )
 
     @contextlib.contextmanager
     def _claiming(self) -> Iterator[None]:
@@ -432,9 +457,9 @@ class StepDirectories:
         """The number of the next commit."""
         return self._root.take_sequence(lambda: self.committed().checkpoints)
 
-    def number_above(self, sequence: int) -> None:
-        """Commits up to this number lie on nodes: see Root."""
-        self._root.number_above(sequence)
+    def reserve_numbers(self, above: int) -> int:
+        """See Root. Of a directory that was claimed."""
+        return self._root.reserve_numbers(above)
 
     def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.

@@ -131,9 +131,12 @@ class SaveFinisher:
                 self._owed -= 1
                 self._ending += admitted
                 self._changed.notify_all()
-            if published is not None:
-                task.arrive(published)
-            elif error is not None:
+            try:
+                if published is not None:
+                    task.arrive(published)
+            except BaseException as caught:  # what is to carry it on refuses: this thread has other saves to end
+                error = caught.with_traceback(None)
+            if error is not None:
                 task.fail(error)
             task.clear_up()
             with self._changed:  # not before: the next save may need the space

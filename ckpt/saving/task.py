@@ -32,6 +32,7 @@ class SaveTask:
         carry: set by who publishes it on a tier that is not the last: called when that has been done, and sees to the rest.
         tiers: by name, those that it comes to on its way: where it lies there, once it does.
         tier_at: when it came to these.
+        counts: whether its failure is one more in a row; not if the next ones will go another way.
         afterwards: runs once whoever waits has the outcome: gives space back.
         started_at, durable_at: instants of `time.monotonic()`.
         save_s: seconds the caller has spent inside save().
@@ -54,6 +55,7 @@ class SaveTask:
         self.carry: Callable[[], None] | None = None
         self.tiers: dict[str, concurrent.futures.Future[Path]] = {}
         self.tier_at: dict[str, float] = {}
+        self.counts = True
         self.started_at = time.monotonic()
         self.durable_at: float | None = None
         self.save_s = 0.0
@@ -146,6 +148,12 @@ class SaveTask:
                 call()
         except Exception as error:
             logger.warning("clearing up behind the save to '%s' failed, its outcome stands: %s", self.path, error)
+
+
+def wait_landed(tasks: Iterable[SaveTask], tier: str, timeout: float | None) -> bool:
+    """Waits until all have come to a tier on their way, or failed; False if the timeout (seconds) came first."""
+    futures = [task.tiers.get(tier, task.future) for task in tasks]
+    return not concurrent.futures.wait(futures, timeout).not_done
 
 
 def wait_all(tasks: Iterable[SaveTask], timeout: float | None) -> bool:

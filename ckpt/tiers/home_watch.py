@@ -123,8 +123,14 @@ class HomeWatch:
             self._awaited[sequence] = _Awaited(sequence, step, name, done, fail)
             self._look_now = True
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError as error:  # too many threads, or the interpreter is shutting down
+                    del self._awaited[sequence]
+                    text = f"step {step} lies on the node, but nobody can wait for it to come home: {error}"
+                    raise ClosedError(text) from error
+                self._thread = thread
             self._changed.notify_all()
 
     def look_now(self) -> None:

@@ -8,7 +8,6 @@ carry     each save that the nodes have: the drain is woken, and watched until h
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -97,9 +96,13 @@ class NodeLevel:
     def __init__(
         self, tier: Tier, home: StepDirectories, rank: int, world_size: int, keep: int | None, options: Options
     ) -> None:
+        if tier.every is not None and not isinstance(tier.every, int):
+            raise ValueError(
+                f"Tier.every of a node's disk must be a number of steps, which is the same on all ranks, but is {tier.every!r}"
+            )
         self.tier = tier
         self.entered = False
-        self.bypass = None if tier.required else BypassVote(options.max_in_flight, self._why_not)
+        self._vote = BypassVote(options.max_in_flight, self._say)
         self._home = home
         self._rank = rank
         self._world_size = world_size
@@ -110,6 +113,7 @@ class NodeLevel:
         self._highest = ""  # step that was saved, or lay somewhere when this was entered
         self._base = 0  # names of files that lie beside others have numbers above it
         self._off = ""  # why this tier is not used at all
+        self._broken = ""  # why nothing may land on this node
         self._storage: NodeStorage | None = None
         self._directories: StepDirectories | None = None
         self._place: NodePlace | None = None
@@ -149,36 +153,46 @@ class NodeLevel:
         found = self._storage.survey()
         return _Said(identity(self.tier.path), self._locked, found.highest_step_name, found.highest_sequence)
 
-    def arrange(self, answers: Sequence[bytes], run: str) -> dict[str, Any]:
+    def arrange(self, answers: Sequence[bytes], run: str, step: int) -> dict[str, Any]:
         """On rank 0: who is on which node, and where numbers go on.
 
         Args:
             answers: of look(), in the order of ranks.
             run: as there.
+            step: to be saved first.
+
+        Raises:
+            CheckpointError: nobody has looked at what lies there; or numbers cannot be reserved at home.
         """
         found = [_Said(**json.loads(answer)) for answer in answers]
+        step_there, sequence = max(said.step for said in found), max(said.sequence for said in found)
+        self._home.refuse_unseen(step, step_there, sequence)
+        highest, newest = self._home.highest()
+        # What is on its way is of a node whose disk is another one now.
+        base = self._home.reserve_numbers(max(newest, sequence, highest_on_its_way(self._home.path, run)))
+        said_to_all: dict[str, Any] = {"step": max(highest, step_there), "sequence": base}
         nodes: dict[str, list[int]] = {}
         for rank, said in enumerate(found):
             if said.refusal:
-                return {"off": f"rank {rank}: {said.refusal}"}
+                return said_to_all | {"off": f"rank {rank}: {said.refusal}"}
             nodes.setdefault(said.node, []).append(rank)
         for ranks in nodes.values():
             if not any(found[rank].locked for rank in ranks):
-                return {"off": f"another job is saving to the disk of rank {ranks[0]}: end that one first"}
-        step, sequence = self._home.highest()
-        steps, sequences = [step, *(said.step for said in found)], [sequence, *(said.sequence for said in found)]
-        sequences.append(highest_on_its_way(self._home.path, run))  # of a node whose disk is another one now
-        return {"nodes": list(nodes.values()), "step": max(steps), "sequence": max(sequences)}
+                return said_to_all | {"off": f"another job is saving to the disk of rank {ranks[0]}: end that one first"}
+        return said_to_all | {"nodes": list(nodes.values())}
 
     def enter(self, said: dict[str, Any]) -> None:
-        """
+        """Safe to call again.
+
         Args:
             said: by rank 0, from arrange().
 
         Raises:
             PeerError: a node's disk cannot be used, and the tier is required.
-            StorageError: this one cannot be written to.
         """
+        if self.entered:
+            return
+        self._highest, self._base = said["step"], said["sequence"]
         if "off" in said:
             if self.tier.required:
                 raise PeerError(f"the disks of the nodes, which are required, cannot be used: {said['off']}", ())
@@ -186,29 +200,34 @@ class NodeLevel:
             logger.warning("saves go straight home: the disks of the nodes cannot be used: %s", self._off)
             self.entered = True
             return
-        assert self._storage is not None
         nodes = [tuple(ranks) for ranks in said["nodes"]]
         number = next(number for number, ranks in enumerate(nodes) if self._rank in ranks)
         self._place = NodePlace(number, len(nodes), nodes[number])
-        self._highest, self._base = said["step"], said["sequence"]
-        self._home.number_above(said["sequence"])
-        drain = None
-        if self.leads:
-            self._storage.describe_node(
-                number,
-                len(nodes),
+        assert self._storage is not None
+        drain = self._begin_drain(self._storage, self._place) if self.leads else None
+        self._watch = HomeWatch(self._storage, drain)
+        self.entered = True
+
+    def _begin_drain(self, storage: NodeStorage, place: NodePlace) -> DrainProcess | None:
+        """None: there can be none, and then nothing is to land."""
+        try:
+            storage.describe_node(
+                place.number,
+                place.count,
                 self._world_size,
-                nodes[number],
+                place.ranks,
                 home_keep=self._keep,
                 direct_io=self._options.direct_io,
                 pids=this_process(),
             )
-            drain = DrainProcess(self._storage.root)
-            drain.ensure()
-            self._pace.begin(self._storage.pace)
-            follow(self._pace)
-        self._watch = HomeWatch(self._storage, drain)
-        self.entered = True
+        except CheckpointError as error:
+            self._broken = str(error)
+            return None
+        drain = DrainProcess(storage.root)
+        drain.ensure()
+        self._pace.begin(storage.pace)
+        follow(self._pace)
+        return drain
 
     # ---- each save -------------------------------------------------------------------------------------------------
 
@@ -230,9 +249,9 @@ class NodeLevel:
         is_new = name > self._highest
         self._highest = max(name, self._highest)
         files = 1 if is_new else self._base + number + 2
-        task.tiers = {NODE: concurrent.futures.Future()}
         if not self._takes(task, number):
             return Route(self._home, task.path, files)
+        task.counts = self.bypass is None
         self._wait_for_room(name)
         assert self._directories is not None and self._storage is not None
         return Route(self._directories, self._storage.root / name, files, self._place)
@@ -240,8 +259,13 @@ class NodeLevel:
     def _takes(self, task: SaveTask, number: int) -> bool:
         """Whether it goes by way of the nodes."""
         assert task.step is not None
-        bypassed = self.bypass is not None and self.bypass.reason(number)
-        return not self._off and not bypassed and self.tier.wants(task.step, None)
+        bypass = self.bypass
+        return not self._off and not (bypass is not None and bypass.reason(number)) and self.tier.wants(task.step, None)
+
+    @property
+    def bypass(self) -> BypassVote | None:
+        """None: all saves take the same way."""
+        return None if self._off or self.tier.required else self._vote
 
     def _wait_for_room(self, name: str) -> None:
         """As the tier says what is to be done if its disk is full.
@@ -249,19 +273,28 @@ class NodeLevel:
         Raises:
             SkippedError, DeadlineError: there is none.
         """
-        if self.tier.when_full == "through" or not self._why_not():
+        if self.tier.when_full == "through" or not self._why_full():
             return
         if self.tier.when_full == "skip":
-            raise SkippedError(f"'{name}' was not saved: {self._why_not()}")
+            raise SkippedError(f"'{name}' was not saved: {self._why_full()}")
         end = time.monotonic() + self._options.timeout_s
-        while why := self._why_not():
+        while why := self._why_full():
             if time.monotonic() > end:
                 raise DeadlineError(f"'{name}' was not saved: {why}, after {self._options.timeout_s} s")
             time.sleep(_LOOK_S)
 
-    def _why_not(self) -> str:
+    def _say(self) -> str:
+        """Why saves are to go past the nodes, as this rank sees it. Raises nothing: the others wait for its answer."""
+        try:
+            return self._broken or (self._why_full() if self.tier.when_full == "through" else "")
+        except (CheckpointError, OSError) as error:
+            return str(error)
+
+    def _why_full(self) -> str:
         """Why the disk takes no more saves. One rank of each node looks."""
-        if self._storage is None or not self.leads or self._storage.has_room((self._options.max_in_flight + 1) * self._bytes):
+        if self._storage is None or self._place is None or not self.leads:
+            return ""
+        if self._storage.has_room((self._options.max_in_flight + 1) * self._bytes):
             return ""
         return f"'{self._storage.root}' has no room for more: home takes checkpoints more slowly than they are saved"
 
