@@ -38,6 +38,7 @@ from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
+from ckpt.restore.places import StepPlaces
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
@@ -390,7 +391,7 @@ class BundleCheckpointer(SaveSession):
             return None if cause is None else Objection(cause)
         unsettled = bundles.is_unsettled(directory)
         try:
-            for file in file_readers.read_manifest(directory, sequence).files:
+            for file in StepPlaces.at(directory).read_manifest(sequence).files:
                 if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
                     file_readers.verify(directory / file.name, file, self.options.timeout_s)
         except file_readers.UNFIT as error:

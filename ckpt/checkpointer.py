@@ -48,7 +48,7 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
-from ckpt.tiers.node_level import NODE, NodeLevel, Route, find_node_root
+from ckpt.tiers.node_level import NODE, NodeLevel, Route, find_node_root, serve_node
 from ckpt.tiers.run_id import make_run
 from ckpt.tiers.tier import Tier, check_place, node_tier
 
@@ -114,7 +114,7 @@ class Checkpointer(SaveSession):
         nearby = None
         if tier is not None:
             find_root = functools.partial(find_node_root, tier, self.directory)
-            nearby = Nearby(made, f"{self._stream}-nearby", find_root, self.options.timeout_s)
+            nearby = Nearby(made, f"{self._stream}-nearby", self.directory, find_root, serve_node, self.options.timeout_s)
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, nearby)
         self._entries = EntryFinder(self.rank, self.world_size)
         self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import functools
+import hashlib
 import importlib.metadata
 import json
 import sys
@@ -136,6 +137,15 @@ def is_at(directory: Path, sequence: int) -> bool:
     """Whether that commit is what the directory holds: it may have been removed, or replaced by a later one."""
     found = read_if_any(directory)
     return found is not None and found.sequence == sequence
+
+
+def identity(manifest: Manifest) -> str:
+    """Of the commit: the same on nodes and at home, where files may have other names; no two commits have the same, also if a
+    line that was given up has used the same sequence number.
+    """
+    files = sorted((file.kind, file.rank, file.bytes, file.crc32) for file in manifest.files)
+    said = [manifest.step, manifest.sequence, manifest.world_size, manifest.created, files]
+    return hashlib.sha256(json.dumps(said).encode()).hexdigest()[:16]
 
 
 def with_checksum(document: Mapping[str, Any]) -> bytes:

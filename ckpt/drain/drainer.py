@@ -21,6 +21,7 @@ from ckpt.drain.home import Home, OutdoneError
 from ckpt.drain.journal import COMMITTED, COPIED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
 from ckpt.drain.node import Generation, Generations, NodeRetention
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
+from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
@@ -59,6 +60,8 @@ class Drainer:
         self._newest_at_home = -1
         self._times_at_home: list[float] = []  # see Rules
         self._alone_since: float | None = None
+        self._server: Server | None = None
+        self._unserved: set[str] = set()  # why this node could not be served, as far as it was told
         self.failed = False
 
     def run(self, *, once: bool) -> None:
@@ -84,6 +87,8 @@ class Drainer:
                     journal.change(QUEUED, next=None)
             self._pace = self._make_pace()
             while not self._stop.requested:
+                if not once:
+                    self._serve()
                 woken = self._wake_time()
                 if self._round():
                     continue
@@ -92,6 +97,7 @@ class Drainer:
                 self._wait(woken)
             self.failed = self._has_failed()
         finally:
+            self._stop_serving()
             self._lock.release()
 
     def _take_lock(self, once: bool) -> None:
@@ -115,6 +121,34 @@ class Drainer:
         page = PaceFile(self._root / self._node.pace, lambda: self._node.is_trained())
         return AutoRate(page.read, self._stop.sleep)
 
+    # ---- serving other nodes ---------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        """What lies here, as long as this drain lives, if there are other nodes."""
+        node = self._node
+        if node.nodes == 1 or (self._server is not None and self._server.address != node.address):
+            self._stop_serving()
+        if node.nodes == 1 or self._backoff.waits or f"at {node.address}" in self._unserved:
+            return
+        try:
+            if self._server is None:
+                self._server = Server(self._root, node)
+            self._server.announce(node)
+        except CheckpointError as error:  # home may come back
+            self._tell_unserved(str(error), error)
+        except OSError as error:
+            self._tell_unserved(f"at {node.address}", error)
+
+    def _tell_unserved(self, key: str, error: Exception) -> None:
+        if key not in self._unserved:
+            self._unserved.add(key)
+            logger.warning("other nodes cannot fetch from '%s', and restore from home what they lack: %s", self._root, error)
+
+    def _stop_serving(self) -> None:
+        server, self._server = self._server, None
+        if server is not None:
+            server.close()
+
     # ---- waiting ---------------------------------------------------------------------------------------------------
 
     def _wake_time(self) -> int:
@@ -128,7 +162,7 @@ class Drainer:
             self._stop.sleep(_POLL_S)
 
     def _may_end(self) -> bool:
-        if self._node.is_trained():
+        if self._node.is_trained() or nodes.is_restored(self._root):
             self._alone_since = None
             return False
         if self._alone_since is None:
@@ -209,8 +243,8 @@ class Drainer:
             self._journals[sequence].change(SUPERSEDED, by=by)
 
     def _retain(self, generations: list[Generation]) -> None:
-        """Never the newest, nor one that is still on its way."""
-        if self._node.keep is not None:
+        """Never the newest, nor one that is still on its way, nor what may just be restored."""
+        if self._node.keep is not None and not nodes.is_restored(self._root):
             beyond = generations[self._node.keep :]
             self._retention.retire([each for each in beyond if self._journals[each.sequence].is_over])
 

@@ -4,6 +4,7 @@ node.json            whose it is, and where home is
 step-000000000042/   as at home, and a receipt of each rank
 drain/               the journals: see journal.py
 .drain.lock          held by the one drainer
+.restore.lock        held by a rank that restores
 """
 
 from __future__ import annotations
@@ -21,13 +22,15 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name, names_in
-from ckpt.errors import NotACheckpointError
+from ckpt.errors import InUseError, NotACheckpointError
 from ckpt.storage import durable, temporary_names
+from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
 NAME = "node.json"
 LOCK = ".drain.lock"
+RESTORING = ".restore.lock"  # held while ranks of this node restore: nothing is removed meanwhile
 DAMAGED = ".damaged"
 _RECEIPT = "receipt-"
 
@@ -43,6 +46,7 @@ class Node:
         every_steps, every_s: which generations home wants beside the newest; None: none.
         rate: bytes a second, or None for "auto".
         pids: of the processes that train, and when each began, in ticks since the boot.
+        address: at which other nodes reach this one; None: the name of the host.
     """
 
     run: str
@@ -58,6 +62,7 @@ class Node:
     direct_io: bool
     pace: str
     pids: Mapping[int, int]
+    address: str | None = None
 
     def is_trained(self) -> bool:
         """Whether one of the processes lives that write here."""
@@ -87,11 +92,21 @@ def read(root: Path) -> Node:
             direct_io=bool(said["direct_io"]),
             pace=_plain(said["pace"]),
             pids={int(pid): int(began) for pid, began in said.get("pids", {}).items()},
+            address=None if said.get("address") is None else str(said["address"]),
         )
     except OSError as error:
         raise NotACheckpointError(f"'{path}' cannot be read: {error.strerror}; give the directory of one run") from error
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise NotACheckpointError(f"'{path}' does not describe a node: {error!r}") from error
+
+
+def is_restored(root: Path) -> bool:
+    """Whether somebody restores from this node."""
+    try:
+        DirectoryLock(root, name=RESTORING).expect_free(0.0)
+    except InUseError:
+        return True
+    return False
 
 
 def _plain(name: Any) -> str:

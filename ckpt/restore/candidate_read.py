@@ -15,16 +15,18 @@ candidates.py.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
-from ckpt.errors import CheckpointError, DeadlineError, PeerError
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, PeerError, StorageError
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import Candidate, Objection
 from ckpt.restore.file_readers import UNFIT, NewMemoryReader
 from ckpt.restore.places import StepPlaces
+from ckpt.restore.process_group import RankGroup
 from ckpt.restore.readiness import StartVote
 from ckpt.restore.request import Restored, RestoreRequest, lends
 from ckpt.restore.sharded_reader import ShardedReader
@@ -85,7 +87,7 @@ class CandidateRead:
                 return None
             if not _speaks_against_candidate(failure):
                 raise failure
-            return Objection(str(failure), not manifests.is_at(self._places.nearest, self._candidate.sequence))
+            return Objection(str(failure), not self._places.hold(self._candidate.sequence))
         finally:
             del failure  # its frames would keep memory alive, and themselves
             self._readers = {}
@@ -108,27 +110,24 @@ class CandidateRead:
         elif own and self._request.merge is not None:
             state = self._request.merge([load(file) for file in own])
         sharded = None if self._sharded is None else self._sharded.take()
-        return Restored(manifest.step, state, replicated[0] if replicated else None, sharded)
+        return Restored(manifest.step, state, replicated[0] if replicated else None, sharded, self._places.sources)
 
     # ---- the phases ------------------------------------------------------------------------------------------------
 
     def _open(self) -> None:
         """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
-        manifest = file_readers.read_manifest(self._places.nearest, self._candidate.sequence)
+        manifest = self._places.read_manifest(self._candidate.sequence, self._candidate.identity)
         self._sharded = self._request.sharded_reader(self._places, manifest, self._targets.touched)
         for file in manifest.files:
-            path = self._places.path_of(file.name)
             if self._sharded is not None and file.kind not in (RANK, REPLICATED):
                 continue  # what is needed of it is read, and verified then
             if self._will_load(manifest, file):
-                collective = self._candidate.collective and file.kind == REPLICATED
-                reader = self._request.reader_of(path, file, self._targets.touched, collective)
-                self._readers[file.name] = reader
+                reader = self._readers[file.name] = self._open_file(file, self._targets.touched)
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
-                    self._read_file(file.name, reader)
+                    self._read_file(file, reader)
             elif self._is_mine(file):
-                file_readers.verify(path, file, self._request.timeout_s)
-        refusal: Exception | None = self._targets.lost or self._why_not_filled()
+                self._places.read(file.name, functools.partial(self._verify, file))
+        refusal: Exception | None = self._targets.lost or self._why_not_filled(self._targets.owed - self._lent())
         refusal = refusal or next((each.refusal for each in self._readers.values() if each.refusal), None)
         refusal = refusal or (None if self._sharded is None else self._sharded.refusal)
         self._manifest, self._refusal = manifest, refusal or self._why_not_there(manifest)
@@ -149,9 +148,10 @@ class CandidateRead:
 
         That comes first because nothing may fail on this rank alone before it.
         """
-        left = [(name, reader) for name, reader in self._readers.items() if name not in self._held]
-        for name, reader in sorted(left, key=lambda item: not item[1].collective):
-            self._read_file(name, reader)
+        assert self._manifest is not None
+        left = [file for file in self._manifest.files if file.name in self._readers and file.name not in self._held]
+        for file in sorted(left, key=lambda file: not self._readers[file.name].collective):
+            self._read_file(file, self._readers[file.name])
         if self._sharded is not None and not self._refusal:
             self._targets.touched = True
             try:
@@ -161,22 +161,97 @@ class CandidateRead:
 
     # ---- files -----------------------------------------------------------------------------------------------------
 
-    def _read_file(self, name: str, reader: NewMemoryReader) -> None:
-        """For its checksums alone, and then never a collective, if there has been a refusal."""
-        if self._refusal:
-            reader.check()
-            return
-        self._targets.touched |= reader.has_target
-        self._targets.owed |= reader.lent()
+    def _open_file(self, file: FileEntry, touched: bool) -> NewMemoryReader:
+        collective = self._candidate.collective and file.kind == REPLICATED
+
+        def open_at(path: Path) -> NewMemoryReader:
+            return self._request.reader_of(path, file, touched, collective)
+
+        return self._places.read(file.name, open_at)
+
+    def _verify(self, file: FileEntry, path: Path) -> None:
+        file_readers.verify(path, file, self._request.timeout_s)
+
+    def _read_file(self, file: FileEntry, reader: NewMemoryReader) -> None:
+        """For its checksums alone, and then never a collective, if there has been a refusal.
+
+        From the next place if it is damaged in one. A target that it has touched is then filled again.
+        """
+        touched = self._targets.touched  # by another checkpoint
         try:
-            reader.fill()
+            if reader.collective and not self._refusal:
+                reader = self._read_together(file, reader, touched)
+            else:
+                reader = self._read_alone(file, reader, touched)
         except DeadlineError as error:
-            if not reader.has_target:
+            if not self._readers[file.name].has_target or self._refusal:
                 raise
             self._give_target_up(error)
             return
-        self._refusal = reader.refusal
-        self._held[name] = reader.take
+        if not self._refusal:
+            self._refusal = reader.refusal
+            self._held[file.name] = reader.take
+
+    def _read_alone(self, file: FileEntry, reader: NewMemoryReader, touched: bool) -> NewMemoryReader:
+        while True:
+            try:
+                if self._refusal:
+                    reader.check()
+                else:
+                    self._fill(reader)
+                return reader
+            except (CorruptError, StorageError) as error:
+                if not self._places.pass_over(file.name, error):
+                    raise
+            reader = self._open_again(file, reader, touched)
+
+    def _fill(self, reader: NewMemoryReader) -> None:
+        self._targets.touched |= reader.has_target
+        self._targets.owed |= reader.lent()
+        reader.fill()
+
+    def _open_again(self, file: FileEntry, before: NewMemoryReader, touched: bool) -> NewMemoryReader:
+        """From another place. What the one before has filled is filled again, if both have the same parts."""
+        found = self._open_file(file, touched)
+        if found.archive.directory_crc32 != before.archive.directory_crc32:
+            found = self._open_file(file, self._targets.touched)
+        self._readers[file.name] = found
+        self._refusal = self._refusal or found.refusal or self._why_not_filled(before.lent() - found.lent())
+        return found
+
+    def _read_together(self, file: FileEntry, reader: NewMemoryReader, touched: bool) -> NewMemoryReader:
+        """A collective. If it fails, whose copy is damaged reads its share from another place, and all begin again."""
+        while True:
+            failure = _failure_of(functools.partial(self._fill, reader))
+            if not self._candidate.nearest:
+                if failure is not None:
+                    raise failure
+                return reader
+            if failure is not None and not _speaks_against_candidate(failure):
+                raise failure
+            group = RankGroup()
+            if not any(said["failed"] for said in group.gather({"failed": failure is not None})):
+                return reader
+            moved, obstacle = False, None
+            try:
+                moved = self._moves(file)
+                reader = self._open_again(file, reader, touched)
+                obstacle = self._refusal
+            except (CorruptError, StorageError, DeadlineError) as error:
+                obstacle = error
+            answers = group.gather({"moved": moved, "obstacle": obstacle is not None})
+            if not any(said["moved"] for said in answers) or any(said["obstacle"] for said in answers):
+                ranks = [rank for rank, said in enumerate(answers) if said["obstacle"]]
+                text = f"'{self._places}' has a damaged '{file.name}', and there is no other one"
+                raise failure or obstacle or PeerError(text, ranks or [0])
+
+    def _moves(self, file: FileEntry) -> bool:
+        """To another place, if this rank's copy is damaged."""
+        try:
+            self._verify(file, self._places.path_of(file.name))
+            return False
+        except (CorruptError, StorageError) as error:
+            return self._places.pass_over(file.name, error)
 
     def _give_target_up(self, error: DeadlineError) -> None:
         self._targets.lost = self._refusal = CheckpointError(
@@ -197,9 +272,11 @@ class CandidateRead:
             return True  # as every rank loads it
         return file.rank % self._world_size == self._rank
 
-    def _why_not_filled(self) -> CheckpointError | None:
+    def _lent(self) -> set[int]:
+        return set().union(*(each.lent() for each in self._readers.values()))
+
+    def _why_not_filled(self, left: set[int]) -> CheckpointError | None:
         """Whether memory that was lent to a checkpoint that was passed over is not filled by this one."""
-        left = self._targets.owed.difference(*(each.lent() for each in self._readers.values()))
         if not left:
             return None
         return CheckpointError(

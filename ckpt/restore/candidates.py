@@ -31,13 +31,17 @@ class Candidate(NamedTuple):
 
     Attributes:
         collective: whether the ranks read a file of it together.
-        nearest: whether each rank reads what its node has; else all read what is at home.
+        nearest: whether each rank reads what its node has, and of other nodes what that lacks; else all read what is at home.
+        identity: of its manifest, see there; empty: its sequence tells enough.
+        holders: numbers of the nodes on which files of it lie.
     """
 
     name: str
     sequence: int
     collective: bool = False
     nearest: bool = False
+    identity: str = ""
+    holders: tuple[int, ...] = ()
 
 
 class Seen(NamedTuple):
@@ -191,7 +195,7 @@ class CandidateVote:
                 raise InUseError(said["refusal"])
             if "rejected" in said:
                 return None, Refusal(said["rejected"], said["kind"])
-            candidate = Candidate(**said)
+            candidate = Candidate(**{**said, "holders": tuple(said["holders"])})
             objection, error = _try(verify, candidate)
             self._collect(objection)
             if error is not None:

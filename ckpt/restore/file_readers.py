@@ -20,8 +20,7 @@ from typing import Any
 import torch
 
 from ckpt._native import digest_file
-from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
 from ckpt.loading.archive import Archive, reader_threads
 from ckpt.loading.in_place import InPlaceRead, takes_whole
@@ -36,19 +35,6 @@ UNFIT = (NotACheckpointError, *DAMAGE)  # that speak against the checkpoint
 
 # Given the object of a file, whose tensors have no contents yet: tensors that may get these, by their paths in it.
 Lend = Callable[[Any], "Mapping[tuple[Any, ...], torch.Tensor]"]
-
-
-def read_manifest(directory: Path, sequence: int) -> Manifest:
-    """Of the checkpoint that rank 0 has named by this sequence number.
-
-    Raises:
-        CorruptError: it is damaged, or another checkpoint is there.
-        NotACheckpointError, StorageError: there is none, or it cannot be read.
-    """
-    manifest = manifests.read(directory)
-    if manifest.sequence != sequence:
-        raise CorruptError(f"'{directory}' is another checkpoint than on rank 0: all ranks must see the same directory")
-    return manifest
 
 
 def compare(path: Path, file: FileEntry, size: int, crc: int) -> None:

@@ -1,26 +1,35 @@
 """What of the checkpoints lies on the disks of the nodes: complete there, and maybe not at home yet.
 
-Each rank looks at its own node's disk and tells rank 0 what it could read there. A checkpoint is a candidate if each rank has
-what it needs of it on its node, or home has all of it. So one whose node has lost its disk reads from home what the others read
-from their nodes.
+Each rank looks at its own node's disk and tells rank 0 which files lie there. A checkpoint is a candidate if the nodes have all
+of it together, or home has: what a rank lacks on its own node it fetches from another one, see fetching.py, or reads from home.
+So one rank of each node has its drain serve what lies there, as long as the restore goes on. It holds a lock meanwhile: the
+drain removes nothing then, and does not end.
 
 Of a job with another number of ranks, nobody knows what lies where: then home alone counts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ckpt.coordinator import Coordinator
+from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import find_steps
-from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.directory.manifest import REPLICATED, Manifest
 from ckpt.directory.root import has_size
-from ckpt.errors import PeerError
+from ckpt.directory.step_names import names_in
+from ckpt.drain import node as nodes
+from ckpt.errors import CheckpointError, InUseError, PeerError
+from ckpt.restore.candidates import Candidate
+from ckpt.restore.fetching import Commit, NodeFetch, remove_fetched
+from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
@@ -30,50 +39,71 @@ class NearCopy:
     """A committed step on nodes.
 
     Attributes:
+        identity: see manifests.identity().
         collective: whether something in it is the same on all ranks.
-        everywhere: whether all ranks can read what they need on their nodes.
+        complete: whether the nodes have all of it together.
+        holders: numbers of the nodes that have something of it, and serve it.
     """
 
     name: str
     step: int
     sequence: int
+    identity: str
     collective: bool
-    everywhere: bool = False
+    complete: bool = False
+    holders: tuple[int, ...] = ()
 
 
 class Nearby:
     """Of one Checkpointer.
 
     Args:
-        root: gives the directory of steps on this node's disk; None if there is none.
+        root: gives the directory of steps on this node's disk, which need not be there; None if this home has no run.
+        serve: called on one rank of each node with that directory: has its drain run.
         stream: of the keys; no other conversation of this job uses it.
+        home: where the addresses of drains lie.
     """
 
-    def __init__(self, coordinator: Coordinator, stream: str, root: Callable[[], Path | None], timeout_s: float) -> None:
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        stream: str,
+        home: Path,
+        root: Callable[[], Path | None],
+        serve: Callable[[Path], object],
+        timeout_s: float,
+    ) -> None:
         self._coordinator = coordinator
         self._stream = stream
-        self._root = root
+        self._home = home
+        self._find_root = root
+        self._serve = serve
         self._timeout_s = timeout_s
         self._calls = 0
-        self._here: dict[int, Path] = {}  # by sequence, what this rank can read
+        self._root: Path | None = None
+        self._node: int | None = None  # the number of this one, if it has any
+        self._began = 0.0
+        self._lock: DirectoryLock | None = None
+        self._fetches: dict[Candidate, NodeFetch] = {}
+        self._here: dict[tuple[int, str], Path] = {}  # by sequence and identity, what lies on this node
         self.copies: list[NearCopy] = []  # on rank 0: what lies on nodes
         self.newest = -1  # on rank 0: the highest sequence that lies on any, whether it can be read or not
 
     def look(self) -> None:
-        """All ranks call it.
+        """All ranks call it; end() must follow.
 
         Raises:
             PeerError: a rank does not answer.
         """
         self._calls += 1
+        self._begin()
         found, self._here, newest = [], {}, -1
         for path, manifest in self._steps():
             newest = max(newest, manifest.sequence)
-            if manifest.world_size == self._coordinator.world_size and self._holds_mine(path, manifest):
-                self._here[manifest.sequence] = path
-                kinds = {file.kind for file in manifest.files}
-                found.append(NearCopy(path.name, manifest.step, manifest.sequence, REPLICATED in kinds))
-        said = {"newest": newest, "copies": [dataclasses.asdict(copy) for copy in found]}
+            if manifest.world_size == self._coordinator.world_size:
+                self._here[manifest.sequence, manifests.identity(manifest)] = path
+                found.append(_describe(path, manifest))
+        said = {"newest": newest, "node": self._node, "copies": found}
         try:
             answers = self._coordinator.gather(f"{self._stream}/{self._calls}", json.dumps(said).encode(), self._timeout_s)
         except PeerError:
@@ -82,35 +112,86 @@ class Nearby:
             answers = []  # who is silent is asked again when a candidate is named; until then home alone counts
         self.copies, self.newest = _join([json.loads(answer) for answer in answers or []])
 
+    def end(self) -> None:
+        """Of a restore: nothing is read any more."""
+        for fetch in self._fetches.values():
+            fetch.close()
+        self._fetches.clear()
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            lock.release()
+
+    def _begin(self) -> None:
+        self.end()
+        self._root, self._node, self._began = None, None, time.monotonic()
+        try:
+            self._root = root = self._find_root()
+            if root is None or not root.is_dir():
+                return
+            lock = DirectoryLock(root, name=nodes.RESTORING, owner="another rank")
+            with contextlib.suppress(InUseError):  # then that rank does it
+                lock.acquire()
+                self._lock = lock
+                remove_fetched(root)
+            if (root / nodes.NAME).exists():
+                self._node = nodes.read(root).node
+                if self._lock is not None:
+                    self._serve(root)
+        except (CheckpointError, OSError) as error:  # home may have all the same
+            logger.warning("what lies on this node cannot be served to others: %s", error)
+
     def _steps(self) -> Iterable[tuple[Path, Manifest]]:
         try:
-            root = self._root()
-            return () if root is None else find_steps(root).checkpoints
-        except Exception as error:  # home may have all the same
+            return () if self._root is None else find_steps(self._root).checkpoints
+        except Exception as error:
             logger.warning("what lies on this node cannot be read: %s", error)
             return ()
 
-    def _holds_mine(self, directory: Path, manifest: Manifest) -> bool:
-        return all(has_size(directory / file.name, file.bytes) for file in manifest.files if self._needs(file))
+    def directory_of(self, candidate: Candidate) -> Path | None:
+        """The step directory on this rank's node, which may lack files; None: it has none."""
+        return self._here.get((candidate.sequence, candidate.identity))
 
-    def _needs(self, file: FileEntry) -> bool:
-        return file.rank == self._coordinator.rank or file.kind == REPLICATED
+    def fetch_of(self, candidate: Candidate) -> NodeFetch | None:
+        """What other nodes have of it; None if there are none."""
+        if self._root is None or not set(candidate.holders) - {self._node}:
+            return None
+        if candidate not in self._fetches:
+            commit = Commit(candidate.sequence, candidate.identity, candidate.holders)
+            self._fetches[candidate] = NodeFetch(
+                self._home, self._root, commit, self._coordinator.rank, self._node, self._began, self._timeout_s
+            )
+        return self._fetches[candidate]
 
-    def directory_of(self, sequence: int) -> Path | None:
-        """Where this rank has what it needs of that commit; None: not on its node."""
-        return self._here.get(sequence)
+
+def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
+    there = names_in(path)
+    return {
+        "name": path.name,
+        "step": manifest.step,
+        "sequence": manifest.sequence,
+        "identity": manifests.identity(manifest),
+        "collective": any(file.kind == REPLICATED for file in manifest.files),
+        "files": len(manifest.files),
+        "held": [file.name for file in manifest.files if file.name in there and has_size(path / file.name, file.bytes)],
+    }
 
 
 def _join(answers: list[dict[str, Any]]) -> tuple[list[NearCopy], int]:
-    """What any rank has, newest first."""
-    found: dict[int, NearCopy] = {}
-    counts: dict[int, int] = {}
+    """What the nodes have together, newest first."""
+    found: dict[tuple[int, str], NearCopy] = {}
+    held: dict[tuple[int, str], set[str]] = {}
+    holders: dict[tuple[int, str], set[int]] = {}
+    missing: dict[tuple[int, str], int] = {}
     for answer in answers:
-        for copy in (NearCopy(**said) for said in answer["copies"]):
-            found.setdefault(copy.sequence, copy)
-            counts[copy.sequence] = counts.get(copy.sequence, 0) + 1
+        for said in answer["copies"]:
+            key = said["sequence"], said["identity"]
+            found[key] = NearCopy(said["name"], said["step"], *key, said["collective"])
+            held.setdefault(key, set()).update(said["held"])
+            missing[key] = said["files"] - len(held[key])
+            if answer["node"] is not None:
+                holders.setdefault(key, set()).add(answer["node"])
     joined = [
-        dataclasses.replace(found[sequence], everywhere=counts[sequence] == len(answers))
-        for sequence in sorted(found, reverse=True)
+        dataclasses.replace(copy, complete=missing[key] == 0, holders=tuple(sorted(holders.get(key, ()))))
+        for key, copy in sorted(found.items(), reverse=True)
     ]
     return joined, max((answer["newest"] for answer in answers), default=-1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,14 +26,19 @@ class Restored(_Pair):
     Attributes:
         replicated: what was given as such; None if nothing was. Then `state` may be the one that is None.
         sharded: what was given as `sharded_into`, filled.
+        sources: from where this rank has read each file: "node" (its own), "node 3", "home".
     """
 
     replicated: Any
     sharded: Any
+    sources: Mapping[str, str]
 
-    def __new__(cls, step: int, state: Any, replicated: Any = None, sharded: Any = None) -> Restored:
+    def __new__(
+        cls, step: int, state: Any, replicated: Any = None, sharded: Any = None, sources: Mapping[str, str] | None = None
+    ) -> Restored:
         self = super().__new__(cls, step, state)
         self.replicated, self.sharded = replicated, sharded
+        self.sources = {} if sources is None else dict(sources)
         return self
 
 

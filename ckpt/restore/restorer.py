@@ -13,7 +13,7 @@ target, its tensors are filled while the ranks choose, and all else is put there
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
@@ -23,7 +23,7 @@ from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpoin
 from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.nearby import Nearby, NearCopy
-from ckpt.restore.places import StepPlaces
+from ckpt.restore.places import HOME, NODE, DirectoryPlace, FetchedPlace, Place, StepPlaces
 from ckpt.restore.request import Restored, RestoreRequest
 
 logger = logging.getLogger("ckpt")
@@ -79,14 +79,17 @@ class Restorer:
                 found, refusal = self._vote.follow(verify)
             if found is not None:
                 assert self._read is not None
-                logger.info("step %s is restored from '%s'", found.name, self._places_of(root, found))
                 self._tell_of_newer(found)
-                return self._read.take()
+                restored = self._read.take()
+                logger.info("'%s' is restored: %s", found.name, _told(restored.sources))
+                return restored
             if refusal.causes:
                 raise self._nothing_good(root, refusal)
             return None
         finally:
             self._read = None
+            if self._nearby is not None:
+                self._nearby.end()
 
     def _tell_of_newer(self, found: Candidate) -> None:
         """On rank 0: what other ranks have saved, or what is not whole."""
@@ -100,10 +103,18 @@ class Restorer:
     def _places_of(self, root: Path, candidate: Candidate) -> StepPlaces:
         """Where this rank reads it."""
         home = root / candidate.name
-        near = self._nearby.directory_of(candidate.sequence) if candidate.nearest and self._nearby is not None else None
-        if near is None:
-            return StepPlaces([home])
-        return StepPlaces([near, home] if manifests.is_at(home, candidate.sequence) else [near])
+        if not candidate.nearest or self._nearby is None:
+            return StepPlaces.at(home)
+        near, fetch = self._nearby.directory_of(candidate), self._nearby.fetch_of(candidate)
+        places: list[Place] = []
+        if near is not None:
+            places.append(DirectoryPlace(near, NODE))
+        if fetch is not None:
+            places.append(FetchedPlace(fetch))
+        there = manifests.read_if_any(home)
+        if there is not None and manifests.identity(there) == candidate.identity:
+            places.append(DirectoryPlace(home, HOME))
+        return StepPlaces(places, near or home)
 
     def _refuse_a_second_job(self, timeout_s: float) -> None:
         try:
@@ -120,18 +131,24 @@ class Restorer:
         candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
         if self._nearby is not None:
             self._directories.note_seen(self._nearby.newest)
-            candidates = self._with_nearby(candidates, self._nearby.copies)
+            at_home = {manifest.sequence: manifests.identity(manifest) for _, manifest in found.checkpoints}
+            candidates = self._with_nearby(candidates, at_home, self._nearby.copies)
         return Seen(candidates, [str(error) for error in found.damaged], "" if fresh else lost)
 
-    def _with_nearby(self, at_home: Sequence[Candidate], copies: Sequence[NearCopy]) -> list[Candidate]:
-        """Newest commit first; what lies on nodes before the same at home."""
-        home = {candidate.sequence for candidate in at_home}
+    def _with_nearby(
+        self, candidates: Sequence[Candidate], at_home: Mapping[int, str], copies: Sequence[NearCopy]
+    ) -> list[Candidate]:
+        """Newest commit first; what lies on nodes before the same at home. Of two commits with one number home's counts.
+
+        Args:
+            at_home: sequences, and their identities.
+        """
         near = [
-            Candidate(copy.name, copy.sequence, self._collective and copy.collective, nearest=True)
+            Candidate(copy.name, copy.sequence, self._collective and copy.collective, True, copy.identity, copy.holders)
             for copy in copies
-            if copy.everywhere or copy.sequence in home
+            if at_home.get(copy.sequence, copy.identity if copy.complete else "") == copy.identity
         ]
-        return sorted([*near, *at_home], key=lambda candidate: candidate.sequence, reverse=True)
+        return sorted([*near, *candidates], key=lambda candidate: candidate.sequence, reverse=True)
 
     def _nothing_good(self, root: Path, refusal: Refusal) -> CheckpointError:
         text = "; ".join(refusal.causes)
@@ -146,3 +163,11 @@ class Restorer:
     def _candidate(self, directory: Path, manifest: Manifest) -> Candidate:
         collective = self._collective and any(file.kind == REPLICATED for file in manifest.files)
         return Candidate(directory.name, manifest.sequence, collective)
+
+
+def _told(sources: Mapping[str, str]) -> str:
+    """What was read from where."""
+    places: dict[str, list[str]] = {}
+    for name, source in sources.items():
+        places.setdefault(source, []).append(name)
+    return "; ".join(f"{', '.join(names)} from {source}" for source, names in places.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import pickle
@@ -111,10 +112,25 @@ class ShardedReader:
     # ---- files -----------------------------------------------------------------------------------------------------
 
     def _read(self, name: str, reads: FileReads) -> None:
-        path, checksums = self._places.path_of(name), self._checksums_of(name)
+        checksums = self._checksums_of(name)
         ranges, pieces = ranges_to_read(reads.destinations, checksums.piece_bytes, checksums.file_bytes)
         if not ranges:
             return
+        self._places.limit(name, _joined(ranges))
+
+        def read(path: Path) -> None:
+            self._read_ranges(path, reads, checksums, ranges, pieces)
+
+        self._places.read(name, read)
+
+    def _read_ranges(
+        self,
+        path: Path,
+        reads: FileReads,
+        checksums: PieceChecksums,
+        ranges: list[tuple[int, int, int]],
+        pieces: list[tuple[int, int]],
+    ) -> None:
         # What other ranks want of the file, too, they find in the page cache, if they are on this node.
         alone = len(pieces) == len(checksums.crc32s)
         size, crcs, read = _native.read_file_ranges(
@@ -149,14 +165,28 @@ class ShardedReader:
         return found
 
     def _small(self, file: FileEntry) -> bytes:
-        path = self._places.path_of(file.name)
-        try:
-            content = path.read_bytes()
-        except OSError as error:
-            raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
-        if (len(content), _native.crc32(content)) != (file.bytes, file.crc32):
-            raise CorruptError(f"'{path}' is not what its manifest says: its bytes have changed")
-        return content
+        return self._places.read(file.name, functools.partial(_content_of, file))
+
+
+def _content_of(file: FileEntry, path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+    if (len(content), _native.crc32(content)) != (file.bytes, file.crc32):
+        raise CorruptError(f"'{path}' is not what its manifest says: its bytes have changed")
+    return content
+
+
+def _joined(ranges: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """(begin, end) of what is to be read, as few as possible."""
+    joined: list[tuple[int, int]] = []
+    for offset, length, _ in ranges:
+        if joined and joined[-1][1] == offset:
+            joined[-1] = joined[-1][0], offset + length
+        else:
+            joined.append((offset, offset + length))
+    return joined
 
 
 def _forms(metadata: Any) -> dict[str, tuple[tuple[int, ...], torch.dtype] | None]:

@@ -40,16 +40,18 @@ _LOOK_S = 0.05
 
 
 def find_node_root(tier: Tier, home: Path) -> Path | None:
-    """The directory of steps on this node's disk, of the run that has this home; None if there is none.
+    """The directory of steps on this node's disk, of the run that has this home, whether it is there or not; None: no run has.
 
     Raises:
         NotACheckpointError, StorageError: home does not say which run it is of.
     """
     run = find_run(home)
-    if run is None:
-        return None
-    root = tier.path / run
-    return root if root.is_dir() else None
+    return None if run is None else tier.path / run
+
+
+def serve_node(root: Path) -> None:
+    """Has its drain run, from which other nodes fetch what they lack, unless it runs already."""
+    DrainProcess(root).ensure()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -136,6 +136,7 @@ class NodeStorage:
             "ranks": sorted(ranks),
             "boot": boot(),
             "host": socket.gethostname(),
+            "address": self.tier.address,
             "keep": self.tier.keep,
             "home_keep": home_keep,
             "home_every": None if home_every is None else dict(home_every),

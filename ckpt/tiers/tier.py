@@ -41,6 +41,8 @@ class Tier:
         when_full: what becomes of a save that has no room there. "through": it goes straight home. "wait": it waits until
             there is room. "skip": it is not made.
         required: whether a save fails if it cannot land there. Else it goes straight home, with a warning.
+        address: of this node, a name or a number of the network on which the other nodes are to fetch from it what they lack at
+            a restore; None: the name of the host, at any of its addresses.
 
     Raises:
         ValueError: a value is impossible; the message names it.
@@ -54,6 +56,7 @@ class Tier:
     max_bytes: int | str | None = None
     when_full: str = "through"
     required: bool = False
+    address: str | None = None
 
     @classmethod
     def node(
@@ -66,6 +69,7 @@ class Tier:
         max_bytes: int | str | None = None,
         when_full: str = "through",
         required: bool = False,
+        address: str | None = None,
     ) -> Tier:
         """A directory on a disk of each node, faster than home: saves land there, and are carried home in the background.
 
@@ -81,7 +85,7 @@ class Tier:
             raise ValueError(
                 f"the path of Tier.node() must be a text or a Path such as '/nvme/ckpt', but is {path!r}"
             ) from None
-        return cls(url, NODE, keep, every, rate, max_bytes, when_full, required)
+        return cls(url, NODE, keep, every, rate, max_bytes, when_full, required, address)
 
     def __post_init__(self) -> None:
         if self.scope in _LATER_SCOPES:
@@ -97,6 +101,8 @@ class Tier:
         self._set_size("max_bytes", "must be None or a size such as '500GB'", None)
         self._need(self.when_full in _WHEN_FULL, "when_full", "must be 'through', 'wait' or 'skip'")
         self._need(isinstance(self.required, bool), "required", "must be True or False")
+        named = isinstance(self.address, str) and bool(self.address.strip())
+        self._need(self.address is None or named, "address", "must be None, or a host name or IP address of this node")
 
     @property
     def path(self) -> Path:

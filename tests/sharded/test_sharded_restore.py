@@ -21,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import ckpt
 from ckpt.directory import manifest as manifests
 from ckpt.directory.sharded_files import PieceChecksums
+from ckpt.restore.places import StepPlaces
 from ckpt.restore.sharded_reader import ShardedReader
 from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.resharding import ByteDestination, ranges_to_read
@@ -68,7 +69,16 @@ def as_rank(rank: int, world: int) -> Any:
 
 def reader(folder: Path, target: dict[str, Any], rank: int, world: int) -> ShardedReader:
     finder = EntryFinder(rank, world)
-    return ShardedReader(folder, manifests.read(folder), target, finder, strict=True, weights_only=True, timeout_s=60)
+    places = StepPlaces.at(folder)
+    return ShardedReader(
+        places,
+        places.read_manifest(manifests.read(folder).sequence),
+        target,
+        finder,
+        strict=True,
+        weights_only=True,
+        timeout_s=60,
+    )
 
 
 def sharded_target(mesh: Any, found: dict[str, Any], dim: int) -> dict[str, Any]:
