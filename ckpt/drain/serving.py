@@ -141,7 +141,8 @@ class Server:
                 return False
             self._connections.add(connection)
         try:
-            threading.Thread(target=self._converse, args=(connection,), name="ckpt-serve", daemon=True).start()
+            name = "ckpt-serve-connection"
+            threading.Thread(target=self._converse, args=(connection,), name=name, daemon=True).start()
         except RuntimeError:  # there can be no more threads
             self._forget(connection)
             return False

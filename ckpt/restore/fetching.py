@@ -35,7 +35,7 @@ logger = logging.getLogger("ckpt")
 
 _PREFIX = "fetched-"
 # Drains are started when the restore begins: it may take them so long to be there.
-_START_S = 20.0
+_START_S = 30.0
 _CONNECT_S = 5.0
 _STALL_S = 30.0
 _LOOK_S = 0.1

@@ -41,7 +41,7 @@ class NearCopy:
     Attributes:
         identity: see manifests.identity().
         collective: whether something in it is the same on all ranks.
-        complete: whether the nodes have all of it together.
+        missing: how many files none of the nodes has.
         holders: numbers of the nodes that have something of it, and serve it.
     """
 
@@ -50,7 +50,7 @@ class NearCopy:
     sequence: int
     identity: str
     collective: bool
-    complete: bool = False
+    missing: int = 0
     holders: tuple[int, ...] = ()
 
 
@@ -191,7 +191,7 @@ def _join(answers: list[dict[str, Any]]) -> tuple[list[NearCopy], int]:
             if answer["node"] is not None:
                 holders.setdefault(key, set()).add(answer["node"])
     joined = [
-        dataclasses.replace(copy, complete=missing[key] == 0, holders=tuple(sorted(holders.get(key, ()))))
+        dataclasses.replace(copy, missing=missing[key], holders=tuple(sorted(holders.get(key, ()))))
         for key, copy in sorted(found.items(), reverse=True)
     ]
     return joined, max((answer["newest"] for answer in answers), default=-1)

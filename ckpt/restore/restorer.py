@@ -146,8 +146,12 @@ class Restorer:
         near = [
             Candidate(copy.name, copy.sequence, self._collective and copy.collective, True, copy.identity, copy.holders)
             for copy in copies
-            if at_home.get(copy.sequence, copy.identity if copy.complete else "") == copy.identity
+            if at_home.get(copy.sequence, "" if copy.missing else copy.identity) == copy.identity
         ]
+        for copy in copies:
+            if copy.missing and copy.sequence not in at_home:
+                text = "checkpoint '%s' as it lies on the nodes is passed over: %d files of it are on none of them"
+                self._directories.warn_once(f"{copy.name}/{copy.identity}", text, copy.name, copy.missing)
         return sorted([*near, *candidates], key=lambda candidate: candidate.sequence, reverse=True)
 
     def _nothing_good(self, root: Path, refusal: Refusal) -> CheckpointError:

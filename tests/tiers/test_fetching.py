@@ -90,10 +90,10 @@ def job(nurseries: list[Nursery], tmp_path: Path) -> Iterator[Job]:
         made.end_drains()
 
 
-def damage(path: Path) -> None:
-    """In the midst of a tensor."""
+def damage(path: Path, rank: int = 0) -> None:
+    """In the midst of a tensor, and of what a rank reads of it if each reads a part."""
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content) * (2 * rank + 1) // (2 * RANKS)] ^= 1
     path.write_bytes(content)
 
 
@@ -145,7 +145,7 @@ def test_the_disk_of_a_node_is_lost(job: Job, into: bool, readers: str) -> None:
 def test_a_damaged_file_comes_from_another_node(job: Job, into: bool, readers: str, node: int) -> None:
     """Not an older checkpoint, and not all files."""
     job.run("save", kinds=["own", "replicated"], steps=[1, 2])
-    damage(job.step(node, 2) / "replicated.pt")
+    damage(job.step(node, 2) / "replicated.pt", rank=node)
     found = job.run("restore", kinds=["own", "replicated"], into=into, options={"replicated_readers": readers})
     assert [each["step"] for each in found] == [2, 2]
     for rank, each in enumerate(found):
@@ -179,3 +179,14 @@ def test_with_another_number_of_ranks_home_alone_counts(job: Job) -> None:
     job.run("save", kinds=["own", "replicated"], steps=[2])
     (found,) = job.run("restore", (0,), kinds=["own", "replicated"], merge=True)
     assert found["step"] == 1 and {*found["sources"].values()} == {"home"}
+
+
+def test_a_restore_needs_no_drain_that_runs(job: Job) -> None:
+    """A node that serves nothing costs what only it has, and nothing else."""
+    job.run("save", kinds=["own", "replicated"], steps=[1, 2])
+    job.end_drains()
+    described = job.step(1).parent / "node.json"
+    described.unlink()
+    found = job.run("restore", kinds=["own", "replicated"])
+    assert [each["step"] for each in found] == [2, 2]
+    assert {source for each in found for source in each["sources"].values()} == {"node"}
