@@ -68,6 +68,7 @@ class CandidateRead:
         self._candidate = candidate
         self._request = request
         self._targets = targets
+        self._touched = targets.touched  # by another candidate
         self._rank = rank
         self._world_size = world_size
         self._manifest: Manifest | None = None
@@ -177,12 +178,11 @@ class CandidateRead:
 
         From the next place if it is damaged in one. A target that it has touched is then filled again.
         """
-        touched = self._targets.touched  # by another checkpoint
         try:
             if reader.collective and not self._refusal:
-                reader = self._read_together(file, reader, touched)
+                reader = self._read_together(file, reader)
             else:
-                reader = self._read_alone(file, reader, touched)
+                reader = self._read_alone(file, reader)
         except DeadlineError as error:
             if not self._readers[file.name].has_target or self._refusal:
                 raise
@@ -192,7 +192,7 @@ class CandidateRead:
             self._refusal = reader.refusal
             self._held[file.name] = reader.take
 
-    def _read_alone(self, file: FileEntry, reader: NewMemoryReader, touched: bool) -> NewMemoryReader:
+    def _read_alone(self, file: FileEntry, reader: NewMemoryReader) -> NewMemoryReader:
         while True:
             try:
                 if self._refusal:
@@ -203,39 +203,41 @@ class CandidateRead:
             except (CorruptError, StorageError) as error:
                 if not self._places.pass_over(file.name, error):
                     raise
-            reader = self._open_again(file, reader, touched)
+            reader = self._open_again(file, reader)
 
     def _fill(self, reader: NewMemoryReader) -> None:
         self._targets.touched |= reader.has_target
         self._targets.owed |= reader.lent()
         reader.fill()
 
-    def _open_again(self, file: FileEntry, before: NewMemoryReader, touched: bool) -> NewMemoryReader:
+    def _open_again(self, file: FileEntry, before: NewMemoryReader) -> NewMemoryReader:
         """From another place. What the one before has filled is filled again, if both have the same parts."""
-        found = self._open_file(file, touched)
+        found = self._open_file(file, self._touched)
         if found.archive.directory_crc32 != before.archive.directory_crc32:
             found = self._open_file(file, self._targets.touched)
         self._readers[file.name] = found
         self._refusal = self._refusal or found.refusal or self._why_not_filled(before.lent() - found.lent())
         return found
 
-    def _read_together(self, file: FileEntry, reader: NewMemoryReader, touched: bool) -> NewMemoryReader:
+    def _read_together(self, file: FileEntry, reader: NewMemoryReader) -> NewMemoryReader:
         """A collective. If it fails, whose copy is damaged reads its share from another place, and all begin again."""
         while True:
             failure = _failure_of(functools.partial(self._fill, reader))
-            if not self._candidate.nearest:
+            if not self._candidate.nearest or (isinstance(failure, PeerError) and not failure.ranks):
                 if failure is not None:
                     raise failure
                 return reader
-            if failure is not None and not _speaks_against_candidate(failure):
-                raise failure
-            group = RankGroup()
-            if not any(said["failed"] for said in group.gather({"failed": failure is not None})):
+            group, fatal = RankGroup(), failure is not None and not _speaks_against_candidate(failure)
+            answers = group.gather({"failed": failure is not None, "fatal": fatal})
+            if not any(said["failed"] for said in answers):
                 return reader
+            if any(said["fatal"] for said in answers):
+                ranks = [rank for rank, said in enumerate(answers) if said["fatal"]]
+                raise failure or PeerError(f"rank {ranks[0]} cannot load what all ranks read together", ranks)
             moved, obstacle = False, None
             try:
                 moved = self._moves(file)
-                reader = self._open_again(file, reader, touched)
+                reader = self._open_again(file, reader)
                 obstacle = self._refusal
             except (CorruptError, StorageError, DeadlineError) as error:
                 obstacle = error
