@@ -35,6 +35,7 @@ logger = logging.getLogger("ckpt")
 
 LARGEST_LINE = 4096  # of a request, and of an answer
 ABSENT, BUSY, REFUSED, BAD = "absent", "busy", "refused", "bad request"
+UNKNOWN = "unknown checkpoint"  # which may become one: of a node that missed the verdict
 _MOST_CONNECTIONS = 64
 _REQUEST_S = 30.0  # from one request to the end of the next
 _STALL_S = 30.0  # for a client that takes nothing
@@ -206,7 +207,7 @@ class Server:
         of_sequence = (each for each in found if each.sequence == request.sequence)
         generation = next((each for each in of_sequence if manifests.identity(each.manifest) == request.identity), None)
         if generation is None:
-            raise _RequestError(ABSENT, last=False)
+            raise _RequestError(UNKNOWN, last=False)
         if request.name == manifests.NAME:
             begin, end = _bounds(request, len(generation.content))
             _send(connection, _line({"bytes": end - begin}) + generation.content[begin:end])

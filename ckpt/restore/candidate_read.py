@@ -213,7 +213,7 @@ class CandidateRead:
     def _open_again(self, file: FileEntry, before: NewMemoryReader) -> NewMemoryReader:
         """From another place. What the one before has filled is filled again, if both have the same parts."""
         found = self._open_file(file, self._touched)
-        if found.archive.directory_crc32 != before.archive.directory_crc32:
+        if found.directory_crc32 != before.directory_crc32:
             found = self._open_file(file, self._targets.touched)
         self._readers[file.name] = found
         self._refusal = self._refusal or found.refusal or self._why_not_filled(before.lent() - found.lent())

@@ -25,7 +25,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.drain import addresses
 from ckpt.drain.addresses import ServerAddress
-from ckpt.drain.serving import ABSENT, BUSY, LARGEST_LINE, REFUSED
+from ckpt.drain.serving import ABSENT, BUSY, LARGEST_LINE, REFUSED, UNKNOWN
 from ckpt.errors import CorruptError, InUseError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
@@ -63,7 +63,7 @@ class _AwayError(Exception):
     """A node does not answer, or not as it should.
 
     Attributes:
-        starts: it may be that its drain has not come far enough yet.
+        starts: it may be that its drain has not come far enough yet, or the ranks there.
         busy: others are fetching from it.
     """
 
@@ -151,7 +151,7 @@ class _Peer:
                 if answer["error"] == ABSENT:
                     raise _AbsentError
                 why = str(answer["error"])
-                raise _AwayError(f"it says '{why}'", starts=why == REFUSED, busy=why == BUSY)
+                raise _AwayError(f"it says '{why}'", starts=why in (REFUSED, UNKNOWN), busy=why == BUSY)
             return int(answer["bytes"]), begun
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise _AwayError(f"its answer cannot be understood: {error!r}") from error
@@ -187,6 +187,9 @@ class NodeFetch:
         node: the number of this node; None: it has none.
         began: when the drains were started, monotonic.
         timeout_s: longest that one file may take, seconds.
+
+    Attributes:
+        manifest_content: what manifest() has given, as it came.
     """
 
     def __init__(
@@ -204,6 +207,7 @@ class NodeFetch:
         self._dismissed: set[tuple[int, str]] = set()  # nodes that have not got a file, or not as it should be
         self._away: set[int] = set()  # nodes that are not there, and will not come
         self._used: dict[str, int] = {}  # the node that a file has come from
+        self.manifest_content = b""
         self._damaged: set[str] = set()  # whole files that have changed since
 
     def close(self) -> None:
@@ -227,6 +231,7 @@ class NodeFetch:
             if manifest.sequence != self._commit.sequence or manifests.identity(manifest) != self._commit.identity:
                 raise _AwayError("its manifest is of another checkpoint")
             found.append(manifest)
+            self.manifest_content = bytes(content)
 
         self._from_any(manifests.NAME, None, work)
         return found[0] if found else None

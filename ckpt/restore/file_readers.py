@@ -81,6 +81,7 @@ class NewMemoryReader:
         self._how = (map_location, weights_only)
         self._make: Callable[[], Any]
         self.archive = Archive(path, timeout_s)
+        self.directory_crc32 = self.archive.directory_crc32  # also when that is closed
         compare(path, file, self.archive.size, file.crc32)
         self.refusal: Exception | None = None
 

@@ -5,6 +5,9 @@ of it together, or home has: what a rank lacks on its own node it fetches from a
 So one rank of each node has its drain serve what lies there, as long as the restore goes on. It holds a lock meanwhile: the
 drain removes nothing then, and does not end.
 
+A job may have ended when one node had the manifest already, and another only the receipts of its ranks. What such receipts name
+counts, if rank 0 knows the manifest and it names the same. If that checkpoint is named, the manifest is put there: finalise().
+
 Of a job with another number of ranks, nobody knows what lies where: then home alone counts.
 """
 
@@ -15,20 +18,22 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory import manifest as manifests
-from ckpt.directory.listing import find_steps
+from ckpt.directory.listing import Found, find_steps
 from ckpt.directory.manifest import REPLICATED, Manifest
+from ckpt.directory.receipts import read_receipts
 from ckpt.directory.root import has_size
 from ckpt.directory.step_names import names_in
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, InUseError, PeerError
 from ckpt.restore.candidates import Candidate
 from ckpt.restore.fetching import Commit, NodeFetch, remove_fetched
+from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
@@ -85,7 +90,8 @@ class Nearby:
         self._began = 0.0
         self._lock: DirectoryLock | None = None
         self._fetches: dict[Candidate, NodeFetch] = {}
-        self._here: dict[tuple[int, str], Path] = {}  # by sequence and identity, what lies on this node
+        self._here: dict[tuple[int, str], tuple[Path, Manifest]] = {}  # by sequence and identity, what lies on this node
+        self._unfinished: dict[str, Path] = {}  # by name, step directories on this node that have no manifest
         self.copies: list[NearCopy] = []  # on rank 0: what lies on nodes
         self.newest = -1  # on rank 0: the highest sequence that lies on any, whether it can be read or not
 
@@ -98,19 +104,23 @@ class Nearby:
         self._calls += 1
         self._begin()
         found, self._here, newest = [], {}, -1
-        for path, manifest in self._steps():
+        steps = self._steps()
+        for path, manifest in steps.checkpoints:
             newest = max(newest, manifest.sequence)
             if manifest.world_size == self._coordinator.world_size:
-                self._here[manifest.sequence, manifests.identity(manifest)] = path
+                self._here[manifest.sequence, manifests.identity(manifest)] = path, manifest
                 found.append(_describe(path, manifest))
-        said = {"newest": newest, "node": self._node, "copies": found}
+        self._unfinished = {path.name: path for path in steps.bare}
+        loose = {path.name: _received(path) for path in steps.bare}
+        said = {"newest": newest, "node": self._node, "copies": found, "loose": loose}
         try:
             answers = self._coordinator.gather(f"{self._stream}/{self._calls}", json.dumps(said).encode(), self._timeout_s)
         except PeerError:
             if self._coordinator.rank != 0:
                 raise
             answers = []  # who is silent is asked again when a candidate is named; until then home alone counts
-        self.copies, self.newest = _join([json.loads(answer) for answer in answers or []])
+        known = {key: manifest for key, (_, manifest) in self._here.items()}
+        self.copies, self.newest = _join([json.loads(answer) for answer in answers or []], known)
 
     def end(self) -> None:
         """Of a restore: nothing is read any more."""
@@ -140,16 +150,41 @@ class Nearby:
         except (CheckpointError, OSError) as error:  # home may have all the same
             logger.warning("what lies on this node cannot be served to others: %s", error)
 
-    def _steps(self) -> Iterable[tuple[Path, Manifest]]:
+    def _steps(self) -> Found:
+        nothing = Found([], [], [])
         try:
-            return () if self._root is None else find_steps(self._root).checkpoints
+            return nothing if self._root is None else find_steps(self._root)
         except Exception as error:
             logger.warning("what lies on this node cannot be read: %s", error)
-            return ()
+            return nothing
 
     def directory_of(self, candidate: Candidate) -> Path | None:
         """The step directory on this rank's node, which may lack files; None: it has none."""
-        return self._here.get((candidate.sequence, candidate.identity))
+        found = self._here.get((candidate.sequence, candidate.identity))
+        return None if found is None else found[0]
+
+    def unfinished_of(self, candidate: Candidate) -> Path | None:
+        """The same, of a directory without a manifest."""
+        return self._unfinished.get(candidate.name)
+
+    def finalise(self, candidate: Candidate) -> None:
+        """Of one that rank 0 has named: makes it complete on this node, if its manifest alone is missing. One rank does it."""
+        directory, fetch = self.unfinished_of(candidate), self.fetch_of(candidate)
+        mine_to_do = self._lock is not None and self._node is not None and self.directory_of(candidate) is None
+        if not mine_to_do or directory is None or fetch is None or self._root is None:
+            return
+        try:
+            manifest, ranks = fetch.manifest(), nodes.read(self._root).ranks
+            if manifest is None:
+                return
+            received = {tuple(each) for each in _received(directory)}
+            mine = [file for file in manifest.files if file.kind == REPLICATED or file.rank in ranks]
+            if all((file.name, file.bytes, file.crc32) in received for file in mine):
+                durable.replace_durably(directory / manifests.NAME, fetch.manifest_content, "finalise")
+                self._here[candidate.sequence, candidate.identity] = directory, manifest
+                logger.info("'%s' was made complete: a crash had left it without its manifest", directory)
+        except (CheckpointError, OSError) as error:
+            logger.warning("'%s' cannot be made complete, its files can be read all the same: %s", directory, error)
 
     def fetch_of(self, candidate: Candidate) -> NodeFetch | None:
         """What other nodes have of it; None if there are none."""
@@ -176,8 +211,18 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _join(answers: list[dict[str, Any]]) -> tuple[list[NearCopy], int]:
-    """What the nodes have together, newest first."""
+def _received(directory: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and CRC-32s of what receipts name there, and is there."""
+    files = [file for receipt in read_receipts(directory) for file in receipt.files]
+    return [(file.name, file.bytes, file.crc32) for file in files if has_size(directory / file.name, file.bytes)]
+
+
+def _join(answers: list[dict[str, Any]], known: Mapping[tuple[int, str], Manifest]) -> tuple[list[NearCopy], int]:
+    """What the nodes have together, newest first.
+
+    Args:
+        known: the manifests that lie on the node of this rank.
+    """
     found: dict[tuple[int, str], NearCopy] = {}
     held: dict[tuple[int, str], set[str]] = {}
     holders: dict[tuple[int, str], set[int]] = {}
@@ -187,11 +232,17 @@ def _join(answers: list[dict[str, Any]]) -> tuple[list[NearCopy], int]:
             key = said["sequence"], said["identity"]
             found[key] = NearCopy(said["name"], said["step"], *key, said["collective"])
             held.setdefault(key, set()).update(said["held"])
-            missing[key] = said["files"] - len(held[key])
-            if answer["node"] is not None:
-                holders.setdefault(key, set()).add(answer["node"])
+            missing[key] = said["files"]
+            holders.setdefault(key, set()).update([] if answer["node"] is None else [answer["node"]])
+    for key, manifest in known.items():
+        for answer in answers:
+            loose = {tuple(each) for each in answer["loose"].get(found[key].name, ())} if key in found else set()
+            there = {file.name for file in manifest.files if (file.name, file.bytes, file.crc32) in loose}
+            if there and answer["node"] is not None:
+                holders[key].add(answer["node"])
+            held.get(key, set()).update(there)
     joined = [
-        dataclasses.replace(copy, missing=missing[key], holders=tuple(sorted(holders.get(key, ()))))
+        dataclasses.replace(copy, missing=missing[key] - len(held[key]), holders=tuple(sorted(holders.get(key, ()))))
         for key, copy in sorted(found.items(), reverse=True)
     ]
     return joined, max((answer["newest"] for answer in answers), default=-1)

@@ -28,10 +28,12 @@ class DirectoryPlace:
 
     Args:
         label: what it is called.
+        finished: whether it has the manifest.
     """
 
-    def __init__(self, directory: Path, label: str) -> None:
+    def __init__(self, directory: Path, label: str, *, finished: bool = True) -> None:
         self.directory = directory
+        self.finished = finished
         self._label = label
         self._names: dict[tuple[str, int, int, int], str] | None = None
 
@@ -185,8 +187,8 @@ class StepPlaces:
 
     def hold(self, sequence: int) -> bool:
         """Whether that commit still lies wherever this rank has looked for it."""
-        directories = [place.directory for place in self._places if isinstance(place, DirectoryPlace)]
-        return all(manifests.is_at(directory, sequence) for directory in directories)
+        directories = [place for place in self._places if isinstance(place, DirectoryPlace) and place.finished]
+        return all(manifests.is_at(each.directory, sequence) for each in directories)
 
 
 def _is(manifest: Manifest, sequence: int, identity: str) -> bool:

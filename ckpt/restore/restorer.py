@@ -63,6 +63,8 @@ class Restorer:
 
         def verify(candidate: Candidate) -> Objection | None:
             self._read = None  # before there is memory for the next
+            if candidate.nearest and self._nearby is not None:
+                self._nearby.finalise(candidate)
             places = self._places_of(root, candidate)
             self._read = CandidateRead(places, candidate, request, self._targets, self._rank, self._world_size)
             return self._read.examine()
@@ -109,6 +111,8 @@ class Restorer:
         places: list[Place] = []
         if near is not None:
             places.append(DirectoryPlace(near, NODE))
+        elif (unfinished := self._nearby.unfinished_of(candidate)) is not None:
+            places.append(DirectoryPlace(unfinished, NODE, finished=False))
         if fetch is not None:
             places.append(FetchedPlace(fetch))
         there = manifests.read_if_any(home)

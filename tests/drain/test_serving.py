@@ -99,6 +99,7 @@ def test_only_its_user_can_read_what_opens_the_door(job: Job, start: Callable[[i
 REFUSED = b'{"error": "refused"}\n'
 BAD = b'{"error": "bad request"}\n'
 ABSENT = b'{"error": "absent"}\n'
+UNKNOWN = b'{"error": "unknown checkpoint"}\n'
 
 
 @pytest.mark.parametrize(
@@ -116,8 +117,8 @@ ABSENT = b'{"error": "absent"}\n'
         ({"name": "secret"}, ABSENT),
         ({"name": "link"}, ABSENT),
         ({"name": ["replicated.pt"]}, ABSENT),
-        ({"sequence": 2}, ABSENT),
-        ({"identity": "0" * 16}, ABSENT),
+        ({"sequence": 2}, UNKNOWN),
+        ({"identity": "0" * 16}, UNKNOWN),
         ({"sequence": True}, BAD),
         ({"sequence": "1"}, BAD),
         ({"offset": -1}, BAD),

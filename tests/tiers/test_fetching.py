@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import re
 import shutil
-import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from node_roots import wait_for
-from nursery import Nursery, sharding_nurseries
-from tier_places import has_ended
+from node_roots import DEADLINE_S
+from nursery import Ended, Nursery, sharding_nurseries
+
+from ckpt.directory.publish_lock import publishing
 
 RANKS = 2
 # So slow that nothing comes home but the first file of a node; and the other nodes are reached without a network.
@@ -40,7 +39,7 @@ class Job:
         self._meetings = 0
 
     def run(self, work: str, nodes: tuple[int, ...] = (0, 1), **request: Any) -> list[dict[str, Any]]:
-        """What each rank says.
+        """What each rank says. While they restore nothing comes home.
 
         Args:
             nodes: for each rank, on which it is.
@@ -48,16 +47,21 @@ class Job:
         self._meetings += 1
         common = {"work": work, "directory": str(self.home), "world": len(nodes), "tier": NODES_ALONE}
         common |= {"meeting": str(self.path / f"meeting-{self._meetings}")}
+        (self.home / ".drain").mkdir(parents=True, exist_ok=True)
+        with publishing(self.home, "test") if work == "restore" else contextlib.nullcontext():
+            ended = self._run(nodes, common, request)
+        self.errors = [each.stderr for each in ended]
+        for each in ended:
+            assert each.returncode == 0, each.stderr
+        return [json.loads(each.stdout) for each in ended]
+
+    def _run(self, nodes: tuple[int, ...], common: dict[str, Any], request: dict[str, Any]) -> list[Ended]:
         children = []
         for rank, node in enumerate(nodes):
             wishes = common | {"rank": rank, "node": str(self.path / f"node-{node}")} | request
             program = f"from dist import fetching_worker; fetching_worker.main({wishes!r})"
             children.append(self._nurseries[rank].start(program))
-        ended = [child.wait() for child in children]
-        self.errors = [each.stderr for each in ended]
-        for each in ended:
-            assert each.returncode == 0, each.stderr
-        return [json.loads(each.stdout) for each in ended]
+        return [child.wait() for child in children]
 
     def step(self, node: int, step: int = 1) -> Path:
         (found,) = (self.path / f"node-{node}").glob(f"*/step-{step:012d}")
@@ -68,13 +72,19 @@ class Job:
         self.end_drains(node)
         shutil.rmtree(self.path / f"node-{node}")
 
-    def end_drains(self, node: int | str = "*") -> None:
-        for lock in self.path.glob(f"node-{node}/*/.drain.lock"):
-            said = re.match(r"process (\d+) ", lock.read_text())
-            if said is not None and not has_ended(int(said[1])):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(said[1]), signal.SIGTERM)
-                wait_for(lambda pid=int(said[1]): has_ended(pid))
+    def end_drains(self, node: int | None = None) -> None:
+        """Also those that are just being started: all whose command names a node of this job."""
+        base = str(self.path / ("node-" if node is None else f"node-{node}/"))
+
+        def running() -> list[psutil.Process]:
+            named = psutil.process_iter(["cmdline"])
+            return [each for each in named if any(part.startswith(base) for part in each.info["cmdline"] or ())]
+
+        while found := running():
+            for process in found:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+            psutil.wait_procs(found, DEADLINE_S)
 
     def assert_tidy(self) -> None:
         """What was fetched stays only as long as it is needed."""
@@ -190,3 +200,28 @@ def test_a_restore_needs_no_drain_that_runs(job: Job) -> None:
     found = job.run("restore", kinds=["own", "replicated"])
     assert [each["step"] for each in found] == [2, 2]
     assert {source for each in found for source in each["sources"].values()} == {"node"}
+
+
+def test_a_node_has_missed_the_verdict(job: Job) -> None:
+    """Its files and receipts are there: they count, and it gets the manifest from the other one."""
+    job.run("save", kinds=ALL, steps=[1, 2])
+    job.end_drains()
+    manifest = job.step(1, 2) / "manifest.json"
+    manifest.unlink()
+    found = job.run("restore", kinds=ALL)
+    assert [each["step"] for each in found] == [2, 2]
+    assert found[1]["sources"]["rank-00001.pt"] == found[1]["sources"]["replicated.pt"] == "node"
+    assert manifest.read_bytes() == (job.step(0, 2) / "manifest.json").read_bytes()
+
+
+def test_a_node_has_missed_the_verdict_and_has_other_files(job: Job) -> None:
+    """As of a save that was given up: they do not pass for what the manifest names."""
+    job.run("save", kinds=["own", "replicated"], steps=[1, 2])
+    job.end_drains()
+    for name in ("rank-00001.pt", "receipt-00001.json"):
+        shutil.copy(job.step(1, 1) / name, job.step(1, 2) / name)
+    manifest = job.step(1, 2) / "manifest.json"
+    manifest.unlink()
+    found = job.run("restore", kinds=["own", "replicated"])
+    assert [each["step"] for each in found] == [1, 1]
+    assert not manifest.exists()
