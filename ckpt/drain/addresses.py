@@ -9,16 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from pathlib import Path
 from typing import Any
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.publish_lock import FOLDER
 from ckpt.directory.step_names import names_in
-from ckpt.errors import StorageError
-from ckpt.storage import durable
-from ckpt.storage.temporary_names import temporary_path
+from ckpt.storage import durable, scratch
 
 _PREFIX, _SUFFIX = "node-", ".json"
 _LARGEST_BYTES = 1 << 20
@@ -51,16 +48,7 @@ def announce(home: Path, run: str, address: ServerAddress) -> None:
     document = {**dataclasses.asdict(address), "format": manifests.FORMAT, "ranks": sorted(address.ranks)}
     path = path_of(home, run, address.node)
     durable.make_directory(path.parent, durable=True)
-    temporary = temporary_path(path)
-    try:
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "wb") as file:
-            file.write(manifests.with_checksum(document))
-        os.replace(temporary, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            durable.remove_quietly(temporary)
-        raise StorageError(error.errno or 0, f"cannot write '{path}': {error.strerror}", str(path)) from error
+    scratch.replace_private(path, manifests.with_checksum(document))
 
 
 def withdraw(home: Path, run: str, address: ServerAddress) -> None:
@@ -68,7 +56,7 @@ def withdraw(home: Path, run: str, address: ServerAddress) -> None:
     path = path_of(home, run, address.node)
     with contextlib.suppress(OSError):
         if read(path) == address:
-            path.unlink()
+            scratch.remove(path)
 
 
 def read(path: Path) -> ServerAddress | None:

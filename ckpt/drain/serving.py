@@ -13,11 +13,9 @@ import contextlib
 import hmac
 import json
 import logging
-import os
 import secrets
 import select
 import socket
-import stat
 import threading
 import time
 from pathlib import Path
@@ -29,7 +27,8 @@ from ckpt.drain.addresses import ServerAddress
 from ckpt.drain.home import Home
 from ckpt.drain.node import Generations, Node
 from ckpt.errors import CheckpointError, StorageError
-from ckpt.storage import durable
+from ckpt.storage import durable, scratch
+from ckpt.storage.scratch import OpenFile
 
 logger = logging.getLogger("ckpt")
 
@@ -215,26 +214,14 @@ class Server:
         entry = next((file for file in generation.manifest.files if file.name == request.name), None)
         if entry is None:
             raise _RequestError(ABSENT, last=False)
-        with _opened(generation.directory / entry.name, entry.bytes) as descriptor:
-            begin, end = _bounds(request, entry.bytes)
+        begin, end = _bounds(request, entry.bytes)
+        with contextlib.ExitStack() as stack:
+            try:
+                file = stack.enter_context(scratch.opened(generation.directory / entry.name, entry.bytes))
+            except StorageError:
+                raise _RequestError(ABSENT, last=False) from None
             _send(connection, _line({"bytes": end - begin}))
-            _send_file(connection, descriptor, begin, end)
-
-
-@contextlib.contextmanager
-def _opened(path: Path, size: int) -> Any:
-    """A file that is as long as it should be, and no link to another one."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        raise _RequestError(ABSENT, last=False) from None
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
-            raise _RequestError(ABSENT, last=False)
-        yield descriptor
-    finally:
-        os.close(descriptor)
+            _send_file(connection, file, begin, end)
 
 
 def _bounds(request: _Request, size: int) -> tuple[int, int]:
@@ -291,11 +278,11 @@ def _send(connection: socket.socket, content: bytes) -> None:
         left = left[connection.send(left[:_BLOCK_BYTES]) :]
 
 
-def _send_file(connection: socket.socket, descriptor: int, begin: int, end: int) -> None:
+def _send_file(connection: socket.socket, file: OpenFile, begin: int, end: int) -> None:
     until = time.monotonic() + _STALL_S + (end - begin) / _SLOWEST
     while begin < end:
         _wait(connection, select.POLLOUT, until)
-        sent = os.sendfile(connection.fileno(), descriptor, begin, min(end - begin, _BLOCK_BYTES))
+        sent = file.send(connection, begin, min(end - begin, _BLOCK_BYTES))
         if sent == 0:
             raise OSError("the file has become shorter")
         begin += sent

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,9 +26,9 @@ from ckpt.drain import addresses
 from ckpt.drain.addresses import ServerAddress
 from ckpt.drain.serving import ABSENT, BUSY, LARGEST_LINE, REFUSED, UNKNOWN
 from ckpt.errors import CorruptError, InUseError, StorageError
-from ckpt.storage import durable
+from ckpt.storage import durable, scratch
 from ckpt.storage.directory_lock import DirectoryLock
-from ckpt.storage.temporary_names import temporary_path
+from ckpt.storage.scratch import NewFile
 
 logger = logging.getLogger("ckpt")
 
@@ -73,10 +72,6 @@ class _AwayError(Exception):
         self.busy = busy
 
 
-class _DiskError(Exception):
-    """What has come cannot be written on this node."""
-
-
 class _Peer:
     """The drain of another node; connected when it is first asked."""
 
@@ -113,6 +108,9 @@ class _Peer:
             self._receive(connection, size, begun, take, end)
             return size
         except _AbsentError:
+            raise
+        except StorageError:
+            self.close()  # in the midst of an answer, which cannot be written here
             raise
         except OSError as error:
             self.close()
@@ -215,7 +213,7 @@ class NodeFetch:
         for peer in self._peers.values():
             peer.close()
         self._peers.clear()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        scratch.remove(self.directory)
 
     def manifest(self) -> Manifest | None:
         """None if no node gives it."""
@@ -297,26 +295,17 @@ class NodeFetch:
                     raise
                 time.sleep(_LOOK_S)
 
-    def _into(self, path: Path, entry: FileEntry, copy: Callable[[_Peer, int, float], None]) -> int | None:
+    def _into(self, path: Path, entry: FileEntry, copy: Callable[[_Peer, NewFile, float], None]) -> int | None:
         """Fetches to a temporary name, which becomes `path`. Returns the node."""
 
         def work(peer: _Peer, end: float) -> None:
-            temporary = temporary_path(path)
-            try:
-                descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    copy(peer, descriptor, end)
-                finally:
-                    os.close(descriptor)
-                os.replace(temporary, path)
-            except BaseException:
-                durable.remove_quietly(temporary)
-                raise
+            with scratch.new_file(path) as file:
+                copy(peer, file, end)
 
         try:
             durable.make_directory(self.directory, durable=False)
             node = self._from_any(entry.name, entry, work)
-        except (OSError, _DiskError) as error:
+        except StorageError as error:
             logger.warning("'%s' cannot be fetched from another node: %s", path, error)
             return None
         if node is not None:
@@ -324,25 +313,23 @@ class NodeFetch:
             logger.info("'%s' was fetched from node %d", path, node)
         return node
 
-    def _copy(self, peer: _Peer, descriptor: int, entry: FileEntry, end: float) -> None:
+    def _copy(self, peer: _Peer, file: NewFile, entry: FileEntry, end: float) -> None:
         crc = 0
 
         def take(block: memoryview) -> None:
             nonlocal crc
             crc = _native.crc32(block, crc)
-            _write(descriptor, block)
+            file.write(block)
 
         size = peer.ask(entry.name, 0, None, take, entry.bytes, end)
         if (size, crc) != (entry.bytes, entry.crc32):
             raise CorruptError(f"'{entry.name}' of node {peer.address.node} is not what its manifest says")
 
-    def _copy_ranges(
-        self, peer: _Peer, descriptor: int, entry: FileEntry, wanted: Sequence[tuple[int, int]], end: float
-    ) -> None:
-        os.ftruncate(descriptor, entry.bytes)
+    def _copy_ranges(self, peer: _Peer, file: NewFile, entry: FileEntry, wanted: Sequence[tuple[int, int]], end: float) -> None:
+        file.grow(entry.bytes)
         for begin, until in wanted:
-            os.lseek(descriptor, begin, os.SEEK_SET)
-            peer.ask(entry.name, begin, until - begin, lambda block: _write(descriptor, block), until - begin, end)
+            file.seek(begin)
+            peer.ask(entry.name, begin, until - begin, file.write, until - begin, end)
 
     # ---- who is asked ----------------------------------------------------------------------------------------------
 
@@ -350,7 +337,7 @@ class NodeFetch:
         """The node that has done it; None: none can.
 
         Raises:
-            OSError, _DiskError: the disk of this node fails.
+            StorageError: the disk of this node fails.
         """
         end = time.monotonic() + self._timeout_s
         while time.monotonic() < end:
@@ -415,12 +402,4 @@ def remove_fetched(root: Path) -> None:
     with contextlib.suppress(OSError):
         for path in list(root.iterdir()):
             if path.name.startswith(_PREFIX):
-                shutil.rmtree(path, ignore_errors=True)
-
-
-def _write(descriptor: int, block: memoryview) -> None:
-    try:
-        while block:
-            block = block[os.write(descriptor, block) :]
-    except OSError as error:
-        raise _DiskError(str(error)) from error
+                scratch.remove(path)

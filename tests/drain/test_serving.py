@@ -24,9 +24,10 @@ from ckpt.drain import addresses, serving
 from ckpt.drain import node as nodes
 from ckpt.drain.addresses import ServerAddress
 from ckpt.drain.serving import Server
-from ckpt.restore import fetching
 from ckpt.restore.fetching import Commit, NodeFetch
+from ckpt.storage import scratch
 from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.scratch import NewFile
 
 LOCAL = {"address": "127.0.0.1"}
 MiB = 1 << 20
@@ -264,18 +265,18 @@ def test_a_server_is_killed_in_the_midst(tmp_path: Path, monkeypatch: pytest.Mon
     """The file comes from the next one; what had come of it is not used."""
     job = Job(tmp_path, nodes=2, pids=this_process(), rate=1, **LOCAL)
     job.save(1, common=64 * MiB)
-    write, killed = fetching._write, []
+    write, killed = NewFile.write, []
     with Drain(job.roots[0], []) as first, Drain(job.roots[1], []) as second:
         wait_for(lambda: len(addresses.read_all(job.home, RUN)) == 2)
 
-        def kill_first(descriptor: int, block: memoryview) -> None:
+        def kill_first(file: NewFile, block: memoryview) -> None:
             if not killed:
                 first.signal(signal.SIGKILL)
                 wait_for(lambda: not first.runs)
                 killed.append(True)
-            write(descriptor, block)
+            write(file, block)
 
-        monkeypatch.setattr(fetching, "_write", kill_first)
+        monkeypatch.setattr(NewFile, "write", kill_first)
         path, source = fetch_of(job, tmp_path, 0, 1).whole(entry_of(job, "replicated.pt")) or (Path(), "")
         assert killed and source == "node 1" and second.runs
         assert zlib.crc32(path.read_bytes()) == entry_of(job, "replicated.pt").crc32
@@ -303,7 +304,7 @@ def test_a_disk_that_is_full_gives_nothing(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     fetch = fetch_of(job, tmp_path, 0)
-    monkeypatch.setattr(fetching.os, "write", full)
+    monkeypatch.setattr(scratch.os, "write", full)
     assert fetch.whole(entry_of(job, "replicated.pt")) is None
     monkeypatch.undo()
     assert [path.name for path in fetch.directory.iterdir()] == [".replicated.pt.lock"]

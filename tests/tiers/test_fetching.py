@@ -16,7 +16,8 @@ from nursery import Ended, Nursery, sharding_nurseries
 
 from ckpt.directory.publish_lock import publishing
 
-RANKS = 2
+RANKS = 2  # of most jobs
+MOST_RANKS = 3
 # So slow that nothing comes home but the first file of a node; and the other nodes are reached without a network.
 NODES_ALONE = {"rate": 1, "address": "127.0.0.1"}
 
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    with sharding_nurseries(RANKS) as nurseries:
+    with sharding_nurseries(MOST_RANKS) as nurseries:
         yield nurseries
 
 
@@ -225,3 +226,14 @@ def test_a_node_has_missed_the_verdict_and_has_other_files(job: Job) -> None:
     found = job.run("restore", kinds=["own", "replicated"])
     assert [each["step"] for each in found] == [1, 1]
     assert not manifest.exists()
+
+
+def test_ranks_of_one_node_share_what_is_fetched(job: Job) -> None:
+    """It comes once."""
+    job.run("save", (0, 1, 1), kinds=["replicated"])
+    job.lose(1)
+    found = job.run("restore", (0, 1, 1), kinds=["replicated"])
+    assert [each["step"] for each in found] == [1, 1, 1]
+    assert sorted(each["sources"]["replicated.pt"] for each in found) == ["another node", "node", "node 0"]
+    assert sum(errors.count("was fetched from node 0") for errors in job.errors) == 1
+    job.assert_tidy()
