@@ -73,7 +73,8 @@ class Checkpointer(SaveSession):
         metrics: who is told of each save that has ended, see `ckpt.metrics.MetricsSink`.
         tiers: `[Tier.node(path)]`: saves land on a disk of each node first, and a process of its own carries them to
             `directory`, which stays what result() speaks of. `on_tier("node")` of what save() returns tells of the first
-            landing. All ranks give the same.
+            landing. restore() reads each file from the nearest place where it is good: the own node, another one, `directory`.
+            All ranks give the same.
 
     Raises:
         StorageError: the directory cannot be made or entered, as far as can be seen without making it; says what is in the

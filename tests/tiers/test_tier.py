@@ -46,6 +46,7 @@ def test_a_relative_path_is_that_of_now(tmp_path: Path, monkeypatch: pytest.Monk
         *(("max_bytes", value) for value in (0, -1, "much", 1.5, True)),
         *(("when_full", value) for value in ("", "no", None, 1)),
         *(("required", value) for value in (1, None, "yes")),
+        *(("address", value) for value in (1, "", " ", b"10.0.0.1")),
     ],
 )
 def test_a_bad_value_is_named(name: str, value: Any) -> None:
