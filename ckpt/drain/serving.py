@@ -27,7 +27,7 @@ from ckpt.drain.addresses import ServerAddress
 from ckpt.drain.home import Home
 from ckpt.drain.node import Generations, Node
 from ckpt.errors import CheckpointError, StorageError
-from ckpt.storage import durable, scratch
+from ckpt.storage import scratch
 from ckpt.storage.scratch import OpenFile
 
 logger = logging.getLogger("ckpt")
@@ -98,7 +98,6 @@ class Server:
             self._withdraw()
             Home(node).expect_ours()
             addresses.announce(node.home, node.run, said[1])
-            durable.crash_point("drain-announced")
             self._announced = said
 
     def _withdraw(self) -> None:
