@@ -115,9 +115,10 @@ class Nearby:
         said = {"newest": newest, "node": self._node, "copies": found, "loose": loose}
         try:
             answers = self._coordinator.gather(f"{self._stream}/{self._calls}", json.dumps(said).encode(), self._timeout_s)
-        except PeerError:
+        except PeerError as error:
             if self._coordinator.rank != 0:
                 raise
+            logger.warning("what lies on the disks of nodes is left out of this restore, home alone counts: %s", error)
             answers = []  # who is silent is asked again when a candidate is named; until then home alone counts
         known = {key: manifest for key, (_, manifest) in self._here.items()}
         self.copies, self.newest = _join([json.loads(answer) for answer in answers or []], known)

@@ -98,7 +98,8 @@ class Restorer:
         if self._rank == 0 and self._nearby is not None and self._nearby.newest > found.sequence:
             logger.warning(
                 "'%s' was restored, but disks of nodes hold a newer checkpoint, which this job cannot read there: it was "
-                "saved by another number of ranks, or on other nodes. Once the drains have brought it home it can be resumed",
+                "saved by another number of ranks, or lies on other nodes, too. To resume from it, end this job before it "
+                "saves, bring it home with `python -m ckpt drain --once` on each node that has a part, and start again",
                 found.name,
             )
 
