@@ -22,6 +22,7 @@ from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import sharded_files, step_names
 from ckpt.directory.manifest import RANK, REPLICATED, SHARDED, SHARDED_METADATA
+from ckpt.directory.publish_lock import is_home
 from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import (
@@ -451,6 +452,12 @@ class Checkpointer(SaveSession):
         """
         self._check_usable()
         self._restorer.begin()
+        if self._nodes is None and self.rank == 0 and is_home(self.directory):
+            text = (
+                "'%s' has been saved to by way of disks of nodes, and this Checkpointer is given no tiers=: what has not come "
+                "home from there is left out"
+            )
+            self._directories.warn_once("no tiers", text, self.directory)
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
         request = self._request(targets, map_location, weights_only, merge, strict)
         return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)

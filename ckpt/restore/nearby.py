@@ -137,7 +137,10 @@ class Nearby:
         self._root, self._node, self._began = None, None, time.monotonic()
         try:
             self._root = root = self._find_root()
-            if root is None or not root.is_dir():
+            if root is None:
+                return
+            if not root.is_dir():
+                logger.warning("nothing of this run lies on this node, in '%s': the node is new, or its path is another", root)
                 return
             lock = DirectoryLock(root, name=nodes.RESTORING, owner="another rank")
             with contextlib.suppress(InUseError):  # then that rank does it

@@ -186,9 +186,11 @@ def check_place(path: Path, home: Path) -> None:
         ValueError: the path, which may not be there yet, is no place of a "node" tier: other nodes would see it, too, or it is
             no directory, or a part of home.
     """
-    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(home)):
+    inner, outer = Path(os.path.realpath(path)), Path(os.path.realpath(home))
+    if inner.is_relative_to(outer) or outer.is_relative_to(inner):
         raise ValueError(
-            f"Tier.node('{path}') must not lie in '{home}', where its checkpoints are carried; choose another path"
+            f"Tier.node('{path}') must not lie in '{home}', where its checkpoints are carried, nor around it; choose another "
+            "path"
         )
     there = nearest_existing(path)
     if not there.is_dir():

@@ -34,6 +34,10 @@ The parts, for those who call torch.distributed.checkpoint themselves:
 nothing else: its thread calls collectives, which meet those of the training on the same group, and both wait for ever.
 """
 
+from typing import Any
+
+import torch.distributed.checkpoint as _stock
+
 from .calls import async_save, load, save
 from .reader import VerifyingStorageReader
 from .sessions import close, configure
@@ -50,3 +54,11 @@ __all__ = [
     "load",
     "save",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """All else that torch.distributed.checkpoint has: FileSystemReader, planners, metadata."""
+    try:
+        return getattr(_stock, name)
+    except AttributeError:
+        raise AttributeError(f"neither {__name__} nor torch.distributed.checkpoint has '{name}'") from None

@@ -68,7 +68,7 @@ def async_save(
     no_dist: bool = False,
     use_collectives: bool = True,
 ) -> Any:
-    """Begins to save, and returns an AsyncSaveResponse of torch.
+    """Begins to save, and returns an AsyncSaveResponse of torch, which is the future of its upload as well.
 
     Its staging_completion is done when the tensors may change; steps of optimizers wait for that by themselves, as
     `ckpt.fence()` does. Its upload_completion is done when the checkpoint is durable on all ranks, or holds what went wrong on
@@ -223,7 +223,7 @@ def _save_behind(state: Any, writer: Any, stager: Any, more: dict[str, Any]) -> 
 
 def _as_response(found: Any) -> Any:
     if not isinstance(found, concurrent.futures.Future):
-        return found
+        return response(found.staging_completion, found.upload_completion)
     staging: concurrent.futures.Future[None] = concurrent.futures.Future()
     staging.set_result(None)  # all was copied
     return response(staging, found)

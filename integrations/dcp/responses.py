@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed.checkpoint as stock
@@ -10,16 +11,46 @@ import torch.distributed.checkpoint as stock
 import ckpt
 
 
-class AsyncSaveResponse:
-    """That of torch, for those that have none."""
+class _PlainResponse:
+    """For versions of torch that have no AsyncSaveResponse."""
 
     def __init__(self, staging_completion: Any, upload_completion: Any) -> None:
         self.staging_completion, self.upload_completion = staging_completion, upload_completion
 
 
-def response(staging: Any, upload: Any) -> Any:
-    found = getattr(getattr(stock, "state_dict_saver", None), "AsyncSaveResponse", AsyncSaveResponse)
-    return found(staging_completion=staging, upload_completion=upload)
+_Response: Any = getattr(getattr(stock, "state_dict_saver", None), "AsyncSaveResponse", _PlainResponse)
+
+
+class SaveResponse(_Response):
+    """An AsyncSaveResponse of torch, and the future that async_save() of torch returns by default: that of its upload."""
+
+    upload_completion: Any
+
+    def result(self, timeout: float | None = None) -> Any:
+        return self.upload_completion.result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        found: BaseException | None = self.upload_completion.exception(timeout)
+        return found
+
+    def done(self) -> bool:
+        return bool(self.upload_completion.done())
+
+    def running(self) -> bool:
+        return bool(self.upload_completion.running())
+
+    def cancelled(self) -> bool:
+        return bool(self.upload_completion.cancelled())
+
+    def cancel(self) -> bool:
+        return bool(self.upload_completion.cancel())
+
+    def add_done_callback(self, callback: Callable[[Any], object]) -> None:
+        self.upload_completion.add_done_callback(callback)
+
+
+def response(staging: Any, upload: Any) -> SaveResponse:
+    return SaveResponse(staging_completion=staging, upload_completion=upload)
 
 
 class StagingFuture(concurrent.futures.Future):

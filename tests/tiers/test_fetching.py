@@ -40,7 +40,7 @@ class Job:
         self._meetings = 0
 
     def run(self, work: str, nodes: tuple[int, ...] = (0, 1), **request: Any) -> list[dict[str, Any]]:
-        """What each rank says. While they restore nothing comes home.
+        """What each rank says. While they restore nothing comes home, and of the first save only with `home`.
 
         Args:
             nodes: for each rank, on which it is.
@@ -49,7 +49,8 @@ class Job:
         common = {"work": work, "directory": str(self.home), "world": len(nodes), "tier": NODES_ALONE}
         common |= {"meeting": str(self.path / f"meeting-{self._meetings}")}
         (self.home / ".drain").mkdir(parents=True, exist_ok=True)
-        with publishing(self.home, "test") if work == "restore" else contextlib.nullcontext():
+        held = work == "restore" or (self._meetings == 1 and not request.get("home"))
+        with publishing(self.home, "test") if held else contextlib.nullcontext():
             ended = self._run(nodes, common, request)
         self.errors = [each.stderr for each in ended]
         for each in ended:

@@ -185,3 +185,15 @@ def test_failures_at_home_do_not_end_training(home: Path, caplog: pytest.LogCapt
         (home / ".run").write_text('{"run": "another"}')
         for step in range(1, 8):
             assert land(made, step, step).is_relative_to(node(home)), "after three failures in a row as before"
+
+
+def test_who_leaves_the_tier_out_is_told_so(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with checkpointer(home) as made:
+        made.save(1, state(1)).result(DEADLINE_S)
+    with ckpt.Checkpointer(home, options=options()) as without:
+        assert restored(without) == (1, 1)
+        assert caplog.text.count("is given no tiers=") == 1
+        without.save(2, state(2)).result(DEADLINE_S)
+    with checkpointer(home, 1) as elsewhere:
+        assert restored(elsewhere) == (2, 2)
+        assert "nothing of this run lies on this node" in caplog.text

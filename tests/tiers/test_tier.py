@@ -86,14 +86,15 @@ def test_the_list_holds_one_tier_of_a_node_at_most() -> None:
 
 
 def test_a_local_directory_is_a_place_whether_it_is_there_or_not(tmp_path: Path) -> None:
-    check_place(tmp_path, tmp_path / "home")
+    (tmp_path / "there").mkdir()
+    check_place(tmp_path / "there", tmp_path / "home")
     check_place(tmp_path / "to" / "be" / "made", tmp_path / "home")
 
 
 def test_a_file_and_a_part_of_home_are_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to(tmp_path / "home")
-    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "home", tmp_path / "link" / "nvme"):
+    for place in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "home", tmp_path / "link" / "nvme", tmp_path):
         with pytest.raises(ValueError, match=r"Tier\.node\('.*another path"):
             check_place(place, tmp_path / "home")
 
