@@ -452,20 +452,23 @@ class Checkpointer(SaveSession):
         """
         self._check_usable()
         self._restorer.begin()
+        targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
+        request = self._request(targets, map_location, weights_only, merge, strict)
+        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+
+    def _tell_if_tiers_are_left_out(self) -> None:
         if self._nodes is None and self.rank == 0 and is_home(self.directory):
             text = (
                 "'%s' has been saved to by way of disks of nodes, and this Checkpointer is given no tiers=: what has not come "
                 "home from there is left out"
             )
             self._directories.warn_once("no tiers", text, self.directory)
-        targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
-        request = self._request(targets, map_location, weights_only, merge, strict)
-        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
 
     def _request(
         self, targets: dict[str, Any], map_location: Any, weights_only: bool, merge: Any, strict: bool
     ) -> RestoreRequest:
         """When nothing reads or writes the targets any more."""
+        self._tell_if_tiers_are_left_out()
         if targets["into"] is not None and merge is not None:
             raise ValueError("restore() takes into= or merge=, not both: what merge() returns is loaded to new memory")
         if self._nodes is None:

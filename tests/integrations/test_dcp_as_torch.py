@@ -42,6 +42,25 @@ def outcome(act: Callable[[], Any]) -> Any:
         return type(error).__name__, {rank: str(each[0]) for rank, each in causes.items()}
 
 
+def test_its_response_is_a_future_as_that_of_torch(tmp_path: Path) -> None:
+    """By default torch returns that alone."""
+    state, told = {"weight": torch.arange(4.0)}, []
+    responses = [each.async_save(state, checkpoint_id=str(tmp_path / each.__name__)) for each in (dcp, stock)]
+    for response in responses:
+        found: Any = response.result(DEADLINE_S)
+        assert isinstance(found, stock.Metadata) and response.result() is found
+        assert response.done() and response.exception() is None
+        assert not response.cancel() and not response.cancelled() and not response.running()
+        response.add_done_callback(told.append)
+    assert len(told) == 2 and all(each.done() for each in told)
+
+
+def test_what_it_does_not_have_is_that_of_torch() -> None:
+    assert dcp.FileSystemReader is stock.FileSystemReader and dcp.DefaultLoadPlanner is stock.DefaultLoadPlanner
+    with pytest.raises(AttributeError, match=r"neither .* has 'no_such_name'"):
+        _ = dcp.no_such_name
+
+
 def saved_by(save: Any, state: Any, path: Path) -> Any:
     """What `.metadata` says, but where each item lies."""
     metadata = save(state, checkpoint_id=str(path))
