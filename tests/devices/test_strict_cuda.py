@@ -214,6 +214,7 @@ def test_memory_is_given_back_when_nothing_goes_on_there(face: Face, waits: bool
 
 def test_the_memory_of_a_device_is_limited(face: Face) -> None:
     free, total, address = ctypes.c_size_t(), ctypes.c_size_t(), ctypes.c_ulonglong()
+    face.fake.set_memory(total=1 << 40, others=0)
     face.do("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     lost = total.value - free.value  # by tests of before
     face.fake.set_memory(total=10_000 + lost, others=5_000)

@@ -157,8 +157,6 @@ POINTS = [(point, rank) for rank in (0, 1) for point in (*ALL_RANKS, *LEADERS)]
 POINTS += [(point, 0) for point in ("published", *RUN_POINTS)] + [(point, 1) for point in SPREAD_POINTS]
 FEW = [
     ("receipt-renamed", 1),
-    ("prepared", 0),
-    ("manifest-renamed", 0),
     ("manifest-renamed", 1),
     ("spread", 1),
 ]
