@@ -21,7 +21,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     return run("torchrun", tmp_path_factory.mktemp("reference"), "log", "--engine=none", *SHARDED["torchrun"])
 
 
-@pytest.mark.parametrize("killed_ranks", [(1,), (0, 1)])
+@pytest.mark.parametrize("killed_ranks", [pytest.param((1,), marks=pytest.mark.slow), (0, 1)])
 def test_ranks_are_killed_and_all_resume(killed_ranks: tuple[int, ...], reference: list[Record], tmp_path: Path) -> None:
     killed = kill_once_saved("torchrun", tmp_path, 5, *SHARDED["torchrun"], ranks=killed_ranks)
     resumed = run("torchrun", tmp_path, "resumed", "--resume", *SHARDED["torchrun"])
@@ -37,7 +37,9 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize(("before", "after"), [("torchrun", "alone"), ("alone", "torchrun")])
+@pytest.mark.parametrize(
+    ("before", "after"), [("torchrun", "alone"), pytest.param("alone", "torchrun", marks=pytest.mark.slow)]
+)
 def test_another_number_of_ranks_resumes(before: str, after: str, through: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Without dropout, for which each rank draws random numbers of its own."""
     last = 0 if before == "alone" else 1

@@ -212,7 +212,7 @@ def assert_missed(told: Told, victim: int) -> None:
     assert all(kind == "PeerError" and f"rank {victim}" in text for kind, text in told.failed.values()), told.failed
 
 
-@pytest.mark.parametrize(("point", "victim"), [("prepared", 0), ("before-rename", 1)])
+@pytest.mark.parametrize(("point", "victim"), [("prepared", 0), pytest.param("before-rename", 1, marks=pytest.mark.slow)])
 def test_a_rank_is_killed_and_the_other_trains_on(point: str, victim: int, tmp_path: Path) -> None:
     each = [{"crash_point": point, "crash_skip": 1} if rank == victim else {} for rank in range(2)]
     with Job(tmp_path, *each, coordinator="mpi", steps=3, options=IMPATIENT, recovery=True) as job:
@@ -230,7 +230,7 @@ def test_a_rank_is_killed_and_the_other_trains_on(point: str, victim: int, tmp_p
 # ---- a rank hangs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_under_mpirun_hangs_for_a_while(victim: int, tmp_path: Path) -> None:
     """The other misses it and trains on; when it comes back, saves work again."""
     steps = 8

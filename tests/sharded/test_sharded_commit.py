@@ -14,7 +14,7 @@ import pytest
 import torch.distributed as td
 from nursery import Child, Ended, Nursery, sharding_nurseries
 from support import stop, wait_until
-from test_commit import ALL_RANKS, IMPATIENT, LEFT_ALONE, RANK_0_ONLY
+from test_commit import ALL_RANKS, IMPATIENT, RANK_0_ONLY
 
 from ckpt import _native
 from ckpt.directory.sharded_files import PieceChecksums
@@ -23,6 +23,7 @@ from ckpt.directory.sharded_files import PieceChecksums
 METADATA_POINTS = ["metadata-written", "metadata-renamed"]
 COPY_POINTS = ["metadata-copy-written", "metadata-copy-renamed"]
 POINTS = [point for point in (*RANK_0_ONLY, *METADATA_POINTS) if point not in ("shares-written", "removal-begun")]
+LEFT_ALONE: dict[str, Any] = {"options": IMPATIENT, "patience": 1}
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -219,7 +220,11 @@ def test_killed_at_a_crash_point(point: str, victim: int, run: Run, tmp_path: Pa
     assert not left, "a crash has left something"
 
 
-@pytest.mark.parametrize("point", ["prepared", *METADATA_POINTS, "manifest-written", "manifest-renamed", *COPY_POINTS])
+AGAIN_POINTS = ["metadata-renamed", "manifest-renamed", "metadata-copy-written"]
+MORE_AGAIN = [point for point in ("prepared", *METADATA_POINTS, "manifest-written", *COPY_POINTS) if point not in AGAIN_POINTS]
+
+
+@pytest.mark.parametrize("point", [*AGAIN_POINTS, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_AGAIN)])
 def test_killed_while_a_step_is_saved_again(point: str, run: Run, tmp_path: Path) -> None:
     """For torch the step is one or the other, and for us the same, as soon as somebody saves."""
     first = ended_well(run(steps=2))
