@@ -20,22 +20,13 @@ logger = logging.getLogger("ckpt")
 LOG = "drain.log"
 _MOST_LOG_BYTES = 1 << 20
 _START_TIMEOUT_S = 60.0  # of what starts the drain, which takes milliseconds
-# Launchers end the whole tree of processes below a rank. What is started here is adopted by the first process at once, and has
-# a session of its own, which no signal of a terminal reaches. Only this small program is a child, and is waited for. It tells
-# the number of the process on its output; the drain itself writes to the log alone.
+# Launchers end the whole tree of processes below a rank. So the drain is not our child, but that of this small program, which
+# ends at once: the first process adopts it. A session of its own keeps signals of a terminal from it. The program tells its
+# number on its output; the drain itself writes to the log alone.
 _START = """
-import os, sys
-pid = os.fork()
-if pid:
-    os.write(1, b"%d" % pid)
-    os._exit(0)
-try:
-    os.setsid()
-    os.dup2(2, 1)
-    os.execv(sys.argv[1], sys.argv[1:])
-except OSError as error:
-    os.write(2, ("the drain cannot be started: %s\\n" % error).encode())
-os._exit(127)
+import subprocess, sys
+drain = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+sys.stdout.write(str(drain.pid))
 """
 
 
