@@ -98,10 +98,6 @@ class NodeLevel:
     def __init__(
         self, tier: Tier, home: StepDirectories, rank: int, world_size: int, keep: int | None, options: Options
     ) -> None:
-        if tier.every is not None and not isinstance(tier.every, int):
-            raise ValueError(
-                f"Tier.every of a node's disk must be a number of steps, which is the same on all ranks, but is {tier.every!r}"
-            )
         self.tier = tier
         self.entered = False
         self._vote = BypassVote(options.max_in_flight, self._say)
@@ -262,7 +258,7 @@ class NodeLevel:
         """Whether it goes by way of the nodes."""
         assert task.step is not None
         bypass = self.bypass
-        return not self._off and not (bypass is not None and bypass.reason(number)) and self.tier.wants(task.step, None)
+        return not self._off and not (bypass is not None and bypass.reason(number)) and self.tier.wants(task.step)
 
     @property
     def bypass(self) -> BypassVote | None:

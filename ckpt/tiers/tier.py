@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ckpt.quantities import parse_duration, parse_size
+from ckpt.quantities import parse_size
 from ckpt.storage.mounts import Mount, mount_of, nearest_existing
 
 AUTO = "auto"
@@ -34,8 +33,7 @@ class Tier:
         url: where it is: an absolute path.
         scope: who sees what lies there. "node": this node alone.
         keep: how many committed checkpoints stay there; None: all. What is not home yet stays in any case.
-        every: which saves land there: each n-th step (an int), or one at least each so long ("30min"); None: all. The others
-            go straight home.
+        every: which saves land there: those of each n-th step, the same on all ranks; None: all. The others go straight home.
         rate: bytes a second that leave it for home; "auto": as many as the training does not feel.
         max_bytes: how many bytes may lie there; None: as many as the file system has room for.
         when_full: what becomes of a save that has no room there. "through": it goes straight home. "wait": it waits until
@@ -51,7 +49,7 @@ class Tier:
     url: str
     scope: str = NODE
     keep: int | None = 2
-    every: int | str | datetime.timedelta | None = None
+    every: int | None = None
     rate: int | str = AUTO
     max_bytes: int | str | None = None
     when_full: str = "through"
@@ -64,7 +62,7 @@ class Tier:
         path: str | os.PathLike[str],
         *,
         keep: int | None = 2,
-        every: int | str | datetime.timedelta | None = None,
+        every: int | None = None,
         rate: int | str = AUTO,
         max_bytes: int | str | None = None,
         when_full: str = "through",
@@ -96,7 +94,7 @@ class Tier:
         self._need("\0" not in self.url, "url", "must be a path without zero bytes")
         self._set("url", os.path.abspath(self.url))
         self._need(self.keep is None or _is_count(self.keep), "keep", "must be None (all) or at least 1")
-        self._need_every()
+        self._need(self.every is None or _is_count(self.every), "every", "must be None or a number of steps from 1")
         self._set_size("rate", "must be 'auto' or bytes a second such as '200MB'", AUTO)
         self._set_size("max_bytes", "must be None or a size such as '500GB'", None)
         self._need(self.when_full in _WHEN_FULL, "when_full", "must be 'through', 'wait' or 'skip'")
@@ -117,27 +115,9 @@ class Tier:
     def limit_bytes(self) -> int | None:
         return None if self.max_bytes is None else int(self.max_bytes)
 
-    def wants(self, step: int, since_s: float | None) -> bool:
-        """Whether the save of this step lands here.
-
-        Args:
-            since_s: how long ago the last one did; None: none has.
-        """
-        if self.every is None:
-            return True
-        if isinstance(self.every, int):
-            return step % self.every == 0
-        return since_s is None or since_s >= parse_duration(self.every, "Tier.every")
-
-    def _need_every(self) -> None:
-        demand = "must be None, a number of steps from 1, or a duration such as '30min'"
-        if isinstance(self.every, (str, datetime.timedelta)):
-            try:
-                parse_duration(self.every, "Tier.every")
-            except ValueError:
-                self._need(False, "every", demand)
-        else:
-            self._need(self.every is None or _is_count(self.every), "every", demand)
+    def wants(self, step: int) -> bool:
+        """Whether the save of this step lands here."""
+        return self.every is None or step % self.every == 0
 
     def _set_size(self, name: str, demand: str, instead: str | None) -> None:
         """Bytes, whatever it was given as."""

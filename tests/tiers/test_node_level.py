@@ -156,11 +156,6 @@ def test_a_full_disk_skips_saves_where_the_tier_says_so(home: Path) -> None:
     assert not [step for step in skipped if (home / f"step-{step:012d}").exists()], "none goes home instead"
 
 
-def test_every_by_time_is_refused(home: Path) -> None:
-    with pytest.raises(ValueError, match="number of steps"), checkpointer(home, every="30min"):
-        pass
-
-
 def test_only_some_steps_land(home: Path) -> None:
     with checkpointer(home, every=2) as made:
         landed = [land(made, step, step).is_relative_to(node(home)) for step in range(4)]

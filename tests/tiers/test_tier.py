@@ -22,8 +22,9 @@ from ckpt.tiers.tier import Tier, check_place, node_tier, warnings_about
 
 def test_what_is_given_is_kept_and_sizes_become_bytes() -> None:
     sizes = {"rate": "200MB/s", "max_bytes": "1GiB"}
-    tier = ckpt.Tier.node("/nvme/ckpt", keep=None, every="30min", when_full="skip", required=True, **sizes)
+    tier = ckpt.Tier.node("/nvme/ckpt", keep=None, every=30, when_full="skip", required=True, **sizes)
     assert (tier.path, tier.scope, tier.keep, tier.when_full, tier.required) == (Path("/nvme/ckpt"), "node", None, "skip", True)
+    assert tier.every == 30
     assert (tier.rate_bytes, tier.limit_bytes) == (200_000_000, 1 << 30)
     plain = Tier.node(Path("/nvme"))
     assert (plain.keep, plain.every, plain.rate_bytes, plain.limit_bytes, plain.when_full) == (2, None, None, None, "through")
@@ -41,7 +42,7 @@ def test_a_relative_path_is_that_of_now(tmp_path: Path, monkeypatch: pytest.Monk
     ("name", "value"),
     [
         *(("keep", value) for value in (0, -1, 1.5, True, "2")),
-        *(("every", value) for value in (0, -3, True, 2.5, "often", "0s", datetime.timedelta(0), [])),
+        *(("every", value) for value in (0, -3, True, 2.5, "often", "30min", datetime.timedelta(minutes=1), [])),
         *(("rate", value) for value in (0, -1, "fast", "", None, 1.5, "0")),
         *(("max_bytes", value) for value in (0, -1, "much", 1.5, True)),
         *(("when_full", value) for value in ("", "no", None, 1)),
@@ -68,10 +69,8 @@ def test_only_tiers_of_nodes_are_there_yet(scope: Any) -> None:
 
 
 def test_every_says_which_saves_land() -> None:
-    assert all(Tier.node("/n").wants(step, 0.0) for step in range(4))
-    assert [step for step in range(7) if Tier.node("/n", every=3).wants(step, None)] == [0, 3, 6]
-    timed = Tier.node("/n", every="30min")
-    assert timed.wants(5, None) and timed.wants(5, 1800.0) and not timed.wants(5, 1799.0)
+    assert all(Tier.node("/n").wants(step) for step in range(4))
+    assert [step for step in range(7) if Tier.node("/n", every=3).wants(step)] == [0, 3, 6]
 
 
 def test_the_list_holds_one_tier_of_a_node_at_most() -> None:
