@@ -125,6 +125,8 @@ class Root:
             CorruptError, StorageError: as of numbering.reserve().
         """
         with self._numbering:
+            if self._reserved is not None and self._reserved[0] >= above:
+                return self._reserved[0]
             return self._reserve(above)
 
     def _reserve(self, above: int) -> int:

@@ -1,4 +1,4 @@
-"""The file to which a process in the background writes what it has to say, and a file whose time tells it to look."""
+"""Files by which processes hear of each other: what one in the background has to say, and whether something has changed."""
 
 from __future__ import annotations
 
@@ -45,3 +45,12 @@ def touch(path: Path) -> None:
             os.utime(path)
         except FileNotFoundError:
             durable.make_empty_file(path)
+
+
+def stamp_of(path: Path) -> tuple[int, ...] | None:
+    """Another one once the file has been replaced or written to; None if it is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns, found.st_size

@@ -28,6 +28,7 @@ from ckpt.errors import (
     StorageError,
     SupersededError,
 )
+from ckpt.storage.log_file import stamp_of
 from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.node_storage import NodeStorage
 
@@ -202,7 +203,7 @@ class HomeWatch:
         changed = False
         for each in awaited:
             path = journals.path_of(self._storage.root, each.sequence)
-            stamp = _stamp(path)
+            stamp = stamp_of(path)
             if stamp is None:
                 self._look_whether_it_can_come(each)
             elif stamp != each.stamp:
@@ -231,7 +232,7 @@ class HomeWatch:
         found = -1 if there is None else there.sequence
         if found == each.sequence or (found < each.sequence and time.monotonic() < each.since + _GRACE_S):
             return
-        if _stamp(journals.path_of(self._storage.root, each.sequence)) is not None:
+        if stamp_of(journals.path_of(self._storage.root, each.sequence)) is not None:
             return  # by now
         if manifests.is_at(self._storage.home / each.name, each.sequence):
             self._end(each)
@@ -344,14 +345,6 @@ def remedy(code: int) -> str:
     if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return "Move away what is in the way there"
     return "Look into drain.log on the node"
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _names_in(directory: Path) -> list[str]:

@@ -14,7 +14,7 @@ from ckpt.drain.journal import FOLDER
 from ckpt.drain.node import NAME, began_at
 from ckpt.errors import StorageError
 from ckpt.storage import durable, free_space
-from ckpt.storage.log_file import touch
+from ckpt.storage.log_file import stamp_of, touch
 from ckpt.tiers.tier import AUTO, Tier
 
 PACE = "pace"
@@ -184,7 +184,7 @@ class NodeStorage:
         for name in names_in(self.root):
             if name == FOLDER or not os.path.isdir(self.root / name):
                 continue
-            stamp = _stamp(self.root / name / manifests.NAME)
+            stamp = stamp_of(self.root / name / manifests.NAME)
             size = known[name][1] if stamp is not None and known.get(name, (None,))[0] == stamp else _size_of(self.root / name)
             if stamp is not None:
                 self._sizes[name] = stamp, size
@@ -197,14 +197,6 @@ class NodeStorage:
 def _number(journal: str) -> int:
     stem, suffix = os.path.splitext(journal)
     return int(stem) if suffix == ".json" and stem.isdecimal() else -1
-
-
-def _stamp(path: Path) -> tuple[int, ...] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _size_of(directory: Path) -> int:

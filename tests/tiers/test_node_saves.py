@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_commit
 import torch
-from dist import commit_worker
 from drain_points import RUN_POINTS, SPREAD_POINTS
 from nursery import Child, Ended, Nursery
 from support import patience
@@ -36,17 +36,12 @@ def nurseries() -> Iterator[list[Nursery]]:
         nursery.__exit__()
 
 
-class Told:
+class Told(test_commit.Told):
     """What one rank said."""
 
     def __init__(self, ended: Ended) -> None:
-        self.ended = ended
-        found = re.search(r"^found (-?\d+) (\S+) (-?\d+)$", ended.stdout, re.MULTILINE)
-        self.found = (int(found[1]), found[2], int(found[3])) if found else None
+        super().__init__(ended)
         self.landed = {int(step): Path(path) for step, path in re.findall(r"^landed (\d+) (.*)$", ended.stdout, re.MULTILINE)}
-        self.durable = [int(step) for step in re.findall(r"^durable (\d+)$", ended.stdout, re.MULTILINE)]
-        failed = re.findall(r"^failed (\d+) (\w+): (.*)$", ended.stdout, re.MULTILINE)
-        self.failed = {int(step): (kind, text) for step, kind, text in failed}
 
 
 class Job:
@@ -97,19 +92,6 @@ def end_drains(directory: Path) -> None:
             time.sleep(0.01)
 
 
-EXPECTED: dict[int, str] = {}
-
-
-def expected_digest(step: int) -> str:
-    if not EXPECTED:
-        torch.set_num_threads(1)  # as in the ranks: sums are rounded otherwise with more
-        trainer = commit_worker.Trainer()
-        for _ in range(20):
-            trainer.advance()
-            EXPECTED[trainer.step] = commit_worker.digest(trainer.state())
-    return EXPECTED[step]
-
-
 def assert_at_home(job: Job, step: int) -> None:
     folder = job.home / f"step-{step:012d}"
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -149,7 +131,7 @@ def assert_resumes(job: Job, least: int, **common: Any) -> list[Told]:
     found = {each.found for each in told}
     step = next(iter(found))[0] if len(found) == 1 else None
     assert step is not None and step >= least, found
-    assert step < 0 or found == {(step, expected_digest(step), step)}
+    assert step < 0 or found == {(step, test_commit.expected_digest(step), step)}
     return told
 
 
