@@ -7,6 +7,7 @@ What is in it, of one rank:
     writers     claim chunks in file order; each goes through the link of its node, then to one server of the file system
     fence       device: until the last chunk has been copied. Host: copies what no writer has claimed, last chunk first
     committer   when all is written: fsync, an answer to rank 0, its publication, its verdict; saves in their order
+    drain       with a tier of nodes: writers write to the disk of the node, and this carries home what is committed: drain.py
 
 and all ranks share the servers of the file system, and rank 0's coordinator, which serves one request after the other. A
 chunk holds its room in the arena from before it is copied until it is written. Nothing else is assumed: how long anything waits
@@ -20,6 +21,7 @@ node among thousands is slower than any that was simulated.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import random
 from collections.abc import Generator
@@ -47,6 +49,7 @@ class Cluster:
         file_system: of all its servers together.
         servers: of the file system; chunks go to one after the other, as stripes do.
         jitter: standard deviation of the time that a server takes for a chunk, over its mean (gamma distribution).
+        node_disk: of the disk of one node, for what is written and read together; None: no tier of nodes.
         simulated_nodes: that are simulated; None: all.
     """
 
@@ -58,6 +61,7 @@ class Cluster:
     file_system: float = INFINITE
     servers: int = 1
     jitter: float = 0.0
+    node_disk: float | None = None
     simulated_nodes: int | None = None
 
     @property
@@ -102,6 +106,8 @@ class Saving:
         fsync_s: to make a rank's file durable once all is written.
         gather_s, verdict_s: for each rank, at rank 0's coordinator.
         publish_s: manifest, renames and fsyncs of rank 0.
+        drain_rate: bytes a second that the drain of a node copies, if nothing else holds it up.
+        receipt_s: to read what one node has said of its delivery at home.
     """
 
     arena_bytes: int = Options().size("arena_bytes")
@@ -114,6 +120,8 @@ class Saving:
     gather_s: float = 0.0
     verdict_s: float = 0.0
     publish_s: float = 0.0
+    drain_rate: float = INFINITE
+    receipt_s: float = 0.0
 
     def chunks(self, nbytes: int) -> list[int]:
         """The sizes of the chunks of a file, in order.
@@ -141,7 +149,11 @@ def share_of(body_bytes: int, chunk_bytes: int, index: int, count: int) -> int:
 
 @dataclasses.dataclass
 class Save:
-    """One save of one rank. Instants are seconds of the simulation; 0 until reached."""
+    """One save of one rank. Instants are seconds of the simulation; 0 until reached.
+
+    Attributes:
+        durable_at: all ranks have committed it: on the nodes, if there is a tier of them.
+    """
 
     begun_at: float
     save_s: float = 0.0
@@ -167,6 +179,7 @@ class Outcome:
         bytes_in, bytes_out: handed to save(), written by file-system servers; of the simulated ranks.
         arena_peak: the most bytes that any rank's arena held.
         busy_s: for each level, how long its busiest part worked.
+        home_at: with a tier of nodes, when each save has come home, by its number; the others were superseded.
     """
 
     saves: list[list[Save]]
@@ -177,6 +190,7 @@ class Outcome:
     bytes_out: int
     arena_peak: int
     busy_s: dict[str, float]
+    home_at: dict[int, float] = dataclasses.field(default_factory=dict)
 
     def blocked(self) -> list[float]:
         """Seconds by which each save has held the slowest rank up."""
@@ -186,6 +200,11 @@ class Outcome:
     def overhead(self) -> float:
         """Of the training's time without saving."""
         return self.trained_s / self.plain_s - 1.0
+
+    def ages_at_home(self) -> list[float]:
+        """With a tier of nodes: how old the newest state at home is, each time just before a newer one arrives, seconds."""
+        arrived = sorted(self.home_at.items())
+        return [later_at - self.saves[0][number].begun_at for (number, _), (_, later_at) in itertools.pairwise(arrived)]
 
 
 # ---- the parts -------------------------------------------------------------------------------------------------------

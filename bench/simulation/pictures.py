@@ -11,7 +11,7 @@ from bench.measure.picture_style import COLOURS, GUIDE_COLOUR, OUR_COLOUR, OUR_L
 from bench.simulation.scale import FREE, Study
 
 # The level that limits, as a mark; free of charge: a dot.
-MARKS = {"-": ".", "save() itself": "D", "D2H link": "^", "node link": "v", "file system": "s", "commit": "P"}
+MARKS = {"-": ".", "save() itself": "D", "D2H link": "^", "node disk": "o", "node link": "v", "file system": "s", "commit": "P"}
 
 
 def draw(lines: Sequence[Line], studies: Sequence[Study], directory: Path) -> list[Path]:
@@ -92,6 +92,6 @@ def draw_scale(studies: Sequence[Study], path: Path) -> Path:
 
 def draw_curve(axis: Axes, study: Study, colour: str) -> None:
     seconds, lost = list(study.lost), [100 * share for share in study.lost.values()]
-    axis.plot(seconds, lost, color=colour, lw=1, label=f"{study.case.gpus:,} GPUs, {study.case.file_system}")
+    axis.plot(seconds, lost, color=colour, lw=1, label=f"{study.case.gpus:,} GPUs, {study.case.way}")
     for x, y in zip(seconds, lost, strict=True):
         axis.plot(x, y, color=colour, marker=MARKS[study.limit_at(x)], markersize=5)

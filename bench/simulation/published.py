@@ -21,6 +21,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 # Polaris: 4 A100 a node, 25 GB/s from each to pinned memory, Lustre with 650 GB/s, 64 GB of host memory a node for checkpoints.
 POLARIS = Cluster(gpus_per_node=4, d2h=25e9, node_link=25e9, file_system=650e9, servers=160, jitter=0.1)
 ARENA_PER_NODE = 64 * 10**9
+NODE_DISK = 4e9  # bytes a second
+DRAIN_RATE, RECEIPT_S = 1.2e9, 0.5e-3
 
 SOURCES = {
     "d2h": "25 GB/s for each GPU, pinned: DataStates-LLM, HPDC'24",
@@ -32,6 +34,9 @@ SOURCES = {
     "gather_s, verdict_s": "bench/results, workload coordination, torch store: measured with 64 to 16,384 simulated clients",
     "plan_s": "7 ms: bench/results, workload stall, save_s",
     "publish_s, fsync_s": "20 ms and 10 ms: assumption, some ten metadata operations of 2 ms",
+    "node_disk": "4 GB/s: assumption, the two NVMe disks of a node of Polaris at 2 GB/s each; only with a tier of nodes",
+    "drain_rate": "1.2 GB/s: what the drain copied here, where the disk was the limit (bench/results, workload tiers)",
+    "receipt_s": "0.5 ms to read what a node has delivered: assumption, a small file at home",
     "schedule": "one save an iteration, five iterations: assumption",
 }
 PLAN_S, PUBLISH_S, FSYNC_S = 0.007, 0.020, 0.010
@@ -99,6 +104,8 @@ def saving_for(cluster: Cluster) -> Saving:
         publish_s=PUBLISH_S,
         gather_s=gather_s,
         verdict_s=verdict_s,
+        drain_rate=DRAIN_RATE,
+        receipt_s=RECEIPT_S,
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 
 import simpy
 
+from bench.simulation.drain import Drain, Home
 from bench.simulation.model import (
     DEVICE,
     HOST,
@@ -99,9 +100,18 @@ class Arena:
         self._room.put(nbytes)
 
 
+@dataclasses.dataclass
+class Node:
+    """What the ranks of a node share. Without a tier of nodes there is neither disk nor drain."""
+
+    link: Server
+    disk: Server | None = None
+    drain: Drain | None = None
+
+
 class Rank:
-    def __init__(self, world: World, node_link: Server) -> None:
-        self._world, self._env, self._node_link = world, world.env, node_link
+    def __init__(self, world: World, node: Node) -> None:
+        self._world, self._env, self._node = world, world.env, node
         self.arena = Arena(self._env, world.saving.arena_bytes)
         self.d2h = Server(self._env, world.cluster.d2h)
         self.saves: list[Save] = []
@@ -209,8 +219,11 @@ class Rank:
             self._claimed += 1
             chunk.state = State.WRITING
             self._note_change()
-            yield from self._node_link.serve(chunk.nbytes)
-            yield from self._world.file_system.write(chunk.stripe, chunk.nbytes)
+            if self._node.disk is not None:
+                yield from self._node.disk.serve(chunk.nbytes)
+            else:
+                yield from self._node.link.serve(chunk.nbytes)
+                yield from self._world.file_system.write(chunk.stripe, chunk.nbytes)
             chunk.state = State.DONE
             if chunk.staged:
                 self.arena.give(chunk.nbytes)
@@ -228,6 +241,8 @@ class Rank:
             yield from self._world.committee.agree(file.number)
             file.save.durable_at = self._env.now
             file.durable.succeed()
+            if self._node.drain is not None:
+                self._node.drain.note(file)
 
     def _note_change(self) -> None:
         changed, self._changed = self._changed, self._env.event()
@@ -249,9 +264,12 @@ def simulate(cluster: Cluster, job: Job, saving: Saving, seed: int = 0) -> Outco
     file_system = FileSystem(env, cluster, random.Random(seed))
     committee = Committee(env, saving, cluster)
     world = World(env, cluster, job, saving, file_system, Meeting(env, cluster.shown_ranks), committee)
-    links = [Server(env, cluster.node_link) for _ in range(cluster.shown_nodes)]
-    ranks = [Rank(world, link) for link in links for _ in range(cluster.gpus_per_node)]
+    home = Home(env, cluster, saving)
+    nodes = [make_node(world, home) for _ in range(cluster.shown_nodes)]
+    ranks = [Rank(world, node) for node in nodes for _ in range(cluster.gpus_per_node)]
     env.run(simpy.AllOf(env, [process for rank in ranks for process in rank.processes]))
+    if cluster.node_disk is not None and len(ranks[0].saves) - 1 not in home.arrived:
+        env.run(home.comes(len(ranks[0].saves) - 1))
     return Outcome(
         saves=[rank.saves for rank in ranks],
         trained_s=world.trained_at,
@@ -262,12 +280,23 @@ def simulate(cluster: Cluster, job: Job, saving: Saving, seed: int = 0) -> Outco
         arena_peak=max(rank.arena.peak for rank in ranks),
         busy_s={
             "D2H link": busiest(rank.d2h for rank in ranks),
-            "node link": busiest(links),
+            "node disk": busiest(node.disk for node in nodes if node.disk is not None),
+            "node link": busiest(node.link for node in nodes),
             "file system": busiest(file_system.servers),
             "commit": committee.coordinator.busy_s,
         },
+        home_at=home.arrived,
     )
 
 
+def make_node(world: World, home: Home) -> Node:
+    env, cluster = world.env, world.cluster
+    node = Node(Server(env, cluster.node_link))
+    if cluster.node_disk is not None:
+        node.disk = Server(env, cluster.node_disk)
+        node.drain = Drain(env, world.saving, node.disk, node.link, world.file_system, home, cluster.gpus_per_node)
+    return node
+
+
 def busiest(servers: Iterable[Server]) -> float:
-    return max(server.busy_s for server in servers)
+    return max((server.busy_s for server in servers), default=0.0)

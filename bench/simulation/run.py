@@ -23,7 +23,18 @@ from bench.measure.rate_limit import parse_rate
 from bench.measure.report import Report
 from bench.measure.sampling import Settings, note
 from bench.simulation.published import SOURCES, published
-from bench.simulation.scale import ARENA_EXPLANATION, EXPLANATION, SIZES, Study, arena_rows, cases, critical_rows, study
+from bench.simulation.scale import (
+    AGE_EXPLANATION,
+    ARENA_EXPLANATION,
+    EXPLANATION,
+    SIZES,
+    Study,
+    age_rows,
+    arena_rows,
+    cases,
+    critical_rows,
+    study,
+)
 from bench.simulation.validate import validate
 
 STUDIES = ("published", "scale", "validate")
@@ -79,6 +90,8 @@ def run(asked: argparse.Namespace, report: Report) -> tuple[list[str], list[Stud
         found = [study(report, case) for case in cases(list(map(int, asked.gpus.split(","))))]
         texts.append(f"{EXPLANATION}\n" + formatted(critical_rows(found)))
         texts.append(f"{ARENA_EXPLANATION}\n" + formatted(arena_rows(found)))
+        if rows := age_rows(found):
+            texts.append(f"{AGE_EXPLANATION}\n" + formatted(rows))
     if {"published", "scale"} & set(studies):
         texts.append("Where the numbers come from\n" + formatted(list(SOURCES.items())))
     return texts, found

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bench.measure.report import Report
 from bench.measure.sampling import note
 from bench.simulation.model import INFINITE, Cluster, Job, Outcome, Saving
-from bench.simulation.published import ARENA_PER_NODE, POLARIS, PUBLISHED, add_line, saving_for
+from bench.simulation.published import ARENA_PER_NODE, NODE_DISK, POLARIS, PUBLISHED, add_line, saving_for
 from bench.simulation.rank import simulate
 
 BIGGEST = PUBLISHED[-1]
@@ -23,7 +23,8 @@ CHECKPOINT = int(BIGGEST.checkpoint_gb * 1e9)
 BYTES_PER_GPU = CHECKPOINT // BIGGEST.gpus  # 13.3 GB: what a GPU held in the paper's largest case
 GROWS, SHARED = "model grows, 13.3 GB a GPU", "70B, shared by all"
 SIZES = (80, 1024, 16384)
-FILE_SYSTEMS = {"650 GB/s": 650e9, "10 TB/s": 10e12}  # the paper's, and a larger one
+PAPERS = "650 GB/s"
+FILE_SYSTEMS = {PAPERS: 650e9, "10 TB/s": 10e12}  # the paper's, and a larger one
 INTERVALS_S = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0)
 ARENAS_GB = (0.5, 2.0, 4.0, 8.0, 16.0)  # of a GPU
 ARENA_INTERVAL_S = 1000.0
@@ -34,15 +35,25 @@ SHORTEST_S, LONGEST_S = 1e-3, 1e4
 PRECISION = 1.05
 
 SAVE_CALL, ALL = "save() itself", "all together"
-LEVELS = (SAVE_CALL, "D2H link", "node link", "file system", "commit")
+LEVELS = (SAVE_CALL, "D2H link", "node disk", "node link", "file system", "commit")
+TIER = ", by way of the nodes"
 
 
 class Case(NamedTuple):
-    """A cluster, and what is saved on it."""
+    """A cluster, and what is saved on it.
+
+    Attributes:
+        by_node: whether saves land on the disks of the nodes, and are carried to the file system from there.
+    """
 
     gpus: int
     growth: str
     file_system: str
+    by_node: bool = False
+
+    @property
+    def way(self) -> str:
+        return self.file_system + (TIER if self.by_node else "")
 
     @property
     def bytes_per_rank(self) -> int:
@@ -52,7 +63,10 @@ class Case(NamedTuple):
         rate = FILE_SYSTEMS[self.file_system]
         servers = round(POLARIS.servers * rate / POLARIS.file_system)
         nodes = self.gpus // POLARIS.gpus_per_node
-        return dataclasses.replace(POLARIS, nodes=nodes, simulated_nodes=NODES, file_system=rate, servers=servers)
+        disk = NODE_DISK if self.by_node else None
+        return dataclasses.replace(
+            POLARIS, nodes=nodes, simulated_nodes=NODES, file_system=rate, servers=servers, node_disk=disk
+        )
 
     def saving(self) -> Saving:
         return dataclasses.replace(saving_for(self.cluster()), most_chunks=CHUNKS)
@@ -65,12 +79,14 @@ class Study(NamedTuple):
         critical_s: for each level alone, and for all together: the shortest interval that costs less than FREE.
         lost: for each interval in seconds, the share of the training's time.
         by_arena: for each size of the arena in GB, the same at ARENA_INTERVAL_S.
+        age_at_home: with a tier of nodes, for each interval, how old the newest checkpoint at home gets, seconds (median).
     """
 
     case: Case
     critical_s: dict[str, float]
     lost: dict[float, float]
     by_arena: dict[float, float]
+    age_at_home: dict[float, float]
 
     def limit_at(self, interval_s: float) -> str:
         """The level that would need the longest interval, if that is longer than this one; else "-"."""
@@ -80,15 +96,18 @@ class Study(NamedTuple):
 
 def cases(sizes: Sequence[int]) -> list[Case]:
     found = [Case(gpus, growth, name) for growth in (GROWS, SHARED) for gpus in sizes for name in FILE_SYSTEMS]
-    return [case for case in found if case.gpus > BIGGEST.gpus or (case.growth == GROWS and case.file_system == "650 GB/s")]
+    found += [Case(gpus, growth, PAPERS, by_node=True) for growth in (GROWS, SHARED) for gpus in sizes]
+    return [case for case in found if case.gpus > BIGGEST.gpus or (case.growth == GROWS and case.file_system == PAPERS)]
 
 
 def alone(level: str, cluster: Cluster, saving: Saving) -> tuple[Cluster, Saving]:
-    """All other levels made free."""
+    """All other levels made free. A tier of nodes stays one: what it spares the training is the file system."""
     rates = {"d2h": "D2H link", "node_link": "node link", "file_system": "file system"}
     costs = {"plan_s": SAVE_CALL, "fsync_s": "commit", "gather_s": "commit", "verdict_s": "commit", "publish_s": "commit"}
     free_rates: dict[str, Any] = {name: INFINITE for name, owner in rates.items() if owner != level}
     free_costs: dict[str, Any] = {name: 0.0 for name, owner in costs.items() if owner != level}
+    if cluster.node_disk is not None and level != "node disk":
+        free_rates["node_disk"] = INFINITE
     return dataclasses.replace(cluster, **free_rates), dataclasses.replace(saving, **free_costs)
 
 
@@ -130,11 +149,11 @@ def critical_interval(case: Case, cluster: Cluster, saving: Saving) -> float:
 def study(report: Report, case: Case) -> Study:
     """Adds a line for each interval and each arena."""
     cluster, saving = case.cluster(), case.saving()
-    name = f"{case.growth}: {case.gpus} GPUs, file system {case.file_system}"
+    name = f"{case.growth}: {case.gpus} GPUs, file system {case.way}"
     note(name)
     critical_s = {level: critical_interval(case, *alone(level, cluster, saving)) for level in LEVELS}
     critical_s[ALL] = critical_interval(case, cluster, saving)
-    lost, by_arena = {}, {}
+    lost, by_arena, age_at_home = {}, {}, {}
     parameters = {"cluster": dataclasses.asdict(cluster), "saving": dataclasses.asdict(saving)}
     detail = {"gpus": case.gpus, "critical_interval_s": critical_s, "parameters": parameters}
     for interval_s in INTERVALS_S:
@@ -142,6 +161,9 @@ def study(report: Report, case: Case) -> Study:
         outcome = simulate(cluster, job, saving)
         lost[interval_s] = steady_loss(outcome, exactly_s)
         more = {"interval_s": exactly_s, "steady_loss": lost[interval_s]} | detail
+        if ages := outcome.ages_at_home():
+            more["age_at_home_s"] = age_at_home[interval_s] = statistics.median(ages)
+            more["saves_at_home"] = len(outcome.home_at)
         add_line(report, f"{name}, every {interval_s:g} s", outcome, job.bytes_per_rank * case.gpus, **more)
     for arena_gb in ARENAS_GB:
         job, exactly_s = job_for(case, ARENA_INTERVAL_S)
@@ -149,7 +171,7 @@ def study(report: Report, case: Case) -> Study:
         by_arena[arena_gb] = steady_loss(outcome, exactly_s)
         more = {"interval_s": exactly_s, "steady_loss": by_arena[arena_gb], "arena_gb": arena_gb} | detail
         add_line(report, f"{name}, arena {arena_gb:g} GB", outcome, job.bytes_per_rank * case.gpus, **more)
-    return Study(case, critical_s, lost, by_arena)
+    return Study(case, critical_s, lost, by_arena, age_at_home)
 
 
 # ---- for the reader --------------------------------------------------------------------------------------------------
@@ -161,7 +183,7 @@ def critical_rows(studies: Sequence[Study]) -> list[tuple[str, ...]]:
     for found in studies:
         cells = (f"{found.critical_s[level]:.3g}" for level in (*LEVELS, ALL))
         limit = max(LEVELS, key=lambda level: found.critical_s[level])
-        rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.file_system, *cells, limit))
+        rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.way, *cells, limit))
     return rows
 
 
@@ -170,7 +192,20 @@ def arena_rows(studies: Sequence[Study]) -> list[tuple[str, ...]]:
     rows = [("checkpoint", "GPUs", "file system", *(f"{gb:g} GB" for gb in ARENAS_GB))]
     for found in studies:
         cells = (f"{lost:.1%}" for lost in found.by_arena.values())
-        rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.file_system, *cells))
+        rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.way, *cells))
+    return rows
+
+
+def age_rows(studies: Sequence[Study]) -> list[tuple[str, ...]]:
+    """With a tier of nodes: how old what all nodes lost would fall back to."""
+    shown = [found for found in studies if found.age_at_home]
+    if not shown:
+        return []
+    intervals = [interval_s for interval_s in INTERVALS_S if all(interval_s in found.age_at_home for found in shown)]
+    rows = [("checkpoint", "GPUs", "file system", *(f"every {interval_s:g} s" for interval_s in intervals))]
+    for found in shown:
+        cells = (f"{found.age_at_home[interval_s]:.3g}" for interval_s in intervals)
+        rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.way, *cells))
     return rows
 
 
@@ -178,5 +213,9 @@ ARENA_GB = ARENA_PER_NODE / POLARIS.gpus_per_node / 1e9
 EXPLANATION = (
     f"The shortest interval between saves that costs less than {FREE:.0%} of the training: for each level alone, then for all "
     f"together, with an arena of {ARENA_GB:g} GB a GPU"
+)
+AGE_EXPLANATION = (
+    "By way of the nodes: seconds by which the newest checkpoint at home is older than the training when the next one arrives "
+    "there (median), which is what a loss of all nodes costs at most; a loss of processes costs one interval"
 )
 ARENA_EXPLANATION = f"Training time lost with a save every {ARENA_INTERVAL_S:g} s, by the arena of a GPU"

@@ -103,6 +103,50 @@ def test_a_third_save_waits_for_the_first() -> None:
     assert third.save_s == pytest.approx(first.durable_at - third.begun_at) == pytest.approx(0.8)
 
 
+# ---- a tier of nodes -------------------------------------------------------------------------------------------------
+
+
+def by_node(**limits: Any) -> Cluster:
+    return dataclasses.replace(FREE, nodes=2, gpus_per_node=2, node_disk=4 * GB, **limits)
+
+
+def test_a_save_by_way_of_the_nodes_waits_for_their_disks_and_not_for_home() -> None:
+    outcome = simulate(by_node(file_system=GB / 10), Job(GB, 0.5, 0.0, iterations=1), ROOMY)
+    (save,) = outcome.saves[0]
+    assert save.durable_at == near(2 * GB / (4 * GB), chunks=8, rate=4 * GB), "two ranks share the disk of their node"
+    assert save.blocked_s == 0.0
+    assert outcome.home_at[0] == near(save.durable_at + 4 * GB / (GB / 10), chunks=4, rate=GB / 10)
+    assert outcome.bytes_in == outcome.bytes_out == 4 * GB
+
+
+def test_what_is_saved_faster_than_home_takes_it_is_superseded_and_the_newest_arrives() -> None:
+    """10.5 s of draining for each save, one each 2 s: when the next is chosen, the newest is five or six further on."""
+    outcome = simulate(by_node(file_system=GB / 10.5), Job(GB // 4, 2.0, 0.0, iterations=20), ROOMY)
+    assert max(outcome.home_at) == 19 and 0 in outcome.home_at
+    gaps = [later - sooner for sooner, later in zip(outcome.home_at, list(outcome.home_at)[1:], strict=False)]
+    assert set(gaps[:-1]) <= {5, 6}
+    assert outcome.bytes_out == GB * len(outcome.home_at)
+    assert outcome.blocked() == [0.0] * 20
+    ages = outcome.ages_at_home()
+    assert len(ages) == len(outcome.home_at) - 1 and all(20.0 <= age <= 24.0 for age in ages[1:-1])
+
+
+def test_a_full_node_holds_the_training_up_and_the_drain_takes_its_share_of_the_disk() -> None:
+    """Each save is written to the disk, and those that go home are read from it."""
+    saving = dataclasses.replace(ROOMY, max_in_flight=1)
+    idle = simulate(by_node(file_system=INFINITE), Job(GB, 0.4, 0.0, iterations=STEADY), saving)
+    away = simulate(by_node(file_system=1.0), Job(CHUNK, 0.4, 0.0, iterations=1), saving)
+    assert away.ended_s > away.trained_s
+    assert sum(idle.blocked()) > 0.0, "half a second of writing does not fit into 0.4 s of training"
+    assert idle.busy_s["node disk"] <= idle.ended_s
+
+
+def test_the_last_node_publishes_what_all_have_delivered() -> None:
+    saving = dataclasses.replace(ROOMY, publish_s=0.25, receipt_s=0.125, drain_rate=GB)
+    outcome = simulate(dataclasses.replace(by_node(), node_disk=INFINITE), Job(GB, 0.5, 0.0, iterations=1), saving)
+    assert outcome.home_at[0] == pytest.approx(0.25 + 2.0 + 0.25 + 2 * 0.125, rel=0.01), "a commit there, 2 GB a node, a commit"
+
+
 # ---- conservation ----------------------------------------------------------------------------------------------------
 
 
@@ -210,12 +254,19 @@ def test_each_level_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """13.3 GB of each of 4 GPUs a node: by hand 0.53 s to the host, 2.1 s off the node, 20.9 s into 10.4 TB/s for 16,384."""
     monkeypatch.setattr(scale, "CHUNKS", 16)
     case = scale.Case(16384, scale.GROWS, "10 TB/s")
+    assert scale.critical_interval(case, *scale.alone("file system", *by_way_of_nodes(case))) == scale.SHORTEST_S
+    assert scale.critical_interval(case, *scale.alone("node disk", *by_way_of_nodes(case))) == pytest.approx(13.3, rel=0.12)
     expected = {"D2H link": 0.5325, "node link": 2.13, "file system": 21.8, "commit": 2.28, scale.SAVE_CALL: 0.7}
     for level, seconds in expected.items():
         found = scale.critical_interval(case, *scale.alone(level, case.cluster(), case.saving()))
         assert found == pytest.approx(seconds, rel=0.12), level
     assert {case.gpus for case in scale.cases([80, 1024])} == {80, 1024}
     assert {case.growth for case in scale.cases([80, 1024])} == {scale.GROWS, scale.SHARED}
+
+
+def by_way_of_nodes(case: scale.Case) -> tuple[Cluster, Saving]:
+    same = case._replace(by_node=True)
+    return same.cluster(), same.saving()
 
 
 def simulation(*arguments: str) -> str:
