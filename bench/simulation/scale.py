@@ -216,6 +216,6 @@ EXPLANATION = (
 )
 AGE_EXPLANATION = (
     "By way of the nodes: seconds by which the newest checkpoint at home is older than the training when the next one arrives "
-    "there (median), which is what a loss of all nodes costs at most; a loss of processes costs one interval"
+    "there (median), which is what a loss of all nodes costs; a loss of processes costs one interval"
 )
 ARENA_EXPLANATION = f"Training time lost with a save every {ARENA_INTERVAL_S:g} s, by the arena of a GPU"

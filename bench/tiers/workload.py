@@ -15,9 +15,12 @@ from typing import Any
 import torch
 
 import ckpt
+from bench.measure.ranks import environment_of_ranks, torchrun
+from bench.measure.ranks import run_job as run_ranks
 from bench.measure.rate_limit import limited
 from bench.measure.report import Bar, Report
 from bench.measure.sampling import GIB, MIB, Sample, Settings, Side, Values, clock, interleave, note
+from bench.tiers.recovery import LOCAL, LOST, NODES
 from ckpt.drain import journal as journals
 
 STATE_BYTES = 1 * GIB
@@ -43,7 +46,10 @@ def measure_tiers(settings: Settings, report: Report) -> None:
         samples = interleave(sides, settings.rounds_or(3), settings.settle, warmup=0)
         add_training(report, samples, nbytes, rate, limit)
         report.flush()
+        add_beside_drain(settings, report, directory, nbytes, limit)
+        report.flush()
         add_recovery(settings, report, directory, nbytes)
+        add_recovery_of_nodes(settings, report, directory, nbytes)
 
 
 def measure_disk(directory: Path, nbytes: int) -> float:
@@ -63,18 +69,24 @@ def run_job(case: str, nbytes: int, directory: Path, limit: int) -> Values:
     with tempfile.TemporaryDirectory(dir=directory) as made:
         home, node = Path(made, "home"), Path(made, "node")
         save = {NOTHING: "nothing", FAST: "home", SLOW: "home", NODE: "node"}[case]
-        command = [sys.executable, "-m", "bench.tiers.job", str(home), "--save", save, "--node", str(node)]
-        command += ["--bytes", str(nbytes), "--iterations", str(EVERY * (SAVES + 1)), "--every", str(EVERY)]
-        environment: dict[str, str] = dict(os.environ)
-        if case in (SLOW, NODE):
-            environment = limited(environment, limit, directory, below=home)
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
-        if done.returncode != 0:
-            raise RuntimeError(f"the measured job failed: {done.stderr}")
-        found: Values = json.loads(done.stdout)
+        command = ["bench.tiers.job", str(home), "--save", save, "--node", str(node), "--bytes", str(nbytes)]
+        command += ["--iterations", str(EVERY * (SAVES + 1)), "--every", str(EVERY)]
+        found: Values = measured_by(command, limit if case in (SLOW, NODE) else None, home, directory)
         if case == NODE:
             found |= carried(node, home)
     return found
+
+
+def measured_by(module: list[str], limit: int | None, home: Path, directory: Path) -> Any:
+    """What a program of this package prints as JSON; writes to home are held to `limit` bytes a second."""
+    environment: dict[str, str] = dict(os.environ)
+    if limit is not None:
+        environment = limited(environment, limit, directory, below=home)
+    command = [sys.executable, "-m", *module]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, env=environment)
+    if done.returncode != 0:
+        raise RuntimeError(f"the measured job failed: {done.stderr}")
+    return json.loads(done.stdout)
 
 
 def carried(node: Path, home: Path) -> Values:
@@ -110,9 +122,7 @@ def add_training(report: Report, samples: dict[str, list[Sample]], nbytes: int, 
         report.add("tiers", f"lost by saving, {case}", "s", seconds, **more())
     report.add_ratio("tiers", "lost: slow home / by way of the node", lost[SLOW], lost[NODE], **more(bar=Bar(">=", 5)))
     iterations = {case: column(case, "iteration_s") for case in (FAST, NODE)}
-    report.add_ratio(
-        "tiers", "iteration: with the drain / fast home", iterations[NODE], iterations[FAST], **more(bar=Bar("<=", 1.02))
-    )
+    report.add_ratio("tiers", "iteration: by way of the node / fast home", iterations[NODE], iterations[FAST], **more())
     durable = [
         Sample(sample.started_s, {"share": sample.values["bytes_saved"] / sample.values["durable_s"] / rate})
         for sample in samples[NODE]
@@ -123,6 +133,22 @@ def add_training(report: Report, samples: dict[str, list[Sample]], nbytes: int, 
     ]
     superseded = [each.values["superseded"] for each in samples[NODE]]
     report.add("tiers", "bytes copied / bytes that came home", "1", copied, **more(bar=Bar("<=", 1.0), superseded=superseded))
+
+
+def add_beside_drain(settings: Settings, report: Report, directory: Path, nbytes: int, limit: int) -> None:
+    """What the drain costs an iteration, in one process: see beside_drain.py."""
+    rounds = settings.rounds_or(5)
+    note("iterations beside the drain")
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        home = Path(made, "home")
+        command = ["bench.tiers.beside_drain", str(home), "--node", str(Path(made, "node")), "--bytes", str(nbytes)]
+        began = clock()
+        found = measured_by([*command, "--rounds", str(rounds)], limit, home, directory)
+    how = "mean of the iterations of one job, while its drain is at work and, before and behind, while it is not"
+    beside, idle = ([Sample(began, {"iteration_s": each[name]}) for each in found] for name in ("beside_s", "idle_s"))
+    detail = {name: [each[name] for each in found] for name in ("iterations", "rate")}
+    more: dict[str, Any] = {"nbytes": nbytes, "how": how, "home_bytes_per_s": limit} | detail
+    report.add_ratio("tiers", "iteration: beside the drain / without", beside, idle, bar=Bar("<=", 1.02), **more)
 
 
 def add_recovery(settings: Settings, report: Report, directory: Path, nbytes: int) -> None:
@@ -137,6 +163,22 @@ def add_recovery(settings: Settings, report: Report, directory: Path, nbytes: in
     report.add_ratio(
         "tiers", "restore: node / home", samples["node"], samples["home"], nbytes=nbytes, how=how, bar=Bar("<=", 1.2)
     )
+
+
+def add_recovery_of_nodes(settings: Settings, report: Report, directory: Path, nbytes: int) -> None:
+    """Two ranks, half of the state each: see recovery.py."""
+    note("recovery of two nodes")
+    with tempfile.TemporaryDirectory(dir=directory) as made:
+        out = Path(made, "found.json")
+        arguments = [made, "--bytes", str(nbytes // 2), "--rounds", str(settings.rounds_or(5)), "--out", str(out)]
+        began = clock()
+        run_ranks([*torchrun(2), "-m", "bench.tiers.recovery", *arguments], environment_of_ranks())
+        found = json.loads(out.read_text(encoding="utf-8"))
+    samples = {name: [Sample(began, {"restore_s": seconds}) for seconds in found[name]] for name in (LOCAL, NODES, LOST)}
+    how = "two ranks on two directories as nodes, the slower of both; page cache dropped; beside ckpt.load of the own file"
+    for case in (NODES, LOST):
+        name = f"restore of 2 ranks, {case} / {LOCAL}"
+        report.add_ratio("tiers", name, samples[case], samples[LOCAL], nbytes=nbytes, how=how, bar=Bar("<=", 1.2))
 
 
 def restore(home: Path, tiers: list[ckpt.Tier]) -> Values:
