@@ -17,6 +17,10 @@ class Ckpt(Rival):
         lazy: as `Checkpointer.save` has it; None: what an optimizer owns.
         options, coordinator: the Checkpointer's.
         replicated: the state is the same on all ranks.
+        node: a directory on the disk of each node, by way of which it is saved; durable is what lies there.
+
+    Attributes:
+        home_at: clock() when the newest checkpoint had come home, by way of nodes; NaN without them.
     """
 
     name = "ckpt"
@@ -33,15 +37,18 @@ class Ckpt(Rival):
         options: ckpt.Options | None = None,
         coordinator: str = "local",
         replicated: bool = False,
+        node: Path | None = None,
     ) -> None:
         super().__init__(directory, keep)
         self._lazy, self._replicated = lazy, replicated
         self._options, self._coordinator = options, coordinator
+        self._tiers = [] if node is None else [ckpt.Tier.node(node)]
         self._pending: ckpt.PendingSave | None = None
+        self.home_at = math.nan
 
     def open(self) -> None:
         self._checkpointer = ckpt.Checkpointer(
-            self.directory, keep=self.keep, options=self._options, coordinator=self._coordinator
+            self.directory, keep=self.keep, options=self._options, coordinator=self._coordinator, tiers=self._tiers
         )
 
     @property
@@ -63,6 +70,8 @@ class Ckpt(Rival):
             self._pending.result()
             self.flushed_at = self.stats.flushed_at or self.stats.started_at or math.nan  # the latter: it writes nothing
             self.durable_at = self.stats.durable_at or math.nan
+            if self._tiers:
+                self.durable_at, self.home_at = self.stats.tier_at.get("node", math.nan), self.durable_at
 
     def synchronise(self) -> None:
         """Nothing: what it calls complete is durable."""

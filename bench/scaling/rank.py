@@ -24,7 +24,7 @@ from bench.workloads.training import BYTES_PER_PARAMETER, bytes_of, state_of
 State = dict[str, Any]
 
 WEAK, STRONG = "weak", "strong"
-OWN_FILES, STRIPED, RANK_0 = "own files", "striped", "rank 0 alone"
+OWN_FILES, STRIPED, RANK_0, BY_NODE = "own files", "striped", "rank 0 alone", "own files, by way of the nodes"
 TORCH, TORCH_RANK_0, DCP = f"{TorchSave.name}, {OWN_FILES}", f"{TorchSave.name}, {RANK_0}", DcpSaveInGroup.name
 
 
@@ -34,6 +34,7 @@ class Shape(NamedTuple):
     Attributes:
         weak_bytes: of the state of each rank, in weak scaling.
         model_bytes: of the one model, in strong scaling.
+        node: a directory on the disk of each node, by way of which one side saves; None: there is no such side.
         compute_s: between the end of save() and the fence the rank sleeps so long: the forward and backward of a device.
     """
 
@@ -43,6 +44,7 @@ class Shape(NamedTuple):
     compute_s: float
     arena: str
     coordinator: str
+    node: Path | None = None
 
 
 # ---- rivals ----------------------------------------------------------------------------------------------------------
@@ -118,6 +120,9 @@ class Sides:
             Contender(f"ckpt, {OWN_FILES}", self._ours("own"), own, total),
             Contender(TORCH, self._torch("torch", True), own, total),
         ]
+        if self._shape.node is not None:
+            by_node = self._ours("by-node", node=self._shape.node / self._directory.name / self._kind)
+            sides.append(Contender(f"ckpt, {BY_NODE}", by_node, own, total))
         if self._kind == WEAK:
             keyed = {f"rank {ranks.rank}": own}  # under names of its own nothing is taken for replicated
             return [*sides, Contender(DCP, self._dcp(), keyed, total)]
@@ -130,10 +135,10 @@ class Sides:
             Contender(DCP, self._dcp(), whole, total),
         ]
 
-    def _ours(self, place: str, *, replicated: bool = False, writers: str = "all") -> Rival:
+    def _ours(self, place: str, *, replicated: bool = False, writers: str = "all", node: Path | None = None) -> Rival:
         shape, directory = self._shape, self._directory / f"{self._kind}-{place}"
         options = ckpt.Options(arena_bytes=shape.arena, replicated_writers=writers)
-        more: dict[str, Any] = {"options": options, "coordinator": shape.coordinator, "replicated": replicated}
+        more: dict[str, Any] = {"options": options, "coordinator": shape.coordinator, "replicated": replicated, "node": node}
         return self._opened(Ckpt(directory, keep=1, lazy=True, **more))
 
     def _torch(self, place: str, writes: bool) -> Rival:
@@ -182,6 +187,8 @@ def save_once(side: Contender, compute_s: float) -> Values:
     values = {"blocked_s": save_s + waited_s, "durable_s": rival.durable_at - started}
     if not math.isnan(rival.flushed_at):
         values["flush_s"] = rival.flushed_at - started
+    if isinstance(rival, Ckpt) and not math.isnan(rival.home_at):
+        values["home_s"] = rival.home_at - started
     return values | {"save_s": save_s, "fence_s": waited_s} if rival.ours else values
 
 
@@ -206,6 +213,8 @@ def joined(each: list[Values], nbytes: int) -> Values:
     if "flush_s" in each[0]:
         flushes = [values["flush_s"] for values in each]
         found |= {"slowest_flush_s": max(flushes), "fastest_flush_s": min(flushes)}
+    if "home_s" in each[0]:
+        found["home_s"] = max(values["home_s"] for values in each)
     if "save_s" in each[0]:
         found["commit_s"] = max(0.0, each[0]["durable_s"] - found["slowest_flush_s"])
     return found

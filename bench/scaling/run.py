@@ -2,6 +2,7 @@
 
     python -m bench.scaling.run --ranks 1,2,4,8                         on this machine: starts a job of each size
     python -m bench.scaling.run --ranks 1,2,4 --rank-rate 200MB/s       each rank writes no faster than that
+    python -m bench.scaling.run --ranks 2 --rank-rate 100MB/s --node-tier /nvme  only to home; one side goes by the nodes
     torchrun --nproc-per-node 4 -m bench.scaling.run --out lines.jsonl  one size, started by a launcher; mpirun as well
     python -m bench.scaling.run --from a.jsonl b.jsonl --plot out.png   only the picture, of what was measured before
 
@@ -36,6 +37,7 @@ HOW = {
     "durable_s": "from when all ranks have met until the slowest one knows that the whole checkpoint is durable; each rank's "
     "own clock, around the call and the wait",
     "blocked_s": "of the rank that was held up longest: clock around the call, and for ckpt around the fence after compute_s",
+    "home_s": "as durable_s, which is on the nodes there, until the drain has carried it home",
     "slowest_flush_s": "from when all ranks have met until the last of them has fsynced its own data",
     "fastest_flush_s": "from when all ranks have met until the first of them has fsynced its own data",
     "commit_s": "from the slowest rank's fsync of data until rank 0 has published and told: durable_s of rank 0, less "
@@ -49,6 +51,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     add("--ranks", metavar="N,N", help="start a job of each size on this machine; default: this process is a rank of a job")
     add("--launcher", choices=("torchrun", "mpirun"), default="torchrun", help="what starts the jobs of --ranks")
     add("--rank-rate", metavar="RATE", help="with --ranks: each rank writes at most so much, such as 200MB/s")
+    add(
+        "--node-tier",
+        metavar="DIRECTORY",
+        type=Path,
+        help="on a disk of each node: one side more saves by way of it, and --rank-rate holds only for what is written at home",
+    )
     add("--kinds", default=f"{WEAK},{STRONG}", help="of scaling; default: both")
     add("--weak-bytes", default="1GiB", help="state of each rank in weak scaling")
     add("--model-bytes", default="4GiB", help="the model in strong scaling; every rank holds all of it")
@@ -78,18 +86,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 def run_rank(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """Measures with the others; rank 0 returns the lines, the others none."""
     place = launch.join("gloo")
-    try:
-        ranks = Ranks(place.rank, place.ranks)
-        sizes = parse_size(asked.weak_bytes, "--weak-bytes"), parse_size(asked.model_bytes, "--model-bytes")
-        shape = Shape(tuple(asked.kinds.split(",")), *sizes, asked.compute_s, asked.arena, asked.coordinator)
-        settings = Settings(asked.directory, rounds=asked.rounds, rest_s=asked.rest_s)
-        report = Report(common_fields(asked.directory), scale=1.0)
-        with shared_workspace(ranks, settings) as directory:
-            for measured in measure(ranks, shape, settings, directory):
-                add_lines(report, measured, ranks, shape)
-        return report.lines if ranks.rank == 0 else []
-    finally:
-        launch.leave()
+    ranks = Ranks(place.rank, place.ranks)
+    sizes = parse_size(asked.weak_bytes, "--weak-bytes"), parse_size(asked.model_bytes, "--model-bytes")
+    shape = Shape(tuple(asked.kinds.split(",")), *sizes, asked.compute_s, asked.arena, asked.coordinator, asked.node_tier)
+    settings = Settings(asked.directory, rounds=asked.rounds, rest_s=asked.rest_s)
+    report = Report(common_fields(asked.directory), scale=1.0)
+    with shared_workspace(ranks, settings) as directory:
+        for measured in measure(ranks, shape, settings, directory):
+            add_lines(report, measured, ranks, shape)
+    return report.lines if ranks.rank == 0 else []
 
 
 def common_fields(directory: Path) -> dict[str, Any]:
@@ -118,7 +123,8 @@ def run_jobs(asked: argparse.Namespace, arguments: list[str]) -> list[dict[str, 
     with tempfile.TemporaryDirectory() as scratch:
         environment = environment_of_ranks()
         if asked.rank_rate:
-            environment = limited(environment, parse_rate(asked.rank_rate), Path(scratch))
+            below = asked.directory if asked.node_tier else None
+            environment = limited(environment, parse_rate(asked.rank_rate), Path(scratch), below)
         for count in map(int, asked.ranks.split(",")):
             note(f"{count} ranks")
             out = Path(scratch) / f"{count}.jsonl"
@@ -203,4 +209,6 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    launch.leave()  # a rank ends here
+    sys.exit(status)

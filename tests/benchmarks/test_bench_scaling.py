@@ -24,6 +24,7 @@ TINY = ["--weak-bytes=2MiB", "--model-bytes=2MiB", "--compute-s=0.01", "--rounds
 
 WEAK = {"ckpt, own files", "torch.save + fsync, own files", "DCP save"}
 STRONG = WEAK | {"ckpt, striped", "ckpt, rank 0 alone", "torch.save + fsync, rank 0 alone"}
+BY_NODE = "own files, by way of the nodes"
 EVERY_SIDE = {"rate_GBps", "durable_s", "blocked_s"}
 
 Line = dict[str, Any]
@@ -124,6 +125,19 @@ def test_jobs_of_mpirun(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {line["detail"]["side"] for line in lines_of(out)} == STRONG
     assert {line["detail"]["ranks"] for line in lines_of(out)} == {2}
+
+
+def test_by_way_of_the_nodes_it_is_durable_before_it_is_home(tmp_path: Path) -> None:
+    out = tmp_path / "lines"
+    where = [f"--directory={tmp_path / 'files'}", f"--node-tier={tmp_path / 'node'}", f"--out={out}"]
+    done = scaling("--ranks=2", "--kinds=weak", *TINY, *where)
+    assert done.returncode == 0, done.stdout + done.stderr
+    mine = {line["quantity"]: line for line in lines_of(out) if line["detail"]["side"] == f"ckpt, {BY_NODE}"}
+    assert mine.keys() >= EVERY_SIDE | {"home_s"}
+    for on_node, at_home in zip(mine["durable_s"]["samples"], mine["home_s"]["samples"], strict=True):
+        assert 0 < on_node < at_home
+    others = [line for line in lines_of(out) if line["detail"]["side"] != f"ckpt, {BY_NODE}"]
+    assert others and not [line for line in others if line["quantity"] == "home_s"]
 
 
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
