@@ -63,6 +63,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
 
 
+def pytest_sessionfinish() -> None:
+    if "nursery" in sys.modules:
+        sys.modules["nursery"].end_shared()
+
+
 @pytest.fixture(autouse=True)
 def clean_engine() -> Iterator[None]:
     """Ends faults that a test has set, and the engines that `ckpt.save` keeps for the life of the process."""

@@ -56,9 +56,9 @@ class Child:
         """Its standard output so far. The file's position is the child's own: it is left where it is."""
         return os.pread(self._output.fileno(), 1 << 20, 0).decode(errors="replace")
 
-    def wait(self) -> Ended:
+    def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
         """Kills it at the deadline."""
-        self.kill_after(DEADLINE_S)
+        self.kill_after(deadline_s)
         status = int(self._nursery.read_line())
         texts = []
         for file in (self._output, self._errors):
@@ -128,14 +128,33 @@ class Nursery:
         assert self._process is None or self._process.wait(DEADLINE_S) == 0, "it has ended badly, or one forked from it"
 
 
+_roots: dict[tuple[Any, ...], Nursery] = {}
+
+
+def shared_nursery(kind: type[Nursery] | None = None, parity: int = 0, **wishes: bool) -> Nursery:
+    """Forked from one that has imported all once, for all tests of this process.
+
+    Args:
+        kind: None: Nursery.
+        parity: those of 0 and of 1 are forked from different ones.
+    """
+    key = (kind, parity, *sorted(wishes.items()))
+    if key not in _roots:
+        _roots[key] = (kind or Nursery)(**wishes)
+    return _roots[key].another()
+
+
+def end_shared() -> None:
+    """Once no test needs them any more."""
+    while _roots:
+        _roots.popitem()[1].__exit__()
+
+
 @contextlib.contextmanager
-def nurseries_of_ranks(count: int, **wishes: bool) -> Iterator[list[Nursery]]:
+def nurseries_of_ranks(count: int, kind: type[Nursery] | None = None, **wishes: bool) -> Iterator[list[Nursery]]:
     """One for each rank of a job. Sets have another order on odd ranks than on even ones, as on ranks that nobody forks."""
     with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(Nursery(**wishes)) for _ in range(min(count, 2))]
-        for rank in range(2, count):
-            made.append(stack.enter_context(made[rank % 2].another()))
-        yield made
+        yield [stack.enter_context(shared_nursery(kind, rank % 2, **wishes)) for rank in range(count)]
 
 
 def sharding_nurseries(count: int) -> contextlib.AbstractContextManager[list[Nursery]]:

@@ -14,7 +14,7 @@ import crash_child
 import pytest
 import torch
 from drain_points import DRAIN_FILES, DRAIN_POINTS, RUN_POINTS, SPREAD_POINTS
-from nursery import Child, Ended, Nursery
+from nursery import Child, Ended, Nursery, shared_nursery
 from places import ROOT
 
 import ckpt
@@ -84,7 +84,7 @@ def run_and_kill(nursery: Nursery, directory: Path, delay_s: float, work: str = 
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    with Nursery(optimizer=True) as nursery:
+    with shared_nursery(optimizer=True) as nursery:
         yield nursery
 
 

@@ -12,14 +12,19 @@ from nursery import Nursery, freeze, serve, warm_up
 
 class DeepSpeedNursery(Nursery):
     def __init__(self) -> None:
-        self._begin(__file__, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+        # Collectives that miss a rank fail within a minute.
+        self._begin(__file__, DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", DEEPSPEED_TIMEOUT="1")
 
 
-def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int) -> str:
-    """What runs a plan of deepspeed_training.py as this rank, in a child of a nursery."""
+def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, module: str = "deepspeed_training") -> str:
+    """What runs a plan of deepspeed_training.py as this rank, in a child of a nursery.
+
+    Args:
+        module: of dist, which knows the modes of the cases.
+    """
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
     place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
-    run = f"from dist import deepspeed_training; deepspeed_training.main({plan!r})"
+    run = f"from dist import {module}, deepspeed_training; deepspeed_training.main({plan!r})"
     return f"import os; os.environ.update({place!r}); {run}; os._exit(0)"  # all is durable
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from places import TESTS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -38,7 +37,7 @@ CASES = [
 
 
 class Agreement(Outcomes):
-    script = TESTS / "dist" / "deepspeed_agreement.py"
+    module = "deepspeed_agreement"
 
 
 @pytest.fixture(scope="module")

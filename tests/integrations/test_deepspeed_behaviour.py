@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 import torch
-from places import TESTS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -24,12 +23,11 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from dist.deepspeed_nursery import DeepSpeedNursery
-from dist.deepspeed_runs import Fields, Outcomes
-from nursery import Ended
+from dist.deepspeed_runs import Fields, LaunchedOutcomes, Outcomes
+from nursery import Ended, Nursery, nurseries_of_ranks
 
 pytestmark = pytest.mark.usefixtures("native")
 
-SCRIPT = TESTS / "dist" / "deepspeed_behaviour.py"
 COMMON: Fields = {"engine": "enable", "stage": 1, "precision": "bf16", "same_buffers": True}
 KINDS: dict[str, Fields] = {
     "ZeRO 0": {"stage": 0, "precision": "fp32", "half": True},
@@ -63,8 +61,8 @@ CASES = [
 ]
 
 
-class Behaviour(Outcomes):
-    script = SCRIPT
+class Behaviour(LaunchedOutcomes):
+    module = "deepspeed_behaviour"
 
 
 @pytest.fixture(scope="module")
@@ -239,15 +237,15 @@ def test_what_one_engine_has_saved_the_other_loads(way: str, ranks: Outcomes) ->
 
 
 @pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[DeepSpeedNursery]]:
-    with DeepSpeedNursery() as first, DeepSpeedNursery() as second:
-        yield [first, second]
+def nurseries() -> Iterator[list[Nursery]]:
+    with nurseries_of_ranks(2, DeepSpeedNursery) as made:
+        yield made
 
 
 class Lives:
     """Two processes, one after the other life, in one directory."""
 
-    def __init__(self, nurseries: list[DeepSpeedNursery], where: Path) -> None:
+    def __init__(self, nurseries: list[Nursery], where: Path) -> None:
         self._nurseries, self._where = nurseries, where
         self._count = 0
 
@@ -286,7 +284,7 @@ def free_port() -> int:
 
 @pytest.mark.parametrize(("way", "code"), [("local", 0), ("kept", 0), ("exit", 3), ("exception", 1)])
 def test_what_was_saved_is_durable_however_the_interpreter_ends(
-    way: str, code: int, nurseries: list[DeepSpeedNursery], tmp_path: Path
+    way: str, code: int, nurseries: list[Nursery], tmp_path: Path
 ) -> None:
     """`destroy()` is never called by the training. "local", "kept": its engine is gone before the end of the script, or not."""
     ended, _ = Lives(nurseries, tmp_path).live(case("leave", tags=[way]))
@@ -317,7 +315,7 @@ def assert_all_well(ended: list[Ended], found: list[Fields]) -> None:
 
 
 @pytest.fixture(scope="module")
-def two_nodes(nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Fields]]:
+def two_nodes(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Fields]]:
     """Where they have saved "a", and what each has found meanwhile."""
     where = tmp_path_factory.mktemp("nodes")
     ended, found = Lives(nurseries, where).live(case("on_nodes", tags=["a"]), nodes=True)
@@ -342,7 +340,7 @@ def test_a_node_dies(
     point: str,
     rank: int,
     latest: str,
-    nurseries: list[DeepSpeedNursery],
+    nurseries: list[Nursery],
     two_nodes: tuple[Path, list[Fields]],
     tmp_path: Path,
 ) -> None:
@@ -362,7 +360,7 @@ def test_a_node_dies(
     assert [text for text, _ in node_files(tmp_path)] == ["c", "c"]
 
 
-def test_a_node_whose_directory_is_in_use_stops_all_ranks(nurseries: list[DeepSpeedNursery], tmp_path: Path) -> None:
+def test_a_node_whose_directory_is_in_use_stops_all_ranks(nurseries: list[Nursery], tmp_path: Path) -> None:
     directory = tmp_path / "saved" / "node1" / "saved"
     directory.mkdir(parents=True)
     hold = f"import fcntl, os, sys; file = open({str(directory / '.lock')!r}, 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"

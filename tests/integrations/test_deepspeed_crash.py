@@ -21,7 +21,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
-from nursery import Child, Ended
+from nursery import Child, Ended, Nursery, nurseries_of_ranks
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -69,7 +69,7 @@ class Life:
 class Job:
     """Two ranks that train in one directory, again and again."""
 
-    def __init__(self, nurseries: list[DeepSpeedNursery], where: Path, kind: dict[str, Any]) -> None:
+    def __init__(self, nurseries: list[Nursery], where: Path, kind: dict[str, Any]) -> None:
         self._nurseries, self._where, self._kind = nurseries, where, kind
         self._lives = 0
 
@@ -113,15 +113,15 @@ class Job:
 
 
 @pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[DeepSpeedNursery]]:
-    with DeepSpeedNursery() as first, DeepSpeedNursery() as second:
-        yield [first, second]
+def nurseries() -> Iterator[list[Nursery]]:
+    with nurseries_of_ranks(2, DeepSpeedNursery) as made:
+        yield made
 
 
 class References:
     """What each rank of the undisturbed run computes, for each kind and number of steps, as far as asked for."""
 
-    def __init__(self, nurseries: list[DeepSpeedNursery], where: Path) -> None:
+    def __init__(self, nurseries: list[Nursery], where: Path) -> None:
         self._nurseries, self._where = nurseries, where
         self._known: dict[str, list[dict[str, Any]]] = {}
 
@@ -139,7 +139,7 @@ class References:
 
 
 @pytest.fixture(scope="module")
-def references(nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> References:
+def references(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> References:
     return References(nurseries, tmp_path_factory.mktemp("references"))
 
 
@@ -151,7 +151,7 @@ def check_found(life: Life, reference: list[dict[str, Any]]) -> None:
 
 @pytest.mark.parametrize(("point", "rank"), TAG_POINTS)
 def test_killed_at_a_crash_point(
-    point: str, rank: int, nurseries: list[DeepSpeedNursery], references: References, tmp_path: Path
+    point: str, rank: int, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:
     number = TAG_POINTS.index((point, rank))
     kind, wait = number % len(KINDS), number % 2 == 0
@@ -164,7 +164,7 @@ def test_killed_at_a_crash_point(
 
 @pytest.mark.parametrize("point", [*EVERY_RANK[2:], *RANK_0_ONLY])
 def test_killed_while_a_tag_is_saved_again(
-    point: str, nurseries: list[DeepSpeedNursery], references: References, tmp_path: Path
+    point: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:
     """The tag is there, old or new, never a mixture."""
     job, reference = Job(nurseries, tmp_path, KINDS[0]), references.of(0, one_tag=True)
@@ -175,7 +175,7 @@ def test_killed_while_a_tag_is_saved_again(
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
-def test_killed_at_any_moment(kills: int, nurseries: list[DeepSpeedNursery], references: References, tmp_path: Path) -> None:
+def test_killed_at_any_moment(kills: int, nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
     """One run, killed and resumed over and over in the same directory."""
     moments = random.Random(20240608)
     job, reference, step = Job(nurseries, tmp_path, KINDS[0]), references.of(0, steps=MANY_STEPS), 0

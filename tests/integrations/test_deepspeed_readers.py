@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from places import TESTS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -40,7 +39,7 @@ CASES = [
 
 
 class Readers(Outcomes):
-    script = TESTS / "dist" / "deepspeed_readers.py"
+    module = "deepspeed_readers"
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,9 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
+from dist.deepspeed_nursery import DeepSpeedNursery
 from dist.deepspeed_runs import TIMEOUT_S, Fields, Outcomes, environment
+from nursery import Nursery, nurseries_of_ranks
 from support import assert_same
 
 from ckpt.storage import temporary_names
@@ -49,29 +50,10 @@ UNIVERSAL = (*ZERO, "tied", "pipeline")
 FLYING = ("zero1", "zero3", "pipeline", "moe")
 
 
-class Jobs(Outcomes):
-    """Runs its cases in children of nurseries, one for each rank, not under torchrun."""
-
-    def __init__(self, directory: Path, nurseries: list[DeepSpeedNursery], cases: list[Fields]) -> None:
-        self._nurseries = nurseries
-        super().__init__(directory, len(nurseries), cases)
-
-    def _run(self, cases: list[Fields]) -> None:
-        plan = {"outcomes": str(self.directory), "cases": cases}
-        port = free_port()
-        children = [
-            nursery.start(training_program(plan, rank, self.ranks, port))
-            for rank, nursery in enumerate(self._nurseries[: self.ranks])
-        ]
-        for child in children:
-            ended = child.wait()
-            self.log += ended.stdout + ended.stderr
-
-
 @pytest.fixture(scope="module")
-def nurseries() -> Iterator[list[DeepSpeedNursery]]:
-    with DeepSpeedNursery() as first, DeepSpeedNursery() as second:
-        yield [first, second]
+def nurseries() -> Iterator[list[Nursery]]:
+    with nurseries_of_ranks(2, DeepSpeedNursery) as made:
+        yield made
 
 
 # ---- what the tools work on ------------------------------------------------------------------------------------------
@@ -82,28 +64,28 @@ def saving(writer: str, kind: str) -> Fields:
     return job | {"same_buffers": True, "weights": kind in WITH_WEIGHTS} | KINDS[kind]
 
 
-def loading(reader: str, writer: str, kind: str, saved: Jobs, **more: Any) -> Fields:
+def loading(reader: str, writer: str, kind: str, saved: Outcomes, **more: Any) -> Fields:
     """Saves nothing. `more` can say where from, and how far it goes on."""
     job = {"name": f"{reader} reads {writer} {kind}", "mode": "train", "engine": reader, "steps": LAST, "every": 1000}
     return job | {"same_buffers": True, "directory": str(saved.directory / f"{writer} {kind}")} | KINDS[kind] | more
 
 
 @pytest.fixture(scope="module")
-def by_two(nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def by_two(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     cases = [saving(writer, kind) for writer in WRITERS for kind in KINDS]
-    return Jobs(tmp_path_factory.mktemp("by-two"), nurseries, cases)
+    return Outcomes(tmp_path_factory.mktemp("by-two"), 2, cases)
 
 
 @pytest.fixture(scope="module")
-def by_one(nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def by_one(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     cases = [saving(writer, kind) for writer in WRITERS for kind in UNIVERSAL]
-    return Jobs(tmp_path_factory.mktemp("by-one"), nurseries[:1], cases)
+    return Outcomes(tmp_path_factory.mktemp("by-one"), 1, cases)
 
 
 class Tools:
     """Runs scripts and modules as `python` does, in children that have DeepSpeed imported already."""
 
-    def __init__(self, nurseries: list[DeepSpeedNursery]) -> None:
+    def __init__(self, nurseries: list[Nursery]) -> None:
         self._nurseries = nurseries
 
     def run(self, *commands: tuple[Path, list[str]]) -> None:
@@ -127,7 +109,7 @@ def program(directory: Path, words: list[str]) -> str:
 
 
 @pytest.fixture(scope="module")
-def tools(nurseries: list[DeepSpeedNursery]) -> Tools:
+def tools(nurseries: list[Nursery]) -> Tools:
     return Tools(nurseries)
 
 
@@ -135,17 +117,17 @@ def tools(nurseries: list[DeepSpeedNursery]) -> Tools:
 
 
 @pytest.fixture(scope="module")
-def read_by_two(by_two: Jobs, nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def read_by_two(by_two: Outcomes, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     cases = []
     for reader, writer in (("stock", OURS), (OURS, "stock")):
         for kind in KINDS:
             early = {"name": f"{reader} reads {writer} {kind} early", "load_tag": f"step{EARLY}", "steps": EARLY + 1}
             cases += [loading(reader, writer, kind, by_two), loading(reader, writer, kind, by_two, **early)]
-    return Jobs(tmp_path_factory.mktemp("read-by-two"), nurseries, cases)
+    return Outcomes(tmp_path_factory.mktemp("read-by-two"), 2, cases)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_engines_train_the_same(kind: str, by_two: Jobs) -> None:
+def test_both_engines_train_the_same(kind: str, by_two: Outcomes) -> None:
     stock, ours = (by_two[f"{writer} {kind}"] for writer in WRITERS)
     for mine, theirs in zip(ours, stock, strict=True):
         for name in ("digests", "losses", "latest"):
@@ -156,7 +138,7 @@ def test_both_engines_train_the_same(kind: str, by_two: Jobs) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("reader", "writer"), [("stock", OURS), (OURS, "stock")])
 def test_one_engine_goes_on_from_what_the_other_saved(
-    reader: str, writer: str, kind: str, tag: str, by_two: Jobs, read_by_two: Jobs
+    reader: str, writer: str, kind: str, tag: str, by_two: Outcomes, read_by_two: Outcomes
 ) -> None:
     step, name = (EARLY, f"{kind} early") if tag else (LATEST, kind)
     for rank, saved in zip(read_by_two[f"{reader} reads {writer} {name}"], by_two[f"{writer} {kind}"], strict=True):
@@ -166,7 +148,7 @@ def test_one_engine_goes_on_from_what_the_other_saved(
             assert rank[what].items() <= saved[what].items(), f"other {what}"
 
 
-def test_reading_changes_no_directory(by_two: Jobs, read_by_two: Jobs) -> None:
+def test_reading_changes_no_directory(by_two: Outcomes, read_by_two: Outcomes) -> None:
     assert read_by_two is not None
     for kind in KINDS:
         stock, ours = (by_two.directory / f"{writer} {kind}" for writer in WRITERS)
@@ -194,7 +176,7 @@ FORMATS = [
 ]
 
 
-def roots(saved: Jobs, kind: str) -> list[Path]:
+def roots(saved: Outcomes, kind: str) -> list[Path]:
     """Of the stock engine, and of ours."""
     return [saved.directory / f"{writer} {kind}" for writer in WRITERS]
 
@@ -211,13 +193,13 @@ def weights_in(directory: Path) -> dict[str, torch.Tensor]:
     return {name: weight.detach() for name, weight in weights.items()}  # some require gradients
 
 
-def trained_weights(saved: Jobs, kind: str) -> dict[str, torch.Tensor]:
+def trained_weights(saved: Outcomes, kind: str) -> dict[str, torch.Tensor]:
     weights: dict[str, torch.Tensor] = torch.load(saved.directory / f"{OURS} {kind}.weights.pt")
     assert weights
     return weights
 
 
-def check_weights(saved: Jobs, kind: str, out: str) -> list[str]:
+def check_weights(saved: Outcomes, kind: str, out: str) -> list[str]:
     """They are those that were trained, and in all else what the tool makes of the stock engine's files; the files."""
     stock, ours = (root / out for root in roots(saved, kind))
     trained, found = trained_weights(saved, kind), weights_in(ours)
@@ -228,7 +210,7 @@ def check_weights(saved: Jobs, kind: str, out: str) -> list[str]:
     return files
 
 
-def test_both_engines_leave_the_scripts(by_two: Jobs) -> None:
+def test_both_engines_leave_the_scripts(by_two: Outcomes) -> None:
     for kind in WITH_WEIGHTS:
         stock, ours = roots(by_two, kind)
         for script in SCRIPTS:
@@ -237,7 +219,7 @@ def test_both_engines_leave_the_scripts(by_two: Jobs) -> None:
 
 @pytest.mark.parametrize("more", ["", pytest.param(", safe_serialization=True", marks=needs_safetensors)])
 @pytest.mark.parametrize("kind", WITH_WEIGHTS)
-def test_fp32_weights_in_one_file(kind: str, more: str, by_two: Jobs, tools: Tools) -> None:
+def test_fp32_weights_in_one_file(kind: str, more: str, by_two: Outcomes, tools: Tools) -> None:
     if kind == "tied" and more:
         pytest.skip("safetensors refuses two names for one weight")
     out = f"imported{more}"
@@ -248,7 +230,7 @@ def test_fp32_weights_in_one_file(kind: str, more: str, by_two: Jobs, tools: Too
 @needs_hub
 @pytest.mark.parametrize("options", FORMATS)
 @pytest.mark.parametrize("kind", ZERO)
-def test_fp32_weights(kind: str, options: list[str], by_two: Jobs, tools: Tools) -> None:
+def test_fp32_weights(kind: str, options: list[str], by_two: Outcomes, tools: Tools) -> None:
     out = "-".join(["out", *options])
     tools.run(*((root, ["zero_to_fp32.py", ".", out, *options]) for root in roots(by_two, kind)))
     files = check_weights(by_two, kind, out)
@@ -257,14 +239,14 @@ def test_fp32_weights(kind: str, options: list[str], by_two: Jobs, tools: Tools)
 
 @needs_hub
 @pytest.mark.parametrize("kind", ZERO)
-def test_bf16_weights(kind: str, by_two: Jobs, tools: Tools) -> None:
+def test_bf16_weights(kind: str, by_two: Outcomes, tools: Tools) -> None:
     tools.run(*((root, ["zero_to_torch.py", ".", "bf16", "--dtype", "bf16"]) for root in roots(by_two, kind)))
     stock, ours = (weights_in(root / "bf16") for root in roots(by_two, kind))
     assert_same(stock, ours)
 
 
 @needs_hub
-def test_fp32_weights_in_a_process_of_its_own(by_two: Jobs) -> None:
+def test_fp32_weights_in_a_process_of_its_own(by_two: Outcomes) -> None:
     _, ours = roots(by_two, "zero2")
     python(ours, "zero_to_fp32.py", ".", "own", "--tag", f"step{LATEST}")
     trained, found = trained_weights(by_two, "zero2"), weights_in(ours / "own")
@@ -288,30 +270,30 @@ def folders(root: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def universal(by_two: Jobs, by_one: Jobs, tools: Tools) -> None:
+def universal(by_two: Outcomes, by_one: Outcomes, tools: Tools) -> None:
     some = [(saved, kind) for saved in (by_two, by_one) for kind in UNIVERSAL]
     tools.run(*((root, [*TO_UNIVERSAL, *ALONE, *folders(root)]) for saved, kind in some for root in roots(saved, kind)))
 
 
 @pytest.fixture(scope="module")
 def read_by_others(
-    by_two: Jobs, by_one: Jobs, universal: None, nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Jobs]:
+    by_two: Outcomes, by_one: Outcomes, universal: None, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Outcomes]:
     """By as many ranks as have not saved it."""
 
-    def jobs(saved: Jobs, readers: list[DeepSpeedNursery]) -> Jobs:
+    def jobs(saved: Outcomes, ranks: int) -> Outcomes:
         cases = []
         for reader, writer in itertools.product(WRITERS, WRITERS):
             for kind in UNIVERSAL:
                 cases.append(loading(reader, writer, kind, saved, universal=True))
-        return Jobs(tmp_path_factory.mktemp("read-by-others"), readers, cases)
+        return Outcomes(tmp_path_factory.mktemp("read-by-others"), ranks, cases)
 
-    return {"2 to 1": jobs(by_two, nurseries[:1]), "1 to 2": jobs(by_one, nurseries)}
+    return {"2 to 1": jobs(by_two, 1), "1 to 2": jobs(by_one, 2)}
 
 
 @pytest.mark.parametrize("kind", UNIVERSAL)
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_universal_checkpoints_are_equal(ranks: int, kind: str, by_two: Jobs, by_one: Jobs, universal: None) -> None:
+def test_universal_checkpoints_are_equal(ranks: int, kind: str, by_two: Outcomes, by_one: Outcomes, universal: None) -> None:
     saved = by_one if ranks == 1 else by_two
     stock, ours = (Path(folders(root)[-1]) for root in roots(saved, kind))
     files = sorted(path.relative_to(stock) for path in stock.rglob("*") if path.is_file())
@@ -327,7 +309,7 @@ def test_universal_checkpoints_are_equal(ranks: int, kind: str, by_two: Jobs, by
 @pytest.mark.parametrize("kind", UNIVERSAL)
 @pytest.mark.parametrize("ranks", ["2 to 1", "1 to 2"])
 def test_another_number_of_ranks_goes_on(
-    ranks: str, kind: str, reader: str, writer: str, read_by_others: dict[str, Jobs]
+    ranks: str, kind: str, reader: str, writer: str, read_by_others: dict[str, Outcomes]
 ) -> None:
     expected = read_by_others[ranks][f"stock reads stock {kind}"]
     for rank, same in zip(read_by_others[ranks][f"{reader} reads {writer} {kind}"], expected, strict=True):
@@ -337,19 +319,17 @@ def test_another_number_of_ranks_goes_on(
             assert rank[what] == same[what], f"other {what}"
 
 
-def test_a_run_goes_on_saving_beside_a_universal_checkpoint(
-    by_two: Jobs, universal: None, nurseries: list[DeepSpeedNursery], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_saving_beside_a_universal_checkpoint(by_two: Outcomes, universal: None, tmp_path: Path) -> None:
     before = by_two.directory / f"{OURS} zero3"
     again = shutil.copytree(before, tmp_path / "again")
     case = loading(OURS, OURS, "zero3", by_two, name="case", directory=str(again), every=1, steps=LAST + 1)
-    for rank in Jobs(tmp_path, nurseries, [case])["case"]:
+    for rank in Outcomes(tmp_path, 2, [case])["case"]:
         assert (rank["found"], rank["latest"]) == (LATEST, f"step{LAST + 1}")
     for path in [before / "latest_universal", *(before / "universal").rglob("*.pt")]:
         assert (again / path.relative_to(before)).read_bytes() == path.read_bytes()
 
 
-def test_a_universal_checkpoint_by_a_process_of_its_own(by_two: Jobs, universal: None, tmp_path: Path) -> None:
+def test_a_universal_checkpoint_by_a_process_of_its_own(by_two: Outcomes, universal: None, tmp_path: Path) -> None:
     root = by_two.directory / f"{OURS} zero2"
     python(tmp_path, *TO_UNIVERSAL, "--input_folder", str(root / f"step{LATEST}"), "--output_folder", str(tmp_path / "step"))
     before = Path(folders(root)[-1])
@@ -361,7 +341,7 @@ def test_a_universal_checkpoint_by_a_process_of_its_own(by_two: Jobs, universal:
 
 
 @pytest.fixture(scope="module")
-def looks(by_two: Jobs, nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def looks(by_two: Outcomes, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """At the files of the stock engine, and at ours with all that a killed process can have left between them."""
     where, cases = tmp_path_factory.mktemp("looks"), []
     for kind in KINDS:
@@ -372,7 +352,7 @@ def looks(by_two: Jobs, nurseries: list[DeepSpeedNursery], tmp_path_factory: pyt
         for name, directory in (("stock", stock), ("ours", strewn)):
             job = {"name": f"{name} {kind}", "mode": "look", "directory": str(directory), "tags": [f"step{LATEST}"]}
             cases.append(job | KINDS[kind])
-    return Jobs(where, nurseries[:1], cases)
+    return Outcomes(where, 1, cases)
 
 
 def strew(root: Path) -> None:
@@ -383,7 +363,7 @@ def strew(root: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_deepspeed_finds_the_same(kind: str, looks: Jobs) -> None:
+def test_deepspeed_finds_the_same(kind: str, looks: Outcomes) -> None:
     (stock,), (ours,) = looks[f"stock {kind}"], looks[f"ours {kind}"]
     assert ours["found"] == stock["found"]
     if kind in WITH_WEIGHTS:  # ZeRO 3 has no file of the kind that DeepSpeedCheckpoint looks for
@@ -392,14 +372,14 @@ def test_deepspeed_finds_the_same(kind: str, looks: Jobs) -> None:
 
 
 @pytest.fixture(scope="module")
-def flights(nurseries: list[DeepSpeedNursery], tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+def flights(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     common = {"mode": "flight", "engine": OURS, "tags": ["tag"], "faults": SLOW}
     cases = [{"name": kind} | common | KINDS[kind] for kind in FLYING]
-    return Jobs(tmp_path_factory.mktemp("flights"), nurseries, cases)
+    return Outcomes(tmp_path_factory.mktemp("flights"), 2, cases)
 
 
 @pytest.mark.parametrize("kind", FLYING)
-def test_deepspeed_does_not_see_what_is_in_flight(kind: str, flights: Jobs) -> None:
+def test_deepspeed_does_not_see_what_is_in_flight(kind: str, flights: Outcomes) -> None:
     for rank in flights[kind]:
         assert rank["temporaries"] and rank["still"] == rank["temporaries"]
         assert rank["during"] == rank["before"] != rank["after"]

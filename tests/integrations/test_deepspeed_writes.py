@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from places import TESTS
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -57,7 +56,7 @@ NAMES: Fields = {"name": "names", "mode": "unfenced", "engine": "enable", "stage
 
 
 class Writes(Outcomes):
-    script = TESTS / "dist" / "deepspeed_writes.py"
+    module = "deepspeed_writes"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from nursery import Ended, Nursery
+from nursery import Ended, Nursery, shared_nursery
 from support import patience
 
 import ckpt
@@ -59,7 +59,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
+    with shared_nursery() as nursery:
         yield nursery
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from nursery import Ended, Nursery
+from nursery import Ended, Nursery, shared_nursery
 from support import patience, wait_until
 
 import ckpt
@@ -79,7 +79,7 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture(scope="module")
 def nursery() -> Iterator[Nursery]:
-    with Nursery() as nursery:
+    with shared_nursery() as nursery:
         yield nursery
 
 

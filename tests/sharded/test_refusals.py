@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from nursery import Nursery
+from nursery import sharding_nurseries
 
 TOLD = {
     "partial": "ValueError: cannot save 'w' of sharded=: it has the placement P",
@@ -29,15 +29,13 @@ pytestmark = pytest.mark.usefixtures("native")
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     where: Path = tmp_path_factory.mktemp("refusals")
-    nurseries = [Nursery(sharded=True) for _ in range(2)]
     request = {"directory": str(where / "steps"), "meeting": str(where / "meeting")}
-    children = [
-        nursery.start(f"from dist import sharded_refusals; sharded_refusals.main({request | {'rank': rank}!r})")
-        for rank, nursery in enumerate(nurseries)
-    ]
-    ended = [child.wait() for child in children]
-    for nursery in nurseries:
-        nursery.__exit__()
+    with sharding_nurseries(2) as nurseries:
+        children = [
+            nursery.start(f"from dist import sharded_refusals; sharded_refusals.main({request | {'rank': rank}!r})")
+            for rank, nursery in enumerate(nurseries)
+        ]
+        ended = [child.wait() for child in children]
     assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
     return [dict(line.split(": ", 1) for line in each.stdout.splitlines() if ": " in line) for each in ended]
 

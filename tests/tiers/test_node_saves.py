@@ -18,7 +18,7 @@ import pytest
 import test_commit
 import torch
 from drain_points import RUN_POINTS, SPREAD_POINTS
-from nursery import Child, Ended, Nursery
+from nursery import Child, Ended, Nursery, nurseries_of_ranks
 from support import patience
 
 from ckpt.tiers.drain_process import DrainProcess
@@ -30,10 +30,8 @@ pytestmark = pytest.mark.usefixtures("native")
 
 @pytest.fixture(scope="module")
 def nurseries() -> Iterator[list[Nursery]]:
-    nurseries = [Nursery(optimizer=True) for _ in range(MOST_RANKS)]
-    yield nurseries
-    for nursery in nurseries:
-        nursery.__exit__()
+    with nurseries_of_ranks(MOST_RANKS, optimizer=True) as made:
+        yield made
 
 
 class Told(test_commit.Told):
