@@ -23,7 +23,7 @@ if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
 from dist.deepspeed_nursery import DeepSpeedNursery
-from dist.deepspeed_runs import Fields, LaunchedOutcomes, Outcomes
+from dist.deepspeed_runs import Fields, Outcomes
 from nursery import Ended, Nursery, nurseries_of_ranks
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -61,7 +61,7 @@ CASES = [
 ]
 
 
-class Behaviour(LaunchedOutcomes):
+class Behaviour(Outcomes):
     module = "deepspeed_behaviour"
 
 

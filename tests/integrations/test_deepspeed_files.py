@@ -19,7 +19,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
-from dist.deepspeed_runs import Fields, Outcomes, environment
+from dist.deepspeed_runs import Fields, LaunchedOutcomes, Outcomes, environment
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -100,7 +100,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
 
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
-    return Outcomes(tmp_path_factory.mktemp("one"), 1, [files("enable", case) for case in ALONE])
+    return LaunchedOutcomes(tmp_path_factory.mktemp("one"), 1, [files("enable", case) for case in ALONE])
 
 
 @pytest.fixture(scope="module")
