@@ -9,6 +9,7 @@ A drain carries it home from there. So its files have names that are free at hom
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,25 +20,11 @@ from ckpt.commit.step_target import StepTarget
 from ckpt.commit.target import Prepared, SavedFile
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
-from ckpt.directory.receipts import receipt_path, write_receipt
+from ckpt.directory.node_place import NodePlace
+from ckpt.directory.receipts import names_of_receipts, write_receipt
 from ckpt.directory.steps import StepDirectories
+from ckpt.errors import CheckpointError
 from ckpt.storage import durable
-
-
-@dataclasses.dataclass(frozen=True)
-class NodePlace:
-    """
-    Attributes:
-        number, count: of this rank's node, and how many there are.
-        ranks: of this node, ascending; the first one leads.
-    """
-
-    number: int
-    count: int
-    ranks: tuple[int, ...]
-
-    def holds(self, file: FileEntry) -> bool:
-        return file.kind == REPLICATED or file.rank in self.ranks
 
 
 class NodeStepTarget(StepTarget):
@@ -64,6 +51,7 @@ class NodeStepTarget(StepTarget):
         self._home = home
         self._place = place
         self._path = path
+        self._receipt: Path | None = None
 
     # ---- every rank ------------------------------------------------------------------------------------------------
 
@@ -74,11 +62,12 @@ class NodeStepTarget(StepTarget):
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
         prepared = dataclasses.replace(super().describe(files), node=self.node)
         if files:
-            write_receipt(self.call.directory, self._rank, files, self._directories.token)
+            self._receipt = write_receipt(self.call.directory, self._rank, files, self._directories.token, self._place)
         return prepared
 
     def undo(self, file: SavedFile, by_all: bool) -> None:
-        durable.remove_quietly(receipt_path(self.call.directory, self._rank))
+        if self._receipt is not None:
+            durable.remove_quietly(self._receipt)
         super().undo(file, by_all)
 
     def path(self) -> Path:
@@ -112,3 +101,10 @@ class NodeStepTarget(StepTarget):
         """On the node of this rank."""
         self._before = manifests.read_if_any(self.call.directory)
         self._directories.publish(manifest, self.call.directory, self._place.holds)
+
+    def tidy(self, manifest: Manifest) -> None:
+        if self._before is not None:
+            with contextlib.suppress(CheckpointError):
+                for name in names_of_receipts(self.call.directory, self._before):
+                    durable.remove_quietly(self.call.directory / name)
+        super().tidy(manifest)

@@ -13,6 +13,7 @@ from ckpt.directory import sharded_files, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.receipts import names_of_receipts
 from ckpt.directory.root import temporaries_in
 from ckpt.directory.step_names import is_step_name, names_in, written_for
 from ckpt.errors import CheckpointError, NotACheckpointError
@@ -143,6 +144,7 @@ class Retention:
         """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
         sharded_files.mend(directory, manifest)
         wanted = sharded_files.names_of(manifest) | {*manifest.others, manifests.NAME}
+        wanted |= names_of_receipts(directory, manifest)
         for path in directory.iterdir():
             owner = written_for(path.name)
             if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):

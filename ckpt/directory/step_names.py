@@ -14,7 +14,7 @@ _PREFIX = "step-"
 _DIGITS = 12  # so that names sort like numbers
 STEP_FILE = re.compile(
     r"(?P<stem>state|replicated|rank-\d{5,})(-\d+)?\.pt|(?P<sharded>__\d+)_\d+\.(distcp|crc32)|(?P<metadata>\.metadata)(-\d+)?"
-    r"|receipt-\d{5,}\.json"
+    r"|receipt-\d{5,}(-\d+)?\.json"
 )
 
 

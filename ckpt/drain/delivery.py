@@ -7,11 +7,12 @@ import os
 import time
 from pathlib import Path
 
+from ckpt.directory.node_place import NodePlace
 from ckpt.drain import node as nodes
 from ckpt.drain.copying import Copier, SourceError, part_path
 from ckpt.drain.home import Home
 from ckpt.drain.journal import Journal, Progress
-from ckpt.drain.node import Generation, Node
+from ckpt.drain.node import Generation
 from ckpt.drain.pacing import Pace
 from ckpt.drain.parts import Delivered, Part, parts_of
 from ckpt.drain.stopping import Stop
@@ -20,11 +21,21 @@ from ckpt.storage import durable
 
 
 def deliver(
-    generation: Generation, node: Node, home: Home, journal: Journal, pace: Pace, stop: Stop, *, wanted: bool
+    generation: Generation,
+    place: NodePlace,
+    home: Home,
+    journal: Journal,
+    pace: Pace,
+    stop: Stop,
+    *,
+    direct: bool,
+    wanted: bool,
 ) -> list[Delivered]:
     """All that this node has to deliver; goes on where the journal says. Returns what is to be in its receipt.
 
     Args:
+        place: of this node in the save that has made it.
+        direct: whether to go past the page cache, where that can be done.
         wanted: at home, also if something newer is there.
 
     Raises:
@@ -37,7 +48,7 @@ def deliver(
     if journal.inbox != token:
         journal.inbox, journal.bytes = token, 0
         journal.files.clear()
-    inbox, parts = home.inbox_of(generation.sequence), parts_of(generation.manifest, node)
+    inbox, parts = home.inbox_of(generation.sequence), parts_of(generation.manifest, place)
     journal.total = sum(part.end - part.begin for part in parts)
     noted_at = time.monotonic()
 
@@ -50,7 +61,7 @@ def deliver(
         journal.bytes = sum(_delivered_bytes(part, journal) for part in parts)
         journal.write()
 
-    copier = Copier(pace, stop, node.direct_io, note)
+    copier = Copier(pace, stop, direct, note)
     try:
         for part in parts:
             progress = journal.files.setdefault(part.entry.name, Progress())

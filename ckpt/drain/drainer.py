@@ -11,6 +11,8 @@ from pathlib import Path
 
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.node_place import NodePlace
+from ckpt.directory.receipts import place_in
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
@@ -126,9 +128,9 @@ class Drainer:
     def _serve(self) -> None:
         """What lies here, as long as this drain lives, if there are other nodes."""
         node = self._node
-        if node.nodes == 1 or (self._server is not None and self._server.address != node.address):
+        if node.place.count == 1 or (self._server is not None and self._server.address != node.address):
             self._stop_serving()
-        if node.nodes == 1 or self._backoff.waits or f"at {node.address}" in self._unserved:
+        if node.place.count == 1 or self._backoff.waits or f"at {node.address}" in self._unserved:
             return
         try:
             if self._server is None:
@@ -183,7 +185,7 @@ class Drainer:
         if not self._backoff.waits and any(not journal.is_over for journal in self._journals.values()):
             try:
                 self._settle(home)
-                opened = [sequence for sequence in home.opened() if self._node.nodes > 1 and not home.has_receipt(sequence)]
+                opened = [sequence for sequence in home.opened() if self._is_missed(home, sequence)]
             except CheckpointError as error:
                 newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
                 self._home_failed(error, None if newest is None else self._journals[newest.sequence])
@@ -208,6 +210,16 @@ class Drainer:
     def _waiting(self, generations: list[Generation]) -> list[Generation]:
         return [each for each in generations if self._journals[each.sequence].waits]
 
+    def _is_missed(self, home: Home, sequence: int) -> bool:
+        """Whether other nodes deliver it, and this one has not."""
+        journal = self._journals.get(sequence)
+        place = None if journal is None else self._place_of(journal)
+        return place is not None and place.count > 1 and not home.has_receipt(sequence, place.number)
+
+    def _place_of(self, journal: Journal) -> NodePlace:
+        """The job that saves here now may have other nodes, and other ranks on them."""
+        return journal.place or self._node.place
+
     def _note(self, generations: list[Generation]) -> None:
         """Gives each generation a journal, and ends those of generations that are there no more."""
         for generation in generations:
@@ -215,7 +227,8 @@ class Drainer:
             known = self._journals.get(sequence)
             if known is None or known.identity != generation.identity:
                 path = journals.path_of(self._root, sequence)
-                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity)
+                place = place_in(generation.directory, generation.manifest) or self._node.place
+                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity, place)
                 self._journals[sequence].change(QUEUED)
         there = {generation.sequence for generation in generations}
         newest = max(there, default=-1)
@@ -275,10 +288,10 @@ class Drainer:
         def wants(manifest: Manifest) -> bool:
             return Rules(self._node, self._times_at_home).want(manifest)
 
-        sequence = journal.sequence
+        sequence, place = journal.sequence, self._place_of(journal)
         if not home.is_committed(journal.step, sequence):
-            delivered = home.has_receipt(sequence)
-            if not (delivered and home.commit(sequence, wants)) and not home.is_committed(journal.step, sequence):
+            delivered = home.has_receipt(sequence, place.number)
+            if not (delivered and home.commit(sequence, place, wants)) and not home.is_committed(journal.step, sequence):
                 manifest = home.manifest_of(sequence)
                 if manifest is None or not delivered:
                     journal.change(QUEUED, inbox="")  # who decides what is wanted decides about it, too
@@ -293,12 +306,13 @@ class Drainer:
 
     def _carry(self, generation: Generation, home: Home, wanted: bool) -> None:
         journal = self._journals[generation.sequence]
+        place, direct = self._place_of(journal), self._node.direct_io
         try:
             home.expect_ours()
             journal.change(COPYING, began=journal.began or time.time(), next=None, text="", errno=0)
-            receipt = deliver(generation, self._node, home, journal, self._pace, self._stop, wanted=wanted)
+            receipt = deliver(generation, place, home, journal, self._pace, self._stop, direct=direct, wanted=wanted)
             self._settle(home)  # what was committed may be removed at home as soon as this one can be
-            home.write_receipt(generation.sequence, journal.inbox, receipt)
+            home.write_receipt(generation.sequence, journal.inbox, place.number, receipt)
             durable.crash_point("drain-delivered")
             journal.change(COPIED, ended=time.time())
             self._backoff.succeed()

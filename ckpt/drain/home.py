@@ -27,6 +27,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory import publish_lock
 from ckpt.directory.listing import newest_after
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import FOLDER, RUN
 from ckpt.directory.step_names import names_in, step_name
 from ckpt.drain.arrival import Arrival, MissingError
@@ -145,23 +146,26 @@ class Home:
         found = self._read_inbox(self.inbox_of(sequence))
         return None if found is None else found.manifest
 
-    def write_receipt(self, sequence: int, token: str, parts: Sequence[Delivered]) -> None:
-        """This node has delivered all that it has to. The names in the inbox are made durable first."""
+    def write_receipt(self, sequence: int, token: str, node: int, parts: Sequence[Delivered]) -> None:
+        """This node has delivered all that it has to. The names in the inbox are made durable first.
+
+        Args:
+            node: its number in the save that has made the generation, as everywhere here.
+        """
         inbox = self.inbox_of(sequence)
         durable.sync_directory(inbox)
         document = {
             "format": manifests.FORMAT,
-            "node": self._node.node,
+            "node": node,
             "token": token,
             "files": [part._asdict() for part in parts],
         }
-        durable.replace_durably(self._receipt(inbox, self._node.node), manifests.with_checksum(document), "drain-receipt")
+        durable.replace_durably(self._receipt(inbox, node), manifests.with_checksum(document), "drain-receipt")
 
-    def has_receipt(self, sequence: int) -> bool:
-        """Of this node."""
+    def has_receipt(self, sequence: int, node: int) -> bool:
         inbox = self.inbox_of(sequence)
         found = self._read_inbox(inbox)
-        return found is not None and self._read_receipt(inbox, self._node.node, found.token) is not None
+        return found is not None and self._read_receipt(inbox, node, found.token) is not None
 
     def _receipt(self, inbox: Path, node: int) -> Path:
         return inbox / f"receipt-node-{node:04d}.json"
@@ -185,10 +189,11 @@ class Home:
     def is_committed(self, step: int, sequence: int) -> bool:
         return manifests.is_at(self.path / step_name(step), sequence)
 
-    def commit(self, sequence: int, wants: Callable[[Manifest], bool]) -> bool:
+    def commit(self, sequence: int, place: NodePlace, wants: Callable[[Manifest], bool]) -> bool:
         """Makes a checkpoint of an inbox to which all nodes have delivered. False: one has not.
 
         Args:
+            place: of this node in the save that has made it.
             wants: whether an older generation is to come home all the same: says which inboxes stay.
 
         Raises:
@@ -197,18 +202,18 @@ class Home:
             StorageError, InUseError: it cannot be done now.
         """
         inbox = self.inbox_of(sequence)
-        if self._delivered(inbox) is None:
+        if self._delivered(inbox, place.count) is None:
             return False
         with self._publishing() as locked:
-            if not locked and self._node.node != 0:
+            if not locked and place.number != 0:
                 return False  # without locks one node must do it
-            found, delivered = self._read_inbox(inbox), self._delivered(inbox)  # again: now nobody changes it
+            found, delivered = self._read_inbox(inbox), self._delivered(inbox, place.count)  # again: now nobody changes it
             if found is None or delivered is None:
                 return False
             self._refuse_outdone(found.manifest)
             by_node = dict(enumerate(delivered))
             expect_whole(found.manifest.files, (part for parts in delivered for part in parts))
-            shared = {entry.name for entry in found.manifest.files if is_shared(entry, self._node.nodes)}
+            shared = {entry.name for entry in found.manifest.files if is_shared(entry, place.count)}
             arrival = Arrival(self.path, inbox, found.manifest, shared, self._node.home_keep)
             try:
                 arrival.publish()
@@ -237,13 +242,13 @@ class Home:
             if self.is_committed(step, sequence) and os.path.lexists(inbox):
                 self._discard(inbox)
 
-    def _delivered(self, inbox: Path) -> list[list[Delivered]] | None:
+    def _delivered(self, inbox: Path, nodes: int) -> list[list[Delivered]] | None:
         """What each node has; None if one has not ended."""
         found = self._read_inbox(inbox)
         if found is None:
             return None
         receipts = []
-        for node in range(self._node.nodes):
+        for node in range(nodes):
             receipt = self._read_receipt(inbox, node, found.token)
             if receipt is None:
                 return None

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ckpt.directory.node_place import NodePlace
 from ckpt.directory.step_names import names_in
 from ckpt.errors import StorageError
 from ckpt.storage import durable
@@ -52,6 +53,7 @@ class Journal:
     """
     Attributes:
         identity: CRC-32 of the manifest on the node.
+        place: of this node in the save that has made it; None: an older version has written it.
         inbox: token of the directory at home that `files` speaks of; see home.py.
         files: by name.
         total, bytes: that this node has to deliver, and has delivered.
@@ -63,6 +65,7 @@ class Journal:
     sequence: int
     step: int
     identity: int
+    place: NodePlace | None = None
     inbox: str = ""
     state: str = QUEUED
     files: dict[str, Progress] = dataclasses.field(default_factory=dict)
@@ -127,7 +130,8 @@ def read(path: Path) -> Journal | None:
         if document.pop("format") != _FORMAT or document["state"] not in STATES:
             return None
         files = {name: Progress(**said) for name, said in document.pop("files").items()}
-        return Journal(path=path, files=files, **document)
+        place = document.pop("place", None)
+        return Journal(path=path, files=files, place=None if place is None else NodePlace.parse(place), **document)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.node_place import NodePlace
+from ckpt.directory.receipts import is_receipt
 from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.errors import InUseError, NotACheckpointError
 from ckpt.storage import durable, temporary_names
@@ -32,7 +34,6 @@ NAME = "node.json"
 LOCK = ".drain.lock"
 RESTORING = ".restore.lock"  # held while ranks of this node restore: nothing is removed meanwhile
 DAMAGED = ".damaged"
-_RECEIPT = "receipt-"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +41,7 @@ class Node:
     """
     Attributes:
         run: names the job, here and at home.
-        node, nodes: which of how many.
-        ranks: those whose files lie here.
+        place: of this node in the job that has saved here last.
         keep, home_keep: how many committed steps stay, here and at home; None: all.
         every_steps, every_s: which generations home wants beside the newest; None: none.
         rate: bytes a second, or None for "auto".
@@ -51,9 +51,7 @@ class Node:
 
     run: str
     home: Path
-    node: int
-    nodes: int
-    ranks: frozenset[int]
+    place: NodePlace
     keep: int | None
     home_keep: int | None
     every_steps: int | None
@@ -81,9 +79,7 @@ def read(root: Path) -> Node:
         return Node(
             run=_plain(said["run"]),
             home=Path(said["home"]),
-            node=int(said["node"]),
-            nodes=int(said["nodes"]),
-            ranks=frozenset(int(rank) for rank in said["ranks"]),
+            place=NodePlace.parse({"number": said["node"], "count": said["nodes"], "ranks": said["ranks"]}),
             keep=_count_or_none(said["keep"]),
             home_keep=_count_or_none(said["home_keep"]),
             every_steps=_count_or_none(every.get("steps")),
@@ -245,9 +241,7 @@ def _is_being_written(generation: Generation) -> bool:
     named = sharded_files.names_of(generation.manifest) | {manifests.NAME, *generation.manifest.others}
     try:
         committed = os.stat(generation.directory / manifests.NAME).st_mtime_ns
-        others = [
-            name for name in names_in(generation.directory) - named if not (name.startswith(_RECEIPT) or name.endswith(DAMAGED))
-        ]
+        others = [name for name in names_in(generation.directory) - named if not (is_receipt(name) or name.endswith(DAMAGED))]
         return any(os.stat(generation.directory / name).st_mtime_ns >= committed for name in others)
     except OSError:
         return True

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ckpt import _native
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
-from ckpt.drain.node import Node
+from ckpt.directory.node_place import NodePlace
 from ckpt.errors import CorruptError
 
 SLICE_BYTES = 1 << 20  # parts of a common file begin at multiples: a multiple of what direct I/O demands
@@ -40,13 +40,13 @@ def is_shared(entry: FileEntry, nodes: int) -> bool:
     return entry.kind == REPLICATED and nodes > 1 and entry.bytes >= nodes * SLICE_BYTES
 
 
-def parts_of(manifest: Manifest, node: Node) -> list[Part]:
-    """What this node delivers."""
+def parts_of(manifest: Manifest, place: NodePlace) -> list[Part]:
+    """What the node of this place delivers."""
     found = []
     for entry in manifest.files:
-        if is_shared(entry, node.nodes):
-            found.append(_slice(entry, node.node, node.nodes))
-        elif entry.rank in node.ranks:
+        if is_shared(entry, place.count):
+            found.append(_slice(entry, place.number, place.count))
+        elif entry.rank in place.ranks:
             found.append(Part(entry, 0, entry.bytes, shared=False))
     return found
 

@@ -93,7 +93,8 @@ class Server:
             CheckpointError: it is the home of another run.
         """
         host = self.address or socket.gethostname()
-        said = node.home, ServerAddress(host, self._listener.getsockname()[1], self._token, node.node, node.ranks)
+        port, ranks = self._listener.getsockname()[1], frozenset(node.place.ranks)
+        said = node.home, ServerAddress(host, port, self._token, node.place.number, ranks)
         if said != self._announced:
             self._withdraw()
             Home(node).expect_ours()

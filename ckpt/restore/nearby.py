@@ -26,7 +26,7 @@ from ckpt.coordinator import Coordinator
 from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import Found, find_steps
 from ckpt.directory.manifest import REPLICATED, Manifest
-from ckpt.directory.receipts import read_receipts
+from ckpt.directory.receipts import place_in, read_receipts
 from ckpt.directory.root import has_size
 from ckpt.directory.step_names import names_in
 from ckpt.drain import node as nodes
@@ -148,7 +148,7 @@ class Nearby:
                 self._lock = lock
                 remove_fetched(root)
             if (root / nodes.NAME).exists():
-                self._node = nodes.read(root).node
+                self._node = nodes.read(root).place.number
                 if self._lock is not None:
                     self._serve(root)
         except (CheckpointError, OSError) as error:  # home may have all the same
@@ -178,11 +178,12 @@ class Nearby:
         if not mine_to_do or directory is None or fetch is None or self._root is None:
             return
         try:
-            manifest, ranks = fetch.manifest(), nodes.read(self._root).ranks
+            manifest = fetch.manifest()
             if manifest is None:
                 return
+            place = place_in(directory, manifest) or nodes.read(self._root).place
             received = {tuple(each) for each in _received(directory)}
-            mine = [file for file in manifest.files if file.kind == REPLICATED or file.rank in ranks]
+            mine = [file for file in manifest.files if place.holds(file)]
             if all((file.name, file.bytes, file.crc32) in received for file in mine):
                 durable.replace_durably(directory / manifests.NAME, fetch.manifest_content, "finalise")
                 self._here[candidate.sequence, candidate.identity] = directory, manifest

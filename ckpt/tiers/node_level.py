@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.bypass import BypassVote
-from ckpt.commit.node_target import NodePlace
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry
+from ckpt.directory.node_place import NodePlace
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
 from ckpt.fence import follow, unfollow

@@ -22,6 +22,7 @@ from places import PYTHONPATH
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory.node_place import NodePlace
 from ckpt.directory.step_names import free_name, names_in, step_name
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
@@ -57,7 +58,7 @@ class Job:
             (root / "drain").mkdir(parents=True, exist_ok=True)
             self.describe(number, **settings)
 
-    def describe(self, node: int, **settings: Any) -> None:
+    def describe(self, node: int, /, **settings: Any) -> None:
         document = {
             **{"format": 1, "run": RUN, "home": str(self.home), "node": node, "nodes": len(self.roots)},
             **{"world_size": len(self.roots), "ranks": [node], "keep": 2, "home_keep": None, "rate": 10**12},
@@ -98,7 +99,7 @@ class Job:
             for entry in manifest.files:
                 if entry.kind == REPLICATED or entry.rank == number:
                     (directory / entry.name).write_bytes(content[entry.name])
-            (directory / f"receipt-{number:05d}.json").write_text("{}")
+            self._write_receipt(directory, number, manifest)
             (directory / ".tmp-m").write_bytes(manifest.to_json())
             (directory / ".tmp-m").rename(directory / manifests.NAME)
             for name in manifests.names(before.files) if before else ():
@@ -106,6 +107,13 @@ class Job:
             (root / "drain" / "wake").touch()
         self.saved[manifest.sequence] = Saved(manifest, content)
         return self.saved[manifest.sequence]
+
+    def _write_receipt(self, directory: Path, node: int, manifest: Manifest) -> None:
+        place = NodePlace(node, len(self.roots), (node,))
+        files = [dataclasses.asdict(entry) for entry in manifest.files if place.holds(entry)]
+        said = {"format": 1, "rank": node, "token": "", "files": files, "place": dataclasses.asdict(place)}
+        if files:
+            (directory / f"receipt-{node:05d}.json").write_bytes(manifests.with_checksum(said))
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 

@@ -63,7 +63,7 @@ def test_each_byte_is_copied_once(count: int, tmp_path: Path, monkeypatch: pytes
     delivered, written = [], {name: [] for name in saved.content}
     (tmp_path / "inbox").mkdir()
     for number, root in enumerate(job.roots):
-        for part in parts_of(saved.manifest, nodes.read(root)):
+        for part in parts_of(saved.manifest, nodes.read(root).place):
             name, progress = part.entry.name, Progress()
             books.read.clear()
             books.written.clear()
@@ -87,7 +87,7 @@ def test_parts_make_up_each_file(size: int, tmp_path: Path) -> None:
     entry = FileEntry("replicated.pt", size, 0, REPLICATED, 0)
     own = FileEntry("rank-00001.pt", size, 0, RANK, 1)
     job = Job(tmp_path, 3)
-    found = [part for root in job.roots for part in parts_of(Manifest(1, 1, 3, (entry, own)), nodes.read(root))]
+    found = [part for root in job.roots for part in parts_of(Manifest(1, 1, 3, (entry, own)), nodes.read(root).place)]
     assert follows([(part.begin, part.end - part.begin) for part in found if part.entry == entry], 0, size)
     assert [(part.begin, part.end) for part in found if part.entry == own] == [(0, size)]
 

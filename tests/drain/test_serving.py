@@ -77,7 +77,8 @@ def talk(address: ServerAddress, *requests: bytes) -> bytes:
     with connect(address) as connection:
         for each in requests:
             connection.sendall(each)
-        connection.shutdown(socket.SHUT_WR)
+        with contextlib.suppress(OSError):  # the server may have ended the connection already
+            connection.shutdown(socket.SHUT_WR)
         received = b""
         while more := connection.recv(1 << 16):
             received += more

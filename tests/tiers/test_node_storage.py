@@ -13,6 +13,7 @@ from node_roots import RUN, Job
 from tier_places import storage_of
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.node_place import NodePlace
 from ckpt.directory.step_names import step_name
 from ckpt.drain import node as nodes
 from ckpt.drain.node import began_at
@@ -39,8 +40,8 @@ def test_the_drain_reads_what_was_described(tmp_path: Path) -> None:
     storage = made(tmp_path, keep=None, rate="200MB")
     assert describe(storage, home_every={"steps": 100})
     node = nodes.read(storage.root)
-    assert (node.run, node.home, node.node, node.nodes) == (RUN, tmp_path / "home", 1, 2)
-    assert (node.ranks, node.keep, node.home_keep, node.rate) == ({4, 5}, None, 3, 200_000_000)
+    assert (node.run, node.home, node.place) == (RUN, tmp_path / "home", NodePlace(1, 2, (4, 5)))
+    assert (node.keep, node.home_keep, node.rate) == (None, 3, 200_000_000)
     assert (node.every_steps, node.every_s, node.direct_io, node.pace) == (100, None, True, storage.pace.name)
     assert node.pids == {6: 60, 7: 70}
     describe(storage, home_every={"seconds": 1.5}, home_keep=None)
