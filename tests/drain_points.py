@@ -4,6 +4,7 @@ tests/crash/ compares these lists with the source; tests/drain/ and tests/tiers/
 """
 
 DRAIN_FILES = ("journal", "drain-inbox", "drain-receipt", "drain-plan")  # small ones
+FAILURE_FILES = ("drain-failure",)  # what a node leaves that gives up
 COPY_POINTS = ("drain-chunk", "drain-noted", "drain-copied", "drain-named", "drain-all-copied", "drain-delivered")
 COMMIT_POINTS = ("drain-placed", "drain-all-placed", "drain-published", "drain-discarded", "drain-committed")
 NODE_POINTS = ("drain-retired",)
@@ -13,5 +14,6 @@ DRAIN_POINTS = (
     *COMMIT_POINTS,
     *NODE_POINTS,
 )
+FAILURE_POINTS = tuple(f"{name}-{end}" for name in FAILURE_FILES for end in ("written", "renamed"))
 RUN_POINTS = ("run-written", "run-named")  # at the first save of a run
 SPREAD_POINTS = ("spread",)

@@ -22,6 +22,7 @@ from ckpt.drain.delivery import deliver
 from ckpt.drain.home import Home, OutdoneError
 from ckpt.drain.journal import COMMITTED, COPIED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
 from ckpt.drain.node import Generation, Generations, NodeRetention
+from ckpt.drain.others import Failure, Silence, read_failure, take_back_failure
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
 from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
@@ -85,9 +86,12 @@ class Drainer:
             self._retention.remove_retired()
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
             for journal in self._journals.values():
-                if journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
+                if journal.blocked:
+                    journal.change(COPIED, blocked=False, errno=0, text="")
+                elif journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
                     journal.change(QUEUED, next=None)
             self._pace = self._make_pace()
+            self._silence = Silence(Home(self._node).inboxes)
             while not self._stop.requested:
                 if not once:
                     self._serve()
@@ -182,7 +186,7 @@ class Drainer:
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
-        if not self._backoff.waits and any(not journal.is_over for journal in self._journals.values()):
+        if not self._backoff.waits and any(not journal.is_over or journal.blocked for journal in self._journals.values()):
             try:
                 self._settle(home)
                 opened = [sequence for sequence in home.opened() if self._is_missed(home, sequence)]
@@ -249,6 +253,7 @@ class Drainer:
             text = "its files are not on the node any more"
             journal.change(FAILED, next=None, errno=errno.ENOENT, text=text)
             logger.warning("step %d is not carried home: %s", journal.step, text)
+            self._tell_others(journal)
 
     def _supersede(self, generations: list[Generation], wanted: set[int]) -> None:
         waiting = self._waiting(generations)
@@ -273,12 +278,12 @@ class Drainer:
         checkpoints = find_steps(home.path).checkpoints
         self._newest_at_home = max((manifest.sequence for _, manifest in checkpoints), default=-1)
         self._times_at_home = [created_s(manifest) for _, manifest in checkpoints]
-        delivered = [each for each in self._journals.values() if each.state == COPIED]
+        delivered = [each for each in self._journals.values() if each.state == COPIED or each.blocked]
         for journal in sorted(delivered, key=lambda each: each.sequence, reverse=True):
             try:
                 self._settle_one(home, journal)
             except OutdoneError as error:
-                journal.change(SUPERSEDED, by=error.by)
+                journal.change(SUPERSEDED, by=error.by, blocked=False)
             except (StorageError, InUseError):
                 raise
             except CheckpointError as error:
@@ -294,15 +299,28 @@ class Drainer:
             if not (delivered and home.commit(sequence, place, wants)) and not home.is_committed(journal.step, sequence):
                 manifest = home.manifest_of(sequence)
                 if manifest is None or not delivered:
-                    journal.change(QUEUED, inbox="")  # who decides what is wanted decides about it, too
+                    journal.change(QUEUED, inbox="", blocked=False)  # who decides what is wanted decides about it, too
                 elif self._newest_at_home > sequence and not wants(manifest):
                     raise OutdoneError(self._newest_at_home)
+                else:
+                    self._look_at_others(home, journal, place)
                 return
         home.finish(journal.step, sequence)
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
-        journal.change(COMMITTED)
+        journal.change(COMMITTED, blocked=False, errno=0, text="")
         self._backoff.succeed()
+
+    def _look_at_others(self, home: Home, journal: Journal, place: NodePlace) -> None:
+        """Of what this node has delivered: who waits for it is not to wait for a node that has given up, or is silent."""
+        missing = home.missing(journal.sequence, place)
+        failure = read_failure(home.inbox_of(journal.sequence), missing) or self._silence.failure(place, missing)
+        if failure is None:
+            if journal.blocked:
+                journal.change(COPIED, blocked=False, errno=0, text="")
+        elif missing and not (journal.blocked and journal.text == failure.text):
+            journal.change(FAILED, next=None, blocked=True, errno=failure.errno, text=failure.text)
+            logger.error("step %d does not come home: %s", journal.step, failure.text)
 
     def _carry(self, generation: Generation, home: Home, wanted: bool) -> None:
         journal = self._journals[generation.sequence]
@@ -310,9 +328,11 @@ class Drainer:
         try:
             home.expect_ours()
             journal.change(COPYING, began=journal.began or time.time(), next=None, text="", errno=0)
+            take_back_failure(home.inbox_of(generation.sequence), place.number)
             receipt = deliver(generation, place, home, journal, self._pace, self._stop, direct=direct, wanted=wanted)
             self._settle(home)  # what was committed may be removed at home as soon as this one can be
             home.write_receipt(generation.sequence, journal.inbox, place.number, receipt)
+            self._silence.pass_over(place)
             durable.crash_point("drain-delivered")
             journal.change(COPIED, ended=time.time())
             self._backoff.succeed()
@@ -350,5 +370,15 @@ class Drainer:
 
     def _give_up(self, journal: Journal, error: CheckpointError) -> None:
         code = getattr(error, "errno", None) or 0
-        journal.change(FAILED, attempts=journal.attempts + 1, next=None, errno=code, text=str(error))
+        journal.change(FAILED, attempts=journal.attempts + 1, next=None, errno=code, text=str(error), blocked=False)
         logger.error("step %d was not carried home: %s", journal.step, error)
+        self._tell_others(journal)
+
+    def _tell_others(self, journal: Journal) -> None:
+        """They cannot have it at home either. Where this node cannot write, they find that it is silent."""
+        place = self._place_of(journal)
+        if place.count > 1:
+            with contextlib.suppress(CheckpointError):
+                home = Home(self._node)
+                home.expect_ours()
+                home.note_failure(journal.sequence, place.number, Failure(journal.text, journal.errno))

@@ -5,6 +5,7 @@
     .drain/<run>/<sequence>/   an inbox: what is on its way
         inbox.json                 its manifest, as it is on the nodes, and its token
         rank-00000.pt  ...         under <name>.part until they are whole; what all nodes write together, until the commit
+        failure-node-0001.json     why this node delivers no more, see others.py
         receipt-node-0000.json     what this node has delivered, and found to be right
         plan.json                  the names that the files get in their step directory, once somebody commits
 
@@ -30,8 +31,10 @@ from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import FOLDER, RUN
 from ckpt.directory.step_names import names_in, step_name
+from ckpt.drain import others
 from ckpt.drain.arrival import Arrival, MissingError
 from ckpt.drain.node import Generation, Node
+from ckpt.drain.others import Failure
 from ckpt.drain.parts import Delivered, expect_whole, is_shared, owners_of
 from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
@@ -64,7 +67,7 @@ class Home:
     def __init__(self, node: Node) -> None:
         self._node = node
         self.path = node.home
-        self._inboxes = node.home / FOLDER / node.run
+        self.inboxes = node.home / FOLDER / node.run
 
     def expect_ours(self) -> None:
         """
@@ -88,11 +91,11 @@ class Home:
     # ---- delivering ------------------------------------------------------------------------------------------------
 
     def inbox_of(self, sequence: int) -> Path:
-        return self._inboxes / f"{sequence:012d}"
+        return self.inboxes / f"{sequence:012d}"
 
     def opened(self) -> list[int]:
         """What some node has begun to deliver: sequences, newest first."""
-        return sorted((int(name) for name in names_in(self._inboxes) if name.isdecimal()), reverse=True)
+        return sorted((int(name) for name in names_in(self.inboxes) if name.isdecimal()), reverse=True)
 
     def open_inbox(self, generation: Generation, wanted: bool) -> str:
         """Makes the inbox if there is none; returns its token.
@@ -184,6 +187,24 @@ class Home:
         except (ValueError, KeyError, TypeError, RecursionError):
             return None  # its node writes it anew
 
+    # ---- nodes that do not deliver ---------------------------------------------------------------------------------
+
+    def missing(self, sequence: int, place: NodePlace) -> list[int]:
+        """The numbers of the nodes that have not delivered; none, if nothing is being delivered."""
+        inbox = self.inbox_of(sequence)
+        found = self._read_inbox(inbox)
+        nodes = range(0 if found is None else place.count)
+        return [node for node in nodes if found is not None and self._read_receipt(inbox, node, found.token) is None]
+
+    def note_failure(self, sequence: int, node: int, failure: Failure) -> None:
+        """Tells other nodes that this one has given up, if they look for what it has to deliver.
+
+        Raises:
+            StorageError: home cannot be written to.
+        """
+        if self._read_inbox(self.inbox_of(sequence)) is not None:
+            others.write_failure(self.inbox_of(sequence), node, failure)
+
     # ---- committing ------------------------------------------------------------------------------------------------
 
     def is_committed(self, step: int, sequence: int) -> bool:
@@ -230,7 +251,7 @@ class Home:
     def finish(self, step: int, sequence: int) -> None:
         """What an end behind the publication has left to be done."""
         inbox = self.inbox_of(sequence)
-        if not os.path.lexists(inbox) and not any(map(is_temporary, names_in(self._inboxes))):
+        if not os.path.lexists(inbox) and not any(map(is_temporary, names_in(self.inboxes))):
             return
         with self._publishing():
             self._sweep()
@@ -267,11 +288,11 @@ class Home:
     def _sweep(self) -> None:
         """Inboxes that are none any more. Its caller has the lock."""
         try:
-            for name in names_in(self._inboxes):
+            for name in names_in(self.inboxes):
                 if is_temporary(name):
-                    durable.remove_tree(self._inboxes / name)
+                    durable.remove_tree(self.inboxes / name)
         except OSError as error:
-            logger.warning("removing what was delivered to '%s' failed, the checkpoint is good: %s", self._inboxes, error)
+            logger.warning("removing what was delivered to '%s' failed, the checkpoint is good: %s", self.inboxes, error)
 
     def _discard_older(self, sequence: int, wants: Callable[[Manifest], bool]) -> None:
         for older in self.opened():

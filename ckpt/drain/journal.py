@@ -4,7 +4,7 @@ queued       it is complete on the node
 copying      its files are on their way; `files` says how far
 copied       this node has delivered its part
 committed    it is a checkpoint at home
-failed       `next` says when it is tried again; null: it is not
+failed       `next` says when it is tried again; null: it is not. `blocked`: not by this node, which has delivered its part
 superseded   it is not wanted at home any more; `by` is the sequence of what takes its place
 """
 
@@ -79,6 +79,7 @@ class Journal:
     began: float = 0.0
     ended: float = 0.0
     by: int = 0
+    blocked: bool = False
 
     @property
     def waits(self) -> bool:

@@ -163,8 +163,9 @@ def test_when_the_newest_is_damaged_the_one_before_comes_home(tmp_path: Path) ->
     assert drain_once(job.roots[1]).returncode == 1
     assert (job.state(2, 1), job.state(1, 1)) == ("failed", "copied")
     for root in (job.roots[0], job.roots[0]):
-        drain_well(root)
-    assert job.steps_at_home() == [1]
+        ended = drain_once(root)
+        assert ended.returncode == 1 and "node 1" in ended.stderr and "it is damaged" in ended.stderr
+    assert job.steps_at_home() == [1] and job.state(2, 0) == "failed"
     job.assert_home_is_right()
     job.save(3, common=4 * MiB)
     for root in (*job.roots, *job.roots):

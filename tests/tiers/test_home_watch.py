@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from node_roots import DEADLINE_S, Job, Saved, drain_well, this_process, wait_for
+from node_roots import DEADLINE_S, Job, Saved, drain_once, drain_well, fault, this_process, wait_for
 from tier_places import ending, kill, storage_of, that_cannot_be_changed, trained_job
 
 from ckpt.directory import manifest as manifests
@@ -255,6 +255,23 @@ def test_a_home_that_takes_nothing_fails_the_save_for_good(tmp_path: Path) -> No
         assert error.filename == str(job.home / step_name(1)) and "Let the job write there" in str(error)
     with watching(job, tmp_path) as (watch, _):
         told.watch(watch, job.save(2))
+        assert told.next() == {2: job.home / step_name(2)}
+
+
+def test_what_another_node_cannot_deliver_fails_on_all(tmp_path: Path, native: object) -> None:
+    """Who waits is not to wait for ever: it is told which node it is, and why."""
+    job, told = trained_job(tmp_path, nodes=2), Told()
+    job.describe(1)  # nobody trains there any more
+    with watching(job, tmp_path) as (watch, _):
+        told.watch(watch, job.save(1))
+        assert drain_once(job.roots[1], prepare=fault("open", errno.EROFS, "/rank-00001.pt.part")).returncode == 1
+        (error,) = told.next().values()
+        assert isinstance(error, StorageError) and error.errno == errno.EROFS
+        for part in ("step 1 was not carried", "node 1 (", "rank-00001.pt.part", "Let the job write there"):
+            assert part in str(error)
+        drain_well(job.roots[1])
+        told.watch(watch, job.save(2))
+        drain_well(job.roots[1])
         assert told.next() == {2: job.home / step_name(2)}
 
 

@@ -1,0 +1,128 @@
+"""What other nodes say of a generation of which they have a part: that they have given up, or nothing at all.
+
+home/.drain/<run>/<sequence>/failure-node-0001.json     {"node", "host", "errno", "text"}; goes when that node begins again
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory.node_place import NodePlace
+from ckpt.directory.step_names import names_in
+from ckpt.errors import StorageError
+from ckpt.storage import durable
+
+# Longer than a node that is well can be without a sign: each second it makes durable what it has copied.
+_SILENCE_S = 600.0
+_LOOK_EACH_S = 10.0  # it lists all that is on its way, at a home that may be slow
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """Why a generation does not come home, as another node has it.
+
+    Attributes:
+        errno: 0: it is no error of a system call.
+    """
+
+    text: str
+    errno: int = 0
+
+
+def path_of(inbox: Path, node: int) -> Path:
+    return inbox / f"failure-node-{node:04d}.json"
+
+
+def write_failure(inbox: Path, node: int, failure: Failure) -> None:
+    """
+    Raises:
+        StorageError: it cannot be written.
+    """
+    said = {"format": manifests.FORMAT, "node": node, "host": socket.gethostname(), **dataclasses.asdict(failure)}
+    durable.replace_durably(path_of(inbox, node), manifests.with_checksum(said), "drain-failure")
+
+
+def take_back_failure(inbox: Path, node: int) -> None:
+    """
+    Raises:
+        StorageError: it cannot be removed.
+    """
+    if os.path.lexists(path_of(inbox, node)):
+        durable.remove_file(path_of(inbox, node))
+
+
+def read_failure(inbox: Path, nodes: Sequence[int]) -> Failure | None:
+    """Of the first of these nodes that has given up; it names the node."""
+    for node in nodes:
+        try:
+            said = manifests.parse_checked(path_of(inbox, node).read_bytes())
+            return Failure(f"node {node} ({said['host']}) has given up its part: {said['text']}", int(said["errno"]))
+        except (OSError, KeyError, TypeError, ValueError, RecursionError):
+            continue  # there is none, or it is just being taken back
+    return None
+
+
+class Silence:
+    """Of other nodes: for how long nothing has come from any of them, whichever generation it is of.
+
+    Args:
+        inboxes: where all that is on its way lies.
+        clock: seconds.
+    """
+
+    def __init__(self, inboxes: Path, clock: Callable[[], float] = time.monotonic) -> None:
+        self._inboxes = inboxes
+        self._clock = clock
+        self._seen: frozenset[tuple[str, str, int, int]] = frozenset()
+        self._since = self._looked = clock()
+
+    def pass_over(self, place: NodePlace) -> None:
+        """What this node has just written is no sign of others."""
+        self._seen = self._look(place)
+
+    def failure(self, place: NodePlace, missing: Sequence[int]) -> Failure | None:
+        """If it has lasted too long.
+
+        Args:
+            place: of this node.
+            missing: nodes that have not delivered.
+        """
+        now = self._clock()
+        if now - self._looked >= min(_LOOK_EACH_S, _SILENCE_S / 4):
+            self._looked, seen = now, self._look(place)
+            if seen != self._seen:
+                self._seen, self._since = seen, now
+        if now - self._since < _SILENCE_S:
+            return None
+        named = ", ".join(map(str, missing))
+        return Failure(
+            f"node {named} has not delivered its part, and for {_SILENCE_S:g} s nothing has come from any other node. See "
+            f"whether it lives, and what its drain.log says; `python -m ckpt drain --once` there delivers it",
+            errno.ETIMEDOUT,
+        )
+
+    def _look(self, place: NodePlace) -> frozenset[tuple[str, str, int, int]]:
+        own = {f"{kind}-node-{place.number:04d}.json" for kind in ("receipt", "failure")}
+        stems = tuple(f"rank-{rank:05d}" for rank in place.ranks)
+        found = set()
+        for inbox in names_in(self._inboxes) if os.path.isdir(self._inboxes) else ():
+            try:
+                with os.scandir(self._inboxes / inbox) as entries:
+                    for entry in entries:
+                        if entry.name not in own and not entry.name.startswith(stems):
+                            stat = entry.stat(follow_symlinks=False)
+                            found.add((inbox, entry.name, stat.st_size, stat.st_mtime_ns))
+            except NotADirectoryError:  # where a node serves
+                continue
+            except OSError as error:
+                if error.errno != errno.ENOENT:  # else it has just gone
+                    text = f"cannot read '{self._inboxes / inbox}': {error.strerror}"
+                    raise StorageError(error.errno or 0, text, str(self._inboxes)) from error
+        return frozenset(found)
