@@ -103,7 +103,7 @@ class NodeStepTarget(StepTarget):
         self._directories.publish(manifest, self.call.directory, self._place.holds)
 
     def tidy(self, manifest: Manifest) -> None:
-        if self._before is not None:
+        if self._before is not None and self._before.sequence != manifest.sequence:
             with contextlib.suppress(CheckpointError):
                 for name in names_of_receipts(self.call.directory, self._before):
                     durable.remove_quietly(self.call.directory / name)

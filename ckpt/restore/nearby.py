@@ -5,8 +5,9 @@ of it together, or home has: what a rank lacks on its own node it fetches from a
 So one rank of each node has its drain serve what lies there, as long as the restore goes on. It holds a lock meanwhile: the
 drain removes nothing then, and does not end.
 
-A job may have ended when one node had the manifest already, and another only the receipts of its ranks. What such receipts name
-counts, if rank 0 knows the manifest and it names the same. If that checkpoint is named, the manifest is put there: finalise().
+A job may have ended when one node had the manifest already, and another only the receipts of its ranks: in a step directory
+without a manifest, or, if the step was just being saved again, with the old one. What such receipts name counts, if rank 0
+knows the manifest and it names the same. If that checkpoint is named, the manifest is put there: finalise().
 
 Of a job with another number of ranks, nobody knows what lies where: then home alone counts.
 """
@@ -30,7 +31,7 @@ from ckpt.directory.receipts import place_in, read_receipts
 from ckpt.directory.root import has_size
 from ckpt.directory.step_names import names_in
 from ckpt.drain import node as nodes
-from ckpt.errors import CheckpointError, InUseError, PeerError
+from ckpt.errors import CheckpointError, InUseError, PeerError, StorageError
 from ckpt.restore.candidates import Candidate
 from ckpt.restore.fetching import Commit, NodeFetch, remove_fetched
 from ckpt.storage import durable
@@ -112,6 +113,9 @@ class Nearby:
                 found.append(_describe(path, manifest))
         self._unfinished = {path.name: path for path in steps.bare}
         loose = {path.name: _received(path) for path in steps.bare}
+        for path, manifest in steps.checkpoints:
+            if received := _received(path, manifest):
+                self._unfinished[path.name], loose[path.name] = path, received
         said = {"newest": newest, "node": self._node, "copies": found, "loose": loose}
         try:
             answers = self._coordinator.gather(f"{self._stream}/{self._calls}", json.dumps(said).encode(), self._timeout_s)
@@ -168,7 +172,7 @@ class Nearby:
         return None if found is None else found[0]
 
     def unfinished_of(self, candidate: Candidate) -> Path | None:
-        """The same, of a directory without a manifest."""
+        """The same, of a directory that has another manifest, or none."""
         return self._unfinished.get(candidate.name)
 
     def finalise(self, candidate: Candidate) -> None:
@@ -178,14 +182,16 @@ class Nearby:
         if not mine_to_do or directory is None or fetch is None or self._root is None:
             return
         try:
-            manifest = fetch.manifest()
-            if manifest is None:
+            manifest, before = fetch.manifest(), manifests.read_if_any(directory)
+            if manifest is None or (before is not None and before.sequence >= manifest.sequence):
                 return
             place = place_in(directory, manifest) or nodes.read(self._root).place
-            received = {tuple(each) for each in _received(directory)}
+            received = set(_received(directory))
             mine = [file for file in manifest.files if place.holds(file)]
             if all((file.name, file.bytes, file.crc32) in received for file in mine):
                 durable.replace_durably(directory / manifests.NAME, fetch.manifest_content, "finalise")
+                if before is not None:
+                    self._here.pop((before.sequence, manifests.identity(before)), None)
                 self._here[candidate.sequence, candidate.identity] = directory, manifest
                 logger.info("'%s' was made complete: a crash had left it without its manifest", directory)
         except (CheckpointError, OSError) as error:
@@ -216,9 +222,18 @@ def _describe(path: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _received(directory: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and CRC-32s of what receipts name there, and is there."""
-    files = [file for receipt in read_receipts(directory) for file in receipt.files]
+def _received(directory: Path, manifest: Manifest | None = None) -> list[tuple[str, int, int]]:
+    """Names, sizes and CRC-32s of what receipts name there, and is there.
+
+    Args:
+        manifest: that stands there: its own receipts are left out.
+    """
+    try:
+        receipts = [receipt for receipt in read_receipts(directory) if manifest is None or not receipt.is_of(manifest)]
+    except StorageError as error:
+        logger.warning("what lies on this node cannot be read: %s", error)
+        return []
+    files = [file for receipt in receipts for file in receipt.files]
     return [(file.name, file.bytes, file.crc32) for file in files if has_size(directory / file.name, file.bytes)]
 
 

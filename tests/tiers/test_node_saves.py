@@ -155,6 +155,18 @@ def test_a_rank_is_killed(make: Make, point: str, rank: int) -> None:
     assert_at_home(job, max(int(path.name[5:]) for path in job.home.glob("step-*")))
 
 
+def test_a_node_fails_while_a_step_is_replaced(make: Make) -> None:
+    """Node 0 has the new manifest and the old files no more, node 1 the old manifest and both: the new one is found."""
+    job = make(0, 1)
+    fault = {"call": "rename", "path_part": "manifest.json", "error": errno.EIO, "skip": 1}
+    told = job.run({}, {"plan": {"1": {"fault": fault, "twice": True}}}, steps=2, plan={"1": {"twice": True}}, **SLOW_HOME)
+    for each in told:
+        assert [*each.landed] == [0] and each.failed[1][0] in ("StorageError", "PeerError"), each.ended.stdout
+    assert_resumes(job, 1, **SLOW_HOME)
+    (one,), (other,) = (node.glob("*/step-000000000001/manifest.json") for node in job.nodes)
+    assert one.read_bytes() == other.read_bytes()
+
+
 def test_a_job_that_is_killed_goes_on_from_the_nodes(make: Make) -> None:
     """Home is far behind."""
     job = make(0, 1)
