@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import errno
 import logging
 import os
 import secrets
@@ -30,6 +30,7 @@ from ckpt.directory.listing import newest_after
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import FOLDER, RUN
+from ckpt.directory.run_file import find_run
 from ckpt.directory.step_names import names_in, step_name
 from ckpt.drain import others
 from ckpt.drain.arrival import Arrival, MissingError
@@ -75,14 +76,10 @@ class Home:
             StorageError: it is not there: it may come back.
             CheckpointError: it is the home of another run.
         """
-        path = self.path / RUN
-        try:
-            run = json.loads(path.read_bytes())["run"]
-        except OSError as error:
-            text = f"cannot read '{path}': {error.strerror}; is the file system mounted?"
-            raise StorageError(error.errno or 0, text, str(path)) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"'{path}' names no run: {error!r}") from error
+        run = find_run(self.path)
+        if run is None:
+            path = self.path / RUN
+            raise StorageError(errno.ENOENT, f"there is no '{path}': is the file system mounted?", str(path))
         if run != self._node.run:
             raise CheckpointError(
                 f"'{self.path}' is the home of the run {run}, and this node has saved the run {self._node.run}"

@@ -21,6 +21,7 @@ from ckpt.commit.bypass import BypassVote
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
+from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
 from ckpt.fence import follow, unfollow
@@ -30,7 +31,7 @@ from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.home_watch import HomeWatch
 from ckpt.tiers.node_storage import NodeStorage, identity, this_process
 from ckpt.tiers.pace import TrainingPace
-from ckpt.tiers.run_id import find_run, highest_on_its_way
+from ckpt.tiers.run_id import highest_on_its_way
 from ckpt.tiers.tier import Tier, warnings_about
 
 logger = logging.getLogger("ckpt")

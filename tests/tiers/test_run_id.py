@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from node_roots import Job
 from places import PYTHONPATH
 from support import patience
 
+from ckpt.directory.run_file import find_run
 from ckpt.drain import node as nodes
 from ckpt.drain.home import Home
 from ckpt.errors import CheckpointError, NotACheckpointError, StorageError
-from ckpt.tiers.run_id import find_run, highest_on_its_way, make_run
+from ckpt.tiers.run_id import highest_on_its_way, make_run
 
 
 def test_it_is_made_once_and_stays(tmp_path: Path) -> None:
@@ -37,6 +39,10 @@ def test_the_drain_takes_it_for_its_own(tmp_path: Path) -> None:
     job.describe(0, run="another")
     with pytest.raises(CheckpointError, match="home of the run"):
         Home(nodes.read(job.roots[0])).expect_ours()
+    (job.home / ".run").unlink()
+    with pytest.raises(StorageError, match="is the file system mounted") as raised:
+        Home(nodes.read(job.roots[0])).expect_ours()
+    assert raised.value.errno == errno.ENOENT, "which may pass"
 
 
 MAKE = """
