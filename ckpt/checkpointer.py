@@ -49,8 +49,7 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
-from ckpt.tiers.node_level import NODE, NodeLevel, Route, find_node_root, serve_node
-from ckpt.tiers.run_id import make_run
+from ckpt.tiers.node_level import NODE, NodeFinder, NodeLevel, Route, name_run
 from ckpt.tiers.tier import Tier, check_place, node_tier
 
 _tokens = itertools.count()
@@ -115,8 +114,7 @@ class Checkpointer(SaveSession):
         collective = self.options.replicated_readers == "all"
         nearby = None
         if tier is not None:
-            find_root = functools.partial(find_node_root, tier, self.directory)
-            nearby = Nearby(made, f"{self._stream}-nearby", self.directory, find_root, serve_node, self.options.timeout_s)
+            nearby = Nearby(made, f"{self._stream}-nearby", NodeFinder(tier, self.directory), self.options.timeout_s)
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, nearby)
         self._entries = EntryFinder(self.rank, self.world_size)
         self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
@@ -161,7 +159,7 @@ class Checkpointer(SaveSession):
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
             ClosedError: after close().
             CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
-                by restore(), and `step` is not above the newest. Nothing has been written or removed.
+                by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
             PeerError: at the first save, rank 0 does not answer, or may not save, for instance because of that.
             TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; `sharded`
                 holds what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks,
@@ -204,7 +202,7 @@ class Checkpointer(SaveSession):
                     self._check_failures()
                     self._directories.claim(call.step, self.options.timeout_s)
                     if self._nodes is not None:
-                        self._run = make_run(self.directory)
+                        self._run = name_run(self._nodes.tier, self._directories)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
@@ -436,7 +434,7 @@ class Checkpointer(SaveSession):
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
             NotACheckpointError: there is no checkpoint, but step directories with files, whose manifests are lost, or have not
-                arrived yet. Nothing of them will be removed.
+                arrived yet. Nothing of them will be removed. Or the directory was lost, and nodes have what was in it.
             InUseError: exclusive, and another job is saving into the directory; on all ranks.
             MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here, unless
                 a module has refused it in its load_state_dict(), which the message says. The others have restored

@@ -19,6 +19,9 @@ _LOWEST_PRIORITY = 19
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("node_root", type=Path, help="the directory of one run on the node: it holds a node.json")
     parser.add_argument("--once", action="store_true", help="end as soon as nothing is left that can be done now")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="the directory of the job was lost: make it anew, and carry what is newest there"
+    )
     parser.add_argument("--rate", type=_rate, help="bytes a second, as in 200MB/s; else what the job has chosen")
 
 
@@ -38,7 +41,7 @@ def run(chosen: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     _give_way_to_training()
-    drainer = Drainer(chosen.node_root.absolute(), stop, chosen.rate)
+    drainer = Drainer(chosen.node_root.absolute(), stop, chosen.rate, chosen.rebuild)
     drainer.run(once=chosen.once)
     return 1 if drainer.failed else 0
 

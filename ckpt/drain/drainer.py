@@ -46,15 +46,17 @@ class Drainer:
     Args:
         root: the directory of the run on the node.
         rate: bytes a second; None: what node.json says.
+        rebuild: home was lost: it is made anew, and gets what lies here once more.
 
     Attributes:
         failed: whether something could not be carried home, and is not superseded.
     """
 
-    def __init__(self, root: Path, stop: Stop, rate: int | None = None) -> None:
+    def __init__(self, root: Path, stop: Stop, rate: int | None = None, rebuild: bool = False) -> None:
         self._root = root
         self._stop = stop
         self._rate = rate
+        self._rebuild = rebuild
         self._lock = DirectoryLock(root, name=nodes.LOCK, refusal=_IN_USE, owner="another drain")
         self._generations = Generations(root)
         self._retention = NodeRetention(root)
@@ -80,6 +82,8 @@ class Drainer:
             StorageError: it cannot be written to.
         """
         self._node = nodes.read(self._root)
+        if self._rebuild:
+            Home(self._node).rebuild()  # before it waits for a drain that waits for home
         self._take_lock(once)
         try:
             durable.make_directory(self._root / FOLDER, durable=True)
@@ -90,6 +94,8 @@ class Drainer:
                     journal.change(COPIED, blocked=False, errno=0, text="")
                 elif journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
                     journal.change(QUEUED, next=None)
+            if self._rebuild:
+                self._begin_lost_anew(Home(self._node))
             self._pace = self._make_pace()
             self._silence = Silence(Home(self._node).inboxes)
             while not self._stop.requested:
@@ -105,6 +111,12 @@ class Drainer:
         finally:
             self._stop_serving()
             self._lock.release()
+
+    def _begin_lost_anew(self, home: Home) -> None:
+        """What was there, or was not wanted there any more. Which of it is wanted now, others decide, as ever."""
+        for journal in self._journals.values():
+            if journal.state in (COMMITTED, SUPERSEDED) and not home.is_committed(journal.step, journal.sequence):
+                journal.change(QUEUED, inbox="", by=0, ended=0.0)
 
     def _take_lock(self, once: bool) -> None:
         while True:

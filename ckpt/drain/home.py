@@ -30,7 +30,7 @@ from ckpt.directory.listing import newest_after
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import FOLDER, RUN
-from ckpt.directory.run_file import find_run
+from ckpt.directory.run_file import find_run, write_run
 from ckpt.directory.step_names import names_in, step_name
 from ckpt.drain import others
 from ckpt.drain.arrival import Arrival, MissingError
@@ -79,11 +79,23 @@ class Home:
         run = find_run(self.path)
         if run is None:
             path = self.path / RUN
-            raise StorageError(errno.ENOENT, f"there is no '{path}': is the file system mounted?", str(path))
+            text = f"there is no '{path}': is the file system mounted? If it was removed, --rebuild makes it anew"
+            raise StorageError(errno.ENOENT, text, str(path))
         if run != self._node.run:
             raise CheckpointError(
                 f"'{self.path}' is the home of the run {run}, and this node has saved the run {self._node.run}"
             )
+
+    def rebuild(self) -> None:
+        """Makes it the home of this run again, if it was lost.
+
+        Raises:
+            CheckpointError: it is the home of another run.
+            StorageError: it cannot be written to.
+        """
+        durable.make_directory(self.path, durable=True)
+        write_run(self.path, self._node.run)
+        self.expect_ours()
 
     # ---- delivering ------------------------------------------------------------------------------------------------
 

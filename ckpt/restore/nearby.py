@@ -19,9 +19,9 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory import manifest as manifests
@@ -60,30 +60,36 @@ class NearCopy:
     holders: tuple[int, ...] = ()
 
 
+class OwnNode(Protocol):
+    """The disk of the node of this rank.
+
+    Attributes:
+        home: where the addresses of drains lie.
+    """
+
+    home: Path
+
+    def root(self) -> Path | None:
+        """The directory of steps, which need not be there; None if this home has no run."""
+
+    def lost_home(self) -> str:
+        """What is to be said if that home names no run, but checkpoints of it lie here; else an empty text."""
+
+    def serve(self, root: Path) -> None:
+        """Has the drain run. Called on one rank of each node."""
+
+
 class Nearby:
     """Of one Checkpointer.
 
     Args:
-        root: gives the directory of steps on this node's disk, which need not be there; None if this home has no run.
-        serve: called on one rank of each node with that directory: has its drain run.
         stream: of the keys; no other conversation of this job uses it.
-        home: where the addresses of drains lie.
     """
 
-    def __init__(
-        self,
-        coordinator: Coordinator,
-        stream: str,
-        home: Path,
-        root: Callable[[], Path | None],
-        serve: Callable[[Path], object],
-        timeout_s: float,
-    ) -> None:
+    def __init__(self, coordinator: Coordinator, stream: str, own: OwnNode, timeout_s: float) -> None:
         self._coordinator = coordinator
         self._stream = stream
-        self._home = home
-        self._find_root = root
-        self._serve = serve
+        self._own = own
         self._timeout_s = timeout_s
         self._calls = 0
         self._root: Path | None = None
@@ -94,6 +100,7 @@ class Nearby:
         self._here: dict[tuple[int, str], tuple[Path, Manifest]] = {}  # by sequence and identity, what lies on this node
         self._unfinished: dict[str, Path] = {}  # by name, step directories on this node that have no manifest
         self.copies: list[NearCopy] = []  # on rank 0: what lies on nodes
+        self.lost = ""  # on rank 0: what is to be said if home has been lost, and nodes have what was there
         self.newest = -1  # on rank 0: the highest sequence that lies on any, whether it can be read or not
 
     def look(self) -> None:
@@ -116,7 +123,7 @@ class Nearby:
         for path, manifest in steps.checkpoints:
             if received := _received(path, manifest):
                 self._unfinished[path.name], loose[path.name] = path, received
-        said = {"newest": newest, "node": self._node, "copies": found, "loose": loose}
+        said = {"newest": newest, "node": self._node, "copies": found, "loose": loose, "lost": self._lost_home()}
         try:
             answers = self._coordinator.gather(f"{self._stream}/{self._calls}", json.dumps(said).encode(), self._timeout_s)
         except PeerError as error:
@@ -125,7 +132,9 @@ class Nearby:
             logger.warning("what lies on the disks of nodes is left out of this restore, home alone counts: %s", error)
             answers = []  # who is silent is asked again when a candidate is named; until then home alone counts
         known = {key: manifest for key, (_, manifest) in self._here.items()}
-        self.copies, self.newest = _join([json.loads(answer) for answer in answers or []], known)
+        said_by_all = [json.loads(answer) for answer in answers or []]
+        self.copies, self.newest = _join(said_by_all, known)
+        self.lost = next((each["lost"] for each in [said, *said_by_all] if each["lost"]), "")
 
     def end(self) -> None:
         """Of a restore: nothing is read any more."""
@@ -140,7 +149,7 @@ class Nearby:
         self.end()
         self._root, self._node, self._began = None, None, time.monotonic()
         try:
-            self._root = root = self._find_root()
+            self._root = root = self._own.root()
             if root is None:
                 return
             if not root.is_dir():
@@ -154,9 +163,16 @@ class Nearby:
             if (root / nodes.NAME).exists():
                 self._node = nodes.read(root).place.number
                 if self._lock is not None:
-                    self._serve(root)
+                    self._own.serve(root)
         except (CheckpointError, OSError) as error:  # home may have all the same
             logger.warning("what lies on this node cannot be served to others: %s", error)
+
+    def _lost_home(self) -> str:
+        try:
+            return "" if self._root is not None else self._own.lost_home()
+        except (CheckpointError, OSError) as error:
+            logger.warning("whether something of a lost home lies on this node cannot be told: %s", error)
+            return ""
 
     def _steps(self) -> Found:
         nothing = Found([], [], [])
@@ -204,7 +220,7 @@ class Nearby:
         if candidate not in self._fetches:
             commit = Commit(candidate.sequence, candidate.identity, candidate.holders)
             self._fetches[candidate] = NodeFetch(
-                self._home, self._root, commit, self._coordinator.rank, self._node, self._began, self._timeout_s
+                self._own.home, self._root, commit, self._coordinator.rank, self._node, self._began, self._timeout_s
             )
         return self._fetches[candidate]
 

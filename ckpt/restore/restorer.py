@@ -133,12 +133,16 @@ class Restorer:
         for error in found.damaged:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
         lost = self._directories.lost(found)
+        lost = "" if fresh else lost
         candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
         if self._nearby is not None:
             self._directories.note_seen(self._nearby.newest)
             at_home = {manifest.sequence: manifests.identity(manifest) for _, manifest in found.checkpoints}
             candidates = self._with_nearby(candidates, at_home, self._nearby.copies)
-        return Seen(candidates, [str(error) for error in found.damaged], "" if fresh else lost)
+            lost = self._nearby.lost or lost
+            if self._nearby.lost and candidates:
+                self._directories.warn_once("lost home", "what the nodes have is left out: %s", self._nearby.lost)
+        return Seen(candidates, [str(error) for error in found.damaged], lost)
 
     def _with_nearby(
         self, candidates: Sequence[Candidate], at_home: Mapping[int, str], copies: Sequence[NearCopy]

@@ -23,6 +23,7 @@ from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
+from ckpt.drain.runs import describe_lost_home
 from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
 from ckpt.fence import follow, unfollow
 from ckpt.options import Options
@@ -31,7 +32,7 @@ from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.home_watch import HomeWatch
 from ckpt.tiers.node_storage import NodeStorage, identity, this_process
 from ckpt.tiers.pace import TrainingPace
-from ckpt.tiers.run_id import highest_on_its_way
+from ckpt.tiers.run_id import highest_on_its_way, make_run
 from ckpt.tiers.tier import Tier, warnings_about
 
 logger = logging.getLogger("ckpt")
@@ -40,19 +41,43 @@ NODE = "node"  # what on_tier() calls it
 _LOOK_S = 0.05
 
 
-def find_node_root(tier: Tier, home: Path) -> Path | None:
-    """The directory of steps on this node's disk, of the run that has this home, whether it is there or not; None: no run has.
+class NodeFinder:
+    """Where a restore looks; see OwnNode."""
+
+    def __init__(self, tier: Tier, home: Path) -> None:
+        self.home = home
+        self._tier = tier
+
+    def root(self) -> Path | None:
+        """
+        Raises:
+            NotACheckpointError, StorageError: home does not say which run it is of.
+        """
+        run = find_run(self.home)
+        return None if run is None else self._tier.path / run
+
+    def lost_home(self) -> str:
+        """
+        Raises:
+            CheckpointError: that cannot be found out.
+        """
+        return describe_lost_home(self._tier.path, self.home)
+
+    def serve(self, root: Path) -> None:
+        """Other nodes fetch from its drain what they lack."""
+        DrainProcess(root).ensure()
+
+
+def name_run(tier: Tier, home: StepDirectories) -> str:
+    """On rank 0, at the first save: see make_run().
 
     Raises:
-        NotACheckpointError, StorageError: home does not say which run it is of.
+        CheckpointError: home has no checkpoints and names no run, and its node has some: nobody is to begin anew unawares.
     """
-    run = find_run(home)
-    return None if run is None else tier.path / run
-
-
-def serve_node(root: Path) -> None:
-    """Has its drain run, from which other nodes fetch what they lack, unless it runs already."""
-    DrainProcess(root).ensure()
+    lost = "" if home.committed().checkpoints else describe_lost_home(tier.path, home.path)
+    if lost:
+        raise CheckpointError(f"nothing was saved: {lost}")
+    return make_run(home.path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -184,6 +184,19 @@ def test_the_disk_of_a_node_is_lost(make: Make) -> None:
     assert_resumes(job, 2)
 
 
+def test_home_is_lost_and_one_node_knows(make: Make) -> None:
+    """All ranks are told, by rank 0, which knows of nothing itself."""
+    job = make(0, 1)
+    job.run(steps=1)
+    end_drains(job.home.parent)
+    shutil.rmtree(job.home)
+    shutil.rmtree(job.nodes[0])
+    (root,) = job.nodes[1].iterdir()
+    for told in (Told(child.wait()) for child in job.start()):
+        assert told.ended.returncode != 0 and told.found is None
+        assert "NotACheckpointError" in told.ended.stderr and f"remove '{root}' on each node" in told.ended.stderr
+
+
 def test_a_node_is_full(make: Make) -> None:
     """Saves go straight home, until there is room again."""
     job = make(0, 1)
