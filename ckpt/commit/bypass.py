@@ -3,6 +3,11 @@
 All ranks must take the same way, and save() waits for nobody. So rank 0 says with the verdict on one save which way a later one
 takes: the one whose save() cannot be called before this one is over, because only so many may be in flight.
 
+With `Options(when_busy="skip")` calls that are skipped on one rank come between, and nobody knows how many: a save may then
+begin on one rank before that verdict is heard, and on another behind it. If they take different ways, the save fails on all of
+them, and the next finds them agreed. A vote that prevents this would have to know on all ranks who has heard what, so save()
+would have to wait for the slowest.
+
 Behind a failure one save goes home, behind the next one two, then four: a disk that comes back is found again, and one that
 does not costs little.
 """

@@ -117,6 +117,9 @@ class StepTarget:
 
     def _gather(self, answers: Sequence[Prepared]) -> tuple[FileEntry, ...] | Failure:
         """What the ranks have written, each by itself."""
+        astray = tuple(rank for rank, answer in enumerate(answers) if answer.node)
+        if astray:
+            return Failure(f"rank {astray[0]} saves by way of its node, and rank 0 straight to '{self.path().parent}'", astray)
         return tuple(file for answer in answers for file in answer.files)
 
     def _find_differing(self, answers: Sequence[Prepared], ask: Ask) -> Failure | None:
