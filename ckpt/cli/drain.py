@@ -1,4 +1,4 @@
-"""`python -m ckpt drain NODE_ROOT [--once] [--rate 200MB/s]`"""
+"""`python -m ckpt drain NODE_ROOT [--once] [--rebuild] [--rate 200MB/s]`"""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import argparse
 import contextlib
 import os
 import signal
+import sys
 from pathlib import Path
 
+from ckpt.drain import node as nodes
+from ckpt.drain import status
 from ckpt.drain.drainer import Drainer
+from ckpt.drain.journal import COPIED
+from ckpt.drain.runs import find_runs
 from ckpt.drain.stopping import Stop
+from ckpt.errors import NotACheckpointError
 from ckpt.quantities import parse_size
 
 SUMMARY = "Carry the checkpoints on the disk of a node to the directory of the job."
@@ -26,10 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _rate(text: str) -> int:
-    rate = parse_size(text.strip().removesuffix("/s"), "the rate")
-    if rate == 0:
-        raise argparse.ArgumentTypeError("the rate must be more than nothing")
-    return rate
+    with contextlib.suppress(ValueError):
+        rate = parse_size(text.strip().removesuffix("/s"), "the rate")
+        if rate > 0:
+            return rate
+    raise argparse.ArgumentTypeError(
+        f"{text!r} is no rate: give bytes a second, more than 0, as in 200MB/s, 1.5GiB/s or 50000000"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
@@ -37,13 +46,44 @@ def run(chosen: argparse.Namespace) -> int:
     Raises:
         CheckpointError: there is nothing to drain there, or somebody else does.
     """
+    root = chosen.node_root.absolute()
+    _refuse_all_runs(root)
     stop = Stop()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     _give_way_to_training()
-    drainer = Drainer(chosen.node_root.absolute(), stop, chosen.rate, chosen.rebuild)
+    arrived: list[int] = []
+
+    def tell(step: int, path: Path) -> None:
+        arrived.append(step)
+        _say(f"step {step} is at '{path}'")
+
+    drainer = Drainer(root, stop, chosen.rate, rebuild=chosen.rebuild, told=tell)
     drainer.run(once=chosen.once)
+    if not arrived and not drainer.failed and not stop.requested:
+        _say(_what_is_left(root))
     return 1 if drainer.failed else 0
+
+
+def _refuse_all_runs(root: Path) -> None:
+    if not (root / nodes.NAME).exists() and (found := find_runs(root)):
+        listed = "".join(f"\n  {run}" for run in found)
+        raise NotACheckpointError(f"'{root}' is no run, but holds some: give the directory of one of them.{listed}")
+
+
+def _what_is_left(root: Path) -> str:
+    """Where nothing has come home."""
+    waiting = next((each for each in status(root) if each.state == COPIED), None)
+    if waiting is not None:
+        return f"step {waiting.step} is delivered as far as it lies here, and waits for the drains of other nodes"
+    return f"nothing that lies in '{root}' is left to be carried home"
+
+
+def _say(text: str) -> None:
+    """It may go to a log on a full disk, or to nobody: no reason to carry nothing home."""
+    with contextlib.suppress(OSError):
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
 
 
 def _give_way_to_training() -> None:

@@ -7,12 +7,14 @@ import errno
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import place_in
+from ckpt.directory.step_names import step_name
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
@@ -47,16 +49,26 @@ class Drainer:
         root: the directory of the run on the node.
         rate: bytes a second; None: what node.json says.
         rebuild: home was lost: it is made anew, and gets what lies here once more.
+        told: called with a step and its directory at home, as soon as it is a checkpoint there.
 
     Attributes:
         failed: whether something could not be carried home, and is not superseded.
     """
 
-    def __init__(self, root: Path, stop: Stop, rate: int | None = None, rebuild: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        stop: Stop,
+        rate: int | None = None,
+        *,
+        rebuild: bool = False,
+        told: Callable[[int, Path], object] = lambda step, path: None,
+    ) -> None:
         self._root = root
         self._stop = stop
         self._rate = rate
         self._rebuild = rebuild
+        self._told = told
         self._lock = DirectoryLock(root, name=nodes.LOCK, refusal=_IN_USE, owner="another drain")
         self._generations = Generations(root)
         self._retention = NodeRetention(root)
@@ -321,6 +333,7 @@ class Drainer:
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
         journal.change(COMMITTED, blocked=False, errno=0, text="")
+        self._told(journal.step, home.path / step_name(journal.step))
         self._backoff.succeed()
 
     def _look_at_others(self, home: Home, journal: Journal, place: NodePlace) -> None:
