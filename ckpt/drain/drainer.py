@@ -338,8 +338,8 @@ class Drainer:
 
     def _look_at_others(self, home: Home, journal: Journal, place: NodePlace) -> None:
         """Of what this node has delivered: who waits for it is not to wait for a node that has given up, or is silent."""
-        missing = home.missing(journal.sequence, place)
-        failure = read_failure(home.inbox_of(journal.sequence), missing) or self._silence.failure(place, missing)
+        missing, waited_s = home.missing(journal.sequence, place), time.time() - journal.ended
+        failure = read_failure(home.inbox_of(journal.sequence), missing) or self._silence.failure(place, missing, waited_s)
         if failure is None:
             if journal.blocked:
                 journal.change(COPIED, blocked=False, errno=0, text="")

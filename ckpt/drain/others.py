@@ -87,19 +87,20 @@ class Silence:
         """What this node has just written is no sign of others."""
         self._seen = self._look(place)
 
-    def failure(self, place: NodePlace, missing: Sequence[int]) -> Failure | None:
+    def failure(self, place: NodePlace, missing: Sequence[int], waited_s: float) -> Failure | None:
         """If it has lasted too long.
 
         Args:
             place: of this node.
             missing: nodes that have not delivered.
+            waited_s: since this node has delivered; before, the others may have had nothing to do.
         """
         now = self._clock()
         if now - self._looked >= min(_LOOK_EACH_S, _SILENCE_S / 4):
             self._looked, seen = now, self._look(place)
             if seen != self._seen:
                 self._seen, self._since = seen, now
-        if now - self._since < _SILENCE_S:
+        if min(now - self._since, waited_s) < _SILENCE_S:
             return None
         named = ", ".join(map(str, missing))
         return Failure(

@@ -108,7 +108,7 @@ def test_who_delivers_is_not_silent(tmp_path: Path) -> None:
     from ckpt.directory.node_place import NodePlace
     from ckpt.drain import others
 
-    now, place = 0.0, NodePlace(0, 2, (0,))
+    now, place, long = 0.0, NodePlace(0, 2, (0,)), 10 * others._SILENCE_S
     inbox = tmp_path / "000000000002"
     inbox.mkdir()
     (tmp_path / "node-0001.json").write_text("an address")
@@ -116,15 +116,16 @@ def test_who_delivers_is_not_silent(tmp_path: Path) -> None:
     for size in range(1, 5):
         now += 0.7 * others._SILENCE_S
         (inbox / "rank-00001.pt.part").write_bytes(bytes(size))
-        assert silence.failure(place, [1]) is None
+        assert silence.failure(place, [1], long) is None
     now += 0.7 * others._SILENCE_S
     (inbox / "rank-00000.pt").write_bytes(b"of this node")
     (inbox / "replicated.pt.part").write_bytes(b"of all, and just of this node")
     silence.pass_over(place)
-    assert silence.failure(place, [1]) is None
+    assert silence.failure(place, [1], long) is None
     now += 0.7 * others._SILENCE_S
-    failure = silence.failure(place, [1])
+    assert silence.failure(place, [1], 1.0) is None, "this node has just delivered, and before there was nothing to do"
+    failure = silence.failure(place, [1], long)
     assert failure is not None and failure.errno == errno.ETIMEDOUT
     (inbox / "receipt-node-0001.json").write_text("{}")
     now += 0.7 * others._SILENCE_S
-    assert silence.failure(place, [1]) is None
+    assert silence.failure(place, [1], long) is None
