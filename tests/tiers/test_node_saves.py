@@ -18,6 +18,7 @@ import pytest
 import test_commit
 import torch
 from drain_points import RUN_POINTS, SPREAD_POINTS
+from node_roots import drain_once
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
 from support import patience
 
@@ -174,6 +175,21 @@ def test_a_job_that_is_killed_goes_on_from_the_nodes(make: Make) -> None:
     assert all([*each.landed] == [0, 1, 2] for each in told)
     assert not (job.home / "step-000000000002").exists()
     assert_resumes(job, 2, **SLOW_HOME)
+
+
+def test_a_job_of_other_ranks_lets_come_home_what_lies_there(make: Make) -> None:
+    """It has cleaned the disk and described the node as its own, and got no further."""
+    job, other = make(0, 1), make(0)
+    job.run(**SLOW_HOME)
+    (told,) = other.run(plan={"0": {"unpicklable": True}}, steps=1, **SLOW_HOME)
+    (root,) = job.nodes[0].iterdir()
+    assert told.failed and json.loads((root / "node.json").read_text())["nodes"] == 1
+    end_drains(job.home.parent)
+    for node in job.nodes:
+        shutil.rmtree(node / root.name / "drain")  # as if no drain had come to note anything
+    for node in (*job.nodes, job.nodes[0]):
+        drain_once(node / root.name, "--rate=1GiB/s")
+    assert_at_home(job, 2)
 
 
 def test_the_disk_of_a_node_is_lost(make: Make) -> None:
