@@ -207,6 +207,7 @@ class Drainer:
     def _round(self) -> bool:
         """Whether anything was carried."""
         self._look_at_description()
+        self._write_again()
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
@@ -227,6 +228,12 @@ class Drainer:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
         return True
+
+    def _write_again(self) -> None:
+        """What the node did not take before: its disk may have been full."""
+        for journal in self._journals.values():
+            if journal.unwritten:
+                journal.change(journal.state)
 
     def _look_at_description(self) -> None:
         """The job may have changed its mind, or be another process by now."""

@@ -59,6 +59,7 @@ class Journal:
         total, bytes: that this node has to deliver, and has delivered.
         rate: bytes a second, as measured last.
         began, ended: Unix times, of the copying; 0: not yet.
+        unwritten: whether the node did not take what was changed last.
     """
 
     path: Path
@@ -80,6 +81,7 @@ class Journal:
     ended: float = 0.0
     by: int = 0
     blocked: bool = False
+    unwritten: bool = False
 
     @property
     def waits(self) -> bool:
@@ -111,12 +113,16 @@ class Journal:
         try:
             durable.replace_durably(self.path, _to_json(self), "journal")
         except StorageError as error:
-            logger.warning("%s", error)
+            if not self.unwritten:
+                logger.warning("%s", error)
+            self.unwritten = True
+        else:
+            self.unwritten = False
 
 
 def _to_json(journal: Journal) -> bytes:
     document = {"format": _FORMAT, **dataclasses.asdict(journal)}
-    del document["path"]
+    del document["path"], document["unwritten"]
     return json.dumps(document, indent=1).encode()
 
 

@@ -6,6 +6,7 @@ drain again if that has ended.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import logging
@@ -28,6 +29,7 @@ from ckpt.errors import (
     StorageError,
     SupersededError,
 )
+from ckpt.storage import durable
 from ckpt.storage.log_file import stamp_of
 from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.node_storage import NodeStorage
@@ -39,6 +41,7 @@ _SHORTEST_RESTART_S, _LONGEST_RESTART_S = 1.0, 60.0
 _STANDSTILL_S = 60.0  # after that a word is said; again at each doubling
 _GRACE_S = 10.0  # for another process of the node to write the manifest
 _STABLE_NS = 50_000_000  # a file that was just replaced may be once more without another time
+_LOOK_AT_HOME_S = 5.0  # after so long without a word in its journal, which the node may not take
 _JOIN_S = 5.0
 
 Done = Callable[[Path], None]
@@ -51,6 +54,7 @@ class _Awaited:
     Attributes:
         stamp: of the journal when it was read last; None: it is to be read again.
         attempts: that had failed by then.
+        looked_at: when something new was found, or home was asked.
     """
 
     sequence: int
@@ -61,6 +65,7 @@ class _Awaited:
     stamp: tuple[int, ...] | None = None
     attempts: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
+    looked_at: float = dataclasses.field(default_factory=time.monotonic)
 
     def tell_arrival(self, path: Path) -> None:
         try:
@@ -209,8 +214,11 @@ class HomeWatch:
             elif stamp != each.stamp:
                 journal = journals.read(path)
                 if journal is not None:
+                    each.looked_at = time.monotonic()
                     changed, each.stamp = True, stamp if time.time_ns() - stamp[1] > _STABLE_NS else None
                     self._note(each, journal)
+            if time.monotonic() - each.looked_at > _LOOK_AT_HOME_S:
+                self._look_at_home(each)
         return changed
 
     def _note(self, each: _Awaited, journal: Journal) -> None:
@@ -225,6 +233,16 @@ class HomeWatch:
                 return
             self._warnings.note_failures(journal, journal.attempts - each.attempts)
             each.attempts = journal.attempts
+
+    def _look_at_home(self, each: _Awaited) -> None:
+        """The drain may have brought it there, and be unable to say so: the disk of the node is full, or has failed."""
+        each.looked_at = time.monotonic()
+        home = self._storage.home
+        if each.sequence in self._awaited and manifests.is_at(home / each.name, each.sequence):
+            with contextlib.suppress(StorageError):  # the drain may be about to do that; then it is asked again
+                durable.sync_directory(home / each.name)
+                durable.sync_directory(home)
+                self._end(each)
 
     def _look_whether_it_can_come(self, each: _Awaited) -> None:
         """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""

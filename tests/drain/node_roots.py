@@ -12,10 +12,12 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from deadlines import patience
 from nursery import Ended, Nursery
 from places import PYTHONPATH
@@ -268,3 +270,14 @@ def wait_for(condition: Callable[[], bool], drain: Drain | None = None) -> None:
 def this_process() -> dict[str, int | None]:
     """For node.json: somebody trains."""
     return {str(os.getpid()): nodes.began_at(os.getpid())}
+
+
+@contextmanager
+def that_cannot_be_changed(directory: Path) -> Iterator[None]:
+    """Not even by root, whom permissions do not hold back."""
+    if subprocess.run(["chattr", "+i", str(directory)], capture_output=True).returncode != 0:
+        pytest.skip("needs chattr +i, which not all users and file systems have")
+    try:
+        yield
+    finally:
+        subprocess.run(["chattr", "-i", str(directory)], check=True)

@@ -8,7 +8,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from node_roots import TRIES_SOON, Drain, Job, MiB, drain_once, drain_well, fault, this_process, wait_for
+from node_roots import (
+    TRIES_SOON,
+    Drain,
+    Job,
+    MiB,
+    drain_once,
+    drain_well,
+    fault,
+    that_cannot_be_changed,
+    this_process,
+    wait_for,
+)
 
 from ckpt.directory.step_names import names_in, step_name
 
@@ -248,3 +259,15 @@ def test_an_inbox_that_cannot_be_understood_is_told(tmp_path: Path) -> None:
     path.write_text("{}")
     ended = drain_once(job.roots[1])
     assert ended.returncode == 1 and "cannot be understood" in ended.stderr and job.steps_at_home() == []
+
+
+def test_a_journal_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
+    job = Job(tmp_path, pids=this_process())
+    job.save(1)
+    with Drain(job.roots[0], []) as drain:
+        wait_for(lambda: job.state(1) == "committed", drain)
+        with that_cannot_be_changed(job.roots[0] / "drain"):
+            job.save(2)
+            wait_for(lambda: job.steps_at_home()[-1:] == [2], drain)
+            assert job.journal(2) is None
+        wait_for(lambda: job.state(2) == "committed", drain)

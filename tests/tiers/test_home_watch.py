@@ -13,8 +13,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from node_roots import DEADLINE_S, Job, Saved, drain_once, drain_well, fault, this_process, wait_for
-from tier_places import ending, kill, storage_of, that_cannot_be_changed, trained_job
+from node_roots import (
+    DEADLINE_S,
+    Job,
+    Saved,
+    drain_once,
+    drain_well,
+    fault,
+    that_cannot_be_changed,
+    this_process,
+    wait_for,
+)
+from tier_places import ending, kill, storage_of, trained_job
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.step_names import step_name
@@ -368,3 +378,15 @@ def test_a_forked_child_is_told_that_it_has_no_watch(tmp_path: Path) -> None:
                 os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
         assert told.next() == {1: job.home / step_name(1)}
+
+
+def test_what_is_home_is_told_though_the_node_takes_no_journal(tmp_path: Path) -> None:
+    """Its disk may be full, or fail, once a checkpoint has landed there."""
+    job, told = trained_job(tmp_path), Told()
+    job.save(1)
+    drain_well(job.roots[0])
+    with that_cannot_be_changed(job.roots[0] / "drain"), watching(job, tmp_path) as (watch, _):
+        saved = job.save(2)
+        told.watch(watch, saved)
+        assert told.next() == {2: job.home / step_name(2)}
+    job.assert_home_is_right()

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
 from node_roots import RUN, Job, this_process, wait_for
 
 from ckpt.drain.node import began_at
@@ -46,14 +44,3 @@ def ending(drain: DrainProcess) -> Iterator[DrainProcess]:
         if drain.pid and not has_ended(drain.pid):
             os.kill(drain.pid, signal.SIGTERM)
             wait_for(lambda: has_ended(drain.pid))
-
-
-@contextmanager
-def that_cannot_be_changed(directory: Path) -> Iterator[None]:
-    """Not even by root, whom permissions do not hold back."""
-    if subprocess.run(["chattr", "+i", str(directory)], capture_output=True).returncode != 0:
-        pytest.skip("needs chattr +i, which not all users and file systems have")
-    try:
-        yield
-    finally:
-        subprocess.run(["chattr", "-i", str(directory)], check=True)
