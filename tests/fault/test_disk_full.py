@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
-import shutil
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options, patience, wait_until
+from mounting import fill, mounted
+from support import assert_same, options, wait_until
 
 import ckpt
 from ckpt.errors import StorageError
@@ -21,63 +19,14 @@ from ckpt.errors import StorageError
 DISK_BYTES = 8 << 20
 
 
-def run_or_skip(*command: str) -> None:
-    if shutil.which(command[0]) is None:
-        pytest.skip(f"this machine has no {command[0]}")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=patience(60))
-    if done.returncode != 0:
-        pytest.skip(f"'{' '.join(command)}' is not possible here: {done.stderr.strip()}")
-
-
-def mount_tmpfs(tmp_path: Path) -> Path:
-    place = tmp_path / "disk"
-    place.mkdir()
-    run_or_skip("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", str(place))
-    return place
-
-
-def mount_ext4(tmp_path: Path) -> Path:
-    image, place = tmp_path / "image", tmp_path / "disk"
-    place.mkdir()
-    with image.open("wb") as file:
-        file.truncate(DISK_BYTES)
-    run_or_skip("mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", str(image))
-    run_or_skip("mount", "-o", "loop", str(image), str(place))
-    return place
-
-
-@pytest.fixture(params=[mount_tmpfs, mount_ext4], ids=["tmpfs", "ext4"])
+@pytest.fixture(params=["tmpfs", "ext4"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    place = request.param(tmp_path)
-    try:
+    with mounted(request.param, tmp_path / "disk", DISK_BYTES) as place:
         yield place
-    finally:
-        subprocess.run(["umount", str(place)], check=True, timeout=patience(60))
 
 
 def make_state(step: int, mebibytes: int = 2) -> dict[str, torch.Tensor]:
     return {"weights": torch.full((mebibytes, 256, 1024), float(step))}
-
-
-def free_bytes(place: Path) -> int:
-    numbers = os.statvfs(place)
-    return numbers.f_bavail * numbers.f_frsize
-
-
-def fill(place: Path, leave_bytes: int) -> Path:
-    ballast = place / "ballast"
-    with ballast.open("wb") as file:
-        while free_bytes(place) > leave_bytes:
-            try:
-                file.write(bytes(min(1 << 16, free_bytes(place) - leave_bytes)))
-                file.flush()
-            except OSError as error:
-                assert error.errno == errno.ENOSPC
-                break
-        os.fsync(file.fileno())
-    return ballast
 
 
 @pytest.mark.parametrize("leave_bytes", [0, 64 << 10, 1 << 20])

@@ -79,9 +79,13 @@ def make(nurseries: list[Nursery], tmp_path: Path) -> Iterator[Make]:
     end_drains(tmp_path)
 
 
-def end_drains(directory: Path) -> None:
-    """Those that outlive their job, because home is far behind."""
-    for lock in directory.glob("node-*/*/.drain.lock"):
+def end_drains(directory: Path, tiers: str = "node-*") -> None:
+    """Those that outlive their job, because home is far behind.
+
+    Args:
+        tiers: which directories in this one are those of nodes.
+    """
+    for lock in directory.glob(f"{tiers}/*/.drain.lock"):
         drain = DrainProcess(lock.parent)
         while drain.runs():
             signed = re.match(r"process (\d+) on ", lock.read_text())
