@@ -56,10 +56,6 @@ def mounted(kind: str, place: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", str(place)], check=True, timeout=patience(60))
 
 
-def remount(place: Path, *, writable: bool) -> None:
-    run_or_skip("mount", "-o", f"remount,{'rw' if writable else 'ro'}", str(place))
-
-
 def free_bytes(place: Path) -> int:
     numbers = os.statvfs(place)
     return numbers.f_bavail * numbers.f_frsize

@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import re
 import shutil
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import test_commit
 import torch
@@ -87,11 +86,11 @@ def end_drains(directory: Path, tiers: str = "node-*") -> None:
     """
     for lock in directory.glob(f"{tiers}/*/.drain.lock"):
         drain = DrainProcess(lock.parent)
-        while drain.runs():
-            signed = re.match(r"process (\d+) on ", lock.read_text())
-            if signed is not None:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(signed[1]), signal.SIGKILL)
+        while drain.runs():  # who it is the lock may not say: its disk is full
+            for process in psutil.process_iter(["cmdline"]):
+                if str(lock.parent) in (process.info["cmdline"] or ()):
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        process.kill()
             time.sleep(0.01)
 
 
