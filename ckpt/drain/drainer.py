@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import time
 from pathlib import Path
 
@@ -23,15 +22,14 @@ from ckpt.drain.node import Generation, Generations, NodeRetention
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
 from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
+from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
-_WAKE = "wake"
 _POLL_S = 0.05
-_LOOK_S = 1.0
 _MOST_OLD_JOURNALS = 50
 _PATIENCE_S = 600.0  # for other nodes, once nobody trains here any more
 _IN_USE = "'{directory}' is being drained by {holder}: end that first, or let it do the work"
@@ -86,15 +84,16 @@ class Drainer:
                 if journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
                     journal.change(QUEUED, next=None)
             self._pace = self._make_pace()
+            wakeful = Wakeful(self._root, self._stop)
             while not self._stop.requested:
                 if not once:
                     self._serve()
-                woken = self._wake_time()
+                wakeful.look()
                 if self._round():
                     continue
                 if once or self._may_end():
                     break
-                self._wait(woken)
+                wakeful.wait()
             self.failed = self._has_failed()
         finally:
             self._stop_serving()
@@ -149,17 +148,7 @@ class Drainer:
         if server is not None:
             server.close()
 
-    # ---- waiting ---------------------------------------------------------------------------------------------------
-
-    def _wake_time(self) -> int:
-        with contextlib.suppress(OSError):
-            return os.stat(self._root / FOLDER / _WAKE).st_mtime_ns
-        return 0
-
-    def _wait(self, woken: int) -> None:
-        end = time.monotonic() + _LOOK_S
-        while not self._stop.requested and time.monotonic() < end and self._wake_time() == woken:
-            self._stop.sleep(_POLL_S)
+    # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _may_end(self) -> bool:
         if self._node.is_trained() or nodes.is_restored(self._root):
