@@ -1,0 +1,249 @@
+"""Checkpointers with an object store behind home: real saves, real drains, a real server."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from node_roots import wait_for
+from object_server import Fault, ObjectServer, Proxy, options_for
+from support import options, patience
+from tier_places import has_ended
+
+import ckpt
+from ckpt.drain import remote_place
+from ckpt.errors import FailedSavesError, StorageError, SupersededError
+from ckpt.tiers.drain_process import DrainProcess
+
+DEADLINE_S = patience(60.0)
+SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
+
+Make = Callable[..., ckpt.Checkpointer]
+
+
+class Place:
+    """Homes and Checkpointers of one bucket; whatever was started ends with it."""
+
+    def __init__(self, base: Path, bucket: str, port: int) -> None:
+        self.base = base
+        self.url = f"s3://{bucket}/run1"
+        self.options = {key: value for key, value in options_for(port).items() if key != "skip_signature"} | SECRET
+
+    def make(self, home: str = "home", tiers: list[ckpt.Tier] | None = None, keep: int = 3, **more: Any) -> ckpt.Checkpointer:
+        tier = ckpt.Tier.remote(self.url, options=self.options, **more)
+        return ckpt.Checkpointer(self.base / home, keep=keep, options=options(), tiers=[*(tiers or []), tier])
+
+    def end_drains(self) -> None:
+        for lock in self.base.glob("*/.remote/*/.drain.lock"):
+            drain = DrainProcess(lock.parent)
+            while drain.runs():
+                words = lock.read_text().split()
+                if len(words) > 1 and words[1].isdecimal() and not has_ended(int(words[1])):
+                    os.kill(int(words[1]), signal.SIGKILL)
+                threading.Event().wait(0.01)
+
+
+@pytest.fixture
+def place(tmp_path: Path, bucket: str, server: ObjectServer) -> Iterator[Place]:
+    made = Place(tmp_path, bucket, server.port)
+    yield made
+    made.end_drains()
+
+
+@pytest.fixture
+def proxied(tmp_path: Path, bucket: str, proxy: Proxy) -> Iterator[Place]:
+    made = Place(tmp_path, bucket, proxy.port)
+    yield made
+    made.end_drains()
+
+
+def state(step: int) -> dict[str, Any]:
+    return {"step": step, "weight": torch.full((300, 400), float(step))}
+
+
+def test_a_save_comes_to_the_store_and_nothing_secret_to_a_disk(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    with place.make() as checkpointer:
+        assert checkpointer.restore() is None
+        pending = checkpointer.save(1, state(1))
+        assert pending.result(DEADLINE_S) == place.base / "home" / "step-000000000001"
+        where = pending.on_tier("object").result(DEADLINE_S)
+        assert str(where).startswith(f"{place.url}/step-000000000001/") and pending.on_tier("object").done()
+        assert {*pending.stats.tier_at} == {"object"}
+        (told,) = (place.base / "home" / ".remote").glob("*")
+        remote = remote_place.read(told)
+        assert {*remote.options} == {"endpoint", "allow_http", "region"}
+        for path in place.base.rglob("*"):
+            assert not path.is_file() or SECRET["secret_access_key"].encode() not in path.read_bytes()
+        assert SECRET["secret_access_key"] not in caplog.text + repr(checkpointer) + repr(pending)
+
+
+def test_what_the_tier_does_not_want_is_told(place: Place) -> None:
+    with place.make(every=2) as checkpointer:
+        saves = [checkpointer.save(step, state(step)) for step in (1, 2, 3)]
+        errors = [pending.on_tier("object").exception(DEADLINE_S) for pending in saves]
+    assert errors[1] is None
+    for error in (errors[0], errors[2]):
+        assert isinstance(error, SupersededError) and "Tier.remote(every=) does not want it" in str(error)
+
+
+def test_credentials_that_are_refused_do_not_touch_the_training(
+    proxied: Place, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
+    proxy.rule = lambda _: Fault(status=403)
+    with proxied.make() as checkpointer:
+        first = checkpointer.save(1, state(1))
+        assert first.result(DEADLINE_S).is_dir()
+        error = first.on_tier("object").exception(DEADLINE_S)
+        assert isinstance(error, StorageError) and "AccessDenied" in str(error) and "is a checkpoint at home" in str(error)
+        proxy.rule = lambda _: None
+        second = checkpointer.save(2, state(2))
+        second.on_tier("object").result(DEADLINE_S)
+        checkpointer.wait(DEADLINE_S)
+    assert [record.getMessage() for record in caplog.records if "at home alone" in record.getMessage()] != []
+
+
+def test_a_tier_that_is_required_raises_at_the_next_save(proxied: Place, proxy: Proxy) -> None:
+    proxy.rule = lambda _: Fault(status=403)
+    with proxied.make(required=True) as checkpointer:
+        first = checkpointer.save(1, state(1))
+        assert first.on_tier("object").exception(DEADLINE_S) is not None and first.result() is not None
+        with pytest.raises(FailedSavesError, match="AccessDenied"):
+            checkpointer.save(2, state(2))
+        proxy.rule = lambda _: None
+        checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+
+
+def test_the_store_is_away_while_the_job_runs(proxied: Place, proxy: Proxy) -> None:
+    """Saves go on at home; what is wanted comes to the store when it is back, after the drain was killed, too."""
+    proxy.rule = lambda _: Fault(refuse=True)
+    with proxied.make(keep=1) as checkpointer:
+        saves = [checkpointer.save(step, state(step)) for step in (1, 2, 3)]
+        for pending in saves:
+            pending.result(DEADLINE_S)
+        (told,) = (proxied.base / "home" / ".remote").glob("*")
+        lock = told / ".drain.lock"
+        wait_for(lambda: lock.exists() and lock.read_text().startswith("process "))
+        os.kill(int(lock.read_text().split()[1]), signal.SIGKILL)
+        proxy.rule = lambda _: None
+        saves[-1].on_tier("object").result(DEADLINE_S)
+
+
+# ---- restores --------------------------------------------------------------------------------------------------------
+
+
+def save_steps(place: Place, *steps: int, **more: Any) -> None:
+    with place.make(**more) as checkpointer:
+        checkpointer.restore()
+        for step in steps:
+            checkpointer.save(step, state(step)).on_tier("object").result(DEADLINE_S)
+
+
+def test_home_is_lost_and_the_store_has_all(place: Place) -> None:
+    """The job goes on at a new home, with numbers above those in the store, and takes the place there over."""
+    save_steps(place, 1, 2)
+    with place.make("new") as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 2 and torch.equal(found.state["weight"], state(2)["weight"])
+        assert set(found.sources.values()) == {"object store"}
+        checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+        found = checkpointer.restore()
+        assert found is not None and found.step == 3 and set(found.sources.values()) == {"home"}
+    assert not [*place.base.glob("fetched-*")]
+
+
+def test_into_memory_that_is_there(place: Place) -> None:
+    save_steps(place, 1)
+    target = {"step": 0, "weight": torch.zeros(300, 400)}
+    with place.make("new") as checkpointer:
+        found = checkpointer.restore(into=target)
+    assert found is not None and torch.equal(target["weight"], state(1)["weight"])
+
+
+def test_a_file_that_is_damaged_at_home_is_read_from_the_store(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    save_steps(place, 1, 2)
+    (path,) = (place.base / "home" / "step-000000000002").glob("*.pt")
+    damage(path)
+    with place.make() as checkpointer:
+        found = checkpointer.restore()
+    assert found is not None and found.step == 2 and torch.equal(found.state["weight"], state(2)["weight"])
+    assert "is read from object store instead of home" in caplog.text
+
+
+def test_an_object_that_is_damaged_costs_that_checkpoint_alone(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    save_steps(place, 1, 2)
+    overwrite(place, "step-000000000002", b"x" * 1000)
+    with place.make("new") as checkpointer:
+        found = checkpointer.restore()
+    assert found is not None and found.step == 1
+    assert "'step-000000000002' in all places where it lies is passed over" in caplog.text
+
+
+def test_nothing_good_is_an_error(place: Place) -> None:
+    save_steps(place, 1)
+    overwrite(place, "step-000000000001", b"x" * 1000)
+    with place.make("new") as checkpointer, pytest.raises(ckpt.errors.CorruptError, match=r"no checkpoint in .* is good"):
+        checkpointer.restore()
+
+
+@pytest.mark.parametrize("home", ["new", "home"])
+def test_a_store_that_does_not_answer_at_a_restore(
+    proxied: Place, proxy: Proxy, home: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A job never begins anew because of that. What is at home is resumed."""
+    save_steps(proxied, 1)
+    proxied.end_drains()
+    proxy.rule = lambda _: Fault(status=403)
+    with proxied.make(home) as checkpointer:
+        if home == "new":
+            with pytest.raises(StorageError, match="there is no checkpoint elsewhere, and whether the object store has one"):
+                checkpointer.restore()
+        else:
+            found = checkpointer.restore()
+            assert found is not None and found.step == 1 and "left out of this restore" in caplog.text
+
+
+def test_a_job_that_has_not_looked_is_refused_in_the_store(place: Place) -> None:
+    """It forgets to restore, at a home that is new: what another home has carried there stays as it is."""
+    save_steps(place, 1)
+    with place.make("new") as checkpointer:
+        error = checkpointer.save(1, state(1)).on_tier("object").exception(DEADLINE_S)
+        assert error is not None and "call restore() before the first save" in str(error)
+    with place.make("third") as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 1
+
+
+def test_by_way_of_a_node(place: Place) -> None:
+    node = ckpt.Tier.node(place.base / "nvme")
+    with place.make(tiers=[node]) as checkpointer:
+        pending = checkpointer.save(1, state(1))
+        pending.on_tier("object").result(DEADLINE_S)
+        assert {*pending.stats.tier_at} == {"node", "object"} and pending.result(0).is_dir()
+    drains = [*(place.base / "nvme").glob("*")]
+    assert len(drains) == 1
+
+
+def damage(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(path.stat().st_size // 2)
+        file.write(b"\0\1\2\3" * 100)
+
+
+def overwrite(place: Place, step: str, content: bytes) -> None:
+    """Of a file of this step in the store, some bytes in its middle."""
+    from ckpt.storage.object_store import ObjectStore
+
+    store = ObjectStore(place.url, place.options)
+    (key,) = [each.key for each in store.list(step) if each.key.endswith(".pt")]
+    with store.open(key) as file:
+        whole = file.read()
+    middle = len(whole) // 2
+    store.replace(key, whole[:middle] + content + whole[middle + len(content) :])
