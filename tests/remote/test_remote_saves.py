@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,12 @@ import pytest
 import torch
 from node_roots import wait_for
 from object_server import Fault, ObjectServer, Proxy, options_for
+from remote_jobs import end_drains
 from support import options, patience
-from tier_places import has_ended
 
 import ckpt
 from ckpt.drain import remote_place
 from ckpt.errors import FailedSavesError, StorageError, SupersededError
-from ckpt.tiers.drain_process import DrainProcess
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -41,13 +39,7 @@ class Place:
         return ckpt.Checkpointer(self.base / home, keep=keep, options=options(), tiers=[*(tiers or []), tier])
 
     def end_drains(self) -> None:
-        for lock in self.base.glob("*/.remote/*/.drain.lock"):
-            drain = DrainProcess(lock.parent)
-            while drain.runs():
-                words = lock.read_text().split()
-                if len(words) > 1 and words[1].isdecimal() and not has_ended(int(words[1])):
-                    os.kill(int(words[1]), signal.SIGKILL)
-                threading.Event().wait(0.01)
+        end_drains(self.base)
 
 
 @pytest.fixture
@@ -68,8 +60,11 @@ def state(step: int) -> dict[str, Any]:
     return {"step": step, "weight": torch.full((300, 400), float(step))}
 
 
-def test_a_save_comes_to_the_store_and_nothing_secret_to_a_disk(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_save_comes_to_the_store_and_nothing_secret_to_a_disk(
+    proxied: Place, proxy: Proxy, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
+    place = proxied
     with place.make() as checkpointer:
         assert checkpointer.restore() is None
         pending = checkpointer.save(1, state(1))
@@ -83,6 +78,8 @@ def test_a_save_comes_to_the_store_and_nothing_secret_to_a_disk(place: Place, ca
         for path in place.base.rglob("*"):
             assert not path.is_file() or SECRET["secret_access_key"].encode() not in path.read_bytes()
         assert SECRET["secret_access_key"] not in caplog.text + repr(checkpointer) + repr(pending)
+    puts = [request.head for request in proxy.requests if request.method == "PUT"]
+    assert puts and all(f"Credential={SECRET['access_key_id']}" in head for head in puts), "the drain has them, all the same"
 
 
 def test_what_the_tier_does_not_want_is_told(place: Place) -> None:
@@ -221,14 +218,30 @@ def test_a_job_that_has_not_looked_is_refused_in_the_store(place: Place) -> None
         assert found is not None and found.step == 1
 
 
+@pytest.mark.slow
+def test_with_a_store_that_is_in_use_elsewhere(tmp_path: Path, seaweed: ObjectServer) -> None:
+    """SeaweedFS: the same protocol by another hand."""
+    place = Place(tmp_path, seaweed.make_bucket(), seaweed.port)
+    place.options = seaweed.options()
+    try:
+        save_steps(place, 1, 2, 3, keep=1)
+        with place.make("new") as checkpointer:
+            found = checkpointer.restore()
+            assert found is not None and found.step == 3 and torch.equal(found.state["weight"], state(3)["weight"])
+            checkpointer.save(4, state(4)).on_tier("object").result(DEADLINE_S)
+        with place.make("third") as checkpointer:
+            found = checkpointer.restore()
+            assert found is not None and found.step == 4
+    finally:
+        place.end_drains()
+
+
 def test_by_way_of_a_node(place: Place) -> None:
     node = ckpt.Tier.node(place.base / "nvme")
     with place.make(tiers=[node]) as checkpointer:
         pending = checkpointer.save(1, state(1))
         pending.on_tier("object").result(DEADLINE_S)
         assert {*pending.stats.tier_at} == {"node", "object"} and pending.result(0).is_dir()
-    drains = [*(place.base / "nvme").glob("*")]
-    assert len(drains) == 1
 
 
 def damage(path: Path) -> None:
