@@ -59,6 +59,7 @@ class Uploader:
         self._times: dict[int, float] = {}  # when the checkpoints in the store were made, by sequence
         self._newest = -1  # in the store
         self._entered = False  # the store is ours, and was looked at
+        self._replaced = False
         self._warned: set[str] = set()
         self._held: Holds | None = None
         self.failed = False
@@ -76,6 +77,7 @@ class Uploader:
             StorageError: the directory cannot be written to; or obstore is missing.
         """
         self._remote = remote_place.read(self._place)
+        self._pids = self._remote.pids
         self._take_lock(once)
         try:
             durable.make_directory(self._place / FOLDER, durable=True)
@@ -88,7 +90,7 @@ class Uploader:
                     journal.change(QUEUED, next=None)
             self._pace = self._make_pace()
             wakeful = Wakeful(self._place, self._stop)
-            while not self._stop.requested:
+            while not (self._stop.requested or self._replaced):
                 wakeful.look()
                 if self._round():
                     continue
@@ -96,6 +98,7 @@ class Uploader:
                     break
                 wakeful.wait()
             self.failed = self._has_failed()
+            self._leave()
         finally:
             self._lock.release()
 
@@ -124,6 +127,11 @@ class Uploader:
     def _has_failed(self) -> bool:
         failed = [journal.sequence for journal in self._journals.values() if journal.state == FAILED]
         return self._backoff.failures > 0 or max(failed, default=-1) > self._newest
+
+    def _leave(self) -> None:
+        """Of checkpoints to come nobody wants any, unless somebody trains, who starts a drain again."""
+        if not self._remote.is_trained() and self._held is not None:
+            holds.write(self._place, Holds(self._held.seen, self._held.held))
 
     def _may_end(self) -> bool:
         return not self._remote.is_trained() and not any(journal.waits for journal in self._journals.values())
@@ -154,6 +162,8 @@ class Uploader:
             before, self._remote = self._remote, remote_place.read(self._place)
             if self._remote.rate != before.rate:
                 self._pace = self._make_pace()
+            # Another process of the job starts a drain of its own, with the options that it has been given.
+            self._replaced = self._remote.pids != self._pids
             if (self._remote.owner, self._remote.ticket) != (before.owner, before.ticket):
                 self._entered = False
 

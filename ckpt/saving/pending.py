@@ -196,7 +196,8 @@ class PendingSave:
         return dataclasses.replace(stats, **found)
 
     def _wait(self, future: concurrent.futures.Future[Any], timeout: float | None) -> BaseException | None:
-        self._check_owner()
+        if not future.done():
+            self._check_owner(future)
         try:
             return future.exception(timeout)
         except (concurrent.futures.TimeoutError, TimeoutError) as error:
@@ -211,8 +212,8 @@ class PendingSave:
             state = "durable"
         return f"<PendingSave {str(self.path)!r} {state}>"
 
-    def _check_owner(self) -> None:
-        if os.getpid() != self._task.owner and not self._task.future.done():
+    def _check_owner(self, awaited: concurrent.futures.Future[Any] | None = None) -> None:
+        if os.getpid() != self._task.owner and not (awaited or self._task.future).done():
             raise ForkedError(f"the save to '{self.path}' belongs to the parent process; wait for it there")
 
     def _not_done(self, timeout: float | None) -> DeadlineError:

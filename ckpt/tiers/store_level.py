@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,9 +147,9 @@ class StoreLevel:
                 options=tier.options,
             ),
         )
-        if not os.path.lexists(self._place / holds.NAME):
-            seen = self._home.highest()[1]
-            holds.write(self._place, Holds(seen, every_steps=tier.every_steps, all_newer=tier.every_s is not None))
+        before_us = holds.read(self._place)
+        seen = max(before_us.seen, self._home.highest()[1])
+        holds.write(self._place, Holds(seen, before_us.held, tier.every_steps, all_newer=tier.every_s is not None))
         assert self._drain is not None
         self._drain.ensure()
         self._pace.begin(self._place / PACE)

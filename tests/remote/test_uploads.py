@@ -133,6 +133,27 @@ def test_a_store_that_is_away_does_not_fill_home(proxied_job: RemoteJob, proxy: 
     job.assert_store_is_right()
 
 
+def test_nothing_is_kept_for_a_tier_that_is_given_no_more(job: RemoteJob) -> None:
+    """The drain has ended with its job; the next job has no such tier."""
+    job.describe(every_steps=1)
+    job.save(1)
+    job.drain_well()
+    for step in (2, 3, 4):
+        job.save(step)
+    assert tidy_home(job, keep=1) == [4]
+
+
+def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> None:
+    """Which has the options that it was given: credentials may be others by now."""
+    job.describe(pids=this_process())
+    job.save(1)
+    with job.start() as drain:
+        wait_for(lambda: job.state(1) == "committed", drain)
+        job.describe(pids={1: 5})
+        assert drain.wait().returncode == 0
+    job.assert_store_is_right()
+
+
 # ---- retention in the store ------------------------------------------------------------------------------------------
 
 
