@@ -30,13 +30,13 @@ class Holds:
     """
     Attributes:
         seen: up to this sequence the drain has decided; of newer ones it may want some.
-        held: sequences of those up to `seen` that it still needs.
+        held: sequences of those up to `seen` that it still needs; the first is the one that it is carrying, or will.
         every_steps: it wants those of each n-th step; None: its wishes do not depend on the step.
         all_newer: it may want any newer one.
     """
 
     seen: int = -1
-    held: frozenset[int] = frozenset()
+    held: tuple[int, ...] = ()
     every_steps: int | None = None
     all_newer: bool = False
 
@@ -45,11 +45,21 @@ class Holds:
             return manifest.sequence in self.held
         return self.all_newer or (self.every_steps is not None and manifest.step % self.every_steps == 0)
 
+    def choose(self, manifests: Sequence[Manifest]) -> set[int]:
+        """Sequences of those that must stay: the one on its way, else none would ever arrive; and the newest that are wanted.
+
+        Args:
+            manifests: newest first.
+        """
+        on_its_way = set(self.held[:1]) & {manifest.sequence for manifest in manifests}
+        wanted = [each.sequence for each in manifests if self.want(each) and each.sequence not in on_its_way]
+        return on_its_way | set(wanted[: MOST_HELD - len(on_its_way)])
+
 
 def write(place: Path, holds: Holds) -> None:
     """A failure is only logged: what is removed too early is not carried, and nothing else comes of it."""
     try:
-        content = json.dumps({**dataclasses.asdict(holds), "held": sorted(holds.held)}).encode()
+        content = json.dumps(dataclasses.asdict(holds)).encode()
         durable.replace_quickly(place / NAME, content)
     except StorageError as error:
         logger.warning("what is to stay at home cannot be noted: %s", error)
@@ -59,7 +69,7 @@ def read(place: Path) -> Holds:
     """Nothing, if it cannot be read."""
     try:
         said = json.loads((place / NAME).read_bytes())
-        return Holds(**{**said, "held": frozenset(said["held"])})
+        return Holds(**{**said, "held": tuple(said["held"])})
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Holds()
 
@@ -75,6 +85,5 @@ def held_at(home: Path, manifests: Sequence[Manifest]) -> set[int]:
     """
     found: set[int] = set()
     for name in names_in(home / FOLDER):
-        holds = read(home / FOLDER / name)
-        found.update([manifest.sequence for manifest in manifests if holds.want(manifest)][:MOST_HELD])
+        found |= read(home / FOLDER / name).choose(manifests)
     return found

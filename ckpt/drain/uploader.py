@@ -149,11 +149,11 @@ class Uploader:
         self._note(generations)
         entered = self._enter(generations)
         waiting = self._choose(generations) if entered else [each for each in generations if self._waits(each)][:MOST_HELD]
+        waiting.sort(key=lambda each: self._journals[each.sequence].state != COPYING)  # what was begun goes on
         self._hold(generations, waiting)
         if not entered or not waiting or self._backoff.waits:
             return False
-        begun = [each for each in waiting if self._journals[each.sequence].state == COPYING]
-        self._carry((begun or waiting)[0])
+        self._carry(waiting[0])
         return True
 
     def _look_at_description(self) -> None:
@@ -219,7 +219,7 @@ class Uploader:
 
     def _hold(self, generations: list[Generation], waiting: list[Generation]) -> None:
         seen = max((each.sequence for each in generations), default=-1)
-        held = frozenset(each.sequence for each in waiting)
+        held = tuple(each.sequence for each in waiting)
         remote = self._remote
         wanted = Holds(seen, held, remote.every_steps, all_newer=remote.every_s is not None)
         if wanted != self._held:

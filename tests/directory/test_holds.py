@@ -26,10 +26,12 @@ def place(tmp_path: Path) -> Path:
 def test_what_is_held_and_what_may_be_wanted(place: Path) -> None:
     home, there = place.parent.parent, saved(1, 2, 3, 4, 5, 6)
     assert held_at(home, there) == set()
-    holds.write(place, Holds(30, frozenset({10})))
+    holds.write(place, Holds(30, (10,)))
     assert held_at(home, there) == {10}
-    holds.write(place, Holds(30, frozenset({10, 20}), every_steps=2))
-    assert held_at(home, there) == {10, 20, 40, 60} - {10}, "three at most, the newest"
+    holds.write(place, Holds(30, (10, 20), every_steps=2))
+    assert held_at(home, there) == {10, 40, 60}, "three at most: the one on its way, and the newest"
+    holds.write(place, Holds(30, (99, 20), every_steps=2))
+    assert held_at(home, there) == {20, 40, 60}
     holds.write(place, Holds(40, all_newer=True))
     assert held_at(home, there) == {50, 60}
     assert holds.read(place) == Holds(40, all_newer=True)
@@ -38,8 +40,8 @@ def test_what_is_held_and_what_may_be_wanted(place: Path) -> None:
 def test_each_place_has_its_own(place: Path) -> None:
     other = place.with_name("two")
     other.mkdir()
-    holds.write(place, Holds(30, frozenset({10})))
-    holds.write(other, Holds(30, frozenset({20})))
+    holds.write(place, Holds(30, (10,)))
+    holds.write(other, Holds(30, (20,)))
     assert held_at(place.parent.parent, saved(1, 2, 3)) == {10, 20}
 
 

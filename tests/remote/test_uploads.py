@@ -101,20 +101,23 @@ def test_a_file_that_is_damaged_at_home(job: RemoteJob) -> None:
 # ---- what home keeps meanwhile ---------------------------------------------------------------------------------------
 
 
-def test_what_is_on_its_way_stays_at_home(proxied_job: RemoteJob, proxy: Proxy) -> None:
+@pytest.mark.parametrize(("every", "kept"), [(None, [7, 1]), (1, [7, 6, 5, 1])])
+def test_what_is_on_its_way_stays_at_home(proxied_job: RemoteJob, proxy: Proxy, every: int | None, kept: list[int]) -> None:
+    """However many are saved meanwhile, and wanted."""
     job, goes_on = proxied_job, threading.Event()
     proxy.rule = lambda request: Fault(hold=goes_on) if "rank-" in request.path and request.method == "PUT" else None
-    job.describe(pids=this_process())
+    job.describe(pids=this_process(), every_steps=every)
     job.save(1)
     with job.start() as drain:
         wait_for(lambda: any("rank-" in request.path for request in proxy.requests), drain)
-        for step in (2, 3, 4):
+        for step in range(2, 8):
             job.save(step)
-        assert tidy_home(job, keep=1) == [4, 1]
+            tidy_home(job, keep=1)
+        assert tidy_home(job, keep=1) == kept
         goes_on.set()
-        wait_for(lambda: job.state(4) == "committed", drain)
-        wait_for(lambda: tidy_home(job, keep=1) == [4], drain)
-    assert job.sequences() == [4, 1]
+        wait_for(lambda: {job.state(sequence) for sequence in kept} == {"committed"}, drain)
+        wait_for(lambda: tidy_home(job, keep=1) == [7], drain)
+    assert job.sequences() == kept
     job.assert_store_is_right()
 
 
