@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.drain import remote_place
 from ckpt.errors import NotACheckpointError, StorageError
 from ckpt.remote.download import Expected, download, download_ranges
 from ckpt.remote.layout import Catalogue, RemoteCopy, read_manifest
@@ -34,6 +35,7 @@ class RemoteCopies:
     """Of one Checkpointer.
 
     Args:
+        place: what home has of the store, see ckpt/drain/remote_place.py; need not be there.
         find_shared: the directory on the disk of this node where ranks share what they fetch; None: there is none.
         scratch: where each has a directory of its own then; None: that of temporary files.
         timeout_s: how long a rank waits for another one that fetches the same.
@@ -43,9 +45,16 @@ class RemoteCopies:
     """
 
     def __init__(
-        self, store: ObjectStore, rank: int, find_shared: Callable[[], Path | None], scratch: Path | None, timeout_s: float
+        self,
+        store: ObjectStore,
+        place: Path,
+        rank: int,
+        find_shared: Callable[[], Path | None],
+        scratch: Path | None,
+        timeout_s: float,
     ) -> None:
         self._store = store
+        self._place = place
         self._catalogue = Catalogue(store)
         self._rank = rank
         self._find_shared = find_shared
@@ -58,8 +67,11 @@ class RemoteCopies:
     def look(self, instead: str) -> list[RemoteCopy]:
         """On rank 0: the checkpoints there, newest first.
 
+        Nothing if they are another home's, unless this one has no checkpoints: it may be the new home of a job that has lost its
+        own. Else numbers of commits, which tell what is newer, would be compared that have nothing to do with each other.
+
         Args:
-            instead: from what the job resumes if the store does not answer; empty: there is nothing.
+            instead: from what the job resumes if nothing is found there; empty: there is nothing.
 
         Raises:
             StorageError: it does not, and there is nothing: the job must not begin anew because of that.
@@ -73,9 +85,22 @@ class RemoteCopies:
                 raise StorageError(error.errno or 0, text, error.filename) from error
             logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
             return []
+        if instead and self.owner not in ("", *self._own_names()):
+            self.owner = ""
+            text = (
+                "'%s' holds checkpoints of another home: they are left out of this restore, which resumes %s. To go on from "
+                "there, give a directory without checkpoints; else give Tier.remote() a URL of its own"
+            )
+            logger.warning(text, self._store.url, instead)
+            return []
         for text in listing.damaged:
             logger.warning("a damaged checkpoint is passed over: %s", text)
         return listing.copies
+
+    def _own_names(self) -> set[str]:
+        """Of this home, and of the one whose place it is taking over."""
+        remote = remote_place.read_if_any(self._place)
+        return set() if remote is None else {remote.owner, remote.instead_of}
 
     def place_of(self, candidate: Candidate) -> StorePlace:
         """Of one that lies in the store."""

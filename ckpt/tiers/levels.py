@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory.steps import StepDirectories
+from ckpt.drain.remote_place import place_of
 from ckpt.options import Options
 from ckpt.restore.nearby import Nearby
 from ckpt.restore.remote_copies import RemoteCopies
@@ -80,6 +81,7 @@ def make_levels(
     if tiers.remote is not None:
         bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
         scratch = None if tiers.remote.scratch is None else Path(tiers.remote.scratch)
-        copies = RemoteCopies(bucket, rank, find_root or (lambda: None), scratch, options.timeout_s)
+        place = place_of(home, tiers.remote.url)
+        copies = RemoteCopies(bucket, place, rank, find_root or (lambda: None), scratch, options.timeout_s)
         store = StoreLevel(tiers.remote, directories, rank, world_size, options, copies)
     return Levels(nodes, nearby, store, copies)

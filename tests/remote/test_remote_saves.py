@@ -218,6 +218,24 @@ def test_a_job_that_has_not_looked_is_refused_in_the_store(place: Place) -> None
         assert found is not None and found.step == 1
 
 
+def test_a_job_with_checkpoints_of_its_own_never_restores_those_of_another(
+    place: Place, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was given the URL of another job by mistake, whose commits have higher numbers."""
+    with ckpt.Checkpointer(place.base / "other", options=options()) as checkpointer:
+        checkpointer.save(9, state(9)).result(DEADLINE_S)
+    save_steps(place, 1, 2, 3)
+    with place.make("other") as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 9 and "holds checkpoints of another home" in caplog.text
+        error = checkpointer.save(10, state(10)).on_tier("object").exception(DEADLINE_S)
+        assert error is not None and "belongs to the checkpoints of" in str(error)
+    with place.make() as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 3
+        checkpointer.save(4, state(4)).on_tier("object").result(DEADLINE_S)
+
+
 @pytest.mark.slow
 def test_with_a_store_that_is_in_use_elsewhere(tmp_path: Path, seaweed: ObjectServer) -> None:
     """SeaweedFS: the same protocol by another hand."""
