@@ -164,6 +164,24 @@ def test_into_memory_that_is_there(place: Place) -> None:
     assert found is not None and torch.equal(target["weight"], state(1)["weight"])
 
 
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_sharded_state(place: Place, damaged: bool) -> None:
+    """Of its file only what is needed comes; whoever reads it verifies each piece."""
+    weights = torch.arange(300_000.0).reshape(1000, 300)
+    with place.make() as checkpointer:
+        for step in (1, 2):
+            pending = checkpointer.save(step, sharded={"weights": weights + step, "number": step})
+            pending.on_tier("object").result(DEADLINE_S)
+    if damaged:
+        overwrite(place, "step-000000000002", b"x" * 1000, ".distcp")
+    target = {"weights": torch.zeros(1000, 300), "number": 0}
+    with place.make("new") as checkpointer:
+        found = checkpointer.restore(sharded_into=target)
+    assert found is not None and found.step == (1 if damaged else 2)
+    assert torch.equal(target["weights"], weights + found.step) and target["number"] == found.step
+    assert set(found.sources.values()) == {"object store"}
+
+
 def test_a_file_that_is_damaged_at_home_is_read_from_the_store(place: Place, caplog: pytest.LogCaptureFixture) -> None:
     save_steps(place, 1, 2)
     (path,) = (place.base / "home" / "step-000000000002").glob("*.pt")
@@ -268,12 +286,12 @@ def damage(path: Path) -> None:
         file.write(b"\0\1\2\3" * 100)
 
 
-def overwrite(place: Place, step: str, content: bytes) -> None:
+def overwrite(place: Place, step: str, content: bytes, suffix: str = ".pt") -> None:
     """Of a file of this step in the store, some bytes in its middle."""
     from ckpt.storage.object_store import ObjectStore
 
     store = ObjectStore(place.url, place.options)
-    (key,) = [each.key for each in store.list(step) if each.key.endswith(".pt")]
+    (key,) = [each.key for each in store.list(step) if each.key.endswith(suffix)]
     with store.open(key) as file:
         whole = file.read()
     middle = len(whole) // 2
