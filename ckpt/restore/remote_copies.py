@@ -64,11 +64,11 @@ class RemoteCopies:
         self._made: list[Path] = []
         self.owner = ""
 
-    def look(self, instead: str) -> list[RemoteCopy]:
-        """On rank 0: the checkpoints there, newest first.
+    def look(self, instead: str) -> tuple[list[RemoteCopy], list[str]]:
+        """On rank 0: the checkpoints there, newest first; and what is wrong with those that cannot be understood.
 
-        Nothing if they are another home's, unless this one has no checkpoints: it may be the new home of a job that has lost its
-        own. Else numbers of commits, which tell what is newer, would be compared that have nothing to do with each other.
+        Nothing if they are another home's, unless this one has no checkpoints: it may be the new home of a job that has lost
+        its own. Else numbers of commits, which tell what is newer, would be compared that have nothing to do with each other.
 
         Args:
             instead: from what the job resumes if nothing is found there; empty: there is nothing.
@@ -84,7 +84,7 @@ class RemoteCopies:
                 text = f"there is no checkpoint elsewhere, and whether the object store has one cannot be told: {error}"
                 raise StorageError(error.errno or 0, text, error.filename) from error
             logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
-            return []
+            return [], []
         if instead and self.owner not in ("", *self._own_names()):
             self.owner = ""
             text = (
@@ -92,15 +92,18 @@ class RemoteCopies:
                 "there, give a directory without checkpoints; else give Tier.remote() a URL of its own"
             )
             logger.warning(text, self._store.url, instead)
-            return []
+            return [], []
         for text in listing.damaged:
             logger.warning("a damaged checkpoint is passed over: %s", text)
-        return listing.copies
+        return listing.copies, listing.damaged
 
     def _own_names(self) -> set[str]:
-        """Of this home, and of the one whose place it is taking over."""
+        """Of this home, and of the one whose place it is about to take over."""
         remote = remote_place.read_if_any(self._place)
-        return set() if remote is None else {remote.owner, remote.instead_of}
+        if remote is None:
+            return set()
+        taken = remote_place.was_taken(self._place, remote.ticket)
+        return {remote.owner} if taken else {remote.owner, remote.instead_of}
 
     def place_of(self, candidate: Candidate) -> StorePlace:
         """Of one that lies in the store."""

@@ -145,6 +145,7 @@ class Restorer:
         found = self._directories.look_for_restore()
         for error in found.damaged:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
+        rejected = [str(error) for error in found.damaged]
         lost = self._directories.lost(found)
         candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
         at_home = {manifest.sequence: manifests.identity(manifest) for _, manifest in found.checkpoints}
@@ -152,10 +153,11 @@ class Restorer:
             self._directories.note_seen(self._nearby.newest)
             candidates = self._with_nearby(candidates, at_home, self._nearby.copies)
         if self._remote is not None:
-            copies = self._remote.look(candidates[0].name if candidates else "")
+            copies, damaged = self._remote.look(candidates[0].name if candidates else "")
+            rejected += damaged
             self._directories.note_seen(max((copy.sequence for copy in copies), default=-1))
             candidates = with_remote(candidates, at_home, copies, self._collective)
-        return Seen(candidates, [str(error) for error in found.damaged], "" if fresh else lost)
+        return Seen(candidates, rejected, "" if fresh else lost)
 
     def _with_nearby(
         self, candidates: Sequence[Candidate], at_home: Mapping[int, str], copies: Sequence[NearCopy]

@@ -201,9 +201,11 @@ def test_an_object_that_is_damaged_costs_that_checkpoint_alone(place: Place, cap
     assert "'step-000000000002' in all places where it lies is passed over" in caplog.text
 
 
-def test_nothing_good_is_an_error(place: Place) -> None:
+@pytest.mark.parametrize("suffix", [".pt", "manifest.json"])
+def test_nothing_good_is_an_error(place: Place, suffix: str) -> None:
+    """Also if all that is known of a checkpoint is that there was one: a job must not begin anew because of that."""
     save_steps(place, 1)
-    overwrite(place, "step-000000000001", b"x" * 1000)
+    overwrite(place, "step-000000000001", b"x" * 100, suffix)
     with place.make("new") as checkpointer, pytest.raises(ckpt.errors.CorruptError, match=r"no checkpoint in .* is good"):
         checkpointer.restore()
 

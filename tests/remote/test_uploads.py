@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from drain_points import UPLOAD_POINTS
 from node_roots import TRIES_SOON, crash_at, this_process, wait_for
 from object_server import Fault, ObjectServer, Proxy, Request
 from remote_jobs import MiB, RemoteJob, read, sent_files
@@ -251,6 +252,24 @@ def test_what_a_killed_drain_has_sent_is_not_sent_again(proxied_job: RemoteJob, 
     assert first == sent and sent_files(proxy.requests, job.content[1]) == names[len(sent) :]
     job.assert_store_is_right()
     job.assert_store_is_tidy()
+
+
+@pytest.mark.parametrize("point", [point for point in UPLOAD_POINTS if not point.startswith("remote-")])
+def test_killed_at_a_crash_point(job: RemoteJob, tmp_path: Path, bucket: str, server: ObjectServer, point: str) -> None:
+    """While it takes a place over, carries, commits, and removes what is old."""
+    job.save(1)
+    job.drain_well()
+    other = RemoteJob(tmp_path, bucket, server.port, home="other", keep=1, instead_of="owner-home", ticket="1")
+    other.content[1] = job.content[1]
+    other.save(2, 2 * MiB)
+    assert other.drain(crash_at(point)).returncode == -signal.SIGKILL
+    assert other.sequences()[0] in (1, 2)
+    other.assert_store_is_right()
+    other.save(3)
+    other.drain_well()
+    assert other.sequences() == [3]
+    other.assert_store_is_right()
+    other.assert_store_is_tidy()
 
 
 def test_a_killed_drain_begins_a_large_file_anew(job: RemoteJob) -> None:
