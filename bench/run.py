@@ -13,6 +13,7 @@
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
+    python -m bench.run --workload object                 to an object store and back; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -64,6 +65,12 @@ def measure_tiers(settings: Settings, report: Report) -> None:
     measure_tiers(settings, report)
 
 
+def measure_object(settings: Settings, report: Report) -> None:
+    from bench.object_store.workload import measure_object  # with the client of an object store
+
+    measure_object(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -83,6 +90,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "restore": measure_restore,
     "sharded": measure_sharded,
     "tiers": measure_tiers,
+    "object": measure_object,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import functools
 import itertools
@@ -37,7 +36,6 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
-from ckpt.restore.nearby import Nearby
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
 from ckpt.saving.file_in_flight import FileInFlight, WriteShare
@@ -49,8 +47,9 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
-from ckpt.tiers.node_level import NODE, NodeFinder, NodeLevel, Route, name_run
-from ckpt.tiers.tier import Tier, check_place, node_tier
+from ckpt.tiers.levels import make_levels
+from ckpt.tiers.node_level import Route, name_run
+from ckpt.tiers.tier import NODE, Tier, check_place, sort_tiers
 
 _tokens = itertools.count()
 
@@ -71,10 +70,11 @@ class Checkpointer(SaveSession):
             directory), "local" (one process), or "auto", which takes the first of "torch", "mpi", "file" that fits how the job
             was launched, and "local" for a job of one.
         metrics: who is told of each save that has ended, see `ckpt.metrics.MetricsSink`.
-        tiers: `[Tier.node(path)]`: saves land on a disk of each node first, and a process of its own carries them to
-            `directory`, which stays what result() speaks of. `on_tier("node")` of what save() returns tells of the first
-            landing. restore() reads each file from the nearest place where it is good: the own node, another one, `directory`.
-            All ranks give the same.
+        tiers: `[Tier.node(path), Tier.remote(url)]`, or one of them. With the former saves land on a disk of each node first,
+            and a process of its own carries them to `directory`, which stays what result() speaks of; another one carries what
+            is there to the latter, an object store. `on_tier("node")` and `on_tier("object")` of what save() returns tell of
+            that. restore() reads each file from the nearest place where it is good: the own node, another one, `directory`,
+            the object store. All ranks give the same.
 
     Raises:
         StorageError: the directory cannot be made or entered, as far as can be seen without making it; says what is in the
@@ -98,9 +98,9 @@ class Checkpointer(SaveSession):
         if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
             raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
         self.directory = Path(os.path.abspath(os.fspath(directory)))
-        tier = node_tier(tiers)
-        if tier is not None:
-            check_place(tier.path, self.directory)
+        sorted_tiers = sort_tiers(tiers)
+        if sorted_tiers.node is not None:
+            check_place(sorted_tiers.node.path, self.directory)
         durable.expect_directory(self.directory)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
@@ -112,17 +112,14 @@ class Checkpointer(SaveSession):
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
-        nearby = None
-        if tier is not None:
-            nearby = Nearby(made, f"{self._stream}-nearby", NodeFinder(tier, self.directory), self.options.timeout_s)
-        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, nearby)
+        self._levels = make_levels(sorted_tiers, self._directories, made, self._stream, keep, self.options)
+        self._nodes = self._levels.nodes
+        weakref.finalize(self, self._levels.close).atexit = False
+        both = self._levels.nearby, self._levels.copies
+        self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, *both)
         self._entries = EntryFinder(self.rank, self.world_size)
         self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
         self._layouts = LayoutExchange(MetadataWriter(self.options.metadata_compat))
-        self._nodes: NodeLevel | None = None
-        if tier is not None:
-            self._nodes = NodeLevel(tier, self._directories, self.rank, self.world_size, keep, self.options)
-            weakref.finalize(self, self._nodes.close).atexit = False
         self._claimed = False
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
@@ -173,10 +170,10 @@ class Checkpointer(SaveSession):
         call = SaveCall(self._saves, step, f"step {step}", where=directory, directory=directory)
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
-        if self._nodes is not None:
-            task.tiers[NODE] = concurrent.futures.Future()
+        self._levels.expect(task)
         try:
             self._claim_directory(call)
+            self._levels.begin_save()
             self._enter_nodes(call)
             self._check_failures()
             self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
@@ -303,6 +300,7 @@ class Checkpointer(SaveSession):
         path = publication.run(error)
         if self._nodes is not None and route.place is not None:
             task.carry = functools.partial(self._nodes.carry, task, publication.sequence, call.directory)
+        self._levels.follow(task, publication.sequence)
         return path
 
     def _writes(self, kind: str, route: Route) -> bool:
@@ -373,8 +371,7 @@ class Checkpointer(SaveSession):
         super()._note_done(number, task, error)
 
     def _release(self) -> None:
-        if self._nodes is not None:
-            self._nodes.close()
+        self._levels.close()
         self._directories.release()
 
     # ---- looking ---------------------------------------------------------------------------------------------------

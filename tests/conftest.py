@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 sys.path += [path for path in map(str, places.FOLDERS) if path not in sys.path]
 
+from object_server import bucket, proxy, seaweed, server  # noqa: F401  fixtures, of tests that need an object store
+
 # A shell starts what goes to its background with Ctrl-C ignored, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,6 +1,6 @@
 """Where a drain can be killed, and a job that saves by way of its nodes, beside the usual places.
 
-tests/crash/ compares these lists with the source; tests/drain/ and tests/tiers/ kill there.
+tests/crash/ compares these lists with the source; tests/drain/, tests/tiers/ and tests/remote/ kill there.
 """
 
 DRAIN_FILES = ("journal", "drain-inbox", "drain-receipt", "drain-plan")  # small ones
@@ -17,3 +17,8 @@ DRAIN_POINTS = (
 FAILURE_POINTS = tuple(f"{name}-{end}" for name in FAILURE_FILES for end in ("written", "renamed"))
 RUN_POINTS = ("run-written", "run-named")  # at the first save of a run
 SPREAD_POINTS = ("spread",)
+UPLOAD_FILES = ("remote", "taken")  # small ones, of what is carried to an object store
+UPLOAD_POINTS = (
+    *(f"{name}-{end}" for name in UPLOAD_FILES for end in ("written", "renamed")),
+    *("upload-chunk", "upload-file", "upload-complete", "upload-committed", "upload-removed"),
+)

@@ -1,34 +1,43 @@
-"""`python -m ckpt drain NODE_ROOT [--once] [--rebuild] [--rate 200MB/s]`"""
+"""`python -m ckpt drain ROOT [--once] [--rebuild] [--rate 200MB/s]`
+
+ROOT is the directory of a run on a node, whose checkpoints go home; or what home has of a place in an object store
+(home/.remote/<place>), to which they go from home.
+"""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import signal
 import sys
 from pathlib import Path
 
 from ckpt.drain import node as nodes
-from ckpt.drain import status
+from ckpt.drain import remote_place, status
 from ckpt.drain.drainer import Drainer
 from ckpt.drain.journal import COPIED
 from ckpt.drain.runs import find_runs
 from ckpt.drain.stopping import Stop
-from ckpt.errors import NotACheckpointError
+from ckpt.drain.uploader import Uploader
+from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.quantities import parse_size
 
-SUMMARY = "Carry the checkpoints on the disk of a node to the directory of the job."
+SUMMARY = "Carry checkpoints from the disk of a node to the directory of the job, or from there to an object store."
 _LOWEST_PRIORITY = 19
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("node_root", type=Path, help="the directory of one run on the node: it holds a node.json")
+    text = "the directory of one run on the node: it holds a node.json; or one in .remote of the job's: it holds a remote.json"
+    parser.add_argument("node_root", type=Path, metavar="root", help=text)
     parser.add_argument("--once", action="store_true", help="end as soon as nothing is left that can be done now")
     parser.add_argument(
         "--rebuild", action="store_true", help="the directory of the job was lost: make it anew, and carry what is newest there"
     )
     parser.add_argument("--rate", type=_rate, help="bytes a second, as in 200MB/s; else what the job has chosen")
+    text = "read options of the object store from standard input, as a JSON object; else the environment says all of them"
+    parser.add_argument("--options-from-stdin", action="store_true", help=text)
 
 
 def _rate(text: str) -> int:
@@ -52,6 +61,12 @@ def run(chosen: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     _give_way_to_training()
+    if (root / remote_place.NAME).exists():
+        if chosen.rebuild:
+            raise CheckpointError("--rebuild is for the disk of a node, from which a lost directory of a job is made anew")
+        uploader = Uploader(root, stop, chosen.rate, _options() if chosen.options_from_stdin else None)
+        uploader.run(once=chosen.once)
+        return 1 if uploader.failed else 0
     arrived: list[int] = []
 
     def tell(step: int, path: Path) -> None:
@@ -84,6 +99,17 @@ def _say(text: str) -> None:
     with contextlib.suppress(OSError):
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
+
+
+def _options() -> dict[str, str]:
+    """
+    Raises:
+        CheckpointError: they are none.
+    """
+    try:
+        return {str(key): str(value) for key, value in json.load(sys.stdin).items()}
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError("standard input holds no JSON object with the options of the store") from error
 
 
 def _give_way_to_training() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files, unpublished
+from ckpt.directory.holds import held_at
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
@@ -73,7 +74,9 @@ class Retention:
         if self._keep is None:
             return
         largest = manifests.bytes_of(manifest)
-        for path, old in find_steps(self._directory).checkpoints[self._keep :]:
+        beyond = find_steps(self._directory).checkpoints[self._keep :]
+        held = held_at(self._directory, [old for _, old in beyond]) if beyond else set()
+        for path, old in [each for each in beyond if each[1].sequence not in held]:
             with self.going_on(path):
                 if old.others and not path.is_symlink():
                     self._withdraw(path, old)

@@ -461,6 +461,10 @@ class StepDirectories:
         """See Root. Of a directory that was claimed."""
         return self._root.reserve_numbers(above)
 
+    def reserve_above_seen(self) -> int:
+        """Above all that is here, and that a restore has come across."""
+        return self.reserve_numbers(max(self.highest()[1], self._seen))
+
     def tidy(self, directory: Path, manifest: Manifest, before: Manifest | None) -> None:
         """Removes what is no longer wanted. The checkpoint is durable already: a failure here is only logged.
 

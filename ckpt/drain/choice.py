@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Protocol
 
 from ckpt.directory.manifest import Manifest
 from ckpt.drain.journal import COPIED, COPYING, Journal
-from ckpt.drain.node import Generation, Node
+from ckpt.drain.node import Generation
 
 # Beside the one on its way: training must not fill the node because home is slow, or away.
 _MOST_WAITING = 2
+
+
+class Wishes(Protocol):
+    """Each n-th step, one each so many seconds, or neither."""
+
+    @property
+    def every_steps(self) -> int | None: ...
+
+    @property
+    def every_s(self) -> float | None: ...
 
 
 class Rules:
@@ -20,7 +31,7 @@ class Rules:
         times: when the checkpoints at home were made.
     """
 
-    def __init__(self, node: Node, times: Iterable[float] = ()) -> None:
+    def __init__(self, node: Wishes, times: Iterable[float] = ()) -> None:
         self._steps = node.every_steps
         self._seconds = node.every_s
         self._times = list(times)

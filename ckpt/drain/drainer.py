@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import logging
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,15 +27,14 @@ from ckpt.drain.others import Failure, Silence, read_failure, take_back_failure
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
 from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
+from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
-_WAKE = "wake"
 _POLL_S = 0.05
-_LOOK_S = 1.0
 _MOST_OLD_JOURNALS = 50
 _PATIENCE_S = 600.0  # for other nodes, once nobody trains here any more
 _IN_USE = "'{directory}' is being drained by {holder}: end that first, or let it do the work"
@@ -110,15 +108,16 @@ class Drainer:
                 self._begin_lost_anew(Home(self._node))
             self._pace = self._make_pace()
             self._silence = Silence(Home(self._node).inboxes)
+            wakeful = Wakeful(self._root, self._stop)
             while not self._stop.requested:
                 if not once:
                     self._serve()
-                woken = self._wake_time()
+                wakeful.look()
                 if self._round():
                     continue
                 if once or self._may_end():
                     break
-                self._wait(woken)
+                wakeful.wait()
             self.failed = self._has_failed()
         finally:
             self._stop_serving()
@@ -179,17 +178,7 @@ class Drainer:
         if server is not None:
             server.close()
 
-    # ---- waiting ---------------------------------------------------------------------------------------------------
-
-    def _wake_time(self) -> int:
-        with contextlib.suppress(OSError):
-            return os.stat(self._root / FOLDER / _WAKE).st_mtime_ns
-        return 0
-
-    def _wait(self, woken: int) -> None:
-        end = time.monotonic() + _LOOK_S
-        while not self._stop.requested and time.monotonic() < end and self._wake_time() == woken:
-            self._stop.sleep(_POLL_S)
+    # ---- the end ---------------------------------------------------------------------------------------------------
 
     def _may_end(self) -> bool:
         if self._node.is_trained() or nodes.is_restored(self._root):
@@ -207,7 +196,7 @@ class Drainer:
     def _round(self) -> bool:
         """Whether anything was carried."""
         self._look_at_description()
-        self._write_again()
+        journals.write_again(self._journals.values())
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
@@ -228,12 +217,6 @@ class Drainer:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
         return True
-
-    def _write_again(self) -> None:
-        """What the node did not take before: its disk may have been full."""
-        for journal in self._journals.values():
-            if journal.unwritten:
-                journal.change(journal.state)
 
     def _look_at_description(self) -> None:
         """The job may have changed its mind, or be another process by now."""

@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,13 @@ class Journal:
             self.unwritten = True
         else:
             self.unwritten = False
+
+
+def write_again(journals: Iterable[Journal]) -> None:
+    """Those of which the disk did not take the last change: it may have been full."""
+    for journal in journals:
+        if journal.unwritten:
+            journal.change(journal.state)
 
 
 def _to_json(journal: Journal) -> bytes:

@@ -18,6 +18,7 @@ from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
+from ckpt.loading.remote_file import as_local
 from ckpt.loading.selection import Selection
 from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.unpickle import STAY, first_line, has_skeletons, is_pretending, only_weights, raise_explained
@@ -43,7 +44,9 @@ def load(
     without a copy of it on the host, unless map_location is a function.
 
     Args:
-        path: the file.
+        path: the file; or its URL in an object store, as it lies there by way of `Tier.remote()`:
+            "s3://bucket/run1/step-000000001200/000000000417-8f3a61c2/state.pt". That is fetched to the directory of temporary
+            files, and compared with the CRC-32 in the manifest that lies beside it. Credentials come from the environment.
         map_location: as in `torch.load`.
         weights_only: as in `torch.load`. False unpickles arbitrary objects, which can run any code: only for files you trust.
         keys: a pattern, or several, over dotted paths, as in "model.layers.0.*" ("*" matches dots too): only what matches one,
@@ -57,10 +60,15 @@ def load(
         DeadlineError: reading took longer than timeout_s.
         DeviceError: some of it goes to a CUDA device whose current stream is being captured into a graph.
         CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches.
-        TypeError, ValueError: keys are no patterns.
+        NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it.
+        TypeError, ValueError: keys are no patterns, or the URL is none of a file.
     """
-    target = Path(os.fspath(path))
     selection = None if keys is None else Selection(keys)
+    with as_local(path) as target:
+        return _load(target, map_location, weights_only, selection, timeout_s)
+
+
+def _load(target: Path, map_location: Any, weights_only: bool, selection: Selection | None, timeout_s: float) -> Any:
     if not is_zip(target):
         loaded = _load_old_format(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded

@@ -12,6 +12,7 @@ from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.in_place import InPlaceRead
 from ckpt.loading.load import is_zip, open_archive
 from ckpt.loading.record_memory import fill
+from ckpt.loading.remote_file import as_local
 from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.target_match import TargetMatch
 
@@ -46,7 +47,7 @@ def load_into(
     move, as for any change in place.
 
     Args:
-        path: the file.
+        path: the file, or its URL in an object store, as for load().
         target: what load() would return, with memory already: nested dicts, lists and tuples of tensors, modules and
             optimizers. A module stands for its state_dict(), an optimizer for its own; an optimizer that has not stepped yet
             takes the state from the file. Its groups and state follow the file, as with its load_state_dict(), in the dtypes of
@@ -64,12 +65,17 @@ def load_into(
         MismatchError: the two do not fit; lists all keys, dtypes and shapes that differ. Also with strict=False if they have no
             key in common. Nothing has been written, unless it is a module that refuses in its load_state_dict(), which the
             message says.
-        CorruptError, StorageError, DeadlineError: as from load(). If that is found while reading, the target holds parts of the
-            file: load another one into it.
+        CorruptError, StorageError, NotACheckpointError, DeadlineError: as from load(). If that is found while reading, the
+            target holds parts of the file: load another one into it.
         DeviceError: the current stream of a CUDA device is being captured into a graph. Nothing has been written.
         CheckpointError: the file holds objects that weights_only refuses, or is in torch's format of before 1.6.
     """
-    archive = _open(Path(os.fspath(path)), timeout_s)
+    with as_local(path) as there:
+        return _load_into(there, target, strict, weights_only, timeout_s)
+
+
+def _load_into(path: Path, target: Any, strict: bool, weights_only: bool, timeout_s: float) -> Loaded:
+    archive = _open(path, timeout_s)
     skeleton = Skeleton(archive, weights_only)
     match = TargetMatch(skeleton, strict)
     match.compare(skeleton.value, target)

@@ -34,6 +34,7 @@ class Candidate(NamedTuple):
         nearest: whether each rank reads what its node has, and of other nodes what that lacks; else all read what is at home.
         identity: of its manifest, see there; empty: its sequence tells enough.
         holders: numbers of the nodes on which files of it lie.
+        remote: its folder in an object store; empty: it is in none.
     """
 
     name: str
@@ -42,6 +43,14 @@ class Candidate(NamedTuple):
     nearest: bool = False
     identity: str = ""
     holders: tuple[int, ...] = ()
+    remote: str = ""
+
+    @property
+    def where(self) -> str:
+        """For messages, behind its name."""
+        if self.remote:
+            return " in all places where it lies"
+        return " as it lies on the nodes" if self.nearest else ""
 
 
 class Seen(NamedTuple):
@@ -140,8 +149,7 @@ class CandidateVote:
                     times_gone[candidate] += 1
                     break
                 rejected[candidate] = objection.cause
-                where = " as it lies on the nodes" if candidate.nearest else ""
-                logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, where, objection.cause)
+                logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, candidate.where, objection.cause)
             else:
                 causes = {candidate.name: cause for candidate, cause in rejected.items()}
                 return None, self._give_up([*seen.rejected, *_each_once(causes)], seen.lost)

@@ -15,7 +15,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,8 +26,8 @@ from ckpt.drain import addresses
 from ckpt.drain.addresses import ServerAddress
 from ckpt.drain.serving import ABSENT, BUSY, LARGEST_LINE, REFUSED, UNKNOWN
 from ckpt.errors import CorruptError, InUseError, StorageError
+from ckpt.restore.lone_writer import lone_writer
 from ckpt.storage import durable, scratch
-from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.scratch import NewFile
 
 logger = logging.getLogger("ckpt")
@@ -52,6 +52,11 @@ class Commit(NamedTuple):
     sequence: int
     identity: str
     holders: tuple[int, ...] = ()
+
+
+def directory_of(root: Path, commit: Commit) -> Path:
+    """Where what is fetched of it lies."""
+    return root / f"{_PREFIX}{commit.sequence:012d}-{commit.identity}"
 
 
 class _AbsentError(Exception):
@@ -193,7 +198,7 @@ class NodeFetch:
     def __init__(
         self, home: Path, root: Path, commit: Commit, rank: int, node: int | None, began: float, timeout_s: float
     ) -> None:
-        self.directory = root / f"{_PREFIX}{commit.sequence:012d}-{commit.identity}"
+        self.directory = directory_of(root, commit)
         self._home = home
         self._run = root.name
         self._commit = commit
@@ -239,13 +244,15 @@ class NodeFetch:
         path = self.directory / entry.name
         if entry.name in self._damaged:
             return None
-        with self._lone_writer(path) as lock:
-            if lock is None:
-                return None
-            if os.path.lexists(path):
-                return path, self._label(entry.name)
-            node = self._into(path, entry, lambda peer, file, end: self._copy(peer, file, entry, end))
-            return None if node is None else (path, self._label(entry.name))
+        try:
+            with lone_writer(path, self._timeout_s):
+                if os.path.lexists(path):
+                    return path, self._label(entry.name)
+                node = self._into(path, entry, lambda peer, file, end: self._copy(peer, file, entry, end))
+                return None if node is None else (path, self._label(entry.name))
+        except (StorageError, InUseError) as error:
+            logger.warning("'%s' cannot be fetched: %s", path, error)
+            return None
 
     def ranges(self, entry: FileEntry, wanted: Sequence[tuple[int, int]]) -> tuple[Path, str] | None:
         """The same, but only these bytes of it, (begin, end), ascending, are what the node has said.
@@ -267,33 +274,6 @@ class NodeFetch:
         return "another node" if node is None else f"node {node}"  # the former: another rank has fetched it
 
     # ---- files -----------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _lone_writer(self, path: Path) -> Iterator[DirectoryLock | None]:
-        """Of this node's ranks one fetches the file, and the others wait for it. None: it cannot be fetched."""
-        lock = None
-        try:
-            durable.make_directory(self.directory, durable=False)
-            lock = DirectoryLock(self.directory, name=f".{path.name}.lock", owner="another rank")
-            self._acquire(lock)
-        except (StorageError, InUseError) as error:
-            logger.warning("'%s' cannot be fetched: %s", path, error)
-            yield None
-            return
-        try:
-            yield lock
-        finally:
-            lock.release()
-
-    def _acquire(self, lock: DirectoryLock) -> None:
-        end = time.monotonic() + self._timeout_s
-        while True:
-            try:
-                return lock.acquire()
-            except InUseError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(_LOOK_S)
 
     def _into(self, path: Path, entry: FileEntry, copy: Callable[[_Peer, NewFile, float], None]) -> int | None:
         """Fetches to a temporary name, which becomes `path`. Returns the node."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, FileEntry, Manifest
@@ -76,7 +76,21 @@ class FetchedPlace:
         return path.name != entry.name  # of a whole file the bytes were compared when they came
 
 
-Place = DirectoryPlace | FetchedPlace
+class Place(Protocol):
+    """Where files of one checkpoint may lie."""
+
+    def manifest(self) -> Manifest | None:
+        """None: it has none."""
+
+    def find(self, entry: FileEntry, ranges: Ranges | None) -> tuple[Path, str] | None:
+        """A local path, and what it was read from; None: it has not got it.
+
+        Args:
+            ranges: (begin, end) of the bytes that are wanted; None: all.
+        """
+
+    def give_up(self, entry: FileEntry, path: Path) -> bool:
+        """See DirectoryPlace."""
 
 
 class StepPlaces:
@@ -86,7 +100,7 @@ class StepPlaces:
         nearest: the directory that messages name.
 
     Attributes:
-        sources: what each file was read from, by its name: "node", "node 3", "home".
+        sources: what each file was read from, by its name: "node", "node 3", "home", "object store".
     """
 
     def __init__(self, places: Sequence[Place], nearest: Path) -> None:
@@ -193,6 +207,13 @@ class StepPlaces:
 
 def _is(manifest: Manifest, sequence: int, identity: str) -> bool:
     return manifest.sequence == sequence and identity in ("", manifests.identity(manifest))
+
+
+def same_content(manifest: Manifest, entry: FileEntry) -> str:
+    """What the file of another manifest of this commit is called in this one. What other files name is called the same."""
+    if entry.kind in (SHARDED, SHARDED_CHECKSUMS):
+        return entry.name
+    return next((file.name for file in manifest.files if _content(file) == _content(entry)), entry.name)
 
 
 def _content(entry: FileEntry) -> tuple[str, int, int, int]:

@@ -24,6 +24,7 @@ from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.nearby import Nearby, NearCopy
 from ckpt.restore.places import HOME, NODE, DirectoryPlace, FetchedPlace, Place, StepPlaces
+from ckpt.restore.remote_copies import RemoteCopies, with_remote
 from ckpt.restore.request import Restored, RestoreRequest
 
 logger = logging.getLogger("ckpt")
@@ -40,12 +41,15 @@ class Restorer:
         vote: CandidateVote,
         collective: bool,
         nearby: Nearby | None = None,
+        remote: RemoteCopies | None = None,
     ) -> None:
         """
         Args:
-            nearby: what lies on the nodes; None: home alone counts.
+            nearby: what lies on the nodes; None: nothing.
+            remote: what lies in an object store; None: nothing.
         """
         self._nearby = nearby
+        self._remote = remote
         self._directories = directories
         self._rank = rank
         self._world_size = world_size
@@ -92,6 +96,8 @@ class Restorer:
             self._read = None
             if self._nearby is not None:
                 self._nearby.end()
+            if self._remote is not None:
+                self._remote.end()
 
     def _tell_of_newer(self, found: Candidate) -> None:
         """On rank 0: what other ranks have saved, or what is not whole."""
@@ -106,20 +112,27 @@ class Restorer:
     def _places_of(self, root: Path, candidate: Candidate) -> StepPlaces:
         """Where this rank reads it."""
         home = root / candidate.name
-        if not candidate.nearest or self._nearby is None:
+        if not candidate.nearest:
             return StepPlaces.at(home)
-        near, fetch = self._nearby.directory_of(candidate), self._nearby.fetch_of(candidate)
-        places: list[Place] = []
-        if near is not None:
-            places.append(DirectoryPlace(near, NODE))
-        elif (unfinished := self._nearby.unfinished_of(candidate)) is not None:
-            places.append(DirectoryPlace(unfinished, NODE, finished=False))
-        if fetch is not None:
-            places.append(FetchedPlace(fetch))
+        places = [] if self._nearby is None else self._near_places(self._nearby, candidate)
         there = manifests.read_if_any(home)
         if there is not None and manifests.identity(there) == candidate.identity:
             places.append(DirectoryPlace(home, HOME))
+        if candidate.remote and self._remote is not None:
+            places.append(self._remote.place_of(candidate))
+        near = None if self._nearby is None else self._nearby.directory_of(candidate)
         return StepPlaces(places, near or home)
+
+    def _near_places(self, nearby: Nearby, candidate: Candidate) -> list[Place]:
+        places: list[Place] = []
+        near, fetch = nearby.directory_of(candidate), nearby.fetch_of(candidate)
+        if near is not None:
+            places.append(DirectoryPlace(near, NODE))
+        elif (unfinished := nearby.unfinished_of(candidate)) is not None:
+            places.append(DirectoryPlace(unfinished, NODE, finished=False))
+        if fetch is not None:
+            places.append(FetchedPlace(fetch))
+        return places
 
     def _refuse_a_second_job(self, timeout_s: float) -> None:
         try:
@@ -132,17 +145,24 @@ class Restorer:
         found = self._directories.look_for_restore()
         for error in found.damaged:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
+        rejected = [str(error) for error in found.damaged]
         lost = self._directories.lost(found)
         lost = "" if fresh else lost
         candidates = [self._candidate(directory, manifest) for directory, manifest in found.checkpoints]
+        at_home = {manifest.sequence: manifests.identity(manifest) for _, manifest in found.checkpoints}
         if self._nearby is not None:
             self._directories.note_seen(self._nearby.newest)
-            at_home = {manifest.sequence: manifests.identity(manifest) for _, manifest in found.checkpoints}
             candidates = self._with_nearby(candidates, at_home, self._nearby.copies)
-            lost = self._nearby.lost or lost
-            if self._nearby.lost and candidates:
-                self._directories.warn_once("lost home", "what the nodes have is left out: %s", self._nearby.lost)
-        return Seen(candidates, [str(error) for error in found.damaged], lost)
+        if self._remote is not None:
+            copies, damaged = self._remote.look(candidates[0].name if candidates else "")
+            rejected += damaged
+            self._directories.note_seen(max((copy.sequence for copy in copies), default=-1))
+            candidates = with_remote(candidates, at_home, copies, self._collective)
+        if self._nearby is not None and self._nearby.lost:
+            lost = self._nearby.lost
+            if candidates:
+                self._directories.warn_once("lost home", "what the nodes have is left out: %s", lost)
+        return Seen(candidates, rejected, lost)
 
     def _with_nearby(
         self, candidates: Sequence[Candidate], at_home: Mapping[int, str], copies: Sequence[NearCopy]

@@ -163,15 +163,16 @@ class PendingSave:
         self._task.call_when_captured(lambda: callback(self))
 
     def on_tier(self, name: str) -> TierSave:
-        """The same save on a tier that it comes to on its way (`Tier`).
+        """The same save on a tier that it comes to on its way, "node", or behind that, "object" (`Tier`).
 
         Raises:
             ValueError: it does not come to one of this name.
         """
-        if name not in self._task.tiers:
-            there = ", ".join(map(repr, self._task.tiers)) or "no tier"
+        tiers: dict[str, concurrent.futures.Future[Any]] = {**self._task.tiers, **self._task.later}
+        if name not in tiers:
+            there = ", ".join(map(repr, tiers)) or "no tier"
             raise ValueError(f"the save to '{self.path}' comes to {there}, not to {name!r}: see tiers= of Checkpointer")
-        return TierSave(self, self._task.tiers[name], name)
+        return TierSave(self, tiers[name], name)
 
     @property
     def stats(self) -> SaveStats:
@@ -194,8 +195,9 @@ class PendingSave:
             found["direct_io"] = all(each["direct_io"] for each in native)
         return dataclasses.replace(stats, **found)
 
-    def _wait(self, future: concurrent.futures.Future[Path], timeout: float | None) -> BaseException | None:
-        self._check_owner()
+    def _wait(self, future: concurrent.futures.Future[Any], timeout: float | None) -> BaseException | None:
+        if not future.done():
+            self._check_owner(future)
         try:
             return future.exception(timeout)
         except (concurrent.futures.TimeoutError, TimeoutError) as error:
@@ -210,25 +212,28 @@ class PendingSave:
             state = "durable"
         return f"<PendingSave {str(self.path)!r} {state}>"
 
-    def _check_owner(self) -> None:
-        if os.getpid() != self._task.owner and not self._task.future.done():
+    def _check_owner(self, awaited: concurrent.futures.Future[Any] | None = None) -> None:
+        if os.getpid() != self._task.owner and not (awaited or self._task.future).done():
             raise ForkedError(f"the save to '{self.path}' belongs to the parent process; wait for it there")
 
     def _not_done(self, timeout: float | None) -> DeadlineError:
         state = "captured, not yet durable" if self.captured else "not yet captured"
-        if self._task.tier_at:
+        if self.done():
+            state = f"at home, not yet carried to {' and '.join(self._task.later)}"
+        elif self._task.tier_at:
             state = f"committed on the {' and the '.join(self._task.tier_at)}, not yet at home"
         return DeadlineError(f"the save to '{self.path}' is {state} after {timeout} s; it goes on in the background")
 
 
 class TierSave:
-    """The future of a save on a tier before the last: it is over when the checkpoint is committed there.
+    """The future of a save on a tier: it is over when the checkpoint is committed there.
 
     On the disks of nodes that survives the death of all processes, and of the operating systems; not that of a disk. A save
-    that went past the tier (it was full, or has failed) is over when it is committed where it went.
+    that went past the tier (it was full, or has failed) is over when it is committed where it went. In an object store it
+    survives the loss of home, too.
     """
 
-    def __init__(self, pending: PendingSave, future: concurrent.futures.Future[Path], name: str) -> None:
+    def __init__(self, pending: PendingSave, future: concurrent.futures.Future[Any], name: str) -> None:
         self._pending = pending
         self._future = future
         self.name = name
@@ -237,15 +242,17 @@ class TierSave:
         """True once committed there, or failed."""
         return self._future.done()
 
-    def result(self, timeout: float | None = None) -> Path:
-        """Waits until it is committed there; returns the directory.
+    def result(self, timeout: float | None = None) -> Path | str:
+        """Waits until it is committed there; returns the directory, or in an object store its URL.
 
         Raises:
             DeadlineError, CheckpointError: as of PendingSave.result().
+            SupersededError: on "object": the tier does not want this one (`every`), or a newer one has taken its place.
         """
         if (error := self.exception(timeout)) is not None:
             raise error
-        return self._future.result()
+        found: Path | str = self._future.result()
+        return found
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
         """Like result(), but returns the error, or None once committed there.

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 from ckpt.saving.file_in_flight import FileInFlight
 
@@ -31,7 +32,9 @@ class SaveTask:
         skipped: why it was not begun at all, if that is so.
         carry: set by who publishes it on a tier that is not the last: called when that has been done, and sees to the rest.
         tiers: by name, those that it comes to on its way: where it lies there, once it does.
-        tier_at: when it came to these.
+        later: by name, the tiers that it comes to behind its end.
+        then: called at its end, if that is good: sees to those tiers.
+        tier_at: when it came to any of them.
         counts: whether its failure is one more in a row; not if the next ones will go another way.
         afterwards: runs once whoever waits has the outcome: gives space back.
         started_at, durable_at: instants of `time.monotonic()`.
@@ -54,6 +57,8 @@ class SaveTask:
         self.afterwards: Callable[[], object] | None = None
         self.carry: Callable[[], None] | None = None
         self.tiers: dict[str, concurrent.futures.Future[Path]] = {}
+        self.later: dict[str, concurrent.futures.Future[str]] = {}
+        self.then: Callable[[], None] | None = None
         self.tier_at: dict[str, float] = {}
         self.counts = True
         self.started_at = time.monotonic()
@@ -126,6 +131,22 @@ class SaveTask:
             on_done(self, None)
         self.future.set_result(path)
         self.note_captured()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        then, self.then = self.then, None
+        try:
+            if then is not None:
+                then()
+        except Exception as error:  # what was published stands
+            logger.exception("step %s is published, but nothing sees to it behind that", self.step)
+            for future in self.later.values():
+                future.set_exception(error)
+
+    def reach_later(self, tier: str, place: str) -> None:
+        """It has come to a tier behind its end."""
+        self.tier_at[tier] = time.monotonic()
+        self.later[tier].set_result(place)
 
     def fail(self, error: BaseException) -> None:
         """Ends it with an error, unless it has its outcome already."""
@@ -134,7 +155,8 @@ class SaveTask:
         on_done, self._on_done = self._on_done, None
         if on_done is not None:
             on_done(self, error)
-        for future in self.tiers.values():
+        futures: list[concurrent.futures.Future[Any]] = [*self.tiers.values(), *self.later.values()]
+        for future in futures:
             if not future.done():
                 future.set_exception(error)
         self.future.set_exception(error)

@@ -8,6 +8,7 @@ import os
 import shutil
 import socket
 import stat
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,6 +86,21 @@ def remove(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         durable.remove_quietly(path)
+
+
+def make_private_directory(parent: Path | None) -> Path:
+    """A new one. Only the user can enter it.
+
+    Args:
+        parent: made if it is not there; None: the directory of temporary files.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    if parent is not None:
+        durable.make_directory(parent, durable=False)
+    with _explained(parent or Path(tempfile.gettempdir())):
+        return Path(tempfile.mkdtemp(prefix="lazyckpt-", dir=parent))
 
 
 class OpenFile:

@@ -1,4 +1,4 @@
-"""Where copies of finished checkpoints may be kept: a local directory, or later an object store.
+"""Where copies of finished checkpoints may be kept: a local directory, or an object store (object_store.py).
 
 A key is a text with "/" between its parts, as in "step-00000012/rank-00000.pt". It is never a pathlib.Path, which makes one
 slash of the two in a URI.
@@ -122,9 +122,17 @@ class LocalStore:
             durable.sync_directory(path.parent)
 
     def _path(self, key: str) -> Path:
-        if not all(part not in ("", ".", "..") for part in key.split("/")):
-            raise ValueError(f"a key is a relative path without '.' and '..', and {key!r} is none")
-        return self.root / key
+        return self.root / expect_key(key)
+
+
+def expect_key(key: str) -> str:
+    """
+    Raises:
+        ValueError: see Store.
+    """
+    if not all(part not in ("", ".", "..") for part in key.split("/")):
+        raise ValueError(f"a key is a relative path without '.' and '..', and {key!r} is none")
+    return key
 
 
 def _as_stored(key: str, path: Path) -> list[StoredObject]:

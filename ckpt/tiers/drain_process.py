@@ -1,13 +1,15 @@
-"""Starts the drain of a node: a process that is nobody's child, and so outlives the training whoever ends that."""
+"""Starts a drain, of a node or to an object store: nobody's child, so that it outlives the training whoever ends that."""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 import sysconfig
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt.drain.node import LOCK, began_at
@@ -22,26 +24,35 @@ _MOST_LOG_BYTES = 1 << 20
 _START_TIMEOUT_S = 60.0  # of what starts the drain, which takes milliseconds
 # Launchers end the whole tree of processes below a rank. So the drain is not our child, but that of this small program, which
 # ends at once: the first process adopts it. A session of its own keeps signals of a terminal from it. The program tells its
-# number on its output; the drain itself writes to the log alone.
+# number on its output; the drain itself writes to the log alone. What it reads is what this program has been given: a pipe
+# keeps so much when its writer has ended.
 _START = """
 import subprocess, sys
-drain = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL, stdout=sys.stderr, start_new_session=True)
+told = sys.stdin.buffer.read()
+stdin = subprocess.PIPE if told else subprocess.DEVNULL
+drain = subprocess.Popen(sys.argv[1:], stdin=stdin, stdout=sys.stderr, start_new_session=True)
+if told:
+    drain.stdin.write(told)
+    drain.stdin.close()
 sys.stdout.write(str(drain.pid))
 """
+_MOST_TOLD_BYTES = 60_000
 
 
 class DrainProcess:
     """Of one node and run. Any thread may call it.
 
     Args:
-        root: of the run on this node: it has a node.json.
+        root: of the run on this node: it has a node.json. Or of a place in an object store: a remote.json.
+        options: of the object store. They may be secret: only the drain is told.
 
     Attributes:
         pid: of the one that was started here last; 0: none was.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, options: Mapping[str, str] | None = None) -> None:
         self._root = root
+        self._options = options
         self._starting = threading.Lock()
         self.pid, self._began = 0, -1
         self._told = False
@@ -69,7 +80,7 @@ class DrainProcess:
                 self.pid = self._start()
                 self._began = began_at(self.pid) or -1
             except (OSError, ValueError, subprocess.SubprocessError) as error:
-                return self._tell(f"cannot start the drain of '{self._root}', so nothing is carried home: {error}")
+                return self._tell(f"cannot start the drain of '{self._root}', so nothing is carried from there: {error}")
         return ""
 
     def last_words(self) -> str:
@@ -79,12 +90,16 @@ class DrainProcess:
     def _start(self) -> int:
         if not sys.executable:
             raise ValueError("this interpreter does not know its own program; run `python -m ckpt drain` on each node")
-        command = [sys.executable, "-m", "ckpt", "drain", str(self._root)]
+        command, told = [sys.executable, "-m", "ckpt", "drain", str(self._root)], b""
+        if self._options is not None:
+            command, told = [*command, "--options-from-stdin"], json.dumps(dict(self._options)).encode()
+            if len(told) > _MOST_TOLD_BYTES:
+                raise ValueError(f"the options of the store are too long: {len(told)} bytes")
         log = open_log(self.log, _MOST_LOG_BYTES)
         try:
             done = subprocess.run(
                 [sys.executable, "-I", "-S", "-c", _START, *command],
-                stdin=subprocess.DEVNULL,
+                input=told,
                 stdout=subprocess.PIPE,
                 stderr=log,
                 cwd="/",

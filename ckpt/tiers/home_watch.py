@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any, Protocol
 
 from ckpt.directory import manifest as manifests
 from ckpt.drain import journal as journals
@@ -32,7 +33,6 @@ from ckpt.errors import (
 from ckpt.storage import durable
 from ckpt.storage.log_file import stamp_of
 from ckpt.tiers.drain_process import DrainProcess
-from ckpt.tiers.node_storage import NodeStorage
 
 logger = logging.getLogger("ckpt")
 
@@ -44,14 +44,33 @@ _STABLE_NS = 50_000_000  # a file that was just replaced may be once more withou
 _LOOK_AT_HOME_S = 5.0  # after so long without a word in its journal, which the node may not take
 _JOIN_S = 5.0
 
-Done = Callable[[Path], None]
+Done = Callable[[Any], None]
 Fail = Callable[[CheckpointError], None]
 
 
+class Carried(Protocol):
+    """From where to where checkpoints are carried. NodeStorage is one.
+
+    Attributes:
+        root: in which the drain keeps its journals.
+        home: where they go to.
+    """
+
+    @property
+    def root(self) -> Path: ...
+
+    @property
+    def home(self) -> Any: ...
+
+    def step_directory(self, name: str) -> Path:
+        """Where a checkpoint lies until then."""
+
+
 @dataclasses.dataclass
-class _Awaited:
+class Awaited:
     """
     Attributes:
+        inbox: see Journal.
         stamp: of the journal when it was read last; None: it is to be read again.
         attempts: that had failed by then.
         looked_at: when something new was found, or home was asked.
@@ -62,22 +81,23 @@ class _Awaited:
     name: str
     done: Done
     fail: Fail
+    inbox: str = ""
     stamp: tuple[int, ...] | None = None
     attempts: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
     looked_at: float = dataclasses.field(default_factory=time.monotonic)
 
-    def tell_arrival(self, path: Path) -> None:
+    def tell_arrival(self, place: Any) -> None:
         try:
-            self.done(path)
+            self.done(place)
         except Exception:
-            logger.exception("telling that step %d has come home failed", self.step)
+            logger.exception("telling that step %d has arrived failed", self.step)
 
     def tell_failure(self, error: CheckpointError) -> None:
         try:
             self.fail(error)
         except Exception:
-            logger.exception("telling that step %d has not come home failed", self.step)
+            logger.exception("telling that step %d has not arrived failed", self.step)
 
 
 class HomeWatch:
@@ -85,20 +105,24 @@ class HomeWatch:
 
     Args:
         drain: started again if it has ended; None: somebody else of this node does that.
+        longest_look_s: after which the journals are looked at again, whatever was there before.
     """
 
-    def __init__(self, storage: NodeStorage, drain: DrainProcess | None) -> None:
+    here = "on the node"  # where a checkpoint lies until then
+
+    def __init__(self, storage: Carried, drain: DrainProcess | None, longest_look_s: float = _LONGEST_LOOK_S) -> None:
         self._storage = storage
+        self._longest_look_s = longest_look_s
         self._drain = drain
         self._pid = os.getpid()
         self._changed = threading.Condition()
-        self._awaited: dict[int, _Awaited] = {}  # by sequence; guarded by _changed, as are the next four
+        self._awaited: dict[int, Awaited] = {}  # by sequence; guarded by _changed, as are the next four
         self._thread: threading.Thread | None = None
         self._look_now = False
         self._telling = 0  # how many are just being told
         self._closed = False
         # Of the thread.
-        self._warnings = _Warnings(storage, drain)
+        self._warnings = _Warnings(storage, drain, self.here)
         self._restart_pause_s = _SHORTEST_RESTART_S
         self._restart_at = 0.0
 
@@ -126,7 +150,7 @@ class HomeWatch:
         with self._changed:
             if self._closed:
                 raise ClosedError(f"step {step} lies on the node, but nobody waits for it to come home any more")
-            self._awaited[sequence] = _Awaited(sequence, step, name, done, fail)
+            self._awaited[sequence] = Awaited(sequence, step, name, done, fail)
             self._look_now = True
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
@@ -172,7 +196,7 @@ class HomeWatch:
             where = self._storage.step_directory(each.name)
             each.tell_failure(
                 DeadlineError(
-                    f"step {each.step} is a checkpoint on the node, in '{where}', but has not come to '{self._storage.home}' "
+                    f"step {each.step} is a checkpoint {self.here}, in '{where}', but has not come to '{self._storage.home}' "
                     f"within {timeout_s:g} s; the drain carries it there as soon as it can"
                 )
             )
@@ -201,9 +225,9 @@ class HomeWatch:
             except Exception:
                 logger.exception("looking what has become of checkpoints on '%s' failed; it is tried again", self._storage.root)
                 changed = False
-            pause_s = _SHORTEST_LOOK_S if changed else min(_LONGEST_LOOK_S, pause_s * 1.5)
+            pause_s = _SHORTEST_LOOK_S if changed else min(self._longest_look_s, pause_s * 1.5)
 
-    def _look(self, awaited: Iterable[_Awaited]) -> bool:
+    def _look(self, awaited: Iterable[Awaited]) -> bool:
         """Whether a journal has changed."""
         changed = False
         for each in awaited:
@@ -221,30 +245,30 @@ class HomeWatch:
                 self._look_at_home(each)
         return changed
 
-    def _note(self, each: _Awaited, journal: Journal) -> None:
+    def _note(self, each: Awaited, journal: Journal) -> None:
+        each.inbox = journal.inbox
         if journal.state == COMMITTED:
             self._warnings.note_success()
             self._end(each)
         elif journal.state == SUPERSEDED:
-            self._end(each, self._superseded(each, journal.by))
+            self._end(each, self.superseded(each, journal.by))
         elif journal.state == FAILED:
             if journal.next is None:
-                self._end(each, self._failed(each, journal))  # who made the save says so
+                self._end(each, self.failed(each, journal))  # who made the save says so
                 return
             self._warnings.note_failures(journal, journal.attempts - each.attempts)
             each.attempts = journal.attempts
 
-    def _look_at_home(self, each: _Awaited) -> None:
+    def _look_at_home(self, each: Awaited) -> None:
         """The drain may have brought it there, and be unable to say so: the disk of the node is full, or has failed."""
         each.looked_at = time.monotonic()
-        home = self._storage.home
-        if each.sequence in self._awaited and manifests.is_at(home / each.name, each.sequence):
+        if each.sequence in self._awaited and self.is_there(each):
             with contextlib.suppress(StorageError):  # the drain may be about to do that; then it is asked again
-                durable.sync_directory(home / each.name)
-                durable.sync_directory(home)
+                for directory in (self._storage.home / each.name, self._storage.home):
+                    durable.sync_directory(directory)
                 self._end(each)
 
-    def _look_whether_it_can_come(self, each: _Awaited) -> None:
+    def _look_whether_it_can_come(self, each: Awaited) -> None:
         """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""
         there = manifests.read_if_any(self._storage.step_directory(each.name))
         found = -1 if there is None else there.sequence
@@ -252,19 +276,19 @@ class HomeWatch:
             return
         if stamp_of(journals.path_of(self._storage.root, each.sequence)) is not None:
             return  # by now
-        if manifests.is_at(self._storage.home / each.name, each.sequence):
+        if self.is_there(each):
             self._end(each)
         else:
-            self._end(each, self._superseded(each, 0))
+            self._end(each, self.superseded(each, -1))
 
-    def _end(self, each: _Awaited, error: CheckpointError | None = None) -> None:
+    def _end(self, each: Awaited, error: CheckpointError | None = None) -> None:
         with self._changed:
             if self._awaited.pop(each.sequence, None) is None:
                 return  # close() was quicker
             self._telling += 1
         try:
             if error is None:
-                each.tell_arrival(self._storage.home / each.name)
+                each.tell_arrival(self.place_of(each))
             else:
                 each.tell_failure(error)
         finally:
@@ -272,9 +296,17 @@ class HomeWatch:
                 self._telling -= 1
                 self._changed.notify_all()
 
+    def place_of(self, each: Awaited) -> Any:
+        """Where it has arrived."""
+        return self._storage.home / each.name
+
+    def is_there(self, each: Awaited) -> bool:
+        """Whether it has arrived, although no journal says so any more."""
+        return manifests.is_at(self._storage.home / each.name, each.sequence)
+
     # ---- what is said ----------------------------------------------------------------------------------------------
 
-    def _superseded(self, each: _Awaited, by: int) -> SupersededError:
+    def superseded(self, each: Awaited, by: int) -> SupersededError:
         lost = f"step {each.step} did not come to '{self._storage.home}'"
         there = manifests.read_if_any(self._storage.step_directory(each.name))
         if there is not None and there.sequence > each.sequence:
@@ -286,7 +318,7 @@ class HomeWatch:
         text = f"{lost}: the newer step {newer.step} {where}. Save less often if each checkpoint is wanted there"
         return SupersededError(text, each.step, newer.step)
 
-    def _failed(self, each: _Awaited, journal: Journal) -> CheckpointError:
+    def failed(self, each: Awaited, journal: Journal) -> CheckpointError:
         text = (
             f"step {each.step} was not carried to '{self._storage.home}', but is a checkpoint on the nodes: {journal.text}. "
             f"{remedy(journal.errno)}"
@@ -317,8 +349,9 @@ class HomeWatch:
 class _Warnings:
     """One word for each doubling, of failures in a row as of the time in which nothing moves."""
 
-    def __init__(self, storage: NodeStorage, drain: DrainProcess | None) -> None:
+    def __init__(self, storage: Carried, drain: DrainProcess | None, here: str) -> None:
         self._storage = storage
+        self._here = here
         self._drain = drain or DrainProcess(storage.root)
         self._failures, self._next_word = 0, 1
         self._moved_at, self._standstill_s = time.monotonic(), _STANDSTILL_S
@@ -334,8 +367,9 @@ class _Warnings:
         code = errno.errorcode.get(journal.errno, str(journal.errno))
         logger.warning(
             "carrying step %d from '%s' to '%s' failed, and is tried again (failures in a row: %d): %s (%s). %s. The training "
-            "and the checkpoints on the node are not concerned",
+            "and the checkpoints %s are not concerned",
             *(journal.step, self._storage.root, self._storage.home, self._failures, journal.text, code, remedy(journal.errno)),
+            self._here,
         )
 
     def note_round(self, changed: bool) -> None:
@@ -362,7 +396,7 @@ def remedy(code: int) -> str:
         return "Look whether its file system is mounted and answers"
     if code in (errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
         return "Move away what is in the way there"
-    return "Look into drain.log on the node"
+    return "Look into drain.log there"
 
 
 def _names_in(directory: Path) -> list[str]:

@@ -33,11 +33,10 @@ from ckpt.tiers.home_watch import HomeWatch
 from ckpt.tiers.node_storage import NodeStorage, identity, this_process
 from ckpt.tiers.pace import TrainingPace
 from ckpt.tiers.run_id import highest_on_its_way, make_run
-from ckpt.tiers.tier import Tier, warnings_about
+from ckpt.tiers.tier import NODE, Tier, warnings_about
 
 logger = logging.getLogger("ckpt")
 
-NODE = "node"  # what on_tier() calls it
 _LOOK_S = 0.05
 
 

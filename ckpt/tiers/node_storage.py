@@ -12,13 +12,13 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.drain.journal import FOLDER
 from ckpt.drain.node import NAME, began_at
+from ckpt.drain.waking import WAKE
 from ckpt.errors import StorageError
 from ckpt.storage import durable, free_space
 from ckpt.storage.log_file import stamp_of, touch
 from ckpt.tiers.tier import AUTO, Tier
 
 PACE = "pace"
-_WAKE = "wake"
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SPARE_BYTES = 1 << 20  # for what is small: manifests, receipts, journals
 
@@ -157,7 +157,7 @@ class NodeStorage:
 
     def wake(self) -> None:
         """The drain looks at once. It looks each second anyway, so nothing depends on this."""
-        touch(self.root / FOLDER / _WAKE)
+        touch(self.root / FOLDER / WAKE)
 
     # ---- room ------------------------------------------------------------------------------------------------------
 

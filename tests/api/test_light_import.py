@@ -15,6 +15,9 @@ LIGHT = [
     *(
         "ckpt.drain",
         "ckpt.drain.drainer",
+        "ckpt.drain.uploader",
+        "ckpt.remote.download",
+        "ckpt.storage.object_store",
         "ckpt.cli.main",
         "ckpt.__main__",
         "ckpt.storage.block_files",

@@ -13,7 +13,16 @@ from typing import Any
 import crash_child
 import pytest
 import torch
-from drain_points import DRAIN_FILES, DRAIN_POINTS, FAILURE_FILES, FAILURE_POINTS, RUN_POINTS, SPREAD_POINTS
+from drain_points import (
+    DRAIN_FILES,
+    DRAIN_POINTS,
+    FAILURE_FILES,
+    FAILURE_POINTS,
+    RUN_POINTS,
+    SPREAD_POINTS,
+    UPLOAD_FILES,
+    UPLOAD_POINTS,
+)
 from nursery import Child, Ended, Nursery, shared_nursery
 from places import ROOT
 
@@ -39,7 +48,7 @@ POINTS = {
 }
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
 BUNDLE_POINTS = ["placed", "all-placed"]  # tests/integrations/test_deepspeed_crash.py
-SMALL_FILES = ("manifest", "latest", "metadata", "metadata-copy", *DRAIN_FILES, *FAILURE_FILES)
+SMALL_FILES = ("manifest", "latest", "metadata", "metadata-copy", *DRAIN_FILES, *FAILURE_FILES, *UPLOAD_FILES)
 SHARDED_POINTS = [f"metadata{part}-{end}" for part in ("", "-copy") for end in ("written", "renamed")]  # tests/sharded
 FILE_POINTS = ["preallocated", "chunk-written", "chunks-written", "data-durable", "before-rename", "renamed"]
 
@@ -164,8 +173,8 @@ def test_the_list_of_crash_points_is_complete() -> None:
     assert small_files, "replace_durably() has crash points"
     found -= small_files
     found |= {point.format(crash_name=name) for point in small_files for name in SMALL_FILES}
-    by_drains = {*DRAIN_POINTS, *FAILURE_POINTS, *RUN_POINTS, *SPREAD_POINTS}
-    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *by_drains}
+    of_tiers = {*DRAIN_POINTS, *FAILURE_POINTS, *RUN_POINTS, *SPREAD_POINTS, *UPLOAD_POINTS}
+    assert found == {*POINTS, *DISTRIBUTED_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *of_tiers}
 
 
 @pytest.mark.parametrize("mode", ["steps", "again", "keep one"])

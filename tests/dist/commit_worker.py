@@ -4,6 +4,7 @@ It reports on its standard output, one line each, each in one write:
 
     found <step> <digest of the replicated state> <step of its own state>     what restore() gave; -1 - -1 if nothing
     landed <step> <directory>                                                 it is on the disks of the nodes
+    carried <step> <URL>                                                      it is in the object store
     durable <step>
     failed <step> <type of the error>: <text>
 """
@@ -49,6 +50,11 @@ def merge(states: list[Any]) -> dict[str, Any]:
     return {"rank": -1, "step": states[0]["step"], "data": torch.stack([state["data"] for state in states])}
 
 
+def tiers_of(request: dict[str, Any]) -> list[ckpt.Tier]:
+    tiers = [ckpt.Tier.node(request["node"], **request["tier"])] if request["node"] else []
+    return tiers + ([ckpt.Tier.remote(**request["remote"])] if request["remote"] else [])
+
+
 class Rank:
     """
     Args:
@@ -69,7 +75,7 @@ class Rank:
             keep=request["keep"],
             options=options(**request["options"]),
             coordinator=request["coordinator"],
-            tiers=[ckpt.Tier.node(request["node"], **request["tier"])] if request["node"] else [],
+            tiers=tiers_of(request),
         )
         assert (self.checkpointer.rank, self.checkpointer.world_size) == (request["rank"], request["world"])
 
@@ -111,6 +117,8 @@ class Rank:
                 pending = self.checkpointer.save(step, own, replicated=replicated)
             if self.request["node"] and pending.on_tier("node").exception() is None:
                 say(f"landed {step} {pending.on_tier('node').result()}")
+            if self.request["remote"] and pending.on_tier("object").exception() is None:
+                say(f"carried {step} {pending.on_tier('object').result()}")
             if self.request["wait"]:
                 pending.exception()
         except Exception as error:
@@ -130,7 +138,7 @@ class Rank:
 
 def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "node": None, "tier": {}}
+    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "node": None, "tier": {}, "remote": {}}
     Rank(defaults | request).run()
 
 

@@ -62,8 +62,8 @@ def test_a_bad_path_is_named(path: Any) -> None:
         Tier.node(path)
 
 
-@pytest.mark.parametrize("scope", ["shared", "object", "else", None])
-def test_only_tiers_of_nodes_are_there_yet(scope: Any) -> None:
+@pytest.mark.parametrize("scope", ["shared", "else", None])
+def test_a_scope_that_is_none_yet(scope: Any) -> None:
     with pytest.raises(ValueError, match=r"Tier\.scope"):
         Tier("/lustre", scope)
 

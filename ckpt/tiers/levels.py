@@ -1,0 +1,88 @@
+"""All that a Checkpointer has of its tiers."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpt.coordinator import Coordinator
+from ckpt.directory.steps import StepDirectories
+from ckpt.drain.remote_place import place_of
+from ckpt.options import Options
+from ckpt.restore.nearby import Nearby
+from ckpt.restore.remote_copies import RemoteCopies
+from ckpt.saving.task import SaveTask
+from ckpt.storage.object_store import ObjectStore
+from ckpt.tiers.node_level import NodeFinder, NodeLevel
+from ckpt.tiers.store_level import StoreLevel
+from ckpt.tiers.tier import NODE, OBJECT, Tiers
+
+
+class Levels(NamedTuple):
+    """
+    Attributes:
+        nodes, nearby: of a tier of nodes: what saves need of it, and what restores do.
+        store, copies: the same of an object store.
+    """
+
+    nodes: NodeLevel | None = None
+    nearby: Nearby | None = None
+    store: StoreLevel | None = None
+    copies: RemoteCopies | None = None
+
+    def expect(self, task: SaveTask) -> None:
+        """Of a save that is to come to all of them."""
+        if self.nodes is not None:
+            task.tiers[NODE] = concurrent.futures.Future()
+        if self.store is not None:
+            task.later[OBJECT] = concurrent.futures.Future()
+
+    def begin_save(self) -> None:
+        """When home is ours, before anything is written.
+
+        Raises:
+            CheckpointError: as of StoreLevel.begin().
+        """
+        if self.store is not None:
+            self.store.begin()
+
+    def follow(self, task: SaveTask, sequence: int) -> None:
+        """It has been published; what lies behind home sees to it when it is there."""
+        if self.store is not None:
+            task.then = functools.partial(self.store.carry, task, sequence)
+
+    def close(self) -> None:
+        """What has not come to all tiers yet is carried there, all the same."""
+        for level in (self.nodes, self.store):
+            if level is not None:
+                level.close()
+
+
+def make_levels(
+    tiers: Tiers, directories: StepDirectories, coordinator: Coordinator, stream: str, keep: int | None, options: Options
+) -> Levels:
+    """
+    Args:
+        directories: at home.
+        stream: of the keys of conversations.
+        keep: how many checkpoints stay at home.
+
+    Raises:
+        ValueError, StorageError: as of StoreLevel.
+    """
+    nodes = nearby = store = copies = None
+    home, rank, world_size = directories.path, coordinator.rank, coordinator.world_size
+    finder = None if tiers.node is None else NodeFinder(tiers.node, home)
+    if tiers.node is not None and finder is not None:
+        nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s)
+        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options)
+    if tiers.remote is not None:
+        bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
+        scratch = None if tiers.remote.scratch is None else Path(tiers.remote.scratch)
+        place = place_of(home, tiers.remote.url)
+        find_root = (lambda: None) if finder is None else finder.root
+        copies = RemoteCopies(bucket, place, rank, find_root, scratch, options.timeout_s)
+        store = StoreLevel(tiers.remote, directories, rank, world_size, options, copies)
+    return Levels(nodes, nearby, store, copies)
