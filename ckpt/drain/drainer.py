@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.step_names import name_at_home
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
@@ -26,6 +27,7 @@ from ckpt.drain.stopping import Stop, StoppedError
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.log_file import stamp_of
 
 logger = logging.getLogger("ckpt")
 
@@ -82,9 +84,8 @@ class Drainer:
             durable.make_directory(self._root / FOLDER, durable=True)
             self._retention.remove_retired()
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
-            for journal in self._journals.values():
-                if journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
-                    journal.change(QUEUED, next=None)
+            self._restored = self._restore_time()
+            self._try_again()
             self._pace = self._make_pace()
             while not self._stop.requested:
                 if not once:
@@ -99,6 +100,12 @@ class Drainer:
         finally:
             self._stop_serving()
             self._lock.release()
+
+    def _try_again(self) -> None:
+        """What failed: somebody may have changed what was in the way."""
+        for journal in self._journals.values():
+            if journal.state == FAILED and journal.errno:
+                journal.change(QUEUED, next=None)
 
     def _take_lock(self, once: bool) -> None:
         while True:
@@ -156,6 +163,10 @@ class Drainer:
             return os.stat(self._root / FOLDER / _WAKE).st_mtime_ns
         return 0
 
+    def _restore_time(self) -> tuple[int, ...] | None:
+        """Another one each time that somebody begins to restore."""
+        return stamp_of(self._root / nodes.RESTORING)
+
     def _wait(self, woken: int) -> None:
         end = time.monotonic() + _LOOK_S
         while not self._stop.requested and time.monotonic() < end and self._wake_time() == woken:
@@ -177,6 +188,9 @@ class Drainer:
     def _round(self) -> bool:
         """Whether anything was carried."""
         self._look_at_description()
+        before, self._restored = self._restored, self._restore_time()
+        if before != self._restored:  # a job that was started again: whoever did that may have mended something
+            self._try_again()
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
@@ -215,7 +229,8 @@ class Drainer:
             known = self._journals.get(sequence)
             if known is None or known.identity != generation.identity:
                 path = journals.path_of(self._root, sequence)
-                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity)
+                name = name_at_home(generation.manifest)
+                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity, name=name)
                 self._journals[sequence].change(QUEUED)
         there = {generation.sequence for generation in generations}
         newest = max(there, default=-1)
@@ -276,16 +291,16 @@ class Drainer:
             return Rules(self._node, self._times_at_home).want(manifest)
 
         sequence = journal.sequence
-        if not home.is_committed(journal.step, sequence):
+        if not home.is_committed(journal.name_at_home, sequence):
             delivered = home.has_receipt(sequence)
-            if not (delivered and home.commit(sequence, wants)) and not home.is_committed(journal.step, sequence):
+            if not (delivered and home.commit(sequence, wants)) and not home.is_committed(journal.name_at_home, sequence):
                 manifest = home.manifest_of(sequence)
                 if manifest is None or not delivered:
                     journal.change(QUEUED, inbox="")  # who decides what is wanted decides about it, too
                 elif self._newest_at_home > sequence and not wants(manifest):
                     raise OutdoneError(self._newest_at_home)
                 return
-        home.finish(journal.step, sequence)
+        home.finish(journal.name_at_home, sequence)
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
         journal.change(COMMITTED)

@@ -28,8 +28,9 @@ from ckpt.directory import publish_lock
 from ckpt.directory.listing import newest_after
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.publish_lock import FOLDER, RUN
-from ckpt.directory.step_names import names_in, step_name
+from ckpt.directory.step_names import name_at_home, names_in
 from ckpt.drain.arrival import Arrival, MissingError
+from ckpt.drain.bundle_arrival import BundleArrival
 from ckpt.drain.node import Generation, Node
 from ckpt.drain.parts import Delivered, expect_whole, is_shared, owners_of
 from ckpt.errors import CheckpointError, StorageError
@@ -127,7 +128,7 @@ class Home:
             raise OutdoneError(there.sequence)
 
     def _step(self, manifest: Manifest) -> Path:
-        return self.path / step_name(manifest.step)
+        return self.path / name_at_home(manifest)
 
     def _read_inbox(self, inbox: Path) -> _Inbox | None:
         try:
@@ -182,8 +183,12 @@ class Home:
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
-    def is_committed(self, step: int, sequence: int) -> bool:
-        return manifests.is_at(self.path / step_name(step), sequence)
+    def is_committed(self, name: str, sequence: int) -> bool:
+        """
+        Args:
+            name: of the directory.
+        """
+        return manifests.is_at(self.path / name, sequence)
 
     def commit(self, sequence: int, wants: Callable[[Manifest], bool]) -> bool:
         """Makes a checkpoint of an inbox to which all nodes have delivered. False: one has not.
@@ -209,7 +214,7 @@ class Home:
             by_node = dict(enumerate(delivered))
             expect_whole(found.manifest.files, (part for parts in delivered for part in parts))
             shared = {entry.name for entry in found.manifest.files if is_shared(entry, self._node.nodes)}
-            arrival = Arrival(self.path, inbox, found.manifest, shared, self._node.home_keep)
+            arrival = self._arrival(inbox, found.manifest, shared)
             try:
                 arrival.publish()
             except MissingError as error:  # their owners bring it again
@@ -222,7 +227,12 @@ class Home:
             self._discard_older(sequence, wants)
         return True
 
-    def finish(self, step: int, sequence: int) -> None:
+    def _arrival(self, inbox: Path, manifest: Manifest, shared: set[str]) -> Arrival | BundleArrival:
+        if manifest.bundle:
+            return BundleArrival(self.path, inbox, manifest)
+        return Arrival(self.path, inbox, manifest, shared, self._node.home_keep)
+
+    def finish(self, name: str, sequence: int) -> None:
         """What an end behind the publication has left to be done."""
         inbox = self.inbox_of(sequence)
         if not os.path.lexists(inbox) and not any(map(is_temporary, names_in(self._inboxes))):
@@ -230,12 +240,19 @@ class Home:
         with self._publishing():
             self._sweep()
             found = self._read_inbox(inbox)
-            if found is not None and self.is_committed(step, sequence):
-                arrival = Arrival(self.path, inbox, found.manifest, set(), self._node.home_keep)
+            if found is not None and self.is_committed(name, sequence):
+                arrival = self._arrival(inbox, found.manifest, set())
                 arrival.finish()
                 arrival.tidy()
-            if self.is_committed(step, sequence) and os.path.lexists(inbox):
+            if self.is_committed(name, sequence) and os.path.lexists(inbox):
                 self._discard(inbox)
+
+    def missing(self, sequence: int) -> list[int]:
+        """The numbers of nodes that have not delivered all that they have to."""
+        inbox = self.inbox_of(sequence)
+        found = self._read_inbox(inbox)
+        token = None if found is None else found.token
+        return [node for node in range(self._node.nodes) if token is None or self._read_receipt(inbox, node, token) is None]
 
     def _delivered(self, inbox: Path) -> list[list[Delivered]] | None:
         """What each node has; None if one has not ended."""

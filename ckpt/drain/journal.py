@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ckpt.directory.step_names import names_in
+from ckpt.directory.step_names import names_in, step_name
 from ckpt.errors import StorageError
 from ckpt.storage import durable
 
@@ -52,6 +52,7 @@ class Journal:
     """
     Attributes:
         identity: CRC-32 of the manifest on the node.
+        name: of its directory at home; empty, as in older journals: that of the step.
         inbox: token of the directory at home that `files` speaks of; see home.py.
         files: by name.
         total, bytes: that this node has to deliver, and has delivered.
@@ -76,6 +77,11 @@ class Journal:
     began: float = 0.0
     ended: float = 0.0
     by: int = 0
+    name: str = ""
+
+    @property
+    def name_at_home(self) -> str:
+        return self.name or step_name(self.step)
 
     @property
     def waits(self) -> bool:
