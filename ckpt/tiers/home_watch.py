@@ -49,6 +49,7 @@ Fail = Callable[[CheckpointError], None]
 class _Awaited:
     """
     Attributes:
+        name, called: of its directory on the node, and at home.
         stamp: of the journal when it was read last; None: it is to be read again.
         attempts: that had failed by then.
     """
@@ -58,6 +59,7 @@ class _Awaited:
     name: str
     done: Done
     fail: Fail
+    called: str
     stamp: tuple[int, ...] | None = None
     attempts: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
@@ -102,12 +104,13 @@ class HomeWatch:
         """Whether something is on its way home. Cheap."""
         return bool(self._awaited)
 
-    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail) -> None:
+    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail, called: str = "") -> None:
         """Either is called once, from a thread of the watch.
 
         Args:
             sequence: of a commit that stands on the node.
             name: of its step directory.
+            called: what that is called at home; empty: the same.
             done: gets the directory at home once it is a checkpoint there.
             fail: gets a SupersededError if it will not be one, because of a newer one; another CheckpointError if a person must
                 do something about it.
@@ -121,7 +124,7 @@ class HomeWatch:
         with self._changed:
             if self._closed:
                 raise ClosedError(f"step {step} lies on the node, but nobody waits for it to come home any more")
-            self._awaited[sequence] = _Awaited(sequence, step, name, done, fail)
+            self._awaited[sequence] = _Awaited(sequence, step, name, done, fail, called or name)
             self._look_now = True
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
@@ -234,7 +237,7 @@ class HomeWatch:
             return
         if stamp_of(journals.path_of(self._storage.root, each.sequence)) is not None:
             return  # by now
-        if manifests.is_at(self._storage.home / each.name, each.sequence):
+        if manifests.is_at(self._storage.home / each.called, each.sequence):
             self._end(each)
         else:
             self._end(each, self._superseded(each, 0))
@@ -246,7 +249,7 @@ class HomeWatch:
             self._telling += 1
         try:
             if error is None:
-                each.tell_arrival(self._storage.home / each.name)
+                each.tell_arrival(self._storage.home / each.called)
             else:
                 each.tell_failure(error)
         finally:
@@ -274,7 +277,7 @@ class HomeWatch:
             f"{remedy(journal.errno)}"
         )
         if journal.errno:
-            return StorageError(journal.errno, text, str(self._storage.home / each.name))
+            return StorageError(journal.errno, text, str(self._storage.home / each.called))
         damaged = any(name.endswith(DAMAGED) for name in _names_in(self._storage.step_directory(each.name)))
         return CorruptError(text) if damaged else CheckpointError(text)
 
