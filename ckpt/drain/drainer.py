@@ -15,7 +15,7 @@ from ckpt.directory.step_names import name_at_home
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
-from ckpt.drain.choice import Rules, created_s, next_one, superseded
+from ckpt.drain.choice import Rules, created_s, newest_of_each, next_one, superseded
 from ckpt.drain.copying import SourceError
 from ckpt.drain.delivery import deliver
 from ckpt.drain.home import Home, OutdoneError
@@ -202,7 +202,7 @@ class Drainer:
                 newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
                 self._home_failed(error, None if newest is None else self._journals[newest.sequence])
         rules = Rules(self._node, self._times_at_home)
-        wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
+        wanted = rules.wanted(newest_of_each(self._waiting(generations)))
         self._supersede(generations, wanted)
         self._retain(generations)
         waiting = self._waiting(generations)

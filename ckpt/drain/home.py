@@ -108,7 +108,7 @@ class Home:
         inbox = self.inbox_of(generation.sequence)
         durable.make_directory(self.path / FOLDER, durable=True)
         with self._publishing():
-            self._refuse_outdone(generation.manifest)
+            self._refuse_outdone(generation.manifest, inbox)
             newer = None if wanted else newest_after(self.path, generation.sequence)
             if newer is not None:
                 raise OutdoneError(newer.sequence)
@@ -122,9 +122,11 @@ class Home:
             raise CheckpointError(f"'{inbox}' is for another checkpoint of the same number; remove it if no node writes to it")
         return found.token
 
-    def _refuse_outdone(self, manifest: Manifest) -> None:
+    def _refuse_outdone(self, manifest: Manifest, inbox: Path) -> None:
         there = manifests.read_if_any(self._step(manifest))
         if there is not None and there.sequence > manifest.sequence:
+            if os.path.lexists(inbox):
+                self._discard(inbox)  # nobody is going to commit it
             raise OutdoneError(there.sequence)
 
     def _step(self, manifest: Manifest) -> Path:
@@ -210,7 +212,7 @@ class Home:
             found, delivered = self._read_inbox(inbox), self._delivered(inbox)  # again: now nobody changes it
             if found is None or delivered is None:
                 return False
-            self._refuse_outdone(found.manifest)
+            self._refuse_outdone(found.manifest, inbox)
             by_node = dict(enumerate(delivered))
             expect_whole(found.manifest.files, (part for parts in delivered for part in parts))
             shared = {entry.name for entry in found.manifest.files if is_shared(entry, self._node.nodes)}
@@ -224,7 +226,7 @@ class Home:
             durable.crash_point("drain-published")
             arrival.tidy()
             self._discard(inbox)
-            self._discard_older(sequence, wants)
+            self._discard_older(found.manifest, wants)
         return True
 
     def _arrival(self, inbox: Path, manifest: Manifest, shared: set[str]) -> Arrival | BundleArrival:
@@ -285,12 +287,17 @@ class Home:
         except OSError as error:
             logger.warning("removing what was delivered to '%s' failed, the checkpoint is good: %s", self._inboxes, error)
 
-    def _discard_older(self, sequence: int, wants: Callable[[Manifest], bool]) -> None:
+    def _discard_older(self, manifest: Manifest, wants: Callable[[Manifest], bool]) -> None:
+        """
+        Args:
+            manifest: of what was just committed.
+        """
         for older in self.opened():
-            if older < sequence:
+            if older < manifest.sequence:
                 with contextlib.suppress(CheckpointError):
                     found = self._read_inbox(self.inbox_of(older))
-                    if found is None or not wants(found.manifest):
+                    replaced = found is not None and self._step(found.manifest) == self._step(manifest)
+                    if found is None or replaced or not wants(found.manifest):
                         self._discard(self.inbox_of(older))
 
     def _publishing(self) -> AbstractContextManager[bool]:

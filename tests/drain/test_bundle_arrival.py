@@ -129,6 +129,42 @@ def test_all_tags_come_home_and_latest_is_the_newest_that_moves_it(tmp_path: Pat
     job.assert_tidy()
 
 
+def test_a_tag_that_is_saved_again_and_again_does_not_fill_the_node(tmp_path: Path) -> None:
+    """What is older of the same tag is not wanted any more. Other tags are."""
+    job = Bundles(tmp_path)
+    other = job.put("other", "other")
+    for number in range(6):
+        job.put("tag", f"{number}")
+    job.drain()
+    assert job.at_home() == {"other": other, "tag": job.sequence}
+    states = [job.state(number + 1) for number in range(job.sequence)]
+    assert states == ["committed", *["superseded"] * 5, "committed"]
+    assert len(job.steps_on()) == 2
+    job.assert_tidy()
+
+
+@pytest.mark.parametrize("point", ["drain-delivered", "drain-placed"])
+def test_a_job_has_saved_the_tag_again_straight_home(point: str, tmp_path: Path) -> None:
+    """While the drain had delivered it, or was about to commit it."""
+    job = Bundles(tmp_path)
+    late = job.put("tag", "late")
+    job.kill_at(point)
+    job.sequence += 10
+    directory = job.home / "tag"
+    directory.mkdir(exist_ok=True)
+    content = {name: f"{name} straight".encode() for name in NAMES}
+    for name, held in content.items():
+        (directory / name).write_bytes(held)
+    for path in directory.glob(".tmp-*"):  # as a job does that claims home
+        path.unlink()
+    files = tuple(FileEntry(name, len(held), zlib.crc32(held)) for name, held in content.items())
+    (directory / manifests.NAME).write_bytes(Manifest(7, job.sequence, 1, files).to_json())
+    job.contents[job.sequence] = content
+    job.drain()
+    assert (job.at_home(), job.state(late)) == ({"tag": job.sequence}, "superseded")
+    job.assert_tidy()
+
+
 def test_latest_never_goes_back(tmp_path: Path) -> None:
     """What a job has saved straight home meanwhile is newer; so may be what another program has put there."""
     job = Bundles(tmp_path)
