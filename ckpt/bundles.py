@@ -22,6 +22,7 @@ from ckpt.commit.target import PublicationTarget, SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.publish_lock import is_home
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
@@ -170,9 +171,10 @@ class BundleCheckpointer(SaveSession):
         leads_node: whether this rank is the one that writes manifest and `latest` on its node; used if `node` is given.
         varying: keys of integers that may differ where several ranks write one file.
         metrics: as of Checkpointer.
-        tiers: `[Tier.node(path)]`: saves to one directory, the first that is saved to twice, land on a disk of each node first,
-            and each comes home later: `on_tier("node")` of a save tells of the first, result() of the other. What is saved to
-            other directories goes straight home. find() waits until all has come home. Not with `node`.
+        tiers: `[Tier.node(path)]`: saves to one directory land on a disk of each node first, and come home later:
+            `on_tier("node")` of a save tells of the first, result() of the other. It is the first directory that is saved to a
+            second time, or that find() has looked into before; what is saved to others goes straight home. find() waits until
+            all has come home. Not with `node`.
 
     Raises:
         ValueError, CheckpointError: as Checkpointer.
@@ -440,8 +442,15 @@ class BundleCheckpointer(SaveSession):
         self._finder.begin()
         self._drain(self.options.drain_timeout_s)
         path = Path(os.path.abspath(os.fspath(root)))
-        near = NearBundles() if self._homecoming is None else self._homecoming.wait(path, name)
-        return self._finder.find(path, name, reads, near)
+        return self._finder.find(path, name, reads, self._bring_home(path, name))
+
+    def _bring_home(self, root: Path, name: str | None) -> NearBundles:
+        if self._nodes is not None and self._homecoming is not None:
+            self._nodes.note_look(root)
+            return self._homecoming.wait(root, name)
+        if self.rank == 0 and is_home(root):
+            logger.warning("'%s' has been saved to by way of nodes, and no tiers= are given: what lies there is left out", root)
+        return NearBundles()
 
     def read(self, path: str | os.PathLike[str], attempt: Callable[[Path], Result]) -> Result:
         """What `attempt` makes of a file; of a bundle that find() has just found, of the nearest copy that is good.

@@ -1,8 +1,8 @@
 """The disks of its nodes, as a BundleCheckpointer saves by way of them. What is on them: see commit/node_bundle_target.py.
 
 A framework may name another directory for each checkpoint, rename it, or remove the one before. What comes home later would
-come to the wrong place then. So these disks belong to one directory: the first to which a job saves a second time, or that was
-a home of nodes before. All else goes straight home.
+come to the wrong place then. So these disks belong to one directory: the first to which a job saves a second time, or in which
+it has looked for checkpoints before, or that was a home of nodes already. All else goes straight home.
 """
 
 from __future__ import annotations
@@ -148,6 +148,7 @@ class BundleNodes:
         self._root: Path | None = None  # whose these disks are, as this rank calls it
         self._own: BundleRoot | None = None
         self._before: tuple[Path, BundleRoot | None] | None = None  # on rank 0: where the last save went
+        self._looked: Path | None = None  # where checkpoints were looked for last
         self._said: dict[str, str] = {}  # by rank 0
         self._claimed: Path | None = None  # in _used
         self._checked: Path | None = None
@@ -164,6 +165,10 @@ class BundleNodes:
             except ValueError as error:
                 raise CheckpointError(str(error)) from error
             self._checked = root
+
+    def note_look(self, root: Path) -> None:
+        """Checkpoints were looked for there."""
+        self._looked = root
 
     # ---- each save -------------------------------------------------------------------------------------------------
 
@@ -203,7 +208,7 @@ class BundleNodes:
         if self._root is not None:
             return self._said if root == self._root else {}
         before, self._before = self._before, (root, own)
-        if before != (root, own) and not is_home(root):
+        if before != (root, own) and root != self._looked and not is_home(root):
             return {}
         try:
             self._said = {"run": make_run(root), "token": temporary_names.shared_token(next(_tokens))}

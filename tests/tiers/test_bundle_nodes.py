@@ -191,6 +191,12 @@ def test_saves_land_on_the_nodes_and_come_home_as_ever(jobs: Jobs) -> None:
     assert {path.name for path in (job.home / "best").iterdir()} == {*files, "manifest.json"}
 
 
+def test_a_directory_that_was_looked_into_is_one_that_stays(jobs: Jobs) -> None:
+    job = jobs.start()
+    assert job.find() == [None, None]
+    job.save_to_nodes("a", 1.0)
+
+
 def test_what_goes_elsewhere_goes_straight_home(jobs: Jobs) -> None:
     """A directory for each checkpoint, one that lies deeper, and what only rank 0 saves."""
     job = begun(jobs)
