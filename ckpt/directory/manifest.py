@@ -212,10 +212,15 @@ def _parse_file(file: Any) -> FileEntry:
     return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary, called)
 
 
+def is_plain_name(name: Any) -> bool:
+    """Whether a manifest may give it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
+
+
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise ValueError(f"the file name {name!r} is not a plain name")
-    return name
+    return str(name)
 
 
 def parse_files(entries: Any) -> tuple[FileEntry, ...]:

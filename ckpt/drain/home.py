@@ -250,11 +250,11 @@ class Home:
                 self._discard(inbox)
 
     def missing(self, sequence: int) -> list[int]:
-        """The numbers of nodes that have not delivered all that they have to."""
+        """The numbers of the nodes that have not delivered; none, if nothing is being delivered."""
         inbox = self.inbox_of(sequence)
         found = self._read_inbox(inbox)
-        token = None if found is None else found.token
-        return [node for node in range(self._node.nodes) if token is None or self._read_receipt(inbox, node, token) is None]
+        nodes = range(0 if found is None else self._node.nodes)
+        return [node for node in nodes if found is not None and self._read_receipt(inbox, node, found.token) is None]
 
     def _delivered(self, inbox: Path) -> list[list[Delivered]] | None:
         """What each node has; None if one has not ended."""

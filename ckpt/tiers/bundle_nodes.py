@@ -23,6 +23,7 @@ from ckpt.commit.node_target import NodePlace
 from ckpt.commit.publication import Publication
 from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator
+from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
 from ckpt.directory.listing import LATEST
 from ckpt.directory.publish_lock import is_home
@@ -95,6 +96,8 @@ class Landing:
         Raises:
             CheckpointError: it cannot be begun.
         """
+        if not manifests.is_plain_name(called):
+            raise CheckpointError(f"a file cannot be called '{called}' in a checkpoint that goes by way of the disks of nodes")
         stem = "state" if self._world_size == 1 else f"rank-{self._rank:05d}"
         (target,), limits = self._directories.begin(self.directory.name, [stem], len(self._targets) + 1)
         self._targets.append(target)
@@ -264,4 +267,4 @@ class BundleNodes:
 
 def _is_plain(name: str) -> bool:
     """Whether a bundle of this name may come home later: none that lies deeper, nor where other files of home lie."""
-    return not name.startswith(".") and name != LATEST
+    return manifests.is_plain_name(name) and not name.startswith(".") and name != LATEST

@@ -198,10 +198,11 @@ def test_a_directory_that_was_looked_into_is_one_that_stays(jobs: Jobs) -> None:
 
 
 def test_what_goes_elsewhere_goes_straight_home(jobs: Jobs) -> None:
-    """A directory for each checkpoint, one that lies deeper, and what only rank 0 saves."""
+    """Another directory, one that lies deeper, one whose name no manifest may give, one beside our own files."""
     job = begun(jobs)
     job.save_to_nodes("a", 2.0)
-    for name, how in {"b": {"root": job.home.with_name("other")}, "deep/er": {}, "c": {"by_nodes": False}}.items():
+    elsewhere: dict[str, dict[str, Any]] = {"b": {"root": job.home.with_name("other")}, "c": {"by_nodes": False}}
+    for name, how in (elsewhere | {"deep/er": {}, "back\\slash": {}, ".hidden": {}}).items():
         for each in job.save(name, 3.0, **how):
             assert each.on_tier("node").result(SECONDS) == each.result(SECONDS) == each.path
     outside = job.all(lambda rank: job.ranks[rank].begin(job.home, "d"))
