@@ -39,6 +39,7 @@ from ckpt.storage.log_file import stamp_of
 from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.node_level import find_node_root
 from ckpt.tiers.node_storage import boot
+from ckpt.tiers.run_id import find_run
 from ckpt.tiers.tier import Tier
 
 logger = logging.getLogger("ckpt")
@@ -160,6 +161,7 @@ class _OwnNode:
         self._began_ns = time.time_ns()
         self._in_vain: set[str] = set()  # step directories that receipts do not make complete
         self._trouble = self._fatal = ""
+        self._astray = ""  # why what lies here does not come to this home
         try:
             self._root = find_node_root(tier, home)
             if self._root is None:
@@ -168,9 +170,9 @@ class _OwnNode:
             self._fatal = str(error)
         root = self._root
         if root is not None and (root / nodes.NAME).exists():
-            self._enter(root)
+            self._enter(root, home)
 
-    def _enter(self, root: Path) -> None:
+    def _enter(self, root: Path, home: Path) -> None:
         self._generations = Generations(root)
         self._drain = DrainProcess(root)
         lock = DirectoryLock(root, name=nodes.RESTORING, owner="another rank")
@@ -178,7 +180,8 @@ class _OwnNode:
             with contextlib.suppress(InUseError):  # then that rank does it
                 lock.acquire()
                 self._lock = lock
-        except CheckpointError as error:
+                self._astray = _lead_to(root, home)
+        except (CheckpointError, OSError) as error:
             self._trouble = str(error)
 
     def close(self) -> None:
@@ -201,8 +204,8 @@ class _OwnNode:
         found: list[OnItsWay] = []
         if self._root is not None and self._drain is not None:
             try:
-                stands = self._drain.ensure() if self._lock is not None else ""
-                found = [self._stopped(each, stands) if stands else each for each in self._look(self._root)]
+                stands = self._astray or (self._drain.ensure() if self._lock is not None else "")
+                found = [_stopped(each, stands) if stands else each for each in self._look(self._root)]
                 said["bare"] = [path.name for path in find_steps(self._root).bare if path.name not in self._in_vain]
                 said["manifests"] = {name: self._content(self._root / name) for name in wanted}
             except (CheckpointError, OSError) as error:
@@ -241,9 +244,6 @@ class _OwnNode:
         except CheckpointError as error:
             return dataclasses.replace(way, text=str(error))
 
-    def _stopped(self, way: OnItsWay, why: str) -> OnItsWay:
-        return dataclasses.replace(way, state=BLOCKED, text=why) if way.state == MOVING else way
-
     def _kind_of_failure(self, journal: journals.Journal, path: Path) -> str:
         if journal.next is not None:
             return MOVING
@@ -268,6 +268,27 @@ class _OwnNode:
                     logger.info("'%s' was made complete: a crash had left it without its manifest", directory)
             except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
                 logger.warning("'%s' cannot be made complete: %s", directory, error)
+
+
+def _stopped(way: OnItsWay, why: str) -> OnItsWay:
+    return dataclasses.replace(way, state=BLOCKED, text=why) if way.state in (MOVING, DELIVERED) else way
+
+
+def _lead_to(root: Path, home: Path) -> str:
+    """Has the drain carry to this home, which somebody may have renamed. Returns why it cannot; else an empty text.
+
+    Raises:
+        CheckpointError, OSError: a file cannot be read or written.
+    """
+    path, before = root / nodes.NAME, nodes.read(root).home
+    if before == home or os.path.realpath(before) == os.path.realpath(home):
+        return ""
+    if find_run(before) == root.name:
+        return f"it goes to '{before}', of which '{home}' is a copy: load from there, or remove that one"
+    document = manifests.parse_checked(path.read_bytes()) | {"home": str(home)}
+    durable.replace_durably(path, manifests.with_checksum(document), "node")
+    logger.info("what lies in '%s' goes to '%s' now, which was '%s'", root, home, before)
+    return ""
 
 
 def _is_received(directory: Path, content: str, ranks: frozenset[int]) -> bool:

@@ -276,6 +276,7 @@ def test_a_node_that_missed_the_verdict(jobs: Jobs, nothing_comes: contextlib.Ex
     jobs.end()
     end_drains(jobs.base)
     (landed / "manifest.json").unlink()
+    (landed.parent / "drain" / "000000000002.json").unlink(missing_ok=True)  # the drain has never seen it
     nothing_comes.close()
     job = jobs.start()
     assert job.find() == ["a", "a"]
@@ -317,6 +318,26 @@ def test_home_is_lost(jobs: Jobs) -> None:
     for node in job.nodes:
         shutil.rmtree(node)
     assert job.find() == [None, None]
+
+
+def test_home_has_another_name_by_now(jobs: Jobs, nothing_comes: contextlib.ExitStack, tmp_path: Path) -> None:
+    """What is on the nodes follows it; but not to a copy."""
+    job = begun(jobs)
+    job.save_to_nodes("a", 2.0)
+    jobs.end()
+    end_drains(jobs.base)
+    nothing_comes.close()
+    copied = tmp_path / "copied"
+    shutil.copytree(job.home, copied)
+    job = jobs.start()
+    first, job.home = job.home, copied
+    errors = job.find()
+    assert all(f"it goes to '{first}'" in str(error) for error in errors), errors
+    shutil.rmtree(copied)
+    first.rename(copied)
+    assert job.find() == ["a", "a"]
+    job.assert_at_home("a", 2.0)
+    job.save_to_nodes("b", 3.0)
 
 
 def test_what_cannot_be_is_refused(jobs: Jobs, tmp_path: Path) -> None:
