@@ -26,7 +26,7 @@ if importlib.util.find_spec("deepspeed") is None:
 from dist.deepspeed_nursery import DeepSpeedNursery
 from dist.deepspeed_runs import Fields, Outcomes
 from nursery import Ended
-from test_node_saves import end_drains
+from tier_places import end_drains_below
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -391,7 +391,7 @@ def test_a_node_whose_directory_is_in_use_stops_all_ranks(nurseries: list[DeepSp
 @pytest.fixture
 def lives(nurseries: list[DeepSpeedNursery], tmp_path: Path) -> Iterator[Lives]:
     yield Lives(nurseries, tmp_path)
-    end_drains(tmp_path)
+    end_drains_below(tmp_path)
 
 
 def outcomes_of(lives: Lives, mode: str, **fields: Any) -> list[Fields]:
@@ -413,7 +413,7 @@ def test_saves_land_on_the_nodes_first(lives: Lives, tmp_path: Path) -> None:
         assert (found["path"], found["found"], found["latest"]) == ("two", saved[rank]["saved"], "three")
         assert found["places"] == (["node"] if rank == 0 else ["home", "node"]), "each has on its node what it has written"
 
-    end_drains(tmp_path)
+    end_drains_below(tmp_path)
     shutil.rmtree(tmp_path / "node-0")
     for rank, found in enumerate(outcomes_of(lives, "load_by_nodes", load_tag="two")):
         assert (found["path"], found["found"]) == ("two", saved[rank]["saved"])

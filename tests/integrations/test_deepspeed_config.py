@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import patience
-from test_node_saves import end_drains
+from tier_places import end_drains_below
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
@@ -343,7 +343,7 @@ def test_tiers_of_enable_and_of_attach(engines: Engines, tmp_path: Path, caplog:
         assert (where / "latest").read_text() == "second"
         assert torch.load(where / "second" / "mp_rank_00_model_states.pt") == {"step": 4}
         each.checkpoint_engine.cleanup()
-    end_drains(tmp_path)
+    end_drains_below(tmp_path)
 
 
 # ---- the engine by itself --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import patience
-from test_node_saves import end_drains
+from tier_places import end_drains_below
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -103,7 +103,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
     tiers = {"tiers": [{"node": str(where / "node-0")}]}
     cases += [trees("enable", case) | {"name": f"tree nodes {name_of(case)}", "options": tiers} for case in BY_NODES]
     yield Outcomes(where, 2, cases)
-    end_drains(where)
+    end_drains_below(where)
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 from support import assert_same, options, patience
-from test_node_saves import end_drains
 from test_ranks_apart import PATIENT, Threaded, Wire
-from tier_places import that_cannot_be_changed
+from tier_places import end_drains_below, that_cannot_be_changed
 
 import ckpt
 from ckpt.directory.publish_lock import publishing
@@ -155,7 +154,7 @@ def jobs(tmp_path: Path) -> Iterator[Jobs]:
     jobs = Jobs(tmp_path)
     yield jobs
     jobs.end()
-    end_drains(tmp_path)
+    end_drains_below(tmp_path)
 
 
 @pytest.fixture
@@ -256,7 +255,7 @@ def test_the_disk_of_a_node_is_lost(jobs: Jobs, nothing_comes: contextlib.ExitSt
     job = begun(jobs)
     job.save_to_nodes("a", 2.0)
     jobs.end()
-    end_drains(jobs.base)
+    end_drains_below(jobs.base)
     shutil.rmtree(job.nodes[1])
     nothing_comes.close()
     job = jobs.start()
@@ -274,7 +273,7 @@ def test_a_node_that_missed_the_verdict(jobs: Jobs, nothing_comes: contextlib.Ex
     """It has its files, and receipts, but no manifest, as a kill may leave it."""
     _, landed = begun(jobs).save_to_nodes("a", 2.0)
     jobs.end()
-    end_drains(jobs.base)
+    end_drains_below(jobs.base)
     (landed / "manifest.json").unlink()
     (landed.parent / "drain" / "000000000002.json").unlink(missing_ok=True)  # the drain has never seen it
     nothing_comes.close()
@@ -311,7 +310,7 @@ def test_home_is_lost(jobs: Jobs) -> None:
     for each in job.ranks:
         each.wait(SECONDS)
     jobs.end()
-    end_drains(jobs.base)
+    end_drains_below(jobs.base)
     shutil.rmtree(job.home)
     job = jobs.start()
     assert all("remove" in str(error) and "'a'" in str(error) for error in job.find())
@@ -325,7 +324,7 @@ def test_home_has_another_name_by_now(jobs: Jobs, nothing_comes: contextlib.Exit
     job = begun(jobs)
     job.save_to_nodes("a", 2.0)
     jobs.end()
-    end_drains(jobs.base)
+    end_drains_below(jobs.base)
     nothing_comes.close()
     copied = tmp_path / "copied"
     shutil.copytree(job.home, copied)
