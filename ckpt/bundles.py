@@ -2,54 +2,55 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import logging
 import os
-import time
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from ckpt.commit.agreement import Refusal, find_refusal
+from ckpt.commit.agreement import find_refusal
+from ckpt.commit.bundle_agreement import REFUSALS, judge
 from ckpt.commit.bundle_target import BundleTarget
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.publication import Publication
-from ckpt.commit.target import SaveCall, SavedFile
+from ckpt.commit.target import PublicationTarget, SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
-from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.publish_lock import is_home
 from ckpt.errors import (
     CheckpointError,
     ClosedError,
-    CorruptError,
     DeadlineError,
-    FailedSavesError,
-    NotACheckpointError,
-    PeerError,
     SkippedError,
     StorageError,
+    SupersededError,
 )
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
-from ckpt.restore import file_readers
-from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
-from ckpt.restore.places import StepPlaces
+from ckpt.restore.bundle_finder import BundleFinder
+from ckpt.restore.candidates import CandidateVote
+from ckpt.restore.near_bundles import NearBundles
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
-from ckpt.saving.task import SaveTask
+from ckpt.saving.task import SaveTask, wait_landed
+from ckpt.saving.vanished import has_vanished
 from ckpt.session import SaveSession
-from ckpt.storage import durable, temporary_names
+from ckpt.storage import durable
+from ckpt.tiers.bundle_nodes import BundleNodes, Landing
+from ckpt.tiers.homecoming import Homecoming
+from ckpt.tiers.node_level import NODE
+from ckpt.tiers.tier import Tier, node_tier
 
 logger = logging.getLogger("ckpt")
 
-_UNVERIFIED = -1  # sequence of a directory that has no manifest
-_REMOVAL_S = 1.0
+Result = TypeVar("Result")
 _MOST_PUBLISHED = 16  # bundles that are looked for when a save has failed
 _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
 
@@ -57,7 +58,9 @@ _MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one 
 class Bundle:
     """One checkpoint that is being put together; made by BundleCheckpointer.begin()."""
 
-    def __init__(self, owner: BundleCheckpointer, root: Path, target: BundleTarget, task: SaveTask) -> None:
+    def __init__(
+        self, owner: BundleCheckpointer, root: Path, target: BundleTarget, task: SaveTask, landing: Landing | None
+    ) -> None:
         self._owner = owner
         self._root = root
         self._target = target
@@ -66,12 +69,18 @@ class Bundle:
         self._committed = False
         self._included: list[Path] = []
         self._held: dict[Path, durable.Directory] = {}  # where its files are made
+        self._landing = landing  # on a node; None: it goes straight home
         self._task = task
         self.pending = PendingSave(task)
 
     @property
     def directory(self) -> Path:
         return self._target.call.directory
+
+    @property
+    def lands_on_node(self) -> bool:
+        """Whether its directory is made later, when what is saved to the node comes home."""
+        return self._landing is not None
 
     def save(self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None) -> None:
         """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
@@ -81,7 +90,7 @@ class Bundle:
         Args:
             path: where; a file that lies elsewhere than directly in the bundle's directory gets its name with the others, but
                 is not part of the checkpoint. Several ranks may write one file: that of the lowest rank is taken, and theirs
-                must have the same structure.
+                must have the same structure. By way of nodes, all of them lie directly in the directory.
             lazy: as in `ckpt.save`.
         """
         if self._committed:
@@ -90,16 +99,27 @@ class Bundle:
             return
         try:
             target = Path(os.path.abspath(os.fspath(path)))
-            durable.file_target(target)
-            # Its directory is not made with it: a user may have removed the bundle meanwhile.
-            limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
-            durable.make_directory(target.parent, durable=False)
-            file = FileInFlight(target, limits=limits, directory=self._hold(target.parent))
+            file = self._file_at(target) if self._landing is None else self._file_on_node(target, self._landing)
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()
         except Exception as error:
             self.fail(error)
+
+    def _file_at(self, target: Path) -> FileInFlight:
+        durable.file_target(target)
+        # Its directory is not made with it: a user may have removed the bundle meanwhile.
+        limits = self._owner._limits.get(self._root) if target.parent == self.directory else None
+        durable.make_directory(target.parent, durable=False)
+        return FileInFlight(target, limits=limits, directory=self._hold(target.parent))
+
+    def _file_on_node(self, target: Path, landing: Landing) -> FileInFlight:
+        if target.parent != self.directory:
+            raise CheckpointError(
+                f"'{target}' is not of the bundle '{self.directory}', which goes by way of the disks of nodes: begin() one "
+                "with such files with by_nodes=False"
+            )
+        return landing.make_file(target.name)
 
     def _hold(self, directory: Path) -> durable.Directory:
         """From now on all goes there, whatever it is called by then."""
@@ -108,7 +128,12 @@ class Bundle:
         return self._held[directory]
 
     def include(self, path: str | os.PathLike[str]) -> None:
-        """Makes what somebody else has written there, a file or a directory, durable before the bundle is published."""
+        """Makes what somebody else has written there, a file or a directory, durable before the bundle is published.
+
+        Of a bundle that was begun with by_nodes=False, or has no tier: else commit() says that it cannot be saved.
+        """
+        if self._landing is not None:
+            self.fail(CheckpointError(f"'{path}' lies at home already, and the bundle goes by way of the disks of nodes"))
         self._included.append(Path(path))
 
     def fail(self, error: BaseException) -> None:
@@ -126,7 +151,8 @@ class Bundle:
         if not self._committed:
             self._committed = True
             with contextlib.suppress(StorageError):  # no rank has written there; or it was removed: whoever publishes finds out
-                self._hold(self.directory)
+                if self._landing is None:
+                    self._hold(self.directory)
             self._owner._commit(self)
         return self.pending
 
@@ -145,6 +171,10 @@ class BundleCheckpointer(SaveSession):
         leads_node: whether this rank is the one that writes manifest and `latest` on its node; used if `node` is given.
         varying: keys of integers that may differ where several ranks write one file.
         metrics: as of Checkpointer.
+        tiers: `[Tier.node(path)]`: saves to one directory land on a disk of each node first, and come home later:
+            `on_tier("node")` of a save tells of the first, result() of the other. It is the first directory that is saved to a
+            second time, or that find() has looked into before; what is saved to others goes straight home. find() waits until
+            all has come home. Not with `node`.
 
     Raises:
         ValueError, CheckpointError: as Checkpointer.
@@ -159,7 +189,11 @@ class BundleCheckpointer(SaveSession):
         leads_node: bool = False,
         varying: Iterable[str] = (),
         metrics: Iterable[MetricsSink] = (),
+        tiers: Sequence[Tier] = (),
     ) -> None:
+        tier = node_tier(tiers)
+        if tier is not None and node is not None:
+            raise ValueError("tiers= has no use where each node has directories of its own (node=): leave one of them out")
         made = make_coordinator(coordinator)
         what = "this BundleCheckpointer"
         super().__init__(
@@ -168,9 +202,18 @@ class BundleCheckpointer(SaveSession):
         self._claims = f"{self._stream}-claim"
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._varying = tuple(varying)
-        self._vote = CandidateVote(made, f"{self._stream}-find", self.options.timeout_s)
         self._node = node or ""
         self._leads = self.rank == 0 or (node is not None and leads_node)
+        vote = CandidateVote(made, f"{self._stream}-find", self.options.timeout_s)
+        self._finder = BundleFinder(self.rank, self.world_size, vote, self._leads, self.options.timeout_s)
+        self._nodes: BundleNodes | None = None
+        self._homecoming: Homecoming | None = None
+        self._unlanded: BaseException | None = None  # of the newest save since the last wait() that came nowhere
+        if tier is not None:
+            self._nodes = BundleNodes(tier, made, f"{self._stream}-tier", self.options)
+            weakref.finalize(self, self._nodes.close).atexit = False
+            times = self.options.timeout_s, self.options.drain_timeout_s
+            self._homecoming = Homecoming(tier, made, f"{self._stream}-home", *times)
         self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
         self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
@@ -189,6 +232,7 @@ class BundleCheckpointer(SaveSession):
         move_latest: bool = True,
         may_skip: bool = True,
         together: bool = True,
+        by_nodes: bool = True,
     ) -> Bundle:
         """Begins the bundle `name` in `root`, where `latest` lies too.
 
@@ -197,6 +241,7 @@ class BundleCheckpointer(SaveSession):
             move_latest: whether `latest` is to name it.
             may_skip: whether `Options.when_busy` may skip it; else it waits.
             together: whether all ranks save into it; False: only rank 0 does, so the others may give another `root`.
+            by_nodes: whether it may land on the nodes first, with `tiers`; False, on all ranks: straight home.
 
         Raises:
             CheckpointError: ranks give different names, or different directories on one node; raised on all of them.
@@ -210,10 +255,15 @@ class BundleCheckpointer(SaveSession):
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(path / name, step, on_done=functools.partial(self._note_done, number))
         own_root = self._claim(path, name, number, together)
+        self._finder.forget()
         directory = path / name
         call = SaveCall(number, step, f"'{name}'", where=directory.parent, directory=directory)
         target = BundleTarget(call, name, own_root, self._node, move_latest, self.rank, self._varying)
-        bundle = Bundle(self, path, target, task)
+        landing, refusal = self._land(task, path, own_root, number, together and by_nodes)
+        bundle = Bundle(self, path, target, task, landing)
+        if refusal is not None:
+            bundle.fail(refusal)
+            return bundle
         try:
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
             self._finisher.admit(task, options)
@@ -222,6 +272,22 @@ class BundleCheckpointer(SaveSession):
             bundle.fail(error)
         return bundle
 
+    def _land(
+        self, task: SaveTask, root: Path, own: BundleRoot | None, number: int, by_nodes: bool
+    ) -> tuple[Landing | None, CheckpointError | None]:
+        """Where it goes first, if that is not home; and why it goes nowhere."""
+        if self._nodes is None:
+            return None, None
+        task.tiers[NODE] = concurrent.futures.Future()
+        if not by_nodes:
+            return None, None
+        assert task.step is not None
+        self._nodes.enter(root, own, number, task.step)
+        try:
+            return self._nodes.land(task, root, own, number), None
+        except CheckpointError as error:
+            return None, error
+
     def _claim(self, root: Path, name: str, number: int, together: bool) -> BundleRoot | None:
         """Before anybody writes below `root`: rank 0, and who leads a node, locks it. All ranks go on, or none."""
         own, error = None, None
@@ -229,6 +295,8 @@ class BundleCheckpointer(SaveSession):
             if self.rank == 0:
                 self._check_failures()
                 self._check_remaining()
+            if self._nodes is not None:
+                self._nodes.check(root)
             if self._leads:
                 own = self._own_root(root)
         except CheckpointError as caught:
@@ -237,16 +305,16 @@ class BundleCheckpointer(SaveSession):
             error = StorageError(caught.errno or 0, f"cannot claim '{root}': {caught}", str(root))
         # Where only rank 0 writes, nobody cares for the directories of the others.
         roots = [str(root), os.path.realpath(root)] if together else []
-        said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots}
+        said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots, "tiers": self._nodes is not None}
         said |= {"kind": type(error).__name__, "text": "" if error is None else str(error)}
         refusal = None
         if self.world_size > 1:
             key = f"{self._claims}/{number}"
-            refusal = find_refusal(self._coordinator, key, said, _judge, self.options.timeout_s)
+            refusal = find_refusal(self._coordinator, key, said, judge, self.options.timeout_s)
         if error is not None:
             raise error
         if refusal is not None:
-            raise _REFUSALS[refusal["kind"]](refusal["text"])
+            raise REFUSALS[refusal["kind"]](refusal["text"])
         return own
 
     def _check_remaining(self) -> None:
@@ -270,7 +338,8 @@ class BundleCheckpointer(SaveSession):
         if self._moved and all(task.done() for task in self._pending):
             _release_moved(self._moved)
         busy = [task.path for task in self._pending if not task.done()]
-        idle = [path for path in self._roots if path != root and not any(each.is_relative_to(path) for each in busy)]
+        kept = {root, self._nodes.keeps if self._nodes is not None else None}
+        idle = [path for path in self._roots if path not in kept and not any(each.is_relative_to(path) for each in busy)]
         for path in idle[: max(0, len(self._roots) - _MOST_ROOTS)]:
             self._roots.pop(path).release()
         return own
@@ -292,11 +361,26 @@ class BundleCheckpointer(SaveSession):
                 failed = failed or unsynced
             call = dataclasses.replace(target.call, files=tuple(SavedFile(file) for file in files))
             there = held.get(call.directory)
-            publication = Publication(self._conversation, dataclasses.replace(target, call=call, held=there))
-            return publication.run(error or failed)
+            straight = dataclasses.replace(target, call=call, held=there)
+            return self._publish(straight, bundle._landing, error or failed)
 
         (self._finisher.commit_later if bundle._admitted else self._finisher.attend)(task, publish)
         self._remember(task)
+
+    def _publish(self, straight: BundleTarget, landing: Landing | None, error: BaseException | None) -> Path:
+        target: PublicationTarget = straight
+        if landing is not None:
+            target = landing.target(straight.call, straight.move_latest, self._varying)
+        publication = Publication(self._conversation, target, None if self._nodes is None else self._nodes.bypass)
+        if landing is None:
+            return publication.run(error)
+        published = None
+        try:
+            path = publication.run(error)
+            published = publication
+        finally:
+            landing.end(straight.call.files, published)
+        return path
 
     def _note_limits(self, bundle: Bundle, file: FileInFlight) -> None:
         limits = file.found_limits()
@@ -306,16 +390,24 @@ class BundleCheckpointer(SaveSession):
             self._limits[bundle._root] = limits
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
-        if error is not None and _has_vanished(task, error):
+        if isinstance(error, SupersededError):  # by one of the same name, which stands in its place
+            logger.info("%s", error)
+        elif error is not None and has_vanished(task, error):
             self._unreported = error
             logger.warning("'%s' was removed while it was being saved", task.path)
         else:
             super()._count(number, task, error)
+            if error is not None and not task.tier_at and not isinstance(error, SkippedError):
+                self._unlanded = error
+        if self._nodes is not None:
+            self._nodes.succeeded |= error is None or bool(task.tier_at)
         if error is None:
             before = [path for path in self._published if path != task.path]
             self._published = [*before[1 - _MOST_PUBLISHED :], task.path]
 
     def _release(self) -> None:
+        if self._nodes is not None:
+            self._nodes.close()
         _release_all(self._roots)
         _release_moved(self._moved)
 
@@ -335,129 +427,67 @@ class BundleCheckpointer(SaveSession):
             reads: told the name of a file, says whether it is going to be read; others may be damaged or missing.
                 None: all are read.
 
+        With `tiers` all that is complete on the nodes has come home then, or `name` has: that is waited for, at most
+        `Options.drain_timeout_s`.
+
         Returns:
             None if there is no bundle, or no directory `name`.
 
         Raises:
             CorruptError: `name`, or every one, is incomplete or damaged; the message says how, and names complete ones.
-            CheckpointError: each was replaced or removed before it could be read, time and again.
+            CheckpointError: each was replaced or removed before it could be read, time and again. Or something newer is
+                complete on the nodes, and does not come home.
         """
         self._check_usable()
-        self._vote.begin()
+        self._finder.begin()
         self._drain(self.options.drain_timeout_s)
         path = Path(os.path.abspath(os.fspath(root)))
+        return self._finder.find(path, name, reads, self._bring_home(path, name))
 
-        def verify(candidate: Candidate) -> Objection | None:
-            return self._verify(path / candidate.name, candidate.sequence, reads)
+    def _bring_home(self, root: Path, name: str | None) -> NearBundles:
+        if self._nodes is not None and self._homecoming is not None:
+            self._nodes.note_look(root)
+            return self._homecoming.wait(root, name)
+        if self.rank == 0 and is_home(root):
+            logger.warning("'%s' has been saved to by way of nodes, and no tiers= are given: what lies there is left out", root)
+        return NearBundles()
 
-        def complete() -> None:
-            bundles.complete_all(path, name or bundles.read_latest(path))
+    def read(self, path: str | os.PathLike[str], attempt: Callable[[Path], Result]) -> Result:
+        """What `attempt` makes of a file; of a bundle that find() has just found, of the nearest copy that is good.
 
-        def look() -> Seen:
-            complete()
-            return Seen(self._candidates(path, name))
+        Args:
+            attempt: called with a path, or, if it raises CorruptError or StorageError there, with that of another copy.
 
-        if self._leads:
-            complete()
-        self._vote.meet()  # nobody looks at files that are just getting their names
-        found, refusal = self._vote.lead(look, verify) if self.rank == 0 else self._vote.follow(verify)
-        if found is not None:
-            wanted = name or bundles.read_latest(path)
-            if wanted is not None and found.name != wanted:
-                logger.warning("'%s' is not a good checkpoint; '%s' is taken instead", path / wanted, found.name)
-            return found.name
-        if not refusal.causes:
-            return None
-        others = [directory.name for directory, _ in bundles.committed_in(path) if directory.name != name]
-        published = f"; published there: {', '.join(others[:8])}" if name is not None and others else ""
-        kind = CheckpointError if refusal.kind == GONE else CorruptError
-        raise kind(f"no checkpoint to load from '{path}': {'; '.join(refusal.causes)}{published}")
-
-    def _candidates(self, root: Path, name: str | None) -> list[Candidate]:
-        published = {directory.name: manifest.sequence for directory, manifest in bundles.committed_in(root)}
-        first = name or bundles.read_latest(root)
-        candidates = []
-        if first is not None and (root / first).is_dir():
-            manifest = manifests.read_if_any(root / first)  # its name may have slashes
-            candidates = [Candidate(first, _UNVERIFIED if manifest is None else manifest.sequence)]
-            published.pop(first, None)
-        if name is None:
-            candidates += [Candidate(*item) for item in published.items()]
-        return candidates
-
-    def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> Objection | None:
-        if sequence == _UNVERIFIED:
-            cause = self._verify_foreign(directory)
-            return None if cause is None else Objection(cause)
-        unsettled = bundles.is_unsettled(directory)
-        try:
-            for file in StepPlaces.at(directory).read_manifest(sequence).files:
-                if file.rank % self.world_size == self.rank and (reads is None or reads(file.name)):
-                    file_readers.verify(directory / file.name, file, self.options.timeout_s)
-        except file_readers.UNFIT as error:
-            return Objection(str(error), unsettled or not manifests.is_at(directory, sequence))
-        return None
-
-    def _verify_foreign(self, directory: Path) -> str | None:
-        try:
-            manifests.read(directory)
-        except NotACheckpointError as error:
-            if not isinstance(error.__cause__, FileNotFoundError):
-                return str(error)
-        else:
-            return f"'{directory}' has a manifest here, and none on rank 0: all ranks must see the same directory"
-        files = [path.name for path in directory.iterdir() if path.is_file()] if directory.is_dir() else []
-        if all(temporary_names.is_temporary(file) for file in files):
-            return f"'{directory}' was never completed: it holds no finished file"
-        return None
+        Raises:
+            whatever `attempt` raises at the last of them.
+        """
+        return self._finder.read(Path(os.path.abspath(os.fspath(path))), attempt)
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def wait_on_node(self, timeout: float | None = None) -> None:
+        """Like wait(), but until every save is committed on the nodes, or where it went instead.
+
+        Raises:
+            DeadlineError: not within `timeout`.
+            ValueError: there are no tiers.
+            CheckpointError: a save since the last call was committed nowhere; the newest such error.
+        """
+        self._check_usable()
+        if self._nodes is None:
+            raise ValueError(f"{self._what} has no tiers: give it tiers=[Tier.node(path)]")
+        if not wait_landed(self._pending, NODE, timeout):
+            raise DeadlineError(f"saves of {self._what} have not landed after {timeout} s")
+        error, self._unlanded = self._unlanded, None
+        if error is not None:
+            if self._unreported is error:
+                self._unreported = None
+            raise error
 
     def wait_quietly(self) -> None:
         """Like wait(), within `Options.drain_timeout_s`; but failures stay for wait() to raise."""
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
-
-
-_REFUSALS = {kind.__name__: kind for kind in (CheckpointError, FailedSavesError, PeerError)}
-
-
-def _judge(answers: list[dict[str, Any]]) -> Refusal | None:
-    """Why the ranks, which are given in their order, cannot make one bundle."""
-    for own in answers:
-        if own["text"]:
-            kind = FailedSavesError if own["kind"] == FailedSavesError.__name__ else PeerError
-            return {"kind": kind.__name__, "text": f"rank {own['rank']} may not save: {own['text']}"}
-    leaders: dict[str, dict[str, Any]] = {}
-    for own in answers:
-        if own["name"] != answers[0]["name"]:
-            text = f"rank {own['rank']} saves '{own['name']}' where rank 0 saves '{answers[0]['name']}'"
-            return {"kind": CheckpointError.__name__, "text": f"{text}: all ranks must give a checkpoint the same name"}
-        first = leaders.setdefault(own["node"], own)
-        if own["roots"] != first["roots"] and not {*own["roots"]} & {*first["roots"]}:
-            text = f"rank {own['rank']} saves to '{own['roots'][0]}' where rank {first['rank']} saves to '{first['roots'][0]}'"
-            remedy = "Give all ranks the same directory; for one of each rank's own, use the framework's own checkpoint engine"
-            return {"kind": CheckpointError.__name__, "text": f"{text}: a checkpoint of all ranks has one directory. {remedy}"}
-    return None
-
-
-def _has_vanished(task: SaveTask, error: BaseException) -> bool:
-    """Whether the user has removed the bundle meanwhile: the storage is not to blame, and the next one may be good."""
-    own = [file for file in task.planned if file.target.parent == task.path]
-    if not own or any(file.directory is not None and file.directory.moved for file in own):
-        return False
-    gone = isinstance(error, (PeerError, CorruptError)) or (isinstance(error, StorageError) and error.errno == errno.ENOENT)
-    return gone and _is_gone(task.path)
-
-
-def _is_gone(path: Path) -> bool:
-    """Or going: a removal that has taken the first file takes a moment for the last."""
-    end = time.monotonic() + _REMOVAL_S
-    while path.exists():
-        if time.monotonic() > end:
-            return False
-        time.sleep(_REMOVAL_S / 20)
-    return True
 
 
 def _release_all(roots: dict[Path, BundleRoot]) -> None:

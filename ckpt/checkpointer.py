@@ -47,6 +47,7 @@ from ckpt.sharded.entries import EntryFinder
 from ckpt.sharded.metadata import MetadataWriter
 from ckpt.sharded.planning import ShardedPlanner
 from ckpt.storage import durable, temporary_names
+from ckpt.tiers.entering import NodeEntry
 from ckpt.tiers.levels import make_levels
 from ckpt.tiers.node_level import Route, name_run
 from ckpt.tiers.tier import NODE, Tier, check_place, sort_tiers
@@ -124,7 +125,7 @@ class Checkpointer(SaveSession):
         self._succeeded = False
         self._token = ""  # of rank 0: names what all ranks write together
         self._run = ""  # names the job on the disks of its nodes
-        self._arranged: bytes | None = None  # on rank 0: what it says of the nodes
+        self._entry = NodeEntry(made, self.options.timeout_s)
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -212,37 +213,17 @@ class Checkpointer(SaveSession):
         self._directories.token = self._token
 
     def _enter_nodes(self, call: SaveCall) -> None:
-        """At the first save with tiers: each rank looks at the disk of its node, and rank 0 says who is on which.
-
-        It says so again at each save until one has succeeded, as above.
-        """
+        """At the first save with tiers. Rank 0 says who is on which node again until a save has succeeded, as above."""
         nodes = self._nodes
         if nodes is None or (nodes.entered and (self.rank != 0 or self._succeeded)):
             return
-        key, timeout_s = f"{self._stream}-nodes/{call.number}", self.options.timeout_s
-        if not nodes.entered:
-            try:
-                found = self._coordinator.gather(f"{key}-found", nodes.look(self._run, self._token), timeout_s)
-            except PeerError as error:
-                if self.rank == 0:
-                    self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), timeout_s)
-                raise
-            if found is not None:
-                try:
-                    self._arranged = json.dumps(nodes.arrange(found, self._run, call.step)).encode()
-                except CheckpointError as error:
-                    self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), timeout_s)
-                    raise
-        answer = json.loads(self._coordinator.broadcast(key, self._arranged if self.rank == 0 else None, timeout_s))
-        if "refusal" in answer:
-            raise PeerError(f"rank 0 may not save by way of the nodes: {answer['refusal']}", (0,))
-        nodes.enter(answer)
+        self._entry.enter(nodes, f"{self._stream}-nodes/{call.number}", self._run, self._token, call.step)
 
     def _route(self, task: SaveTask, call: SaveCall) -> Route:
         """Where the files of this save go first."""
         if self._nodes is None:
             return Route(self._directories, call.directory)
-        return self._nodes.route(task, call.number)
+        return self._nodes.route(task, call.number, self._directories)
 
     def _contents(self, state: Any, replicated: Any, sharded: Any) -> list[tuple[str, Any]]:
         others = [(REPLICATED, replicated), (SHARDED, sharded)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
+from ckpt.commit.conversation import Failure
 from ckpt.commit.replica_check import Digest, digest_of, without_numbers
 from ckpt.commit.rounds import Ask
 from ckpt.commit.target import Choice, Prepared, SaveCall, SavedFile
@@ -59,13 +60,8 @@ class BundleTarget:
         return file.file.target.parent == self.call.directory
 
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
-        digests = tuple(self._digest(file.file) for file in self.call.files if self._is_inside(file))
-        return Prepared(files, digests, node=self.node)
-
-    def _digest(self, file: FileInFlight) -> Digest:
-        digest = digest_of(without_numbers(file.pickle, self.varying), file.sizes, 0)
-        file.forget_structure()
-        return digest
+        inside = [file.file for file in self.call.files if self._is_inside(file)]
+        return Prepared(files, tuple(structure_digest(file, self.varying) for file in inside), node=self.node)
 
     def reply(self, question: Mapping[str, Any]) -> str:
         """Nothing is asked."""
@@ -90,8 +86,14 @@ class BundleTarget:
 
     # ---- who leads -------------------------------------------------------------------------------------------------
 
-    def choose(self, answers: Sequence[Prepared], ask: Ask) -> Choice:
-        files, dropped = _one_of_each(answers)
+    def choose(self, answers: Sequence[Prepared], ask: Ask) -> Choice | Failure:
+        if not self.node and (elsewhere := [rank for rank, answer in enumerate(answers) if answer.node]):
+            return Failure(f"rank {elsewhere[0]} saves by way of its node, and rank 0 straight home", tuple(elsewhere))
+        files: dict[str, list[FileEntry]] = {}
+        dropped: list[str] = []
+        for node in dict.fromkeys(answer.node for answer in answers):
+            files[node], unwanted = one_of_each([answer for answer in answers if answer.node == node])
+            dropped += [file.temporary for file in unwanted]
         own = files.pop(self.node, [])
         return Choice(tuple(own), elsewhere=files, dropped=dropped)
 
@@ -114,26 +116,37 @@ class BundleTarget:
             self.root.point_latest(self.name if self.held is None else self.root.name_of(self.held, self.name))
 
 
-def _one_of_each(answers: Sequence[Prepared]) -> tuple[dict[str, list[FileEntry]], list[str]]:
-    """The files of each node, each name once: of the lowest rank that writes it; and the temporary names of the others.
+def one_of_each(answers: Sequence[Prepared]) -> tuple[list[FileEntry], list[FileEntry]]:
+    """Of what ranks have written each name once: the files of the lowest rank that has written it, and the others.
 
     Raises:
         CheckpointError: two ranks have written a file, and its structure differs.
     """
-    chosen: dict[str, dict[str, tuple[FileEntry, Digest]]] = {}
+    chosen: dict[str, tuple[FileEntry, Digest]] = {}
     dropped = []
     for answer in answers:
-        there = chosen.setdefault(answer.node, {})
         for file, digest in zip(answer.files, answer.digests, strict=True):
-            first, expected = there.setdefault(file.name, (file, digest))
+            name = file.called or file.name
+            first, expected = chosen.setdefault(name, (file, digest))
             if first.rank != file.rank:
                 if digest != expected:
                     raise CheckpointError(
-                        f"ranks {first.rank} and {file.rank} both write '{file.name}', and not the same: its structure, its "
+                        f"ranks {first.rank} and {file.rank} both write '{name}', and not the same: its structure, its "
                         "values beside tensors or the sizes of its tensors differ. Let one rank write it, or use two names"
                     )
-                dropped.append(file.temporary)
+                dropped.append(file)
             elif first is not file:  # written again by the same rank
-                dropped.append(first.temporary)
-                there[file.name] = file, digest
-    return {node: [file for file, _ in there.values()] for node, there in chosen.items()}, dropped
+                dropped.append(first)
+                chosen[name] = file, digest
+    return [file for file, _ in chosen.values()], dropped
+
+
+def structure_digest(file: FileInFlight, varying: Sequence[str]) -> Digest:
+    """What one_of_each() compares; the structure is forgotten.
+
+    Args:
+        varying: keys of integers that may differ.
+    """
+    digest = digest_of(without_numbers(file.pickle, varying), file.sizes, 0)
+    file.forget_structure()
+    return digest

@@ -53,6 +53,7 @@ class Publication:
         self._doubt: BaseException | None = None  # whether the manifest lasts
         self._is_empty = False
         self.sequence = -1  # of the commit, once rank 0 has decided
+        self.dropped: frozenset[str] = frozenset()  # see Choice
 
     def run(self, error: BaseException | None) -> Path:
         """
@@ -77,7 +78,7 @@ class Publication:
             heard=self._hear_bypass,
         )
         said = first.hold(own, error, lambda answers: self._decide(answers, first.ask))
-        self.sequence = said["sequence"]
+        self.sequence, self.dropped = said["sequence"], frozenset(said["dropped"])
         if self._target.names_late:
             self._name_late(said)
         elif self._target.spread:
@@ -89,7 +90,9 @@ class Publication:
         return Round(self._conversation, f"{call.number}-{phase}", f"{call.what} to '{call.where}'", **hooks)
 
     def _manifest(self, sequence: int, files: Sequence[FileEntry], others: tuple[str, ...] = ()) -> Manifest:
-        return Manifest(self._call.step, sequence, self._conversation.world_size, tuple(files), manifests.now(), others)
+        call, world_size = self._call, self._conversation.world_size
+        made = Manifest(call.step, sequence, world_size, tuple(files), manifests.now(), others)
+        return dataclasses.replace(made, bundle=call.bundle, moves_latest=call.moves_latest)
 
     def _say_bypass(self, failure: Failure | None, answers: Answers) -> Mapping[str, Any]:
         return {} if self._bypass is None else self._bypass.decide(failure, answers, self._target.node != "")

@@ -41,6 +41,7 @@ class SaveCall:
         what: is saved, in words that are the same on all ranks.
         where: it is saved to, for errors.
         directory: of the checkpoint.
+        bundle, moves_latest: see Manifest.
     """
 
     number: int
@@ -49,6 +50,8 @@ class SaveCall:
     where: Path
     directory: Path
     files: tuple[SavedFile, ...] = ()
+    bundle: str = ""
+    moves_latest: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Choice:
         files: of the manifest that rank 0 writes.
         others: see Manifest.
         elsewhere: by node, the files of manifests in directories that rank 0 does not see.
-        dropped: the temporary names of files that are not wanted.
+        dropped: the names that files that are not wanted have now.
     """
 
     files: tuple[FileEntry, ...]

@@ -13,18 +13,20 @@ under its temporary name gives it its own, see complete().
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory import publish_lock
 from ckpt.directory.listing import LATEST, newest_first, read_manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.root import Root, has_size, temporaries_in
-from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable, temporary_names
 
 logger = logging.getLogger("ckpt")
@@ -59,7 +61,11 @@ class BundleRoot:
             own = _roots.get(identity, own)
             if own._users == 0:
                 own._root.claim()
-                own._remove_leftovers()
+                try:
+                    own._begin()
+                except BaseException:
+                    own._root.release()
+                    raise
                 _roots[identity] = own
             own._users += 1
             return own
@@ -83,12 +89,37 @@ class BundleRoot:
         root = Path(os.path.realpath(self._root.now()))
         return os.path.relpath(os.path.realpath(now), root) if now.is_relative_to(root) else name
 
+    @contextlib.contextmanager
+    def _publishing(self) -> Iterator[None]:
+        """Meanwhile no drain commits here.
+
+        Raises:
+            InUseError: one does, for too long.
+        """
+        if not publish_lock.is_home(self._root.reach):
+            yield
+            return
+        durable.make_directory(self._root.reach / publish_lock.FOLDER, durable=True)
+        with publish_lock.publishing(self._root.reach, "job"):
+            yield
+
+    def _begin(self) -> None:
+        """Behind the claim, before a byte is written."""
+        try:
+            with self._publishing():
+                self._remove_leftovers()
+        except InUseError as error:
+            logger.warning("what a crash has left in '%s' is not removed now: %s", self._root.path, error)
+        if publish_lock.is_home(self._root.path):
+            self.reserve_numbers(0)
+
     def _remove_leftovers(self) -> None:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
         path = self._root.path
         complete_all(path)
-        # What is behind a link is left alone: others may be writing there.
-        for directory in [path, *(each for each in _subdirectories(path) if not each.is_symlink())]:
+        # What is behind a link is left alone: others may be writing there. So may drains in a directory of their own.
+        below = [each for each in _subdirectories(path) if not each.is_symlink() and each.name != publish_lock.FOLDER]
+        for directory in [path, *below]:
             try:
                 self._remove_leftovers_in(directory)
             except (OSError, NotACheckpointError) as error:
@@ -105,6 +136,18 @@ class BundleRoot:
     def take_sequence(self) -> int:
         """The number of the next commit."""
         return self._root.take_sequence(lambda: committed_in(self._root.reach))
+
+    def reserve_numbers(self, above: int) -> int:
+        """From now on commits get numbers that nothing on a node has, see Root. Returns the one below the first.
+
+        Args:
+            above: the highest number that was come across elsewhere.
+
+        Raises:
+            CorruptError, StorageError: as of Root.reserve_numbers().
+        """
+        highest = max((manifest.sequence for _, manifest in committed_in(self._root.reach)), default=0)
+        return self._root.reserve_numbers(max(above, highest))
 
     def publish(self, directory: Path, manifest: Manifest, called: Path) -> None:
         """Decides that the files, which are durable under their temporary names, are the bundle.
@@ -125,12 +168,14 @@ class BundleRoot:
                     "it was removed meanwhile, or not all ranks see the same directory"
                 )
         self._root.sync()
-        durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest")
+        with self._publishing():
+            durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest")
 
     def point_latest(self, name: str) -> None:
-        """Raises StorageError."""
+        """Raises StorageError, InUseError."""
         self._root.lock.assert_held()
-        self._root.point_latest(name)
+        with self._publishing():
+            self._root.point_latest(name)
 
 
 def committed_in(root: Path) -> list[tuple[Path, Manifest]]:

@@ -33,7 +33,7 @@ class FileEntry:
 
     Its kind is "rank" (what `rank` gave for itself), "replicated" (what was the same on all ranks), or one of a sharded state,
     see sharded_files.py. `temporary`: the name that it had when the manifest was written, if that was before it got its own; a
-    crash may have left it under this.
+    crash may have left it under this. `called`: the name that it gets at home, if it has another one on its node.
     """
 
     name: str
@@ -42,6 +42,7 @@ class FileEntry:
     kind: str = RANK
     rank: int = 0
     temporary: str = ""
+    called: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Manifest:
     """`sequence` counts commits in the parent directory: the highest is the newest, whatever the steps.
 
     `others`: finished files that lay in the directory, without a manifest, before the step was saved to it: they are not ours.
+    `bundle`: of a bundle on a node: the name of its directory at home; `moves_latest`: whether `latest` is to name it there.
     """
 
     step: int
@@ -57,6 +59,8 @@ class Manifest:
     files: tuple[FileEntry, ...]
     created: str = ""
     others: tuple[str, ...] = ()
+    bundle: str = ""
+    moves_latest: bool = True
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {
@@ -70,6 +74,8 @@ class Manifest:
         }
         if self.others:
             document["others"] = list(self.others)
+        if self.bundle:
+            document |= {"bundle": self.bundle, "moves_latest": self.moves_latest}
         return with_checksum(document)
 
 
@@ -191,23 +197,30 @@ def parse(content: bytes) -> Manifest:
         files=parse_files(files),
         created=str(document.get("created", "")),
         others=tuple(_plain_name(name) for name in document.get("others", ())),
+        bundle=_plain_name(document["bundle"]) if "bundle" in document else "",
+        moves_latest=bool(document.get("moves_latest", True)),
     )
 
 
 def _parse_file(file: Any) -> FileEntry:
-    name, temporary = _plain_name(file["name"]), file.get("temporary", "")
+    name, temporary, called = _plain_name(file["name"]), file.get("temporary", ""), file.get("called", "")
     kind = file["kind"]
     if kind not in _KINDS:
         raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
-    if temporary:
-        _plain_name(temporary)
-    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary)
+    for other in filter(None, (temporary, called)):
+        _plain_name(other)
+    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary, called)
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a manifest may give it."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
 def _plain_name(name: Any) -> str:
-    if not isinstance(name, str) or not name or name in (".", "..") or any(c in name for c in "/\\\0"):
+    if not is_plain_name(name):
         raise ValueError(f"the file name {name!r} is not a plain name")
-    return name
+    return str(name)
 
 
 def parse_files(entries: Any) -> tuple[FileEntry, ...]:

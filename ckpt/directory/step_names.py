@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import Manifest
 from ckpt.errors import StorageError
 from ckpt.storage import temporary_names
 
@@ -29,6 +30,11 @@ def step_name(step: int) -> str:
     if not 0 <= step < 10**_DIGITS:
         raise ValueError(f"step must lie between 0 and {10**_DIGITS - 1}, but is {step}")
     return f"{_PREFIX}{step:0{_DIGITS}d}"
+
+
+def name_at_home(manifest: Manifest) -> str:
+    """Of the directory of what lies on a node."""
+    return manifest.bundle or step_name(manifest.step)
 
 
 def is_step_name(name: str) -> bool:

@@ -37,7 +37,7 @@ from ckpt.storage import durable, temporary_names
 
 logger = logging.getLogger("ckpt")
 
-_PLAN = "plan.json"
+PLAN = "plan.json"
 # Other files name these: they cannot get another name.
 _NAMED_BY_OTHERS = (SHARDED, SHARDED_CHECKSUMS)
 
@@ -147,11 +147,11 @@ class Arrival:
 
     def _read_plan(self) -> _Plan | None:
         try:
-            return _Plan(**json.loads((self._inbox / _PLAN).read_bytes()))
+            return _Plan(**json.loads((self._inbox / PLAN).read_bytes()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
-            raise StorageError(errno.EIO, f"cannot read '{self._inbox / _PLAN}': {error}", str(self._inbox)) from error
+            raise StorageError(errno.EIO, f"cannot read '{self._inbox / PLAN}': {error}", str(self._inbox)) from error
 
     def _make_plan(self) -> _Plan:
         there, before = names_in(self._directory), manifests.read_if_any(self._directory)
@@ -174,7 +174,7 @@ class Arrival:
         return plan
 
     def _write_plan(self, plan: _Plan) -> None:
-        durable.replace_durably(self._inbox / _PLAN, json.dumps(dataclasses.asdict(plan)).encode(), "drain-plan")
+        durable.replace_durably(self._inbox / PLAN, json.dumps(dataclasses.asdict(plan)).encode(), "drain-plan")
 
     def _free_name(self, entry: FileEntry, taken: set[str]) -> str:
         if entry.name not in taken:

@@ -7,6 +7,7 @@ from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.step_names import name_at_home
 from ckpt.drain.journal import COPIED, COPYING, Journal
 from ckpt.drain.node import Generation
 
@@ -52,6 +53,18 @@ class Rules:
                 found.add(generation.sequence)
                 self._times.append(created_s(generation.manifest))
         return found
+
+
+def newest_of_each(generations: Sequence[Generation]) -> list[Generation]:
+    """Of those that are called the same at home, only the newest can be there.
+
+    Args:
+        generations: newest first.
+    """
+    found: dict[str, Generation] = {}
+    for generation in generations:
+        found.setdefault(name_at_home(generation.manifest), generation)
+    return [*found.values()]
 
 
 def created_s(manifest: Manifest) -> float:

@@ -13,11 +13,11 @@ from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import place_in
-from ckpt.directory.step_names import step_name
+from ckpt.directory.step_names import name_at_home
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
-from ckpt.drain.choice import Rules, created_s, next_one, superseded
+from ckpt.drain.choice import Rules, created_s, newest_of_each, next_one, superseded
 from ckpt.drain.copying import SourceError
 from ckpt.drain.delivery import deliver
 from ckpt.drain.home import Home, OutdoneError
@@ -31,6 +31,7 @@ from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.log_file import stamp_of
 
 logger = logging.getLogger("ckpt")
 
@@ -99,11 +100,8 @@ class Drainer:
             durable.make_directory(self._root / FOLDER, durable=True)
             self._retention.remove_retired()
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
-            for journal in self._journals.values():
-                if journal.blocked:
-                    journal.change(COPIED, blocked=False, errno=0, text="")
-                elif journal.state == FAILED and journal.errno:  # somebody may have changed what was in the way
-                    journal.change(QUEUED, next=None)
+            self._restored = self._restore_time()
+            self._try_again()
             if self._rebuild:
                 self._begin_lost_anew(Home(self._node))
             self._pace = self._make_pace()
@@ -123,10 +121,18 @@ class Drainer:
             self._stop_serving()
             self._lock.release()
 
+    def _try_again(self) -> None:
+        """What failed: somebody may have changed what was in the way."""
+        for journal in self._journals.values():
+            if journal.blocked:
+                journal.change(COPIED, blocked=False, errno=0, text="")
+            elif journal.state == FAILED and journal.errno:
+                journal.change(QUEUED, next=None)
+
     def _begin_lost_anew(self, home: Home) -> None:
         """What was there, or was not wanted there any more. Which of it is wanted now, others decide, as ever."""
         for journal in self._journals.values():
-            if journal.state in (COMMITTED, SUPERSEDED) and not home.is_committed(journal.step, journal.sequence):
+            if journal.state in (COMMITTED, SUPERSEDED) and not home.is_committed(journal.name_at_home, journal.sequence):
                 journal.change(QUEUED, inbox="", by=0, ended=0.0)
 
     def _take_lock(self, once: bool) -> None:
@@ -180,6 +186,10 @@ class Drainer:
 
     # ---- the end ---------------------------------------------------------------------------------------------------
 
+    def _restore_time(self) -> tuple[int, ...] | None:
+        """Another one each time that somebody begins to restore."""
+        return stamp_of(self._root / nodes.RESTORING)
+
     def _may_end(self) -> bool:
         if self._node.is_trained() or nodes.is_restored(self._root):
             self._alone_since = None
@@ -197,6 +207,9 @@ class Drainer:
         """Whether anything was carried."""
         self._look_at_description()
         journals.write_again(self._journals.values())
+        before, self._restored = self._restored, self._restore_time()
+        if before != self._restored:  # a job that was started again: whoever did that may have mended something
+            self._try_again()
         generations = self._generations.find()
         self._note(generations)
         home, opened = Home(self._node), []
@@ -208,7 +221,7 @@ class Drainer:
                 newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
                 self._home_failed(error, None if newest is None else self._journals[newest.sequence])
         rules = Rules(self._node, self._times_at_home)
-        wanted = rules.wanted([each for each in generations if self._journals[each.sequence].waits])
+        wanted = rules.wanted(newest_of_each(self._waiting(generations)))
         self._supersede(generations, wanted)
         self._retain(generations)
         waiting = self._waiting(generations)
@@ -246,7 +259,8 @@ class Drainer:
             if known is None or known.identity != generation.identity:
                 path = journals.path_of(self._root, sequence)
                 place = place_in(generation.directory, generation.manifest) or self._node.place
-                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity, place)
+                step, name = generation.manifest.step, name_at_home(generation.manifest)
+                self._journals[sequence] = Journal(path, sequence, step, generation.identity, place, name=name)
                 self._journals[sequence].change(QUEUED)
         there = {generation.sequence for generation in generations}
         newest = max(there, default=-1)
@@ -307,10 +321,10 @@ class Drainer:
         def wants(manifest: Manifest) -> bool:
             return Rules(self._node, self._times_at_home).want(manifest)
 
-        sequence, place = journal.sequence, self._place_of(journal)
-        if not home.is_committed(journal.step, sequence):
+        sequence, place, name = journal.sequence, self._place_of(journal), journal.name_at_home
+        if not home.is_committed(name, sequence):
             delivered = home.has_receipt(sequence, place.number)
-            if not (delivered and home.commit(sequence, place, wants)) and not home.is_committed(journal.step, sequence):
+            if not (delivered and home.commit(sequence, place, wants)) and not home.is_committed(name, sequence):
                 manifest = home.manifest_of(sequence)
                 if manifest is None or not delivered:
                     journal.change(QUEUED, inbox="", blocked=False)  # who decides what is wanted decides about it, too
@@ -319,11 +333,11 @@ class Drainer:
                 else:
                     self._look_at_others(home, journal, place)
                 return
-        home.finish(journal.step, sequence)
+        home.finish(name, sequence)
         durable.crash_point("drain-committed")
         self._newest_at_home = max(self._newest_at_home, journal.sequence)
         journal.change(COMMITTED, blocked=False, errno=0, text="")
-        self._told(journal.step, home.path / step_name(journal.step))
+        self._told(journal.step, home.path / name)
         self._backoff.succeed()
 
     def _look_at_others(self, home: Home, journal: Journal, place: NodePlace) -> None:

@@ -31,9 +31,10 @@ from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import FOLDER, RUN
 from ckpt.directory.run_file import find_run, write_run
-from ckpt.directory.step_names import names_in, step_name
+from ckpt.directory.step_names import name_at_home, names_in
 from ckpt.drain import others
 from ckpt.drain.arrival import Arrival, MissingError
+from ckpt.drain.bundle_arrival import BundleArrival
 from ckpt.drain.node import Generation, Node
 from ckpt.drain.others import Failure
 from ckpt.drain.parts import Delivered, expect_whole, is_shared, owners_of
@@ -120,7 +121,7 @@ class Home:
         inbox = self.inbox_of(generation.sequence)
         durable.make_directory(self.path / FOLDER, durable=True)
         with self._publishing():
-            self._refuse_outdone(generation.manifest)
+            self._refuse_outdone(generation.manifest, inbox)
             newer = None if wanted else newest_after(self.path, generation.sequence)
             if newer is not None:
                 raise OutdoneError(newer.sequence)
@@ -134,13 +135,15 @@ class Home:
             raise CheckpointError(f"'{inbox}' is for another checkpoint of the same number; remove it if no node writes to it")
         return found.token
 
-    def _refuse_outdone(self, manifest: Manifest) -> None:
+    def _refuse_outdone(self, manifest: Manifest, inbox: Path) -> None:
         there = manifests.read_if_any(self._step(manifest))
         if there is not None and there.sequence > manifest.sequence:
+            if os.path.lexists(inbox):
+                self._discard(inbox)  # nobody is going to commit it
             raise OutdoneError(there.sequence)
 
     def _step(self, manifest: Manifest) -> Path:
-        return self.path / step_name(manifest.step)
+        return self.path / name_at_home(manifest)
 
     def _read_inbox(self, inbox: Path) -> _Inbox | None:
         try:
@@ -216,8 +219,12 @@ class Home:
 
     # ---- committing ------------------------------------------------------------------------------------------------
 
-    def is_committed(self, step: int, sequence: int) -> bool:
-        return manifests.is_at(self.path / step_name(step), sequence)
+    def is_committed(self, name: str, sequence: int) -> bool:
+        """
+        Args:
+            name: of the directory.
+        """
+        return manifests.is_at(self.path / name, sequence)
 
     def commit(self, sequence: int, place: NodePlace, wants: Callable[[Manifest], bool]) -> bool:
         """Makes a checkpoint of an inbox to which all nodes have delivered. False: one has not.
@@ -240,11 +247,11 @@ class Home:
             found, delivered = self._read_inbox(inbox), self._delivered(inbox, place.count)  # again: now nobody changes it
             if found is None or delivered is None:
                 return False
-            self._refuse_outdone(found.manifest)
+            self._refuse_outdone(found.manifest, inbox)
             by_node = dict(enumerate(delivered))
             expect_whole(found.manifest.files, (part for parts in delivered for part in parts))
             shared = {entry.name for entry in found.manifest.files if is_shared(entry, place.count)}
-            arrival = Arrival(self.path, inbox, found.manifest, shared, self._node.home_keep)
+            arrival = self._arrival(inbox, found.manifest, shared)
             try:
                 arrival.publish()
             except MissingError as error:  # their owners bring it again
@@ -254,10 +261,15 @@ class Home:
             durable.crash_point("drain-published")
             arrival.tidy()
             self._discard(inbox)
-            self._discard_older(sequence, wants)
+            self._discard_older(found.manifest, wants)
         return True
 
-    def finish(self, step: int, sequence: int) -> None:
+    def _arrival(self, inbox: Path, manifest: Manifest, shared: set[str]) -> Arrival | BundleArrival:
+        if manifest.bundle:
+            return BundleArrival(self.path, inbox, manifest)
+        return Arrival(self.path, inbox, manifest, shared, self._node.home_keep)
+
+    def finish(self, name: str, sequence: int) -> None:
         """What an end behind the publication has left to be done."""
         inbox = self.inbox_of(sequence)
         if not os.path.lexists(inbox) and not any(map(is_temporary, names_in(self.inboxes))):
@@ -265,11 +277,11 @@ class Home:
         with self._publishing():
             self._sweep()
             found = self._read_inbox(inbox)
-            if found is not None and self.is_committed(step, sequence):
-                arrival = Arrival(self.path, inbox, found.manifest, set(), self._node.home_keep)
+            if found is not None and self.is_committed(name, sequence):
+                arrival = self._arrival(inbox, found.manifest, set())
                 arrival.finish()
                 arrival.tidy()
-            if self.is_committed(step, sequence) and os.path.lexists(inbox):
+            if self.is_committed(name, sequence) and os.path.lexists(inbox):
                 self._discard(inbox)
 
     def _delivered(self, inbox: Path, nodes: int) -> list[list[Delivered]] | None:
@@ -303,12 +315,17 @@ class Home:
         except OSError as error:
             logger.warning("removing what was delivered to '%s' failed, the checkpoint is good: %s", self.inboxes, error)
 
-    def _discard_older(self, sequence: int, wants: Callable[[Manifest], bool]) -> None:
+    def _discard_older(self, manifest: Manifest, wants: Callable[[Manifest], bool]) -> None:
+        """
+        Args:
+            manifest: of what was just committed.
+        """
         for older in self.opened():
-            if older < sequence:
+            if older < manifest.sequence:
                 with contextlib.suppress(CheckpointError):
                     found = self._read_inbox(self.inbox_of(older))
-                    if found is None or not wants(found.manifest):
+                    replaced = found is not None and self._step(found.manifest) == self._step(manifest)
+                    if found is None or replaced or not wants(found.manifest):
                         self._discard(self.inbox_of(older))
 
     def _publishing(self) -> AbstractContextManager[bool]:

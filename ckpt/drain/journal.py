@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.directory.node_place import NodePlace
-from ckpt.directory.step_names import names_in
+from ckpt.directory.step_names import names_in, step_name
 from ckpt.errors import StorageError
 from ckpt.storage import durable
 
@@ -55,6 +55,7 @@ class Journal:
     Attributes:
         identity: CRC-32 of the manifest on the node.
         place: of this node in the save that has made it; None: an older version has written it.
+        name: of its directory at home; empty, as in older journals: that of the step.
         inbox: token of the directory at home that `files` speaks of; see home.py.
         files: by name.
         total, bytes: that this node has to deliver, and has delivered.
@@ -83,6 +84,11 @@ class Journal:
     by: int = 0
     blocked: bool = False
     unwritten: bool = False
+    name: str = ""
+
+    @property
+    def name_at_home(self) -> str:
+        return self.name or step_name(self.step)
 
     @property
     def waits(self) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.listing import newest_after
 from ckpt.drain import journal as journals
 from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
 from ckpt.drain.node import DAMAGED
@@ -41,6 +42,7 @@ _SHORTEST_RESTART_S, _LONGEST_RESTART_S = 1.0, 60.0
 _STANDSTILL_S = 60.0  # after that a word is said; again at each doubling
 _GRACE_S = 10.0  # for another process of the node to write the manifest
 _STABLE_NS = 50_000_000  # a file that was just replaced may be once more without another time
+_UNNOTED_S = 30.0  # no drain takes so long to see what is new: the node does not take what it notes
 _LOOK_AT_HOME_S = 5.0  # after so long without a word in its journal, which the node may not take
 _JOIN_S = 5.0
 
@@ -71,6 +73,7 @@ class Awaited:
     """
     Attributes:
         inbox: see Journal.
+        name, called: of its directory on the node, and at home.
         stamp: of the journal when it was read last; None: it is to be read again.
         attempts: that had failed by then.
         looked_at: when something new was found, or home was asked.
@@ -81,6 +84,7 @@ class Awaited:
     name: str
     done: Done
     fail: Fail
+    called: str
     inbox: str = ""
     stamp: tuple[int, ...] | None = None
     attempts: int = 0
@@ -131,12 +135,13 @@ class HomeWatch:
         """Whether something is on its way home. Cheap."""
         return bool(self._awaited)
 
-    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail) -> None:
+    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail, called: str = "") -> None:
         """Either is called once, from a thread of the watch.
 
         Args:
             sequence: of a commit that stands on the node.
             name: of its step directory.
+            called: what that is called at home; empty: the same.
             done: gets the directory at home once it is a checkpoint there.
             fail: gets a SupersededError if it will not be one, because of a newer one; another CheckpointError if a person must
                 do something about it.
@@ -150,7 +155,7 @@ class HomeWatch:
         with self._changed:
             if self._closed:
                 raise ClosedError(f"step {step} lies on the node, but nobody waits for it to come home any more")
-            self._awaited[sequence] = Awaited(sequence, step, name, done, fail)
+            self._awaited[sequence] = Awaited(sequence, step, name, done, fail, called or name)
             self._look_now = True
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
@@ -264,7 +269,7 @@ class HomeWatch:
         each.looked_at = time.monotonic()
         if each.sequence in self._awaited and self.is_there(each):
             with contextlib.suppress(StorageError):  # the drain may be about to do that; then it is asked again
-                for directory in (self._storage.home / each.name, self._storage.home):
+                for directory in (self._storage.home / each.called, self._storage.home):
                     durable.sync_directory(directory)
                 self._end(each)
 
@@ -272,7 +277,12 @@ class HomeWatch:
         """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""
         there = manifests.read_if_any(self._storage.step_directory(each.name))
         found = -1 if there is None else there.sequence
-        if found == each.sequence or (found < each.sequence and time.monotonic() < each.since + _GRACE_S):
+        waited_s = time.monotonic() - each.since
+        if found == each.sequence:
+            if waited_s > _UNNOTED_S and self.is_outdone(each):
+                self._end(each, self.superseded(each, -1))
+            return
+        if found < each.sequence and waited_s < _GRACE_S:
             return
         if stamp_of(journals.path_of(self._storage.root, each.sequence)) is not None:
             return  # by now
@@ -298,11 +308,15 @@ class HomeWatch:
 
     def place_of(self, each: Awaited) -> Any:
         """Where it has arrived."""
-        return self._storage.home / each.name
+        return self._storage.home / each.called
 
     def is_there(self, each: Awaited) -> bool:
         """Whether it has arrived, although no journal says so any more."""
-        return manifests.is_at(self._storage.home / each.name, each.sequence)
+        return manifests.is_at(self._storage.home / each.called, each.sequence)
+
+    def is_outdone(self, each: Awaited) -> bool:
+        """Whether something newer is there; asked where no journal says anything."""
+        return not self.is_there(each) and newest_after(self._storage.home, each.sequence) is not None
 
     # ---- what is said ----------------------------------------------------------------------------------------------
 
@@ -324,7 +338,7 @@ class HomeWatch:
             f"{remedy(journal.errno)}"
         )
         if journal.errno:
-            return StorageError(journal.errno, text, str(self._storage.home / each.name))
+            return StorageError(journal.errno, text, str(self._storage.home / each.called))
         damaged = any(name.endswith(DAMAGED) for name in _names_in(self._storage.step_directory(each.name)))
         return CorruptError(text) if damaged else CheckpointError(text)
 

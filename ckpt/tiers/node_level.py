@@ -1,4 +1,4 @@
-"""What a Checkpointer has of the disks of its nodes: who shares one, where this rank saves, and what carries it home.
+"""What a session has of the disks of its nodes: who shares one, where this rank saves, and what carries it home.
 
 enter     once, at the first save, all ranks: each looks at its node's disk and tells rank 0, which says who is on which
           node, from which number commits and file names go on, and which steps are there already
@@ -13,15 +13,16 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ckpt.commit.bypass import BypassVote
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.run_file import find_run
+from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain.runs import describe_lost_home
 from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
@@ -113,15 +114,39 @@ class Route:
     place: NodePlace | None = None
 
 
+class TierHome(Protocol):
+    """What numbers of home a NodeLevel asks for."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def refuse_unseen(self, step: int, highest: str, sequence: int) -> None:
+        """See StepDirectories."""
+
+    def highest(self) -> tuple[str, int]:
+        """See StepDirectories."""
+
+    def reserve_numbers(self, above: int) -> int:
+        """See Root."""
+
+
 class NodeLevel:
     """
     Args:
         home: to which they are carried.
         keep: how many stay there; None: all.
+        home_every: see NodeStorage.describe_node().
     """
 
     def __init__(
-        self, tier: Tier, home: StepDirectories, rank: int, world_size: int, keep: int | None, options: Options
+        self,
+        tier: Tier,
+        home: TierHome,
+        rank: int,
+        world_size: int,
+        keep: int | None,
+        options: Options,
+        home_every: Mapping[str, int | float] | None = None,
     ) -> None:
         self.tier = tier
         self.entered = False
@@ -130,6 +155,7 @@ class NodeLevel:
         self._rank = rank
         self._world_size = world_size
         self._keep = keep
+        self._home_every = home_every
         self._options = options
         self._locked = False  # whether this rank has locked the disk
         self._bytes = 0  # of the last save, on this node
@@ -157,6 +183,10 @@ class NodeLevel:
         except (CheckpointError, OSError) as error:
             said = _Said(refusal=str(error))
         return json.dumps(dataclasses.asdict(said)).encode()
+
+    def refuse(self, text: str) -> bytes:
+        """What this rank tells instead if it cannot save by way of its node."""
+        return json.dumps(dataclasses.asdict(_Said(refusal=text))).encode()
 
     def _look(self, run: str, token: str) -> _Said:
         if self._storage is None or self._directories is None:
@@ -240,6 +270,7 @@ class NodeLevel:
                 self._world_size,
                 place.ranks,
                 home_keep=self._keep,
+                home_every=self._home_every,
                 direct_io=self._options.direct_io,
                 pids=this_process(),
             )
@@ -260,7 +291,7 @@ class NodeLevel:
         assert self._place is not None
         return self._place.ranks[0] == self._rank
 
-    def route(self, task: SaveTask, number: int) -> Route:
+    def route(self, task: SaveTask, number: int, home: StepDirectories) -> Route:
         """Of save `number`; to be called once for each, on all ranks, which take the same.
 
         A step that may lie somewhere already, here or at home, gets names that none of its files has.
@@ -272,10 +303,17 @@ class NodeLevel:
         is_new = name > self._highest
         self._highest = max(name, self._highest)
         files = 1 if is_new else self._base + number + 2
+        return self._by_node(task, number, name, files) or Route(home, task.path, files)
+
+    def route_bundle(self, task: SaveTask, number: int) -> Route | None:
+        """The same; None: straight home. On a node, a bundle gets a directory that no save has had, named by its number."""
+        return self._by_node(task, number, step_name(self._base + 1 + number))
+
+    def _by_node(self, task: SaveTask, number: int, name: str, files: int | None = None) -> Route | None:
         if not self._takes(task, number):
-            return Route(self._home, task.path, files)
+            return None
         task.counts = self.bypass is None
-        self._wait_for_room(name)
+        self._wait_for_room(task.path.name)
         assert self._directories is not None and self._storage is not None
         return Route(self._directories, self._storage.root / name, files, self._place)
 
@@ -334,7 +372,7 @@ class NodeLevel:
             self._bytes = 0 if manifest is None else sum(file.bytes for file in filter(self._holds, manifest.files))
             self._storage.wake()
         task.reach(NODE, directory)
-        self._watch.watch(sequence, task.step, directory.name, task.succeed, task.fail)
+        self._watch.watch(sequence, task.step, directory.name, task.succeed, task.fail, task.path.name)
 
     def _is_draining(self) -> bool:
         return self._watch is not None and self._watch.awaits_any

@@ -57,6 +57,9 @@ class UploadWatch(HomeWatch):
     def is_there(self, each: Awaited) -> bool:
         return False
 
+    def is_outdone(self, each: Awaited) -> bool:
+        return False
+
     def superseded(self, each: Awaited, by: int) -> SupersededError:
         lost = f"step {each.step} is a checkpoint at home, but was not carried to '{self._storage.home}'"
         if by == 0:

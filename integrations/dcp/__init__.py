@@ -18,6 +18,8 @@ these, without this library. What differs:
   have other names each time, and the former ones are removed.
 * What went wrong on any rank is raised on all.
 * Saves to one id come one after the other, and a load of it comes after those that were begun.
+* Saves go straight to the directory that is named. By way of the disks of nodes goes `ckpt.Checkpointer(tiers=)`, whose
+  `save(sharded=)` leaves the same files.
 
 What this does not do is left to torch, with `LazyStorageWriter` where that fits, and the log says so once: a planner, a writer
 or a stager of the caller's; ShardedTensors, and tensors that make their own write items; states whose keys or values differ

@@ -9,8 +9,8 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
 
     "datastates_ckpt": {"host_cache_size": 4, "max_in_flight": 2}
 
-"host_cache_size" is the staging memory in GiB; "wait_before_return" is described below; the other keys are the fields of
-`ckpt.Options`.
+"host_cache_size" is the staging memory in GiB; "wait_before_return" and "tiers" are described below; the other keys are the
+fields of `ckpt.Options`.
 
 * save_checkpoint() copies no parameters and no optimizer state. They are written in the background until the next update, which
   waits for what has not left yet. Buffers, frozen parameters, client_state and all Python values are captured before
@@ -21,12 +21,23 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
   them. Where each rank is to have a directory or tag of its own, leave the job DeepSpeed's own engine.
 * Who removes old checkpoints himself as soon as save_checkpoint() has returned must not be left without any. So a save to
   another directory than the last one (`checkpoint-1`, then `checkpoint-2`) is waited for: save_checkpoint() returns when it is
-  durable, and raises if it fails. "wait_before_return": true waits for every save, false for none.
+  durable, and raises if it fails. "wait_before_return": true waits for every save, false for none. Durable is at home, with
+  tiers, too.
 * load_checkpoint() waits for this job's own saves. It refuses a checkpoint that is incomplete or damaged; without a tag it
   falls back to the newest one that is good. Files of the optimizer's states that it is told not to load may be missing.
 * DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one
   rank alone, too. If the newest save to the directory failed, they raise CheckpointError; what is older is read by its tag.
 * save_16bit_model() returns when the file is durable.
+* With tiers, `"tiers": [{"node": "/nvme/ckpt", "keep": 2}]` or enable(tiers=[ckpt.Tier.node("/nvme/ckpt")]), a save lands on a
+  disk of each node first, and a process of its own carries it to save_dir/tag, as the same files. Durable, `latest` and
+  wait() mean save_dir, as ever; `wait(engine, tier="node")` waits until the nodes have it. The tag's directory appears at home
+  with it: whoever writes there, renames or removes waits for that. This is for a save_dir that stays the same: the first save
+  to it goes straight home, and so does all that is saved to another one. load_checkpoint() first waits until what is complete
+  on the nodes of this job has come home (only the tag, if one is given), and then reads the files from the own node, if they
+  are good there. What cannot come home is left out with a warning if a disk is lost or a file damaged, and else raises
+  CheckpointError, because something older would be read. save_16bit_model(), and checkpoints with optimizer states on NVMe
+  (`offload_optimizer`), go straight home; with use_node_local_storage tiers have no effect. Keys of a tier are those of
+  `ckpt.Tier.node()`; "every" counts global steps.
 * What updates weights outside an optimizer's step (a captured CUDA graph, hand-written updates) must call `ckpt.fence()`
   before. DeepSpeed's own functions that do (safe_set_full_fp32_param(), refresh_fp32_params() and their like) are fenced. With
   SuperOffload and ZenFlow, whose updates overlap with the backward, everything is copied inside save_checkpoint().
@@ -37,6 +48,7 @@ from DeepSpeed 0.19 (runtime/engine.py, runtime/checkpoint_engine).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ckpt
@@ -48,24 +60,25 @@ __all__ = ["LazyCheckpointEngine", "attach", "disable", "enable", "wait"]
 
 _enabled = False
 _options: ckpt.Options | None = None
+_tiers: Sequence[ckpt.Tier] = ()
 
 
-def _options_if_enabled() -> tuple[bool, ckpt.Options | None]:
-    return _enabled, _options
+def _options_if_enabled() -> tuple[bool, ckpt.Options | None, Sequence[ckpt.Tier]]:
+    return _enabled, _options, _tiers
 
 
-def enable(options: ckpt.Options | None = None) -> None:
+def enable(options: ckpt.Options | None = None, tiers: Sequence[ckpt.Tier] = ()) -> None:
     """From now on every engine that `deepspeed.initialize` makes checkpoints lazily. Safe to call again.
 
     Args:
-        options: for what the section "datastates_ckpt" of the DeepSpeed config does not say.
+        options, tiers: for what the section "datastates_ckpt" of the DeepSpeed config does not say.
 
     Raises:
         ImportError: deepspeed is not installed.
     """
-    global _enabled, _options
+    global _enabled, _options, _tiers
     patch_deepspeed(_options_if_enabled)
-    _enabled, _options = True, options
+    _enabled, _options, _tiers = True, options, tiers
 
 
 def disable() -> None:
@@ -74,17 +87,17 @@ def disable() -> None:
     _enabled = False
 
 
-def attach(engine: Any, options: ckpt.Options | None = None) -> LazyCheckpointEngine:
+def attach(engine: Any, options: ckpt.Options | None = None, tiers: Sequence[ckpt.Tier] = ()) -> LazyCheckpointEngine:
     """Gives one DeepSpeedEngine, made by `deepspeed.initialize`, lazy checkpoints. All ranks call it.
 
     Args:
-        options: for what the section "datastates_ckpt" of its config does not say.
+        options, tiers: for what the section "datastates_ckpt" of its config does not say.
 
     Raises:
         ValueError, TypeError: the section in the config is wrong.
     """
     patch_deepspeed(_options_if_enabled)
-    ours = LazyCheckpointEngine(getattr(engine, "_config", None), options)
+    ours = LazyCheckpointEngine(getattr(engine, "_config", None), options, tiers)
     ours.bind(engine)
     if (before := ours_of(engine)) is not None:
         before.cleanup()
@@ -92,15 +105,17 @@ def attach(engine: Any, options: ckpt.Options | None = None) -> LazyCheckpointEn
     return ours
 
 
-def wait(engine: Any, timeout: float | None = None) -> None:
-    """Waits until every save_checkpoint() of the engine is durable, and `latest` moved.
+def wait(engine: Any, timeout: float | None = None, *, tier: str | None = None) -> None:
+    """Waits until every save_checkpoint() of the engine is durable in its save_dir, and `latest` moved.
 
     Args:
         timeout: seconds; None waits as long as it takes.
+        tier: "node": only until the disks of the nodes have it, or save_dir: that survives the death of all processes.
 
     Raises:
         DeadlineError: not within `timeout`.
         CheckpointError: one has failed since the last wait(); the newest such error.
+        ValueError: there is no such tier.
         TypeError: the engine has no lazy checkpoints.
     """
     ours = ours_of(engine)
@@ -108,4 +123,4 @@ def wait(engine: Any, timeout: float | None = None) -> None:
         raise TypeError(
             "this DeepSpeed engine does not checkpoint lazily: call enable() before deepspeed.initialize, or attach()"
         )
-    ours.wait(timeout)
+    ours.wait(timeout, tier)

@@ -6,14 +6,14 @@ import logging
 import os
 import socket
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
 import ckpt
 
-from .config import options_from, waits_from
+from .config import options_from, tiers_from, waits_from
 from .lazy_tensors import lazy_tensors
 from .readers import note_save
 
@@ -29,14 +29,14 @@ class LazyCheckpointEngine:
 
     Args:
         config: a DeepSpeedConfig, or None.
-        options: for what the config does not say.
+        options, tiers: for what the config does not say.
 
     Raises:
         ValueError, TypeError: the section in the config is wrong.
         CheckpointError: the ranks cannot agree, see BundleCheckpointer.
     """
 
-    def __init__(self, config: Any = None, options: ckpt.Options | None = None) -> None:
+    def __init__(self, config: Any = None, options: ckpt.Options | None = None, tiers: Sequence[ckpt.Tier] = ()) -> None:
         section = getattr(getattr(config, "datastates_config", None), "config", None)
         self.name = "LazyCheckpointEngine"
         self.options = options_from(section, options)
@@ -44,11 +44,16 @@ class LazyCheckpointEngine:
         self._newest: ckpt.PendingSave | None = None  # that save_checkpoint() has begun
         self._saved_to: str | None = None  # where the last checkpoint was saved
         local = bool(getattr(config, "use_node_local_storage", False))
+        tiers = tiers_from(section, tiers)
+        if local and tiers:
+            logger.warning("tiers have no effect with use_node_local_storage: all saves go to the nodes' own disks anyway")
+            tiers = ()
         self._checkpointer = ckpt.BundleCheckpointer(
             options=self.options,
             node=os.environ.get("GROUP_RANK", socket.gethostname()) if local else None,
             leads_node=os.environ.get("LOCAL_RANK", "0") == "0",
             varying=_VARYING,
+            tiers=tiers,
         )
         self._engine: weakref.ref[Any] = weakref.ref(self)  # of DeepSpeed, once bound
         self._bundle: Any = None  # that is being put together
@@ -57,6 +62,7 @@ class LazyCheckpointEngine:
         self._client_keys: tuple[str, ...] = ()
         self._exporting = False  # in save_16bit_model(), which waits for its file
         self._is_lazy = True
+        self._reads_nearest = False  # in load_checkpoint(), where files are read by load() alone
 
     def bind(self, engine: Any) -> None:
         """Lets it know the DeepSpeedEngine that it works for: its buffers, and how it updates."""
@@ -78,6 +84,7 @@ class LazyCheckpointEngine:
             move_latest=self._moves_latest,
             may_skip=not self._exporting,
             together=not self._exporting,
+            by_nodes=not ask(engine, "zero_nvme_offload_optimizer"),  # DeepSpeed itself copies those states to save_dir
         )
 
     def save(self, state_dict: Any, path: str) -> None:
@@ -98,11 +105,18 @@ class LazyCheckpointEngine:
         return True
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads a file after verifying its checksums; what is in flight is waited for."""
+        """Reads a file after verifying its checksums, from the nearest place that has it; what is in flight is waited for."""
         self.drain()
-        return ckpt.load(path, map_location=map_location, weights_only=False)
+
+        def read(place: Any) -> Any:
+            return ckpt.load(place, map_location=map_location, weights_only=False)
+
+        return self._checkpointer.read(path, read) if self._reads_nearest else read(path)
 
     def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+        bundle = self._bundle
+        if bundle is not None and bundle.lands_on_node and os.path.abspath(path) == str(bundle.directory):
+            return  # it is made when the checkpoint comes home: the training is not to wait for that
         from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 
         CheckpointEngine.makedirs(self, path, exist_ok)
@@ -173,25 +187,32 @@ class LazyCheckpointEngine:
         if waits and pending is not None:
             pending.result()
 
-    def find(self, load_dir: Any, tag: Any, optimizer: bool = True) -> str | None:
+    def find(self, load_dir: Any, tag: Any, optimizer: bool = True, nearest: bool = False) -> str | None:
         """The tag to load.
 
         Args:
             optimizer: whether the files of the optimizer's states are going to be read; users remove them to save space.
+            nearest: whether load() alone reads files until end_load(): then it may take them from the own node.
         """
         self.end_save()
+        self._reads_nearest = nearest
         reads = None if optimizer else lambda name: not name.endswith(_OPTIMIZER_FILES)
         return self._checkpointer.find(load_dir, None if tag is None else str(tag), reads=reads)
+
+    def end_load(self) -> None:
+        self._reads_nearest = False
 
     def drain(self) -> None:
         """Waits until nothing is in flight, whatever came of it."""
         self.end_save()
         self._checkpointer.wait_quietly()
 
-    def wait(self, timeout: float | None = None) -> None:
+    def wait(self, timeout: float | None = None, tier: str | None = None) -> None:
         """See wait() of the module."""
         self.end_save()
-        self._checkpointer.wait(timeout)
+        if tier not in (None, "node"):
+            raise ValueError(f"tier must be None or 'node', but is {tier!r}")
+        (self._checkpointer.wait if tier is None else self._checkpointer.wait_on_node)(timeout)
 
 
 def ours_of(engine: Any) -> LazyCheckpointEngine | None:

@@ -6,7 +6,7 @@ import filecmp
 import functools
 import inspect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,10 @@ _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")
 _stock: dict[str, Any] = {}  # methods of DeepSpeedEngine
 
 
-def patch_deepspeed(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> None:
+def patch_deepspeed(enabled: Callable[[], tuple[bool, ckpt.Options | None, Sequence[ckpt.Tier]]]) -> None:
     """
     Args:
-        enabled: whether engines that are made get ours, and with which options.
+        enabled: whether engines that are made get ours, and with which options and tiers.
 
     Raises:
         ImportError: deepspeed is not installed.
@@ -42,13 +42,13 @@ def patch_deepspeed(enabled: Callable[[], tuple[bool, ckpt.Options | None]]) -> 
     stock_create = runtime.create_checkpoint_engine
 
     def create_checkpoint_engine(*args: Any, **kwargs: Any) -> Any:
-        is_enabled, options = enabled()
+        is_enabled, options, tiers = enabled()
         if not is_enabled:
             return stock_create(*args, **kwargs)
         config = kwargs.get("config_params", args[0] if args else None)
         if (getattr(config, "checkpoint_config", None) or {}).get("writer") is not None:
             logger.warning('"checkpoint.writer" in the DeepSpeed config has no effect: lazy checkpoints are enabled')
-        return LazyCheckpointEngine(config, options)
+        return LazyCheckpointEngine(config, options, tiers)
 
     runtime.create_checkpoint_engine = create_checkpoint_engine
     fence_writes()
@@ -108,19 +108,32 @@ def _load_checkpoint(self: Any, load_dir: Any, tag: Any = None, *args: Any, **kw
         ours.drain()
         chosen = None
     else:
-        chosen = ours.find(load_dir, tag, optimizer=_reads_optimizer(self, stock, load_dir, tag, *args, **kwargs))
+        all_states = _reads_all_states(self, stock, load_dir, tag, *args, **kwargs)
+        optimizer = all_states or _reads_optimizer(self, stock, load_dir, tag, *args, **kwargs)
+        chosen = ours.find(load_dir, tag, optimizer=optimizer, nearest=all_states)
     tag = chosen or tag
-    with reading(load_dir, None if tag is None else str(tag)):
-        return stock(self, load_dir, tag, *args, **kwargs)
+    try:
+        with reading(load_dir, None if tag is None else str(tag)):
+            return stock(self, load_dir, tag, *args, **kwargs)
+    finally:
+        ours.end_load()
+
+
+def _arguments(self: Any, stock: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    given = inspect.signature(stock).bind(self, *args, **kwargs)
+    given.apply_defaults()
+    return given.arguments
+
+
+def _reads_all_states(self: Any, stock: Any, *args: Any, **kwargs: Any) -> bool:
+    """Whether a load with these arguments is a plain one. In others DeepSpeed may read files by itself."""
+    given = _arguments(self, stock, *args, **kwargs)
+    return bool(given.get("load_optimizer_states", True)) and not given.get("load_module_only", False)
 
 
 def _reads_optimizer(self: Any, stock: Any, *args: Any, **kwargs: Any) -> bool:
-    """Whether a load with these arguments reads the files of the optimizer's states."""
-    given = inspect.signature(stock).bind(self, *args, **kwargs)
-    given.apply_defaults()
-    states = given.arguments.get("load_optimizer_states", True)
-    if states and not given.arguments.get("load_module_only", False):
-        return True
+    """Whether a load with these arguments, which is no plain one, reads the files of the optimizer's states."""
+    states = _arguments(self, stock, *args, **kwargs).get("load_optimizer_states", True)
     # ZeRO 3 has the weights nowhere else, and takes them from there if it is to load no states; experts in any case.
     return ask(self, "zero_optimization_partition_weights") and (not states or bool(getattr(self, "has_moe_layers", False)))
 

@@ -265,8 +265,9 @@ def leave_tree(case: Case, directory: Path) -> dict[str, Any]:
 
 def tree(directory: Path) -> list[str]:
     """All files but what our engine adds to them."""
-    paths = [path for path in directory.rglob("*") if path.is_file() and path.name not in ("manifest.json", ".lock")]
-    return sorted(str(path.relative_to(directory)) for path in paths)
+    paths = [path.relative_to(directory) for path in directory.rglob("*") if path.is_file()]
+    ours = ("manifest.json", ".lock", ".run", ".drain")
+    return sorted(str(path) for path in paths if path.name not in ours and path.parts[0] not in ours)
 
 
 def compare_trees(expected: Path, found: Path) -> list[str]:

@@ -25,6 +25,7 @@ if importlib.util.find_spec("deepspeed") is None:
 from dist.deepspeed_nursery import DeepSpeedNursery
 from dist.deepspeed_runs import Fields, Outcomes
 from nursery import Ended, Nursery, nurseries_of_ranks
+from tier_places import end_drains_below
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -249,14 +250,19 @@ class Lives:
         self._nurseries, self._where = nurseries, where
         self._count = 0
 
-    def live(self, fields: Fields, nodes: bool = False) -> tuple[list[Ended], list[Fields]]:
-        """Until they end; the second process soon after the first was killed, or the other way round."""
+    def live(self, fields: Fields, nodes: bool = False, at_once: bool = False) -> tuple[list[Ended], list[Fields]]:
+        """Until they end; the second process soon after the first was killed, or the other way round.
+
+        Args:
+            at_once: they end with what is in flight, as if they had been killed.
+        """
         self._count += 1
         outcomes = self._where / f"life-{self._count}"
         outcomes.mkdir()
         fields = fields | {"name": "case", "directory": str(self._where / "saved")}
         plan, port = {"outcomes": str(outcomes), "cases": [fields]}, free_port()
-        children = [nursery.start(program(plan, rank, port, nodes)) for rank, nursery in enumerate(self._nurseries)]
+        end = "\nos._exit(0)" if at_once else ""
+        children = [nursery.start(program(plan, rank, port, nodes) + end) for rank, nursery in enumerate(self._nurseries)]
         ended: dict[int, Ended] = {}
         for rank in sorted(range(2), key=lambda rank: rank != fields.get("crash_rank", 0)):
             if any(before.returncode < 0 for before in ended.values()):
@@ -272,7 +278,7 @@ def program(plan: Fields, rank: int, port: int, nodes: bool) -> str:
     place = local | {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     return (
         f"import os; os.environ.update({place | {'DEEPSPEED_TIMEOUT': '1'}!r})\n"
-        f"from dist import deepspeed_behaviour\ndeepspeed_behaviour.deepspeed_training.main({plan!r})"
+        f"from dist import deepspeed_tiers\ndeepspeed_tiers.deepspeed_training.main({plan!r})"
     )
 
 
@@ -375,3 +381,52 @@ def test_a_node_whose_directory_is_in_use_stops_all_ranks(nurseries: list[Nurser
     finally:
         other.communicate()
     assert [(outcome["refused"] or {}).get("type") for outcome in found] == ["PeerError", "InUseError"]
+
+
+# ---- by way of the disks of nodes ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lives(nurseries: list[DeepSpeedNursery], tmp_path: Path) -> Iterator[Lives]:
+    yield Lives(nurseries, tmp_path)
+    end_drains_below(tmp_path)
+
+
+def outcomes_of(lives: Lives, mode: str, **fields: Any) -> list[Fields]:
+    ended, found = lives.live(case(mode, **fields), at_once=True)
+    for outcome in found:
+        assert outcome.get("error") is None, outcome
+    assert [life.returncode for life in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    return found
+
+
+def test_saves_land_on_the_nodes_first(lives: Lives, tmp_path: Path) -> None:
+    """Home is out of reach meanwhile; the job ends, and is started again. Last, stock DeepSpeed reads what came home."""
+    saved = outcomes_of(lives, "save_by_nodes")
+    for found in saved:
+        assert (found["landed"], found["latest"], found["at_home"]) == (None, "one", [])
+        assert found["late"]["type"] == "DeadlineError"
+
+    for rank, found in enumerate(outcomes_of(lives, "load_by_nodes")):
+        assert (found["path"], found["found"], found["latest"]) == ("two", saved[rank]["saved"], "three")
+        assert found["places"] == (["node"] if rank == 0 else ["home", "node"]), "each has on its node what it has written"
+
+    end_drains_below(tmp_path)
+    shutil.rmtree(tmp_path / "node-0")
+    for rank, found in enumerate(outcomes_of(lives, "load_by_nodes", load_tag="two")):
+        assert (found["path"], found["found"]) == ("two", saved[rank]["saved"])
+        assert found["places"] == (["home"] if rank == 0 else ["home", "node"])
+
+    for rank, found in enumerate(outcomes_of(lives, "load_stock", load_tag="two", engine="stock")):
+        assert found["found"] == saved[rank]["saved"]
+        optimizer = [f"bf16_zero_pp_rank_{number}_mp_rank_00_optim_states.pt" for number in range(2)]
+        assert found["names"] == sorted([*optimizer, "manifest.json", "mp_rank_00_model_states.pt"])
+
+
+@pytest.mark.parametrize(("point", "tag"), [("receipt-renamed", "one"), ("manifest-written", "two")])
+def test_a_rank_dies_before_its_node_has_the_manifest(point: str, tag: str, lives: Lives, tmp_path: Path) -> None:
+    """A checkpoint is what one node has the manifest of, and all nodes have the files of."""
+    ended, _ = lives.live(case("save_by_nodes", crash_point=point, crash_rank=1), at_once=True)
+    assert ended[1].returncode == -signal.SIGKILL, "it never came to the crash point"
+    for found in outcomes_of(lives, "load_by_nodes"):
+        assert (found["path"], found["latest"]) == (tag, "three")

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import logging
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from support import patience
+from tier_places import end_drains_below
 
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
@@ -22,7 +24,7 @@ import ckpt
 import ckpt.integrations.deepspeed as lazy
 from ckpt import Options
 from ckpt.errors import ClosedError, DeadlineError
-from ckpt.integrations.deepspeed.config import options_from
+from ckpt.integrations.deepspeed.config import options_from, tiers_from
 
 GIB = 2**30
 FIELDS = [field.name for field in dataclasses.fields(Options)]
@@ -144,6 +146,36 @@ def test_an_impossible_value_is_refused(name: str, value: Any) -> None:
 def test_a_section_that_is_no_object(section: Any) -> None:
     with pytest.raises(TypeError, match=r"must be an object.*host_cache_size"):
         options_from(section, None)
+
+
+@pytest.mark.parametrize("base", [(), (ckpt.Tier.node("/elsewhere"),)])
+def test_tiers_can_stand_in_the_section(base: tuple[ckpt.Tier, ...]) -> None:
+    tier = {"node": "/nvme/ckpt", "keep": 3, "every": 10, "rate": "200MB", "max_bytes": "1GB", "address": "10.0.0.1"}
+    tier |= {"when_full": "wait", "required": True}
+    more = {name: value for name, value in tier.items() if name != "node"}
+    assert tiers_from({"tiers": [tier]}, base) == [ckpt.Tier.node("/nvme/ckpt", **more)]
+    assert tiers_from({"tiers": []}, base) == []
+    for section in (None, True, {}, {"writers": 2}):
+        assert tiers_from(section, base) is base
+    assert options_from({"tiers": [tier]}, None) == Options()
+
+
+@pytest.mark.parametrize(
+    ("tiers", "said"),
+    [
+        ("/nvme/ckpt", "must be a list such as"),
+        ({"node": "/nvme/ckpt"}, "must be a list such as"),
+        (["/nvme/ckpt"], "must hold objects such as"),
+        ([{"path": "/nvme/ckpt"}], "must hold objects such as"),
+        ([{"node": "/nvme/ckpt", "kept": 2}], "unknown keys: kept; valid are: node, keep, every"),
+        ([{"node": "/nvme/ckpt", "keep": 0}], "Tier.keep must be None"),
+        ([{"node": 7}], "must be a text"),
+    ],
+)
+def test_tiers_that_are_none(tiers: Any, said: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=re.escape(said)) as caught:
+        tiers_from({"tiers": tiers}, ())
+    assert '"tiers" in the section "datastates_ckpt" of the DeepSpeed config' in str(caught.value)
 
 
 # ---- the ways in and out ---------------------------------------------------------------------------------------------
@@ -281,6 +313,37 @@ def test_a_writer_of_deepspeed_is_not_used(engines: Engines, caplog: pytest.LogC
         made = engines.make(checkpoint={"writer": {"type": "FAST", "decoupled": True}})
     assert isinstance(made, lazy.LazyCheckpointEngine)
     assert [record.message for record in caplog.records if "checkpoint.writer" in record.message]
+
+
+def test_tiers_of_enable_and_of_attach(engines: Engines, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A save to a directory that was saved to before lands on the node, and nothing is made at home for it."""
+    tiers = [ckpt.Tier.node(tmp_path / "node-0")]
+    lazy.enable(Options(**SMALL), tiers)
+    local = engines.make(checkpoint={"use_node_local_storage": True})
+    assert "tiers have no effect with use_node_local_storage" in caplog.text
+    trainer = Trainer(engines.config(), local)
+    with pytest.raises(ValueError, match="no tiers"):
+        lazy.wait(trainer, tier="node")
+    trainer.checkpoint_engine = engines.make()
+    attached = Trainer(engines.config())
+    engines.note(lazy.attach(attached, Options(**SMALL), tiers))
+    with pytest.raises(ValueError, match="'node', but is 'disk'"):
+        lazy.wait(attached, tier="disk")
+    for number, each in enumerate((trainer, attached)):
+        where = tmp_path / f"saved-{number}"
+        begin(each.checkpoint_engine, where, "first")
+        lazy.wait(each)
+        each.checkpoint_engine.create(SimpleNamespace(tag="second", save_dir=where, save_latest=True))
+        each.checkpoint_engine.makedirs(str(where / "second"), exist_ok=True)
+        assert not (where / "second").exists()
+        each.checkpoint_engine.save({"step": 4}, str(where / "second" / "mp_rank_00_model_states.pt"))
+        lazy.wait(each, tier="node")
+        assert list((tmp_path / "node-0").glob("*/step-*/manifest.json"))
+        lazy.wait(each)
+        assert (where / "latest").read_text() == "second"
+        assert torch.load(where / "second" / "mp_rank_00_model_states.pt") == {"step": 4}
+        each.checkpoint_engine.cleanup()
+    end_drains_below(tmp_path)
 
 
 # ---- the engine by itself --------------------------------------------------------------------------------------------

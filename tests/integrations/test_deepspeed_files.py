@@ -6,13 +6,16 @@ Training goes on while slow storage takes the files, and changes all that a chec
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from support import patience
+from tier_places import end_drains_below
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
@@ -59,6 +62,7 @@ TREES: list[Fields] = [
     {"variant": "pipeline", "stage": 1, "precision": "bf16", "tied": True},
     {"stage": 2, "precision": "fp32", "offload": True, "frozen": True},
 ]
+BY_NODES = TREES[3:6]  # and what comes home by way of the disk of a node is the same
 OWN_ADAM: list[Fields] = [
     {"stage": stage, "precision": "bf16", "own_adam": True} | more for stage in (1, 2, 3) for more in ({}, {"offload": True})
 ]
@@ -89,13 +93,17 @@ def trees(engine: str, case: Fields) -> Fields:
 
 
 @pytest.fixture(scope="module")
-def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcomes]:
     cases = [files("stock", case) for case in KINDS[:1]] + [trees("stock", case) for case in TREES]
     for engine in ("attach", "enable"):  # in this order: what is enabled stays so
         cases += [trees(engine, case) for case in TREES]
     cases += [files("attach", case, faults=VERY_SLOW) for case in KINDS[:1]]
     cases += [files("enable", case) for case in KINDS + WAYS]
-    return Outcomes(tmp_path_factory.mktemp("two"), 2, cases)
+    where = tmp_path_factory.mktemp("two")
+    tiers = {"tiers": [{"node": str(where / "node-0")}]}
+    cases += [trees("enable", case) | {"name": f"tree nodes {name_of(case)}", "options": tiers} for case in BY_NODES]
+    yield Outcomes(where, 2, cases)
+    end_drains_below(where)
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +190,15 @@ def test_the_tree_is_that_of_deepspeed(case: Fields, engine: str, two_ranks: Out
     stock, ours = two_ranks[f"tree stock {name_of(case)}"], two_ranks[f"tree {engine} {name_of(case)}"]
     assert ours[0]["files"] == stock[0]["files"]
     assert ours[0]["differences"] == []
+
+
+@pytest.mark.parametrize("case", BY_NODES, ids=name_of)
+def test_the_tree_that_comes_home_from_nodes_is_that_of_deepspeed(case: Fields, two_ranks: Outcomes) -> None:
+    stock, ours = two_ranks[f"tree stock {name_of(case)}"], two_ranks[f"tree nodes {name_of(case)}"]
+    assert ours[0]["files"] == stock[0]["files"]
+    assert ours[0]["differences"] == []
+    homes = {json.loads(path.read_text())["home"] for path in two_ranks.directory.glob("node-0/*/node.json")}
+    assert str(two_ranks.directory / f"tree nodes {name_of(case)}") in homes, "it did not go that way"
 
 
 def test_every_tag_has_its_manifest(two_ranks: Outcomes) -> None:

@@ -17,6 +17,8 @@ from test_node_level import land, restored, state
 from test_node_saves import end_drains
 
 import ckpt
+from ckpt.errors import StorageError, SupersededError
+from ckpt.tiers import home_watch
 
 pytestmark = pytest.mark.usefixtures("native")
 ROOM = 8 * MIB
@@ -62,17 +64,22 @@ def test_from_one_kind_to_another(node: str, home: str, tmp_path: Path, caplog: 
     assert "same device" not in caplog.text
 
 
-def test_what_finds_no_room_on_a_full_node_goes_home(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_finds_no_room_on_a_full_node_goes_home(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not those whose way was settled while there was room: they fail."""
+    monkeypatch.setattr(home_watch, "_UNNOTED_S", 0.5)
     caplog.set_level(logging.CRITICAL, "ckpt")
     with disks(tmp_path, "ext4", "tmpfs") as places, places.checkpointer() as made:
-        land(made, 0, 0)
+        first = made.save(0, state(0))
+        assert first.on_tier("node").result(DEADLINE_S).is_relative_to(places.node)
         ballast = fill(places.node, 0)
         outcomes = [made.save(step, state(step)).exception(DEADLINE_S) for step in range(1, 7)]
         failed = [error for error in outcomes if error is not None]
         assert outcomes[4:] == [None, None] and len(failed) <= 4, outcomes
-        assert all(isinstance(error, ckpt.StorageError) and error.errno == errno.ENOSPC for error in failed), failed
+        assert all(isinstance(error, StorageError) and error.errno == errno.ENOSPC for error in failed), failed
         assert restored(made) == (6, 6)
+        assert first.exception(DEADLINE_S) is None or isinstance(first.exception(), SupersededError)
         assert (places.home / "run" / "step-000000000006" / "manifest.json").exists()
         ballast.unlink()
         landed = [land(made, step, step).is_relative_to(places.node) for step in range(7, 15)]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 from node_roots import RUN, Job, this_process, wait_for
 
 from ckpt.drain.node import began_at
@@ -44,3 +45,21 @@ def ending(drain: DrainProcess) -> Iterator[DrainProcess]:
         if drain.pid and not has_ended(drain.pid):
             os.kill(drain.pid, signal.SIGTERM)
             wait_for(lambda: has_ended(drain.pid))
+
+
+def end_drains_below(base: Path) -> None:
+    """Of nodes that lie there; also those that are just being started: all whose command names one of these."""
+
+    def have_ended() -> bool:
+        found = [each for each in psutil.process_iter(["cmdline"]) if _names(each, f"{base}/node-")]
+        for process in found:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not found
+
+    wait_for(have_ended)
+
+
+def _names(process: psutil.Process, begin: str) -> bool:
+    """Not one that only waits to be reaped: that has no command any more."""
+    return any(part.startswith(begin) for part in process.info["cmdline"] or ())
