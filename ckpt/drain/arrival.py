@@ -71,6 +71,21 @@ class _Plan:
     marked: bool
 
 
+def is_placed(source: Path, target: Path, entry: FileEntry) -> bool:
+    """Whether a file of an inbox lies in its place already: there are no links here, and an earlier attempt has come so far.
+
+    Raises:
+        MissingError: it is in neither.
+    """
+    if os.path.lexists(source):
+        if not has_size(source, entry.bytes):
+            raise MissingError(entry.name)
+        return False
+    if has_size(target, entry.bytes) and _native.digest_file(os.fsencode(target), 1) == (entry.bytes, entry.crc32):
+        return True
+    raise MissingError(entry.name)
+
+
 class Arrival:
     """One commit. Its caller has the lock.
 
@@ -194,13 +209,8 @@ class Arrival:
         source = self._inbox / entry.name
         if entry.name in self._shared and not os.path.lexists(source):
             source = part_path(source)
-        if not os.path.lexists(source):
-            target = self._directory / plan.names[entry.name]
-            if has_size(target, entry.bytes) and _native.digest_file(os.fsencode(target), 1) == (entry.bytes, entry.crc32):
-                return  # there are no links here, and an earlier attempt has come so far
-            raise MissingError(entry.name)
-        if not has_size(source, entry.bytes):
-            raise MissingError(entry.name)
+        if is_placed(source, self._directory / plan.names[entry.name], entry):
+            return
         try:
             durable.link_or_rename(source, self._directory / plan.names[entry.name])
         except StorageError as error:

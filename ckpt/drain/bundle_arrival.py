@@ -21,13 +21,12 @@ import json
 import os
 from pathlib import Path
 
-from ckpt import _native
 from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import LATEST
 from ckpt.directory.manifest import FileEntry, Manifest
-from ckpt.directory.root import Root, has_size
-from ckpt.drain.arrival import PLAN, MissingError
+from ckpt.directory.root import Root
+from ckpt.drain.arrival import PLAN, is_placed
 from ckpt.drain.choice import created_s
 from ckpt.errors import StorageError
 from ckpt.storage import durable
@@ -100,12 +99,8 @@ class BundleArrival:
 
     def _place(self, entry: FileEntry, target: Path) -> None:
         source = self._inbox / entry.name
-        if not os.path.lexists(source):
-            if has_size(target, entry.bytes) and _native.digest_file(os.fsencode(target), 1) == (entry.bytes, entry.crc32):
-                return  # there are no links here, and an earlier attempt has come so far
-            raise MissingError(entry.name)
-        if not has_size(source, entry.bytes):
-            raise MissingError(entry.name)
+        if is_placed(source, target, entry):
+            return
         try:
             durable.link_or_rename(source, target)
         except StorageError as error:

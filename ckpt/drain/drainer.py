@@ -36,7 +36,6 @@ from ckpt.storage.log_file import stamp_of
 logger = logging.getLogger("ckpt")
 
 _POLL_S = 0.05
-_MOST_OLD_JOURNALS = 50
 _PATIENCE_S = 600.0  # for other nodes, once nobody trains here any more
 _IN_USE = "'{directory}' is being drained by {holder}: end that first, or let it do the work"
 
@@ -211,7 +210,7 @@ class Drainer:
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
         generations = self._generations.find()
-        self._note(generations)
+        journals.follow(self._journals, generations, self._make_journal, self._forgo)
         home, opened = Home(self._node), []
         if not self._backoff.waits and any(not journal.is_over or journal.blocked for journal in self._journals.values()):
             try:
@@ -251,27 +250,11 @@ class Drainer:
         """The job that saves here now may have other nodes, and other ranks on them."""
         return journal.place or self._node.place
 
-    def _note(self, generations: list[Generation]) -> None:
-        """Gives each generation a journal, and ends those of generations that are there no more."""
-        for generation in generations:
-            sequence = generation.sequence
-            known = self._journals.get(sequence)
-            if known is None or known.identity != generation.identity:
-                path = journals.path_of(self._root, sequence)
-                place = place_in(generation.directory, generation.manifest) or self._node.place
-                step, name = generation.manifest.step, name_at_home(generation.manifest)
-                self._journals[sequence] = Journal(path, sequence, step, generation.identity, place, name=name)
-                self._journals[sequence].change(QUEUED)
-        there = {generation.sequence for generation in generations}
-        newest = max(there, default=-1)
-        for sequence in sorted(self._journals.keys() - there):
-            journal = self._journals[sequence]
-            if journal.waits:
-                self._forgo(journal, newest)
-        over = sorted(sequence for sequence in self._journals.keys() - there if self._journals[sequence].is_over)
-        for sequence in over[:-_MOST_OLD_JOURNALS]:
-            with contextlib.suppress(OSError):
-                durable.remove_file(self._journals.pop(sequence).path)
+    def _make_journal(self, generation: Generation) -> Journal:
+        sequence, manifest = generation.sequence, generation.manifest
+        place = place_in(generation.directory, manifest) or self._node.place
+        path, name = journals.path_of(self._root, sequence), name_at_home(manifest)
+        return Journal(path, sequence, manifest.step, generation.identity, place, name=name)
 
     def _forgo(self, journal: Journal, newest: int) -> None:
         """Its files are gone: the step was saved again, or somebody has removed it."""

@@ -10,14 +10,15 @@ superseded   it is not wanted at home any more; `by` is the sequence of what tak
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.step_names import names_in, step_name
@@ -30,6 +31,17 @@ QUEUED, COPYING, COPIED, COMMITTED, FAILED, SUPERSEDED = "queued", "copying", "c
 STATES = (QUEUED, COPYING, COPIED, COMMITTED, FAILED, SUPERSEDED)
 FOLDER = "drain"
 _FORMAT = 1
+_MOST_OLD = 50  # of generations that are gone
+
+
+class Followed(Protocol):
+    """A generation: see Journal."""
+
+    @property
+    def sequence(self) -> int: ...
+
+    @property
+    def identity(self) -> int: ...
 
 
 @dataclasses.dataclass
@@ -125,6 +137,35 @@ class Journal:
             self.unwritten = True
         else:
             self.unwritten = False
+
+
+def follow(
+    journals: dict[int, Journal],
+    generations: Sequence[Followed],
+    make: Callable[[Any], Journal],
+    forgo: Callable[[Journal, int], None],
+) -> None:
+    """Gives each generation a journal, ends those of generations that are there no more, and removes old ones.
+
+    Args:
+        journals: by sequence.
+        generations: that are there now.
+        make: for a new one.
+        forgo: ends one, before anything was carried; gets the highest sequence that is there, or -1.
+    """
+    for generation in generations:
+        sequence = generation.sequence
+        known = journals.get(sequence)
+        if known is None or known.identity != generation.identity:
+            journals[sequence] = make(generation)
+            journals[sequence].change(QUEUED)
+    there = {generation.sequence for generation in generations}
+    gone = sorted(journals.keys() - there)
+    for journal in [journals[sequence] for sequence in gone if journals[sequence].waits]:
+        forgo(journal, max(there, default=-1))
+    for sequence in [sequence for sequence in gone if journals[sequence].is_over][:-_MOST_OLD]:
+        with contextlib.suppress(OSError):
+            durable.remove_file(journals.pop(sequence).path)
 
 
 def write_again(journals: Iterable[Journal]) -> None:

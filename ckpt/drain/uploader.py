@@ -31,7 +31,6 @@ from ckpt.storage.object_store import ObjectStore, ObjectStoreError
 
 logger = logging.getLogger("ckpt")
 
-_MOST_OLD_JOURNALS = 50
 _POLL_S = 0.05
 _IN_USE = "'{directory}' is being worked on by {holder}: end that first, or let it do the work"
 
@@ -147,7 +146,7 @@ class Uploader:
         except StorageError as error:
             self._warn_once(f"'{self._remote.home}' cannot be read: {error}")
             return False
-        self._note(generations)
+        journals.follow(self._journals, generations, self._make_journal, self._forgo)
         entered = self._enter(generations)
         waiting = self._choose(generations) if entered else [each for each in generations if self._waits(each)][:MOST_HELD]
         waiting.sort(key=lambda each: self._journals[each.sequence].state != COPYING)  # what was begun goes on
@@ -168,25 +167,9 @@ class Uploader:
             if (self._remote.owner, self._remote.ticket) != (before.owner, before.ticket):
                 self._entered = False
 
-    def _note(self, generations: list[Generation]) -> None:
-        """Gives each generation a journal, and ends those of generations that are there no more."""
-        for generation in generations:
-            sequence = generation.sequence
-            known = self._journals.get(sequence)
-            if known is None or known.identity != generation.identity:
-                path = journals.path_of(self._place, sequence)
-                self._journals[sequence] = Journal(path, sequence, generation.manifest.step, generation.identity)
-                self._journals[sequence].change(QUEUED)
-        there = {generation.sequence for generation in generations}
-        newest = max(there, default=-1)
-        for sequence in sorted(self._journals.keys() - there):
-            journal = self._journals[sequence]
-            if journal.waits:
-                self._forgo(journal, newest)
-        over = sorted(sequence for sequence in self._journals.keys() - there if self._journals[sequence].is_over)
-        for sequence in over[:-_MOST_OLD_JOURNALS]:
-            with contextlib.suppress(OSError):
-                durable.remove_file(self._journals.pop(sequence).path)
+    def _make_journal(self, generation: Generation) -> Journal:
+        path = journals.path_of(self._place, generation.sequence)
+        return Journal(path, generation.sequence, generation.manifest.step, generation.identity)
 
     def _forgo(self, journal: Journal, newest: int) -> None:
         """It is not at home any more: the step was saved again, or newer ones have come."""
