@@ -197,12 +197,13 @@ class HomeWatch:
             left, self._awaited = [*self._awaited.values()], {}
             thread = self._thread
             self._changed.notify_all()
+        until = f"within {timeout_s:g} s" if timeout_s else "by the time that what has saved it was closed"
         for each in left:
             where = self._storage.step_directory(each.name)
             each.tell_failure(
                 DeadlineError(
                     f"step {each.step} is a checkpoint {self.here}, in '{where}', but has not come to '{self._storage.home}' "
-                    f"within {timeout_s:g} s; the drain carries it there as soon as it can"
+                    f"{until}; the drain carries it there as soon as it can"
                 )
             )
         if thread is not None and thread is not threading.current_thread():

@@ -315,6 +315,7 @@ def test_a_home_of_another_run_says_so_after_a_while(
         watch.close(0.0)
         (error,) = told.next().values()
         assert isinstance(error, DeadlineError) and step_name(1) in str(error)
+        assert "by the time that what has saved it was closed" in str(error) and "0 s" not in str(error)
 
 
 # ---- ends ------------------------------------------------------------------------------------------------------------
