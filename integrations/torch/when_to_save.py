@@ -21,6 +21,7 @@ from ckpt.quantities import Duration, parse_duration
 
 Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
 
+_FORMS = "a number of steps (100), a duration ('10min'), 'auto' or Auto(...)"
 _COSTS_KEPT = 5  # saves whose median cost is what a save costs
 _CHECK_GROWTH = 2  # a check is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
 
@@ -83,7 +84,7 @@ def make_interval(every: Every, agree: Agree | None) -> Interval:
         ValueError, TypeError: `every` is nothing that can be meant.
     """
     if isinstance(every, bool):
-        raise TypeError(f"every must be a number of steps, a duration, 'auto' or Auto(...), not {every!r}")
+        raise TypeError(f"every must be {_FORMS}, not {every!r}")
     if isinstance(every, int):
         if every < 1:
             raise ValueError(f"every must be at least 1 step, not {every}")
@@ -93,8 +94,16 @@ def make_interval(every: Every, agree: Agree | None) -> Interval:
     if isinstance(every, Auto):
         return TimedInterval(_CostInterval(every), agree)
     if not isinstance(every, (str, datetime.timedelta)):
-        raise TypeError(f"every must be a number of steps, a duration, 'auto' or Auto(...), not {every!r}")
-    return TimedInterval(_FixedInterval(parse_duration(every, "every")), agree)
+        raise TypeError(f"every must be {_FORMS}, not {every!r}")
+    return TimedInterval(_FixedInterval(_parse_time(every)), agree)
+
+
+def _parse_time(every: str | datetime.timedelta) -> float:
+    """Seconds. What is no duration may have been meant as a number of steps."""
+    try:
+        return parse_duration(every, "every")
+    except ValueError as error:
+        raise ValueError(f"{error}. every takes {_FORMS}") from None
 
 
 class Steps:

@@ -311,6 +311,7 @@ def test_messages_name_the_part(tmp_path: Path, caplog: pytest.LogCaptureFixture
         ({"every": 0}, ValueError, "every must be at least 1 step, not 0"),
         ({"every": True}, TypeError, "every must be a number of steps"),
         ({"every": "soon"}, ValueError, "every must be a duration"),
+        ({"every": "10 steps"}, ValueError, r"not '10 steps'. every takes a number of steps \(100\), .*'10min'.*'auto'"),
         ({"every": "0s"}, ValueError, "every must be a positive duration"),
         ({"every": 1.5}, TypeError, "every must be a number of steps"),
         ({"preemption": "never"}, ValueError, "preemption must be a duration"),
