@@ -272,5 +272,9 @@ def _try_out(task: SaveTask, options: Options) -> None:
 
 
 def log_failure(task: SaveTask, error: BaseException | None) -> None:
-    if error is not None and not isinstance(error, SkippedError):
+    if error is None or isinstance(error, SkippedError):
+        return
+    if str(error).startswith("the save ") and f"'{task.path}'" in str(error):  # it says itself of which save it is
+        logger.error("%s", error)
+    else:
         logger.error("the save to '%s' failed: %s", task.path, error)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import DEADLINE_S, assert_same, options, patience
+from support import DEADLINE_S, assert_same, options, patience, wait_until
 
 import ckpt
 from ckpt.commit import step_target
@@ -203,6 +203,15 @@ def test_restore_is_in_step_again_after_one_has_failed(pair: Pair) -> None:
 def test_one_that_only_looks_does_not_put_the_others_out_of_step(pair: Pair) -> None:
     with ckpt.Checkpointer(pair.directory, coordinator="local"):
         assert pair.save_both(1) == [None, None]
+
+
+def test_the_log_names_a_save_that_failed_once(pair: Pair, caplog: pytest.LogCaptureFixture) -> None:
+    """Also where its error does so itself."""
+    apart = [pair.save(rank, step=3 + rank) for rank in range(2)]
+    assert all(isinstance(each, ckpt.PendingSave) and each.exception(DEADLINE_S) for each in apart)
+    wait_until(lambda: len(caplog.records) >= 2)
+    told = [record.getMessage() for record in caplog.records]
+    assert all(text.startswith("the save of step ") and text.count("the save ") == 1 for text in told), told
 
 
 def test_an_error_without_ranks_is_a_failure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
