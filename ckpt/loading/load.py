@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,8 @@ from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
+_OF_DCP = re.compile(r"__\d+_\d+\.distcp|\.metadata")  # names of torch.distributed.checkpoint
+_DCP_LOAD = "load(state, checkpoint_id='{}') of ckpt.integrations.dcp or of torch.distributed.checkpoint"
 _OLD_FORMAT = b"\x80\x02" + pickle.encode_long(0x1950A86A20F9469CFC6C).join([b"\x8a\x0a", b"."])  # a pickled magic number
 
 
@@ -56,10 +59,11 @@ def load(
 
     Raises:
         CorruptError: the file is truncated, or a checksum is wrong; names the record.
-        StorageError: it cannot be read.
+        StorageError: it cannot be read, or is a directory.
         DeadlineError: reading took longer than timeout_s.
         DeviceError: some of it goes to a CUDA device whose current stream is being captured into a graph.
-        CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches.
+        CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches; or it is a part
+            of a sharded checkpoint.
         NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it.
         TypeError, ValueError: keys are no patterns, or the URL is none of a file.
     """
@@ -131,16 +135,28 @@ def is_zip(path: Path) -> bool:
     """True for a zip, False for torch's format of before 1.6, which has no checksums.
 
     Raises:
-        StorageError: the file cannot be read.
+        StorageError: the file cannot be read, or is a directory.
         CorruptError: it is neither.
+        CheckpointError: it is a part of a sharded checkpoint.
     """
     durable.refuse_irregular(path, "load")
+    if _OF_DCP.fullmatch(path.name):
+        raise CheckpointError(
+            f"'{path}' is a part of a sharded checkpoint, which is read as a whole: "
+            f"Checkpointer(...).restore(sharded_into=state), or {_DCP_LOAD.format(path.parent)}"
+        )
     try:
         with open(path, "rb") as file:
             start = file.read(len(_OLD_FORMAT))
             with contextlib.suppress(zipfile.BadZipFile):
                 if start.startswith(b"PK\x03\x04") or zipfile.is_zipfile(file):
                     return True
+    except IsADirectoryError as error:
+        text = (
+            f"cannot load '{path}': it is a directory, and this reads one file. The newest checkpoint of a job is what "
+            f"Checkpointer(...).restore() gives; a sharded one reads {_DCP_LOAD.format(path)}"
+        )
+        raise StorageError(error.errno or 0, text, str(path)) from error
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot load '{path}': {error.strerror}", str(path)) from error
     if start == _OLD_FORMAT:

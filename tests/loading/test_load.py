@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from states import ALL_STATES
-from support import assert_no_leak, assert_same, options, resources
+from support import DEADLINE_S, assert_no_leak, assert_same, options, resources
 
 import ckpt
 from ckpt import _native
@@ -224,6 +224,19 @@ def test_the_environment_can_forbid_all_but_weights(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     with pytest.raises(CheckpointError, match="Mild"):
         ckpt.load(tmp_path / "state.pt", weights_only=False)
+
+
+def test_a_checkpoint_of_several_files_is_no_file(tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        step = checkpointer.save(1, sharded={"a": torch.ones(3), "b": torch.zeros(3)}).result(DEADLINE_S)
+    for load in (ckpt.load, lambda path: ckpt.load_into(path, {})):
+        for directory in (tmp_path, step):
+            with pytest.raises(StorageError, match=r"directory.*one file.*restore\(\).*load\(state, checkpoint_id=") as raised:
+                load(directory)
+            assert raised.value.errno == errno.EISDIR and raised.value.filename == str(directory)
+        for name in ("__0_0.distcp", ".metadata"):
+            with pytest.raises(CheckpointError, match=rf"sharded checkpoint.*sharded_into=.*checkpoint_id='{step}'"):
+                load(step / name)
 
 
 def test_torchscript_is_left_to_torch(tmp_path: Path) -> None:
