@@ -127,6 +127,7 @@ def load(
 
     Raises:
         CorruptError: something of it is damaged; what was to be loaded may hold parts of it.
+        NotACheckpointError: the directory is there, and no checkpoint in it, as when a save did not finish.
     """
     ckpt.fence()
     _await_earlier(_path_of(checkpoint_id, storage_reader), by_torch=True)

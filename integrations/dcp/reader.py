@@ -13,7 +13,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader
 
 from ckpt.dcp import VerifiedFile, read_metadata
-from ckpt.errors import CheckpointError, CorruptError
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 
 from . import torch_private
 from .notices import say_once
@@ -50,9 +50,14 @@ class VerifyingStorageReader(FileSystemReader):
             if not self._serves:
                 self.open_metadata(path)
         elif self.damage is not None:
-            raise self.damage  # there is one: what ranks have written each for itself is older
+            raise self.damage  # what ranks have written each for itself is not there, or older
         try:
             return super().read_metadata(*args, **kwargs)
+        except FileNotFoundError as error:
+            if not path.parent.is_dir() or any(path.parent.glob("__*.metadata")):
+                raise  # torch says so; or asks for that of this rank
+            self.damage = NotACheckpointError(_why_none(path.parent))
+            raise self.damage from error
         except (OSError, CorruptError):
             raise
         except Exception as error:
@@ -95,6 +100,26 @@ class VerifyingStorageReader(FileSystemReader):
         except CorruptError as error:
             self.damage = self.damage or error
             raise
+
+
+def _why_none(directory: Path) -> str:
+    """A directory without `.metadata` is no checkpoint: what it is, and what to do."""
+    names = sorted(os.listdir(directory))
+    steps = [name for name in names if name.startswith("step-")]
+    if steps:
+        why = (
+            f"It holds steps of a Checkpointer: name one that was saved with sharded=, as '{directory / steps[-1]}', or call "
+            "Checkpointer(...).restore(sharded_into=state)"
+        )
+    elif "manifest.json" in names and not any(name.endswith(".distcp") for name in names):
+        why = "It is a step of a Checkpointer that was saved without sharded=: Checkpointer(...).restore() reads it"
+    else:
+        holds = f"it holds {len(names)} other files" if names else "it is empty"
+        why = (
+            f"That is written last of all, and {holds}: the save did not finish, on some rank, or is still under way. Load an "
+            "older checkpoint; the log of the job that saved says what went wrong"
+        )
+    return f"'{directory}' is no checkpoint of torch.distributed.checkpoint: there is no .metadata in it. {why}"
 
 
 _Base: Any = torch_private.FileSystem or object
