@@ -159,9 +159,9 @@ class Checkpointer(SaveSession):
             CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
                 by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
             PeerError: at the first save, rank 0 does not answer, or may not save, for instance because of that.
-            TypeError, ValueError: step is not a count; `replicated` holds tensors of which each rank has a part; `sharded`
-                holds what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks,
-                two values of the same key); also what pickling a state raises.
+            TypeError, ValueError: step is not a count; all of `state`, `replicated` and `sharded` are None; `replicated` holds
+                tensors of which each rank has a part; `sharded` holds what cannot be saved so (a ShardedTensor, a DTensor with
+                Partial placements or on a mesh of other ranks, two values of the same key); also what pickling a state raises.
 
         Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
         `result()` and by wait().
@@ -226,9 +226,14 @@ class Checkpointer(SaveSession):
         return self._nodes.route(task, call.number, self._directories)
 
     def _contents(self, state: Any, replicated: Any, sharded: Any) -> list[tuple[str, Any]]:
-        others = [(REPLICATED, replicated), (SHARDED, sharded)]
-        given = [(kind, each) for kind, each in others if each is not None]
-        return given if state is None and given else [(RANK, state), *given]
+        offered = [(RANK, state), (REPLICATED, replicated), (SHARDED, sharded)]
+        given = [(kind, each) for kind, each in offered if each is not None]
+        if not given:
+            raise TypeError(
+                "save() was given nothing to save: give state= (what this rank has for itself; {} if only others have "
+                "something), replicated= (what is the same on all ranks) or sharded= (of which each rank has a part)"
+            )
+        return given
 
     def _begin(self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any) -> None:
         call, directories = dataclasses.replace(call, directory=route.directory), route.directories

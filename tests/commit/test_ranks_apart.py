@@ -214,6 +214,16 @@ def test_the_log_names_a_save_that_failed_once(pair: Pair, caplog: pytest.LogCap
     assert all(text.startswith("the save of step ") and text.count("the save ") == 1 for text in told), told
 
 
+def test_a_rank_that_gives_nothing_fails_the_save_on_all(pair: Pair) -> None:
+    for rank, step in ((0, 1), (1, 2)):
+        other = pair.ranks[1 - rank].save(step, {"a": 1}) if rank else None
+        with pytest.raises(TypeError, match="nothing to save"):
+            pair.ranks[rank].save(step)
+        other = other or pair.ranks[1 - rank].save(step, {"a": 1})
+        error = other.exception(DEADLINE_S)
+        assert isinstance(error, PeerError) and error.ranks == (rank,) and "nothing to save" in str(error)
+
+
 def test_an_error_without_ranks_is_a_failure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.save_both(1) == [None, None]
 
