@@ -39,6 +39,7 @@ from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
 from ckpt.saving.file_in_flight import FileInFlight, WriteShare
+from ckpt.saving.notices import note_shards
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask, wait_landed
@@ -136,7 +137,8 @@ class Checkpointer(SaveSession):
 
         Args:
             step: not negative; need not grow. The newest checkpoint is the one committed last. The same on all ranks.
-            state: what this rank has for itself: a file for each rank.
+            state: what this rank has for itself: a file for each rank. Tensors of which each rank has a part go to `sharded`:
+                here only as many ranks can restore them, which a warning says.
             replicated: what is the same on all ranks (under DistributedDataParallel: model and optimizer): one file for all.
                 It must be equal to the byte on every rank, with the bytes between the elements of strided views. Structure,
                 values and shapes are compared, and of the bytes of tensors samples: small ones (4 KiB) whole, of larger ones
@@ -262,9 +264,14 @@ class Checkpointer(SaveSession):
                     directories.note_limits(each.file.found_limits())
                     each.file.forget_structure()
 
+        def ready() -> None:
+            for each in saved:
+                if each.kind == RANK:
+                    note_shards(each.file)
+
         files = [(each.file, obj, each.written) for each, (_, obj) in zip(saved, contents, strict=True)]
         try:
-            start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options)
+            start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options, ready=ready)
         except BaseException:
             if not task.handed_over:
                 directories.forget_save(call.directory, targets)

@@ -294,7 +294,7 @@ class CandidateRead:
             return CheckpointError(
                 f"'{self._places}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job "
                 f"has {self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
-                "many ranks"
+                "many ranks. What is given to save(sharded=...), as DTensors are, needs neither"
             )
         has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
         has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)

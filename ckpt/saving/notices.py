@@ -1,6 +1,7 @@
 """What is said about saves in the log: no direct I/O, an arena that is not pinned, fences that take long.
 
-And what a save has shown about its devices, which the next one goes by.
+And of shards in a state that only as many ranks can restore; and what a save has shown about its devices, which the next one
+goes by.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import os
 from ckpt import device_modes
 from ckpt.devices import HOST
 from ckpt.fence import iteration_s
+from ckpt.plan.shards import find_shards
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.task import SaveTask
 
@@ -19,6 +21,7 @@ logger = logging.getLogger("ckpt")
 _NOT_DIRECT = (1, 1)  # as Job.limits
 noted_pageable: set[str] = set()
 noted_buffered: set[int] = set()  # devices of file systems
+noted_shards: set[str] = set()  # the classes of such tensors
 noted_fences: list[float] = []  # the part of an iteration that the last saves were held for, as long as that was too long
 _LONG_FENCE = 0.05  # of an iteration
 _LONG_FENCES = 3  # in a row, before it is said: the first saves of a run are not like the others
@@ -55,6 +58,18 @@ def note_buffered(file: FileInFlight) -> None:
             "the file system of '%s' has no usable direct I/O: saves go through the page cache, which costs a copy and memory "
             "bandwidth",
             file.target.parent,
+        )
+
+
+def note_shards(file: FileInFlight) -> None:
+    """Says once, of a rank's own state, that it holds tensors of which each rank has a part, if it does."""
+    if not noted_shards and (kind := find_shards(file.pickle)) is not None:
+        noted_shards.add(kind)
+        logger.warning(
+            "state= holds a %s, of which each rank has a part: it is saved, but only as many ranks as now can restore it. For "
+            "any number of them give it as sharded=, in the form of torch.distributed.checkpoint.state_dict.get_state_dict(), "
+            "and take it back by restore(sharded_into=...)",
+            kind,
         )
 
 

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as td
 from support import DEADLINE_S, options
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt
+from ckpt.saving import notices
 
 pytestmark = pytest.mark.usefixtures("native")
+
+
+def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 @pytest.mark.parametrize("nothing", [{}, {"state": None}, {"replicated": None, "sharded": None}], ids=len)
@@ -20,3 +31,25 @@ def test_nothing_is_no_checkpoint(nothing: dict[str, Any], tmp_path: Path) -> No
             checkpointer.save(1, **nothing)
         assert checkpointer.steps() == []
         assert checkpointer.save(2, {}).result(DEADLINE_S) and checkpointer.steps() == [2]
+
+
+def test_shards_in_a_state_of_its_own_are_saved_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once: as many ranks can restore them, and others cannot."""
+    monkeypatch.setattr(notices, "noted_shards", set())
+    td.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        with ckpt.Checkpointer(tmp_path, options=options(), coordinator="local") as checkpointer:
+            checkpointer.save(1, {"w": 1}, sharded={"m": torch.ones(2)}).result(DEADLINE_S)
+            assert not warnings_in(caplog)
+            for step in (3, 4):
+                shard = DTensor.from_local(torch.full((2,), float(step)), mesh, [Shard(0)], run_check=False)
+                checkpointer.save(step, {"w": [shard]}).result(DEADLINE_S)
+            (told,) = warnings_in(caplog)
+            assert "state= holds a DTensor" in told and "give it as sharded=" in told
+            found = checkpointer.restore(weights_only=False)
+            assert found is not None and found.state["w"][0].to_local().tolist() == [4.0, 4.0]
+    finally:
+        td.destroy_process_group()
