@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory.manifest import RANK, REPLICATED, SHARDED_METADATA, FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, PeerError, StorageError
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import Candidate, Objection
@@ -30,6 +31,8 @@ from ckpt.restore.process_group import RankGroup
 from ckpt.restore.readiness import StartVote
 from ckpt.restore.request import Restored, RestoreRequest, lends
 from ckpt.restore.sharded_reader import ShardedReader
+
+logger = logging.getLogger("ckpt")
 
 
 @dataclasses.dataclass
@@ -111,6 +114,12 @@ class CandidateRead:
         elif own and self._request.merge is not None:
             state = self._request.merge([load(file) for file in own])
         sharded = None if self._sharded is None else self._sharded.take()
+        if self._sharded is None and self._rank == 0 and _is_sharded(manifest):
+            logger.warning(
+                "'%s' has a sharded state, which is left out: restore(sharded_into=state) fills one of the same keys, such as "
+                "torch.distributed.checkpoint.state_dict.get_state_dict() gives",
+                self._places,
+            )
         return Restored(manifest.step, state, replicated[0] if replicated else None, sharded, self._places.sources)
 
     # ---- the phases ------------------------------------------------------------------------------------------------
@@ -298,6 +307,7 @@ class CandidateRead:
             )
         has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
         has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)
+        has += ["a sharded state, which sharded_into= takes"] * _is_sharded(manifest)
         for name, target, found in (
             ("into", self._request.into, self._rank in own),
             ("replicated_into", self._request.replicated_into, common),
@@ -306,6 +316,10 @@ class CandidateRead:
                 what = " and ".join(has) or "no state at all"
                 return CheckpointError(f"'{self._places}' has nothing for {name}= on rank {self._rank}; it has {what}")
         return None
+
+
+def _is_sharded(manifest: Manifest) -> bool:
+    return any(file.kind == SHARDED_METADATA for file in manifest.files)
 
 
 def _failure_of(phase: Callable[[], None]) -> Exception | None:

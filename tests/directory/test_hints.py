@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt
+from ckpt.errors import CheckpointError
 from ckpt.saving import notices
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -53,3 +54,22 @@ def test_shards_in_a_state_of_its_own_are_saved_with_a_warning(
             assert found is not None and found.state["w"][0].to_local().tolist() == [4.0, 4.0]
     finally:
         td.destroy_process_group()
+
+
+def test_a_sharded_state_is_not_left_out_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    target = {"m": torch.zeros(2)}
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(1, sharded={"m": torch.ones(2)}).result(DEADLINE_S)
+        for name in ("into", "replicated_into"):
+            with pytest.raises(
+                CheckpointError, match=rf"nothing for {name}=.*it has a sharded state, which sharded_into= takes"
+            ):
+                checkpointer.restore(**{name: target})
+        assert target["m"].tolist() == [0, 0] and not warnings_in(caplog)
+        found = checkpointer.restore()
+        assert found is not None and found.state is None and found.sharded is None
+        (told,) = warnings_in(caplog)
+        assert "step-000000000001' has a sharded state, which is left out: restore(sharded_into=state)" in told
+        found = checkpointer.restore(sharded_into=target)
+        assert found is not None and found.sharded is target and target["m"].tolist() == [1, 1]
+        assert len(warnings_in(caplog)) == 1
