@@ -240,11 +240,10 @@ def _target_of(name: str, owner: str, target: State, parameters: Mapping[str, to
         if wanted:
             parameter = parameters[parameter_name]
             theirs = saved.get(f"{owner}.{parameter_name}")
-            # Of another model: let the comparison say so, of the parameter and of its state.
             same = theirs is not None and theirs[0] == tuple(parameter.shape)
-            memory = _memory_for if same else _memory_like
             states[parameter_name] = {
-                key: here[key] if key in here else memory(f"{begin}{key}", parameter, saved[f"{begin}{key}"]) for key in wanted
+                key: here[key] if key in here else _memory_for(f"{begin}{key}", parameter, saved[f"{begin}{key}"], same)
+                for key in wanted
             }
     return {"state": states, "param_groups": _groups_of(f"{name}.param_groups.", saved) or target["param_groups"]}
 
@@ -259,18 +258,21 @@ def _groups_of(prefix: str, saved: Saved) -> list[State]:
     return [groups[number] for number in sorted(groups)]
 
 
-def _memory_like(_: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], torch.dtype] | None) -> Any:
-    return None if form is None else torch.zeros_like(parameter, dtype=form[1], requires_grad=False)
-
-
-def _memory_for(key: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], torch.dtype] | None) -> Any:
+def _memory_for(
+    key: str, parameter: torch.Tensor, form: tuple[tuple[int, ...], torch.dtype] | None, same: bool
+) -> torch.Tensor | None:
+    """
+    Args:
+        same: the parameter had this shape when it was saved. If not, the checkpoint is of another model: let the comparison
+            say so, of the parameter and of what of its state is laid out as it is.
+    """
     if form is None:
         return None
     shape, dtype = form
-    if shape == tuple(parameter.shape):
-        return _memory_like(key, parameter, form)
-    if len(shape) == 0:  # a count of steps
+    if len(shape) == 0 and parameter.dim() > 0:  # a count of steps
         return torch.zeros((), dtype=dtype)
+    if shape == tuple(parameter.shape) or not same:
+        return torch.zeros_like(parameter, dtype=dtype, requires_grad=False)
     raise ckpt.CheckpointError(
         f"'{key}' has the shape {shape}, which is not that of its parameter: how it is laid out on the ranks is only known "
         "when the optimizer has stepped once"

@@ -52,3 +52,12 @@ def test_all_else_is_taken(parts: Any) -> None:
     optimizer.param_groups[0]["names"] = ("a", "b")
     found, _ = sharded.take()
     assert found["optimizer"]["state"]["weight"].keys() == {"step", "moment", "notes", "none"}
+
+
+def test_a_count_of_steps_is_no_part_of_another_model(parts: Any) -> None:
+    """What has not stepped gets memory for what was saved: of a parameter of another shape all else differs, and this not."""
+    sharded, _, weight = parts
+    state = {"step": ((), torch.float32), "moment": ((4, 9), torch.float32)}
+    saved = {f"optimizer.state.weight.{key}": form for key, form in state.items()} | {"model.weight": ((4, 9), torch.float32)}
+    found = sharded.prepare_targets()(saved)["optimizer"]["state"]["weight"]
+    assert found["step"].shape == () and found["moment"].shape == weight.shape
