@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ _SHOWN_PROBLEMS = 20
 _SHOWN_KEYS = 5
 _SHOWN_TEXT = 1000  # characters of what torch says
 _LACKED, _SURPLUS = "missing in the file", "in the file, and not here"
+_SHARDED = ("DTensor", "ShardedTensor")
+_OF_PARAMETER = re.compile(r"(|.*\.)state\.\d+")  # in a state dict of an optimizer, where parameters have numbers
 _NO_MEMORY = "has no memory here yet: let a first forward give it some, or use load()"
 
 
@@ -105,11 +108,19 @@ class TargetMatch:
     def mismatch(self, touched: bool = False) -> MismatchError:
         """The error that lists the problems. `touched`: the target holds parts of another file already."""
         shown = "; ".join(self._shown())
-        if len(self.problems) == len(self.missing) + len(self.unexpected) and self.loaded:
-            shown += " (strict=False passes over keys that only one side has)"
+        shown += self._what_may_help()
         after = "It holds parts of a damaged checkpoint that came before" if touched else "Nothing was changed"
         text = f"'{self._skeleton.archive.path}' does not fit what it is to be loaded into: {shown}. {after}"
         return MismatchError(text, self.problems)
+
+    def _what_may_help(self) -> str:
+        if len(self.problems) != len(self.missing) + len(self.unexpected) or not self.loaded:
+            return ""
+        optimizers_of = {found[1] for path in self.unexpected if (found := _OF_PARAMETER.fullmatch(path))}
+        if any(path.startswith(f"{each}param_groups.") for each in optimizers_of for path in self.loaded):
+            # strict=False would lose the state
+            return " (give the optimizer itself, not its state_dict(): before its first step there is no state to load into)"
+        return " (strict=False passes over keys that only one side has)"
 
     def _shown(self) -> list[str]:
         """The problems, without the rest of those that are of one kind."""
@@ -131,6 +142,9 @@ class TargetMatch:
         record = self._skeleton.record_of(found)
         if torch.nn.parameter.is_lazy(target) or target.is_meta:
             return self._problem(path, _NO_MEMORY)
+        if (kind := type(target.data).__name__) in _SHARDED:
+            what = f"is a {kind} here, of which each rank has a part: save it by sharded=, and restore it by sharded_into="
+            return self._problem(path, what)
         if record is None or not is_plain_tensor(target.data):
             return self._problem(path, "is no plain strided tensor: load() can load it")
         if found.dtype != target.dtype:

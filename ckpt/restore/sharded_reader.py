@@ -20,7 +20,7 @@ from ckpt.errors import CheckpointError, CorruptError, MismatchError, StorageErr
 from ckpt.loading.archive import reader_threads
 from ckpt.restore.places import StepPlaces
 from ckpt.sharded.entries import EntryFinder, is_stateful
-from ckpt.sharded.resharding import FileReads, ReadPlan, differences, ranges_to_read
+from ckpt.sharded.resharding import ONLY_HERE, ONLY_THERE, FileReads, ReadPlan, differences, ranges_to_read
 
 _SHOWN = 8  # differences that a message names
 
@@ -56,6 +56,7 @@ class ShardedReader:
             self.refusal = CheckpointError(f"'{places}' has nothing for sharded_into=: no sharded state was saved in it")
             return
         metadata = _unpickle(places.path_of(metadata_file.name), self._small(metadata_file))
+        by_hand = not callable(target)
         if callable(target):
             target = target(_forms(metadata))
         if not isinstance(target, MutableMapping):
@@ -67,6 +68,7 @@ class ShardedReader:
         problems = differences(metadata, entries, strict)
         if problems:
             text = "; ".join(problems[:_SHOWN]) + (f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else "")
+            text += _what_may_help(problems, by_hand)
             self.refusal = MismatchError(f"'{places}' does not fit sharded_into=: {text}", problems)
             return
         self._plan = ReadPlan(metadata, self._payload_of, weights_only)
@@ -166,6 +168,21 @@ class ShardedReader:
 
     def _small(self, file: FileEntry) -> bytes:
         return self._places.read(file.name, functools.partial(_content_of, file))
+
+
+def _what_may_help(problems: list[str], by_hand: bool) -> str:
+    """
+    Args:
+        by_hand: the target is a state dict. Else it was made for what was saved.
+    """
+    of_one_side = [problem.endswith((ONLY_HERE, ONLY_THERE)) for problem in problems]
+    text = " (strict=False passes over keys that only one side has)" if all(of_one_side) else ""
+    if by_hand and any(of_one_side):
+        text += (
+            ". get_state_dict() of torch.distributed.checkpoint.state_dict gives the same keys to save and to restore, also of "
+            "an optimizer that has not stepped yet"
+        )
+    return text
 
 
 def _content_of(file: FileEntry, path: Path) -> bytes:

@@ -17,6 +17,8 @@ import torch
 from ckpt.sharded.chunks import Box
 from ckpt.sharded.entries import Entry
 
+ONLY_HERE, ONLY_THERE = "is not in the checkpoint", "is only in the checkpoint"
+
 
 class ByteDestination(NamedTuple):
     """Bytes [begin, end) of a file, and the memory that gets them."""
@@ -205,12 +207,12 @@ def differences(metadata: Any, entries: Mapping[str, Entry], strict: bool) -> li
     for key, entry in entries.items():
         saved = metadata.state_dict_metadata.get(key)
         if saved is None:
-            found += [f"'{key}' is not in the checkpoint"] if strict else []
+            found += [f"'{key}' {ONLY_HERE}"] if strict else []
         elif isinstance(saved, TensorStorageMetadata) != (entry.shape is not None):
             found.append(f"'{key}' is a tensor on one side, and a value on the other")
         elif entry.shape is not None and (tuple(saved.size), saved.properties.dtype) != (entry.shape, entry.value.dtype):
             theirs, ours = (tuple(saved.size), saved.properties.dtype), (entry.shape, entry.value.dtype)
             found.append(f"'{key}' has shape {theirs[0]} and dtype {theirs[1]} in the checkpoint, {ours[0]} and {ours[1]} here")
     if strict:
-        found += [f"'{key}' is only in the checkpoint" for key in metadata.state_dict_metadata if key not in entries]
+        found += [f"'{key}' {ONLY_THERE}" for key in metadata.state_dict_metadata if key not in entries]
     return found

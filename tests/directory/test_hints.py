@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import ckpt
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, MismatchError
 from ckpt.saving import notices
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -50,6 +50,8 @@ def test_shards_in_a_state_of_its_own_are_saved_with_a_warning(
                 checkpointer.save(step, {"w": [shard]}).result(DEADLINE_S)
             (told,) = warnings_in(caplog)
             assert "state= holds a DTensor" in told and "give it as sharded=" in told
+            with pytest.raises(MismatchError, match=r"w\.0 is a DTensor here.*sharded=.*sharded_into="):
+                checkpointer.restore(into={"w": [shard]}, weights_only=False)
             found = checkpointer.restore(weights_only=False)
             assert found is not None and found.state["w"][0].to_local().tolist() == [4.0, 4.0]
     finally:

@@ -235,6 +235,19 @@ def test_optimizers_that_differ(tmp_path: Path) -> None:
         ckpt.load_into(tmp_path / "state.pt", other)
 
 
+def test_the_state_of_an_optimizer_that_has_not_stepped_holds_nothing_to_fill(tmp_path: Path) -> None:
+    """The optimizer itself takes what the file has; strict=False would lose it."""
+    model, optimizer = network()
+    train(model, optimizer)
+    ckpt.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "x.pt").result(60)
+    other, fresh = network()
+    with pytest.raises(MismatchError, match=r"optimizer\.state\.0 is in the file.*give the optimizer itself") as told:
+        ckpt.load_into(tmp_path / "x.pt", {"model": other, "optimizer": fresh.state_dict()})
+    assert "strict=False" not in str(told.value)
+    ckpt.load_into(tmp_path / "x.pt", {"model": other, "optimizer": fresh})
+    assert_same(optimizer.state_dict(), fresh.state_dict())
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     state = {"a": torch.randn(100_000), "b": torch.randn(100)}
     torch.save(state, tmp_path / "state.pt")

@@ -193,9 +193,15 @@ def test_what_does_not_fit_is_told_and_nothing_is_written(tmp_path: Path) -> Non
     for part in ("'model.one' has shape (6144, 1024)", "torch.float64 here", "'model.more' is not in", "'text' is only in"):
         assert part in str(told.value)
     assert not bool(target["model"]["two"].any())
+    assert "get_state_dict() of torch" in str(told.value) and "strict=False" not in str(told.value)
     target = empty(state())
     target["model"]["more"] = torch.ones(3)
     del target["model"]["two"]
+    with pytest.raises(ckpt.errors.MismatchError, match=r"strict=False passes over keys .*get_state_dict\(\) of torch"):
+        restore(tmp_path, target)
+    with pytest.raises(ckpt.errors.MismatchError, match=r"'model.two' is only .*strict=False passes over") as told:
+        restore(tmp_path, lambda _: target)  # type: ignore[arg-type]
+    assert "get_state_dict" not in str(told.value)
     assert restore(tmp_path, target, strict=False).step == 1
     assert torch.equal(target["model"]["one"], state()["model"]["one"]) and bool(target["model"]["more"].all())
 
