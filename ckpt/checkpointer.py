@@ -413,8 +413,7 @@ class Checkpointer(SaveSession):
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
                 and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
                 by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
-                pieces of 256 KiB. Values are put into dicts and lists; what has a load_state_dict() is given its part. Without
-                it a sharded state is left out, with a warning.
+                pieces of 256 KiB. Values are put into dicts and lists; what has a load_state_dict() is given its part.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
             fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are

@@ -25,7 +25,7 @@ class Restored(_Pair):
 
     Attributes:
         replicated: what was given as such; None if nothing was. Then `state` may be the one that is None.
-        sharded: what was given as `sharded_into`, filled.
+        sharded: what was given as `sharded_into`, filled. Without it a sharded state is left out, and a warning says so.
         sources: from where this rank has read each file: "node" (its own), "node 3", "home".
     """
 
