@@ -390,6 +390,8 @@ class BundleCheckpointer(SaveSession):
             self._limits[bundle._root] = limits
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
+        if isinstance(error, SupersededError) and not self._has_followed(task):
+            error = CheckpointError(f"{error}; but nothing is in '{task.path}'")
         if isinstance(error, SupersededError):  # by one of the same name, which stands in its place
             logger.info("%s", error)
         elif error is not None and has_vanished(task, error):
@@ -404,6 +406,12 @@ class BundleCheckpointer(SaveSession):
         if error is None:
             before = [path for path in self._published if path != task.path]
             self._published = [*before[1 - _MOST_PUBLISHED :], task.path]
+
+    def _has_followed(self, task: SaveTask) -> bool:
+        """Whether something of the same name stands in its place, or is on its way there."""
+        return manifests.read_if_any(task.path) is not None or any(
+            each.path == task.path and each.started_at > task.started_at for each in self._pending
+        )
 
     def _release(self) -> None:
         if self._nodes is not None:

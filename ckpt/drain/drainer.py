@@ -13,7 +13,7 @@ from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import place_in
-from ckpt.directory.step_names import name_at_home
+from ckpt.directory.step_names import name_at_home, step_name
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
@@ -210,8 +210,10 @@ class Drainer:
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
         generations = self._generations.find()
-        journals.follow(self._journals, generations, self._make_journal, self._forgo)
         home, opened = Home(self._node), []
+        journals.follow(
+            self._journals, generations, self._make_journal, lambda journal, _: self._forgo(journal, home, generations)
+        )
         if not self._backoff.waits and any(not journal.is_over or journal.blocked for journal in self._journals.values()):
             try:
                 self._settle(home)
@@ -256,10 +258,18 @@ class Drainer:
         path, name = journals.path_of(self._root, sequence), name_at_home(manifest)
         return Journal(path, sequence, manifest.step, generation.identity, place, name=name)
 
-    def _forgo(self, journal: Journal, newest: int) -> None:
-        """Its files are gone: the step was saved again, or somebody has removed it."""
-        if newest > journal.sequence:
-            journal.change(SUPERSEDED, by=newest)
+    def _forgo(self, journal: Journal, home: Home, generations: list[Generation]) -> None:
+        """Its files are gone: it was saved again, or somebody has removed it."""
+        name, sequence = journal.name_at_home, journal.sequence
+        by = next((each.sequence for each in generations if name_at_home(each.manifest) == name), -1)
+        try:
+            by = by if by > sequence else home.newest_instead(name, sequence, is_step=name == step_name(journal.step))
+        except CheckpointError:
+            return  # as long as home cannot be asked
+        if by == sequence:
+            journal.change(COMMITTED)
+        elif by > sequence:
+            journal.change(SUPERSEDED, by=by)
         else:
             text = "its files are not on the node any more"
             journal.change(FAILED, next=None, errno=errno.ENOENT, text=text)

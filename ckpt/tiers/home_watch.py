@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.listing import newest_after
+from ckpt.directory.listing import find_steps, newest_after
+from ckpt.directory.run_file import find_run
 from ckpt.drain import journal as journals
 from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
 from ckpt.drain.node import DAMAGED
@@ -239,7 +240,8 @@ class HomeWatch:
             path = journals.path_of(self._storage.root, each.sequence)
             stamp = stamp_of(path)
             if stamp is None:
-                self._look_whether_it_can_come(each)
+                with contextlib.suppress(CheckpointError):  # a directory cannot be read now
+                    self._look_whether_it_can_come(each)
             elif stamp != each.stamp:
                 journal = journals.read(path)
                 if journal is not None:
@@ -288,8 +290,16 @@ class HomeWatch:
             return  # by now
         if self.is_there(each):
             self._end(each)
-        else:
+        elif found > each.sequence or self.is_outdone(each) or self._lies_newer(each):
             self._end(each, self.superseded(each, -1))
+        elif self.can_be_told():
+            self._end(each, self.lost(each))
+
+    def _lies_newer(self, each: Awaited) -> bool:
+        """Whether what lay beside it shows that it had to go; a bundle gives way to one of the same name only."""
+        found = find_steps(self._storage.step_directory(each.name).parent).checkpoints
+        newer = [manifest for _, manifest in found if manifest.sequence > each.sequence]
+        return any(not manifest.bundle or manifest.bundle == each.called for manifest in newer)
 
     def _end(self, each: Awaited, error: CheckpointError | None = None) -> None:
         with self._changed:
@@ -316,7 +326,18 @@ class HomeWatch:
 
     def is_outdone(self, each: Awaited) -> bool:
         """Whether something newer is there; asked where no journal says anything."""
+        there = manifests.read_if_any(self._storage.home / each.called)
+        if each.called != each.name:  # a bundle
+            return there is not None and there.sequence > each.sequence
         return not self.is_there(each) and newest_after(self._storage.home, each.sequence) is not None
+
+    def can_be_told(self) -> bool:
+        """Whether what is not found is not there. Else it is waited for.
+
+        Raises:
+            CheckpointError: that cannot be found out now.
+        """
+        return find_run(self._storage.home) is not None
 
     # ---- what is said ----------------------------------------------------------------------------------------------
 
@@ -331,6 +352,14 @@ class HomeWatch:
         where = "is there already" if newer.state == COMMITTED else "goes first"
         text = f"{lost}: the newer step {newer.step} {where}. Save less often if each checkpoint is wanted there"
         return SupersededError(text, each.step, newer.step)
+
+    def lost(self, each: Awaited) -> StorageError:
+        where = self._storage.step_directory(each.name)
+        text = (
+            f"step {each.step} did not come to '{self._storage.home}', and its files are not {self.here} any more: '{where}' "
+            "was removed, or cannot be read. Nothing newer has taken its place"
+        )
+        return StorageError(errno.ENOENT, text, str(where))
 
     def failed(self, each: Awaited, journal: Journal) -> CheckpointError:
         text = (

@@ -60,6 +60,9 @@ class UploadWatch(HomeWatch):
     def is_outdone(self, each: Awaited) -> bool:
         return False
 
+    def can_be_told(self) -> bool:
+        return self._storage.root.is_dir()  # it lies at home, which may be away
+
     def superseded(self, each: Awaited, by: int) -> SupersededError:
         lost = f"step {each.step} is a checkpoint at home, but was not carried to '{self._storage.home}'"
         if by == 0:

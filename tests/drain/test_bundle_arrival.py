@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -141,6 +142,26 @@ def test_a_tag_that_is_saved_again_and_again_does_not_fill_the_node(tmp_path: Pa
     assert states == ["committed", *["superseded"] * 5, "committed"]
     assert len(job.steps_on()) == 2
     job.assert_tidy()
+
+
+def test_a_tag_whose_files_are_lost_is_not_superseded_by_another_one(tmp_path: Path) -> None:
+    """It never comes home, and who waits for it has to know."""
+    job = Bundles(tmp_path)
+    lost = job.put("lost", "lost")
+    job.kill_at("drain-inbox-renamed")
+    shutil.rmtree(job.roots[0] / step_name(lost))
+    other = job.put("other", "other")
+    assert drain_once(job.roots[0]).returncode == 0
+    assert (job.at_home(), job.state(lost)) == ({"other": other}, "failed")
+    journal = job.journal(lost)
+    assert journal is not None and "not on the node any more" in journal.text
+
+    again = job.put("again", "old")
+    job.kill_at("drain-inbox-renamed")
+    shutil.rmtree(job.roots[0] / step_name(again))
+    job.put("again", "new")
+    assert drain_once(job.roots[0]).returncode == 0
+    assert job.state(again) == "superseded"
 
 
 @pytest.mark.parametrize("point", ["drain-delivered", "drain-placed"])
