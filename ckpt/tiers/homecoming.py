@@ -233,12 +233,12 @@ class _OwnNode:
         way = OnItsWay(name, manifest.bundle, sequence, manifest.moves_latest, place.number, MOVING)
         if journal is None or journal.identity != generation.identity:
             return way
-        if journal.state == FAILED:
+        if journal.state == FAILED and not journal.blocked:
             return dataclasses.replace(way, state=self._kind_of_failure(journal, path), text=journal.text)
-        if journal.is_over:
+        if journal.is_over and not journal.blocked:
             return None
-        if journal.state != COPIED:
-            return way
+        if journal.state != COPIED and not journal.blocked:
+            return way  # what another node has not delivered, that one says: it may be back, and mended
         try:
             return dataclasses.replace(way, state=DELIVERED, lacks=tuple(Home(node).missing(sequence, place)))
         except CheckpointError as error:
@@ -247,11 +247,11 @@ class _OwnNode:
     def _kind_of_failure(self, journal: journals.Journal, path: Path) -> str:
         if journal.next is not None:
             return MOVING
-        if not is_permanent(journal.errno):  # then it is the file on this node that cannot be read
-            return DAMAGED
         stamp = stamp_of(path)
-        # The drain tries once more when a restore begins.
-        return BLOCKED if stamp is not None and stamp[1] >= self._began_ns - _CLOCK_NS else MOVING
+        # The drain tries once more when a restore begins, if it was an error of a system call.
+        if journal.errno and (stamp is None or stamp[1] < self._began_ns - _CLOCK_NS):
+            return MOVING
+        return BLOCKED if is_permanent(journal.errno) else DAMAGED  # a file on this node that cannot be read
 
     def finalise(self, contents: Mapping[str, str]) -> None:
         """Gives step directories, of which receipts say that they are complete here, the manifest that another node has."""

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from node_roots import that_cannot_be_changed, wait_for
 from support import assert_same, options, patience
 from test_ranks_apart import PATIENT, Threaded, Wire
-from tier_places import end_drains_below, that_cannot_be_changed
+from tier_places import end_drains_below
 
 import ckpt
 from ckpt.directory.publish_lock import publishing
+from ckpt.drain import journal as journals
 from ckpt.errors import CheckpointError, DeadlineError
 
 FILES = ("model_states.pt", "rank_{rank}_optim_states.pt")
@@ -276,6 +281,24 @@ def test_a_node_that_missed_the_verdict(jobs: Jobs, nothing_comes: contextlib.Ex
     end_drains_below(jobs.base)
     (landed / "manifest.json").unlink()
     (landed.parent / "drain" / "000000000002.json").unlink(missing_ok=True)  # the drain has never seen it
+    nothing_comes.close()
+    job = jobs.start()
+    assert job.find() == ["a", "a"]
+    job.assert_at_home("a", 2.0)
+
+
+def test_what_had_failed_before_is_tried_again(jobs: Jobs, nothing_comes: contextlib.ExitStack) -> None:
+    """A node was silent, so that another one has given it up; and it could not read its files. Now all is well."""
+    job = begun(jobs)
+    job.save_to_nodes("a", 2.0)
+    jobs.end()
+    paths = [journals.path_of(node / job.run, 2) for node in job.nodes]
+    wait_for(lambda: all(journals.read(path) is not None for path in paths))
+    end_drains_below(jobs.base)
+    for path, code, blocked in zip(paths, (errno.ETIMEDOUT, errno.EIO), (True, False), strict=True):
+        journal = journals.read(path) or pytest.fail()
+        journal.change(journals.FAILED, next=None, errno=code, text="as it was", blocked=blocked)
+        os.utime(path, ns=(0, time.time_ns() - 10**9))
     nothing_comes.close()
     job = jobs.start()
     assert job.find() == ["a", "a"]
