@@ -210,7 +210,7 @@ class Drainer:
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
         generations = self._generations.find()
-        home, opened = Home(self._node), []
+        home, opened = Home(self._node), list[int]()
         journals.follow(
             self._journals, generations, self._make_journal, lambda journal, _: self._forgo(journal, home, generations)
         )
@@ -221,12 +221,13 @@ class Drainer:
             except CheckpointError as error:
                 newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
                 self._home_failed(error, None if newest is None else self._journals[newest.sequence])
-        rules = Rules(self._node, self._times_at_home)
-        wanted = rules.wanted(newest_of_each(self._waiting(generations)))
-        self._supersede(generations, wanted)
+        wanted = self._wanted(self._waiting(generations))
+        self._supersede(generations, wanted, opened)
         self._retain(generations)
         waiting = self._waiting(generations)
-        chosen = next_one(waiting, self._journals, wanted, opened)
+        delivered = [each for each in generations if self._journals[each.sequence].state == COPIED]
+        unwanted = {each.sequence for each in delivered} - self._wanted(delivered)
+        chosen = next_one(waiting, self._journals, wanted, opened, unwanted)
         if chosen is None or self._backoff.waits:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
@@ -241,6 +242,10 @@ class Drainer:
 
     def _waiting(self, generations: list[Generation]) -> list[Generation]:
         return [each for each in generations if self._journals[each.sequence].waits]
+
+    def _wanted(self, generations: list[Generation]) -> set[int]:
+        """By a rule: sequences."""
+        return Rules(self._node, self._times_at_home).wanted(newest_of_each(generations))
 
     def _is_missed(self, home: Home, sequence: int) -> bool:
         """Whether other nodes deliver it, and this one has not."""
@@ -276,9 +281,9 @@ class Drainer:
             logger.warning("step %d is not carried home: %s", journal.step, text)
             self._tell_others(journal)
 
-    def _supersede(self, generations: list[Generation], wanted: set[int]) -> None:
+    def _supersede(self, generations: list[Generation], wanted: set[int], opened: list[int]) -> None:
         waiting = self._waiting(generations)
-        for sequence, by in superseded(waiting, self._journals, wanted, self._newest_at_home).items():
+        for sequence, by in superseded(waiting, self._journals, wanted, opened, self._newest_at_home).items():
             self._journals[sequence].change(SUPERSEDED, by=by)
 
     def _retain(self, generations: list[Generation]) -> None:
@@ -354,7 +359,6 @@ class Drainer:
             receipt = deliver(generation, place, home, journal, self._pace, self._stop, direct=direct, wanted=wanted)
             self._settle(home)  # what was committed may be removed at home as soon as this one can be
             home.write_receipt(generation.sequence, journal.inbox, place.number, receipt)
-            self._silence.pass_over(place)
             durable.crash_point("drain-delivered")
             journal.change(COPIED, ended=time.time())
             self._backoff.succeed()
