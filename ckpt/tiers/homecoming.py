@@ -168,21 +168,20 @@ class _OwnNode:
                 self._fatal = describe_lost_home(tier.path, home)
         except CheckpointError as error:
             self._fatal = str(error)
-        root = self._root
-        if root is not None and (root / nodes.NAME).exists():
-            self._enter(root, home)
+        try:
+            if self._root is not None and _is_there(self._root / nodes.NAME):
+                self._enter(self._root, home)
+        except (CheckpointError, OSError) as error:
+            self._trouble = str(error)
 
     def _enter(self, root: Path, home: Path) -> None:
         self._generations = Generations(root)
         self._drain = DrainProcess(root)
         lock = DirectoryLock(root, name=nodes.RESTORING, owner="another rank")
-        try:
-            with contextlib.suppress(InUseError):  # then that rank does it
-                lock.acquire()
-                self._lock = lock
-                self._astray = _lead_to(root, home)
-        except (CheckpointError, OSError) as error:
-            self._trouble = str(error)
+        with contextlib.suppress(InUseError):  # then that rank does it
+            lock.acquire()
+            self._lock = lock
+            self._astray = _lead_to(root, home)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -270,6 +269,15 @@ class _OwnNode:
                 logger.warning("'%s' cannot be made complete: %s", directory, error)
 
 
+def _is_there(path: Path) -> bool:
+    """Unlike exists(), which may take a disk that fails for an empty one."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def _stopped(way: OnItsWay, why: str) -> OnItsWay:
     return dataclasses.replace(way, state=BLOCKED, text=why) if way.state in (MOVING, DELIVERED) else way
 
@@ -319,6 +327,7 @@ class _Judge:
         self._patience_s = patience_s
         self._began = time.monotonic()
         self._told: set[str] = set()
+        self._first: set[int] | None = None  # what lay there when this began: another job may save there on and on
 
     def decide(self, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What all ranks are told."""
@@ -334,10 +343,14 @@ class _Judge:
                 way = OnItsWay(**each)
                 if way.called == self._name or (self._name is None and way.moves_latest):
                     by_sequence.setdefault(way.sequence, {})[said["place"]] = way
+        if self._first is None or any(said["trouble"] for said in reports):
+            self._first = (self._first or set()) | by_sequence.keys()
         bare = {name for said in reports for name in said.get("bare", ())}
         contents = {name: text for said in reports for name, text in said.get("manifests", {}).items() if text}
         waits, wanted = [], []
-        for _, ways in sorted(by_sequence.items(), reverse=True):
+        for sequence, ways in sorted(by_sequence.items(), reverse=True):
+            if sequence not in self._first:
+                continue
             outcome, text = self._outcome(ways, bare)
             if outcome == BLOCKED:
                 return _verdict(error=text)
