@@ -21,6 +21,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import find_steps, newest_after
 from ckpt.directory.run_file import find_run
 from ckpt.drain import journal as journals
+from ckpt.drain.bundle_arrival import has_settled
 from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
 from ckpt.drain.node import DAMAGED
 from ckpt.errors import (
@@ -91,6 +92,10 @@ class Awaited:
     attempts: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
     looked_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def is_bundle(self) -> bool:
+        return self.called != self.name
 
     def tell_arrival(self, place: Any) -> None:
         try:
@@ -292,7 +297,7 @@ class HomeWatch:
             self._end(each)
         elif found > each.sequence or self.is_outdone(each) or self._lies_newer(each):
             self._end(each, self.superseded(each, -1))
-        elif self.can_be_told():
+        elif self.can_be_told(each):
             self._end(each, self.lost(each))
 
     def _lies_newer(self, each: Awaited) -> bool:
@@ -322,22 +327,27 @@ class HomeWatch:
 
     def is_there(self, each: Awaited) -> bool:
         """Whether it has arrived, although no journal says so any more."""
+        if each.is_bundle:
+            here = manifests.read_if_any(self._storage.step_directory(each.name))  # home does not say whether it moves `latest`
+            moves_latest = here is not None and here.moves_latest
+            return has_settled(self._storage.home, each.called, each.sequence, moves_latest=moves_latest)
         return manifests.is_at(self._storage.home / each.called, each.sequence)
 
     def is_outdone(self, each: Awaited) -> bool:
         """Whether something newer is there; asked where no journal says anything."""
         there = manifests.read_if_any(self._storage.home / each.called)
-        if each.called != each.name:  # a bundle
+        if each.is_bundle:
             return there is not None and there.sequence > each.sequence
         return not self.is_there(each) and newest_after(self._storage.home, each.sequence) is not None
 
-    def can_be_told(self) -> bool:
-        """Whether what is not found is not there. Else it is waited for.
+    def can_be_told(self, each: Awaited) -> bool:
+        """Whether what has not arrived is not just arriving, nor may be where nobody can look now.
 
         Raises:
             CheckpointError: that cannot be found out now.
         """
-        return find_run(self._storage.home) is not None
+        home: Path = self._storage.home
+        return find_run(home) is not None and not manifests.is_at(home / each.called, each.sequence)
 
     # ---- what is said ----------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class UploadWatch(HomeWatch):
     def is_outdone(self, each: Awaited) -> bool:
         return False
 
-    def can_be_told(self) -> bool:
+    def can_be_told(self, each: Awaited) -> bool:
         return self._storage.root.is_dir()  # it lies at home, which may be away
 
     def superseded(self, each: Awaited, by: int) -> SupersededError:

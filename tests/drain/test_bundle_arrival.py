@@ -17,6 +17,7 @@ from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.step_names import numbered_name, step_name
+from ckpt.drain.bundle_arrival import has_settled
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -76,6 +77,24 @@ class Bundles(Job):
 
     def latest(self) -> str | None:
         return bundles.read_latest(self.home)
+
+
+@pytest.mark.parametrize("point", ["manifest-renamed", "placed", "latest-renamed"])
+def test_a_tag_has_settled_once_all_names_are_right(point: str, tmp_path: Path) -> None:
+    """Who is told that it is home opens its files, and what `latest` names."""
+    job = Bundles(tmp_path)
+    job.put("before", "before")
+    job.drain()
+    new = job.put("tag", "new")
+    job.kill_at(point)
+    assert manifests.is_at(job.home / "tag", new)
+    assert has_settled(job.home, "tag", new, moves_latest=True) == (point == "latest-renamed")
+    job.drain()
+    assert has_settled(job.home, "tag", new, moves_latest=True)
+    aside = job.put("aside", "aside", moves_latest=False)
+    job.drain()
+    assert has_settled(job.home, "aside", aside, moves_latest=False)
+    assert not has_settled(job.home, "aside", new, moves_latest=False)
 
 
 @pytest.mark.parametrize("point", POINTS)
