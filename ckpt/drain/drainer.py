@@ -27,6 +27,7 @@ from ckpt.drain.others import Failure, Silence, read_failure, take_back_failure
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
 from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
+from ckpt.drain.stranded import Stranded
 from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
@@ -75,6 +76,7 @@ class Drainer:
         self._newest_at_home = -1
         self._times_at_home: list[float] = []  # see Rules
         self._alone_since: float | None = None
+        self._stranded = Stranded()
         self._server: Server | None = None
         self._unserved: set[str] = set()  # why this node could not be served, as far as it was told
         self.failed = False
@@ -115,6 +117,7 @@ class Drainer:
                 if once or self._may_end():
                     break
                 wakeful.wait()
+            self._tell_stranded()
             self.failed = self._has_failed()
         finally:
             self._stop_serving()
@@ -206,6 +209,7 @@ class Drainer:
         """Whether anything was carried."""
         self._look_at_description()
         journals.write_again(self._journals.values())
+        self._tell_stranded()
         before, self._restored = self._restored, self._restore_time()
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
@@ -232,6 +236,14 @@ class Drainer:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
         return True
+
+    def _tell_stranded(self) -> None:
+        """At home, of what the node does not take, as far as that is possible."""
+        if self._stranded.has_work(self._journals.values()) and not self._backoff.waits:
+            with contextlib.suppress(CheckpointError, OSError):
+                home = Home(self._node)
+                home.expect_ours()
+                self._stranded.keep(home.inboxes, self._node.place.number, self._journals.values())
 
     def _look_at_description(self) -> None:
         """The job may have changed its mind, or be another process by now."""

@@ -19,8 +19,10 @@ from typing import Any, Protocol
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import find_steps, newest_after
+from ckpt.directory.publish_lock import FOLDER
 from ckpt.directory.run_file import find_run
 from ckpt.drain import journal as journals
+from ckpt.drain import stranded
 from ckpt.drain.bundle_arrival import has_settled
 from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
 from ckpt.drain.node import DAMAGED
@@ -274,11 +276,15 @@ class HomeWatch:
     def _look_at_home(self, each: Awaited) -> None:
         """The drain may have brought it there, and be unable to say so: the disk of the node is full, or has failed."""
         each.looked_at = time.monotonic()
-        if each.sequence in self._awaited and self.is_there(each):
+        if each.sequence not in self._awaited:
+            return
+        if self.is_there(each):
             with contextlib.suppress(StorageError):  # the drain may be about to do that; then it is asked again
                 for directory in (self._storage.home / each.called, self._storage.home):
                     durable.sync_directory(directory)
                 self._end(each)
+        elif (journal := self.read_end(each)) is not None:
+            self._note(each, journal)
 
     def _look_whether_it_can_come(self, each: Awaited) -> None:
         """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""
@@ -339,6 +345,10 @@ class HomeWatch:
         if each.is_bundle:
             return there is not None and there.sequence > each.sequence
         return not self.is_there(each) and newest_after(self._storage.home, each.sequence) is not None
+
+    def read_end(self, each: Awaited) -> Journal | None:
+        """What the drain has told elsewhere, because the journals are written no more."""
+        return stranded.read_end(self._storage.home / FOLDER / self._storage.root.name, each.sequence)
 
     def can_be_told(self, each: Awaited) -> bool:
         """Whether what has not arrived is not just arriving, nor may be where nobody can look now.

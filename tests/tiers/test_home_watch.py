@@ -399,3 +399,18 @@ def test_what_is_home_is_told_though_the_node_takes_no_journal(tmp_path: Path) -
         told.watch(watch, saved)
         assert told.next() == {2: job.home / step_name(2)}
     job.assert_home_is_right()
+
+
+def test_a_failure_is_told_though_the_node_takes_no_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who waits would wait for ever. Once the node takes journals again, home is as it was."""
+    monkeypatch.setattr(home_watch, "_LOOK_AT_HOME_S", 0.1)
+    job, told = trained_job(tmp_path), Told()
+    job.save(1)
+    drain_well(job.roots[0])
+    with watching(job, tmp_path) as (watch, _):
+        with that_cannot_be_changed(job.roots[0] / "drain"):
+            told.watch(watch, _place_damaged(job, 2))
+            (error,) = told.next().values()
+            assert isinstance(error, CorruptError) and "step 2" in str(error) and "rank-00000.pt.damaged" in str(error)
+        wait_for(lambda: job.state(2) == "failed")
+        wait_for(lambda: not list((job.home / ".drain").glob("*/ended-*")))
