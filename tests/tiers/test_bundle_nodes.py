@@ -342,6 +342,24 @@ def test_home_is_lost(jobs: Jobs) -> None:
     assert job.find() == [None, None]
 
 
+def test_home_is_lost_and_the_first_node_knows_nothing_of_it(jobs: Jobs) -> None:
+    """It is a spare one."""
+    job = begun(jobs)
+    job.save_to_nodes("a", 2.0)
+    for each in job.ranks:
+        each.wait(SECONDS)
+    jobs.end()
+    end_drains_below(jobs.base)
+    shutil.rmtree(job.home)
+    shutil.rmtree(job.nodes[0])
+    job = jobs.start()
+    assert all("names no run" in str(error) for error in job.find())
+    for _ in range(2):
+        errors = job.all(lambda rank: job.ranks[rank].begin(job.home, "b"))
+        assert all("nothing was saved" in str(error) and "rank 1 found that" in str(error) for error in errors), errors
+    assert not (job.home / ".run").exists() and not list(job.nodes[0].glob("*/step-*"))
+
+
 def test_home_has_another_name_by_now(jobs: Jobs, nothing_comes: contextlib.ExitStack, tmp_path: Path) -> None:
     """What is on the nodes follows it; but not to a copy."""
     job = begun(jobs)
