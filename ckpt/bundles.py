@@ -40,7 +40,7 @@ from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
 from ckpt.saving.task import SaveTask, wait_landed
-from ckpt.saving.vanished import has_vanished
+from ckpt.saving.vanished import as_failure, has_vanished
 from ckpt.session import SaveSession
 from ckpt.storage import durable
 from ckpt.tiers.bundle_nodes import BundleNodes, Landing
@@ -390,7 +390,7 @@ class BundleCheckpointer(SaveSession):
             self._limits[bundle._root] = limits
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
-        if isinstance(error, SupersededError):  # by one of the same name, which stands in its place
+        if isinstance(error := as_failure(task, error, self._pending, manifests.read_if_any), SupersededError):
             logger.info("%s", error)
         elif error is not None and has_vanished(task, error):
             self._unreported = error

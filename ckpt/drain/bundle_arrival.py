@@ -119,21 +119,30 @@ class BundleArrival:
     # ---- latest ----------------------------------------------------------------------------------------------------
 
     def _point_latest(self) -> None:
-        if self._manifest.moves_latest and not self._is_newer_named():
+        if self._manifest.moves_latest and not latest_is_right(self._home, self._manifest.bundle, self._manifest):
             self._root.point_latest(self._manifest.bundle)
 
-    def _is_newer_named(self) -> bool:
-        """Whether `latest` names what was committed behind this; or it names this already."""
-        named = bundles.read_latest(self._home)
-        if named is None:
-            return False
-        there = manifests.read_if_any(self._home / named)
-        if there is not None:
-            return there.sequence > self._manifest.sequence or named == self._manifest.bundle
-        try:  # somebody else's, who has written no manifest
-            return os.path.isdir(self._home / named) and os.stat(self._home / LATEST).st_mtime > created_s(self._manifest)
-        except OSError:
-            return False
+
+def has_settled(home: Path, name: str, sequence: int, *, moves_latest: bool) -> bool:
+    """Whether a bundle is at home, all its files have their own names, and `latest` has moved, if it is to."""
+    there = manifests.read_if_any(home / name)
+    if there is None or there.sequence != sequence or bundles.is_unsettled(home / name):
+        return False
+    return not moves_latest or latest_is_right(home, name, there)
+
+
+def latest_is_right(home: Path, name: str, manifest: Manifest) -> bool:
+    """Whether `latest` names this bundle, or what was committed behind it."""
+    named = bundles.read_latest(home)
+    if named is None:
+        return False
+    there = manifests.read_if_any(home / named)
+    if there is not None:
+        return there.sequence > manifest.sequence or named == name
+    try:  # somebody else's, who has written no manifest
+        return os.path.isdir(home / named) and os.stat(home / LATEST).st_mtime > created_s(manifest)
+    except OSError:
+        return False
 
 
 def _called(entry: FileEntry) -> str:

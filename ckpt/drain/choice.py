@@ -13,6 +13,8 @@ from ckpt.drain.node import Generation
 
 # Beside the one on its way: training must not fill the node because home is slow, or away.
 _MOST_WAITING = 2
+# Beside one that may become whole next: a node that is silent must not let home and the other nodes fill.
+_MOST_DELIVERED = 2
 
 
 class Wishes(Protocol):
@@ -76,12 +78,16 @@ def created_s(manifest: Manifest) -> float:
 
 
 def superseded(
-    waiting: Sequence[Generation], journals: Mapping[int, Journal], wanted: Container[int], newest_at_home: int
+    waiting: Sequence[Generation],
+    journals: Mapping[int, Journal],
+    wanted: Container[int],
+    opened: Container[int],
+    newest_at_home: int,
 ) -> dict[int, int]:
     """Of generations that are not home yet, newest first: which are not wanted any more, and what takes their place.
 
     The one that is being copied goes on, as long as nothing newer is home: else saves that come faster than copies would never
-    let any arrive.
+    let any arrive. So does what other nodes have begun: they wait for it.
     """
     found, rank = {}, 0
     for generation in waiting:
@@ -90,7 +96,7 @@ def superseded(
             continue
         if newest_at_home > sequence:
             found[sequence] = newest_at_home
-        elif journals[sequence].state != COPYING:
+        elif journals[sequence].state != COPYING and sequence not in opened:
             rank += 1
             if rank > _MOST_WAITING:
                 found[sequence] = waiting[0].sequence
@@ -98,18 +104,29 @@ def superseded(
 
 
 def next_one(
-    waiting: Sequence[Generation], journals: Mapping[int, Journal], wanted: Container[int], opened: Container[int]
+    waiting: Sequence[Generation],
+    journals: Mapping[int, Journal],
+    wanted: Container[int],
+    opened: Container[int],
+    unwanted: Iterable[int],
 ) -> Generation | None:
     """The one to copy: what was begun; else the newest that other nodes have begun, so that some become whole; else the newest.
 
-    Nothing older than what this node has delivered, unless a rule wants it, or others have begun it: they have their reasons.
+    Nothing older than what this node has delivered, nor anything while much of that lacks the parts of other nodes, unless a
+    rule wants it, or others have begun it: they have their reasons.
 
     Args:
         waiting: newest first.
         opened: sequences that other nodes deliver, to which this one has not.
+        unwanted: what this node has delivered, is not whole, and no rule wants.
     """
     begun = [generation for generation in waiting if journals[generation.sequence].state == COPYING]
     common = [generation for generation in waiting if generation.sequence in opened]
     delivered = max((sequence for sequence, journal in journals.items() if journal.state == COPIED), default=-1)
-    newer = [each for each in waiting if each.sequence > delivered or each.sequence in wanted]
+    places = [journals[sequence].place for sequence in unwanted]
+
+    def may_begin(sequence: int) -> bool:
+        return sequence > delivered and places.count(journals[sequence].place) <= _MOST_DELIVERED
+
+    newer = [each for each in waiting if each.sequence in wanted or may_begin(each.sequence)]
     return next(iter([*begun, *common, *newer]), None)

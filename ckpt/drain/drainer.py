@@ -13,7 +13,7 @@ from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import place_in
-from ckpt.directory.step_names import name_at_home
+from ckpt.directory.step_names import name_at_home, step_name
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
 from ckpt.drain.backoff import Backoff, is_permanent
@@ -27,6 +27,7 @@ from ckpt.drain.others import Failure, Silence, read_failure, take_back_failure
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
 from ckpt.drain.serving import Server
 from ckpt.drain.stopping import Stop, StoppedError
+from ckpt.drain.stranded import Stranded
 from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, InUseError, StorageError
 from ckpt.storage import durable
@@ -75,6 +76,7 @@ class Drainer:
         self._newest_at_home = -1
         self._times_at_home: list[float] = []  # see Rules
         self._alone_since: float | None = None
+        self._stranded = Stranded()
         self._server: Server | None = None
         self._unserved: set[str] = set()  # why this node could not be served, as far as it was told
         self.failed = False
@@ -115,6 +117,7 @@ class Drainer:
                 if once or self._may_end():
                     break
                 wakeful.wait()
+            self._tell_stranded()
             self.failed = self._has_failed()
         finally:
             self._stop_serving()
@@ -206,12 +209,15 @@ class Drainer:
         """Whether anything was carried."""
         self._look_at_description()
         journals.write_again(self._journals.values())
+        self._tell_stranded()
         before, self._restored = self._restored, self._restore_time()
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
         generations = self._generations.find()
-        journals.follow(self._journals, generations, self._make_journal, self._forgo)
-        home, opened = Home(self._node), []
+        home, opened = Home(self._node), list[int]()
+        journals.follow(
+            self._journals, generations, self._make_journal, lambda journal, _: self._forgo(journal, home, generations)
+        )
         if not self._backoff.waits and any(not journal.is_over or journal.blocked for journal in self._journals.values()):
             try:
                 self._settle(home)
@@ -219,16 +225,25 @@ class Drainer:
             except CheckpointError as error:
                 newest = next(iter(self._waiting(generations)), None)  # in whose journal who waits finds the cause
                 self._home_failed(error, None if newest is None else self._journals[newest.sequence])
-        rules = Rules(self._node, self._times_at_home)
-        wanted = rules.wanted(newest_of_each(self._waiting(generations)))
-        self._supersede(generations, wanted)
+        wanted = self._wanted(self._waiting(generations))
+        self._supersede(generations, wanted, opened)
         self._retain(generations)
         waiting = self._waiting(generations)
-        chosen = next_one(waiting, self._journals, wanted, opened)
+        delivered = [each for each in generations if self._journals[each.sequence].state == COPIED]
+        unwanted = {each.sequence for each in delivered} - self._wanted(delivered)
+        chosen = next_one(waiting, self._journals, wanted, opened, unwanted)
         if chosen is None or self._backoff.waits:
             return False
         self._carry(chosen, home, chosen.sequence in wanted)
         return True
+
+    def _tell_stranded(self) -> None:
+        """At home, of what the node does not take, as far as that is possible."""
+        if self._stranded.has_work(self._journals.values()) and not self._backoff.waits:
+            with contextlib.suppress(CheckpointError, OSError):
+                home = Home(self._node)
+                home.expect_ours()
+                self._stranded.keep(home.inboxes, self._node.place.number, self._journals.values())
 
     def _look_at_description(self) -> None:
         """The job may have changed its mind, or be another process by now."""
@@ -239,6 +254,10 @@ class Drainer:
 
     def _waiting(self, generations: list[Generation]) -> list[Generation]:
         return [each for each in generations if self._journals[each.sequence].waits]
+
+    def _wanted(self, generations: list[Generation]) -> set[int]:
+        """By a rule: sequences."""
+        return Rules(self._node, self._times_at_home).wanted(newest_of_each(generations))
 
     def _is_missed(self, home: Home, sequence: int) -> bool:
         """Whether other nodes deliver it, and this one has not."""
@@ -256,19 +275,27 @@ class Drainer:
         path, name = journals.path_of(self._root, sequence), name_at_home(manifest)
         return Journal(path, sequence, manifest.step, generation.identity, place, name=name)
 
-    def _forgo(self, journal: Journal, newest: int) -> None:
-        """Its files are gone: the step was saved again, or somebody has removed it."""
-        if newest > journal.sequence:
-            journal.change(SUPERSEDED, by=newest)
+    def _forgo(self, journal: Journal, home: Home, generations: list[Generation]) -> None:
+        """Its files are gone: it was saved again, or somebody has removed it."""
+        name, sequence = journal.name_at_home, journal.sequence
+        by = next((each.sequence for each in generations if name_at_home(each.manifest) == name), -1)
+        try:
+            by = by if by > sequence else home.newest_instead(name, sequence, is_step=name == step_name(journal.step))
+        except CheckpointError:
+            return  # as long as home cannot be asked
+        if by == sequence:
+            journal.change(COMMITTED)
+        elif by > sequence:
+            journal.change(SUPERSEDED, by=by)
         else:
             text = "its files are not on the node any more"
             journal.change(FAILED, next=None, errno=errno.ENOENT, text=text)
             logger.warning("step %d is not carried home: %s", journal.step, text)
             self._tell_others(journal)
 
-    def _supersede(self, generations: list[Generation], wanted: set[int]) -> None:
+    def _supersede(self, generations: list[Generation], wanted: set[int], opened: list[int]) -> None:
         waiting = self._waiting(generations)
-        for sequence, by in superseded(waiting, self._journals, wanted, self._newest_at_home).items():
+        for sequence, by in superseded(waiting, self._journals, wanted, opened, self._newest_at_home).items():
             self._journals[sequence].change(SUPERSEDED, by=by)
 
     def _retain(self, generations: list[Generation]) -> None:
@@ -344,7 +371,6 @@ class Drainer:
             receipt = deliver(generation, place, home, journal, self._pace, self._stop, direct=direct, wanted=wanted)
             self._settle(home)  # what was committed may be removed at home as soon as this one can be
             home.write_receipt(generation.sequence, journal.inbox, place.number, receipt)
-            self._silence.pass_over(place)
             durable.crash_point("drain-delivered")
             journal.change(COPIED, ended=time.time())
             self._backoff.succeed()

@@ -226,6 +226,23 @@ class Home:
         """
         return manifests.is_at(self.path / name, sequence)
 
+    def newest_instead(self, name: str, sequence: int, *, is_step: bool) -> int:
+        """The commit that is there in place of this one, which may be itself; -1 if none is.
+
+        Args:
+            name: of the directory.
+            is_step: then anything newer is; for a bundle only what has the same name.
+
+        Raises:
+            CheckpointError: home is not there, or cannot be read.
+        """
+        self.expect_ours()
+        there = manifests.read_if_any(self.path / name)
+        if there is not None and there.sequence >= sequence:
+            return there.sequence
+        newer = newest_after(self.path, sequence) if is_step else None
+        return -1 if newer is None else newer.sequence
+
     def commit(self, sequence: int, place: NodePlace, wants: Callable[[Manifest], bool]) -> bool:
         """Makes a checkpoint of an inbox to which all nodes have delivered. False: one has not.
 

@@ -114,7 +114,7 @@ class Journal:
     def write(self) -> None:
         """In passing: a crash of the machine may leave what was there before."""
         try:
-            durable.replace_quickly(self.path, _to_json(self))
+            durable.replace_quickly(self.path, to_json(self))
         except StorageError as error:  # after an end more is done again
             logger.warning("%s", error)
 
@@ -130,7 +130,7 @@ class Journal:
         if self.is_over and self.ended == 0:
             self.ended = time.time()
         try:
-            durable.replace_durably(self.path, _to_json(self), "journal")
+            durable.replace_durably(self.path, to_json(self), "journal")
         except StorageError as error:
             if not self.unwritten:
                 logger.warning("%s", error)
@@ -175,7 +175,8 @@ def write_again(journals: Iterable[Journal]) -> None:
             journal.change(journal.state)
 
 
-def _to_json(journal: Journal) -> bytes:
+def to_json(journal: Journal) -> bytes:
+    """What read() takes."""
     document = {"format": _FORMAT, **dataclasses.asdict(journal)}
     del document["path"], document["unwritten"]
     return json.dumps(document, indent=1).encode()

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import re
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
@@ -21,6 +22,8 @@ from ckpt.storage import durable
 
 # Longer than a node that is well can be without a sign: each second it makes durable what it has copied.
 _SILENCE_S = 600.0
+_BY_NODE = re.compile(r"(?:receipt|failure)-node-(\d+)\.")
+_BY_RANK = re.compile(r"(?:rank-|__)(\d+)")
 _LOOK_EACH_S = 10.0  # it lists all that is on its way, at a home that may be slow
 
 
@@ -80,12 +83,8 @@ class Silence:
     def __init__(self, inboxes: Path, clock: Callable[[], float] = time.monotonic) -> None:
         self._inboxes = inboxes
         self._clock = clock
-        self._seen: frozenset[tuple[str, str, int, int]] = frozenset()
+        self._seen = _Signs({}, {})
         self._since = self._looked = clock()
-
-    def pass_over(self, place: NodePlace) -> None:
-        """What this node has just written is no sign of others."""
-        self._seen = self._look(place)
 
     def failure(self, place: NodePlace, missing: Sequence[int], waited_s: float) -> Failure | None:
         """If it has lasted too long.
@@ -98,8 +97,9 @@ class Silence:
         now = self._clock()
         if now - self._looked >= min(_LOOK_EACH_S, _SILENCE_S / 4):
             self._looked, seen = now, self._look(place)
-            if seen != self._seen:
-                self._seen, self._since = seen, now
+            if seen.go_on_from(self._seen):
+                self._since = now
+            self._seen = seen
         if min(now - self._since, waited_s) < _SILENCE_S:
             return None
         named = ", ".join(map(str, missing))
@@ -109,21 +109,56 @@ class Silence:
             errno.ETIMEDOUT,
         )
 
-    def _look(self, place: NodePlace) -> frozenset[tuple[str, str, int, int]]:
-        own = {f"{kind}-node-{place.number:04d}.json" for kind in ("receipt", "failure")}
-        stems = tuple(f"rank-{rank:05d}" for rank in place.ranks)
-        found = set()
+    def _look(self, place: NodePlace) -> _Signs:
+        signs = _Signs({}, {})
         for inbox in names_in(self._inboxes) if os.path.isdir(self._inboxes) else ():
             try:
                 with os.scandir(self._inboxes / inbox) as entries:
-                    for entry in entries:
-                        if entry.name not in own and not entry.name.startswith(stems):
-                            stat = entry.stat(follow_symlinks=False)
-                            found.add((inbox, entry.name, stat.st_size, stat.st_mtime_ns))
+                    found = {entry.name: _stamp(entry) for entry in entries}
             except NotADirectoryError:  # where a node serves
                 continue
             except OSError as error:
                 if error.errno != errno.ENOENT:  # else it has just gone
                     text = f"cannot read '{self._inboxes / inbox}': {error.strerror}"
                     raise StorageError(error.errno or 0, text, str(self._inboxes)) from error
-        return frozenset(found)
+                continue
+            signs.add(inbox, found, place)
+        return signs
+
+
+_Stamp = tuple[int, int]
+
+
+@dataclasses.dataclass
+class _Signs:
+    """
+    Attributes:
+        theirs: what only other nodes write, by inbox and name.
+        shared: what all write together, where this node has delivered its part, and so writes no more.
+    """
+
+    theirs: dict[tuple[str, str], _Stamp]
+    shared: dict[tuple[str, str], _Stamp]
+
+    def add(self, inbox: str, found: Mapping[str, _Stamp], place: NodePlace) -> None:
+        delivered = f"receipt-node-{place.number:04d}.json" in found
+        for name, stamp in found.items():
+            by_node, by_rank = _BY_NODE.match(name), _BY_RANK.match(name)
+            if by_node is not None:
+                is_theirs = int(by_node[1]) != place.number
+            else:
+                is_theirs = by_rank is not None and int(by_rank[1]) not in place.ranks
+            if is_theirs:
+                self.theirs[inbox, name] = stamp
+            elif by_node is None and by_rank is None and delivered and name.endswith(".part"):
+                self.shared[inbox, name] = stamp
+
+    def go_on_from(self, before: _Signs) -> bool:
+        """Whether another node has written anything since."""
+        grown = any(before.shared.get(key, stamp) != stamp for key, stamp in self.shared.items())
+        return grown or self.theirs != before.theirs
+
+
+def _stamp(entry: os.DirEntry[str]) -> _Stamp:
+    stat = entry.stat(follow_symlinks=False)
+    return stat.st_size, stat.st_mtime_ns

@@ -18,14 +18,17 @@ class NodeRun(NamedTuple):
     Attributes:
         root: its directory.
         newest: the step that was committed last there; None if nothing is.
+        bundle: what that is called at home, if not by its step; else empty.
     """
 
     root: Path
     home: Path
     newest: int | None
+    bundle: str = ""
 
     def __str__(self) -> str:
-        what = "nothing complete" if self.newest is None else f"newest step {self.newest}"
+        newest = f"newest '{self.bundle}'" if self.bundle else f"newest step {self.newest}"
+        what = "nothing complete" if self.newest is None else newest
         return f"'{self.root}', of '{self.home}': {what}"
 
 
@@ -42,10 +45,11 @@ def find_runs(base: Path) -> list[NodeRun]:
     for name in sorted(names_in(base) if base.is_dir() else ()):
         try:
             home = nodes.read(base / name).home
-            newest = next((manifest.step for _, manifest in find_steps(base / name).checkpoints), None)
+            newest = next((manifest for _, manifest in find_steps(base / name).checkpoints), None)
         except (CheckpointError, OSError):
             continue
-        found.append(NodeRun(base / name, home, newest))
+        step, bundle = (None, "") if newest is None else (newest.step, newest.bundle)
+        found.append(NodeRun(base / name, home, step, bundle))
     return found
 
 

@@ -36,7 +36,7 @@ from ckpt.saving.task import SaveTask
 from ckpt.storage import durable, temporary_names
 from ckpt.tiers.entering import NodeEntry
 from ckpt.tiers.node_level import NodeLevel, Route
-from ckpt.tiers.run_id import make_run
+from ckpt.tiers.run_id import choose_run
 from ckpt.tiers.tier import Tier, check_place
 
 logger = logging.getLogger("ckpt")
@@ -220,7 +220,7 @@ class BundleNodes:
         try:
             if lost := describe_lost_home(self._tier.path, root):
                 return {"refusal": lost}
-            self._said = {"run": make_run(root), "token": temporary_names.shared_token(next(_tokens))}
+            self._said = {"run": choose_run(root), "token": temporary_names.shared_token(next(_tokens))}
         except CheckpointError as error:
             logger.warning("this save goes straight home, past the disks of the nodes: %s", error)
         return self._said

@@ -18,8 +18,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.listing import newest_after
+from ckpt.directory.listing import find_steps, newest_after
+from ckpt.directory.publish_lock import FOLDER
+from ckpt.directory.run_file import find_run
 from ckpt.drain import journal as journals
+from ckpt.drain import stranded
+from ckpt.drain.bundle_arrival import has_settled
 from ckpt.drain.journal import COMMITTED, FAILED, SUPERSEDED, Journal
 from ckpt.drain.node import DAMAGED
 from ckpt.errors import (
@@ -90,6 +94,10 @@ class Awaited:
     attempts: int = 0
     since: float = dataclasses.field(default_factory=time.monotonic)
     looked_at: float = dataclasses.field(default_factory=time.monotonic)
+
+    @property
+    def is_bundle(self) -> bool:
+        return self.called != self.name
 
     def tell_arrival(self, place: Any) -> None:
         try:
@@ -240,7 +248,8 @@ class HomeWatch:
             path = journals.path_of(self._storage.root, each.sequence)
             stamp = stamp_of(path)
             if stamp is None:
-                self._look_whether_it_can_come(each)
+                with contextlib.suppress(CheckpointError):  # a directory cannot be read now
+                    self._look_whether_it_can_come(each)
             elif stamp != each.stamp:
                 journal = journals.read(path)
                 if journal is not None:
@@ -268,11 +277,15 @@ class HomeWatch:
     def _look_at_home(self, each: Awaited) -> None:
         """The drain may have brought it there, and be unable to say so: the disk of the node is full, or has failed."""
         each.looked_at = time.monotonic()
-        if each.sequence in self._awaited and self.is_there(each):
+        if each.sequence not in self._awaited:
+            return
+        if self.is_there(each):
             with contextlib.suppress(StorageError):  # the drain may be about to do that; then it is asked again
                 for directory in (self._storage.home / each.called, self._storage.home):
                     durable.sync_directory(directory)
                 self._end(each)
+        elif (journal := self.read_end(each)) is not None:
+            self._note(each, journal)
 
     def _look_whether_it_can_come(self, each: Awaited) -> None:
         """The drain has not noted it yet, or has forgotten it long since, because this thread was stopped for long."""
@@ -289,8 +302,16 @@ class HomeWatch:
             return  # by now
         if self.is_there(each):
             self._end(each)
-        else:
+        elif found > each.sequence or self.is_outdone(each) or self._lies_newer(each):
             self._end(each, self.superseded(each, -1))
+        elif self.can_be_told(each):
+            self._end(each, self.lost(each))
+
+    def _lies_newer(self, each: Awaited) -> bool:
+        """Whether what lay beside it shows that it had to go; a bundle gives way to one of the same name only."""
+        found = find_steps(self._storage.step_directory(each.name).parent).checkpoints
+        newer = [manifest for _, manifest in found if manifest.sequence > each.sequence]
+        return any(not manifest.bundle or manifest.bundle == each.called for manifest in newer)
 
     def _end(self, each: Awaited, error: CheckpointError | None = None) -> None:
         with self._changed:
@@ -313,11 +334,31 @@ class HomeWatch:
 
     def is_there(self, each: Awaited) -> bool:
         """Whether it has arrived, although no journal says so any more."""
+        if each.is_bundle:
+            here = manifests.read_if_any(self._storage.step_directory(each.name))  # home does not say whether it moves `latest`
+            moves_latest = here is not None and here.moves_latest
+            return has_settled(self._storage.home, each.called, each.sequence, moves_latest=moves_latest)
         return manifests.is_at(self._storage.home / each.called, each.sequence)
 
     def is_outdone(self, each: Awaited) -> bool:
         """Whether something newer is there; asked where no journal says anything."""
+        there = manifests.read_if_any(self._storage.home / each.called)
+        if each.is_bundle:
+            return there is not None and there.sequence > each.sequence
         return not self.is_there(each) and newest_after(self._storage.home, each.sequence) is not None
+
+    def read_end(self, each: Awaited) -> Journal | None:
+        """What the drain has told elsewhere, because the journals are written no more."""
+        return stranded.read_end(self._storage.home / FOLDER / self._storage.root.name, each.sequence)
+
+    def can_be_told(self, each: Awaited) -> bool:
+        """Whether what has not arrived is not just arriving, nor may be where nobody can look now.
+
+        Raises:
+            CheckpointError: that cannot be found out now.
+        """
+        home: Path = self._storage.home
+        return find_run(home) is not None and not manifests.is_at(home / each.called, each.sequence)
 
     # ---- what is said ----------------------------------------------------------------------------------------------
 
@@ -332,6 +373,14 @@ class HomeWatch:
         where = "is there already" if newer.state == COMMITTED else "goes first"
         text = f"{lost}: the newer step {newer.step} {where}. Save less often if each checkpoint is wanted there"
         return SupersededError(text, each.step, newer.step)
+
+    def lost(self, each: Awaited) -> StorageError:
+        where = self._storage.step_directory(each.name)
+        text = (
+            f"step {each.step} did not come to '{self._storage.home}', and its files are not {self.here} any more: '{where}' "
+            "was removed, or cannot be read. Nothing newer has taken its place"
+        )
+        return StorageError(errno.ENOENT, text, str(where))
 
     def failed(self, each: Awaited, journal: Journal) -> CheckpointError:
         text = (

@@ -168,21 +168,20 @@ class _OwnNode:
                 self._fatal = describe_lost_home(tier.path, home)
         except CheckpointError as error:
             self._fatal = str(error)
-        root = self._root
-        if root is not None and (root / nodes.NAME).exists():
-            self._enter(root, home)
+        try:
+            if self._root is not None and _is_there(self._root / nodes.NAME):
+                self._enter(self._root, home)
+        except (CheckpointError, OSError) as error:
+            self._trouble = str(error)
 
     def _enter(self, root: Path, home: Path) -> None:
         self._generations = Generations(root)
         self._drain = DrainProcess(root)
         lock = DirectoryLock(root, name=nodes.RESTORING, owner="another rank")
-        try:
-            with contextlib.suppress(InUseError):  # then that rank does it
-                lock.acquire()
-                self._lock = lock
-                self._astray = _lead_to(root, home)
-        except (CheckpointError, OSError) as error:
-            self._trouble = str(error)
+        with contextlib.suppress(InUseError):  # then that rank does it
+            lock.acquire()
+            self._lock = lock
+            self._astray = _lead_to(root, home)
 
     def close(self) -> None:
         if self._lock is not None:
@@ -233,12 +232,12 @@ class _OwnNode:
         way = OnItsWay(name, manifest.bundle, sequence, manifest.moves_latest, place.number, MOVING)
         if journal is None or journal.identity != generation.identity:
             return way
-        if journal.state == FAILED:
+        if journal.state == FAILED and not journal.blocked:
             return dataclasses.replace(way, state=self._kind_of_failure(journal, path), text=journal.text)
-        if journal.is_over:
+        if journal.is_over and not journal.blocked:
             return None
-        if journal.state != COPIED:
-            return way
+        if journal.state != COPIED and not journal.blocked:
+            return way  # what another node has not delivered, that one says: it may be back, and mended
         try:
             return dataclasses.replace(way, state=DELIVERED, lacks=tuple(Home(node).missing(sequence, place)))
         except CheckpointError as error:
@@ -247,11 +246,11 @@ class _OwnNode:
     def _kind_of_failure(self, journal: journals.Journal, path: Path) -> str:
         if journal.next is not None:
             return MOVING
-        if not is_permanent(journal.errno):  # then it is the file on this node that cannot be read
-            return DAMAGED
         stamp = stamp_of(path)
-        # The drain tries once more when a restore begins.
-        return BLOCKED if stamp is not None and stamp[1] >= self._began_ns - _CLOCK_NS else MOVING
+        # The drain tries once more when a restore begins, if it was an error of a system call.
+        if journal.errno and (stamp is None or stamp[1] < self._began_ns - _CLOCK_NS):
+            return MOVING
+        return BLOCKED if is_permanent(journal.errno) else DAMAGED  # a file on this node that cannot be read
 
     def finalise(self, contents: Mapping[str, str]) -> None:
         """Gives step directories, of which receipts say that they are complete here, the manifest that another node has."""
@@ -268,6 +267,15 @@ class _OwnNode:
                     logger.info("'%s' was made complete: a crash had left it without its manifest", directory)
             except (CheckpointError, OSError, KeyError, TypeError, ValueError) as error:
                 logger.warning("'%s' cannot be made complete: %s", directory, error)
+
+
+def _is_there(path: Path) -> bool:
+    """Unlike exists(), which may take a disk that fails for an empty one."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def _stopped(way: OnItsWay, why: str) -> OnItsWay:
@@ -319,6 +327,7 @@ class _Judge:
         self._patience_s = patience_s
         self._began = time.monotonic()
         self._told: set[str] = set()
+        self._first: set[int] | None = None  # what lay there when this began: another job may save there on and on
 
     def decide(self, reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """What all ranks are told."""
@@ -334,10 +343,14 @@ class _Judge:
                 way = OnItsWay(**each)
                 if way.called == self._name or (self._name is None and way.moves_latest):
                     by_sequence.setdefault(way.sequence, {})[said["place"]] = way
+        if self._first is None or any(said["trouble"] for said in reports):
+            self._first = (self._first or set()) | by_sequence.keys()
         bare = {name for said in reports for name in said.get("bare", ())}
         contents = {name: text for said in reports for name, text in said.get("manifests", {}).items() if text}
         waits, wanted = [], []
-        for _, ways in sorted(by_sequence.items(), reverse=True):
+        for sequence, ways in sorted(by_sequence.items(), reverse=True):
+            if sequence not in self._first:
+                continue
             outcome, text = self._outcome(ways, bare)
             if outcome == BLOCKED:
                 return _verdict(error=text)

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ckpt.commit.bypass import BypassVote
 from ckpt.directory import manifest as manifests
+from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.run_file import find_run
@@ -33,7 +34,7 @@ from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.home_watch import HomeWatch
 from ckpt.tiers.node_storage import NodeStorage, identity, this_process
 from ckpt.tiers.pace import TrainingPace
-from ckpt.tiers.run_id import highest_on_its_way, make_run
+from ckpt.tiers.run_id import choose_run, highest_on_its_way, make_run
 from ckpt.tiers.tier import NODE, Tier, warnings_about
 
 logger = logging.getLogger("ckpt")
@@ -69,7 +70,7 @@ class NodeFinder:
 
 
 def name_run(tier: Tier, home: StepDirectories) -> str:
-    """On rank 0, at the first save: see make_run().
+    """On rank 0, at the first save: see choose_run().
 
     Raises:
         CheckpointError: home has no checkpoints and names no run, and its node has some: nobody is to begin anew unawares.
@@ -77,7 +78,7 @@ def name_run(tier: Tier, home: StepDirectories) -> str:
     lost = "" if home.committed().checkpoints else describe_lost_home(tier.path, home.path)
     if lost:
         raise CheckpointError(f"nothing was saved: {lost}")
-    return make_run(home.path)
+    return choose_run(home.path)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ class _Said:
         locked: whether this rank is the one of them that has locked it.
         step, sequence: the highest that lie there.
         refusal: why this rank cannot save there; empty if it can.
+        lost: what lies there of a home that is not what it was; empty if all is well.
     """
 
     node: str = ""
@@ -96,6 +98,7 @@ class _Said:
     step: str = ""
     sequence: int = 0
     refusal: str = ""
+    lost: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +192,9 @@ class NodeLevel:
         return json.dumps(dataclasses.asdict(_Said(refusal=text))).encode()
 
     def _look(self, run: str, token: str) -> _Said:
+        lost = describe_lost_home(self.tier.path, self._home.path)
+        if lost and not find_steps(self._home.path).checkpoints:
+            return _Said(lost=lost)  # before anything is made there
         if self._storage is None or self._directories is None:
             storage = NodeStorage(self.tier, self._home.path, run)
             options = self._options
@@ -215,9 +221,18 @@ class NodeLevel:
             step: to be saved first.
 
         Raises:
-            CheckpointError: nobody has looked at what lies there; or numbers cannot be reserved at home.
+            CheckpointError: nobody has looked at what lies there; numbers cannot be reserved at home; or a node has checkpoints
+                of a home that names no run: nobody is to begin anew unawares.
         """
         found = [_Said(**json.loads(answer)) for answer in answers]
+        for rank, said in enumerate(found):
+            if said.lost:
+                raise CheckpointError(f"nothing was saved: rank {rank} found that {said.lost}")
+        if (there := make_run(self._home.path, run)) != run:
+            raise CheckpointError(
+                f"nothing was saved: '{self._home.path}' is the home of the run {there} by now, and was none when this job "
+                "began; start it again"
+            )
         step_there, sequence = max(said.step for said in found), max(said.sequence for said in found)
         self._home.refuse_unseen(step, step_there, sequence)
         highest, newest = self._home.highest()

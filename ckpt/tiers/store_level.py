@@ -60,6 +60,12 @@ class UploadWatch(HomeWatch):
     def is_outdone(self, each: Awaited) -> bool:
         return False
 
+    def read_end(self, each: Awaited) -> None:
+        return None
+
+    def can_be_told(self, each: Awaited) -> bool:
+        return self._storage.root.is_dir()  # it lies at home, which may be away
+
     def superseded(self, each: Awaited, by: int) -> SupersededError:
         lost = f"step {each.step} is a checkpoint at home, but was not carried to '{self._storage.home}'"
         if by == 0:

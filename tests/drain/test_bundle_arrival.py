@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import time
 import zlib
@@ -16,6 +17,7 @@ from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.step_names import numbered_name, step_name
+from ckpt.drain.bundle_arrival import has_settled
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -75,6 +77,24 @@ class Bundles(Job):
 
     def latest(self) -> str | None:
         return bundles.read_latest(self.home)
+
+
+@pytest.mark.parametrize("point", ["manifest-renamed", "placed", "latest-renamed"])
+def test_a_tag_has_settled_once_all_names_are_right(point: str, tmp_path: Path) -> None:
+    """Who is told that it is home opens its files, and what `latest` names."""
+    job = Bundles(tmp_path)
+    job.put("before", "before")
+    job.drain()
+    new = job.put("tag", "new")
+    job.kill_at(point)
+    assert manifests.is_at(job.home / "tag", new)
+    assert has_settled(job.home, "tag", new, moves_latest=True) == (point == "latest-renamed")
+    job.drain()
+    assert has_settled(job.home, "tag", new, moves_latest=True)
+    aside = job.put("aside", "aside", moves_latest=False)
+    job.drain()
+    assert has_settled(job.home, "aside", aside, moves_latest=False)
+    assert not has_settled(job.home, "aside", new, moves_latest=False)
 
 
 @pytest.mark.parametrize("point", POINTS)
@@ -141,6 +161,26 @@ def test_a_tag_that_is_saved_again_and_again_does_not_fill_the_node(tmp_path: Pa
     assert states == ["committed", *["superseded"] * 5, "committed"]
     assert len(job.steps_on()) == 2
     job.assert_tidy()
+
+
+def test_a_tag_whose_files_are_lost_is_not_superseded_by_another_one(tmp_path: Path) -> None:
+    """It never comes home, and who waits for it has to know."""
+    job = Bundles(tmp_path)
+    lost = job.put("lost", "lost")
+    job.kill_at("drain-inbox-renamed")
+    shutil.rmtree(job.roots[0] / step_name(lost))
+    other = job.put("other", "other")
+    assert drain_once(job.roots[0]).returncode == 0
+    assert (job.at_home(), job.state(lost)) == ({"other": other}, "failed")
+    journal = job.journal(lost)
+    assert journal is not None and "not on the node any more" in journal.text
+
+    again = job.put("again", "old")
+    job.kill_at("drain-inbox-renamed")
+    shutil.rmtree(job.roots[0] / step_name(again))
+    job.put("again", "new")
+    assert drain_once(job.roots[0]).returncode == 0
+    assert job.state(again) == "superseded"
 
 
 @pytest.mark.parametrize("point", ["drain-delivered", "drain-placed"])

@@ -118,14 +118,34 @@ def test_who_delivers_is_not_silent(tmp_path: Path) -> None:
         (inbox / "rank-00001.pt.part").write_bytes(bytes(size))
         assert silence.failure(place, [1], long) is None
     now += 0.7 * others._SILENCE_S
-    (inbox / "rank-00000.pt").write_bytes(b"of this node")
-    (inbox / "replicated.pt.part").write_bytes(b"of all, and just of this node")
-    silence.pass_over(place)
+    newer = tmp_path / "000000000003"
+    newer.mkdir()
+    own = ("rank-00000.pt", "__0_0.distcp.part", "inbox.json", "plan.json", "replicated.pt.part", "receipt-node-0000.json")
+    for name in own:
+        (newer / name).write_bytes(b"of this node")
     assert silence.failure(place, [1], long) is None
     now += 0.7 * others._SILENCE_S
     assert silence.failure(place, [1], 1.0) is None, "this node has just delivered, and before there was nothing to do"
     failure = silence.failure(place, [1], long)
     assert failure is not None and failure.errno == errno.ETIMEDOUT
-    (inbox / "receipt-node-0001.json").write_text("{}")
-    now += 0.7 * others._SILENCE_S
-    assert silence.failure(place, [1], long) is None
+    for name in ("receipt-node-0001.json", "__1_0.distcp.part", "replicated.pt.part"):
+        (newer / name).write_bytes(b"of the other one")
+        now += 0.7 * others._SILENCE_S
+        assert silence.failure(place, [1], long) is None, name
+
+
+def test_a_node_that_is_silent_does_not_let_others_fill_home(tmp_path: Path) -> None:
+    """Nor their own disks, although the job saves on. Once it is back, something comes home at once."""
+    job = Job(tmp_path, nodes=2)
+    for step in range(1, 9):
+        job.save(step)
+        drain_once(job.roots[0])
+    assert len(list((job.home / ".drain" / "run-1").glob("0*"))) <= 3
+    assert len(job.steps_on(0)) <= 6
+    drain_well(job.roots[1])
+    assert job.steps_at_home() == [3], "what both nodes have"
+    for root in (*job.roots, *job.roots):
+        drain_well(root)
+    assert job.steps_at_home()[-1] == 8
+    job.assert_home_is_right()
+    job.assert_home_is_tidy()

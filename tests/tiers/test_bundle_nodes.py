@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import json
+import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from node_roots import that_cannot_be_changed, wait_for
 from support import assert_same, options, patience
 from test_ranks_apart import PATIENT, Threaded, Wire
-from tier_places import end_drains_below, that_cannot_be_changed
+from tier_places import end_drains_below
 
 import ckpt
 from ckpt.directory.publish_lock import publishing
+from ckpt.drain import journal as journals
 from ckpt.errors import CheckpointError, DeadlineError
 
 FILES = ("model_states.pt", "rank_{rank}_optim_states.pt")
@@ -282,6 +287,24 @@ def test_a_node_that_missed_the_verdict(jobs: Jobs, nothing_comes: contextlib.Ex
     job.assert_at_home("a", 2.0)
 
 
+def test_what_had_failed_before_is_tried_again(jobs: Jobs, nothing_comes: contextlib.ExitStack) -> None:
+    """A node was silent, so that another one has given it up; and it could not read its files. Now all is well."""
+    job = begun(jobs)
+    job.save_to_nodes("a", 2.0)
+    jobs.end()
+    paths = [journals.path_of(node / job.run, 2) for node in job.nodes]
+    wait_for(lambda: all(journals.read(path) is not None for path in paths))
+    end_drains_below(jobs.base)
+    for path, code, blocked in zip(paths, (errno.ETIMEDOUT, errno.EIO), (True, False), strict=True):
+        journal = journals.read(path) or pytest.fail()
+        journal.change(journals.FAILED, next=None, errno=code, text="as it was", blocked=blocked)
+        os.utime(path, ns=(0, time.time_ns() - 10**9))
+    nothing_comes.close()
+    job = jobs.start()
+    assert job.find() == ["a", "a"]
+    job.assert_at_home("a", 2.0)
+
+
 @pytest.mark.parametrize("where", ["node", "both"])
 def test_a_file_is_damaged(jobs: Jobs, where: str) -> None:
     """One of a job of one rank, whose node has all: home has it, or else it is not good."""
@@ -317,6 +340,24 @@ def test_home_is_lost(jobs: Jobs) -> None:
     for node in job.nodes:
         shutil.rmtree(node)
     assert job.find() == [None, None]
+
+
+def test_home_is_lost_and_the_first_node_knows_nothing_of_it(jobs: Jobs) -> None:
+    """It is a spare one."""
+    job = begun(jobs)
+    job.save_to_nodes("a", 2.0)
+    for each in job.ranks:
+        each.wait(SECONDS)
+    jobs.end()
+    end_drains_below(jobs.base)
+    shutil.rmtree(job.home)
+    shutil.rmtree(job.nodes[0])
+    job = jobs.start()
+    assert all("names no run" in str(error) for error in job.find())
+    for _ in range(2):
+        errors = job.all(lambda rank: job.ranks[rank].begin(job.home, "b"))
+        assert all("nothing was saved" in str(error) and "rank 1 found that" in str(error) for error in errors), errors
+    assert not (job.home / ".run").exists() and not list(job.nodes[0].glob("*/step-*"))
 
 
 def test_home_has_another_name_by_now(jobs: Jobs, nothing_comes: contextlib.ExitStack, tmp_path: Path) -> None:

@@ -207,13 +207,22 @@ def test_a_manifest_that_comes_late_is_waited_for(tmp_path: Path) -> None:
         assert told.next() == {1: job.home / step_name(5)}
 
 
-def test_what_was_removed_from_the_node_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_removed_from_the_node_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its disk may be lost. Nothing has taken its place, as long as nothing newer lies anywhere; home, too, is asked."""
     monkeypatch.setattr(home_watch, "_GRACE_S", 0.1)
     job, told = trained_job(tmp_path), Told()
     saved = job.save(5)
-    directory = job.roots[0] / step_name(5)
-    directory.rename(tmp_path / "elsewhere")
+    job.roots[0].rename(tmp_path / "elsewhere")
+    (job.home / ".run").rename(tmp_path / "away")
     watch = HomeWatch(storage_of(job, tmp_path), None)
+    told.watch(watch, saved)
+    assert not watch.wait(0.3), "home may have it"
+    (tmp_path / "away").rename(job.home / ".run")
+    (error,) = told.next().values()
+    assert isinstance(error, StorageError) and "not on the node any more" in str(error)
+    (tmp_path / "elsewhere").rename(job.roots[0])
+    job.save(6)
+    (job.roots[0] / step_name(5)).rename(tmp_path / "elsewhere")
     told.watch(watch, saved)
     (error,) = told.next().values()
     assert isinstance(error, SupersededError) and error.by_step is None
@@ -391,3 +400,18 @@ def test_what_is_home_is_told_though_the_node_takes_no_journal(tmp_path: Path) -
         told.watch(watch, saved)
         assert told.next() == {2: job.home / step_name(2)}
     job.assert_home_is_right()
+
+
+def test_a_failure_is_told_though_the_node_takes_no_journal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else who waits would wait for ever. Once the node takes journals again, home is as it was."""
+    monkeypatch.setattr(home_watch, "_LOOK_AT_HOME_S", 0.1)
+    job, told = trained_job(tmp_path), Told()
+    job.save(1)
+    drain_well(job.roots[0])
+    with watching(job, tmp_path) as (watch, _):
+        with that_cannot_be_changed(job.roots[0] / "drain"):
+            told.watch(watch, _place_damaged(job, 2))
+            (error,) = told.next().values()
+            assert isinstance(error, CorruptError) and "step 2" in str(error) and "rank-00000.pt.damaged" in str(error)
+        wait_for(lambda: job.state(2) == "failed")
+        wait_for(lambda: not list((job.home / ".drain").glob("*/ended-*")))
