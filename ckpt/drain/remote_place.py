@@ -73,6 +73,11 @@ def place_of(home: Path, url: str) -> Path:
     return home / FOLDER / hashlib.sha256(str(parse_url(url)).encode()).hexdigest()[:12]
 
 
+def home_of(place: Path) -> Path:
+    """The other way round."""
+    return place.parents[1]
+
+
 def new_name() -> str:
     """Of an owner, or a ticket."""
     return secrets.token_hex(8)

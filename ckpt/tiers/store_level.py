@@ -14,6 +14,7 @@ from typing import NamedTuple
 from ckpt.directory import holds
 from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import Holds
+from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain import remote_place
 from ckpt.drain.journal import FOLDER, Journal
@@ -127,7 +128,8 @@ class StoreLevel:
         """On rank 0: the drain is told what to do, and started."""
         durable.make_directory(self._place / FOLDER, durable=True)
         before = remote_place.read_if_any(self._place)
-        owner = new_name() if before is None else before.owner
+        # The name of the run outlives all else that home knows: a home that was made anew from its nodes is still the same.
+        owner = (find_run(self._home.path) or new_name()) if before is None else before.owner
         instead_of, ticket = ("", "") if before is None else (before.instead_of, before.ticket)
         if self._copies.owner not in ("", owner):  # what lies there was looked at by this job's restore
             instead_of, ticket = self._copies.owner, new_name()

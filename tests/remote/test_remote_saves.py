@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from node_roots import wait_for
+from node_roots import drain_well, wait_for
 from object_server import Fault, ObjectServer, Proxy, options_for
 from remote_jobs import end_drains
 from support import options, patience
@@ -280,6 +281,27 @@ def test_by_way_of_a_node(place: Place) -> None:
         pending = checkpointer.save(1, state(1))
         pending.on_tier("object").result(DEADLINE_S)
         assert {*pending.stats.tier_at} == {"node", "object"} and pending.result(0).is_dir()
+
+
+def test_home_is_made_anew_from_its_node_and_is_still_the_same(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The store has an older checkpoint than the node. Nothing is restored behind the back of what the node has."""
+    home, tiers = place.base / "home", [ckpt.Tier.node(place.base / "nvme")]
+    with place.make(tiers=tiers) as checkpointer:
+        checkpointer.save(1, state(1)).on_tier("object").result(DEADLINE_S)
+        place.end_drains()
+        land(checkpointer, 2)
+    place.end_drains()
+    shutil.rmtree(home)
+    (root,) = (place.base / "nvme").iterdir()
+    drain_well(root, "--rebuild")
+    with place.make(tiers=tiers) as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 2 and "another home" not in caplog.text
+        checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+
+
+def land(checkpointer: ckpt.Checkpointer, step: int) -> None:
+    checkpointer.save(step, state(step)).on_tier("node").result(DEADLINE_S)
 
 
 def damage(path: Path) -> None:
