@@ -99,6 +99,16 @@ class RemoteCopies:
             logger.warning("a damaged checkpoint is passed over: %s", text)
         return listing.copies, listing.damaged
 
+    def mention(self) -> str:
+        """On rank 0, behind a text that says what to remove: what is restored then. Empty if there is nothing."""
+        try:
+            copies = self._catalogue.find().copies
+        except CheckpointError as error:
+            return f". Whether '{self._store.url}' has an older one cannot be told: {error}"
+        if not copies:
+            return ""
+        return f". After that restore() takes what '{self._store.url}' has: step {copies[0].manifest.step} is the newest there"
+
     def _is_ours(self, owner: str, home: str) -> bool:
         """Whether it is this home's, or that of the one whose place it is about to take over."""
         here = remote_place.home_of(self._place)

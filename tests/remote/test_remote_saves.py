@@ -19,7 +19,7 @@ from support import options, patience
 
 import ckpt
 from ckpt.drain import remote_place
-from ckpt.errors import FailedSavesError, StorageError, SupersededError
+from ckpt.errors import FailedSavesError, NotACheckpointError, StorageError, SupersededError
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -293,6 +293,9 @@ def test_home_is_made_anew_from_its_node_and_is_still_the_same(place: Place, cap
     place.end_drains()
     shutil.rmtree(home)
     (root,) = (place.base / "nvme").iterdir()
+    lost = pytest.raises(NotACheckpointError, match=r"names no run.*--rebuild.*has: step 1 is the newest there")
+    with place.make(tiers=tiers) as checkpointer, lost:
+        checkpointer.restore()
     drain_well(root, "--rebuild")
     with place.make(tiers=tiers) as checkpointer:
         found = checkpointer.restore()
