@@ -130,7 +130,7 @@ class Uploader:
     def _leave(self) -> None:
         """Of checkpoints to come nobody wants any, unless somebody trains, who starts a drain again."""
         if not self._remote.is_trained() and self._held is not None:
-            holds.write(self._place, Holds(self._held.seen, self._held.held))
+            holds.write(self._place, Holds(self._held.decided, self._held.held))
 
     def _may_end(self) -> bool:
         return not self._remote.is_trained() and not any(journal.waits for journal in self._journals.values())
@@ -202,10 +202,10 @@ class Uploader:
         return chosen
 
     def _hold(self, generations: list[Generation], waiting: list[Generation]) -> None:
-        seen = max((each.sequence for each in generations), default=-1)
+        decided = tuple(each.sequence for each in generations)
         held = tuple(each.sequence for each in waiting)
         remote = self._remote
-        wanted = Holds(seen, held, remote.every_steps, all_newer=remote.every_s is not None)
+        wanted = Holds(decided, held, remote.every_steps, all_others=remote.every_s is not None)
         if wanted != self._held:
             self._held = wanted
             holds.write(self._place, wanted)

@@ -17,7 +17,7 @@ from ckpt.saving.task import SaveTask
 from ckpt.storage.object_store import ObjectStore
 from ckpt.tiers.node_level import NodeFinder, NodeLevel
 from ckpt.tiers.store_level import StoreLevel
-from ckpt.tiers.tier import NODE, OBJECT, Tiers
+from ckpt.tiers.tier import NODE, OBJECT, Tier, Tiers
 
 
 class Levels(NamedTuple):
@@ -60,6 +60,13 @@ class Levels(NamedTuple):
                 level.close()
 
 
+def _wanted_behind(remote: Tier | None) -> dict[str, int | float] | None:
+    """What is to come home, although newer ones are there, because it goes on from there: see NodeStorage.describe_node()."""
+    if remote is not None and remote.every_steps is not None:
+        return {"steps": remote.every_steps}
+    return None if remote is None or remote.every_s is None else {"seconds": remote.every_s}
+
+
 def make_levels(
     tiers: Tiers, directories: StepDirectories, coordinator: Coordinator, stream: str, keep: int | None, options: Options
 ) -> Levels:
@@ -77,7 +84,7 @@ def make_levels(
     finder = None if tiers.node is None else NodeFinder(tiers.node, home)
     if tiers.node is not None and finder is not None:
         nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s)
-        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options)
+        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options, _wanted_behind(tiers.remote))
     if tiers.remote is not None:
         bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
         scratch = None if tiers.remote.scratch is None else Path(tiers.remote.scratch)

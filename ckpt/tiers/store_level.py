@@ -152,9 +152,9 @@ class StoreLevel:
                 options=tier.options,
             ),
         )
-        before_us = holds.read(self._place)
-        seen = max(before_us.seen, self._home.highest()[1])
-        holds.write(self._place, Holds(seen, before_us.held, tier.every_steps, all_newer=tier.every_s is not None))
+        there = tuple(manifest.sequence for _, manifest in self._home.committed().checkpoints)
+        held = holds.read(self._place).held
+        holds.write(self._place, Holds(there, held, tier.every_steps, all_others=tier.every_s is not None))
         assert self._drain is not None
         self._drain.ensure()
         self._pace.begin(self._place / PACE)

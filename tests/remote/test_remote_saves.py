@@ -18,6 +18,7 @@ from remote_jobs import end_drains
 from support import options, patience
 
 import ckpt
+from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.errors import FailedSavesError, NotACheckpointError, StorageError, SupersededError
 
@@ -277,9 +278,11 @@ def test_with_a_store_that_is_in_use_elsewhere(tmp_path: Path, seaweed: ObjectSe
 
 def test_by_way_of_a_node(place: Place) -> None:
     node = ckpt.Tier.node(place.base / "nvme")
-    with place.make(tiers=[node]) as checkpointer:
+    with place.make(tiers=[node], every=1) as checkpointer:
         pending = checkpointer.save(1, state(1))
         pending.on_tier("object").result(DEADLINE_S)
+        (root,) = (place.base / "nvme").iterdir()
+        assert nodes.read(root).every_steps == 1, "what the store wants comes home first"
         assert {*pending.stats.tier_at} == {"node", "object"} and pending.result(0).is_dir()
 
 

@@ -137,6 +137,20 @@ def test_a_store_that_is_away_does_not_fill_home(proxied_job: RemoteJob, proxy: 
     job.assert_store_is_right()
 
 
+def test_what_is_wanted_and_comes_late(job: RemoteJob) -> None:
+    """From a node, behind a newer one about which the drain has decided."""
+    job.describe(pids=this_process(), every_steps=2)
+    job.save(2)
+    late, on_the_node = job.home / step_name(2), job.home.with_name("late")
+    late.rename(on_the_node)
+    job.save(3)
+    job.drain_well()
+    on_the_node.rename(late)
+    assert tidy_home(job, keep=1) == [2, 1]
+    job.drain_well()
+    assert job.sequences() == [1] and tidy_home(job, keep=1) == [2]
+
+
 def test_nothing_is_kept_for_a_tier_that_is_given_no_more(job: RemoteJob) -> None:
     """The drain has ended with its job; the next job has no such tier."""
     job.describe(every_steps=1)
