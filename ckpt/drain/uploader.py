@@ -16,6 +16,7 @@ from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.drain.backoff import Backoff
 from ckpt.drain.choice import Rules, created_s
+from ckpt.drain.coming_home import ComingHome
 from ckpt.drain.journal import COMMITTED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
 from ckpt.drain.node import Generation, Generations
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
@@ -83,6 +84,7 @@ class Uploader:
             self._store = self._open_store()
             self._catalogue = Catalogue(self._store)
             self._generations = Generations(self._remote.home)
+            self._coming = ComingHome(self._remote.home)
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._place)}
             for journal in self._journals.values():
                 if journal.state == FAILED and journal.errno:
@@ -91,9 +93,10 @@ class Uploader:
             wakeful = Wakeful(self._place, self._stop)
             while not (self._stop.requested or self._replaced):
                 wakeful.look()
+                trained = self._remote.is_trained()  # before the look: nothing is saved behind it then
                 if self._round():
                     continue
-                if once or self._may_end():
+                if once or self._may_end(trained):
                     break
                 wakeful.wait()
             self.failed = self._has_failed()
@@ -132,8 +135,11 @@ class Uploader:
         if not self._remote.is_trained() and self._held is not None:
             holds.write(self._place, Holds(self._held.decided, self._held.held))
 
-    def _may_end(self) -> bool:
-        return not self._remote.is_trained() and not any(journal.waits for journal in self._journals.values())
+    def _may_end(self, trained: bool) -> bool:
+        if trained:
+            self._coming.reset()
+            return False
+        return not any(journal.waits for journal in self._journals.values()) and not self._coming.may_go_on()
 
     # ---- one round -------------------------------------------------------------------------------------------------
 

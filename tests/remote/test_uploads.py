@@ -172,6 +172,32 @@ def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> N
     job.assert_store_is_right()
 
 
+TELLS_IT_IS_IDLE = """
+from pathlib import Path
+from ckpt.drain import coming_home, waking
+coming_home._GRACE_S = 0.0
+wait = waking.Wakeful.wait
+waking.Wakeful.wait = lambda self: (Path({path!r}).touch(), wait(self))
+"""
+
+
+def test_the_job_has_ended_and_a_node_still_delivers(job: RemoteJob) -> None:
+    """What the drain of the node brings home then is carried on. The drain ends when nothing more comes."""
+    inbox = job.home / ".drain" / "run-1" / f"{2:012d}"
+    inbox.mkdir(parents=True)
+    (job.home / ".run").write_text('{"run": "run-1"}')
+    job.save(1)
+    idle = job.home / "idle"
+    with job.start(prepare=TELLS_IT_IS_IDLE.format(path=str(idle)).strip()) as drain:
+        wait_for(idle.exists, drain)
+        (inbox / "inbox.json").touch()
+        job.save(2)
+        (inbox / "inbox.json").unlink()
+        inbox.rmdir()
+        assert drain.wait().returncode == 0
+    assert job.sequences() == [2, 1]
+
+
 # ---- retention in the store ------------------------------------------------------------------------------------------
 
 
