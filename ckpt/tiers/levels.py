@@ -39,8 +39,13 @@ class Levels(NamedTuple):
         if self.store is not None:
             task.later[OBJECT] = concurrent.futures.Future()
 
+    @property
+    def may_refuse(self) -> bool:
+        """Whether any save may be refused, not the first alone."""
+        return self.store is not None and self.store.tier.required
+
     def begin_save(self) -> None:
-        """When home is ours, before anything is written.
+        """On rank 0, when home is ours, before anything is written.
 
         Raises:
             CheckpointError: as of StoreLevel.begin().

@@ -100,18 +100,18 @@ class StoreLevel:
         self._failure: CheckpointError | None = None  # of an upload, for good, that nobody was told of yet
 
     def begin(self) -> None:
-        """Before each save; home is ours.
+        """On rank 0, before each save; home is ours.
 
         Raises:
-            FailedSavesError: on rank 0: a checkpoint was not carried, and the tier is required.
-            CheckpointError: on rank 0: numbers cannot be reserved at home; or the tier is required, and nobody can carry there.
+            FailedSavesError: a checkpoint was not carried, and the tier is required.
+            CheckpointError: numbers cannot be reserved at home; or the tier is required, and nobody can carry there.
         """
         failure, self._failure = self._failure, None
-        if failure is not None and self._rank == 0:
+        if failure is not None:
             if self.tier.required:
                 raise FailedSavesError(f"{failure}. Tier.remote() is required: this save was not begun") from failure
             logger.warning("%s. Until that is mended checkpoints are at home alone", failure)
-        if self._rank != 0 or self._entered:
+        if self._entered:
             return
         if not self._numbered:
             self._home.reserve_above_seen()
