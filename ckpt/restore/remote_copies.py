@@ -76,7 +76,8 @@ class RemoteCopies:
             instead: from what the job resumes if nothing is found there; empty: there is nothing.
 
         Raises:
-            StorageError: it does not, and there is nothing: the job must not begin anew because of that.
+            StorageError: it does not answer, and there is nothing: the job must not begin anew because of that.
+            CorruptError: whose it is cannot be told, and there is nothing.
         """
         try:
             listing = self._catalogue.find()
@@ -85,8 +86,11 @@ class RemoteCopies:
             if not instead:
                 text = f"there is no checkpoint elsewhere, and whether the object store has one cannot be told: {error}"
                 raise StorageError(error.errno or 0, text, error.filename) from error
-            logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
-            return [], []
+            return self._left_out(error, instead)
+        except CheckpointError as error:
+            if not instead:
+                raise
+            return self._left_out(error, instead)
         if instead and self.owner and not self._is_ours(self.owner, home):
             self.owner = ""
             text = (
@@ -98,6 +102,10 @@ class RemoteCopies:
         for text in listing.damaged:
             logger.warning("a damaged checkpoint is passed over: %s", text)
         return listing.copies, listing.damaged
+
+    def _left_out(self, error: CheckpointError, instead: str) -> tuple[list[RemoteCopy], list[str]]:
+        logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
+        return [], []
 
     def mention(self) -> str:
         """On rank 0, behind a text that says what to remove: what is restored then. Empty if there is nothing."""

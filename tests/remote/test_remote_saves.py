@@ -20,7 +20,7 @@ from support import options, patience
 import ckpt
 from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
-from ckpt.errors import FailedSavesError, NotACheckpointError, StorageError, SupersededError
+from ckpt.errors import CorruptError, FailedSavesError, NotACheckpointError, StorageError, SupersededError
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -227,6 +227,16 @@ def test_a_store_that_does_not_answer_at_a_restore(
         else:
             found = checkpointer.restore()
             assert found is not None and found.step == 1 and "left out of this restore" in caplog.text
+
+
+def test_a_store_that_does_not_say_whose_it_is(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    save_steps(place, 1)
+    overwrite(place, "run", b"\0", ".json")
+    with place.make() as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 1 and "run.json' cannot be understood" in caplog.text
+    with place.make("new") as checkpointer, pytest.raises(CorruptError, match=r"run\.json' cannot be understood"):
+        checkpointer.restore()
 
 
 def test_a_job_that_has_not_looked_is_refused_in_the_store(place: Place) -> None:
