@@ -61,6 +61,7 @@ class Uploader:
         self._entered = False  # the store is ours, and was looked at
         self._replaced = False
         self._warned: set[str] = set()
+        self._forgone: set[int] = set()  # sequences of those that were at home no more
         self._held: Holds | None = None
         self.failed = False
 
@@ -152,7 +153,11 @@ class Uploader:
         except StorageError as error:
             self._warn_once(f"'{self._remote.home}' cannot be read: {error}")
             return False
+        if not self._place.is_dir():
+            self._warn_once(f"'{self._remote.home}' is away: nothing is carried from there until it comes back")
+            return False
         journals.follow(self._journals, generations, self._make_journal, self._forgo)
+        self._take_up(generations)
         entered = self._enter(generations)
         waiting = self._choose(generations) if entered else [each for each in generations if self._waits(each)][:MOST_HELD]
         waiting.sort(key=lambda each: self._journals[each.sequence].state != COPYING)  # what was begun goes on
@@ -182,8 +187,16 @@ class Uploader:
         if newest > journal.sequence:
             journal.change(SUPERSEDED, by=newest)
         else:
+            self._forgone.add(journal.sequence)
             journal.change(FAILED, next=None, errno=errno.ENOENT, text=f"it is not in '{self._remote.home}' any more")
             logger.warning("step %d is not carried to '%s': %s", journal.step, self._remote.url, journal.text)
+
+    def _take_up(self, generations: list[Generation]) -> None:
+        """What was not at home, and is there again."""
+        for generation in generations:
+            if generation.sequence in self._forgone:
+                self._forgone.discard(generation.sequence)
+                self._journals[generation.sequence].change(QUEUED, errno=0, text="", ended=0.0)
 
     def _waits(self, generation: Generation) -> bool:
         return self._journals[generation.sequence].waits

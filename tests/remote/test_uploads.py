@@ -198,6 +198,24 @@ def test_the_job_has_ended_and_a_node_still_delivers(job: RemoteJob) -> None:
     assert job.sequences() == [2, 1]
 
 
+def test_home_is_away_for_a_moment(proxied_job: RemoteJob, proxy: Proxy, tmp_path: Path) -> None:
+    """What waits for the store is carried when both are there again."""
+    job, idle, away = proxied_job, tmp_path / "idle", tmp_path / "away"
+    proxy.rule = lambda _: Fault(refuse=True)
+    job.describe(pids=this_process())
+    job.save(1)
+    with job.start(prepare=f"{TRIES_SOON}; {TELLS_IT_IS_IDLE.format(path=str(idle)).strip()}") as drain:
+        wait_for(lambda: job.state(1) == "failed", drain)
+        job.home.rename(away)
+        for _ in range(2):  # the second time it has looked meanwhile
+            idle.unlink(missing_ok=True)
+            wait_for(idle.exists, drain)
+        away.rename(job.home)
+        proxy.rule = lambda _: None
+        wait_for(lambda: job.state(1) == "committed", drain)
+    job.assert_store_is_right()
+
+
 # ---- retention in the store ------------------------------------------------------------------------------------------
 
 
