@@ -156,7 +156,9 @@ class StoreLevel:
         held = holds.read(self._place).held
         holds.write(self._place, Holds(there, held, tier.every_steps, all_others=tier.every_s is not None))
         assert self._drain is not None
-        self._drain.ensure()
+        in_the_way = self._drain.ensure()  # which is told already
+        if in_the_way and tier.required:
+            raise CheckpointError(f"{in_the_way}. Tier.remote() is required: this save was not begun")
         self._pace.begin(self._place / PACE)
         follow(self._pace)
 

@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from support import options, patience
 import ckpt
 from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
-from ckpt.errors import CorruptError, FailedSavesError, NotACheckpointError, StorageError, SupersededError
+from ckpt.errors import CheckpointError, CorruptError, FailedSavesError, NotACheckpointError, StorageError, SupersededError
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -118,6 +119,15 @@ def test_a_tier_that_is_required_raises_at_the_next_save(proxied: Place, proxy: 
             checkpointer.save(2, state(2))
         proxy.rule = lambda _: None
         checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+
+
+def test_a_tier_that_is_required_and_a_drain_that_cannot_be_started(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.make(required=True) as checkpointer, monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "")
+        with pytest.raises(CheckpointError, match=r"does not know its own program.*is required"):
+            checkpointer.save(1, state(1))
+        patched.undo()
+        checkpointer.save(2, state(2)).on_tier("object").result(DEADLINE_S)
 
 
 def test_the_store_is_away_while_the_job_runs(proxied: Place, proxy: Proxy) -> None:
