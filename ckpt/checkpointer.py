@@ -200,6 +200,7 @@ class Checkpointer(SaveSession):
                 if not self._claimed:
                     self._check_failures()
                     self._directories.claim(call.step, self.options.timeout_s)
+                    self._levels.note_claimed(self.directory)
                     if self._nodes is not None:
                         self._run = name_run(self._nodes.tier, self._directories)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))

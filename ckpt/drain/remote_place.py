@@ -15,20 +15,27 @@ be are told to the drain when it is started.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt.directory import holds
 from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import FOLDER
-from ckpt.drain.node import began_at
-from ckpt.errors import NotACheckpointError
+from ckpt.directory.step_names import names_in
+from ckpt.drain.node import LOCK, began_at
+from ckpt.errors import InUseError, NotACheckpointError
 from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.object_store import PLAIN_OPTIONS
 from ckpt.storage.object_urls import parse_url
+
+logger = logging.getLogger("ckpt")
 
 NAME = "remote.json"
 _TAKEN = "taken"
@@ -76,6 +83,23 @@ def place_of(home: Path, url: str) -> Path:
 def home_of(place: Path) -> Path:
     """The other way round."""
     return place.parents[1]
+
+
+def release_unused(home: Path, used: Path | None) -> None:
+    """Home keeps nothing any more for places to which nobody carries: of a job that was killed, or of a URL that it had before.
+
+    Args:
+        used: the place of the job whose home it is; None: it has none.
+    """
+    try:
+        others = [home / FOLDER / name for name in names_in(home / FOLDER)]
+        for place in others:
+            if place != used and (place / holds.NAME).exists():
+                with contextlib.suppress(InUseError):
+                    DirectoryLock(place, name=LOCK).expect_free(0.0)
+                    durable.remove_file(place / holds.NAME)
+    except OSError as error:
+        logger.warning("what home keeps for an object store that is used no more stays there: %s", error)
 
 
 def new_name() -> str:

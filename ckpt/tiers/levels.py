@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory.steps import StepDirectories
-from ckpt.drain.remote_place import place_of
+from ckpt.drain.remote_place import place_of, release_unused
 from ckpt.options import Options
 from ckpt.restore.nearby import Nearby
 from ckpt.restore.remote_copies import RemoteCopies
@@ -38,6 +38,10 @@ class Levels(NamedTuple):
             task.tiers[NODE] = concurrent.futures.Future()
         if self.store is not None:
             task.later[OBJECT] = concurrent.futures.Future()
+
+    def note_claimed(self, home: Path) -> None:
+        """On rank 0, once: home is ours."""
+        release_unused(home, None if self.store is None else self.store.place)
 
     @property
     def may_refuse(self) -> bool:

@@ -80,6 +80,9 @@ class StoreLevel:
     Args:
         home: from which checkpoints are carried.
         copies: what a restore knows of the store.
+
+    Attributes:
+        place: see remote_place.py.
     """
 
     def __init__(
@@ -90,9 +93,9 @@ class StoreLevel:
         self._rank = rank
         self._options = options
         self._copies = copies
-        self._place = place_of(home.path, tier.url)
-        self._drain = DrainProcess(self._place, tier.options) if rank == 0 else None
-        way = _Way(self._place, tier.url, home.path)
+        self.place = place_of(home.path, tier.url)
+        self._drain = DrainProcess(self.place, tier.options) if rank == 0 else None
+        way = _Way(self.place, tier.url, home.path)
         self._watch = UploadWatch(way, self._drain, max(1.0, world_size * _LOOK_FOR_EACH_RANK_S))
         self._pace = TrainingPace(lambda: self._watch.awaits_any)
         self._numbered = False  # commits have numbers that the store has not
@@ -126,8 +129,8 @@ class StoreLevel:
 
     def _enter(self) -> None:
         """On rank 0: the drain is told what to do, and started."""
-        durable.make_directory(self._place / FOLDER, durable=True)
-        before = remote_place.read_if_any(self._place)
+        durable.make_directory(self.place / FOLDER, durable=True)
+        before = remote_place.read_if_any(self.place)
         # The name of the run outlives all else that home knows: a home that was made anew from its nodes is still the same.
         owner = (find_run(self._home.path) or new_name()) if before is None else before.owner
         instead_of, ticket = ("", "") if before is None else (before.instead_of, before.ticket)
@@ -135,7 +138,7 @@ class StoreLevel:
             instead_of, ticket = self._copies.owner, new_name()
         tier = self.tier
         remote_place.write(
-            self._place,
+            self.place,
             Remote(
                 url=tier.url,
                 home=self._home.path,
@@ -147,25 +150,25 @@ class StoreLevel:
                 every_s=tier.every_s,
                 rate=tier.rate_bytes,
                 direct_io=self._options.direct_io,
-                pace=self._place / PACE,
+                pace=self.place / PACE,
                 pids=this_process(),
                 options=tier.options,
             ),
         )
         there = tuple(manifest.sequence for _, manifest in self._home.committed().checkpoints)
-        held = holds.read(self._place).held
-        holds.write(self._place, Holds(there, held, tier.every_steps, all_others=tier.every_s is not None))
+        held = holds.read(self.place).held
+        holds.write(self.place, Holds(there, held, tier.every_steps, all_others=tier.every_s is not None))
         assert self._drain is not None
         in_the_way = self._drain.ensure()  # which is told already
         if in_the_way and tier.required:
             raise CheckpointError(f"{in_the_way}. Tier.remote() is required: this save was not begun")
-        self._pace.begin(self._place / PACE)
+        self._pace.begin(self.place / PACE)
         follow(self._pace)
 
     def carry(self, task: SaveTask, sequence: int) -> None:
         """It is a checkpoint at home."""
         if self._rank == 0:
-            touch(self._place / FOLDER / WAKE)
+            touch(self.place / FOLDER / WAKE)
         assert task.step is not None
         done = functools.partial(task.reach_later, OBJECT)
         try:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from drain_points import UPLOAD_POINTS
-from node_roots import TRIES_SOON, crash_at, this_process, wait_for
+from node_roots import TRIES_SOON, crash_at, hold_at, this_process, wait_for
 from object_server import Fault, ObjectServer, Proxy, Request
 from remote_jobs import MiB, RemoteJob, read, sent_files
 
@@ -19,6 +19,7 @@ from ckpt.directory.listing import find_steps
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import step_name
 from ckpt.drain import DrainStatus, status
+from ckpt.drain.remote_place import release_unused
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -159,6 +160,24 @@ def test_nothing_is_kept_for_a_tier_that_is_given_no_more(job: RemoteJob) -> Non
     for step in (2, 3, 4):
         job.save(step)
     assert tidy_home(job, keep=1) == [4]
+
+
+def test_nothing_is_kept_for_a_drain_that_was_killed(job: RemoteJob) -> None:
+    """Unless it is still at work."""
+    job.describe(pids=this_process(), every_steps=1)
+    job.save(1)
+    other = job.place.with_name("other")
+    with job.start(prepare=hold_at("upload-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        release_unused(job.home, None)
+        job.save(2)
+        assert tidy_home(job, keep=1) == [2, 1]
+        drain.signal(signal.SIGKILL)
+        drain.wait()
+    release_unused(job.home, job.place)
+    assert tidy_home(job, keep=1) == [2, 1]
+    release_unused(job.home, other)
+    assert tidy_home(job, keep=1) == [2]
 
 
 def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> None:
