@@ -135,6 +135,7 @@ class RemoteCopies:
         """Of one that lies in the store."""
         base = self._base()
         directory = directory_of(base, Commit(candidate.sequence, candidate.identity))
+        directory = directory.with_name(f"{directory.name}-store")  # what came from a node may be damaged
         self._made.append(directory)
         return StorePlace(self._store, candidate, directory, self._rank, self._timeout_s)
 
