@@ -273,11 +273,12 @@ class Uploader:
         except StoppedError:
             journal.write()
         except CorruptError as error:
-            self._give_up(journal, error)
+            if not is_gone(generation):  # else other files have these names by now
+                self._give_up(journal, error)
         except ObjectStoreError as error:
             self._failed(error, journal)
         except StorageError as error:
-            if not is_gone(generation, error):  # else the next round finds that, too
+            if not is_gone(generation):  # else the next round finds that, too
                 self._failed(error, journal)
         except CheckpointError as error:
             self._failed(error, journal)

@@ -100,6 +100,20 @@ def test_a_file_that_is_damaged_at_home(job: RemoteJob) -> None:
     assert job.keys_there() == ["run.json"]
 
 
+def test_a_step_is_saved_again_while_it_is_read(job: RemoteJob) -> None:
+    """Under the same names: what is read then is no damage."""
+    job.save(1, 3 * MiB)
+    (path,) = (job.home / step_name(1)).glob("rank-*")
+    with job.start("--once", prepare=hold_at("upload-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        path.write_bytes(b"\0" * 3 * MiB)
+        job.save(1)
+        drain.signal(signal.SIGCONT)
+        ended = drain.wait()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [job.state(sequence) for sequence in (1, 2)] == ["superseded", "committed"] and job.sequences() == [2]
+
+
 # ---- what home keeps meanwhile ---------------------------------------------------------------------------------------
 
 
