@@ -20,6 +20,7 @@ import dataclasses
 import hashlib
 import logging
 import secrets
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class Remote:
         pace: the file in which the training says how it runs.
         pids: of the process that starts the drain, and when it began, in ticks since the boot.
         options: those that are no secret.
+        host: of that process; empty: an older version has written this, it is taken for ours.
     """
 
     url: str
@@ -69,10 +71,16 @@ class Remote:
     pace: Path
     pids: Mapping[int, int]
     options: Mapping[str, str]
+    host: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the job is of this host; of another one nobody can tell here whether it goes on."""
+        return self.host in ("", socket.gethostname())
 
     def is_trained(self) -> bool:
-        """Whether the process lives that has started the drain."""
-        return any(began_at(pid) == began for pid, began in self.pids.items())
+        """Whether the process lives that has started the drain. False on another host."""
+        return self.is_here and any(began_at(pid) == began for pid, began in self.pids.items())
 
 
 def place_of(home: Path, url: str) -> Path:
@@ -144,7 +152,7 @@ def read(place: Path) -> Remote:
     """
     path = place / NAME
     try:
-        said = manifests.parse_checked(path.read_bytes())
+        said = {"host": "", **manifests.parse_checked(path.read_bytes())}
         fields = {field.name: said[field.name] for field in dataclasses.fields(Remote)}
         fields |= {"home": Path(said["home"]), "pace": Path(said["pace"]), "url": str(parse_url(said["url"]))}
         fields |= {"pids": {int(pid): int(began) for pid, began in said["pids"].items()}}

@@ -72,7 +72,7 @@ class Uploader:
             once: only until nothing is left that can be done now.
 
         Raises:
-            InUseError: another drain is at work here, and somebody trains.
+            InUseError: another drain is at work here, and somebody trains; or the job is of another host.
             NotACheckpointError: the directory is none of a place in a store.
             CheckpointError: the store cannot be used with these options.
             StorageError: the directory cannot be written to; or obstore is missing.
@@ -116,7 +116,8 @@ class Uploader:
             try:
                 return self._lock.acquire()
             except InUseError:
-                if not once or self._stop.requested or self._remote.is_trained():
+                remote = self._remote
+                if not once or self._stop.requested or remote.is_trained() or not remote.is_here:
                     raise
                 self._stop.sleep(_POLL_S)
 
@@ -133,7 +134,7 @@ class Uploader:
 
     def _leave(self) -> None:
         """Of checkpoints to come nobody wants any, unless somebody trains, who starts a drain again."""
-        if not self._remote.is_trained() and self._held is not None:
+        if self._remote.is_here and not self._remote.is_trained() and self._held is not None:
             holds.write(self._place, Holds(self._held.decided, self._held.held))
 
     def _may_end(self, trained: bool) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,6 +154,7 @@ class StoreLevel:
                 pace=self.place / PACE,
                 pids=this_process(),
                 options=tier.options,
+                host=socket.gethostname(),
             ),
         )
         there = tuple(manifest.sequence for _, manifest in self._home.committed().checkpoints)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 from pathlib import Path
@@ -13,13 +14,16 @@ from node_roots import TRIES_SOON, crash_at, hold_at, this_process, wait_for
 from object_server import Fault, ObjectServer, Proxy, Request
 from remote_jobs import MiB, RemoteJob, read, sent_files
 
-from ckpt.directory.holds import MOST_HELD, held_at
+from ckpt.directory import holds
+from ckpt.directory.holds import MOST_HELD, Holds, held_at
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import find_steps
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import step_name
 from ckpt.drain import DrainStatus, status
+from ckpt.drain import node as nodes
 from ckpt.drain.remote_place import release_unused
+from ckpt.storage.directory_lock import DirectoryLock
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -192,6 +196,19 @@ def test_nothing_is_kept_for_a_drain_that_was_killed(job: RemoteJob) -> None:
     assert tidy_home(job, keep=1) == [2, 1]
     release_unused(job.home, other)
     assert tidy_home(job, keep=1) == [2]
+
+
+def test_by_hand_on_another_host(job: RemoteJob) -> None:
+    """Whether the job goes on cannot be told there: nobody waits for its drain to end, and what it may want stays."""
+    job.describe(host="another", every_steps=1)
+    lock = DirectoryLock(job.place, name=nodes.LOCK)
+    lock.acquire()
+    ended = job.drain()
+    lock.release()
+    assert ended.returncode == 1 and f"is being worked on by process {os.getpid()}" in ended.stderr
+    job.save(1)
+    job.drain_well()
+    assert holds.read(job.place) == Holds((1,), (), every_steps=1)
 
 
 def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> None:
