@@ -156,11 +156,13 @@ class Checkpointer(SaveSession):
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
                 as it may while this one has nothing in flight.
-            FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun.
+            FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun. Or, on rank 0,
+                because a Tier.remote() that is required has not got an earlier one.
             ClosedError: after close().
             CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
                 by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
-            PeerError: at the first save, rank 0 does not answer, or may not save, for instance because of that.
+            PeerError: at the first save, or with a Tier.remote() that is required, rank 0 does not answer, or may not save, for
+                instance because of that.
             TypeError, ValueError: step is not a count; all of `state`, `replicated` and `sharded` are None; `replicated` holds
                 tensors of which each rank has a part; `sharded` holds what cannot be saved so (a ShardedTensor, a DTensor with
                 Partial placements or on a mesh of other ranks, two values of the same key); also what pickling a state raises.
@@ -176,7 +178,6 @@ class Checkpointer(SaveSession):
         self._levels.expect(task)
         try:
             self._claim_directory(call)
-            self._levels.begin_save()
             self._enter_nodes(call)
             self._check_failures()
             self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
@@ -191,19 +192,21 @@ class Checkpointer(SaveSession):
     def _claim_directory(self, call: SaveCall) -> None:
         """At the first save: rank 0 locks the directory and cleans it, before any rank writes.
 
-        Rank 0 says so again at each save until one has succeeded: a rank may have missed it.
+        Rank 0 says so again at each save until one has succeeded: a rank may have missed it. And whenever a tier may refuse.
         """
-        if self._claimed and (self.rank != 0 or self._succeeded):
-            return
+        if self._claimed and (self.rank != 0 or self._succeeded) and not self._levels.may_refuse:
+            return self._levels.begin_save() if self.rank == 0 else None
         key = f"{self._stream}-claim/{call.number}"
         if self.rank == 0:
             try:
                 if not self._claimed:
                     self._check_failures()
                     self._directories.claim(call.step, self.options.timeout_s)
+                    self._levels.note_claimed(self.directory)
                     if self._nodes is not None:
                         self._run = name_run(self._nodes.tier, self._directories)
                     self._claimed, self._token = True, temporary_names.shared_token(next(_tokens))
+                self._levels.begin_save()
             except CheckpointError as error:
                 self._coordinator.broadcast(key, json.dumps({"refusal": str(error)}).encode(), self.options.timeout_s)
                 raise

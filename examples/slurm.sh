@@ -34,6 +34,10 @@ code=$?
 # Slurm ends whatever the job has left on its nodes, the drains, too. So what they have not brought home yet is brought now.
 run=$(sed -n 's/.*"run": *"\([^"]*\)".*/\1/p' "$HOME_OF_CHECKPOINTS/.run" 2>/dev/null)
 [ -n "$run" ] && srun python -m ckpt drain --once "$NODE_TIER/$run"
+# And from there to an object store, if there is one, by this node alone. Credentials come from the environment.
+for place in "$HOME_OF_CHECKPOINTS"/.remote/*/; do
+    [ -e "$place/remote.json" ] && python -m ckpt drain --once "$place"
+done
 
 [ "$stopped" = 1 ] && scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -29,21 +29,22 @@ MOST_HELD = 3  # beyond what home keeps, for each place
 class Holds:
     """
     Attributes:
-        seen: up to this sequence the drain has decided; of newer ones it may want some.
-        held: sequences of those up to `seen` that it still needs; the first is the one that it is carrying, or will.
+        decided: sequences at home about which the drain has decided; of others it may want some, also of older ones, which come
+            late from nodes.
+        held: those of them that it still needs; the first is the one that it is carrying, or will.
         every_steps: it wants those of each n-th step; None: its wishes do not depend on the step.
-        all_newer: it may want any newer one.
+        all_others: it may want any of the others.
     """
 
-    seen: int = -1
+    decided: tuple[int, ...] = ()
     held: tuple[int, ...] = ()
     every_steps: int | None = None
-    all_newer: bool = False
+    all_others: bool = False
 
     def want(self, manifest: Manifest) -> bool:
-        if manifest.sequence <= self.seen:
+        if manifest.sequence in self.held or manifest.sequence in self.decided:
             return manifest.sequence in self.held
-        return self.all_newer or (self.every_steps is not None and manifest.step % self.every_steps == 0)
+        return self.all_others or (self.every_steps is not None and manifest.step % self.every_steps == 0)
 
     def choose(self, manifests: Sequence[Manifest]) -> set[int]:
         """Sequences of those that must stay: the one on its way, else none would ever arrive; and the newest that are wanted.
@@ -69,7 +70,7 @@ def read(place: Path) -> Holds:
     """Nothing, if it cannot be read."""
     try:
         said = json.loads((place / NAME).read_bytes())
-        return Holds(**{**said, "held": tuple(said["held"])})
+        return Holds(**{**said, "held": tuple(said["held"]), "decided": tuple(said["decided"])})
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return Holds()
 

@@ -162,16 +162,17 @@ class Generations:
         return sorted(found, key=lambda generation: generation.sequence, reverse=True)
 
     def _look(self, name: str) -> tuple[tuple[int, ...], Generation | None] | None:
-        path = self._root / name / manifests.NAME
+        path, known = self._root / name / manifests.NAME, self._known.get(name)
         try:
             stat = os.stat(path)
             stamp = (stat.st_dev, stat.st_ino, stat.st_mtime_ns, stat.st_size)
-            known = self._known.get(name)
             if known is not None and known[0] == stamp:
                 return known
             content = path.read_bytes()
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return None  # not complete yet, or just going
+        except OSError:
+            return known  # it cannot be read just now
         try:
             return stamp, Generation(path.parent, manifests.parse(content), content, zlib.crc32(content))
         except (KeyError, TypeError, ValueError, RecursionError) as error:

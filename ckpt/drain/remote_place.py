@@ -15,20 +15,28 @@ be are told to the drain when it is started.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import logging
 import secrets
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt.directory import holds
 from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import FOLDER
-from ckpt.drain.node import began_at
-from ckpt.errors import NotACheckpointError
+from ckpt.directory.step_names import names_in
+from ckpt.drain.node import LOCK, began_at
+from ckpt.errors import InUseError, NotACheckpointError
 from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.object_store import PLAIN_OPTIONS
 from ckpt.storage.object_urls import parse_url
+
+logger = logging.getLogger("ckpt")
 
 NAME = "remote.json"
 _TAKEN = "taken"
@@ -47,6 +55,7 @@ class Remote:
         pace: the file in which the training says how it runs.
         pids: of the process that starts the drain, and when it began, in ticks since the boot.
         options: those that are no secret.
+        host: of that process; empty: an older version has written this, it is taken for ours.
     """
 
     url: str
@@ -62,15 +71,43 @@ class Remote:
     pace: Path
     pids: Mapping[int, int]
     options: Mapping[str, str]
+    host: str = ""
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the job is of this host; of another one nobody can tell here whether it goes on."""
+        return self.host in ("", socket.gethostname())
 
     def is_trained(self) -> bool:
-        """Whether the process lives that has started the drain."""
-        return any(began_at(pid) == began for pid, began in self.pids.items())
+        """Whether the process lives that has started the drain. False on another host."""
+        return self.is_here and any(began_at(pid) == began for pid, began in self.pids.items())
 
 
 def place_of(home: Path, url: str) -> Path:
     """The directory at home of what is carried to this URL."""
     return home / FOLDER / hashlib.sha256(str(parse_url(url)).encode()).hexdigest()[:12]
+
+
+def home_of(place: Path) -> Path:
+    """The other way round."""
+    return place.parents[1]
+
+
+def release_unused(home: Path, used: Path | None) -> None:
+    """Home keeps nothing any more for places to which nobody carries: of a job that was killed, or of a URL that it had before.
+
+    Args:
+        used: the place of the job whose home it is; None: it has none.
+    """
+    try:
+        others = [home / FOLDER / name for name in names_in(home / FOLDER)]
+        for place in others:
+            if place != used and (place / holds.NAME).exists():
+                with contextlib.suppress(InUseError):
+                    DirectoryLock(place, name=LOCK).expect_free(0.0)
+                    durable.remove_file(place / holds.NAME)
+    except OSError as error:
+        logger.warning("what home keeps for an object store that is used no more stays there: %s", error)
 
 
 def new_name() -> str:
@@ -115,7 +152,7 @@ def read(place: Path) -> Remote:
     """
     path = place / NAME
     try:
-        said = manifests.parse_checked(path.read_bytes())
+        said = {"host": "", **manifests.parse_checked(path.read_bytes())}
         fields = {field.name: said[field.name] for field in dataclasses.fields(Remote)}
         fields |= {"home": Path(said["home"]), "pace": Path(said["pace"]), "url": str(parse_url(said["url"]))}
         fields |= {"pids": {int(pid): int(began) for pid, began in said["pids"].items()}}

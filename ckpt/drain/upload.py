@@ -15,7 +15,7 @@ from ckpt.drain.journal import Journal, Progress
 from ckpt.drain.node import Generation
 from ckpt.drain.pacing import Pace
 from ckpt.drain.stopping import Stop, StoppedError
-from ckpt.errors import CheckpointError, CorruptError, StorageError
+from ckpt.errors import CheckpointError, CorruptError
 from ckpt.remote.layout import Catalogue, Listing, RemoteCopy, move_latest, new_folder, remove_folder, sequence_in
 from ckpt.remote.ownership import Ownership
 from ckpt.storage import durable
@@ -229,8 +229,8 @@ def _has_manifest(objects: list[StoredObject]) -> bool:
     return any(each.key.endswith(f"/{manifests.NAME}") for each in objects)
 
 
-def is_gone(generation: Generation, error: StorageError) -> bool:
-    """Whether a file could not be read because its checkpoint was removed, or saved again."""
+def is_gone(generation: Generation) -> bool:
+    """Whether its checkpoint was removed, or saved again: then its files are others, or none."""
     with contextlib.suppress(OSError):
         return (generation.directory / manifests.NAME).read_bytes() != generation.content
     return True

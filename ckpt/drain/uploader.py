@@ -16,6 +16,7 @@ from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.drain.backoff import Backoff
 from ckpt.drain.choice import Rules, created_s
+from ckpt.drain.coming_home import ComingHome
 from ckpt.drain.journal import COMMITTED, COPYING, FAILED, FOLDER, QUEUED, SUPERSEDED, Journal
 from ckpt.drain.node import Generation, Generations
 from ckpt.drain.pacing import AutoRate, FixedRate, Pace, PaceFile
@@ -60,6 +61,7 @@ class Uploader:
         self._entered = False  # the store is ours, and was looked at
         self._replaced = False
         self._warned: set[str] = set()
+        self._forgone: set[int] = set()  # sequences of those that were at home no more
         self._held: Holds | None = None
         self.failed = False
 
@@ -70,7 +72,7 @@ class Uploader:
             once: only until nothing is left that can be done now.
 
         Raises:
-            InUseError: another drain is at work here, and somebody trains.
+            InUseError: another drain is at work here, and somebody trains; or the job is of another host.
             NotACheckpointError: the directory is none of a place in a store.
             CheckpointError: the store cannot be used with these options.
             StorageError: the directory cannot be written to; or obstore is missing.
@@ -83,6 +85,7 @@ class Uploader:
             self._store = self._open_store()
             self._catalogue = Catalogue(self._store)
             self._generations = Generations(self._remote.home)
+            self._coming = ComingHome(self._remote.home)
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._place)}
             for journal in self._journals.values():
                 if journal.state == FAILED and journal.errno:
@@ -91,9 +94,10 @@ class Uploader:
             wakeful = Wakeful(self._place, self._stop)
             while not (self._stop.requested or self._replaced):
                 wakeful.look()
+                trained = self._remote.is_trained()  # before the look: nothing is saved behind it then
                 if self._round():
                     continue
-                if once or self._may_end():
+                if once or self._may_end(trained):
                     break
                 wakeful.wait()
             self.failed = self._has_failed()
@@ -112,7 +116,8 @@ class Uploader:
             try:
                 return self._lock.acquire()
             except InUseError:
-                if not once or self._stop.requested or self._remote.is_trained():
+                remote = self._remote
+                if not once or self._stop.requested or remote.is_trained() or not remote.is_here:
                     raise
                 self._stop.sleep(_POLL_S)
 
@@ -129,11 +134,14 @@ class Uploader:
 
     def _leave(self) -> None:
         """Of checkpoints to come nobody wants any, unless somebody trains, who starts a drain again."""
-        if not self._remote.is_trained() and self._held is not None:
-            holds.write(self._place, Holds(self._held.seen, self._held.held))
+        if self._remote.is_here and not self._remote.is_trained() and self._held is not None:
+            holds.write(self._place, Holds(self._held.decided, self._held.held))
 
-    def _may_end(self) -> bool:
-        return not self._remote.is_trained() and not any(journal.waits for journal in self._journals.values())
+    def _may_end(self, trained: bool) -> bool:
+        if trained:
+            self._coming.reset()
+            return False
+        return not any(journal.waits for journal in self._journals.values()) and not self._coming.may_go_on()
 
     # ---- one round -------------------------------------------------------------------------------------------------
 
@@ -146,7 +154,11 @@ class Uploader:
         except StorageError as error:
             self._warn_once(f"'{self._remote.home}' cannot be read: {error}")
             return False
+        if not self._place.is_dir():
+            self._warn_once(f"'{self._remote.home}' is away: nothing is carried from there until it comes back")
+            return False
         journals.follow(self._journals, generations, self._make_journal, self._forgo)
+        self._take_up(generations)
         entered = self._enter(generations)
         waiting = self._choose(generations) if entered else [each for each in generations if self._waits(each)][:MOST_HELD]
         waiting.sort(key=lambda each: self._journals[each.sequence].state != COPYING)  # what was begun goes on
@@ -176,8 +188,16 @@ class Uploader:
         if newest > journal.sequence:
             journal.change(SUPERSEDED, by=newest)
         else:
+            self._forgone.add(journal.sequence)
             journal.change(FAILED, next=None, errno=errno.ENOENT, text=f"it is not in '{self._remote.home}' any more")
             logger.warning("step %d is not carried to '%s': %s", journal.step, self._remote.url, journal.text)
+
+    def _take_up(self, generations: list[Generation]) -> None:
+        """What was not at home, and is there again."""
+        for generation in generations:
+            if generation.sequence in self._forgone:
+                self._forgone.discard(generation.sequence)
+                self._journals[generation.sequence].change(QUEUED, errno=0, text="", ended=0.0)
 
     def _waits(self, generation: Generation) -> bool:
         return self._journals[generation.sequence].waits
@@ -202,10 +222,10 @@ class Uploader:
         return chosen
 
     def _hold(self, generations: list[Generation], waiting: list[Generation]) -> None:
-        seen = max((each.sequence for each in generations), default=-1)
+        decided = tuple(each.sequence for each in generations)
         held = tuple(each.sequence for each in waiting)
         remote = self._remote
-        wanted = Holds(seen, held, remote.every_steps, all_newer=remote.every_s is not None)
+        wanted = Holds(decided, held, remote.every_steps, all_others=remote.every_s is not None)
         if wanted != self._held:
             self._held = wanted
             holds.write(self._place, wanted)
@@ -254,11 +274,12 @@ class Uploader:
         except StoppedError:
             journal.write()
         except CorruptError as error:
-            self._give_up(journal, error)
+            if not is_gone(generation):  # else other files have these names by now
+                self._give_up(journal, error)
         except ObjectStoreError as error:
             self._failed(error, journal)
         except StorageError as error:
-            if not is_gone(generation, error):  # else the next round finds that, too
+            if not is_gone(generation):  # else the next round finds that, too
                 self._failed(error, journal)
         except CheckpointError as error:
             self._failed(error, journal)

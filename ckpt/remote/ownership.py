@@ -71,15 +71,15 @@ class Ownership:
             )
 
 
-def find_owner(store: ObjectStore) -> str:
-    """Empty: nobody's.
+def find_owner(store: ObjectStore) -> tuple[str, str]:
+    """Its name, and the path of its home; both empty: the place is nobody's.
 
     Raises:
         CorruptError: it cannot be told.
         ObjectStoreError: the store does not answer.
     """
     there = store.read_small(NAME)
-    return "" if there is None else _owner_in(there, store.url)
+    return ("", "") if there is None else (_owner_in(there, store.url), _home_in(there))
 
 
 def _owner_in(there: Small, url: str) -> str:

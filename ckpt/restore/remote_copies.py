@@ -7,6 +7,7 @@ are compared with the manifest before anybody reads them, and who reads parts of
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +15,9 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.directory.run_file import find_run
 from ckpt.drain import remote_place
-from ckpt.errors import NotACheckpointError, StorageError
+from ckpt.errors import CheckpointError, NotACheckpointError, StorageError
 from ckpt.remote.download import Expected, download, download_ranges
 from ckpt.remote.layout import Catalogue, RemoteCopy, read_manifest
 from ckpt.remote.ownership import find_owner
@@ -74,18 +76,22 @@ class RemoteCopies:
             instead: from what the job resumes if nothing is found there; empty: there is nothing.
 
         Raises:
-            StorageError: it does not, and there is nothing: the job must not begin anew because of that.
+            StorageError: it does not answer, and there is nothing: the job must not begin anew because of that.
+            CorruptError: whose it is cannot be told, and there is nothing.
         """
         try:
             listing = self._catalogue.find()
-            self.owner = find_owner(self._store)
+            self.owner, home = find_owner(self._store)
         except StorageError as error:
             if not instead:
                 text = f"there is no checkpoint elsewhere, and whether the object store has one cannot be told: {error}"
                 raise StorageError(error.errno or 0, text, error.filename) from error
-            logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
-            return [], []
-        if instead and self.owner not in ("", *self._own_names()):
+            return self._left_out(error, instead)
+        except CheckpointError as error:
+            if not instead:
+                raise
+            return self._left_out(error, instead)
+        if instead and self.owner and not self._is_ours(self.owner, home):
             self.owner = ""
             text = (
                 "'%s' holds checkpoints of another home: they are left out of this restore, which resumes %s. To go on from "
@@ -97,18 +103,39 @@ class RemoteCopies:
             logger.warning("a damaged checkpoint is passed over: %s", text)
         return listing.copies, listing.damaged
 
-    def _own_names(self) -> set[str]:
-        """Of this home, and of the one whose place it is about to take over."""
+    def _left_out(self, error: CheckpointError, instead: str) -> tuple[list[RemoteCopy], list[str]]:
+        logger.warning("what lies in the object store is left out of this restore, which resumes %s: %s", instead, error)
+        return [], []
+
+    def mention(self) -> str:
+        """On rank 0, behind a text that says what to remove: what is restored then. Empty if there is nothing."""
+        try:
+            copies = self._catalogue.find().copies
+        except CheckpointError as error:
+            return f". Whether '{self._store.url}' has an older one cannot be told: {error}"
+        if not copies:
+            return ""
+        return f". After that restore() takes what '{self._store.url}' has: step {copies[0].manifest.step} is the newest there"
+
+    def _is_ours(self, owner: str, home: str) -> bool:
+        """Whether it is this home's, or that of the one whose place it is about to take over."""
+        here = remote_place.home_of(self._place)
+        run = None
+        with contextlib.suppress(CheckpointError):  # whoever needs that name says what is wrong with it
+            run = find_run(here)
         remote = remote_place.read_if_any(self._place)
         if remote is None:
-            return set()
+            # Lost with a home that was made anew from its nodes: the store knows it by the name of its run. One that was
+            # entered before there were nodes is known by its path.
+            return run is not None and (owner == run or home == str(here))
         taken = remote_place.was_taken(self._place, remote.ticket)
-        return {remote.owner} if taken else {remote.owner, remote.instead_of}
+        return owner in ({remote.owner, run} if taken else {remote.owner, run, remote.instead_of})
 
     def place_of(self, candidate: Candidate) -> StorePlace:
         """Of one that lies in the store."""
         base = self._base()
         directory = directory_of(base, Commit(candidate.sequence, candidate.identity))
+        directory = directory.with_name(f"{directory.name}-store")  # what came from a node may be damaged
         self._made.append(directory)
         return StorePlace(self._store, candidate, directory, self._rank, self._timeout_s)
 

@@ -153,15 +153,16 @@ class Restorer:
         if self._nearby is not None:
             self._directories.note_seen(self._nearby.newest)
             candidates = self._with_nearby(candidates, at_home, self._nearby.copies)
+        if self._nearby is not None and self._nearby.lost:
+            lost = self._nearby.lost
+            if not candidates:  # what the store has may be older than what the nodes have
+                return Seen([], rejected, lost if self._remote is None else lost + self._remote.mention())
+            self._directories.warn_once("lost home", "what the nodes have is left out: %s", lost)
         if self._remote is not None:
             copies, damaged = self._remote.look(candidates[0].name if candidates else "")
             rejected += damaged
             self._directories.note_seen(max((copy.sequence for copy in copies), default=-1))
             candidates = with_remote(candidates, at_home, copies, self._collective)
-        if self._nearby is not None and self._nearby.lost:
-            lost = self._nearby.lost
-            if candidates:
-                self._directories.warn_once("lost home", "what the nodes have is left out: %s", lost)
         return Seen(candidates, rejected, lost)
 
     def _with_nearby(

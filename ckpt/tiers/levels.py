@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory.steps import StepDirectories
-from ckpt.drain.remote_place import place_of
+from ckpt.drain.remote_place import place_of, release_unused
 from ckpt.options import Options
 from ckpt.restore.nearby import Nearby
 from ckpt.restore.remote_copies import RemoteCopies
@@ -17,7 +17,7 @@ from ckpt.saving.task import SaveTask
 from ckpt.storage.object_store import ObjectStore
 from ckpt.tiers.node_level import NodeFinder, NodeLevel
 from ckpt.tiers.store_level import StoreLevel
-from ckpt.tiers.tier import NODE, OBJECT, Tiers
+from ckpt.tiers.tier import NODE, OBJECT, Tier, Tiers
 
 
 class Levels(NamedTuple):
@@ -39,8 +39,17 @@ class Levels(NamedTuple):
         if self.store is not None:
             task.later[OBJECT] = concurrent.futures.Future()
 
+    def note_claimed(self, home: Path) -> None:
+        """On rank 0, once: home is ours."""
+        release_unused(home, None if self.store is None else self.store.place)
+
+    @property
+    def may_refuse(self) -> bool:
+        """Whether any save may be refused, not the first alone."""
+        return self.store is not None and self.store.tier.required
+
     def begin_save(self) -> None:
-        """When home is ours, before anything is written.
+        """On rank 0, when home is ours, before anything is written.
 
         Raises:
             CheckpointError: as of StoreLevel.begin().
@@ -60,6 +69,13 @@ class Levels(NamedTuple):
                 level.close()
 
 
+def _wanted_behind(remote: Tier | None) -> dict[str, int | float] | None:
+    """What is to come home, although newer ones are there, because it goes on from there: see NodeStorage.describe_node()."""
+    if remote is not None and remote.every_steps is not None:
+        return {"steps": remote.every_steps}
+    return None if remote is None or remote.every_s is None else {"seconds": remote.every_s}
+
+
 def make_levels(
     tiers: Tiers, directories: StepDirectories, coordinator: Coordinator, stream: str, keep: int | None, options: Options
 ) -> Levels:
@@ -77,7 +93,7 @@ def make_levels(
     finder = None if tiers.node is None else NodeFinder(tiers.node, home)
     if tiers.node is not None and finder is not None:
         nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s)
-        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options)
+        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options, _wanted_behind(tiers.remote))
     if tiers.remote is not None:
         bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
         scratch = None if tiers.remote.scratch is None else Path(tiers.remote.scratch)

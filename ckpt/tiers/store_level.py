@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from pathlib import Path
 from typing import NamedTuple
 
 from ckpt.directory import holds
 from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import Holds
+from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain import remote_place
 from ckpt.drain.journal import FOLDER, Journal
@@ -85,6 +87,9 @@ class StoreLevel:
     Args:
         home: from which checkpoints are carried.
         copies: what a restore knows of the store.
+
+    Attributes:
+        place: see remote_place.py.
     """
 
     def __init__(
@@ -95,9 +100,9 @@ class StoreLevel:
         self._rank = rank
         self._options = options
         self._copies = copies
-        self._place = place_of(home.path, tier.url)
-        self._drain = DrainProcess(self._place, tier.options) if rank == 0 else None
-        way = _Way(self._place, tier.url, home.path)
+        self.place = place_of(home.path, tier.url)
+        self._drain = DrainProcess(self.place, tier.options) if rank == 0 else None
+        way = _Way(self.place, tier.url, home.path)
         self._watch = UploadWatch(way, self._drain, max(1.0, world_size * _LOOK_FOR_EACH_RANK_S))
         self._pace = TrainingPace(lambda: self._watch.awaits_any)
         self._numbered = False  # commits have numbers that the store has not
@@ -105,18 +110,18 @@ class StoreLevel:
         self._failure: CheckpointError | None = None  # of an upload, for good, that nobody was told of yet
 
     def begin(self) -> None:
-        """Before each save; home is ours.
+        """On rank 0, before each save; home is ours.
 
         Raises:
-            FailedSavesError: on rank 0: a checkpoint was not carried, and the tier is required.
-            CheckpointError: on rank 0: numbers cannot be reserved at home; or the tier is required, and nobody can carry there.
+            FailedSavesError: a checkpoint was not carried, and the tier is required.
+            CheckpointError: numbers cannot be reserved at home; or the tier is required, and nobody can carry there.
         """
         failure, self._failure = self._failure, None
-        if failure is not None and self._rank == 0:
+        if failure is not None:
             if self.tier.required:
                 raise FailedSavesError(f"{failure}. Tier.remote() is required: this save was not begun") from failure
             logger.warning("%s. Until that is mended checkpoints are at home alone", failure)
-        if self._rank != 0 or self._entered:
+        if self._entered:
             return
         if not self._numbered:
             self._home.reserve_above_seen()
@@ -131,15 +136,16 @@ class StoreLevel:
 
     def _enter(self) -> None:
         """On rank 0: the drain is told what to do, and started."""
-        durable.make_directory(self._place / FOLDER, durable=True)
-        before = remote_place.read_if_any(self._place)
-        owner = new_name() if before is None else before.owner
+        durable.make_directory(self.place / FOLDER, durable=True)
+        before = remote_place.read_if_any(self.place)
+        # The name of the run outlives all else that home knows: a home that was made anew from its nodes is still the same.
+        owner = (find_run(self._home.path) or new_name()) if before is None else before.owner
         instead_of, ticket = ("", "") if before is None else (before.instead_of, before.ticket)
         if self._copies.owner not in ("", owner):  # what lies there was looked at by this job's restore
             instead_of, ticket = self._copies.owner, new_name()
         tier = self.tier
         remote_place.write(
-            self._place,
+            self.place,
             Remote(
                 url=tier.url,
                 home=self._home.path,
@@ -151,23 +157,26 @@ class StoreLevel:
                 every_s=tier.every_s,
                 rate=tier.rate_bytes,
                 direct_io=self._options.direct_io,
-                pace=self._place / PACE,
+                pace=self.place / PACE,
                 pids=this_process(),
                 options=tier.options,
+                host=socket.gethostname(),
             ),
         )
-        before_us = holds.read(self._place)
-        seen = max(before_us.seen, self._home.highest()[1])
-        holds.write(self._place, Holds(seen, before_us.held, tier.every_steps, all_newer=tier.every_s is not None))
+        there = tuple(manifest.sequence for _, manifest in self._home.committed().checkpoints)
+        held = holds.read(self.place).held
+        holds.write(self.place, Holds(there, held, tier.every_steps, all_others=tier.every_s is not None))
         assert self._drain is not None
-        self._drain.ensure()
-        self._pace.begin(self._place / PACE)
+        in_the_way = self._drain.ensure()  # which is told already
+        if in_the_way and tier.required:
+            raise CheckpointError(f"{in_the_way}. Tier.remote() is required: this save was not begun")
+        self._pace.begin(self.place / PACE)
         follow(self._pace)
 
     def carry(self, task: SaveTask, sequence: int) -> None:
         """It is a checkpoint at home."""
         if self._rank == 0:
-            touch(self._place / FOLDER / WAKE)
+            touch(self.place / FOLDER / WAKE)
         assert task.step is not None
         done = functools.partial(task.reach_later, OBJECT)
         try:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import test_commit
 from nursery import Child, Ended, Nursery
-from object_server import ObjectServer
+from object_server import Fault, ObjectServer, Proxy, options_for
 from remote_jobs import end_drains
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -40,11 +40,13 @@ class Job:
         nodes: whether each has a node of its own.
     """
 
-    def __init__(self, nurseries: list[Nursery], base: Path, server: ObjectServer, bucket: str, nodes: bool) -> None:
+    def __init__(
+        self, nurseries: list[Nursery], base: Path, server: ObjectServer | Proxy, bucket: str, nodes: bool, **remote: Any
+    ) -> None:
         self.base = base
         self.nodes = [base / f"node-{rank}" if nodes else None for rank in range(2)]
         self._nurseries = nurseries
-        self._remote = {"url": f"s3://{bucket}/run1", "options": server.options()}
+        self._remote = {"url": f"s3://{bucket}/run1", "options": options_for(server.port), **remote}
 
     def run(self, home: str = "home", ranks: int = 2, **more: Any) -> list[Told]:
         children: list[Child] = []
@@ -79,5 +81,27 @@ def test_what_is_lost_comes_from_the_store(
         end_drains(tmp_path)
         (alone,) = job.run("third", ranks=1, steps=1)
         assert alone.found == (2, test_commit.expected_digest(2), 2)
+    finally:
+        end_drains(tmp_path)
+
+
+def test_a_refusal_of_rank_0_reaches_all_ranks(nurseries: list[Nursery], tmp_path: Path, proxy: Proxy, bucket: str) -> None:
+    """None of them is left waiting: at the first save, when home does not take what the drain is told; and at a later one."""
+    job = Job(nurseries, tmp_path, proxy, bucket, nodes=True, required=True)
+    in_the_way = tmp_path / "home" / ".remote"
+    in_the_way.parent.mkdir()
+    in_the_way.touch()
+    try:
+        told = job.run(steps=1)
+        assert told[0].failed[0][0] == "StorageError" and told[1].failed[0] == (
+            "PeerError",
+            f"rank 0 may not save: {told[0].failed[0][1]}",
+        )
+        in_the_way.unlink()
+        proxy.rule = lambda request: Fault(status=403) if request.method == "PUT" else None
+        told = job.run(steps=2)
+        assert [[*each.failed] for each in told] == [[1], [1]] and [each.durable for each in told] == [[0], [0]]
+        assert told[0].failed[1][0] == "FailedSavesError" and "AccessDenied" in told[0].failed[1][1]
+        assert told[1].failed[1] == ("PeerError", f"rank 0 may not save: {told[0].failed[1][1]}")
     finally:
         end_drains(tmp_path)

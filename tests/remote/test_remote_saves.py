@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from node_roots import wait_for
+from node_roots import drain_well, wait_for
 from object_server import Fault, ObjectServer, Proxy, options_for
 from remote_jobs import end_drains
 from support import options, patience
 
 import ckpt
+from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
-from ckpt.errors import FailedSavesError, StorageError, SupersededError
+from ckpt.errors import CheckpointError, CorruptError, FailedSavesError, NotACheckpointError, StorageError, SupersededError
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -116,6 +119,15 @@ def test_a_tier_that_is_required_raises_at_the_next_save(proxied: Place, proxy: 
             checkpointer.save(2, state(2))
         proxy.rule = lambda _: None
         checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+
+
+def test_a_tier_that_is_required_and_a_drain_that_cannot_be_started(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    with place.make(required=True) as checkpointer, monkeypatch.context() as patched:
+        patched.setattr(sys, "executable", "")
+        with pytest.raises(CheckpointError, match=r"does not know its own program.*is required"):
+            checkpointer.save(1, state(1))
+        patched.undo()
+        checkpointer.save(2, state(2)).on_tier("object").result(DEADLINE_S)
 
 
 def test_the_store_is_away_while_the_job_runs(proxied: Place, proxy: Proxy) -> None:
@@ -227,6 +239,16 @@ def test_a_store_that_does_not_answer_at_a_restore(
             assert found is not None and found.step == 1 and "left out of this restore" in caplog.text
 
 
+def test_a_store_that_does_not_say_whose_it_is(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    save_steps(place, 1)
+    overwrite(place, "run", b"\0", ".json")
+    with place.make() as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 1 and "run.json' cannot be understood" in caplog.text
+    with place.make("new") as checkpointer, pytest.raises(CorruptError, match=r"run\.json' cannot be understood"):
+        checkpointer.restore()
+
+
 def test_a_job_that_has_not_looked_is_refused_in_the_store(place: Place) -> None:
     """It forgets to restore, at a home that is new: what another home has carried there stays as it is."""
     save_steps(place, 1)
@@ -276,10 +298,36 @@ def test_with_a_store_that_is_in_use_elsewhere(tmp_path: Path, seaweed: ObjectSe
 
 def test_by_way_of_a_node(place: Place) -> None:
     node = ckpt.Tier.node(place.base / "nvme")
-    with place.make(tiers=[node]) as checkpointer:
+    with place.make(tiers=[node], every=1) as checkpointer:
         pending = checkpointer.save(1, state(1))
         pending.on_tier("object").result(DEADLINE_S)
+        (root,) = (place.base / "nvme").iterdir()
+        assert nodes.read(root).every_steps == 1, "what the store wants comes home first"
         assert {*pending.stats.tier_at} == {"node", "object"} and pending.result(0).is_dir()
+
+
+def test_home_is_made_anew_from_its_node_and_is_still_the_same(place: Place, caplog: pytest.LogCaptureFixture) -> None:
+    """The store has an older checkpoint than the node. Nothing is restored behind the back of what the node has."""
+    home, tiers = place.base / "home", [ckpt.Tier.node(place.base / "nvme")]
+    with place.make(tiers=tiers) as checkpointer:
+        checkpointer.save(1, state(1)).on_tier("object").result(DEADLINE_S)
+        place.end_drains()
+        land(checkpointer, 2)
+    place.end_drains()
+    shutil.rmtree(home)
+    (root,) = (place.base / "nvme").iterdir()
+    lost = pytest.raises(NotACheckpointError, match=r"names no run.*--rebuild.*has: step 1 is the newest there")
+    with place.make(tiers=tiers) as checkpointer, lost:
+        checkpointer.restore()
+    drain_well(root, "--rebuild")
+    with place.make(tiers=tiers) as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 2 and "another home" not in caplog.text
+        checkpointer.save(3, state(3)).on_tier("object").result(DEADLINE_S)
+
+
+def land(checkpointer: ckpt.Checkpointer, step: int) -> None:
+    checkpointer.save(step, state(step)).on_tier("node").result(DEADLINE_S)
 
 
 def damage(path: Path) -> None:

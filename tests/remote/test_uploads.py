@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 from drain_points import UPLOAD_POINTS
-from node_roots import TRIES_SOON, crash_at, this_process, wait_for
+from node_roots import TRIES_SOON, crash_at, hold_at, this_process, wait_for
 from object_server import Fault, ObjectServer, Proxy, Request
 from remote_jobs import MiB, RemoteJob, read, sent_files
 
-from ckpt.directory.holds import MOST_HELD, held_at
+from ckpt.directory import holds
+from ckpt.directory.holds import MOST_HELD, Holds, held_at
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.listing import find_steps
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import step_name
 from ckpt.drain import DrainStatus, status
+from ckpt.drain import node as nodes
+from ckpt.drain.remote_place import release_unused
+from ckpt.storage.directory_lock import DirectoryLock
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -99,6 +104,20 @@ def test_a_file_that_is_damaged_at_home(job: RemoteJob) -> None:
     assert job.keys_there() == ["run.json"]
 
 
+def test_a_step_is_saved_again_while_it_is_read(job: RemoteJob) -> None:
+    """Under the same names: what is read then is no damage."""
+    job.save(1, 3 * MiB)
+    (path,) = (job.home / step_name(1)).glob("rank-*")
+    with job.start("--once", prepare=hold_at("upload-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        path.write_bytes(b"\0" * 3 * MiB)
+        job.save(1)
+        drain.signal(signal.SIGCONT)
+        ended = drain.wait()
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert [job.state(sequence) for sequence in (1, 2)] == ["superseded", "committed"] and job.sequences() == [2]
+
+
 # ---- what home keeps meanwhile ---------------------------------------------------------------------------------------
 
 
@@ -137,6 +156,20 @@ def test_a_store_that_is_away_does_not_fill_home(proxied_job: RemoteJob, proxy: 
     job.assert_store_is_right()
 
 
+def test_what_is_wanted_and_comes_late(job: RemoteJob) -> None:
+    """From a node, behind a newer one about which the drain has decided."""
+    job.describe(pids=this_process(), every_steps=2)
+    job.save(2)
+    late, on_the_node = job.home / step_name(2), job.home.with_name("late")
+    late.rename(on_the_node)
+    job.save(3)
+    job.drain_well()
+    on_the_node.rename(late)
+    assert tidy_home(job, keep=1) == [2, 1]
+    job.drain_well()
+    assert job.sequences() == [1] and tidy_home(job, keep=1) == [2]
+
+
 def test_nothing_is_kept_for_a_tier_that_is_given_no_more(job: RemoteJob) -> None:
     """The drain has ended with its job; the next job has no such tier."""
     job.describe(every_steps=1)
@@ -147,6 +180,37 @@ def test_nothing_is_kept_for_a_tier_that_is_given_no_more(job: RemoteJob) -> Non
     assert tidy_home(job, keep=1) == [4]
 
 
+def test_nothing_is_kept_for_a_drain_that_was_killed(job: RemoteJob) -> None:
+    """Unless it is still at work."""
+    job.describe(pids=this_process(), every_steps=1)
+    job.save(1)
+    other = job.place.with_name("other")
+    with job.start(prepare=hold_at("upload-chunk")) as drain:
+        wait_for(lambda: drain.is_held, drain)
+        release_unused(job.home, None)
+        job.save(2)
+        assert tidy_home(job, keep=1) == [2, 1]
+        drain.signal(signal.SIGKILL)
+        drain.wait()
+    release_unused(job.home, job.place)
+    assert tidy_home(job, keep=1) == [2, 1]
+    release_unused(job.home, other)
+    assert tidy_home(job, keep=1) == [2]
+
+
+def test_by_hand_on_another_host(job: RemoteJob) -> None:
+    """Whether the job goes on cannot be told there: nobody waits for its drain to end, and what it may want stays."""
+    job.describe(host="another", every_steps=1)
+    lock = DirectoryLock(job.place, name=nodes.LOCK)
+    lock.acquire()
+    ended = job.drain()
+    lock.release()
+    assert ended.returncode == 1 and f"is being worked on by process {os.getpid()}" in ended.stderr
+    job.save(1)
+    job.drain_well()
+    assert holds.read(job.place) == Holds((1,), (), every_steps=1)
+
+
 def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> None:
     """Which has the options that it was given: credentials may be others by now."""
     job.describe(pids=this_process())
@@ -155,6 +219,50 @@ def test_another_process_of_the_job_gets_a_drain_of_its_own(job: RemoteJob) -> N
         wait_for(lambda: job.state(1) == "committed", drain)
         job.describe(pids={1: 5})
         assert drain.wait().returncode == 0
+    job.assert_store_is_right()
+
+
+TELLS_IT_IS_IDLE = """
+from pathlib import Path
+from ckpt.drain import coming_home, waking
+coming_home._GRACE_S = 0.0
+wait = waking.Wakeful.wait
+waking.Wakeful.wait = lambda self: (Path({path!r}).touch(), wait(self))
+"""
+
+
+def test_the_job_has_ended_and_a_node_still_delivers(job: RemoteJob) -> None:
+    """What the drain of the node brings home then is carried on. The drain ends when nothing more comes."""
+    inbox = job.home / ".drain" / "run-1" / f"{2:012d}"
+    inbox.mkdir(parents=True)
+    (job.home / ".run").write_text('{"run": "run-1"}')
+    job.save(1)
+    idle = job.home / "idle"
+    with job.start(prepare=TELLS_IT_IS_IDLE.format(path=str(idle)).strip()) as drain:
+        wait_for(idle.exists, drain)
+        (inbox / "inbox.json").touch()
+        job.save(2)
+        (inbox / "inbox.json").unlink()
+        inbox.rmdir()
+        assert drain.wait().returncode == 0
+    assert job.sequences() == [2, 1]
+
+
+def test_home_is_away_for_a_moment(proxied_job: RemoteJob, proxy: Proxy, tmp_path: Path) -> None:
+    """What waits for the store is carried when both are there again."""
+    job, idle, away = proxied_job, tmp_path / "idle", tmp_path / "away"
+    proxy.rule = lambda _: Fault(refuse=True)
+    job.describe(pids=this_process())
+    job.save(1)
+    with job.start(prepare=f"{TRIES_SOON}; {TELLS_IT_IS_IDLE.format(path=str(idle)).strip()}") as drain:
+        wait_for(lambda: job.state(1) == "failed", drain)
+        job.home.rename(away)
+        for _ in range(2):  # the second time it has looked meanwhile
+            idle.unlink(missing_ok=True)
+            wait_for(idle.exists, drain)
+        away.rename(job.home)
+        proxy.rule = lambda _: None
+        wait_for(lambda: job.state(1) == "committed", drain)
     job.assert_store_is_right()
 
 
