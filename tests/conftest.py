@@ -30,6 +30,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Of two processes that share the files, none is to get a long one last.
 LONGEST = (
+    "test_node_saves.py",
+    "test_bundle_nodes.py",
+    "test_sharded_saves.py",
+    "test_sharded_commit.py",
+    "test_uploads.py",
     "test_dcp_ranks.py",
     "test_crash.py",
     "test_commit.py",

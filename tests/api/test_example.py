@@ -62,7 +62,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run("none", tmp_path_factory.mktemp("example"), "reference")
 
 
-@pytest.mark.parametrize("engine", ["lazy", "torch"])
+@pytest.mark.parametrize("engine", ["lazy", pytest.param("torch", marks=pytest.mark.slow)])
 def test_killed_and_resumed_ends_in_the_same_state(engine: str, reference: list[dict[str, Any]], tmp_path: Path) -> None:
     killed_after = kill_once_saved(engine, tmp_path, saves=5)
     resumed = run(engine, tmp_path, "resumed", "--resume")

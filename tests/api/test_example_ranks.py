@@ -127,7 +127,9 @@ def assert_went_on(reference: list[Record], killed: list[Record], resumed: list[
     assert not [record for record in resumed if record.get("error")]
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher", [pytest.param(each, marks=pytest.mark.slow if each == "mpirun" else ()) for each in LAUNCHERS]
+)
 def test_a_rank_is_killed_and_all_resume(launcher: str, reference: list[Record], tmp_path: Path) -> None:
     need(launcher)
     killed = kill_once_saved(launcher, tmp_path, 5)

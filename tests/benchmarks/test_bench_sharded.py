@@ -85,6 +85,7 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "files") == []
 
 
+@pytest.mark.slow
 def test_planning_on_simulated_ranks(tmp_path: Path) -> None:
     lines, _ = run_bench(tmp_path, "--workload=sharded", "--parts=planning", "--rounds=2")
     for line in lines:

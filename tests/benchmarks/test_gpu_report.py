@@ -75,6 +75,7 @@ def has_ended(pid: int) -> bool:
 # ---- the runner ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_have_their_turn_whatever_becomes_of_others(runner: Runner, heard: list[Outcome]) -> None:
     steps = [
         step("raises", "raise SystemExit('on purpose')"),

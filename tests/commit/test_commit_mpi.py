@@ -230,7 +230,8 @@ def test_a_rank_is_killed_and_the_other_trains_on(point: str, victim: int, tmp_p
 # ---- a rank hangs ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_under_mpirun_hangs_for_a_while(victim: int, tmp_path: Path) -> None:
     """The other misses it and trains on; when it comes back, saves work again."""
     steps = 8

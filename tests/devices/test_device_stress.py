@@ -20,6 +20,7 @@ def stress(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience(300))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["strict", "random"])
 def test_it_is_clean(driver: str) -> None:
     done = stress("--driver", driver)
@@ -27,6 +28,7 @@ def test_it_is_clean(driver: str) -> None:
     assert "all clean" in done.stdout
 
 
+@pytest.mark.slow
 def test_it_sees_that_fences_are_missing() -> None:
     done = stress("--without-fences", "--seconds", "20")
     assert done.returncode != 0 and ("race" in done.stdout or "instead of" in done.stdout), done.stdout + done.stderr

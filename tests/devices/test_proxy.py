@@ -18,6 +18,7 @@ from strict_face import SIZE, Face
 from support import DEADLINE_S, wait_until
 
 KINDS = ("strict", "proxy")
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

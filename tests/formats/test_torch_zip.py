@@ -83,6 +83,7 @@ def test_the_bytes_of_torch_save_for_70_000_records(tmp_path: Path, monkeypatch:
     assert_same_bytes(records, tmp_path, 64, monkeypatch)
 
 
+@pytest.mark.slow
 def test_the_headers_of_torch_save_beyond_4_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A record one byte longer than 32 bits allow, and behind it one whose header lies beyond 4 GiB.
 

@@ -123,7 +123,10 @@ def assert_same_curve(found: list[dict[str, Any]], reference: dict[int, dict[str
         }
 
 
-@pytest.mark.parametrize("more", [(), ("--compiled",)], ids=["plain", "resumed-compiled"])
+@pytest.mark.parametrize(
+    "more",
+    [pytest.param((), id="plain"), pytest.param(("--compiled",), id="resumed-compiled", marks=pytest.mark.slow)],
+)
 def test_killed_and_resumed_computes_the_same(
     more: tuple[str, ...], reference: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:

@@ -126,6 +126,7 @@ def test_killed_and_resumed_computes_the_same(
     assert saved_weights(tmp_path / "saved") == {"0.weight", "0.bias", "1.weight", "1.bias", "4.weight", "4.bias"}
 
 
+@pytest.mark.slow
 def test_one_rank_resumes_two_and_two_resume_one(
     killed: tuple[Path, list[Log]], reference: list[dict[int, dict[str, Any]]], tmp_path: Path
 ) -> None:

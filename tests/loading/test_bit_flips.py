@@ -113,7 +113,11 @@ def all_but(outcomes: dict[str, str], *expected: str) -> dict[str, str]:
     return {damage: result for damage, result in outcomes.items() if result not in expected}
 
 
-@pytest.mark.parametrize("write", [write_ours, write_ours_aligned, write_ours_uniform], ids=lambda write: write.__name__)
+@pytest.mark.parametrize(
+    "write",
+    [write_ours, pytest.param(write_ours_aligned, marks=pytest.mark.slow), write_ours_uniform],
+    ids=lambda write: write.__name__,
+)
 def test_every_flipped_byte_is_found(write: Any, tmp_path: Path) -> None:
     expected = write(tmp_path / "model.pt")
     damaged = Damaged(tmp_path / "model.pt")

@@ -95,6 +95,7 @@ def test_a_restore_during_a_capture_leaves_no_rank_waiting(training: Training, t
         assert found is not None and found.step == 2
 
 
+@pytest.mark.slow
 def test_a_device_that_hangs_meets_the_deadline(training: Training, tmp_path: Path) -> None:
     """And what it may still write to and read from stays."""
     path = torch_saved({"a": torch.randn(1_000_000)}, tmp_path / "state.pt")

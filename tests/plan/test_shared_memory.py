@@ -113,7 +113,7 @@ def kinds(tensor: torch.Tensor, declared: Any = None) -> list[int]:
     return list(make_plan([tensor.detach()], lazy_storages(declared), 0).kinds)
 
 
-@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=pytest.mark.slow if kind != "by_name" else ()) for kind in SHARED])
 def test_files_are_whole_while_another_process_writes(kind: str, native: Any, tmp_path: Path) -> None:
     parameter = torch.nn.Parameter(SHARED[kind](tmp_path))
     optimizer = stepped(parameter)

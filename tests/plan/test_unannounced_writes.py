@@ -232,7 +232,9 @@ def race(rounds: int, seed: int, tmp_path: Path, native: Any, *, threads: bool) 
     return found
 
 
-@pytest.mark.parametrize("threads", [False, True], ids=["same_thread", "other_thread"])
+@pytest.mark.parametrize(
+    "threads", [pytest.param(False, id="same_thread", marks=pytest.mark.slow), pytest.param(True, id="other_thread")]
+)
 def test_writes_at_random_moments(threads: bool, tmp_path: Path, native: Any) -> None:
     found = race(500, 1, tmp_path, native, threads=threads)
     assert found["refused"] > 50, found

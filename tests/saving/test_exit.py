@@ -211,7 +211,7 @@ def test_storage_comes_back_while_the_program_ends(delay_s: float, run: Run, tmp
     assert not (tmp_path / "a.pt").exists() or ckpt.load(tmp_path / "a.pt")
 
 
-@pytest.mark.parametrize(("call", "verify"), [("fdatasync", False), ("pwritev", True)])
+@pytest.mark.parametrize(("call", "verify"), [("fdatasync", False), pytest.param("pwritev", True, marks=pytest.mark.slow)])
 def test_storage_comes_back_when_nothing_but_the_c_library_is_left(call: str, verify: bool, tmp_path: Path) -> None:
     """A writer that could not be waited for goes on among the ruins: modules are cleared, static destructors have run."""
     hold_open = "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.__cxa_atexit(libc.getchar, None, None)\n"  # runs last of all

@@ -247,6 +247,7 @@ def test_tensors_around_the_size_of_a_page_and_of_a_chunk(tmp_path: Path) -> Non
     check(save(state, tmp_path / "x.pt", chunk_bytes="64KiB", eager_bytes=0), state)
 
 
+@pytest.mark.slow
 def test_more_records_than_16_bits_count(tmp_path: Path) -> None:
     state = [tensor.clone() for tensor in torch.arange(65_600, dtype=torch.int32).view(-1, 1).unbind()]
     path = save(state, tmp_path / "x.pt").result(DEADLINE_S)

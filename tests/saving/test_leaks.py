@@ -44,6 +44,7 @@ def many(save: Callable[[int], ckpt.PendingSave]) -> None:
     wait_until(lambda: inspection.uncaptured() == 0, what="an empty list of uncaptured saves")
 
 
+@pytest.mark.slow
 def test_many_steps(tmp_path: Path) -> None:
     state = small_state()
     with ckpt.Checkpointer(tmp_path, keep=2, options=options(arena_bytes="1MiB")) as checkpointer:

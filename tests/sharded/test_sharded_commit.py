@@ -173,7 +173,7 @@ def test_metadata_that_cannot_be_written(call: str, run: Run, tmp_path: Path) ->
     assert not list(step_directory(tmp_path, 1).glob("*.distcp"))
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_path: Path) -> None:
     """The saves that it misses are given up; when it is back, both save again. They do not train, for which one would wait for
     the other, maybe without a save in flight."""

@@ -22,7 +22,8 @@ def nurseries() -> Iterator[list[Nursery]]:
         yield made
 
 
-@pytest.mark.parametrize("way", ["steps", pytest.param("dcp", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["steps", "dcp"])
 def test_five_hundred_saves(way: str, nurseries: list[Nursery], tmp_path: Path) -> None:
     request = {"way": way, "world": 2, "saves": SAVES, "directory": str(tmp_path), "meeting": str(tmp_path / "meeting")}
     children = [

@@ -139,11 +139,7 @@ def assert_resumes(job: Job, least: int, **common: Any) -> list[Told]:
 
 POINTS = [(point, rank) for rank in (0, 1) for point in (*ALL_RANKS, *LEADERS)]
 POINTS += [(point, 0) for point in ("published", *RUN_POINTS)] + [(point, 1) for point in SPREAD_POINTS]
-FEW = [
-    ("receipt-renamed", 1),
-    ("manifest-renamed", 1),
-    ("spread", 1),
-]
+FEW = [("manifest-renamed", 1), ("spread", 1)]
 
 
 @pytest.mark.parametrize(
