@@ -326,8 +326,8 @@ def flip(path: Path) -> None:
     path.write_bytes(found)
 
 
-def test_home_is_lost(jobs: Jobs) -> None:
-    """Training must not begin anew without a word."""
+def lose_home(jobs: Jobs) -> Job:
+    """That of a job which has ended, and whose nodes hold what it has saved last, "a"."""
     job = begun(jobs)
     job.save_to_nodes("a", 2.0)
     for each in job.ranks:
@@ -335,6 +335,12 @@ def test_home_is_lost(jobs: Jobs) -> None:
     jobs.end()
     end_drains_below(jobs.base)
     shutil.rmtree(job.home)
+    return job
+
+
+def test_home_is_lost(jobs: Jobs) -> None:
+    """Training must not begin anew without a word."""
+    lose_home(jobs)
     job = jobs.start()
     assert all("remove" in str(error) and "'a'" in str(error) for error in job.find())
     for node in job.nodes:
@@ -344,14 +350,7 @@ def test_home_is_lost(jobs: Jobs) -> None:
 
 def test_home_is_lost_and_the_first_node_knows_nothing_of_it(jobs: Jobs) -> None:
     """It is a spare one."""
-    job = begun(jobs)
-    job.save_to_nodes("a", 2.0)
-    for each in job.ranks:
-        each.wait(SECONDS)
-    jobs.end()
-    end_drains_below(jobs.base)
-    shutil.rmtree(job.home)
-    shutil.rmtree(job.nodes[0])
+    shutil.rmtree(lose_home(jobs).nodes[0])
     job = jobs.start()
     assert all("names no run" in str(error) for error in job.find())
     for _ in range(2):
