@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +12,14 @@ from ckpt.errors import StorageError
 from ckpt.storage.pace_file import Pace as Page
 from ckpt.storage.pace_file import PaceReader
 
+_JUDGED_BY = 5  # iterations, by their median: one alone differs from the next by more than a drain costs
 _SLOWED_DOWN = 1.02  # of the median iteration without a drain: then half the rate
 _UNTOUCHED = 1.01  # below: a tenth of the peak more
+_PLAINLY_SLOWER = 1.10  # by one iteration alone
+_SILENT_FOR = (
+    4  # so many medians without the end of an iteration: nobody is slowed down, as during an evaluation, or at the end
+)
+_LEAST_SILENCE_S = 1.0
 _LEAST_SHARE = 0.05  # of the peak
 _LONGEST_PAUSE_S = 1.0  # for one fence or capture
 _LOOK_S = 0.005
@@ -70,6 +77,8 @@ class AutoRate:
         self._clock = clock
         self._limit = FixedRate(1.0, sleep, clock)
         self._seen = -1
+        self._heard_at = clock()  # of an iteration, or when its absence was last taken for silence
+        self._shares: list[float] = []  # of the median without a drain: iterations since the last judgement
         self._ignored = -1  # the counter of one who has died in a capture
         self.peak = 0.0  # bytes a second, measured
         self.rate: float | None = None  # None: no limit
@@ -81,8 +90,11 @@ class AutoRate:
             self.rate = None
             return
         if page.iterations != self._seen:
-            self._seen = page.iterations
-            self._adapt(page)
+            self._seen, self._heard_at = page.iterations, self._clock()
+            self._note_iteration(page)
+        elif self._clock() - self._heard_at > max(_LEAST_SILENCE_S, _SILENT_FOR * page.median_s):
+            self._heard_at = self._clock()
+            self._judge(1.0)
         if self.rate is not None:
             self._limit.rate = self.rate
             self._limit.wait(size)
@@ -99,13 +111,22 @@ class AutoRate:
                 self._ignored = page.counter
                 break
             self._sleep(_LOOK_S)
+            self._heard_at = self._clock()  # it is at work
             page = self._find_page()
         return page
 
-    def _adapt(self, page: Page) -> None:
+    def _note_iteration(self, page: Page) -> None:
         if self.peak <= 0 or page.median_s <= 0 or page.iteration_s <= 0:
             return
-        now, share = self.peak if self.rate is None else self.rate, page.iteration_s / page.median_s
+        self._shares.append(page.iteration_s / page.median_s)
+        if self._shares[-1] > _PLAINLY_SLOWER:
+            self._judge(self._shares[-1])
+        elif len(self._shares) >= _JUDGED_BY:
+            self._judge(statistics.median(self._shares))
+
+    def _judge(self, share: float) -> None:
+        self._shares.clear()
+        now = self.peak if self.rate is None else self.rate
         if share > _SLOWED_DOWN:
             self.rate = max(_LEAST_SHARE * self.peak, now / 2)
         elif share < _UNTOUCHED and self.rate is not None:

@@ -71,15 +71,52 @@ def test_the_rate_follows_the_training() -> None:
     assert rate.peak == peak and rate.rate is None
     found = []
     for share in (1.015, 1.03, 1.03, 1.015, 1.0, 1.0, 1.1, 1.1, 1.1, 1.1, 1.1, 1.1):
-        training.iterate(share)
-        rate.wait(1)
+        for _ in range(5):
+            training.iterate(share)
+            rate.wait(1)
         found.append(None if rate.rate is None else rate.rate / peak)
     expected = [None, 0.5, 0.25, 0.25, 0.35, 0.45, 0.225, 0.1125, 0.05625, 0.05, 0.05, 0.05]
     assert found == [None if each is None else pytest.approx(each) for each in expected]
-    for _ in range(12):
+    for _ in range(5 * 12):
         training.iterate(1.0)
         rate.wait(1)
     assert rate.rate is None, "there is no limit any more"
+
+
+def test_iterations_that_differ_among_themselves_do_not_slow_it_down() -> None:
+    rate, training = make(Time())
+    for share in (1.05, 0.96, 1.0, 1.04, 0.99) * 4:
+        training.iterate(share)
+        rate.wait(1)
+        assert rate.rate is None
+
+
+def test_one_that_is_plainly_slower_does_at_once() -> None:
+    rate, training = make(Time())
+    training.iterate(1.2)
+    rate.wait(1)
+    assert rate.rate == 50.0 * MiB
+
+
+def test_nobody_is_slowed_down_where_no_iteration_ends() -> None:
+    """As in an evaluation, or when the job waits for its last save."""
+    time = Time()
+    rate, training = make(time)
+    for _ in range(5):
+        training.iterate(1.2)
+        rate.wait(1)
+    assert rate.rate == 5.0 * MiB
+    found = [rate.rate]
+    for _ in range(30):
+        time.now += 3.9
+        rate.wait(1)
+        found.append(rate.rate)
+    assert found[1] == 5.0 * MiB, "an iteration may take a while"
+    assert rate.rate is None
+    for _ in range(2):
+        training.iterate(1.2)
+        rate.wait(1)
+    assert rate.rate == 25.0 * MiB, "it goes on with the next one"
 
 
 def test_one_iteration_counts_once() -> None:

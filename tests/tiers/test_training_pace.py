@@ -132,11 +132,12 @@ def test_the_drain_follows_it(training: Training, tmp_path: Path) -> None:
     rate.wait(1)
     assert rate.rate is None
     training.draining = True
-    training.iterate(1.1)
+    training.iterate(1.2)
     rate.wait(1)
     assert rate.rate == 500.0
-    training.iterate(1.0)
-    rate.wait(1)
+    for _ in range(5):
+        training.iterate(1.0)
+        rate.wait(1)
     assert rate.rate == 600.0
     training.capture(0.1)
     rate.wait(1)
