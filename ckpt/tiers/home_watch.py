@@ -383,6 +383,8 @@ class HomeWatch:
         return StorageError(errno.ENOENT, text, str(where))
 
     def failed(self, each: Awaited, journal: Journal) -> CheckpointError:
+        if not self._storage.step_directory(each.name).is_dir():
+            return self.lost(each)
         text = (
             f"step {each.step} was not carried to '{self._storage.home}', but is a checkpoint on the nodes: {journal.text}. "
             f"{remedy(journal.errno)}"

@@ -7,6 +7,7 @@ import itertools
 import logging
 import os
 import queue
+import shutil
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from node_roots import (
     DEADLINE_S,
     Job,
     Saved,
+    crash_at,
     drain_once,
     drain_well,
     fault,
@@ -205,6 +207,21 @@ def test_a_manifest_that_comes_late_is_waited_for(tmp_path: Path) -> None:
         assert not watch.wait(0.2)
         (tmp_path / "later").rename(manifest)
         assert told.next() == {1: job.home / step_name(5)}
+
+
+def test_what_the_drain_did_not_find_any_more_is_said_to_be_gone(tmp_path: Path) -> None:
+    job, told = trained_job(tmp_path), Told()
+    saved = job.save(5)
+    assert drain_once(job.roots[0], prepare=crash_at("drain-copied")).returncode == -9
+    shutil.rmtree(job.roots[0] / step_name(5))
+    assert drain_once(job.roots[0]).returncode == 1
+    assert job.state(1) == "failed"
+    watch = HomeWatch(storage_of(job, tmp_path), None)
+    told.watch(watch, saved)
+    (error,) = told.next().values()
+    assert isinstance(error, StorageError) and "not on the node any more" in str(error)
+    assert "is a checkpoint on the nodes" not in str(error)
+    watch.close(0.0)
 
 
 def test_what_was_removed_from_the_node_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
