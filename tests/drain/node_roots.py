@@ -110,6 +110,14 @@ class Job:
         self.saved[manifest.sequence] = Saved(manifest, content)
         return self.saved[manifest.sequence]
 
+    def forget_old(self) -> None:
+        """Of saves long ago that lie nowhere any more. Hundreds of them would fill the memory of a small machine."""
+        found = (manifests.read_if_any(path) for place in (self.home, *self.roots) for path in place.glob("step-*"))
+        there = {manifest.sequence for manifest in found if manifest is not None}
+        for sequence in sorted(self.saved)[:-50]:
+            if sequence not in there:
+                del self.saved[sequence]
+
     def _write_receipt(self, directory: Path, node: int, manifest: Manifest) -> None:
         place = NodePlace(node, len(self.roots), (node,))
         files = [dataclasses.asdict(entry) for entry in manifest.files if place.holds(entry)]

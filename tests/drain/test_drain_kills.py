@@ -146,6 +146,7 @@ def test_killed_at_any_moment(nodes: int, kills: int, tmp_path: Path) -> None:
         found = max((manifest.sequence for manifest in job.manifests_at_home().values()), default=0)
         assert found >= newest_seen, "nothing newer is taken back"
         newest_seen = found
+        job.forget_old()
     end_well(job, job.sequence)
 
 
