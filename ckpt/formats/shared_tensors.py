@@ -77,7 +77,11 @@ def _area_of(name: str, value: Any) -> Area | None:
     if not dense or not value.numel():
         return None
     storage = value.untyped_storage()
+    try:
+        address = storage.data_ptr()
+    except RuntimeError:  # of a class that wraps others: it is refused later
+        return None
     begin = int(value.storage_offset())
     steps = sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
     end = begin + steps + 1
-    return Area(name, (str(value.device), storage.data_ptr(), storage.nbytes()), begin * value.itemsize, end * value.itemsize)
+    return Area(name, (str(value.device), address, storage.nbytes()), begin * value.itemsize, end * value.itemsize)

@@ -48,10 +48,10 @@ def load(
     can; memory beside it is some MiB for each thread. What belongs on a CUDA device goes there by way of pinned buffers,
     without a copy of it on the host, unless map_location is a function.
 
-    What is called "*.safetensors" is read as such: a dict of names and tensors, in the order of the file. So is what an index
-    names, "*.safetensors.index.json" of Hugging Face, as one dict of all files. The format has no checksums: headers and sizes
-    are checked, and, if all of a file is read, its CRC-32 where a manifest.json of this library beside it lists the file, as in
-    a bundle. The metadata are not returned: `safetensors.safe_open` gives them.
+    What is called "*.safetensors", or begins as one, is read as such: a dict of names and tensors, in the order of the file. So
+    is what an index names, "*.safetensors.index.json" of Hugging Face, as one dict of all files. The format has no checksums:
+    headers and sizes are checked, and, if all of a file is read, its CRC-32 where a manifest.json of this library beside it
+    lists the file, as in a bundle. The metadata are not returned: `safetensors.safe_open` gives them.
 
     Args:
         path: the file; or its URL in an object store, as it lies there by way of `Tier.remote()`:

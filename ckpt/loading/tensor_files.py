@@ -31,8 +31,21 @@ _NONE: Mapping[str, int] = MappingProxyType({})
 
 
 def is_tensor_file(path: Path) -> bool:
-    """By its name: whether it is a safetensors file, or the index of several."""
-    return path.name.endswith((SUFFIX, INDEX_SUFFIX))
+    """Whether it is a safetensors file, or the index of several: by its name, or because it begins as one.
+
+    What a cache keeps, or the disk of a node, may be called otherwise.
+    """
+    return path.name.endswith((SUFFIX, INDEX_SUFFIX)) or (os.path.isfile(path) and _begins_as_one(path))
+
+
+def _begins_as_one(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(LENGTH_BYTES + 1)
+            length_of(start[:LENGTH_BYTES], os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError):  # whoever reads it says why
+        return False
+    return start[LENGTH_BYTES:] == b"{"
 
 
 class TensorFiles(Records):

@@ -84,6 +84,16 @@ def test_a_part(tmp_path: Path) -> None:
         ckpt.load(path, keys="layers.7.*")
 
 
+def test_a_file_of_another_name(tmp_path: Path) -> None:
+    """As a cache keeps it."""
+    path = saved(tmp_path).rename(tmp_path / "5f3a")
+    loaded = ckpt.load(path)
+    assert_same(state(), {name: loaded[name] for name in state()})
+    written(path, {"a": entry(dtype="F7")})
+    with pytest.raises(CorruptError, match="F7"):
+        ckpt.load(path)
+
+
 def test_a_file_without_tensors(tmp_path: Path) -> None:
     assert ckpt.load(saved(tmp_path, {})) == {}
 
