@@ -36,7 +36,8 @@ def test_what_nobody_writes_to_is_as_it_was(make: Make, cuda: FakeCuda, seed: in
     for _ in range(3):
         count = chance.choice([1, 3, 40])
         sizes = [chance.choice([1, 100, 64 * KIB, 300_001]) for _ in range(count)]
-        saved = rig.save(sizes, [kind] * count, [chance.choice([0, 1, HOST]) for _ in range(count)], probe=True)
+        devices = [chance.choice([0, 1, HOST]) for _ in range(count)]
+        saved = rig.save(sizes, [kind] * count, devices, probe=True, packed=seed % 2 == 1)
         rig.engine.fence(rig.streams)
         rig.overwrite(saved, kind)
         rig.check(saved)
@@ -58,13 +59,13 @@ def test_a_small_state_is_probed_as_a_whole(make: Make) -> None:
 def test_a_write_without_a_fence_fails_the_save(make: Make, cuda: FakeCuda, device: int) -> None:
     rig = make(arena_bytes=256 * KIB)
     devices = [1 - device] * 3 + [device]
-    saved = rig.save([MIB // 2] * 3 + [2 * MIB], [LAZY] * 4, devices, probe=True)
+    saved = rig.save([MIB // 2] * 3 + [2 * MIB], [LAZY] * 4, devices, probe=True, packed=device == 1)
     late = saved.tensors[3]
     cuda.excused.append("race")
     cuda.fill(device, rig.streams[device], late.data_ptr(), SPOILT, len(late))
     assert saved.job.wait_finished(DEADLINE_S)
     error = saved.job.error
-    assert isinstance(error, CaptureError) and error.record == 1 + 3  # behind data.pkl
+    assert isinstance(error, CaptureError) and error.record == 1 + 3  # behind the head
     assert saved.job.stats["changed_device"] == device
     assert not saved.path.exists()
 

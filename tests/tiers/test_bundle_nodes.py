@@ -66,11 +66,11 @@ class Job:
             return list(pool.map(run, range(len(self.ranks))))
 
     def save(
-        self, name: str, value: float, *, root: Path | None = None, common: str = "", **how: Any
+        self, name: str, value: float, *, root: Path | None = None, common: tuple[str, ...] = (), **how: Any
     ) -> list[ckpt.PendingSave]:
         """
         Args:
-            common: a file that both ranks write.
+            common: files that both ranks write.
         """
         where = root or self.home
 
@@ -78,8 +78,9 @@ class Job:
             bundle = self.ranks[rank].begin(where, name, **how)
             for file in FILES[rank:]:
                 bundle.save(content(rank, value), where / name / file.format(rank=rank))
-            if common:
-                bundle.save(content(7, value), where / name / common)
+            for file in common:
+                state = content(7, value)
+                bundle.save({"weights": state["weights"]} if file.endswith(".safetensors") else state, where / name / file)
             return bundle.commit()
 
         pending = self.all(act)
@@ -184,15 +185,25 @@ def test_saves_land_on_the_nodes_and_come_home_as_ever(jobs: Jobs) -> None:
     assert not any(node.exists() for node in job.nodes), "nobody knows yet whether it is saved to again"
     landed = [job.save_to_nodes("a", 2.0), job.save_to_nodes("b", 3.0), job.save_to_nodes("a", 4.0)]
     assert len({path for paths in landed for path in paths}) == 6, "nothing is replaced on the nodes"
-    job.save_home("best", 5.0, move_latest=False, common="expert.pt")
+    job.save_home("best", 5.0, move_latest=False, common=("expert.pt", "expert.safetensors"))
     for checkpointer in job.ranks:
         checkpointer.wait(SECONDS)
     job.assert_at_home("a", 4.0)
     job.assert_at_home("b", 3.0, latest="a")
     job.assert_at_home("best", 5.0, latest="a")
     files = {file["name"]: file["rank"] for file in json.loads((job.home / "best" / "manifest.json").read_text())["files"]}
-    assert files == {"expert.pt": 0, **{name.format(rank=0): 0 for name in FILES}, FILES[1].format(rank=1): 1}
+    assert files == {
+        "expert.pt": 0,
+        "expert.safetensors": 0,
+        **{name.format(rank=0): 0 for name in FILES},
+        FILES[1].format(rank=1): 1,
+    }
     assert {path.name for path in (job.home / "best").iterdir()} == {*files, "manifest.json"}
+    assert job.find("best") == ["best", "best"]
+    for checkpointer in job.ranks:  # one of them by the name that it has on the node
+        assert_same(
+            {"weights": content(0, 5.0)["weights"]}, checkpointer.read(job.home / "best" / "expert.safetensors", ckpt.load)
+        )
 
 
 def test_a_directory_that_was_looked_into_is_one_that_stays(jobs: Jobs) -> None:
