@@ -69,7 +69,8 @@ _HOMES = {
     "save": "ckpt.saving.single_file",
 }
 _MODULES = {
-    *("coordinator", "dcp", "drain", "errors", "formats", "metrics", "optimizers", "options", "quantities", "state_dicts"),
+    *("coordinator", "dcp", "drain", "errors", "formats", "metrics", "names", "optimizers", "options", "quantities"),
+    "state_dicts",
 }
 
 

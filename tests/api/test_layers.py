@@ -22,7 +22,7 @@ PACKAGE_LAYERS = (
     {"commit", "metrics"},
     {"session", "tiers"},
     {"bundles", "checkpointer", "dcp_checkpointer"},
-    {"dcp"},
+    {"dcp", "names"},
     {"cli"},
     {"__main__"},
 )
@@ -46,6 +46,9 @@ PUBLIC_NAMES = {
     },
     "ckpt.formats": set(),
     "ckpt.metrics": {"MetricsSink", "SaveRecord"},
+    "ckpt.names": {
+        *("hidden_directory", "make_directory", "name_directory", "remove", "remove_abandoned", "replace_link", "retire"),
+    },
     "ckpt.optimizers": {"load_state"},
     "ckpt.options": {"Options"},
     "ckpt.quantities": {"parse_duration", "parse_size"},

@@ -46,12 +46,12 @@ CORE_LAYERS = (
 # Beside the names in ckpt.__all__; test_layers.py says what is public in them. All other modules are private.
 PUBLIC_MODULES = {
     *("ckpt.coordinator", "ckpt.dcp", "ckpt.drain", "ckpt.errors", "ckpt.formats", "ckpt.integrations", "ckpt.metrics"),
-    *("ckpt.optimizers", "ckpt.options", "ckpt.quantities", "ckpt.state_dicts"),
+    *("ckpt.names", "ckpt.optimizers", "ckpt.options", "ckpt.quantities", "ckpt.state_dicts"),
 }
 # The one package that changes what is on disk.
 STORAGE_FOLDER = "ckpt/storage/"
 # Imported only by the module that needs them, at the moment it needs them.
-HEAVY_MODULES = ("torch.distributed", "mpi4py", "deepspeed")
+HEAVY_MODULES = ("torch.distributed", "mpi4py", "deepspeed", "lightning", "pytorch_lightning")
 
 
 LIBRARY = python_files("ckpt", "integrations")
@@ -123,7 +123,9 @@ def test_importing_ckpt_imports_nothing_heavy() -> None:
     assert done.returncode == 0, done.stderr
     brought = json.loads(done.stdout)
     assert "ckpt" in brought
-    heavy = re.compile(r"(torch\.distributed|mpi4py|deepspeed|matplotlib|tqdm|numpy\.testing|ckpt\.integrations)(\.|$)")
+    heavy = re.compile(
+        r"(torch\.distributed|mpi4py|deepspeed|lightning|matplotlib|tqdm|numpy\.testing|ckpt\.integrations)(\.|$)"
+    )
     assert [name for name in brought if heavy.match(name)] == []
 
 
