@@ -1,0 +1,107 @@
+"""Trains a small GPT-2 with the Trainer of transformers, on one rank or several, to be killed and resumed.
+
+A plan is a dict: `directory`, `log` (a file, to whose name the rank is added), and, if wanted, `stock` (the Trainer of
+transformers), `resume` (as resume_from_checkpoint), `arguments` (of TrainingArguments). Each rank writes one JSON line for each
+step: the loss, and a digest of the model and of the optimizer behind it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from support import options
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+
+from ckpt.integrations.transformers import LazyTrainer
+
+STEPS = 8
+SAMPLES, CONTEXT, WORDS = 64, 16, 64
+
+
+class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    def __init__(self) -> None:
+        self._tokens = torch.randint(WORDS, (SAMPLES, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self._tokens[index], "labels": self._tokens[index]}
+
+
+def network(**changes: Any) -> GPT2LMHeadModel:
+    """With dropout, and with weights that two layers share."""
+    torch.manual_seed(2)
+    shape = {"vocab_size": WORDS, "n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 2, **changes}
+    return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
+
+
+def arguments(directory: Path | str, **changes: Any) -> TrainingArguments:
+    given: dict[str, Any] = {
+        "max_steps": STEPS,
+        "save_steps": 1,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(output_dir=str(directory), **(given | changes))
+
+
+def build(directory: Path | str, kind: type[Trainer] = LazyTrainer, model: Any = None, **changes: Any) -> Any:
+    """A Trainer. `callbacks` and `checkpoint_options` go to it, all else to the arguments."""
+    own = {
+        name: changes.pop(name) for name in ("callbacks", "eval_dataset", "checkpoint_metrics", "optimizers") if name in changes
+    }
+    if issubclass(kind, LazyTrainer.__mro__[1]):
+        own["checkpoint_options"] = changes.pop("checkpoint_options", None) or options()
+    model = network() if model is None else model
+    return kind(model=model, args=arguments(directory, **changes), train_dataset=Tokens(), **own)
+
+
+def digest(trainer: Any) -> str:
+    """Of all that a step changes in the model and its optimizer."""
+    states = trainer.optimizer.state_dict()["state"].values()
+    tensors = [*trainer.model.state_dict().values(), *(value for state in states for value in state.values())]
+    whole = hashlib.blake2b(digest_size=16)
+    for tensor in tensors:
+        whole.update(torch.as_tensor(tensor).detach().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+class Log(TrainerCallback):
+    def __init__(self, path: str) -> None:
+        self.trainer: Any = None
+        self._file = open(f"{path}.{os.environ.get('RANK', '0')}", "w")  # noqa: SIM115
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if "loss" in logs:
+            said = {"step": state.global_step, "loss": float(logs["loss"]).hex(), "rate": logs["learning_rate"]}
+            self._file.write(json.dumps(said | {"digest": digest(self.trainer)}) + "\n")
+            self._file.flush()
+
+
+def import_all() -> None:
+    """What transformers puts off until a Trainer is made."""
+    import accelerate  # noqa: F401
+    import torch.distributed.checkpoint.state_dict  # noqa: F401
+
+    network()
+
+
+def main(plan: dict[str, Any]) -> None:
+    torch.set_num_threads(1)
+    log = Log(plan["log"])
+    kind = Trainer if plan.get("stock") else LazyTrainer
+    log.trainer = build(plan["directory"], kind, callbacks=[log], **plan.get("arguments", {}))
+    log.trainer.train(resume_from_checkpoint=plan.get("resume"))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
