@@ -14,6 +14,7 @@
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
     python -m bench.run --workload object                 to an object store and back; not part of "all"
+    python -m bench.run --workload transformers           beside the Trainer's own checkpoints; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -71,6 +72,12 @@ def measure_object(settings: Settings, report: Report) -> None:
     measure_object(settings, report)
 
 
+def measure_transformers(settings: Settings, report: Report) -> None:
+    from bench.frameworks.trainer import measure_transformers  # with a framework, which takes seconds to import
+
+    measure_transformers(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -91,6 +98,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "sharded": measure_sharded,
     "tiers": measure_tiers,
     "object": measure_object,
+    "transformers": measure_transformers,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle

@@ -1,0 +1,1 @@
+"""Training frameworks with our checkpoints beside the same ones with their own."""
