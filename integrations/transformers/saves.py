@@ -13,9 +13,9 @@ from typing import Any
 
 import ckpt
 from ckpt.dcp import DcpCheckpointer
-from ckpt.integrations.huggingface.open_bundle import OpenBundle, writing_to
 from ckpt.metrics import MetricsSink
 
+from ..huggingface.open_bundle import OpenBundle, writing_to
 from .rotation import Rotation, collecting
 
 logger = logging.getLogger("ckpt")
@@ -59,7 +59,7 @@ class TrainerSave:
         if not used:
             yield
             return
-        from ckpt.integrations import deepspeed
+        from .. import deepspeed
 
         with deepspeed.collecting() as begun:
             yield

@@ -14,10 +14,10 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 import ckpt
-from ckpt.integrations.huggingface.replaced_writers import replace_save_file, replace_torch_save
-from ckpt.integrations.huggingface.sharded_writes import replace_sharded_writes
 from ckpt.metrics import MetricsSink
 
+from ..huggingface.replaced_writers import replace_save_file, replace_torch_save
+from ..huggingface.sharded_writes import replace_sharded_writes
 from . import resuming
 from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
@@ -44,7 +44,7 @@ class LazyCheckpointMixin(_Base):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        check(cls, super(LazyCheckpointMixin, cls))
+        check(cls, super())
 
     def __init__(
         self,
