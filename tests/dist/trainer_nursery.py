@@ -10,7 +10,7 @@ from nursery import Nursery, freeze, serve, warm_up
 
 class TrainerNursery(Nursery):
     def __init__(self) -> None:
-        self._begin(__file__, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+        self._begin(__file__, OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
 
 
 def training_program(plan: dict[str, Any], rank: int = 0, ranks: int = 1, port: int = 0) -> str:

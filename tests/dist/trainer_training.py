@@ -1,8 +1,9 @@
 """Trains a small GPT-2 with the Trainer of transformers, on one rank or several, to be killed and resumed.
 
 A plan is a dict: `directory`, `log` (a file, to whose name the rank is added), and, if wanted, `stock` (the Trainer of
-transformers), `resume` (as resume_from_checkpoint), `arguments` (of TrainingArguments). Each rank writes one JSON line for each
-step: the loss, and a digest of the model and of the optimizer behind it.
+transformers), `resume` (as resume_from_checkpoint), `arguments` (of TrainingArguments), `stage` (of ZeRO: trains with DeepSpeed,
+whose checkpoints are lazy unless the Trainer is stock). Each rank writes one JSON line for each step: the loss, and a digest of the
+model and of the optimizer behind it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from support import options
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+import ckpt.integrations.deepspeed as lazy_deepspeed
 from ckpt.integrations.transformers import LazyTrainer
 
 STEPS = 8
@@ -69,7 +71,7 @@ def build(directory: Path | str, kind: type[Trainer] = LazyTrainer, model: Any =
 
 def digest(trainer: Any) -> str:
     """Of all that a step changes in the model and its optimizer."""
-    states = trainer.optimizer.state_dict()["state"].values()
+    states = [] if trainer.is_deepspeed_enabled else trainer.optimizer.state_dict()["state"].values()
     tensors = [*trainer.model.state_dict().values(), *(value for state in states for value in state.values())]
     whole = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
@@ -97,11 +99,23 @@ def import_all() -> None:
     network()
 
 
+def zero(stage: int) -> dict[str, Any]:
+    """A configuration of DeepSpeed, whose other values the Trainer fills in."""
+    auto = dict.fromkeys(("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"), "auto")
+    optimizer = {"type": "AdamW", "params": {"lr": "auto", "torch_adam": True}}
+    return {**auto, "zero_optimization": {"stage": stage}, "optimizer": optimizer}
+
+
 def main(plan: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     log = Log(plan["log"])
     kind = Trainer if plan.get("stock") else LazyTrainer
-    log.trainer = build(plan["directory"], kind, callbacks=[log], **plan.get("arguments", {}))
+    more = plan.get("arguments", {})
+    if "stage" in plan:
+        more |= {"deepspeed": zero(plan["stage"])}
+        if kind is LazyTrainer:
+            lazy_deepspeed.enable(options())
+    log.trainer = build(plan["directory"], kind, callbacks=[log], **more)
     log.trainer.train(resume_from_checkpoint=plan.get("resume"))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

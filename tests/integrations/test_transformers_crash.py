@@ -72,27 +72,46 @@ class Job:
         return self.logged()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_and_resumed_ends_in_the_same_state(ranks: int, nurseries: list[Nursery], tmp_path: Path) -> None:
+def killed_and_resumed(nurseries: list[Nursery], tmp_path: Path, ranks: int, **how: Any) -> Path:
+    """Gives the directory of the checkpoints, once all is compared."""
     reference = Job(nurseries, tmp_path / "undisturbed", ranks)
     reference.saved.mkdir(parents=True)
-    undisturbed = reference.end(reference.start(stock=True, arguments={"save_strategy": "no"}))
+    undisturbed = reference.end(reference.start(stock=True, arguments={"save_strategy": "no"}, **how))
     assert all(len(each) == STEPS for each in undisturbed)
 
     job = Job(nurseries, tmp_path / "killed", ranks)
     job.saved.mkdir(parents=True)
-    logs = job.kill_once_saved(3)
+    logs = job.kill_once_saved(3, **how)
     assert {path.name for path in job.saved.iterdir() if not path.name.startswith(".")} <= {
         f"checkpoint-{step}" for step in range(1, STEPS + 1)
     }
-    resumed = job.end(job.start(resume=True))
+    resumed = job.end(job.start(resume=True, **how))
     for rank in range(ranks):
         assert len(resumed[rank]) <= STEPS - 3 and (not resumed[rank] or max(resumed[rank]) == STEPS)
         assert {step: undisturbed[rank][step] for step in logs[rank] | resumed[rank]} == logs[rank] | resumed[rank]
     again = Job(nurseries, tmp_path / "killed", ranks)  # by the Trainer of transformers itself, from the last but one
     again._lives = 2
-    last = again.end(again.start(resume=str(job.saved / f"checkpoint-{STEPS - 1}"), stock=True))
+    last = again.end(again.start(resume=str(job.saved / f"checkpoint-{STEPS - 1}"), stock=True, **how))
     assert last == [{STEPS: undisturbed[rank][STEPS]} for rank in range(ranks)]
-    files = {entry["name"] for entry in json.loads((job.saved / f"checkpoint-{STEPS}" / "manifest.json").read_text())["files"]}
+    return job.saved
+
+
+def listed(checkpoint: Path) -> set[str]:
+    return {entry["name"] for entry in json.loads((checkpoint / "manifest.json").read_text())["files"]}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_ends_in_the_same_state(ranks: int, nurseries: list[Nursery], tmp_path: Path) -> None:
+    saved = killed_and_resumed(nurseries, tmp_path, ranks)
     states = {"rng_state.pth"} if ranks == 1 else {"rng_state_0.pth", "rng_state_1.pth"}
-    assert {"optimizer.pt", "scheduler.pt", "training_args.bin"} | states <= files
+    assert {"optimizer.pt", "scheduler.pt", "training_args.bin"} | states <= listed(saved / f"checkpoint-{STEPS}")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_the_same_with_deepspeed(stage: int, nurseries: list[Nursery], tmp_path: Path) -> None:
+    saved = killed_and_resumed(nurseries, tmp_path, 2, stage=stage)
+    newest = saved / f"checkpoint-{STEPS}"
+    states = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)}
+    assert (newest / "latest").read_text() == f"global_step{STEPS}" and listed(newest / f"global_step{STEPS}") >= states
+    assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed(newest)
