@@ -33,15 +33,17 @@ class Rotation:
     def run(self, durable: Path, best: str | None) -> None:
         """
         Args:
-            durable: the checkpoint that is. Nothing is removed unless it is the newest, which is the one that is sure to stay:
-                what lies there beside it may be half a checkpoint.
+            durable: the checkpoint that is. Nothing is removed unless it is the newest, by time or by number: that one is
+                sure to stay, and what lies there beside it may be half a checkpoint.
             best: what else is to stay.
         """
         from transformers.trainer_utils import sort_checkpoints
 
-        there = sort_checkpoints(self._given["output_dir"], use_mtime=self._given["use_mtime"])
-        if there and os.path.samefile(there[-1], durable):
-            self._stock(**{**self._given, "best_model_checkpoint": best})
+        for by_time in {self._given["use_mtime"]: None, False: None}:
+            there = sort_checkpoints(self._given["output_dir"], use_mtime=by_time)
+            if there and os.path.samefile(there[-1], durable):
+                self._stock(**{**self._given, "best_model_checkpoint": best, "use_mtime": by_time})
+                return
 
 
 @contextlib.contextmanager

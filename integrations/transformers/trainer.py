@@ -23,6 +23,7 @@ from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
 from .transformers_private import MODEL_WRITER, PLAIN_MODEL_WRITER, TORCH_SAVES, check, jit_managers, reads_checkpoints
+from .uploads import replace_uploads
 
 logger = logging.getLogger("ckpt")
 
@@ -222,6 +223,7 @@ def _replace_writers() -> None:
         replace_save_file(importlib.import_module(module), name)
     replace_sharded_writes()
     replace_rotation()
+    replace_uploads()
 
 
 def _moved(write: Callable[..., Any], save: TrainerSave) -> Callable[..., Any]:

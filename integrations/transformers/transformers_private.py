@@ -40,6 +40,8 @@ _FUNCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     ROTATION: ("output_dir", "save_total_limit", "best_model_checkpoint", "use_mtime"),
     ("transformers.trainer_utils", "sort_checkpoints"): ("output_dir", "use_mtime"),
 }
+# Gives the client by which the Trainer uploads. Without it the uploads of the whole directory hold what is hidden there.
+UPLOADS = ("transformers.trainer", "hf_api")
 # Modules that write with torch.save(), as they look it up.
 TORCH_SAVES = ("transformers.trainer", "accelerate.utils.fsdp_utils")
 

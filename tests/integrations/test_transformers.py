@@ -409,6 +409,33 @@ def test_what_is_uploaded_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert len(pushed) == 3 and all({"model.safetensors", "manifest.json"} <= each for each in pushed)
 
 
+def test_uploads_hold_nothing_that_is_being_put_together(monkeypatch: pytest.MonkeyPatch, native: Any, tmp_path: Path) -> None:
+    import transformers.trainer
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import filter_repo_objects
+
+    uploaded: list[str] = []
+
+    def upload_folder(self: Any, *, folder_path: str, ignore_patterns: Any, **_: Any) -> None:
+        there = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        assert any(".partial/" in path for path in there)
+        uploaded.extend(filter_repo_objects(there, ignore_patterns=ignore_patterns))
+
+    def push(model: nn.Module) -> None:
+        monkeypatch.setattr(trainer._checkpoints, "wait_quietly", lambda: None)
+        trainer.push_to_hub()
+        monkeypatch.undo()
+        clear_faults()
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(transformers.trainer.Trainer, "create_model_card", lambda self, **_: None)
+    trainer = build(tmp_path, callbacks=[At(1, push)], **FEW)
+    trainer.hub_model_id = "somebody/something"
+    native.set_fault("fdatasync", delay_s=DEADLINE_S)
+    trainer.train()
+    assert "model.safetensors" in uploaded and not any(path.startswith((".", "checkpoint")) for path in uploaded)
+
+
 class Adds(LazyTrainer):
     """Writes beside the model, and to the checkpoint when that should be there."""
 
