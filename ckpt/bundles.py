@@ -22,6 +22,8 @@ from ckpt.commit.target import PublicationTarget, SaveCall, SavedFile
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.late_names import partial_of
+from ckpt.directory.owned_roots import OwnedRoots
 from ckpt.directory.publish_lock import is_home
 from ckpt.errors import (
     CheckpointError,
@@ -39,7 +41,7 @@ from ckpt.restore.near_bundles import NearBundles
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
-from ckpt.saving.task import SaveTask, wait_landed
+from ckpt.saving.task import SaveTask, wait_all, wait_landed
 from ckpt.saving.vanished import as_failure, has_vanished
 from ckpt.session import SaveSession
 from ckpt.storage import durable
@@ -52,7 +54,7 @@ logger = logging.getLogger("ckpt")
 
 Result = TypeVar("Result")
 _MOST_PUBLISHED = 16  # bundles that are looked for when a save has failed
-_MOST_ROOTS = 4  # directories that stay locked; a framework may take a new one for each checkpoint
+_MOST_LIMITS = 4  # roots of which it is remembered what direct I/O demands there
 
 
 class Bundle:
@@ -120,6 +122,11 @@ class Bundle:
                 "with such files with by_nodes=False"
             )
         return landing.make_file(target.name)
+
+    def _hold_new(self) -> None:
+        """Makes a directory that is to get its name last."""
+        durable.make_directory(self.directory, durable=False)
+        self._hold(self.directory)
 
     def _hold(self, directory: Path) -> durable.Directory:
         """From now on all goes there, whatever it is called by then."""
@@ -214,12 +221,10 @@ class BundleCheckpointer(SaveSession):
             weakref.finalize(self, self._nodes.close).atexit = False
             times = self.options.timeout_s, self.options.drain_timeout_s
             self._homecoming = Homecoming(tier, made, f"{self._stream}-home", *times)
-        self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
-        self._roots: dict[Path, BundleRoot] = {}  # claimed, oldest first; only if we lead
+        self._roots = OwnedRoots()  # none unless we lead
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
         self._published: list[Path] = []  # oldest first
-        weakref.finalize(self, _release_all, self._roots).atexit = False
-        weakref.finalize(self, _release_moved, self._moved).atexit = False
+        weakref.finalize(self, self._roots.release).atexit = False
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -233,6 +238,7 @@ class BundleCheckpointer(SaveSession):
         may_skip: bool = True,
         together: bool = True,
         by_nodes: bool = True,
+        named_last: bool = False,
     ) -> Bundle:
         """Begins the bundle `name` in `root`, where `latest` lies too.
 
@@ -242,6 +248,10 @@ class BundleCheckpointer(SaveSession):
             may_skip: whether `Options.when_busy` may skip it; else it waits.
             together: whether all ranks save into it; False: only rank 0 does, so the others may give another `root`.
             by_nodes: whether it may land on the nodes first, with `tiers`; False, on all ranks: straight home.
+            named_last: whether its directory gets its name when all of it is durable on all ranks. Until then it is
+                `Bundle.directory`, which is hidden, and is there when this returns; what has the name stays as it is. Then that
+                goes, with all that is in it. Such a bundle goes straight home. If one of this name is in flight, that is
+                waited for.
 
         Raises:
             CheckpointError: ranks give different names, or different directories on one node; raised on all of them.
@@ -254,17 +264,21 @@ class BundleCheckpointer(SaveSession):
         number = self._saves
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(path / name, step, on_done=functools.partial(self._note_done, number))
-        own_root = self._claim(path, name, number, together)
+        if named_last:
+            wait_all([each for each in self._pending if each.path == task.path], self.options.commit_timeout_s)
+        own_root = self._claim(path, name, number, together, named_last)
         self._finder.forget()
-        directory = path / name
-        call = SaveCall(number, step, f"'{name}'", where=directory.parent, directory=directory)
-        target = BundleTarget(call, name, own_root, self._node, move_latest, self.rank, self._varying)
-        landing, refusal = self._land(task, path, own_root, number, together and by_nodes)
+        directory, final = (partial_of(path, name), task.path) if named_last else (task.path, None)
+        call = SaveCall(number, step, f"'{name}'", where=task.path.parent, directory=directory)
+        target = BundleTarget(call, name, own_root, self._node, move_latest, self.rank, self._varying, None, final)
+        landing, refusal = self._land(task, path, own_root, number, together and by_nodes and not named_last)
         bundle = Bundle(self, path, target, task, landing)
         if refusal is not None:
             bundle.fail(refusal)
             return bundle
         try:
+            if named_last:
+                bundle._hold_new()
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
             self._finisher.admit(task, options)
             bundle._admitted = True
@@ -288,9 +302,9 @@ class BundleCheckpointer(SaveSession):
         except CheckpointError as error:
             return None, error
 
-    def _claim(self, root: Path, name: str, number: int, together: bool) -> BundleRoot | None:
+    def _claim(self, root: Path, name: str, number: int, together: bool, named_last: bool) -> BundleRoot | None:
         """Before anybody writes below `root`: rank 0, and who leads a node, locks it. All ranks go on, or none."""
-        own, error = None, None
+        own, error, begun = None, None, False
         try:
             if self.rank == 0:
                 self._check_failures()
@@ -298,7 +312,11 @@ class BundleCheckpointer(SaveSession):
             if self._nodes is not None:
                 self._nodes.check(root)
             if self._leads:
-                own = self._own_root(root)
+                busy = [task.path for task in self._pending if not task.done()]
+                own = self._roots.claim(root, busy, self._nodes.keeps if self._nodes is not None else None)
+                if named_last:
+                    own.begin_partial(name)
+                    begun = True
         except CheckpointError as caught:
             error = caught
         except OSError as caught:
@@ -311,6 +329,8 @@ class BundleCheckpointer(SaveSession):
         if self.world_size > 1:
             key = f"{self._claims}/{number}"
             refusal = find_refusal(self._coordinator, key, said, judge, self.options.timeout_s)
+        if own is not None and begun and (error is not None or refusal is not None):
+            own.end_partial(name, drop=False)
         if error is not None:
             raise error
         if refusal is not None:
@@ -327,22 +347,6 @@ class BundleCheckpointer(SaveSession):
             f"the newest save failed with: {cause}; and what was published before is gone: {gone}. There is no checkpoint to "
             "go back to: remove an old one only when the next is durable"
         ) from cause
-
-    def _own_root(self, root: Path) -> BundleRoot:
-        own = self._roots.pop(root, None)
-        if own is not None and not own.is_at(root):  # renamed, and another one made: what is in flight there still needs it
-            self._moved.append(own)
-            own = None
-        own = own or BundleRoot.claim(root)
-        self._roots[root] = own
-        if self._moved and all(task.done() for task in self._pending):
-            _release_moved(self._moved)
-        busy = [task.path for task in self._pending if not task.done()]
-        kept = {root, self._nodes.keeps if self._nodes is not None else None}
-        idle = [path for path in self._roots if path not in kept and not any(each.is_relative_to(path) for each in busy)]
-        for path in idle[: max(0, len(self._roots) - _MOST_ROOTS)]:
-            self._roots.pop(path).release()
-        return own
 
     def _commit(self, bundle: Bundle) -> None:
         task = bundle._task
@@ -362,7 +366,10 @@ class BundleCheckpointer(SaveSession):
             call = dataclasses.replace(target.call, files=tuple(SavedFile(file) for file in files))
             there = held.get(call.directory)
             straight = dataclasses.replace(target, call=call, held=there)
-            return self._publish(straight, bundle._landing, error or failed)
+            try:
+                return self._publish(straight, bundle._landing, error or failed)
+            finally:
+                straight.end()
 
         (self._finisher.commit_later if bundle._admitted else self._finisher.attend)(task, publish)
         self._remember(task)
@@ -385,7 +392,7 @@ class BundleCheckpointer(SaveSession):
     def _note_limits(self, bundle: Bundle, file: FileInFlight) -> None:
         limits = file.found_limits()
         if limits is not None and file.target.parent == bundle.directory:
-            if len(self._limits) >= _MOST_ROOTS and bundle._root not in self._limits:
+            if len(self._limits) >= _MOST_LIMITS and bundle._root not in self._limits:
                 self._limits.clear()
             self._limits[bundle._root] = limits
 
@@ -408,8 +415,7 @@ class BundleCheckpointer(SaveSession):
     def _release(self) -> None:
         if self._nodes is not None:
             self._nodes.close()
-        _release_all(self._roots)
-        _release_moved(self._moved)
+        self._roots.release()
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 
@@ -488,13 +494,3 @@ class BundleCheckpointer(SaveSession):
         """Like wait(), within `Options.drain_timeout_s`; but failures stay for wait() to raise."""
         self._check_usable()
         self._drain(self.options.drain_timeout_s)
-
-
-def _release_all(roots: dict[Path, BundleRoot]) -> None:
-    while roots:
-        roots.popitem()[1].release()
-
-
-def _release_moved(roots: list[BundleRoot]) -> None:
-    while roots:
-        roots.pop().release()

@@ -30,6 +30,7 @@ class BundleTarget:
         rank: this process's.
         varying: keys of integers in which files of the same name may differ.
         held: the directory, if it is there: all goes there, although a framework may rename it meanwhile.
+        final: what it is called once all files have their names, see directory/late_names.py. None: it is already.
     """
 
     call: SaveCall
@@ -40,6 +41,7 @@ class BundleTarget:
     rank: int
     varying: tuple[str, ...] = ()
     held: durable.Directory | None = None
+    final: Path | None = None
     names_late: ClassVar[bool] = True
     spread: ClassVar[bool] = False
 
@@ -71,7 +73,8 @@ class BundleTarget:
         file.file.undecided = False
 
     def path(self) -> Path:
-        return self.call.directory if self.held is None else self.held.now()
+        now = self.call.directory if self.held is None else self.held.now()
+        return self.final if self.final is not None and now == self.call.directory else now
 
     def name_after(self, files: Sequence[FileEntry]) -> None:
         bundles.give_final_names(self._reach, files)
@@ -112,8 +115,20 @@ class BundleTarget:
         """Who has given the names removes what is old."""
 
     def point_latest(self) -> None:
+        if self.final is not None and self.root is not None and not self._is_at(self.final):
+            self.root.give_name(self.name)
         if self.move_latest and self.root is not None:
             self.root.point_latest(self.name if self.held is None else self.root.name_of(self.held, self.name))
+
+    def end(self) -> None:
+        """Whatever has become of it, another one of this name may be begun now."""
+        if self.final is not None and self.root is not None:
+            undecided = any(each.file.undecided for each in self.call.files)  # then rank 0 knows whether it is a checkpoint
+            self.root.end_partial(self.name, drop=not undecided)
+
+    def _is_at(self, path: Path) -> bool:
+        """Who looked for bundles may have been here before us."""
+        return self.held is not None and self.held.is_at(path)
 
 
 def one_of_each(answers: Sequence[Prepared]) -> tuple[list[FileEntry], list[FileEntry]]:

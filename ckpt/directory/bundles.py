@@ -8,7 +8,7 @@
 
 The names are fixed, so a bundle that is saved again replaces files that are in use: all of them or none. New files keep their
 temporary names until the manifest, which lists both names of each, is durable. That decides: from then on whoever finds a file
-under its temporary name gives it its own, see complete().
+under its temporary name gives it its own, see complete(). The directory itself may get its name last, too: see late_names.py.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ckpt.directory import late_names, publish_lock
 from ckpt.directory import manifest as manifests
-from ckpt.directory import publish_lock
 from ckpt.directory.listing import LATEST, newest_first, read_manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.root import Root, has_size, temporaries_in
@@ -45,6 +45,7 @@ class BundleRoot:
         # A framework may rename it as soon as it has given us its files.
         self._root = Root(path, follows=True)
         self._users = 0  # guarded by _guard
+        self._partial: set[str] = set()  # names of bundles on their way that are to get them last; guarded by _guard
 
     @staticmethod
     def claim(path: Path) -> BundleRoot:
@@ -117,6 +118,7 @@ class BundleRoot:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
         path = self._root.path
         complete_all(path)
+        late_names.settle(path)
         # What is behind a link is left alone: others may be writing there. So may drains in a directory of their own.
         below = [each for each in _subdirectories(path) if not each.is_symlink() and each.name != publish_lock.FOLDER]
         for directory in [path, *below]:
@@ -171,6 +173,41 @@ class BundleRoot:
         with self._publishing():
             durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest")
 
+    def begin_partial(self, name: str) -> None:
+        """Before anybody writes to the bundle, which is to get its name last. Pair with end_partial().
+
+        Raises:
+            InUseError: it is being saved already.
+            StorageError: what is left of a former attempt cannot be removed, or what has the name is no directory.
+        """
+        late_names.refuse_obstacle(self._root.reach, name)
+        with _guard:
+            if name in self._partial:
+                raise InUseError(f"'{self._root.path / name}' is being saved already: wait for that")
+            partial = late_names.partial_of(self._root.reach, name)
+            if (manifest := manifests.read_if_any(partial)) is not None:
+                complete(partial, manifest)
+            elif os.path.lexists(partial):
+                durable.remove_tree(partial)
+            self._partial.add(name)
+
+    def end_partial(self, name: str, *, drop: bool) -> None:
+        """
+        Args:
+            drop: what was written goes, unless it has become a checkpoint.
+        """
+        if drop:
+            late_names.drop(late_names.partial_of(self._root.now(), name))
+        with _guard:
+            self._partial.discard(name)
+
+    def give_name(self, name: str) -> None:
+        """To a bundle that got none yet. Raises StorageError, InUseError."""
+        self._root.lock.assert_held()
+        root = self._root.reach
+        with self._publishing():
+            late_names.give_name(late_names.partial_of(root, name), root, name)
+
     def point_latest(self, name: str) -> None:
         """Raises StorageError, InUseError."""
         self._root.lock.assert_held()
@@ -180,7 +217,7 @@ class BundleRoot:
 
 def committed_in(root: Path) -> list[tuple[Path, Manifest]]:
     """The bundles that were published, newest first."""
-    found = read_manifests(_subdirectories(root))
+    found = read_manifests(each for each in _subdirectories(root) if not late_names.is_replaced(each.name))
     return newest_first((path, said) for path, said in found if isinstance(said, Manifest))
 
 
@@ -211,6 +248,8 @@ def complete(directory: Path, manifest: Manifest) -> None:
     if left:
         logger.info("'%s' is completed: %d files get their names", directory, len(left))
         give_final_names(directory, left)
+    if (name := late_names.name_behind(directory.name)) is not None:
+        late_names.give_name(directory, directory.parent, name)
 
 
 def is_unsettled(directory: Path) -> bool:

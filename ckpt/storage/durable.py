@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ckpt import _native
 from ckpt.errors import StorageError
-from ckpt.storage.temporary_names import TEMPORARY, is_abandoned, temporary_path
+from ckpt.storage.temporary_names import TEMPORARY, is_abandoned, is_temporary, temporary_path
 
 _looked_after: set[Path] = set()  # by remove_stale()
 
@@ -225,14 +225,15 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Makes files that somebody else has written durable: one, or all below a directory.
+    """Makes files that somebody else has written durable: one, or all below a directory but what is on its way there.
 
     Raises:
         StorageError: a file cannot be read, or the device failed.
     """
     if path.is_dir():
         for entry in sorted(path.iterdir()):
-            sync_tree(entry)
+            if not is_temporary(entry.name):
+                sync_tree(entry)
         sync_directory(path)
         return
     try:
