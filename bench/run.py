@@ -14,6 +14,7 @@
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
     python -m bench.run --workload object                 to an object store and back; not part of "all"
+    python -m bench.run --workload accelerate             beside accelerate's own save_state(); not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -71,6 +72,12 @@ def measure_object(settings: Settings, report: Report) -> None:
     measure_object(settings, report)
 
 
+def measure_accelerate(settings: Settings, report: Report) -> None:
+    from bench.frameworks.accelerate_states import measure_accelerate  # with the framework
+
+    measure_accelerate(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -91,6 +98,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "sharded": measure_sharded,
     "tiers": measure_tiers,
     "object": measure_object,
+    "accelerate": measure_accelerate,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle
