@@ -111,5 +111,6 @@ class Session:
             self.bundles.close()  # which waits for the sharded states that belong to them
         finally:
             if self._sharded is not None:
-                self._sharded.close()
+                with contextlib.suppress(ckpt.CheckpointError):  # the bundle that it belongs to has said so
+                    self._sharded.close()
             self._coordinator.close()
