@@ -14,6 +14,7 @@
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
     python -m bench.run --workload object                 to an object store and back; not part of "all"
+    python -m bench.run --workload accelerate             beside accelerate's own save_state(); not part of "all"
     python -m bench.run --workload transformers           beside the Trainer's own checkpoints; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
@@ -72,6 +73,12 @@ def measure_object(settings: Settings, report: Report) -> None:
     measure_object(settings, report)
 
 
+def measure_accelerate(settings: Settings, report: Report) -> None:
+    from bench.frameworks.accelerate_states import measure_accelerate  # with the framework
+
+    measure_accelerate(settings, report)
+
+
 def measure_transformers(settings: Settings, report: Report) -> None:
     from bench.frameworks.trainer import measure_transformers  # with a framework, which takes seconds to import
 
@@ -98,6 +105,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "sharded": measure_sharded,
     "tiers": measure_tiers,
     "object": measure_object,
+    "accelerate": measure_accelerate,
     "transformers": measure_transformers,
 }
 CHILD_TIMEOUT_S = 3600

@@ -223,8 +223,10 @@ class LazyCheckpointEngine:
 
 @contextlib.contextmanager
 def collecting() -> Iterator[list[ckpt.PendingSave]]:
-    """Meanwhile save_checkpoint() of this thread waits for nothing, whatever the config says; what it begins is in the list, for
-    whoever makes it a part of a larger checkpoint and waits for that."""
+    """Meanwhile save_checkpoint() of this thread waits for nothing, whatever the config says.
+
+    What it begins is in the list, for whoever makes it a part of a larger checkpoint and waits for that.
+    """
     begun: list[ckpt.PendingSave] = []
     token = _collected.set(begun)
     try:

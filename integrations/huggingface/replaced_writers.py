@@ -48,7 +48,7 @@ def replace_torch_save(module: Any, writes: Callable[[Any], bool] = lambda path:
 
 
 def replace_save_file(module: Any, name: str) -> None:
-    """What the module calls as `save_file(tensors, path, metadata)` of safetensors, under a name of its own. Safe to call again."""
+    """What the module calls, by this name, as `save_file(tensors, path, metadata)` of safetensors. Safe to call again."""
     stock = getattr(module, name)
     if hasattr(stock, "__wrapped__"):
         return

@@ -26,8 +26,8 @@ def require(package: str, tested: str, needed: Iterable[str], adapter: str) -> N
     if missing:
         version = importlib.metadata.version(package)
         raise UnsupportedError(
-            f"{adapter} does not know this {package} ({version}): it has no {', '.join(missing)}. Tested with {tested}: install "
-            f"that, or leave {adapter} out, and {package} saves by itself"
+            f"{adapter} does not know this {package} ({version}): it has no {', '.join(missing)}. Tested with {tested}: "
+            f"install that, or leave {adapter} out, and {package} saves by itself"
         )
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +40,9 @@ class Session:
         self.owner = os.getpid()
         self._what, self._advice = what, advice
         which = "local" if alone else "auto"
-        self._coordinator = make_coordinator(which)
-        self.bundles = ckpt.BundleCheckpointer(options=self.options, coordinator=which)
+        with self._telling():
+            self._coordinator = make_coordinator(which)
+            self.bundles = ckpt.BundleCheckpointer(options=self.options, coordinator=which)
         self._sharded: Any = None
         self._decisions = 0
 
@@ -50,21 +52,22 @@ class Session:
 
     def begin(self, root: Path, name: str, *, step: int, named_last: bool) -> OpenBundle:
         """A checkpoint that is to be `root / name`. Raises as BundleCheckpointer.begin()."""
-        told = threading.Timer(_LONG_S, self._tell, (root / name,))
-        told.daemon = True
-        if self._coordinator.world_size > 1:
-            told.start()
-        try:
+        with self._telling():
             bundle = self.bundles.begin(root, name, step=step, move_latest=False, named_last=named_last)
-        finally:
-            told.cancel()
         return OpenBundle(bundle, self._saver_of_shards)
 
-    def _tell(self, path: Path) -> None:
-        logger.warning(
-            "%s of rank %d has waited %g s for the other ranks, to save '%s': all of them must call it. %s",
-            *(self._what, self.rank, _LONG_S, path, self._advice),
-        )
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Says so if it takes long, before the deadline does."""
+        text = "%s has waited %g s for the same call on the other ranks: all of them must make it. %s"
+        told = threading.Timer(_LONG_S, logger.warning, (text, self._what, _LONG_S, self._advice))
+        told.daemon = True
+        if not self.alone:
+            told.start()
+        try:
+            yield
+        finally:
+            told.cancel()
 
     def _saver_of_shards(self) -> Any:
         """Made by all ranks when the first of them needs it, which is at the same call."""
@@ -108,5 +111,6 @@ class Session:
             self.bundles.close()  # which waits for the sharded states that belong to them
         finally:
             if self._sharded is not None:
-                self._sharded.close()
+                with contextlib.suppress(ckpt.CheckpointError):  # the bundle that it belongs to has said so
+                    self._sharded.close()
             self._coordinator.close()

@@ -39,7 +39,7 @@ def verifying() -> Iterator[None]:
         _verifying.reset(token)
 
 
-def _saving(stock: Any, plain: type) -> Any:
+def _saving(stock: Any, plain: Any) -> Any:
     @functools.wraps(stock)
     def save(*args: Any, **kwargs: Any) -> Any:
         writer = kwargs.get("storage_writer")
@@ -60,12 +60,12 @@ def _save_there(bundle: OpenBundle, path: Any, *args: Any, **kwargs: Any) -> boo
     return len(args) <= 1 and kwargs.keys() <= plain and bundle.save_sharded(state, Path(path))
 
 
-def _loading(stock: Any, plain: type) -> Any:
+def _loading(stock: Any, plain: Any) -> Any:
     @functools.wraps(stock)
     def load(*args: Any, **kwargs: Any) -> Any:
-        reader = kwargs.get("storage_reader")
+        reader: Any = kwargs.get("storage_reader")
         if _verifying.get() and type(reader) is plain:
-            from ckpt.integrations.dcp import VerifyingStorageReader
+            from ..dcp import VerifyingStorageReader
 
             kwargs["storage_reader"] = VerifyingStorageReader(reader.path)
         return stock(*args, **kwargs)
