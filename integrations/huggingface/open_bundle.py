@@ -67,7 +67,8 @@ class OpenBundle:
 
     def fail(self, error: BaseException) -> None:
         """Nothing of it will be a checkpoint. What was begun must still be committed."""
-        self._bundle.fail(ckpt.CheckpointError(f"{type(error).__name__}: {error}"))
+        known = isinstance(error, ckpt.CheckpointError)
+        self._bundle.fail(error if known else ckpt.CheckpointError(f"{type(error).__name__}: {error}"))
 
     def commit(self) -> ckpt.PendingSave:
         """With all that lies in the directory, whoever has written it."""
@@ -77,8 +78,8 @@ class OpenBundle:
 
 
 @contextlib.contextmanager
-def writing_to(bundle: OpenBundle) -> Iterator[None]:
-    """Meanwhile what this thread writes to its directory, by writers that were replaced, goes to the bundle."""
+def writing_to(bundle: OpenBundle | None) -> Iterator[None]:
+    """Meanwhile what this thread writes to its directory, by writers that were replaced, goes to the bundle; None: to none."""
     token = _open.set(bundle)
     try:
         yield

@@ -193,10 +193,12 @@ def test_a_write_to_a_parameter_without_a_fence_is_found(native: Any, caplog: An
             model.get_input_embeddings().weight.add_(1)
         clear_faults()
 
-    def slow(model: nn.Module) -> None:
-        native.set_fault("fdatasync", delay_s=DEADLINE_S)
+    class Slow(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2:
+                native.set_fault("fdatasync", delay_s=DEADLINE_S)
 
-    trainer = build(tmp_path, callbacks=[At(1, slow), At(2, write)], model=network(n_embd=256), **FEW)
+    trainer = build(tmp_path, callbacks=[Slow(), At(2, write)], model=network(n_embd=256), **FEW)
     trainer.train()
     assert "checkpoint-2" not in names_in(tmp_path) and "transformer.wte.weight" in caplog.text
 
