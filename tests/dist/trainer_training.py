@@ -2,7 +2,7 @@
 
 A plan is a dict: `directory`, `log` (a file, to whose name the rank is added), and, if wanted, `stock` (the Trainer of
 transformers), `resume` (as resume_from_checkpoint), `arguments` (of TrainingArguments), `stage` (of ZeRO: trains with DeepSpeed,
-whose checkpoints are lazy unless the Trainer is stock). Each rank writes one JSON line for each step: the loss, and a digest of the
+whose checkpoints are lazy unless the Trainer is stock), `fsdp` (the kind of state dict: trains with FSDP2). Each rank writes one JSON line for each step: the loss, and a digest of the
 model and of the optimizer behind it.
 """
 
@@ -14,6 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from support import options
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
@@ -75,7 +76,8 @@ def digest(trainer: Any) -> str:
     tensors = [*trainer.model.state_dict().values(), *(value for state in states for value in state.values())]
     whole = hashlib.blake2b(digest_size=16)
     for tensor in tensors:
-        whole.update(torch.as_tensor(tensor).detach().contiguous().numpy().tobytes())
+        gathered = tensor.full_tensor() if hasattr(tensor, "full_tensor") else torch.as_tensor(tensor)
+        whole.update(gathered.detach().contiguous().numpy().tobytes())
     return whole.hexdigest()
 
 
@@ -93,7 +95,6 @@ class Log(TrainerCallback):
 
 def import_all() -> None:
     """What transformers puts off until a Trainer is made."""
-    import accelerate  # noqa: F401
     import torch.distributed.checkpoint.state_dict  # noqa: F401
 
     network()
@@ -106,6 +107,19 @@ def zero(stage: int) -> dict[str, Any]:
     return {**auto, "zero_optimization": {"stage": stage}, "optimizer": optimizer}
 
 
+def shard_on_cpus() -> None:
+    """accelerate knows of FSDP on accelerators alone; but all that it does for it works here, too."""
+    state: Any = accelerate.state.AcceleratorState
+    stock = state.__init__
+
+    def begin(self: Any, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = accelerate.DistributedType.FSDP, fsdp_plugin
+
+    state.__init__ = begin
+
+
 def main(plan: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     log = Log(plan["log"])
@@ -115,6 +129,10 @@ def main(plan: dict[str, Any]) -> None:
         more |= {"deepspeed": zero(plan["stage"])}
         if kind is LazyTrainer:
             lazy_deepspeed.enable(options())
+    if "fsdp" in plan:
+        shard_on_cpus()
+        layers = {"transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        more |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": plan["fsdp"], **layers}}
     log.trainer = build(plan["directory"], kind, callbacks=[log], **more)
     log.trainer.train(resume_from_checkpoint=plan.get("resume"))
     if torch.distributed.is_initialized():

@@ -316,7 +316,7 @@ def best(tmp_path: Path, *quality: float, **changes: Any) -> Any:
     return trainer
 
 
-@pytest.mark.parametrize("winner", [1, 2, 3])
+@pytest.mark.parametrize("winner", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_the_best_one_stays_and_is_loaded(winner: int, tmp_path: Path) -> None:
     trainer = best(tmp_path, *(float(step == winner) for step in (1, 2, 3)))
     trainer.train()

@@ -108,10 +108,19 @@ def test_killed_and_resumed_ends_in_the_same_state(ranks: int, nurseries: list[N
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [1, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 3])
 def test_the_same_with_deepspeed(stage: int, nurseries: list[Nursery], tmp_path: Path) -> None:
     saved = killed_and_resumed(nurseries, tmp_path, 2, stage=stage)
     newest = saved / f"checkpoint-{STEPS}"
     states = {f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in range(2)}
     assert (newest / "latest").read_text() == f"global_step{STEPS}" and listed(newest / f"global_step{STEPS}") >= states
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= listed(newest)
+
+
+@pytest.mark.slow
+def test_the_same_with_fsdp(nurseries: list[Nursery], tmp_path: Path) -> None:
+    saved = killed_and_resumed(nurseries, tmp_path, 2, fsdp="SHARDED_STATE_DICT")
+    newest = saved / f"checkpoint-{STEPS}"
+    for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+        assert listed(newest / part) >= {"__0_0.distcp", "__1_0.distcp"}
