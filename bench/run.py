@@ -16,6 +16,8 @@
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
     python -m bench.run --workload object                 to an object store and back; not part of "all"
     python -m bench.run --workload lightning              beside Lightning's own checkpoints; not part of "all"
+    python -m bench.run --workload accelerate             beside accelerate's own save_state(); not part of "all"
+    python -m bench.run --workload transformers           beside the Trainer's own checkpoints; not part of "all"
 
 Exits with 1 if a workload failed. A bar that is missed is a result, not a failure.
 """
@@ -85,6 +87,18 @@ def measure_lightning(settings: Settings, report: Report) -> None:
     measure_lightning(settings, report)
 
 
+def measure_accelerate(settings: Settings, report: Report) -> None:
+    from bench.frameworks.accelerate_states import measure_accelerate  # with the framework
+
+    measure_accelerate(settings, report)
+
+
+def measure_transformers(settings: Settings, report: Report) -> None:
+    from bench.frameworks.trainer import measure_transformers  # with a framework, which takes seconds to import
+
+    measure_transformers(settings, report)
+
+
 WORKLOADS: dict[str, Callable[[Settings, Report], None]] = {
     "stall": measure_stall,
     "overhead": measure_overhead,
@@ -107,6 +121,8 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "tiers": measure_tiers,
     "object": measure_object,
     "lightning": measure_lightning,
+    "accelerate": measure_accelerate,
+    "transformers": measure_transformers,
 }
 CHILD_TIMEOUT_S = 3600
 BUSY = 0.25  # load for each core above which a machine is not idle

@@ -25,6 +25,7 @@ from ckpt.directory.bundles import BundleRoot
 from ckpt.directory.late_names import partial_of
 from ckpt.directory.owned_roots import OwnedRoots
 from ckpt.directory.publish_lock import is_home
+from ckpt.directory.published import PublishedBundles
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedError, StorageError, SupersededError
 from ckpt.formats.by_suffix import format_of
 from ckpt.metrics.record import MetricsSink
@@ -37,6 +38,7 @@ from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import add_file
 from ckpt.saving.task import SaveTask, wait_all, wait_landed
 from ckpt.saving.vanished import as_failure, has_vanished
+from ckpt.saving.written_by_others import WrittenByOthers
 from ckpt.session import SaveSession
 from ckpt.storage import durable
 from ckpt.tiers.bundle_nodes import BundleNodes, Landing
@@ -47,7 +49,6 @@ from ckpt.tiers.tier import Tier, node_tier
 logger = logging.getLogger("ckpt")
 
 Result = TypeVar("Result")
-_MOST_PUBLISHED = 16  # bundles that are looked for when a save has failed
 _MOST_LIMITS = 4  # roots of which it is remembered what direct I/O demands there
 
 
@@ -63,7 +64,7 @@ class Bundle:
         self._error: BaseException | None = None
         self._admitted = False
         self._committed = False
-        self._included: list[Path] = []
+        self._others = WrittenByOthers()
         self._held: dict[Path, durable.Directory] = {}  # where its files are made
         self._landing = landing  # on a node; None: it goes straight home
         self._task = task
@@ -139,7 +140,15 @@ class Bundle:
         """
         if self._landing is not None:
             self.fail(CheckpointError(f"'{path}' lies at home already, and the bundle goes by way of the disks of nodes"))
-        self._included.append(Path(path))
+        self._others.include(Path(path))
+
+    def follow(self, pending: PendingSave) -> None:
+        """It is published only when that save, which writes below its directory, is durable, and fails with it.
+
+        Args:
+            pending: of another session; on all ranks.
+        """
+        self._others.follow(pending)
 
     def fail(self, error: BaseException) -> None:
         """The bundle will not be published: commit() tells all ranks why."""
@@ -221,7 +230,7 @@ class BundleCheckpointer(SaveSession):
             self._homecoming = Homecoming(tier, made, f"{self._stream}-home", *times)
         self._roots = OwnedRoots()  # none unless we lead
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand in these roots
-        self._published: list[Path] = []  # oldest first
+        self._published = PublishedBundles()
         weakref.finalize(self, self._roots.release).atexit = False
 
     # ---- saving ----------------------------------------------------------------------------------------------------
@@ -306,7 +315,7 @@ class BundleCheckpointer(SaveSession):
         try:
             if self.rank == 0:
                 self._check_failures()
-                self._check_remaining()
+                self._published.check_remaining(self._last_failed)
             if self._nodes is not None:
                 self._nodes.check(root)
             if self._leads:
@@ -335,17 +344,6 @@ class BundleCheckpointer(SaveSession):
             raise REFUSALS[refusal["kind"]](refusal["text"])
         return own
 
-    def _check_remaining(self) -> None:
-        """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""
-        if self._last_failed is None or not self._published or any(manifests.read_if_any(path) for path in self._published):
-            return
-        cause, gone = self._last_failed, ", ".join(f"'{path}'" for path in self._published)
-        self._published.clear()
-        raise CheckpointError(
-            f"the newest save failed with: {cause}; and what was published before is gone: {gone}. There is no checkpoint to "
-            "go back to: remove an old one only when the next is durable"
-        ) from cause
-
     def _commit(self, bundle: Bundle) -> None:
         task = bundle._task
         target = bundle._target
@@ -356,11 +354,7 @@ class BundleCheckpointer(SaveSession):
             files = task.files
             for file in files:
                 self._note_limits(bundle, file)
-            try:
-                for path in bundle._included:
-                    durable.sync_tree(path)
-            except OSError as unsynced:
-                failed = failed or unsynced
+            failed = bundle._others.make_durable(self.options.drain_timeout_s) or failed
             call = dataclasses.replace(target.call, files=tuple(SavedFile(file) for file in files))
             there = held.get(call.directory)
             straight = dataclasses.replace(target, call=call, held=there)
@@ -407,13 +401,21 @@ class BundleCheckpointer(SaveSession):
         if self._nodes is not None:
             self._nodes.succeeded |= error is None or bool(task.tier_at)
         if error is None:
-            before = [path for path in self._published if path != task.path]
-            self._published = [*before[1 - _MOST_PUBLISHED :], task.path]
+            self._published.note(task.path)
 
     def _release(self) -> None:
         if self._nodes is not None:
             self._nodes.close()
         self._roots.release()
+
+    def remove(self, path: str | os.PathLike[str]) -> None:
+        """Removes a bundle, with all that is in its directory; for frameworks that keep only some. On one rank.
+
+        Raises:
+            CheckpointError: it is the newest that this has published, or something of it is left.
+        """
+        self._check_usable()
+        self._published.remove(Path(os.path.abspath(os.fspath(path))))
 
     # ---- finding ---------------------------------------------------------------------------------------------------
 

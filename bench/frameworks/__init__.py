@@ -1,1 +1,1 @@
-"""Training frameworks with our checkpoints beside the same ones with their own."""
+"""Training frameworks: how long their own way to save holds a training up, and how long ours does."""

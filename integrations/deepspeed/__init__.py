@@ -53,10 +53,10 @@ from typing import Any
 
 import ckpt
 
-from .engine import LazyCheckpointEngine, ours_of
+from .engine import LazyCheckpointEngine, collecting, ours_of
 from .patch import patch_deepspeed
 
-__all__ = ["LazyCheckpointEngine", "attach", "disable", "enable", "wait"]
+__all__ = ["LazyCheckpointEngine", "attach", "collecting", "disable", "enable", "is_attached", "wait"]
 
 _enabled = False
 _options: ckpt.Options | None = None
@@ -103,6 +103,11 @@ def attach(engine: Any, options: ckpt.Options | None = None, tiers: Sequence[ckp
         before.cleanup()
     engine.checkpoint_engine = ours
     return ours
+
+
+def is_attached(engine: Any) -> bool:
+    """Whether a DeepSpeedEngine has lazy checkpoints, by enable() or by attach()."""
+    return ours_of(engine) is not None
 
 
 def wait(engine: Any, timeout: float | None = None, *, tier: str | None = None) -> None:

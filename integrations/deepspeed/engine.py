@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import os
 import socket
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ logger = logging.getLogger("ckpt")
 _OPTIMIZER_FILES = "_optim_states.pt"
 # Several ranks write the file of an expert that is replicated, each with its own number among those that do.
 _VARYING = ("zero_partition_rank",)
+_collected: contextvars.ContextVar[list[ckpt.PendingSave] | None] = contextvars.ContextVar("_collected", default=None)
 
 
 class LazyCheckpointEngine:
@@ -180,9 +183,12 @@ class LazyCheckpointEngine:
         Raises:
             CheckpointError: it was waited for, and did not become durable; on all ranks.
         """
+        pending, self._newest = self._newest, None
+        if (collected := _collected.get()) is not None:
+            collected += [] if pending is None else [pending]
+            return
         root, before = os.path.abspath(save_dir), self._saved_to
         self._saved_to = root
-        pending, self._newest = self._newest, None
         waits = before not in (None, root) if self._waits is None else self._waits
         if waits and pending is not None:
             pending.result()
@@ -213,6 +219,20 @@ class LazyCheckpointEngine:
         if tier not in (None, "node"):
             raise ValueError(f"tier must be None or 'node', but is {tier!r}")
         (self._checkpointer.wait if tier is None else self._checkpointer.wait_on_node)(timeout)
+
+
+@contextlib.contextmanager
+def collecting() -> Iterator[list[ckpt.PendingSave]]:
+    """Meanwhile save_checkpoint() of this thread waits for nothing, whatever the config says.
+
+    What it begins is in the list, for whoever makes it a part of a larger checkpoint and waits for that.
+    """
+    begun: list[ckpt.PendingSave] = []
+    token = _collected.set(begun)
+    try:
+        yield begun
+    finally:
+        _collected.reset(token)
 
 
 def ours_of(engine: Any) -> LazyCheckpointEngine | None:

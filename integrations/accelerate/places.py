@@ -1,0 +1,94 @@
+"""Where a state is saved, and what lies there."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import ckpt
+
+from . import accelerate_private as private
+
+logger = logging.getLogger("ckpt")
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A directory for a state.
+
+    Attributes:
+        root: where the lock lies, and what is on its way. Not the directory in which accelerate numbers others: accelerate
+            takes all that is there for checkpoints.
+        name: from there.
+        number: that accelerate has given it, if it has.
+    """
+
+    root: Path
+    name: str
+    number: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.root / self.name
+
+
+def place_at(directory: Any) -> Place:
+    path = Path(os.path.abspath(directory))
+    if private.is_numbered(path):
+        return Place(path.parent.parent, f"{private.FOLDER}/{path.name}", private.number_of(path.name))
+    return Place(path.parent, path.name)
+
+
+def next_place(accelerator: Any) -> Place:
+    """Of a state whose directory accelerate names."""
+    number = int(accelerator.save_iteration)
+    return Place(Path(os.path.abspath(accelerator.project_dir)), private.numbered(number), number)
+
+
+def numbered_in(folder: Path) -> list[Path]:
+    """What accelerate takes for checkpoints there, the oldest first. None, if there is no such directory."""
+    try:
+        found = [path for path in folder.iterdir() if path.is_dir()]
+    except FileNotFoundError:
+        return []
+    numbers = [(number, path.name, path) for path in found if (number := private.number_of(path.name)) is not None]
+    return [path for _, _, path in sorted(numbers)]
+
+
+def refuse_taken(place: Place, in_flight: bool) -> None:
+    """
+    Raises:
+        ValueError: as accelerate does, if the next number has a directory.
+    """
+    if in_flight or place.path.exists():
+        raise ValueError(
+            f"Checkpoint directory {place.path} ({place.number}) already exists. Please manually override "
+            "`self.save_iteration` with what iteration to start with."
+        )
+
+
+def holds_only_a_state(directory: Path) -> bool:
+    """Whether all that lies in it comes from save_state(), so that another directory may take its place as a whole."""
+    if directory.is_symlink() or os.path.ismount(directory) or Path.cwd().is_relative_to(directory):
+        return False
+    try:
+        return all(private.is_of_a_state(path.name) for path in directory.iterdir())
+    except FileNotFoundError:
+        return True
+
+
+def remove_old(bundles: ckpt.BundleCheckpointer, newest: Path, limit: int) -> None:
+    """All but the newest so many of the numbered ones. What cannot be removed is logged.
+
+    Args:
+        newest: which is durable, and stays in any case.
+    """
+    others = [path for path in numbered_in(newest.parent) if path != newest]
+    for path in others[: max(0, len(others) + 1 - max(1, limit))]:
+        try:
+            bundles.remove(path)
+        except ckpt.CheckpointError as error:
+            logger.warning("'%s' should make room for newer checkpoints, and stays: %s", path, error)

@@ -1,0 +1,213 @@
+"""What enable() has asked for, and what saves and finds states accordingly, in this process."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ckpt
+from ckpt.errors import CorruptError, UnsupportedError
+
+from ..huggingface.open_bundle import OpenBundle, writing_to
+from ..huggingface.session import Session
+from . import accelerate_private as private
+from . import places
+from .places import Place
+
+logger = logging.getLogger("ckpt")
+
+_ADVICE = "If it is called by the main process alone: enable(ranks='main')"
+_NOT_OURS = ("XLA", "MEGATRON_LM")
+_PARTS = ("FSDP", "DEEPSPEED")  # each rank holds a part
+
+
+class StateSaves:
+    """
+    Args:
+        options: see ckpt.Options.
+        main_alone: whether only the main process saves.
+    """
+
+    def __init__(self, options: ckpt.Options | None, main_alone: bool) -> None:
+        self.options = options
+        self._main_alone = main_alone
+        self._session: Session | None = None
+        self._newest: dict[Path, ckpt.PendingSave] = {}  # that may be in flight
+        self._said: set[str] = set()
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def why_not(self, accelerator: Any) -> str | None:
+        """Why accelerate is to save by itself; None: it need not."""
+        kind = private.distributed_type(accelerator)
+        if kind in _NOT_OURS:
+            return f"the kind of training is {kind}"
+        if accelerator.project_configuration.save_on_each_node:
+            return "save_on_each_node is set"
+        return None
+
+    def refuse_others(self, accelerator: Any) -> None:
+        """
+        Raises:
+            CheckpointError: this process is not to save, and its part of the state would be lost.
+        """
+        if self._main_alone and not accelerator.is_main_process:
+            raise ckpt.CheckpointError(
+                f"save_state() was called by process {accelerator.process_index}, and {private.ADAPTER} was enabled with "
+                "ranks='main', so that only the main process saves: enable it without, if all processes call it"
+            )
+
+    def say(self, reason: str) -> None:
+        if reason not in self._said:
+            self._said.add(reason)
+            logger.warning("accelerate saves by itself, and the training waits for it, because %s", reason)
+
+    def place_of(self, accelerator: Any, output_dir: Any) -> tuple[Place, bool]:
+        """Where a state goes, the same on all ranks; and whether the directory is to get its name last.
+
+        Raises:
+            ValueError: accelerate's next number is taken.
+        """
+        session = self._session_for(accelerator)
+        automatic = accelerator.project_configuration.automatic_checkpoint_naming
+        place = places.next_place(accelerator) if automatic else places.place_at(output_dir)
+        in_flight = self._in_flight(place.path)
+        if in_flight is not None and not automatic:
+            in_flight.exception(session.options.drain_timeout_s)  # what lies there is about to be replaced
+
+        def look() -> bool:
+            if automatic:
+                places.refuse_taken(place, in_flight is not None)
+            return places.holds_only_a_state(place.path)
+
+        return place, bool(session.decide(look))
+
+    @contextlib.contextmanager
+    def saving(self, accelerator: Any, place: Place, named_last: bool) -> Iterator[OpenBundle]:
+        """Meanwhile accelerate is to write into the directory of what this gives. Then all of it goes to the background.
+
+        Raises:
+            CheckpointError: as BundleCheckpointer.begin().
+        """
+        session = self._session_for(accelerator)
+        step = int(accelerator.step) if place.number is None else place.number
+        bundle = session.begin(place.root, place.name, step=step, named_last=named_last)
+        try:
+            with writing_to(bundle):
+                yield bundle
+        except BaseException as error:
+            bundle.fail(error)
+            bundle.commit()
+            raise
+        self._note(place.path, bundle.commit())
+
+    def keep(self, accelerator: Any, place: Place, limit: int | None) -> None:
+        """Once the newest save is durable, older ones than so many go; on the main process."""
+        if limit is None or not accelerator.is_main_process:
+            return
+        bundles = self._session_for(accelerator).bundles
+
+        def remove(pending: ckpt.PendingSave) -> None:
+            if pending.exception(0) is None:
+                places.remove_old(bundles, place.path, limit)
+
+        self._newest[place.path].add_done_callback(remove)
+
+    def _note(self, path: Path, pending: ckpt.PendingSave) -> None:
+        self._newest = {known: save for known, save in self._newest.items() if not save.done()}
+        self._newest[path] = pending
+
+    def _in_flight(self, path: Path) -> ckpt.PendingSave | None:
+        found = self._newest.get(path)
+        return None if found is None or found.done() else found
+
+    # ---- loading ---------------------------------------------------------------------------------------------------
+
+    def find(self, accelerator: Any, input_dir: Any) -> str | None:
+        """The directory to load, once nothing of this job is in flight, verified.
+
+        Args:
+            input_dir: None: the newest of those that accelerate has numbered that is good.
+
+        Returns:
+            None: accelerate is to say that there is none.
+
+        Raises:
+            CorruptError: it is damaged or incomplete; if it was not named, all are.
+        """
+        session = self._session_for(accelerator)
+        if not self._main_alone:
+            return self._find(session, accelerator, input_dir)
+        from accelerate.utils import broadcast_object_list
+
+        said: list[Any] = [None, None]
+        if accelerator.is_main_process:
+            try:
+                said[0] = self._find(session, accelerator, input_dir)
+            except ckpt.CheckpointError as error:
+                said[1] = error
+        if accelerator.num_processes > 1:
+            broadcast_object_list(said)
+        if said[1] is not None:
+            raise said[1]
+        found: str | None = said[0]
+        return found
+
+    def _find(self, session: Session, accelerator: Any, input_dir: Any) -> str | None:
+        session.bundles.wait_quietly()
+        if input_dir is not None:
+            place = places.place_at(os.path.expanduser(input_dir))
+            return None if session.bundles.find(place.root, place.name) is None else str(place.path)
+        root = Path(os.path.abspath(accelerator.project_dir))
+        session.bundles.find(root, f"{private.FOLDER}/none")  # what a crash has left unnamed gets its name
+        names = session.decide(lambda: [path.name for path in reversed(places.numbered_in(root / private.FOLDER))])
+        worst: CorruptError | None = None
+        for name in names:
+            try:
+                if session.bundles.find(root, f"{private.FOLDER}/{name}") is not None:
+                    return str(root / private.FOLDER / name)
+            except CorruptError as error:
+                worst = worst or error
+                logger.warning("'%s' is not a good checkpoint, an older one is looked for: %s", name, error)
+        if worst is not None:
+            raise worst
+        return None
+
+    # ---- waiting ---------------------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None) -> None:
+        session = self._usable()
+        if session is not None:
+            session.bundles.wait(timeout)
+
+    def close(self) -> ckpt.CheckpointError | None:
+        """Waits for what is in flight, and ends; the next save begins anew. The error of the newest save, if it failed."""
+        session, self._session = self._usable(), None
+        if session is None:
+            return None
+        try:
+            session.close()
+        except ckpt.CheckpointError as error:
+            return error
+        return None
+
+    def _usable(self) -> Session | None:
+        """None, too, in a process that was forked: what belongs to its parent is left alone."""
+        return self._session if self._session is not None and self._session.owner == os.getpid() else None
+
+    def _session_for(self, accelerator: Any) -> Session:
+        if self._main_alone and private.distributed_type(accelerator) in _PARTS:
+            raise UnsupportedError(
+                f"{private.ADAPTER} was enabled with ranks='main', and with {private.distributed_type(accelerator)} each rank "
+                "holds a part of the model: enable it without, and call save_state() on all ranks"
+            )
+        session = self._usable()
+        if session is None:
+            make = functools.partial(Session, what="save_state()", advice=_ADVICE)
+            session = self._session = make(self.options, alone=self._main_alone or accelerator.num_processes == 1)
+        return session

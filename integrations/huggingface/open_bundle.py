@@ -1,0 +1,93 @@
+"""The bundle that a thread is putting together, while the code of a framework believes that it writes files."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import ckpt
+from ckpt.errors import UnsupportedError
+
+_open: contextvars.ContextVar[OpenBundle | None] = contextvars.ContextVar("_open", default=None)
+
+
+class OpenBundle:
+    """Made by Session.begin().
+
+    Args:
+        bundle: of BundleCheckpointer.
+        sharded: gives what saves sharded states for the same ranks.
+    """
+
+    def __init__(self, bundle: Any, sharded: Callable[[], Any]) -> None:
+        self._bundle = bundle
+        self._sharded = sharded
+
+    @property
+    def directory(self) -> Path:
+        """Where all of it is to be written. It may get another name when all is durable."""
+        directory: Path = self._bundle.directory
+        return directory
+
+    def holds(self, path: Any) -> bool:
+        """Whether a file, or a directory, belongs to it."""
+        if not isinstance(path, (str, os.PathLike)):
+            return False
+        return Path(os.path.abspath(path)).is_relative_to(self.directory)
+
+    def save(self, obj: Any, path: Any, **more: Any) -> None:
+        """As of Bundle.save(): what goes wrong is told by the whole bundle."""
+        self._bundle.save(obj, path, **more)
+
+    def save_sharded(self, state: Any, path: Any) -> bool:
+        """A directory of torch.distributed.checkpoint in it. All ranks call it. False, on all of them: it is not of the kind
+        that this library shards by itself, and nothing was done."""
+        try:
+            self.follow(self._sharded().save(path, state))
+        except UnsupportedError:
+            return False
+        except ckpt.CheckpointError as error:
+            self._bundle.fail(error)
+        return True
+
+    def write_now(self, write: Callable[[], Any]) -> None:
+        """Lets somebody else write a file of it. What goes wrong is told by the whole bundle, as of all other files."""
+        try:
+            write()
+        except Exception as error:
+            self._bundle.fail(error)
+
+    def follow(self, pending: ckpt.PendingSave) -> None:
+        """It is complete only with this save, which writes below its directory."""
+        self._bundle.follow(pending)
+
+    def fail(self, error: BaseException) -> None:
+        """Nothing of it will be a checkpoint. What was begun must still be committed."""
+        known = isinstance(error, ckpt.CheckpointError)
+        self._bundle.fail(error if known else ckpt.CheckpointError(f"{type(error).__name__}: {error}"))
+
+    def commit(self) -> ckpt.PendingSave:
+        """With all that lies in the directory, whoever has written it."""
+        self._bundle.include(self.directory)
+        pending: ckpt.PendingSave = self._bundle.commit()
+        return pending
+
+
+@contextlib.contextmanager
+def writing_to(bundle: OpenBundle | None) -> Iterator[None]:
+    """Meanwhile what this thread writes to its directory, by writers that were replaced, goes to the bundle; None: to none."""
+    token = _open.set(bundle)
+    try:
+        yield
+    finally:
+        _open.reset(token)
+
+
+def bundle_of(path: Any) -> OpenBundle | None:
+    """The one that this thread puts together, if the path belongs to it."""
+    bundle = _open.get()
+    return bundle if bundle is not None and bundle.holds(path) else None

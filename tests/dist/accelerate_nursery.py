@@ -1,0 +1,30 @@
+"""A nursery whose children have accelerate imported, with what torch imports late."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from nursery import Nursery, freeze, import_torch, serve, warm_up
+
+
+class AccelerateNursery(Nursery):
+    def __init__(self) -> None:
+        self._begin(__file__, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+
+
+def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, module: str = "accelerate_training") -> str:
+    """What runs a plan of accelerate_training.py as this rank, in a child of a nursery."""
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    place = {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
+    setting = f"import os; os.environ.update({place!r})" if ranks > 1 else "import os"
+    return f"{setting}; from dist import {module}; {module}.main({plan!r}); os._exit(0)"  # all is durable
+
+
+if __name__ == "__main__":
+    import_torch()
+    warm_up()
+    from dist import accelerate_training  # noqa: F401
+
+    freeze()
+    exec(serve(int(sys.argv[1])), {})

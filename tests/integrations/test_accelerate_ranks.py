@@ -1,0 +1,187 @@
+"""Jobs with accelerate, of one rank and of two: killed at every point of a save, they resume and end as the undisturbed one."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+if importlib.util.find_spec("accelerate") is None:
+    pytest.skip("accelerate is not installed", allow_module_level=True)
+
+from dist.accelerate_nursery import AccelerateNursery, training_program
+from dist.deepspeed_nursery import free_port
+from nursery import Child, Ended, Nursery, nurseries_of_ranks
+
+pytestmark = pytest.mark.usefixtures("native")
+
+STEPS = 8  # more than one epoch of one rank, and in the middle of one when it is killed
+DETECTED_S = 0.3  # the ranks that are left go on for so long, as under a launcher, before it ends them
+
+# Where a rank can be killed while a state is saved.
+EVERY_RANK = ("chunk-written", "data-durable", "prepared")
+RANK_0_ONLY = ("manifest-renamed", "all-placed", "bundle-named")
+
+
+@dataclasses.dataclass
+class Life:
+    """What the ranks of a job said and left, from its start to its end or to when it was killed."""
+
+    ended: list[Ended]
+    outcomes: list[dict[str, Any] | None]
+
+    def said(self, what: str) -> list[list[tuple[int, str]]]:
+        """For each rank, steps and what else stands there."""
+        lines = [re.findall(rf"^{what} (\d+)(?: (\w+))?$", rank.stdout, re.MULTILINE) for rank in self.ended]
+        return [[(int(step), rest) for step, rest in each] for each in lines]
+
+    @property
+    def durable(self) -> int:
+        return max((step for rank in self.said("durable") for step, _ in rank), default=0)
+
+
+class Job:
+    """Ranks that train in one directory, again and again."""
+
+    def __init__(self, nurseries: list[Nursery], where: Path, **plan: Any) -> None:
+        self._nurseries, self._where, self._plan = nurseries, where, plan
+        self._lives = 0
+
+    @property
+    def directory(self) -> Path:
+        return self._where / "project"
+
+    def live(self, first: int = 0, **more: Any) -> Life:
+        """Until the end, or until rank `first` has been killed, by itself, and the others soon after."""
+        self._lives += 1
+        outcomes = self._where / f"life-{self._lives}"
+        outcomes.mkdir(parents=True)
+        plan = {"directory": str(self.directory), "outcomes": str(outcomes), "steps": STEPS} | self._plan | more
+        port, ranks = free_port(), len(self._nurseries)
+        children: list[Child] = [
+            nursery.start(training_program(plan, rank, ranks, port)) for rank, nursery in enumerate(self._nurseries)
+        ]
+        ended: dict[int, Ended] = {}
+        for rank in sorted(range(ranks), key=lambda rank: rank != first):
+            if any(before.returncode for before in ended.values()):
+                children[rank].kill_after(DETECTED_S)
+            ended[rank] = children[rank].wait()
+        paths = [outcomes / f"outcome.{rank}.json" for rank in range(ranks)]
+        read = [json.loads(path.read_text()) if path.exists() else None for path in paths]
+        return Life([ended[rank] for rank in range(ranks)], read)
+
+    def whole(self, **more: Any) -> list[dict[str, Any]]:
+        """What each rank computes in a life that nobody ends."""
+        life = self.live(**more)
+        assert [rank.returncode for rank in life.ended] == [0] * len(life.ended), "".join(rank.stderr for rank in life.ended)
+        outcomes = [outcome for outcome in life.outcomes if outcome is not None]
+        assert len(outcomes) == len(life.ended)
+        return outcomes
+
+    def end(self, reference: list[dict[str, Any]], at_least: int, **more: Any) -> None:
+        """Resumes from what was saved last, computes the same, and leaves no rubbish."""
+        for outcome, expected in zip(self.whole(**more), reference, strict=True):
+            for name in ("digests", "losses"):
+                assert outcome[name].items() <= expected[name].items(), f"a resumed run has other {name}"
+            assert str(STEPS) in outcome["digests"]
+            assert min(map(int, outcome["digests"])) >= at_least, "something newer was durable"
+        assert not [path for path in self.directory.rglob("*") if path.name.startswith((".tmp-", ".lazyckpt-"))]
+
+
+@pytest.fixture(scope="module")
+def nurseries() -> Iterator[list[Nursery]]:
+    with nurseries_of_ranks(2, AccelerateNursery) as made:
+        yield made
+
+
+class References:
+    """What the ranks of undisturbed jobs compute, as far as asked for."""
+
+    def __init__(self, nurseries: list[Nursery], where: Path) -> None:
+        self._nurseries, self._where = nurseries, where
+        self._known: dict[str, list[dict[str, Any]]] = {}
+
+    def of(self, ranks: int, **plan: Any) -> list[dict[str, Any]]:
+        """Without this library."""
+        name = f"{ranks}-{plan}"
+        if name not in self._known:
+            where = self._where / str(len(self._known))
+            self._known[name] = Job(self._nurseries[:ranks], where, **plan).whole(stock=True)
+        return self._known[name]
+
+
+@pytest.fixture(scope="module")
+def references(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(nurseries, tmp_path_factory.mktemp("references"))
+
+
+def check_found(life: Life, reference: list[dict[str, Any]]) -> None:
+    """What a rank has resumed from is what the undisturbed run was in."""
+    for found, expected in zip(life.said("found"), reference, strict=True):
+        assert {str(step): digest for step, digest in found}.items() <= expected["digests"].items()
+
+
+CASES = [(ranks, point, 0) for ranks in (1, 2) for point in (*EVERY_RANK, *RANK_0_ONLY)]
+CASES += [(2, point, 1) for point in EVERY_RANK]
+SOME = {(1, "data-durable", 0), (2, "prepared", 1), (2, "manifest-renamed", 0), (2, "bundle-named", 0)}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "point", "rank"),
+    [pytest.param(*case, marks=() if case in SOME else pytest.mark.slow) for case in CASES],
+)
+def test_killed_at_a_crash_point(
+    ranks: int, point: str, rank: int, nurseries: list[Nursery], references: References, tmp_path: Path
+) -> None:
+    number = CASES.index((ranks, point, rank))
+    job, reference = Job(nurseries[:ranks], tmp_path), references.of(ranks)
+    crash = {"crash_point": point, "crash_skip": 2 + number % 3, "crash_rank": rank}
+    life = job.live(rank, wait=number % 2 == 0, **crash)
+    check_found(life, reference)
+    assert life.ended[rank].returncode == -signal.SIGKILL, f"it never came to the crash point: {life.ended[rank].stderr}"
+    job.end(reference, at_least=life.durable)
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed"])
+def test_sharded_states_are_killed_and_resumed(
+    kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
+) -> None:
+    if kind == "deepspeed" and importlib.util.find_spec("deepspeed") is None:
+        pytest.skip("deepspeed is not installed")
+    job, reference = Job(nurseries, tmp_path, kind=kind), references.of(2, kind=kind)
+    life = job.live(1, wait=True, crash_point="data-durable", crash_skip=9, crash_rank=1)
+    check_found(life, reference)
+    assert life.ended[1].returncode == -signal.SIGKILL, f"it never came to the crash point: {life.ended[1].stderr}"
+    assert life.durable > 0
+    job.end(reference, at_least=life.durable)
+
+
+def test_only_the_main_process_saves(nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
+    """As scripts do: under `if accelerator.is_main_process`."""
+    job = Job(nurseries, tmp_path, ranks="main", numbered=False)
+    outcomes = job.whole()
+    for outcome, expected in zip(outcomes, references.of(2), strict=True):
+        assert outcome["digests"] == expected["digests"]
+    assert sorted(path.name for path in job.directory.iterdir() if path.is_dir()) == [f"step_{n}" for n in range(1, STEPS + 1)]
+    again = job.whole(load=str(job.directory / "step_4"), steps=4)
+    digest_of_rank_0 = again[0]["digests"]["4"]
+    assert digest_of_rank_0 == outcomes[0]["digests"]["4"]
+
+
+def test_each_goes_on_from_what_the_other_has_saved(nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
+    """Two ranks: accelerate alone and this library, in turn, in one directory."""
+    job, reference = Job(nurseries, tmp_path), references.of(2)
+    for steps, stock in ((2, False), (4, True), (6, False), (STEPS, True)):
+        for outcome, expected in zip(job.whole(steps=steps, stock=stock), reference, strict=True):
+            assert outcome["digests"].items() <= expected["digests"].items()
+            assert min(map(int, outcome["digests"])) == max(0, steps - 2)
