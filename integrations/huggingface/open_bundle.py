@@ -67,7 +67,7 @@ class OpenBundle:
 
     def fail(self, error: BaseException) -> None:
         """Nothing of it will be a checkpoint. What was begun must still be committed."""
-        self._bundle.fail(ckpt.CheckpointError(f"{type(error).__name__}: {error}"))
+        self._bundle.fail(ckpt.CheckpointError(f"what writes the checkpoint has raised {type(error).__name__}: {error}"))
 
     def commit(self) -> ckpt.PendingSave:
         """With all that lies in the directory, whoever has written it."""
