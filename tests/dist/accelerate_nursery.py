@@ -10,7 +10,7 @@ from nursery import Nursery, freeze, import_torch, serve, warm_up
 
 class AccelerateNursery(Nursery):
     def __init__(self) -> None:
-        self._begin(__file__, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+        self._begin(__file__, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
 
 def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, module: str = "accelerate_training") -> str:
