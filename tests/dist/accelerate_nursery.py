@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -24,7 +25,12 @@ def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, mod
 if __name__ == "__main__":
     import_torch()
     warm_up()
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
     from dist import accelerate_training  # noqa: F401
+
+    if importlib.util.find_spec("deepspeed") is not None:  # accelerate imports half of it anyway
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     freeze()
     exec(serve(int(sys.argv[1])), {})

@@ -62,7 +62,15 @@ def make_model(with_statistics: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), *middle, nn.ReLU(), nn.Dropout(0.2), nn.Linear(WIDTH, WIDTH))
 
 
-def deepspeed_plugin() -> Any:
+# accelerate shards on devices alone; on the host it asks for no more than what is set here.
+
+
+def shard_by_fsdp() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
+    set_kind(DistributedType.FSDP, fsdp_plugin=plugin)
+
+
+def shard_by_deepspeed(accelerator: Accelerator) -> None:
     from accelerate.utils import DeepSpeedPlugin
 
     config = {
@@ -70,17 +78,19 @@ def deepspeed_plugin() -> Any:
         "gradient_accumulation_steps": ACCUMULATE,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": False},
     }
-    return DeepSpeedPlugin(hf_ds_config=config)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    plugin.set_mixed_precision("no")
+    plugin.select(_from_accelerator_state=True)
+    set_kind(DistributedType.DEEPSPEED, deepspeed_plugins=plugin)
+    accelerator.deepspeed_engine_wrapped = None
 
 
-def shard_on_the_host() -> None:
-    """accelerate lets FSDP shard on devices alone, and asks for no more than what is set here."""
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
+def set_kind(kind: DistributedType, **plugins: Any) -> None:
     for state in (PartialState, AcceleratorState):
-        state._shared_state["distributed_type"] = DistributedType.FSDP
-    AcceleratorState._shared_state["fsdp_plugin"] = plugin
+        state._shared_state["distributed_type"] = kind
+    AcceleratorState._shared_state.update(plugins)
 
 
 class Training:
@@ -91,16 +101,16 @@ class Training:
 
     def __init__(self, kind: str, directory: Path, numbered: bool, limit: int | None) -> None:
         self.accelerator = Accelerator(
-            cpu=kind != "deepspeed",
+            cpu=True,
             gradient_accumulation_steps=ACCUMULATE,
             step_scheduler_with_optimizer=False,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
             project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=numbered, total_limit=limit),
-            **({"deepspeed_plugin": deepspeed_plugin()} if kind == "deepspeed" else {}),
         )
         if kind == "fsdp2":
-            shard_on_the_host()
-        self.kind = kind
+            shard_by_fsdp()
+        elif kind == "deepspeed":
+            shard_by_deepspeed(self.accelerator)
         torch.manual_seed(1)
         model = make_model(kind == "plain")
         self.average = Average(model) if kind == "plain" else None
