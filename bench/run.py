@@ -11,6 +11,7 @@
     python -m bench.run --workload frequency              a save every 10 to every iteration; not part of "all"
     python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
+    python -m bench.run --workload safetensors            safetensors files beside save_file and load_file; not part of "all"
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
     python -m bench.run --workload tiers                  a slow home, by way of the node's disk; not part of "all"
     python -m bench.run --workload object                 to an object store and back; not part of "all"
@@ -54,6 +55,12 @@ def measure_gpu(settings: Settings, report: Report) -> None:
     measure_gpu(settings, report)
 
 
+def measure_safetensors(settings: Settings, report: Report) -> None:
+    from bench.workloads.safetensors_files import measure_safetensors  # with a library that the others need not import
+
+    measure_safetensors(settings, report)
+
+
 def measure_sharded(settings: Settings, report: Report) -> None:
     from bench.sharded.workload import measure_sharded  # with the same
 
@@ -95,6 +102,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "frequency": measure_frequency,
     "sizes": measure_sizes,
     "restore": measure_restore,
+    "safetensors": measure_safetensors,
     "sharded": measure_sharded,
     "tiers": measure_tiers,
     "object": measure_object,

@@ -83,6 +83,7 @@ class Engine:
         # Pickles; of each archive which of them is its, and how many storages it has.
         archives: tuple[Sequence[bytes], Sequence[int], Sequence[int]] | None = None,
         alike: bool = False,
+        packed: bool = False,  # head and storages, one behind the other, and nothing else
     ) -> Job: ...
     def fence(self, streams: Mapping[int, int] = {}) -> None: ...
     def order(self, streams: Mapping[int, int]) -> None: ...
@@ -130,6 +131,21 @@ class RecordFile:
     def check(self, in_memory: Sequence[tuple[int, int, int]], threads: int) -> None: ...
     directory_crc32: int
     bytes_read: int
+
+class RangeFile:
+    size: int
+    def __init__(self, path: bytes, direct: bool) -> None: ...
+    def read_bytes(self, offset: int, length: int) -> bytes: ...
+    def read(
+        self,
+        places: Sequence[tuple[int, int, int, int]],  # offset, length, address (0: only checksummed), device or -1
+        *,
+        threads: int,
+        timeout_s: float,
+        keep: Any,
+        driver: str | None = None,
+        streams: Mapping[int, int] = {},
+    ) -> list[int]: ...  # the CRC-32 of each
 
 def check_device(device: int, timeout_s: float, driver: str | None = None) -> tuple[str, str]: ...
 def write_small_file(path: bytes, bytes: bytes) -> None: ...

@@ -9,7 +9,7 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +26,8 @@ from ckpt.directory.late_names import partial_of
 from ckpt.directory.owned_roots import OwnedRoots
 from ckpt.directory.publish_lock import is_home
 from ckpt.directory.published import PublishedBundles
-from ckpt.errors import (
-    CheckpointError,
-    ClosedError,
-    DeadlineError,
-    SkippedError,
-    StorageError,
-    SupersededError,
-)
+from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedError, StorageError, SupersededError
+from ckpt.formats.by_suffix import format_of
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.bundle_finder import BundleFinder
@@ -85,7 +79,9 @@ class Bundle:
         """Whether its directory is made later, when what is saved to the node comes home."""
         return self._landing is not None
 
-    def save(self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None) -> None:
+    def save(
+        self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, metadata: Mapping[str, str] | None = None
+    ) -> None:
         """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
 
         Never raises for what went wrong: the other ranks may be waiting in a barrier for this one. commit() says it to all.
@@ -94,7 +90,7 @@ class Bundle:
             path: where; a file that lies elsewhere than directly in the bundle's directory gets its name with the others, but
                 is not part of the checkpoint. Several ranks may write one file: that of the lowest rank is taken, and theirs
                 must have the same structure. By way of nodes, all of them lie directly in the directory.
-            lazy: as in `ckpt.save`.
+            lazy, metadata: as in `ckpt.save`.
         """
         if self._committed:
             raise ClosedError(f"the bundle '{self.directory}' was committed already")
@@ -102,7 +98,9 @@ class Bundle:
             return
         try:
             target = Path(os.path.abspath(os.fspath(path)))
+            made = format_of(target, metadata)
             file = self._file_at(target) if self._landing is None else self._file_on_node(target, self._landing)
+            file.made = made
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()

@@ -23,6 +23,7 @@ OURS, INTO = "ckpt.load", "ckpt.load_into"
 FOREIGN = "ckpt.load, a file by torch.save"
 TORCH, MAPPED, SAFETENSORS, DCP = "torch.load", "torch.load(mmap), touched", "safetensors load_file, touched", "DCP load"
 CASES = (OURS, INTO, FOREIGN, TORCH, MAPPED, SAFETENSORS, DCP)
+OURS_TENSORS, OURS_TENSORS_INTO = "ckpt.load, safetensors", "ckpt.load_into, safetensors"  # of the workload of that name
 
 HOW = (
     "in a process of its own, which has loaded a small file in the same way before: the file's pages are dropped from the page "

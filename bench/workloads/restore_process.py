@@ -24,7 +24,18 @@ from bench.measure.disk_pages import drop_from_cache
 from bench.measure.sampling import clock
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.memory_process import MIB, forget_the_past, high_water_mark, make_state
-from bench.workloads.restore import CASES, DCP, FOREIGN, INTO, MAPPED, OURS, SAFETENSORS, TORCH
+from bench.workloads.restore import (
+    CASES,
+    DCP,
+    FOREIGN,
+    INTO,
+    MAPPED,
+    OURS,
+    OURS_TENSORS,
+    OURS_TENSORS_INTO,
+    SAFETENSORS,
+    TORCH,
+)
 
 State = dict[str, torch.Tensor]
 PAGE = 4096
@@ -74,17 +85,20 @@ def loads_into(state: State, fill: Callable[[State], object]) -> State:
 def way(case: str, directory: Path) -> Callable[[], State]:
     """What the clock is put around. Memory that a load is given is made before."""
     ours, theirs = directory / "ckpt.pt", directory / "torch.pt"
-    if case in (INTO, DCP):
+    tensors = directory / "state.safetensors"
+    if case in (INTO, DCP, OURS_TENSORS_INTO):
         state = empty_like(shapes_of(theirs))
-        if case == INTO:
-            return lambda: loads_into(state, lambda target: ckpt.load_into(ours, target))
+        if case != DCP:
+            path = ours if case == INTO else tensors
+            return lambda: loads_into(state, lambda target: ckpt.load_into(path, target))
         return lambda: loads_into(state, lambda target: dcp.load(target, checkpoint_id=directory / "dcp", no_dist=True))
     simple: dict[str, Callable[[], State]] = {
         OURS: lambda: ckpt.load(ours),
         FOREIGN: lambda: ckpt.load(theirs),
         TORCH: lambda: torch.load(theirs, weights_only=True),
         MAPPED: lambda: load_mapped(theirs),
-        SAFETENSORS: lambda: touched(safetensors.torch.load_file(directory / "state.safetensors")),
+        SAFETENSORS: lambda: touched(safetensors.torch.load_file(tensors)),
+        OURS_TENSORS: lambda: ckpt.load(tensors),
     }
     return simple[case]
 
@@ -107,7 +121,7 @@ def load(case: str, directory: Path) -> dict[str, Any]:
 def main(action: str, case: str, directory: Path, nbytes: int) -> dict[str, Any]:
     if action == "write":
         return write(directory, nbytes)
-    if case not in CASES:
+    if case not in (*CASES, OURS_TENSORS, OURS_TENSORS_INTO):
         raise SystemExit(f"there is no way '{case}'")
     return load(case, directory)
 

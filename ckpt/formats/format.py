@@ -21,6 +21,7 @@ class FileDescription:
         head, tail: the records before and behind those of the tensors, each with its name and its bytes.
         alignment: bytes, of each record; None: large ones begin at multiples of what direct I/O demands, the others need none.
         archives: the file holds these, without head and tail; None: one.
+        packed: head and tensors stand one behind the other, and nothing else is there: no archive, no names, no tail.
     """
 
     archive: bytes
@@ -28,10 +29,11 @@ class FileDescription:
     tail: list[tuple[str, bytes]]
     alignment: int | None
     archives: Archives | None = None
+    packed: bool = False
 
 
 class FileFormat(Protocol):
-    """How an object becomes a file: TorchZip, DcpFile."""
+    """How an object becomes a file: TorchZip, DcpFile, SafetensorsFile."""
 
     def plan(self, obj: Any, lazy: LazyStorages, eager_bytes: int, device_lazy: bool | str) -> SavePlan:
         """What of the object goes to the file; see make_plan()."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -32,7 +33,52 @@ class RecordEntry(NamedTuple):
     size: int
 
 
-class Archive:
+class Records(abc.ABC):
+    """What a file holds, or several that belong together, by names, and how its bytes are read.
+
+    Attributes:
+        path: for errors.
+        records: by their names.
+    """
+
+    path: Path
+    records: Mapping[str, RecordEntry]
+
+    @abc.abstractmethod
+    def storage_names(self) -> list[str]:
+        """Of the records that are the bytes of tensors."""
+
+    def allocate(self, names: Iterable[str], devices: Mapping[str, int] = _NONE) -> dict[str, torch.UntypedStorage]:
+        """
+        Args:
+            devices: of the records that are to lie on one, by name.
+
+        Raises:
+            RuntimeError: a device has not enough memory.
+        """
+        return {
+            name: torch_devices.allocate(self.records[name].size, devices[name])
+            if name in devices
+            else allocate(self.records[name].size, self.records[name].offset)
+            for name in names
+        }
+
+    @abc.abstractmethod
+    def fill(self, destinations: Mapping[str, Any], *, whole: bool = False, devices: Mapping[str, int] = _NONE) -> int | None:
+        """Reads records, and checks what checksums there are.
+
+        Args:
+            destinations: what has a data_ptr() and room for the record, by name.
+            whole: check all of the file. Then its CRC-32 is returned.
+            devices: of those destinations that lie on one, by name. They get their bytes behind what the current stream of
+                the device has been given so far, and have them when this returns.
+
+        Raises:
+            DeviceError: their driver failed, or a current stream is being captured into a graph.
+        """
+
+
+class Archive(Records):
     """An open file whose directory is consistent: records lie inside it, uncompressed, and do not overlap.
 
     Args:
@@ -71,40 +117,14 @@ class Archive:
         return bytes_of(place["byteorder"]).decode("ascii", "replace")
 
     def storage_names(self) -> list[str]:
-        """Of the records that are the bytes of tensors."""
         return [name for name in self.records if name.startswith("data/")]
 
     def small_names(self) -> list[str]:
         """Of all others: the pickle, and a few bytes each."""
         return [name for name in self.records if not name.startswith("data/")]
 
-    def allocate(self, names: Iterable[str], devices: Mapping[str, int] = _NONE) -> dict[str, torch.UntypedStorage]:
-        """
-        Args:
-            devices: of the records that are to lie on one, by name.
-
-        Raises:
-            RuntimeError: a device has not enough memory.
-        """
-        return {
-            name: torch_devices.allocate(self.records[name].size, devices[name])
-            if name in devices
-            else allocate(self.records[name].size, self.records[name].offset)
-            for name in names
-        }
-
     def fill(self, destinations: Mapping[str, Any], *, whole: bool = False, devices: Mapping[str, int] = _NONE) -> int | None:
-        """Reads records and checks the CRC-32 of each.
-
-        Args:
-            destinations: what has a data_ptr() and room for the record, by name.
-            whole: check all of the file. Then its CRC-32 is returned.
-            devices: of those destinations that lie on one, by name. They get their bytes behind what the current stream of
-                the device has been given so far, and have them when this returns.
-
-        Raises:
-            DeviceError: their driver failed, or a current stream is being captured into a graph.
-        """
+        """See Records. The CRC-32 of each is checked."""
         return self._file.read(
             self._wanted(destinations, devices),
             whole=whole,

@@ -9,7 +9,7 @@ import torch
 
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.loading.archive import Archive
+from ckpt.loading.archive import Records
 from ckpt.loading.host_memory import allocate
 from ckpt.loading.overlap import Pair, span, split
 from ckpt.loading.record_memory import RecordMemory
@@ -31,7 +31,7 @@ class InPlaceRead:
         places, devices: what can be read straight to its place, see Places.
     """
 
-    def __init__(self, archive: Archive, pairs: Iterable[Pair], memory: RecordMemory, together: bool = False) -> None:
+    def __init__(self, archive: Records, pairs: Iterable[Pair], memory: RecordMemory, together: bool = False) -> None:
         self._archive = archive
         self._pairs = list(pairs)
         self._memory = memory
@@ -99,7 +99,7 @@ def _copy_to_others(pairs: list[Pair], filled: torch.Tensor | torch.UntypedStora
             pair.target.copy_(source)
 
 
-def _fill_in_order(archive: Archive, pairs: list[Pair], places: Mapping[str, Any]) -> None:
+def _fill_in_order(archive: Records, pairs: list[Pair], places: Mapping[str, Any]) -> None:
     """
     Args:
         places: of records that have been read. The others are read to temporaries.
@@ -119,7 +119,7 @@ def _fill_in_order(archive: Archive, pairs: list[Pair], places: Mapping[str, Any
     _fill_batch(archive, batch, places)
 
 
-def _fill_batch(archive: Archive, batch: list[Pair], places: Mapping[str, Any]) -> None:
+def _fill_batch(archive: Records, batch: list[Pair], places: Mapping[str, Any]) -> None:
     names = dict.fromkeys(pair.record for pair in batch if pair.record not in places)
     temporaries = {name: allocate(archive.records[name].size, archive.records[name].offset) for name in names}
     archive.fill(temporaries)

@@ -18,10 +18,12 @@ from ckpt import _native
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
+from ckpt.loading.load_tensors import load_tensors
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.remote_file import as_local
 from ckpt.loading.selection import Selection
 from ckpt.loading.skeleton import Skeleton
+from ckpt.loading.tensor_files import is_tensor_file
 from ckpt.loading.unpickle import STAY, first_line, has_skeletons, is_pretending, only_weights, raise_explained
 from ckpt.storage import durable
 
@@ -45,6 +47,11 @@ def load(
     The result is that of `torch.load`. Several threads read straight into its memory, past the page cache where the file system
     can; memory beside it is some MiB for each thread. What belongs on a CUDA device goes there by way of pinned buffers,
     without a copy of it on the host, unless map_location is a function.
+
+    What is called "*.safetensors" is read as such: a dict of names and tensors, in the order of the file. So is what an index
+    names, "*.safetensors.index.json" of Hugging Face, as one dict of all files. The format has no checksums: headers and sizes
+    are checked, and, if all of a file is read, its CRC-32 where a manifest.json of this library beside it lists the file, as in
+    a bundle. The metadata are not returned: `safetensors.safe_open` gives them.
 
     Args:
         path: the file; or its URL in an object store, as it lies there by way of `Tier.remote()`:
@@ -73,6 +80,8 @@ def load(
 
 
 def _load(target: Path, map_location: Any, weights_only: bool, selection: Selection | None, timeout_s: float) -> Any:
+    if is_tensor_file(target):
+        return load_tensors(target, map_location, selection, timeout_s)
     if not is_zip(target):
         loaded = _load_old_format(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded

@@ -11,10 +11,12 @@ from ckpt.fence import fence
 from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.in_place import InPlaceRead
 from ckpt.loading.load import is_zip, open_archive
+from ckpt.loading.load_tensors import TensorSkeleton
 from ckpt.loading.record_memory import fill
 from ckpt.loading.remote_file import as_local
 from ckpt.loading.skeleton import Skeleton
 from ckpt.loading.target_match import TargetMatch
+from ckpt.loading.tensor_files import TensorFiles, is_tensor_file
 
 
 class Loaded(NamedTuple):
@@ -39,7 +41,7 @@ def load_into(
     weights_only: bool = True,
     timeout_s: float = TIMEOUT_S,
 ) -> Loaded:
-    """Loads a file written by save() or by `torch.save` into tensors that exist: no second copy of the state is made.
+    """Loads a file, as load() takes it, into tensors that exist: no second copy of the state is made.
 
     Everything is compared before a byte is written, but for modules that load in a way of their own. Then records are read
     straight into the memory of tensors on the CPU or a CUDA device that are laid out as in the file; for each other tensor
@@ -47,7 +49,8 @@ def load_into(
     move, as for any change in place.
 
     Args:
-        path: the file, or its URL in an object store, as for load().
+        path: the file, or its URL in an object store, as for load(). A safetensors file is for a module or a flat dict of
+            tensors. A name that it lacks is no difference if its tensor shares memory with one that it has: tied weights.
         target: what load() would return, with memory already: nested dicts, lists and tuples of tensors, modules and
             optimizers. A module stands for its state_dict(), an optimizer for its own; an optimizer that has not stepped yet
             takes the state from the file. Its groups and state follow the file, as with its load_state_dict(), in the dtypes of
@@ -75,8 +78,8 @@ def load_into(
 
 
 def _load_into(path: Path, target: Any, strict: bool, weights_only: bool, timeout_s: float) -> Loaded:
-    archive = _open(path, timeout_s)
-    skeleton = Skeleton(archive, weights_only)
+    skeleton = _skeleton_of(path, target, weights_only, timeout_s)
+    archive = skeleton.archive
     match = TargetMatch(skeleton, strict)
     match.compare(skeleton.value, target)
     match.expect_something()
@@ -89,6 +92,14 @@ def _load_into(path: Path, target: Any, strict: bool, weights_only: bool, timeou
     in_place.finish()
     match.put_rest()
     return Loaded(match.loaded, match.missing, match.unexpected)
+
+
+def _skeleton_of(path: Path, target: Any, weights_only: bool, timeout_s: float) -> Skeleton:
+    if not is_tensor_file(path):
+        return Skeleton(_open(path, timeout_s), weights_only)
+    skeleton = TensorSkeleton(TensorFiles(path, timeout_s))
+    skeleton.add_tied(target)
+    return skeleton
 
 
 def _open(path: Path, timeout_s: float) -> Archive:

@@ -13,7 +13,7 @@ import torch
 from ckpt import devices as torch_devices
 from ckpt.errors import DeviceError
 from ckpt.loading import device_placement
-from ckpt.loading.archive import Archive
+from ckpt.loading.archive import Archive, Records
 from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.unpickle import Contents, read_small
 
@@ -38,8 +38,8 @@ class Places(Protocol):
         """From now on all of them lie on the host."""
 
 
-def fill(archive: Archive, wanted: Places, more: Mapping[str, Any] = _NOTHING, *, whole: bool = False) -> int | None:
-    """As Archive.fill(). If the driver of devices fails, all goes by way of the host, as torch would have it.
+def fill(archive: Records, wanted: Places, more: Mapping[str, Any] = _NOTHING, *, whole: bool = False) -> int | None:
+    """As Records.fill(). If the driver of devices fails, all goes by way of the host, as torch would have it.
 
     Raises:
         DeviceError: a current stream is being captured into a graph: a copy by torch would break that. Nothing was written.
@@ -62,7 +62,7 @@ class RecordMemory:
     """
 
     def __init__(
-        self, archive: Archive, places: Mapping[str, torch.UntypedStorage], devices: Mapping[str, int] = _NOTHING
+        self, archive: Records, places: Mapping[str, torch.UntypedStorage], devices: Mapping[str, int] = _NOTHING
     ) -> None:
         self._archive = archive
         self.places = dict(places)
@@ -99,7 +99,7 @@ class RecordMemory:
 
 
 def allocate_on(
-    archive: Archive, names: Iterable[str], devices: Mapping[str, int]
+    archive: Records, names: Iterable[str], devices: Mapping[str, int]
 ) -> tuple[dict[str, torch.UntypedStorage], Mapping[str, int]]:
     """Memory for records, and on which devices it is: on none if one has not enough, of which torch is to tell later."""
     names = list(names)

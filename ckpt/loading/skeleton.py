@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import mmap
 from collections import Counter, OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ckpt.errors import CheckpointError
-from ckpt.loading.archive import Archive, RecordEntry
+from ckpt.loading.archive import Archive, RecordEntry, Records
 from ckpt.loading.host_memory import allocate, fixed
 from ckpt.loading.unpickle import STAY, Contents, can_serve, is_pretending, private_loader, read_small
 from ckpt.torch_private import key_of
@@ -32,15 +33,14 @@ class Skeleton:
     """
 
     def __init__(self, archive: Archive, weights_only: bool) -> None:
-        if is_pretending():
-            raise CheckpointError(
-                f"'{archive.path}' cannot be read into what is there while FakeTensorMode or the like is on: leave the mode "
-                "first"
-            )
-        self.archive = archive
+        refuse_pretending(archive.path)
         self.small = read_small(archive)
-        self.storages = {name: _untouched(archive.records[name]) for name in archive.storage_names()}
+        self._lay_out(archive)
         self.value = self._unpickle(weights_only)
+
+    def _lay_out(self, archive: Records) -> None:
+        self.archive = archive
+        self.storages = {name: _untouched(archive.records[name]) for name in archive.storage_names()}
         self._names = {key_of(storage): name for name, storage in self.storages.items()}
 
         # Any of those without bytes: torch may have made storages of its own for these.
@@ -82,6 +82,17 @@ class Skeleton:
             else:
                 return set(self.storages)
         return needed
+
+
+def refuse_pretending(path: Path) -> None:
+    """
+    Raises:
+        CheckpointError: tensors have no memory just now.
+    """
+    if is_pretending():
+        raise CheckpointError(
+            f"'{path}' cannot be read into what is there while FakeTensorMode or the like is on: leave the mode first"
+        )
 
 
 def _untouched(record: RecordEntry) -> torch.UntypedStorage:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ckpt.errors import CorruptError
-from ckpt.loading.archive import Archive
+from ckpt.loading.archive import Records
 from ckpt.loading.host_memory import bytes_of
 
 
@@ -23,7 +23,7 @@ class TorchReader:
         storages: those, by name.
     """
 
-    def __init__(self, archive: Archive, small: Mapping[str, bytes], storages: Mapping[str, torch.UntypedStorage]) -> None:
+    def __init__(self, archive: Records, small: Mapping[str, bytes], storages: Mapping[str, torch.UntypedStorage]) -> None:
         self.path = archive.path
         self.small = small
         self.storages = storages

@@ -23,7 +23,7 @@ import torch
 from torch.serialization import default_restore_location
 
 from ckpt.errors import CheckpointError, CorruptError
-from ckpt.loading.archive import Archive, RecordEntry
+from ckpt.loading.archive import Archive, RecordEntry, Records
 from ckpt.loading.host_memory import bytes_of
 from ckpt.loading.served_file import MistakenError, load_served
 from ckpt.loading.torch_reader import TorchReader
@@ -43,7 +43,7 @@ class Contents:
 
     def __init__(
         self,
-        archive: Archive,
+        archive: Records,
         small: dict[str, bytes],
         storages: dict[str, torch.UntypedStorage],
         alone: Set[int] = frozenset(),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ckpt.formats.by_suffix import format_of
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
@@ -17,8 +19,16 @@ from ckpt.storage import durable, free_space
 _DEFAULT = Options()
 
 
-def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: Options | None = None) -> PendingSave:
-    """Saves `obj` to `path` in the background, as a file that stock `torch.load` reads.
+def save(
+    obj: Any,
+    path: str | os.PathLike[str],
+    *,
+    lazy: Any = None,
+    options: Options | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> PendingSave:
+    """Saves `obj` to `path` in the background, as a file that stock `torch.load` reads; or, if it is called "*.safetensors", as
+    the one that `safetensors.torch.save_file` writes.
 
     Returns within milliseconds. Python values are pickled, and tensors that anything may write to are copied, before it
     returns. Lazy tensors are not copied: they must not change before the next fence, which comes by itself before every step
@@ -26,14 +36,17 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
     declares, unless they are small and in host memory (`Options.eager_bytes`).
 
     Args:
-        obj: anything that `torch.save` can save.
+        obj: anything that `torch.save` can save; for "*.safetensors" a dict of names and dense, contiguous tensors of which no
+            two share memory; or a module, of which the file is what `safetensors.torch.save_model` writes.
         path: the file to create or replace, atomically, once all is durable. Its directory must exist. What is replaced keeps
             its permissions.
         lazy: more that changes only behind a fence: tensors, modules (their parameters), optimizers, iterables of these, or
             True: the caller promises that nothing in `obj` changes before the next fence. False: copy everything inside
             save(), for states that something other than an optimizer's step writes to.
             Tensors in shared memory are lazy only if they, their module or True declare that no other process writes to them.
-        options: see Options. Saves with the same arena, chunk and writer options share one engine.
+        metadata: texts by names, for the header of a "*.safetensors" file, as of save_file: `{"format": "pt"}`.
+        options: see Options. Saves with the same arena, chunk and writer options share one engine. `record_alignment` is for
+            files of torch's format alone.
 
     Returns:
         The save on its way; see PendingSave.
@@ -44,16 +57,18 @@ def save(obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, options: O
         DeviceError: a current stream of a CUDA device is being captured into a graph; with `Options.device_lazy=True`, the
             driver is missing or fails. Later errors are the result's.
         FailedSavesError, ClosedError: no more saves are taken.
+        UnsupportedError: `obj` does not fit a safetensors file; says what of it, and what to do. Nothing was written.
         TypeError, ValueError: an argument is not what it should be; also what pickling `obj` raises.
     """
     options = options or _DEFAULT
     target = Path(os.path.abspath(os.fsdecode(path)))
+    made = format_of(target, metadata)  # by the name that was given, not by that of what a link leads to
     target = durable.file_target(target)
     durable.directory_of_target(target)
     task = SaveTask(target, on_done=log_failure)
 
     directory = durable.Directory(target.parent)
-    file = FileInFlight(target, directory=directory)
+    file = FileInFlight(target, directory=directory, made=made)
 
     def publish(error: BaseException | None) -> Path:
         if error is not None:

@@ -249,6 +249,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             sum=with_proof,
             archives=content.archives,
             alike=write_share is None and file.token is not None,
+            packed=content.packed,
         )
     except BaseException as error:
         unwatch(file)

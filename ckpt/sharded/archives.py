@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch.serialization import location_tag
 
 from ckpt._native import SavedStorage
 from ckpt.plan.pickler import CLASSES, is_plain, pickle_object, short_way
 from ckpt.plan.save_plan import COPY, OWNED, Archives
 from ckpt.plan.shards import find_shards
+from ckpt.plan.tensor_record import record_of
 from ckpt.plan.views import ByteInterval, byte_interval
 from ckpt.sharded.chunks import Box
 from ckpt.sharded.contents import Item
@@ -79,7 +79,7 @@ class ArchiveBuilder:
             # Nothing of it but its form is in the pickle; memory that nobody touches costs nothing.
             data, _ = pickle_object(torch.empty_strided(size, stride, dtype=dtype, device="cpu"))
             number = self._note_pickle(name, data)
-        self._add(number, [_record(tensor, interval)])
+        self._add(number, [record_of(tensor, interval)])
         if tensor.is_contiguous():
             self.payloads[-1] = len(self.records) - 1
         if is_ours:
@@ -126,16 +126,6 @@ def part_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
         if size != tensor.shape[dim]:
             tensor = tensor.narrow(dim, begin, size)
     return tensor
-
-
-def _record(tensor: torch.Tensor, interval: ByteInterval) -> SavedStorage:
-    storage = tensor.untyped_storage()
-    record = SavedStorage(storage, "0", tensor.dtype, tensor, interval.high - interval.low)
-    if record.nbytes != storage.nbytes():
-        record.low, record.views = interval.low, [interval]
-    if not tensor.is_cpu:
-        record.location = location_tag(storage)
-    return record
 
 
 def refuse_shards_in(pickled: bytes) -> None:

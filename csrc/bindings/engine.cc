@@ -106,13 +106,15 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
-                                 const std::optional<Archives>& archives, bool alike) {
+                                 const std::optional<Archives>& archives, bool alike, bool packed) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
                   to_named(tail, copy_at_most), uniform_alignment, direct, alike};
   if (archives) request.sequence = to_sequence(*archives, std::move(request.file.storages));
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
+  if (packed && share_count > 1) throw py::value_error("a packed file is written by one process");
+  request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
   request.timeout_s = timeout_s;
@@ -331,7 +333,7 @@ void bind_engine(py::module_& module) {
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
-           py::arg("archives") = py::none(), py::arg("alike") = false)
+           py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

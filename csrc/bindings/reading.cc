@@ -96,9 +96,45 @@ py::tuple read_file_ranges(const std::string& path, const Ranges& wanted, bool d
   return py::make_tuple(size, crcs, read);
 }
 
+using Places = std::vector<std::tuple<uint64_t, uint64_t, uintptr_t, int>>;
+
+// The CRC-32 of each range (offset, length, address or 0, device or -1) of a file whose records are known elsewhere.
+std::vector<uint32_t> read_places(const std::shared_ptr<ReadableFile>& file, const Places& wanted, int threads, double timeout_s,
+                                  const py::object& keep, const std::optional<std::string>& driver, const Streams& streams) {
+  std::vector<ReadRange> ranges;
+  ranges.reserve(wanted.size());
+  for (const auto& [offset, length, address, device] : wanted) {
+    ranges.push_back({offset, length, reinterpret_cast<std::byte*>(address), device < 0 ? kHost : device});
+  }
+  const ReadOptions options = reading(threads, timeout_s, kPieceBytes, keep, driver, streams);
+  py::gil_scoped_release release;
+  return read_ranges(file, ranges, options);
+}
+
+void bind_range_file(py::module_& module) {
+  py::class_<ReadableFile, std::shared_ptr<ReadableFile>>(module, "RangeFile")
+      .def(py::init([](const std::string& path, bool direct) {
+             py::gil_scoped_release release;
+             return std::make_shared<ReadableFile>(path, direct);
+           }),
+           py::arg("path"), py::arg("direct"))
+      .def_property_readonly("size", &ReadableFile::size)
+      .def("read_bytes", [](const ReadableFile& file, uint64_t offset, size_t length) {
+        std::string bytes(length, '\0');
+        {
+          py::gil_scoped_release release;
+          file.read_at(bytes.data(), length, offset);
+        }
+        return py::bytes(bytes);
+      }, py::arg("offset"), py::arg("length"))
+      .def("read", &read_places, py::arg("places"), py::kw_only(), py::arg("threads"), py::arg("timeout_s"), py::arg("keep"),
+           py::arg("driver") = py::none(), py::arg("streams") = Streams());
+}
+
 }  // namespace
 
 void bind_reading(py::module_& module) {
+  bind_range_file(module);
   py::class_<RecordFile>(module, "RecordFile")
       .def(py::init([](const std::string& path, bool direct, int threads, double timeout_s) {
              const ReadOptions options = reading(threads, timeout_s, kPieceBytes, py::none());

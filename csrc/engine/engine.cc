@@ -332,6 +332,7 @@ void Engine::touch_arena() {
 }
 
 void Engine::write_jobs() {
+  WriterMemory memory;
   Lock lock(monitor_->mutex);
   for (;;) {
     Claim claim{Task::kWrite, nullptr, 0};
@@ -341,7 +342,7 @@ void Engine::write_jobs() {
     try {
       switch (claim.task) {
         case Task::kPrepare: prepare(*claim.job); break;
-        case Task::kWrite: write_chunk(*claim.job, claim.chunk); break;
+        case Task::kWrite: write_chunk(*claim.job, claim.chunk, memory); break;
         case Task::kFinish: finish(claim.job); break;
       }
       lock.lock();
@@ -401,11 +402,12 @@ void Engine::prepare(Job& job) {
   job.phase = Phase::kWriting;
 }
 
-void Engine::write_chunk(Job& job, size_t index) {
+void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   Chunk& chunk = job.chunks[index];
   if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
   if (!job.look_at_probes(index)) return;
   if (job.checks.sum) add_word_sums(job, chunk);
+  if (job.spec.packed) bring_together(chunk, job.file->limits(), memory);
   if (job.checks.verify) {
     if (const uint32_t record = find_changed_since(chunk); record != kStructure) throw changed_error(job, record);
   } else {

@@ -24,6 +24,7 @@
 #include "format/file_spec.h"
 #include "jobs/job.h"
 #include "memory/arena.h"
+#include "os/pieces.h"
 #include "staging/arena_reserve.h"
 #include "staging/stager.h"
 
@@ -105,7 +106,7 @@ class Engine {
   void write_jobs();
   bool try_claim(Claim& claim);  // requires the lock
   void prepare(Job& job);
-  void write_chunk(Job& job, size_t index);
+  void write_chunk(Job& job, size_t index, WriterMemory& memory);
   void account_written(Job& job, Chunk& chunk, uint64_t zero_copy_bytes);  // requires the lock
   void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);

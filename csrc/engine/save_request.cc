@@ -3,9 +3,19 @@
 #include <utility>
 #include <vector>
 
+#include "format/packed_file.h"
 #include "format/zip_layout.h"
 
 namespace lazyckpt {
+namespace {
+
+FileSpec lay_out(const SaveRequest& request, const IoLimits& limits, ZipLayout& layout, std::vector<ByteRange>& archives) {
+  if (request.packed) return describe_packed(request.file.head, request.file.storages);
+  if (request.sequence) return describe(*request.sequence, limits, layout, archives);
+  return describe(request.file, limits, request.share, layout);
+}
+
+}  // namespace
 
 std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const Interrupt& interrupt) {
   const bool shared = !request.share.whole();
@@ -15,8 +25,7 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
   FileSpec spec;
   std::vector<ByteRange> archives;
   try {
-    spec = request.sequence ? describe(*request.sequence, target->limits(), layout, archives)
-                            : describe(request.file, target->limits(), request.share, layout);
+    spec = lay_out(request, target->limits(), layout, archives);
   } catch (...) {
     target->discard();
     throw;

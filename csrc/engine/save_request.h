@@ -17,6 +17,7 @@ namespace lazyckpt {
 struct SaveRequest {
   TorchFile file;
   std::optional<TorchZipSequence> sequence = {};  // instead of what `file` holds
+  bool packed = false;  // the head and the storages of `file`, one behind the other, and nothing else
   Share share;          // of several processes that write it together
   CaptureChecks checks;
   double timeout_s = 0;

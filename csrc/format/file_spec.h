@@ -60,6 +60,9 @@ struct FileSpec {
   size_t record_count = 0;
   uint64_t size = 0;
   Share share;
+  // Records lie where the format wants them, mostly not where direct I/O could take them: what is lazy or owned leaves from its
+  // place all the same, and a writer brings it together in memory of its own, where it must.
+  bool packed = false;
   // Bytes: of each part of the file that is so long (the last may be shorter) the CRC-32 is wanted, too. 0: of parts as they come.
   uint64_t sums_every = 0;
 };

@@ -72,6 +72,7 @@ void split_pieces(Chunk& chunk, uint64_t every) {
 
 // Extents [first_extent, end_extent) are set; finds segments and pieces.
 void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
+  const IoLimits placed = spec.packed ? IoLimits{} : limits;
   const uint64_t begin = chunk.offset, content_end = begin + chunk.content;
   uint64_t segment_at = begin, piece_at = begin;
   for (size_t i = chunk.first_extent; i < chunk.end_extent; ++i) {
@@ -81,7 +82,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     add_piece(chunk, extent.record, to - from, extent.kind);
     add_device_bytes(chunk, extent, to - from);
     piece_at = to;
-    const ByteRange direct = direct_part(extent, begin, content_end, limits);
+    const ByteRange direct = direct_part(extent, begin, content_end, placed);
     if (direct.begin >= direct.end) continue;
     add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
     add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind, extent.record);
@@ -306,6 +307,18 @@ uint64_t zero_copy_bytes(const Chunk& chunk) {
   uint64_t bytes = 0;
   for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
   return bytes;
+}
+
+void bring_together(Chunk& chunk, const IoLimits& limits, WriterMemory& memory) {
+  const auto address = reinterpret_cast<uintptr_t>(chunk.segments.front().source);
+  if (!limits.direct() || (chunk.segments.size() == 1 && address % limits.memory_align == 0)) return;
+  std::byte* const to = memory.get(chunk.length, limits.memory_align);
+  std::byte* at = to;
+  for (const Segment& segment : chunk.segments) {
+    std::memcpy(at, segment.source, segment.length);
+    at += segment.length;
+  }
+  chunk.segments = {{to, chunk.length, Source::kCopy, kStructure}};
 }
 
 void stage_lazy(Chunk& chunk, Span span) {

@@ -10,6 +10,7 @@
 #include "format/file_spec.h"
 #include "memory/spans.h"
 #include "os/file.h"
+#include "os/pieces.h"
 
 namespace lazyckpt {
 
@@ -119,6 +120,10 @@ void complete_bounce(Chunk& chunk, const FileSpec& spec);
 
 // Copies the lazy segments into `span` and lets them point there.
 void stage_lazy(Chunk& chunk, Span span);
+
+// If direct I/O cannot take the segments of a packed file from where they are: copies them to `memory`, one behind the other, and
+// lets the chunk leave from there.
+void bring_together(Chunk& chunk, const IoLimits& limits, WriterMemory& memory);
 
 // Bytes that are not in the arena.
 uint64_t zero_copy_bytes(const Chunk& chunk);

@@ -1,10 +1,36 @@
 #include "os/pieces.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
 
 namespace lazyckpt {
+namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
+
+AlignedBytes allocate(size_t bytes, size_t align) {
+  void* memory = nullptr;
+  if (::posix_memalign(&memory, std::max(align, sizeof(void*)), bytes) != 0) throw std::bad_alloc();
+  return AlignedBytes(static_cast<std::byte*>(memory));
+}
+
+}  // namespace
+
+std::byte* WriterMemory::get(size_t bytes, size_t align) {
+  if (bytes > size_ || align > align_) {
+    bytes_ = nullptr;
+    size_ = align_ = 0;
+    const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    bytes_ = allocate(wanted, std::max(align, kHugePage));
+    ::madvise(bytes_.get(), wanted, MADV_HUGEPAGE);  // a wish
+    size_ = wanted;
+    align_ = std::max(align, kHugePage);
+  }
+  return bytes_.get();
+}
 
 size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {
   while (first < pieces.size() && bytes >= pieces[first].iov_len) bytes -= pieces[first++].iov_len;
@@ -18,9 +44,7 @@ size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {
 AlignedBytes gather(std::vector<iovec>& pieces, size_t first, size_t align) {
   size_t bytes = 0;
   for (size_t i = first; i < pieces.size(); ++i) bytes += pieces[i].iov_len;
-  void* memory = nullptr;
-  if (::posix_memalign(&memory, std::max(align, sizeof(void*)), bytes) != 0) throw std::bad_alloc();
-  AlignedBytes made(static_cast<std::byte*>(memory));
+  AlignedBytes made = allocate(bytes, align);
   std::byte* to = made.get();
   for (size_t i = first; i < pieces.size(); ++i) {
     std::memcpy(to, pieces[i].iov_base, pieces[i].iov_len);

@@ -11,7 +11,7 @@ from test_tidy import PUBLIC_MODULES
 PACKAGE_LAYERS = (
     {"fence_hooks"},
     {"devices", "errors", "optimizers", "quantities", "torch_private"},
-    {"device_check", "fence", "options", "state_dicts", "storage"},
+    {"device_check", "fence", "options", "safetensors_header", "state_dicts", "storage"},
     {"device_modes"},
     {"coordinator", "directory", "plan"},
     {"remote"},

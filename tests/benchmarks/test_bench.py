@@ -204,6 +204,15 @@ def test_ways_of_restoring(tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "files") == []
 
 
+@pytest.mark.slow
+def test_safetensors_files(tmp_path: Path) -> None:
+    lines, _ = run_bench(tmp_path, "--workload=safetensors", "--rounds=1", "--fio=none")
+    for line in lines:
+        check_line(line)
+    assert [line["bar"] for line in lines if line["quantity"] == "ratio"] == ["<= 0.03333", ">= 1", "<= 0.7", "<= 0.7"]
+    assert os.listdir(tmp_path / "files") == []
+
+
 def test_bars_are_judged_at_full_size(monkeypatch: pytest.MonkeyPatch) -> None:
     from bench.measure.report import Bar, Report
     from bench.measure.sampling import Sample

@@ -42,6 +42,7 @@ class Case:
     direct: bool
     verify: bool
     default_stream: bool
+    packed: bool = False
 
 
 SIZES = st.one_of(st.sampled_from([0, 1, 64, 4095, 4096, 4097, 65536]), st.integers(0, 9000), st.integers(0, MIB))
@@ -63,6 +64,7 @@ CASES = st.builds(
     direct=st.booleans(),
     verify=st.booleans(),
     default_stream=st.booleans(),
+    packed=st.booleans(),
 )
 
 
@@ -76,6 +78,28 @@ CASES = st.builds(
 @example(Case((300_000, 5) * 4, (EAGER,), (0, 0, 1), 256 * KIB, 65536, 2, 0, 0, 2, 1, 0.002, 0.001, 0, False, False, False), 3)
 @example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 8 * MIB, 0, 2, 2, 0.001, 0.001, 64, True, False, False), 4)
 @example(Case((90_000,) * 40, (LAZY,), (1, 0, HOST), 260 * KIB, 65536, 1, MIB, 0, 3, 2, 0.001, 0.001, 0, True, True, True), 5)
+@example(
+    Case(
+        (90_001, 65536) * 9,
+        (LAZY, EAGER),
+        (1, HOST, 0),
+        260 * KIB,
+        65536,
+        2,
+        MIB,
+        0,
+        2,
+        2,
+        0.001,
+        0.001,
+        0,
+        True,
+        False,
+        False,
+        True,
+    ),
+    6,
+)
 @pytest.mark.usefixtures("native")
 def test_the_file_holds_the_bytes_of_the_call(cuda: FakeCuda, tmp_path: Path, case: Case, seed: int) -> None:
     assert_file_holds_the_bytes(cuda, tmp_path, case, seed)
@@ -109,7 +133,8 @@ def assert_file_holds_the_bytes(cuda: FakeCuda, tmp_path: Path, case: Case, seed
             saves = []
             for _ in range(case.saves):
                 saved = rig.save(
-                    list(case.sizes), kinds, devices, uniform=case.uniform, direct=case.direct, verify=case.verify
+                    list(case.sizes), kinds, devices, uniform=case.uniform, direct=case.direct, verify=case.verify,
+                    packed=case.packed,
                 )  # fmt: skip
                 rig.overwrite(saved, EAGER)
                 saves.append(saved)

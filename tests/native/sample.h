@@ -110,6 +110,7 @@ class SampleMaker {
     add_structure(random_.up_to(3000));
     sample_.spec.record_count = records;
     sample_.spec.size = sample_.expected.size();
+    sample_.spec.packed = random_.one_in(3);
     return std::move(sample_);
   }
 
