@@ -59,6 +59,6 @@ def replace_save_file(module: Any, name: str) -> None:
         if bundle is None:
             stock(tensors, filename, metadata)
         else:
-            bundle.write_now(lambda: stock(tensors, filename, metadata))
+            bundle.save(tensors, filename, metadata=metadata)
 
     setattr(module, name, save_file)

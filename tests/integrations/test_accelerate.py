@@ -164,9 +164,10 @@ def test_each_loads_what_the_other_has_saved(tmp_path: Path) -> None:
         assert_same(expected, training.everything())
 
 
-def test_what_learns_is_not_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("safe", [True, False])
+def test_what_learns_is_not_copied(safe: bool, tmp_path: Path) -> None:
     training = Training(tmp_path)
-    training.save(tmp_path / "state", safe_serialization=False)
+    training.save(tmp_path / "state", safe_serialization=safe)
     assert lazy._saves is not None
     stats = lazy._saves._newest[tmp_path / "state"].stats
     lazy.wait(DEADLINE_S)
@@ -210,7 +211,7 @@ def test_what_is_written_afterwards_is_not_saved(tmp_path: Path, native: Any) ->
     training = Training(tmp_path)
     native.set_fault("fallocate", delay_s=LATE_S)
     expected = training.everything()
-    training.save(tmp_path / "state", safe_serialization=False)
+    training.save(tmp_path / "state")
     training.average.update(training.bare)
     training.backward()  # accumulates: the statistics move, no step
     training.backward()  # steps, and waits until all that it writes is safe
@@ -226,14 +227,14 @@ def test_a_write_that_no_fence_has_announced_fails_the_save(tmp_path: Path, nati
     lazy.wait(DEADLINE_S)
     before = contents(tmp_path / "state")
     native.set_fault("fallocate", delay_s=LATE_S)
-    training.save(tmp_path / "state", safe_serialization=False)
+    training.save(tmp_path / "state")
     with torch.no_grad():
         training.bare[0].weight.mul_(2)  # as averaged weights are swapped in
     clear_faults()
     with pytest.raises(CaptureError, match=r"0\.weight"):
         lazy.wait(DEADLINE_S)
     assert_same(before, contents(tmp_path / "state"))
-    training.save(tmp_path / "state", safe_serialization=False)
+    training.save(tmp_path / "state")
     ckpt.fence()
     with torch.no_grad():
         training.bare[0].weight.mul_(2)
