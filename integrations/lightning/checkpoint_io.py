@@ -232,7 +232,9 @@ class LazyCheckpointIO:
         return own is not None and self._paths.exists(str(own))
 
     def link(self, path: Any, target: Any) -> None:
-        self._paths.link(os.path.abspath(path), os.path.abspath(target))
+        own, leads_to = local_path(path), local_path(target)
+        if own is not None and leads_to is not None:
+            self._paths.link(str(own), str(leads_to))
 
     def tell_figures(self) -> None:
         trainer = self._trainer() if self._trainer is not None else None

@@ -16,14 +16,15 @@ _said: set[str] = set()
 
 
 def local_path(path: Any) -> Path | None:
-    """Absolute; None if it is a URL of somewhere else."""
+    """Absolute, with no links before the last name; None if it is a URL of somewhere else."""
     text = os.fspath(path)
     scheme, separator, rest = text.partition("://")
     if separator:
         if scheme != "file":
             return None
         text = rest
-    return Path(os.path.abspath(os.path.expanduser(text)))
+    parent, name = os.path.split(os.path.abspath(os.path.expanduser(text)))
+    return Path(os.path.realpath(parent), name)
 
 
 def stock_io(path: Any) -> Any:

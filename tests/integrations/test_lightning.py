@@ -6,12 +6,15 @@ import errno
 import logging
 import os
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from places import PYTHONPATH
 from support import DEADLINE_S, assert_same, options
 
 pytest.importorskip("lightning", reason="lightning is not installed")
@@ -419,3 +422,64 @@ def test_fabric_saves_lazily_and_loads_what_it_has_saved(plugin: LazyCheckpointI
     optimizer.step()
     assert fabric.load(tmp_path / "a.ckpt", {"model": model, "optimizer": optimizer})["step"] == 2
     assert torch.equal(model.weight, weight)
+
+
+def test_the_tuner_saves_and_restores(plugin: LazyCheckpointIO, tmp_path: Path, native: Any) -> None:
+    """It trains from a checkpoint that it has just saved, loads that again, and removes it."""
+    from lightning.pytorch.tuner import Tuner
+
+    class Tuned(Model):
+        lr = 1e-3
+
+    native.set_fault("pwritev", delay_s=0.02)
+    found = {}
+    for name, own in (("stock", None), ("lazy", plugin)):
+        model = Tuned(sgd)
+        made = trainer(tmp_path / name, own, steps=20, enable_checkpointing=True)
+        finder: Any = Tuner(made).lr_find(model, batches(30), num_training=4)
+        found[name] = finder.results["loss"]
+        assert_same(Tuned(sgd).state_dict(), model.state_dict())
+        assert [path.name for path in (tmp_path / name).glob("*") if "lr_find" in path.name] == []
+    assert found["stock"] == found["lazy"]
+
+
+OTHER = """
+import sys
+import torch
+import pytorch_lightning as pl
+from ckpt.integrations.lightning import LazyCheckpointIO
+assert "lightning" not in sys.modules
+
+class Model(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(64, 64)
+    def training_step(self, batch, batch_idx):
+        return self.layer(torch.ones(4, 64)).sum()
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters())
+
+def main():
+    from pytorch_lightning.plugins.environments import LightningEnvironment
+    keep = pl.callbacks.ModelCheckpoint(sys.argv[1], every_n_train_steps=1, filename="saved", save_last="link")
+    pl.Trainer(
+        accelerator="cpu", devices=int(sys.argv[3]), strategy=sys.argv[2], max_steps=3, logger=False, callbacks=[keep],
+        plugins=[LazyCheckpointIO(), LightningEnvironment()], enable_progress_bar=False, enable_model_summary=False,
+    ).fit(Model(), torch.utils.data.DataLoader(range(8), batch_size=None))
+
+if __name__ == "__main__":
+    main()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "devices"), [("auto", 1), ("ddp_spawn", 2)])
+def test_pytorch_lightning_takes_it_too_also_for_ranks_that_it_spawns(strategy: str, devices: int, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(OTHER)
+    command = [sys.executable, str(script), str(tmp_path / "saved"), strategy, str(devices)]
+    environment = os.environ | {"PYTHONPATH": PYTHONPATH}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3 * DEADLINE_S, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert listing(tmp_path / "saved") == {"saved.ckpt": "", "last.ckpt": "saved.ckpt"}
+    assert torch.load(tmp_path / "saved" / "last.ckpt", weights_only=False)["global_step"] == 3
