@@ -52,6 +52,7 @@ LONGEST = (
     "test_commit_mpi.py",
     "test_deepspeed_tools.py",
     "test_deepspeed_crash.py",
+    "test_accelerate_ranks.py",
     "test_exit.py",
     "test_coordinator.py",
     "test_callback.py",

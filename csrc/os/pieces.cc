@@ -1,11 +1,15 @@
 #include "os/pieces.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstring>
 #include <new>
 
 namespace lazyckpt {
 namespace {
+
+constexpr size_t kHugePage = size_t{2} << 20;
 
 AlignedBytes allocate(size_t bytes, size_t align) {
   void* memory = nullptr;
@@ -19,9 +23,11 @@ std::byte* WriterMemory::get(size_t bytes, size_t align) {
   if (bytes > size_ || align > align_) {
     bytes_ = nullptr;
     size_ = align_ = 0;
-    bytes_ = allocate(bytes, align);
-    size_ = bytes;
-    align_ = align;
+    const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+    bytes_ = allocate(wanted, std::max(align, kHugePage));
+    ::madvise(bytes_.get(), wanted, MADV_HUGEPAGE);  // a wish
+    size_ = wanted;
+    align_ = std::max(align, kHugePage);
   }
   return bytes_.get();
 }

@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 from pathlib import Path
 from typing import Any
 
-import ckpt
-
 from . import accelerate_private as private
-
-logger = logging.getLogger("ckpt")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,17 +73,3 @@ def holds_only_a_state(directory: Path) -> bool:
         return all(private.is_of_a_state(path.name) for path in directory.iterdir())
     except FileNotFoundError:
         return True
-
-
-def remove_old(bundles: ckpt.BundleCheckpointer, newest: Path, limit: int) -> None:
-    """All but the newest so many of the numbered ones. What cannot be removed is logged.
-
-    Args:
-        newest: which is durable, and stays in any case.
-    """
-    others = [path for path in numbered_in(newest.parent) if path != newest]
-    for path in others[: max(0, len(others) + 1 - max(1, limit))]:
-        try:
-            bundles.remove(path)
-        except ckpt.CheckpointError as error:
-            logger.warning("'%s' should make room for newer checkpoints, and stays: %s", path, error)

@@ -18,6 +18,7 @@ from ..huggingface.session import Session
 from . import accelerate_private as private
 from . import places
 from .places import Place
+from .retention import Retention
 
 logger = logging.getLogger("ckpt")
 
@@ -39,6 +40,7 @@ class StateSaves:
         self._session: Session | None = None
         self._newest: dict[Path, ckpt.PendingSave] = {}  # that may be in flight
         self._said: set[str] = set()
+        self._retention = Retention()
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -110,13 +112,7 @@ class StateSaves:
         """Once the newest save is durable, older ones than so many go; on the main process."""
         if limit is None or not accelerator.is_main_process:
             return
-        bundles = self._session_for(accelerator).bundles
-
-        def remove(pending: ckpt.PendingSave) -> None:
-            if pending.exception(0) is None:
-                places.remove_old(bundles, place.path, limit)
-
-        self._newest[place.path].add_done_callback(remove)
+        self._retention.behind(self._newest[place.path], place.path, limit, self._session_for(accelerator).bundles)
 
     def _note(self, path: Path, pending: ckpt.PendingSave) -> None:
         self._newest = {known: save for known, save in self._newest.items() if not save.done()}
@@ -160,6 +156,7 @@ class StateSaves:
 
     def _find(self, session: Session, accelerator: Any, input_dir: Any) -> str | None:
         session.bundles.wait_quietly()
+        self._retention.wait()
         if input_dir is not None:
             place = places.place_at(os.path.expanduser(input_dir))
             return None if session.bundles.find(place.root, place.name) is None else str(place.path)
@@ -183,13 +180,21 @@ class StateSaves:
     def wait(self, timeout: float | None) -> None:
         session = self._usable()
         if session is not None:
-            session.bundles.wait(timeout)
+            try:
+                session.bundles.wait(timeout)
+            finally:
+                self._retention.wait()  # for those behind what is done
 
     def close(self) -> ckpt.CheckpointError | None:
         """Waits for what is in flight, and ends; the next save begins anew. The error of the newest save, if it failed."""
         session, self._session = self._usable(), None
         if session is None:
             return None
+        try:
+            session.bundles.wait_quietly()
+            self._retention.wait()  # which needs the session
+        except ckpt.CheckpointError:
+            pass  # close() says what it is
         try:
             session.close()
         except ckpt.CheckpointError as error:

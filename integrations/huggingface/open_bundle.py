@@ -67,8 +67,9 @@ class OpenBundle:
 
     def fail(self, error: BaseException) -> None:
         """Nothing of it will be a checkpoint. What was begun must still be committed."""
-        known = isinstance(error, ckpt.CheckpointError)
-        self._bundle.fail(error if known else ckpt.CheckpointError(f"{type(error).__name__}: {error}"))
+        if not isinstance(error, ckpt.CheckpointError):
+            error = ckpt.CheckpointError(f"what writes the checkpoint has raised {type(error).__name__}: {error}")
+        self._bundle.fail(error)
 
     def commit(self) -> ckpt.PendingSave:
         """With all that lies in the directory, whoever has written it."""
@@ -79,7 +80,11 @@ class OpenBundle:
 
 @contextlib.contextmanager
 def writing_to(bundle: OpenBundle | None) -> Iterator[None]:
-    """Meanwhile what this thread writes to its directory, by writers that were replaced, goes to the bundle; None: to none."""
+    """Meanwhile what this thread writes to its directory, by writers that were replaced, goes to the bundle.
+
+    Args:
+        bundle: None: the writers are the stock ones.
+    """
     token = _open.set(bundle)
     try:
         yield

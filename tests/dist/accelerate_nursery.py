@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from typing import Any
 
@@ -10,7 +11,7 @@ from nursery import Nursery, freeze, import_torch, serve, warm_up
 
 class AccelerateNursery(Nursery):
     def __init__(self) -> None:
-        self._begin(__file__, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+        self._begin(__file__, OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 
 
 def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, module: str = "accelerate_training") -> str:
@@ -24,7 +25,12 @@ def training_program(plan: dict[str, Any], rank: int, ranks: int, port: int, mod
 if __name__ == "__main__":
     import_torch()
     warm_up()
+    import torch.distributed.checkpoint.state_dict
+    import torch.distributed.fsdp
     from dist import accelerate_training  # noqa: F401
+
+    if importlib.util.find_spec("deepspeed") is not None:  # accelerate imports half of it anyway
+        import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401
 
     freeze()
     exec(serve(int(sys.argv[1])), {})

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
-from accelerate.utils import ProjectConfiguration
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, ProjectConfiguration
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -61,7 +62,15 @@ def make_model(with_statistics: bool) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), *middle, nn.ReLU(), nn.Dropout(0.2), nn.Linear(WIDTH, WIDTH))
 
 
-def deepspeed_plugin() -> Any:
+# accelerate shards on devices alone; on the host it asks for no more than what is set here.
+
+
+def shard_by_fsdp() -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
+    set_kind(DistributedType.FSDP, fsdp_plugin=plugin)
+
+
+def shard_by_deepspeed(accelerator: Accelerator) -> None:
     from accelerate.utils import DeepSpeedPlugin
 
     config = {
@@ -69,9 +78,19 @@ def deepspeed_plugin() -> Any:
         "gradient_accumulation_steps": ACCUMULATE,
         "zero_optimization": {"stage": 1},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": False},
     }
-    return DeepSpeedPlugin(hf_ds_config=config)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    plugin = DeepSpeedPlugin(hf_ds_config=config)
+    plugin.set_mixed_precision("no")
+    plugin.select(_from_accelerator_state=True)
+    set_kind(DistributedType.DEEPSPEED, deepspeed_plugins=plugin)
+    accelerator.deepspeed_engine_wrapped = None
+
+
+def set_kind(kind: DistributedType, **plugins: Any) -> None:
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = kind
+    AcceleratorState._shared_state.update(plugins)
 
 
 class Training:
@@ -81,19 +100,17 @@ class Training:
     """
 
     def __init__(self, kind: str, directory: Path, numbered: bool, limit: int | None) -> None:
-        plugins: dict[str, Any] = {}
-        if kind == "fsdp2":
-            plugins = {"fsdp_plugin": FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")}
-        elif kind == "deepspeed":
-            plugins = {"deepspeed_plugin": deepspeed_plugin()}
         self.accelerator = Accelerator(
             cpu=True,
             gradient_accumulation_steps=ACCUMULATE,
             step_scheduler_with_optimizer=False,
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
             project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=numbered, total_limit=limit),
-            **plugins,
         )
+        if kind == "fsdp2":
+            shard_by_fsdp()
+        elif kind == "deepspeed":
+            shard_by_deepspeed(self.accelerator)
         torch.manual_seed(1)
         model = make_model(kind == "plain")
         self.average = Average(model) if kind == "plain" else None
@@ -152,9 +169,11 @@ class Training:
     def digest(self) -> str:
         """Of all that a resumed run must have in common with the undisturbed one, on this rank."""
         whole = hashlib.blake2b(digest_size=16)
-        feed(whole, self.bare.state_dict())
+        feed(whole, dict(self.bare.named_parameters()))
+        if self.accelerator.is_main_process:  # whose buffers the others are given in each forward
+            feed(whole, dict(self.bare.named_buffers()))
         if self.average is not None:
-            feed(whole, self.average.state_dict())
+            feed(whole, dict(self.average.model.named_parameters()))
         feed(whole, self.optimizer.state_dict())
         feed(whole, self.schedule.state_dict())
         feed(whole, [random.getstate(), torch.get_rng_state(), vars(self.progress)])

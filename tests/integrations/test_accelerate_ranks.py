@@ -164,6 +164,9 @@ def test_sharded_states_are_killed_and_resumed(
     assert life.ended[1].returncode == -signal.SIGKILL, f"it never came to the crash point: {life.ended[1].stderr}"
     assert life.durable > 0
     job.end(reference, at_least=life.durable)
+    folder = {"fsdp2": "optimizer_0", "deepspeed": "pytorch_model"}[kind]
+    for checkpoint in (job.directory / "checkpoints").iterdir():
+        assert (checkpoint / folder / "manifest.json").exists(), "it was left to others to save it"
 
 
 def test_only_the_main_process_saves(nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
@@ -178,9 +181,13 @@ def test_only_the_main_process_saves(nurseries: list[Nursery], references: Refer
     assert digest_of_rank_0 == outcomes[0]["digests"]["4"]
 
 
-def test_each_goes_on_from_what_the_other_has_saved(nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["plain", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_each_goes_on_from_what_the_other_has_saved(
+    kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
+) -> None:
     """Two ranks: accelerate alone and this library, in turn, in one directory."""
-    job, reference = Job(nurseries, tmp_path), references.of(2)
+    plan = {} if kind == "plain" else {"kind": kind}
+    job, reference = Job(nurseries, tmp_path, **plan), references.of(2, **plan)
     for steps, stock in ((2, False), (4, True), (6, False), (STEPS, True)):
         for outcome, expected in zip(job.whole(steps=steps, stock=stock), reference, strict=True):
             assert outcome["digests"].items() <= expected["digests"].items()
