@@ -52,6 +52,8 @@ LONGEST = (
     "test_commit_mpi.py",
     "test_deepspeed_tools.py",
     "test_deepspeed_crash.py",
+    "test_transformers.py",
+    "test_transformers_crash.py",
     "test_accelerate_ranks.py",
     "test_exit.py",
     "test_coordinator.py",
