@@ -63,10 +63,11 @@ class Registered:
 
 
 class Training:
-    def __init__(self, directory: Path, **configuration: Any) -> None:
+    def __init__(self, directory: Path, scaler: torch.amp.GradScaler | None = None, **configuration: Any) -> None:
         torch.manual_seed(0)
         project = ProjectConfiguration(str(directory), **configuration)
         self.accelerator = Accelerator(project_config=project, gradient_accumulation_steps=2)
+        self.accelerator.scaler = scaler  # as accelerate itself makes one for fp16, which the host does not have
         layers = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH)]
         self.bare = nn.Sequential(*layers)
         optimizer = torch.optim.AdamW(self.bare.parameters(), lr=0.1)
@@ -219,6 +220,25 @@ def test_what_is_written_afterwards_is_not_saved(tmp_path: Path, native: Any) ->
     lazy.wait(DEADLINE_S)
     training.accelerator.load_state(str(tmp_path / "state"))
     assert_same(expected, training.everything())
+
+
+def test_a_step_that_a_scaler_skips_and_one_that_it_takes(tmp_path: Path, native: Any) -> None:
+    training = Training(tmp_path, torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=1))
+    scaler = training.accelerator.scaler
+    native.set_fault("fallocate", delay_s=LATE_S)
+    expected, scale = training.everything(), scaler.get_scale()
+    training.save(tmp_path / "state")
+    training.backward()
+    next(training.bare.parameters()).grad.fill_(torch.inf)
+    training.backward()
+    assert training.optimizer.step_was_skipped and scaler.get_scale() < scale
+    training.advance()
+    assert not training.optimizer.step_was_skipped
+    clear_faults()
+    lazy.wait(DEADLINE_S)
+    training.accelerator.load_state(str(tmp_path / "state"))
+    assert_same(expected, training.everything())
+    assert scaler.get_scale() == scale
 
 
 def test_a_write_that_no_fence_has_announced_fails_the_save(tmp_path: Path, native: Any) -> None:
