@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from . import accelerate_private as private
 
@@ -53,23 +53,22 @@ def numbered_in(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(numbers)]
 
 
-def refuse_taken(place: Place, in_flight: bool) -> None:
+def refuse_taken(place: Place) -> NoReturn:
     """
     Raises:
         ValueError: as accelerate does, if the next number has a directory.
     """
-    if in_flight or place.path.exists():
-        raise ValueError(
-            f"Checkpoint directory {place.path} ({place.number}) already exists. Please manually override "
-            "`self.save_iteration` with what iteration to start with."
-        )
+    raise ValueError(
+        f"Checkpoint directory {place.path} ({place.number}) already exists. Please manually override "
+        "`self.save_iteration` with what iteration to start with."
+    )
 
 
 def holds_only_a_state(directory: Path) -> bool:
     """Whether all that lies in it comes from save_state(), so that another directory may take its place as a whole."""
-    if directory.is_symlink() or os.path.ismount(directory) or Path.cwd().is_relative_to(directory):
-        return False
     try:
+        if directory.is_symlink() or os.path.ismount(directory) or Path.cwd().is_relative_to(directory):
+            return False
         return all(private.is_of_a_state(path.name) for path in directory.iterdir())
     except FileNotFoundError:
-        return True
+        return not directory.exists()

@@ -82,12 +82,13 @@ class StateSaves:
         if in_flight is not None and not automatic:
             in_flight.exception(session.options.drain_timeout_s)  # what lies there is about to be replaced
 
-        def look() -> bool:
-            if automatic:
-                places.refuse_taken(place, in_flight is not None)
-            return places.holds_only_a_state(place.path)
+        def look() -> tuple[bool, bool]:
+            return in_flight is not None or place.path.exists(), places.holds_only_a_state(place.path)
 
-        return place, bool(session.decide(look))
+        is_taken, named_last = session.decide(look)
+        if automatic and is_taken:
+            places.refuse_taken(place)
+        return place, named_last
 
     @contextlib.contextmanager
     def saving(self, accelerator: Any, place: Place, named_last: bool) -> Iterator[OpenBundle]:

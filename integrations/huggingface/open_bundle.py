@@ -21,11 +21,14 @@ class OpenBundle:
     Args:
         bundle: of BundleCheckpointer.
         sharded: gives what saves sharded states for the same ranks.
+        since: in a directory that is somebody else's, too: when it was begun, by the clock of `time.time()`. None: all that
+            lies in the directory is of the bundle.
     """
 
-    def __init__(self, bundle: Any, sharded: Callable[[], Any]) -> None:
+    def __init__(self, bundle: Any, sharded: Callable[[], Any], since: float | None = None) -> None:
         self._bundle = bundle
         self._sharded = sharded
+        self._since = since
 
     @property
     def directory(self) -> Path:
@@ -72,8 +75,9 @@ class OpenBundle:
         self._bundle.fail(error)
 
     def commit(self) -> ckpt.PendingSave:
-        """With all that lies in the directory, whoever has written it."""
-        self._bundle.include(self.directory)
+        """With all that was written to the directory, by whomever."""
+        for path in [self.directory] if self._since is None else _written_since(self.directory, self._since):
+            self._bundle.include(path)
         pending: ckpt.PendingSave = self._bundle.commit()
         return pending
 
@@ -96,3 +100,30 @@ def bundle_of(path: Any) -> OpenBundle | None:
     """The one that this thread puts together, if the path belongs to it."""
     bundle = _open.get()
     return bundle if bundle is not None and bundle.holds(path) else None
+
+
+_CLOCK_S = 2.0  # how far the clock of a file server may be behind
+
+
+def _written_since(directory: Path, instant: float) -> Iterator[Path]:
+    """What is new in it, and files that have changed, there and in its directories. What lies deeper is left alone."""
+    for path in _entries(directory):
+        if _changed_at(path) >= instant - _CLOCK_S:
+            yield path
+        elif path.is_dir() and not path.is_symlink():
+            yield from (inner for inner in _entries(path) if inner.is_file() and _changed_at(inner) >= instant - _CLOCK_S)
+
+
+def _entries(directory: Path) -> list[Path]:
+    try:
+        return sorted(path for path in directory.iterdir() if not path.name.startswith("."))
+    except OSError:  # no state lies there
+        return []
+
+
+def _changed_at(path: Path) -> float:
+    """Of one that is gone, or leads nowhere: never."""
+    try:
+        return path.stat().st_ctime
+    except OSError:
+        return 0.0

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,15 @@ class Session:
         return self._coordinator.rank
 
     def begin(self, root: Path, name: str, *, step: int, named_last: bool) -> OpenBundle:
-        """A checkpoint that is to be `root / name`. Raises as BundleCheckpointer.begin()."""
+        """A checkpoint that is to be `root / name`. Unless that gets its name last, others may have files there, too.
+
+        Raises:
+            CheckpointError: as BundleCheckpointer.begin().
+        """
+        begun = None if named_last else time.time()
         with self._telling():
             bundle = self.bundles.begin(root, name, step=step, move_latest=False, named_last=named_last)
-        return OpenBundle(bundle, self._saver_of_shards)
+        return OpenBundle(bundle, self._saver_of_shards, begun)
 
     @contextlib.contextmanager
     def _telling(self) -> Iterator[None]:

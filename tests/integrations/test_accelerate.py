@@ -320,6 +320,7 @@ def test_what_else_lies_in_a_directory_stays(mixed: bool, tmp_path: Path) -> Non
     (directory / "custom_checkpoint_7.pkl").touch()  # of another state, which had more
     if mixed:
         (directory / "log.txt").write_text("mine")
+        (directory / "newest").symlink_to("nowhere")
     training.advance()
     training.save(directory)
     lazy.wait(DEADLINE_S)
