@@ -20,7 +20,7 @@ PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip --disable-pip-version-check
 ARGS   ?=
 # Test processes side by side. Most tests wait, for disks, deadlines and each other; a debugger wants JOBS=0.
-JOBS   ?= 2
+JOBS   ?= 3
 # Processes beside the tests that only compute: with twice the number of cores, a machine where much else is going on.
 BUSY   ?= 0
 
