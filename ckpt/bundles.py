@@ -289,8 +289,11 @@ class BundleCheckpointer(SaveSession):
             options = self.options if may_skip else dataclasses.replace(self.options, when_busy="wait")
             self._finisher.admit(task, options)
             bundle._admitted = True
-        except (SkippedError, StorageError, DeadlineError) as error:
+        except BaseException as error:
             bundle.fail(error)
+            if not isinstance(error, (SkippedError, StorageError, DeadlineError)):  # as Ctrl-C; the other ranks wait
+                bundle.commit()
+                raise
         return bundle
 
     def _land(
@@ -311,37 +314,37 @@ class BundleCheckpointer(SaveSession):
 
     def _claim(self, root: Path, name: str, number: int, together: bool, named_last: bool) -> BundleRoot | None:
         """Before anybody writes below `root`: rank 0, and who leads a node, locks it. All ranks go on, or none."""
-        own, error, begun = None, None, False
-        try:
-            if self.rank == 0:
-                self._check_failures()
-                self._published.check_remaining(self._last_failed)
-            if self._nodes is not None:
-                self._nodes.check(root)
-            if self._leads:
-                busy = [task.path for task in self._pending if not task.done()]
-                own = self._roots.claim(root, busy, self._nodes.keeps if self._nodes is not None else None)
-                if named_last:
-                    own.begin_partial(name)
-                    begun = True
-        except CheckpointError as caught:
-            error = caught
-        except OSError as caught:
-            error = StorageError(caught.errno or 0, f"cannot claim '{root}': {caught}", str(root))
-        # Where only rank 0 writes, nobody cares for the directories of the others.
-        roots = [str(root), os.path.realpath(root)] if together else []
-        said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots, "tiers": self._nodes is not None}
-        said |= {"kind": type(error).__name__, "text": "" if error is None else str(error)}
-        refusal = None
-        if self.world_size > 1:
-            key = f"{self._claims}/{number}"
-            refusal = find_refusal(self._coordinator, key, said, judge, self.options.timeout_s)
-        if own is not None and begun and (error is not None or refusal is not None):
-            own.end_partial(name, drop=False)
-        if error is not None:
-            raise error
-        if refusal is not None:
-            raise REFUSALS[refusal["kind"]](refusal["text"])
+        with contextlib.ExitStack() as undo:
+            own, error = None, None
+            try:
+                if self.rank == 0:
+                    self._check_failures()
+                    self._published.check_remaining(self._last_failed)
+                if self._nodes is not None:
+                    self._nodes.check(root)
+                if self._leads:
+                    busy = [task.path for task in self._pending if not task.done()]
+                    kept = self._nodes.keeps if self._nodes is not None else None
+                    own = self._roots.claim(root, busy, kept, below=not named_last)
+                    if named_last:
+                        own.begin_partial(name)
+                        undo.callback(own.end_partial, name, drop=False)
+            except CheckpointError as caught:
+                error = caught
+            except OSError as caught:
+                error = StorageError(caught.errno or 0, f"cannot claim '{root}': {caught}", str(root))
+            # Where only rank 0 writes, nobody cares for the directories of the others.
+            roots = [str(root), os.path.realpath(root)] if together else []
+            said = {"rank": self.rank, "node": self._node, "name": name, "roots": roots, "tiers": self._nodes is not None}
+            said |= {"kind": type(error).__name__, "text": "" if error is None else str(error)}
+            refusal = None
+            if self.world_size > 1:
+                refusal = find_refusal(self._coordinator, f"{self._claims}/{number}", said, judge, self.options.timeout_s)
+            if error is not None:
+                raise error
+            if refusal is not None:
+                raise REFUSALS[refusal["kind"]](refusal["text"])
+            undo.pop_all()
         return own
 
     def _commit(self, bundle: Bundle) -> None:

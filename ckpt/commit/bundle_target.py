@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -117,6 +118,9 @@ class BundleTarget:
     def point_latest(self) -> None:
         if self.final is not None and self.root is not None and not self._is_at(self.final):
             self.root.give_name(self.name)
+            if self.held is not None and not self._is_at(self.final):
+                text = f"'{self.final}' did not get its name: '{self.call.directory}' was removed or renamed meanwhile"
+                raise StorageError(errno.ENOENT, text, str(self.final))
         if self.move_latest and self.root is not None:
             self.root.point_latest(self.name if self.held is None else self.root.name_of(self.held, self.name))
 

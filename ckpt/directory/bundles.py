@@ -48,8 +48,12 @@ class BundleRoot:
         self._partial: set[str] = set()  # names of bundles on their way that are to get them last; guarded by _guard
 
     @staticmethod
-    def claim(path: Path) -> BundleRoot:
+    def claim(path: Path, *, below: bool = True) -> BundleRoot:
         """Makes the directory ours, and removes what a crash left. Pair with release().
+
+        Args:
+            below: also in the directories in it. False: bundles get their names last, so nothing of ours is there; others may
+                be saving in these.
 
         Raises:
             InUseError: another job is writing to it.
@@ -63,7 +67,7 @@ class BundleRoot:
             if own._users == 0:
                 own._root.claim()
                 try:
-                    own._begin()
+                    own._begin(below)
                 except BaseException:
                     own._root.release()
                     raise
@@ -104,24 +108,24 @@ class BundleRoot:
         with publish_lock.publishing(self._root.reach, "job"):
             yield
 
-    def _begin(self) -> None:
+    def _begin(self, below: bool) -> None:
         """Behind the claim, before a byte is written."""
         try:
             with self._publishing():
-                self._remove_leftovers()
+                self._remove_leftovers(below)
         except InUseError as error:
             logger.warning("what a crash has left in '%s' is not removed now: %s", self._root.path, error)
         if publish_lock.is_home(self._root.path):
             self.reserve_numbers(0)
 
-    def _remove_leftovers(self) -> None:
+    def _remove_leftovers(self, below: bool) -> None:
         """Of processes that are gone; and no file that a manifest names, as long as it could not be given its name."""
         path = self._root.path
         complete_all(path)
         late_names.settle(path)
         # What is behind a link is left alone: others may be writing there. So may drains in a directory of their own.
-        below = [each for each in _subdirectories(path) if not each.is_symlink() and each.name != publish_lock.FOLDER]
-        for directory in [path, *below]:
+        found = _subdirectories(path) if below else []
+        for directory in [path, *(each for each in found if not each.is_symlink() and each.name != publish_lock.FOLDER)]:
             try:
                 self._remove_leftovers_in(directory)
             except (OSError, NotACheckpointError) as error:
@@ -187,7 +191,7 @@ class BundleRoot:
             partial = late_names.partial_of(self._root.reach, name)
             if (manifest := manifests.read_if_any(partial)) is not None:
                 complete(partial, manifest)
-            elif os.path.lexists(partial):
+            if os.path.lexists(partial):  # something newer has the name, or it was never complete
                 durable.remove_tree(partial)
             self._partial.add(name)
 
@@ -249,7 +253,7 @@ def complete(directory: Path, manifest: Manifest) -> None:
         logger.info("'%s' is completed: %d files get their names", directory, len(left))
         give_final_names(directory, left)
     if (name := late_names.name_behind(directory.name)) is not None:
-        late_names.give_name(directory, directory.parent, name)
+        late_names.give_name_left_over(directory, directory.parent, name)
 
 
 def is_unsettled(directory: Path) -> bool:

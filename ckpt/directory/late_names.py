@@ -2,6 +2,7 @@
 
     .lazyckpt-<name>.partial     until then
     .lazyckpt-<name>.replaced    what had the name before, until the new one has it
+    .lazyckpt-names.lock         held by whoever gives a name just now: who saves, or who looks
 
 Both lie directly in the root, also of a name with slashes. The manifest decides, as ever: what has one is complete, and gets
 its name from whoever looks next, should a crash have come between. Without one it is removed by the next job that saves there.
@@ -9,18 +10,27 @@ its name from whoever looks next, should a crash have come between. Without one 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.errors import StorageError
+from ckpt.errors import InUseError, StorageError
 from ckpt.storage import durable
+from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.storage.exchange import exchange
 
 logger = logging.getLogger("ckpt")
 
 _PREFIX, _PARTIAL, _REPLACED = ".lazyckpt-", ".partial", ".replaced"
+_LOCK = ".lazyckpt-names.lock"
+_NAMES_TAKE_LONG = "{holder} gives a checkpoint its name in '{directory}', and does not come to an end; is its storage away?"
+_LONGEST_WAIT_S = 60.0
+_LOOK_S = 0.005
 
 
 def partial_of(root: Path, name: str) -> Path:
@@ -62,16 +72,77 @@ def refuse_obstacle(root: Path, name: str) -> None:
 def give_name(partial: Path, root: Path, name: str) -> None:
     """Gives a bundle whose files are durable its name, durably. A directory that had it goes, with all that is in it.
 
+    If somebody else has just done that, nothing is done.
+
     Raises:
         StorageError: a system call failed; complete() of bundles.py finishes it later.
+        InUseError: others give names here, for too long.
     """
+    with _naming(root):
+        if os.path.lexists(partial / manifests.NAME):
+            _give_name(partial, root, name)
+
+
+def give_name_left_over(partial: Path, root: Path, name: str) -> None:
+    """The same, for who only looks: what was written under the name behind the bundle stays, and so does the bundle."""
+    with _naming(root):
+        if not os.path.lexists(partial / manifests.NAME):
+            return
+        if _newest_in(root / name) > os.stat(partial / manifests.NAME).st_mtime_ns:
+            there, left = manifests.read_if_any(root / name), manifests.read_if_any(partial)
+            if there is not None and left is not None and there.sequence > left.sequence:
+                _remove_quietly(partial)  # what had the name before
+                return
+            logger.warning(
+                "'%s' was complete when a crash came; since then somebody has written to '%s', which is left alone. Remove one "
+                "of them, or save this one again",
+                partial,
+                root / name,
+            )
+            return
+        _give_name(partial, root, name)
+
+
+def _newest_in(directory: Path) -> int:
+    try:
+        return max(os.lstat(path).st_mtime_ns for path in (directory, *directory.iterdir()))
+    except OSError:
+        return 0
+
+
+@contextlib.contextmanager
+def _naming(root: Path) -> Iterator[None]:
+    lock = DirectoryLock(root, name=_LOCK, refusal=_NAMES_TAKE_LONG, owner="another thread")
+    end = time.monotonic() + _LONGEST_WAIT_S
+    while True:
+        try:
+            lock.acquire()
+            break
+        except InUseError:
+            if time.monotonic() >= end:
+                raise
+            time.sleep(_LOOK_S)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _give_name(partial: Path, root: Path, name: str) -> None:
     final, replaced = root / name, _beside(root, name, _REPLACED)
     durable.make_directory(final.parent, durable=True)
     if os.path.lexists(final):
         _remove(replaced)
-        durable.rename_durably(final, replaced)
-        durable.crash_point("bundle-retired")
-    durable.rename_durably(partial, final)
+        if exchange(partial, final):
+            durable.crash_point("bundle-exchanged")
+            durable.sync_directory(final.parent)
+            durable.give_name(partial, replaced)
+        else:
+            durable.rename_durably(final, replaced)
+            durable.crash_point("bundle-retired")
+            durable.rename_durably(partial, final)
+    else:
+        durable.rename_durably(partial, final)
     if final.parent != root:
         durable.sync_directory(root)
     durable.crash_point("bundle-named")
@@ -90,14 +161,17 @@ def settle(root: Path) -> None:
     Raises:
         OSError: the directory cannot be read.
     """
-    for path in list(root.iterdir()):
+    found = list(root.iterdir())
+    for path in found:
         if name_behind(path.name) is not None:
             drop(path)
-        elif (name := _name_in(path.name, _REPLACED)) is not None:
-            if os.path.lexists(root / name):
-                _remove_quietly(path)
-            else:  # what was to take its place is gone
-                durable.rename_durably(path, root / name)
+    for path in found:
+        if (name := _name_in(path.name, _REPLACED)) is not None:
+            with _naming(root):
+                if os.path.lexists(root / name):
+                    _remove_quietly(path)
+                elif os.path.lexists(path):  # what was to take its place is gone
+                    durable.rename_durably(path, root / name)
 
 
 def _remove(path: Path) -> None:

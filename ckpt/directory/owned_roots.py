@@ -17,12 +17,13 @@ class OwnedRoots:
         self._roots: dict[Path, BundleRoot] = {}  # oldest first
         self._moved: list[BundleRoot] = []  # claimed by names that lead elsewhere by now
 
-    def claim(self, root: Path, busy: Collection[Path], kept: Path | None) -> BundleRoot:
+    def claim(self, root: Path, busy: Collection[Path], kept: Path | None, *, below: bool = True) -> BundleRoot:
         """The directory, which is ours now; others are given back, if there are many.
 
         Args:
             busy: what is being saved, below directories that are needed.
             kept: one more that is.
+            below: see BundleRoot.claim().
 
         Raises:
             InUseError, StorageError: as BundleRoot.claim().
@@ -31,7 +32,7 @@ class OwnedRoots:
         if own is not None and not own.is_at(root):  # renamed, and another one made: what is in flight there still needs it
             self._moved.append(own)
             own = None
-        own = own or BundleRoot.claim(root)
+        own = own or BundleRoot.claim(root, below=below)
         self._roots[root] = own
         if not busy:
             self._release_moved()

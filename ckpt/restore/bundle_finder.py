@@ -95,7 +95,10 @@ class BundleFinder:
         manifest = manifests.read_if_any(directory)
         if manifest is not None:
             places = self._near.places_of(directory, manifest)
-            places.read_manifest(manifest.sequence)
+            try:
+                places.read_manifest(manifest.sequence)
+            except file_readers.UNFIT:  # a living job has replaced it just now: what is there is read as it is
+                return
             self._found = directory, places
 
     # ---- one candidate ---------------------------------------------------------------------------------------------

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +19,14 @@ from test_bundles import FILES, Job, content
 from test_ranks_apart import PATIENT
 
 import ckpt
+from ckpt.directory import late_names
 from ckpt.errors import CheckpointError, InUseError, PeerError, StorageError
 
-CRASH_POINTS = ("manifest-written", "manifest-renamed", "published", "placed", "all-placed", "bundle-retired", "bundle-named")
+LOCKS = (".lock", ".lazyckpt-names.lock")
+CRASH_POINTS = (
+    *("manifest-written", "manifest-renamed", "published", "placed", "all-placed"),
+    *("bundle-exchanged", "bundle-retired", "bundle-named"),
+)
 
 
 class LateJob(Job):
@@ -41,7 +48,7 @@ class LateJob(Job):
         assert self.find(name) == [name, name]
 
     def left_over(self) -> list[Path]:
-        return [path for root in {*self.roots} for path in root.rglob(".*") if path.name != ".lock"]
+        return [path for root in {*self.roots} for path in root.rglob(".*") if path.name not in LOCKS]
 
 
 @pytest.fixture(params=[{}], ids=[""])
@@ -103,8 +110,8 @@ def test_a_name_that_cannot_be_given_is_given_later(job: LateJob, native: Any, t
     """The manifest has decided: the next who looks sees to the rest."""
     real = job.ranks[0]._roots.claim
 
-    def claim(*args: Any) -> Any:
-        own = real(*args)
+    def claim(*args: Any, **how: Any) -> Any:
+        own = real(*args, **how)
         own.give_name = lambda name: (_ for _ in ()).throw(StorageError(errno.EIO, "no name today", name))
         return own
 
@@ -151,6 +158,8 @@ def test_what_a_user_hides_is_left_alone(tmp_path: Path, native: Any) -> None:
 def save_until_killed(root: str, point: str, name: str) -> None:
     """In a process of its own: the second save of a name comes to the point."""
     with ckpt.BundleCheckpointer(coordinator="local") as saver:
+        if point == "bundle-retired":
+            late_names.exchange = lambda one, other: False
         for value in (1.0, 2.0):
             bundle = saver.begin(root, name, named_last=True, move_latest=False)
             bundle.save(content(0, value), bundle.directory / "x.pt")
@@ -189,4 +198,74 @@ def test_a_crash_leaves_the_old_one_or_the_new_one(point: str, name: str, nurser
         bundle.save(content(0, 3.0), bundle.directory / "x.pt")
         bundle.commit().result(60)
         assert_same(content(0, expected), torch.load(tmp_path / name / "x.pt"))
-    assert [path.name for path in tmp_path.rglob(".*") if path.name != ".lock"] == []
+    assert [path.name for path in tmp_path.rglob(".*") if path.name not in LOCKS] == []
+
+
+def test_what_was_saved_by_others_meanwhile_is_left_alone(nursery: Nursery, tmp_path: Path) -> None:
+    """A crash came when the new one had no name yet; then somebody who knows nothing of it has written under the name."""
+    child = nursery.start(f"import test_late_names as t; t.save_until_killed({str(tmp_path)!r}, 'all-placed', 'a')")
+    assert child.wait().returncode == -signal.SIGKILL
+    shutil.rmtree(tmp_path / "a")
+    (tmp_path / "a").mkdir()
+    torch.save(content(0, 5.0), tmp_path / "a" / "x.pt")
+    with ckpt.BundleCheckpointer(options=options(**PATIENT), coordinator="local") as saver:
+        assert saver.find(tmp_path, "a") == "a"
+        assert_same(content(0, 5.0), torch.load(tmp_path / "a" / "x.pt"))
+        bundle = saver.begin(tmp_path, "a", named_last=True, move_latest=False)
+        assert_same(content(0, 5.0), torch.load(tmp_path / "a" / "x.pt"))
+        bundle.save(content(0, 6.0), bundle.directory / "x.pt")
+        bundle.commit().result(60)
+        assert saver.find(tmp_path, "a") == "a"
+        assert_same(content(0, 6.0), torch.load(tmp_path / "a" / "x.pt"))
+    assert [path.name for path in tmp_path.rglob(".*") if path.name not in LOCKS] == []
+
+
+def look_until_told(root: str) -> None:
+    """In a process of its own: asks for the bundle again and again, and gives it its name if it comes to that."""
+    with ckpt.BundleCheckpointer(coordinator="local") as saver:
+        found = 0
+        while not Path(root, "enough").exists():
+            with contextlib.suppress(CheckpointError):  # it was replaced each time that it was looked at
+                found += saver.find(Path(root), "a") == "a"
+        os.write(1, f"found {found}\n".encode())
+    os._exit(0)
+
+
+def test_who_looks_does_not_come_between(nursery: Nursery, tmp_path: Path) -> None:
+    """Both may be about to give the name; nothing is lost by that, and each save says what came of it."""
+    with ckpt.BundleCheckpointer(options=options(**PATIENT), coordinator="local") as saver:
+        child = nursery.start(f"import test_late_names as t; t.look_until_told({str(tmp_path)!r})")
+        for value in range(150):
+            bundle = saver.begin(tmp_path, "a", named_last=True, move_latest=False)
+            bundle.save({"value": value}, bundle.directory / "x.pt")
+            assert bundle.commit().result(60) == tmp_path / "a"
+            assert torch.load(tmp_path / "a" / "x.pt") == {"value": value}
+        (tmp_path / "enough").touch()
+        ended = child.wait()
+        assert ended.returncode == 0 and ended.stdout.startswith("found "), ended.stderr
+    assert [path.name for path in tmp_path.rglob(".*") if path.name not in LOCKS] == []
+
+
+def test_an_interrupted_begin_gives_the_name_back(tmp_path: Path, native: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by Ctrl-C in a notebook, which goes on."""
+    with ckpt.BundleCheckpointer(options=options(**PATIENT), coordinator="local") as saver:
+        with monkeypatch.context() as patch:
+            patch.setattr(saver._finisher, "admit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                saver.begin(tmp_path, "a", named_last=True)
+        wait_until(lambda: not late_names.partial_of(tmp_path, "a").exists())
+        bundle = saver.begin(tmp_path, "a", named_last=True)
+        bundle.save(content(0, 1.0), bundle.directory / "x.pt")
+        assert bundle.commit().result(60) == tmp_path / "a"
+
+
+def test_beside_others_nothing_is_tidied(tmp_path: Path, native: Any) -> None:
+    """The directory may hold those of other jobs, on other hosts too."""
+    theirs = tmp_path / "run9" / ".tmp-x.pt-00000000-1-000000000"
+    theirs.parent.mkdir()
+    theirs.write_text("x")
+    with ckpt.BundleCheckpointer(options=options(**PATIENT), coordinator="local") as saver:
+        bundle = saver.begin(tmp_path, "run1/state", named_last=True)
+        bundle.save(content(0, 1.0), bundle.directory / "x.pt")
+        bundle.commit().result(60)
+    assert theirs.exists()

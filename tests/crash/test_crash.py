@@ -49,7 +49,7 @@ POINTS = {
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
 BUNDLE_POINTS = [
     *("placed", "all-placed"),  # tests/integrations/test_deepspeed_crash.py
-    *("bundle-retired", "bundle-named"),  # tests/commit/test_late_names.py
+    *("bundle-exchanged", "bundle-retired", "bundle-named"),  # tests/commit/test_late_names.py
 ]
 SMALL_FILES = ("manifest", "latest", "metadata", "metadata-copy", *DRAIN_FILES, *FAILURE_FILES, *UPLOAD_FILES)
 SHARDED_POINTS = [f"metadata{part}-{end}" for part in ("", "-copy") for end in ("written", "renamed")]  # tests/sharded
