@@ -2,7 +2,7 @@
 
     .lazyckpt-<name>.partial     until then
     .lazyckpt-<name>.replaced    what had the name before, until the new one has it
-    .lazyckpt-names.lock         held by whoever gives a name just now: who saves, or who looks
+    .names.lock                  held by whoever gives a name just now: who saves, or who looks
 
 Both lie directly in the root, also of a name with slashes. The manifest decides, as ever: what has one is complete, and gets
 its name from whoever looks next, should a crash have come between. Without one it is removed by the next job that saves there.
@@ -27,7 +27,7 @@ from ckpt.storage.exchange import exchange
 logger = logging.getLogger("ckpt")
 
 _PREFIX, _PARTIAL, _REPLACED = ".lazyckpt-", ".partial", ".replaced"
-_LOCK = ".lazyckpt-names.lock"
+_LOCK = ".names.lock"
 _NAMES_TAKE_LONG = "{holder} gives a checkpoint its name in '{directory}', and does not come to an end; is its storage away?"
 _LONGEST_WAIT_S = 60.0
 _LOOK_S = 0.005

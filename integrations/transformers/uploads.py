@@ -12,7 +12,7 @@ from typing import Any
 from .transformers_private import UPLOADS, find
 
 # Directories that have no name yet, and the lock of the job that saves there. Here `*` stands for slashes, too.
-HIDDEN = (".lazyckpt-*", ".lock")
+HIDDEN = (".lazyckpt-*", ".lock", ".names.lock")
 
 
 class _Uploading:

@@ -22,7 +22,7 @@ import ckpt
 from ckpt.directory import late_names
 from ckpt.errors import CheckpointError, InUseError, PeerError, StorageError
 
-LOCKS = (".lock", ".lazyckpt-names.lock")
+LOCKS = (".lock", ".names.lock")
 CRASH_POINTS = (
     *("manifest-written", "manifest-renamed", "published", "placed", "all-placed"),
     *("bundle-exchanged", "bundle-retired", "bundle-named"),
