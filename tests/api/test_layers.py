@@ -23,6 +23,7 @@ PACKAGE_LAYERS = (
     {"session", "tiers"},
     {"bundles", "checkpointer", "dcp_checkpointer"},
     {"dcp"},
+    {"upkeep"},
     {"cli"},
     {"__main__"},
 )

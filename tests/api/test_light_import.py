@@ -19,6 +19,7 @@ LIGHT = [
         "ckpt.remote.download",
         "ckpt.storage.object_store",
         "ckpt.cli.main",
+        "ckpt.cli.list",
         "ckpt.__main__",
         "ckpt.storage.block_files",
         "ckpt.storage.pace_file",

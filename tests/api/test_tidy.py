@@ -265,10 +265,10 @@ def test_tested_versions_are_told_alike() -> None:
 
 # ---- what a process that only copies needs ---------------------------------------------------------------------------
 
-WITHOUT_TORCH = {"drain", "cli", "directory", "remote", "storage", "errors", "quantities"}
+WITHOUT_TORCH = {"drain", "cli", "directory", "remote", "storage", "upkeep", "errors", "quantities"}
 
 
-@each(python_files("ckpt/drain", "ckpt/cli", "ckpt/directory", "ckpt/remote", "ckpt/storage"))
+@each(python_files("ckpt/drain", "ckpt/cli", "ckpt/directory", "ckpt/remote", "ckpt/storage", "ckpt/upkeep"))
 def test_the_drain_needs_no_torch(path: Path) -> None:
     found = []
     for module, name, line in imports(path):
