@@ -43,8 +43,8 @@ def show(answer: Answer, command: str, as_json: bool) -> None:
         sys.stdout.write(_printable(text, sys.stdout.encoding))
         sys.stdout.flush()
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # the interpreter flushes once more at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.close()  # else the interpreter tries again, at its end
 
 
 def _printable(text: str, encoding: str | None) -> str:
