@@ -84,12 +84,13 @@ def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verd
         yield Verdict(str(path), manifests.NAME, 0, BAD, str(error))
         return
     for file in manifest.files:
-        state, problem = _judge(path, file, manifest, fast)
+        state, problem = judge(path, file, manifest, fast)
         told(file.bytes)
         yield Verdict(str(path), file.name, file.bytes, state, problem)
 
 
-def _judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
+def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
+    """State and problem of a file that a manifest names: see Verdict."""
     path = place_of(directory, file)
     try:
         size = path.stat().st_size
