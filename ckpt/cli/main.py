@@ -21,6 +21,7 @@ COMMANDS = {
     "verify": "whether checkpoints are what was written: every checksum, or only sizes",
     "repair": "mend what a crash has left in a directory of checkpoints",
     "prune": "remove all checkpoints of a directory but the newest",
+    "status": "who saves in a directory, the last commit and its age, and what is left to be carried on",
     "drain": "carry checkpoints from the disk of a node home, or from home to an object store",
 }
 _EXIT_CODES = """exit codes: 0 all is well; 1 the answer is "bad"; 2 wrong usage; 3 no such checkpoint; 4 in use by another job;
