@@ -24,6 +24,7 @@ PACKAGE_LAYERS = (
     {"bundles", "checkpointer", "dcp_checkpointer"},
     {"dcp"},
     {"upkeep"},
+    {"conversion"},
     {"cli"},
     {"__main__"},
 )
