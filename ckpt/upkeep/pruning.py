@@ -8,12 +8,13 @@ from pathlib import Path
 
 from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
-from ckpt.directory.bundles import committed_in, read_latest
+from ckpt.directory.bundles import read_latest
 from ckpt.directory.holds import held_at
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import NotACheckpointError
 from ckpt.storage import durable
+from ckpt.upkeep.rows import committed_below
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
 
@@ -45,7 +46,7 @@ def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
         NotACheckpointError: there is none.
         StorageError: it cannot be read.
     """
-    found = [(path, manifest) for path, manifest in committed_in(directory) if not path.is_symlink()]
+    found = [(path, manifest) for path, manifest in committed_below(directory) if not path.is_symlink()]
     if not found:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
     latest = read_latest(directory)

@@ -35,6 +35,7 @@ from ckpt.storage import durable, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.upkeep.census import is_checkpoint
 from ckpt.upkeep.prepared import Prepared, find_prepared
+from ckpt.upkeep.rows import committed_below
 from ckpt.upkeep.verifying import GOOD, judge
 
 FINALISE, NAME, MEND, REMOVE, LEAVE = "finalise", "name", "mend", "remove", "leave"
@@ -114,7 +115,7 @@ class _Plan:
     def make(self) -> list[Action]:
         below = [self._directory / name for name in self._names if (self._directory / name).is_dir()]
         steps = [path for path in below if is_step_name(path.name)]
-        self._committed = {each.sequence for path in below if (each := manifests.read_if_any(path)) is not None}
+        self._committed = {manifest.sequence for _, manifest in committed_below(self._directory)}
         for path in steps:
             self._plan_step(path)
         for path in below:

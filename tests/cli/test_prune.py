@@ -29,6 +29,13 @@ def test_the_newest_stay(shell: Shell, home: Path) -> None:
     assert found is not None and found.step == 3
 
 
+def test_a_removal_that_was_interrupted_does_not_count(shell: Shell, home: Path) -> None:
+    """It is not one of those that stay."""
+    step_in(home, 3).rename(home / ".tmp-step-000000000003-00000000-1-000000000")
+    assert shell("prune", home, "--keep", "1", "--yes").code == 0
+    assert names(home) == [2]
+
+
 def test_multiples_stay(shell: Shell, tmp_path: Path) -> None:
     save_steps(tmp_path, 10, 15, 20, 25)
     assert shell("prune", tmp_path, "--keep", "1", "--keep-every", "10", "--yes").code == 0
