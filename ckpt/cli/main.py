@@ -25,6 +25,7 @@ COMMANDS = {
     "export": "write a checkpoint of any number of ranks as safetensors, or as one torch file",
     "diff": "in what two checkpoints or files differ, by structure or by values",
     "copy": "copy checkpoints into another directory, every byte verified",
+    "doctor": "what this machine, and a directory of it, can do for checkpoints",
     "drain": "carry checkpoints from the disk of a node home, or from home to an object store",
 }
 _EXIT_CODES = """exit codes: 0 all is well; 1 the answer is "bad"; 2 wrong usage; 3 no such checkpoint; 4 in use by another job;
