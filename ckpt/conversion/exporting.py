@@ -6,7 +6,6 @@ import dataclasses
 import fnmatch
 import json
 import re
-import struct
 import sys
 import zipfile
 from collections.abc import Callable, Sequence
@@ -19,7 +18,7 @@ from ckpt.conversion.sources import Entry, Position, Source, TuplePosition, view
 from ckpt.errors import CheckpointError, UnsupportedError
 from ckpt.plan.pickler import pickle_object
 from ckpt.storage import durable
-from ckpt.storage.streamed_file import StreamedFile
+from ckpt.storage.streamed_file import StreamedFile, begin_entry
 from ckpt.torch_private import key_of
 
 Told = Callable[[int], object]  # called with the bytes of each tensor, once it is written
@@ -30,11 +29,6 @@ _NAMES = {
     **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64"},
     **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
 }
-_ALIGNMENT = 64  # of records, as torch has it
-_LOCAL_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of a zip's, before name and extra fields; and of the one for large records
-# The extra field by which Android's zipalign aligns. That of torch would say that the file is torch's to the last byte.
-_ALIGNING = 0xD935
-_ALIGNING_HEAD = struct.Struct("<HHH")  # which it is, how long, to what
 _STEM = "model"
 
 
@@ -197,26 +191,15 @@ def write_torch(chosen: Chosen, output: Path, told: Told = lambda _: None) -> Ex
             if name is None:
                 _add(archive, file, f"data/{record.key}", b"")
                 continue
-            with _begin(archive, file, f"data/{record.key}", chosen.entries[name].nbytes) as entry:
+            with begin_entry(archive, file, f"data/{record.key}", chosen.entries[name].nbytes) as entry:
                 _write_tensor(entry, chosen, name, told)
         _add(archive, file, "version", b"3\n")
     total = sum(entry.nbytes for entry in chosen.tensors.values())
     return Exported([output], len(chosen.tensors), total, [])
 
 
-def _begin(archive: zipfile.ZipFile, file: BinaryIO, name: str, size: int) -> Any:
-    """Its bytes will begin at a multiple of the alignment, so that torch may map them."""
-    info = zipfile.ZipInfo(f"archive/{name}")
-    info.file_size = size
-    big = size > zipfile.ZIP64_LIMIT // 2
-    begin = file.tell() + _LOCAL_HEADER + len(info.filename) + (_ZIP64_EXTRA if big else 0) + _ALIGNING_HEAD.size
-    padding = -begin % _ALIGNMENT
-    info.extra = _ALIGNING_HEAD.pack(_ALIGNING, 2 + padding, _ALIGNMENT) + bytes(padding)
-    return archive.open(info, "w", force_zip64=big)
-
-
 def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes) -> None:
-    with _begin(archive, file, name, len(content)) as entry:
+    with begin_entry(archive, file, name, len(content)) as entry:
         entry.write(content)
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import struct
+import zipfile
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 from ckpt.errors import StorageError
 from ckpt.storage import durable
 from ckpt.storage.temporary_names import temporary_path
+
+_ALIGNMENT = 64  # of records, as torch has it
+_LOCAL_HEADER, _ZIP64_EXTRA = 30, 20  # bytes of a zip's, before name and extra fields; and of the one for large records
+# The extra field by which Android's zipalign aligns. That of torch would say that the file is torch's to the last byte.
+_ALIGNING = 0xD935
+_ALIGNING_HEAD = struct.Struct("<HHH")  # which it is, how long, to what
 
 
 class StreamedFile:
@@ -53,3 +61,17 @@ class StreamedFile:
 
     def _explained(self, error: OSError) -> StorageError:
         return StorageError(error.errno or 0, f"cannot write '{self._target}': {error.strerror or error}", str(self._target))
+
+
+def begin_entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, size: int) -> IO[bytes]:
+    """A record of a torch file that is being written: a context manager, to write `size` bytes to.
+
+    They begin at a multiple of the alignment, so that torch may map them.
+    """
+    info = zipfile.ZipInfo(f"archive/{name}")
+    info.file_size = size
+    big = size > zipfile.ZIP64_LIMIT // 2
+    begin = file.tell() + _LOCAL_HEADER + len(info.filename) + (_ZIP64_EXTRA if big else 0) + _ALIGNING_HEAD.size
+    padding = -begin % _ALIGNMENT
+    info.extra = _ALIGNING_HEAD.pack(_ALIGNING, 2 + padding, _ALIGNMENT) + bytes(padding)
+    return archive.open(info, "w", force_zip64=big)

@@ -77,8 +77,10 @@ class InStore:
         self._store, self._folder = store, folder
         self.name = step_name(manifest.step)
         self.manifest = manifest
-        with store.open(f"{folder}/{manifests.NAME}") as file:
-            self.content = file.read()
+        found = store.read_small(f"{folder}/{manifests.NAME}")
+        if found is None:
+            raise NotACheckpointError(f"'{store.url}/{folder}' was removed just now")
+        self.content = bytes(found.content)
 
     def fetch(self, file: FileEntry, target: Path) -> None:
         with StreamedFile(target) as written:

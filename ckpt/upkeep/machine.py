@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from ckpt import __version__, _native
+from ckpt import _native
 from ckpt.errors import CheckpointError
 from ckpt.storage import trial
 from ckpt.storage.mounts import mount_of
@@ -53,7 +53,11 @@ def _version(package: str) -> str | None:
 def _software() -> Iterator[Finding]:
     build = "with fault hooks, for tests" if hasattr(_native, "set_fault") else "release"
     python = sys.version.split()[0]
-    yield Finding("lazyckpt", GOOD, f"{__version__}, {build}; CRC-32 by {_native.crc32_kernel()}; Python {python}")
+    yield Finding(
+        "lazyckpt",
+        GOOD,
+        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {_native.crc32_kernel()}; Python {python}",
+    )
     torch = _version("torch")
     numbers = re.match(r"(\d+)\.(\d+)", torch or "")
     if torch is None or numbers is None:
