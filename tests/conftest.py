@@ -15,6 +15,9 @@ if sys.version_info < (3, 12):
     import setuptools  # noqa: F401
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from command_line import Shell
     from support import Resources
 
     import ckpt
@@ -118,3 +121,32 @@ def leaks_nothing() -> Iterator[Resources]:
     support.clear_faults()
     support.close_engines()
     support.assert_no_leak(before)
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def shell(capsys: pytest.CaptureFixture[str]) -> Shell:
+    """Commands as a user types them."""
+    import command_line
+
+    return command_line.Shell(capsys)
+
+
+@pytest.fixture(scope="session")
+def three_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the steps 1 to 3. To look at only."""
+    import command_line
+
+    directory = tmp_path_factory.mktemp("steps") / "run"
+    command_line.save_steps(directory, 1, 2, 3)
+    return directory
+
+
+@pytest.fixture
+def home(three_steps: Path, tmp_path: Path) -> Path:
+    """The same, to be changed."""
+    import command_line
+
+    return command_line.copied(three_steps, tmp_path / "home")

@@ -48,6 +48,11 @@ def is_replaced(directory: str) -> bool:
     return _name_in(directory, _REPLACED) is not None
 
 
+def replaced_by(directory: str) -> str | None:
+    """The name that such a directory had; None for all others."""
+    return _name_in(directory, _REPLACED)
+
+
 def _beside(root: Path, name: str, suffix: str) -> Path:
     return root / f"{_PREFIX}{name.replace('%', '%25').replace('/', '%2F')}{suffix}"
 

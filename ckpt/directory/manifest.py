@@ -6,7 +6,6 @@ import dataclasses
 import datetime
 import functools
 import hashlib
-import importlib.metadata
 import json
 import sys
 import zlib
@@ -116,6 +115,8 @@ def _torch_version() -> str:
 
 @functools.cache
 def _installed_torch() -> str:
+    import importlib.metadata  # takes longer than all else here, and only who writes manifests needs it
+
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:

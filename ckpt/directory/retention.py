@@ -144,14 +144,9 @@ class Retention:
             self._note_lost(path)
 
     def _remove_unnamed(self, directory: Path, manifest: Manifest) -> None:
-        """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to."""
         sharded_files.mend(directory, manifest)
-        wanted = sharded_files.names_of(manifest) | {*manifest.others, manifests.NAME}
-        wanted |= names_of_receipts(directory, manifest)
-        for path in directory.iterdir():
-            owner = written_for(path.name)
-            if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name)):
-                durable.remove_file(path)
+        for path in unnamed_in(directory, manifest):
+            durable.remove_file(path)
 
     def _remove_temporaries(self, directory: Path) -> None:
         """Of saves that are over."""
@@ -182,3 +177,17 @@ class Retention:
         self.retired.append(retired)
         durable.sync_directory(self._directory)
         durable.crash_point("removal-begun")
+
+
+def unnamed_in(directory: Path, manifest: Manifest) -> list[Path]:
+    """What a crash left beside a checkpoint, finished or not: that of a save that replaced it, or was to.
+
+    Raises:
+        OSError: the directory cannot be read.
+    """
+    wanted = sharded_files.names_of(manifest) | {*manifest.others, manifests.NAME}
+    wanted |= names_of_receipts(directory, manifest)
+    found = [(path, written_for(path.name)) for path in directory.iterdir()]
+    return [
+        path for path, owner in found if owner is not None and (owner not in wanted or temporary_names.is_temporary(path.name))
+    ]

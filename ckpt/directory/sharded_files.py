@@ -83,16 +83,20 @@ def names_of(manifest: Manifest) -> set[str]:
 
 def mend(directory: Path, manifest: Manifest) -> None:
     """Lets `.metadata` be what the manifest names."""
+    if needs_mending(directory, manifest):
+        content = (directory / str(metadata_name(manifest))).read_bytes()
+        durable.replace_durably(directory / METADATA, content, "metadata-copy")
+
+
+def needs_mending(directory: Path, manifest: Manifest) -> bool:
+    """Whether it is something else. Not if the manifest names it, or what it is to be lies on another node."""
     name = metadata_name(manifest)
     if name is None or name == METADATA or not os.path.lexists(directory / name):
-        return  # the last: it lies on another node
-    content = (directory / name).read_bytes()
+        return False
     try:
-        if (directory / METADATA).read_bytes() == content:
-            return
+        return (directory / METADATA).read_bytes() != (directory / name).read_bytes()
     except FileNotFoundError:
-        pass
-    durable.replace_durably(directory / METADATA, content, "metadata-copy")
+        return True
 
 
 def foreign_metadata(names: Iterable[str], before: Manifest | None) -> bool:

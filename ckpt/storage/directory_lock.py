@@ -113,6 +113,12 @@ class DirectoryLock:
             if self._owner_here() is None and (holder := _holder_elsewhere(self._path)) is not None:
                 raise self._in_use(holder)
 
+    def holder(self) -> str | None:
+        """Who has it just now, in words; None: nobody, or that cannot be told. Takes nothing."""
+        with _guard:
+            owner = self._owner_here()
+            return _holder_elsewhere(self._path) if owner is None else owner._owner
+
     def _ask_to_give_way(self, timeout_s: float, *, for_good: bool) -> None:
         with _guard:
             owner = self._owner_here()

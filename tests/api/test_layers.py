@@ -23,6 +23,8 @@ PACKAGE_LAYERS = (
     {"session", "tiers"},
     {"bundles", "checkpointer", "dcp_checkpointer"},
     {"dcp", "names"},
+    {"upkeep"},
+    {"conversion"},
     {"cli"},
     {"__main__"},
 )

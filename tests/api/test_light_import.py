@@ -9,6 +9,8 @@ import pytest
 from places import PYTHONPATH
 from support import patience
 
+from ckpt.cli.main import COMMANDS
+
 LIGHT = [
     *("ckpt", "ckpt._native", "ckpt.errors", "ckpt.quantities"),
     *("ckpt.storage.durable", "ckpt.storage.directory_lock", "ckpt.storage.free_space", "ckpt.storage.stores"),
@@ -19,6 +21,7 @@ LIGHT = [
         "ckpt.remote.download",
         "ckpt.storage.object_store",
         "ckpt.cli.main",
+        *(f"ckpt.cli.{name}" for name in COMMANDS),
         "ckpt.__main__",
         "ckpt.storage.block_files",
         "ckpt.storage.pace_file",

@@ -1,0 +1,77 @@
+"""`ckpt export PATH -o OUT --format safetensors|pt`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ckpt.cli.answer import OK, Answer, count, plain, size
+from ckpt.cli.progress import Progress
+from ckpt.quantities import parse_size
+from ckpt.upkeep.targets import resolve
+
+SUMMARY = """Write a checkpoint of any number of ranks anew: as safetensors, for inference, or as one torch file. Tensors are
+verified, read and written one by one."""
+_DTYPES = ("float32", "float16", "bfloat16", "float64")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="PATH[:FILE]", help="a checkpoint, the newest of a directory, or a file")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="the file; with --shard-size a directory"
+    )
+    parser.add_argument("--format", choices=("safetensors", "pt"), required=True)
+    parser.add_argument("--dtype", choices=_DTYPES, help="of tensors of floating point numbers; else as they are")
+    text = "several safetensors files of about this size, as in 5GB, and an index"
+    parser.add_argument("--shard-size", type=_size, metavar="SIZE", help=text)
+    text = "only what matches one of these, as 'model.*'; may be given several times"
+    parser.add_argument("--keys", action="append", default=[], metavar="GLOB", help=text)
+    parser.add_argument(
+        "--strip", default="", metavar="PREFIX", help="leave this out at the beginning of names, as in 'model.'"
+    )
+    parser.add_argument("--rank", type=int, metavar="R", help="with what this rank has saved for itself")
+
+
+def _size(text: str) -> int:
+    try:
+        found = parse_size(text, "the size")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    if found < 1:
+        raise argparse.ArgumentTypeError("the size must be more than 0")
+    return found
+
+
+def run(chosen: argparse.Namespace) -> Answer:
+    """
+    Raises:
+        CheckpointError: there is no such checkpoint, it is damaged, or it cannot be written so.
+    """
+    import torch  # what follows needs it
+
+    from ckpt.conversion import exporting
+    from ckpt.conversion.sources import open_source
+
+    path, file = resolve(chosen.path)
+    wanted = exporting.Chosen(
+        open_source(path, file, chosen.rank),
+        chosen.keys,
+        None if chosen.dtype is None else getattr(torch, chosen.dtype),
+        chosen.strip,
+    )
+    total = sum(entry.nbytes for entry in wanted.tensors.values())
+    with Progress("exported", total) as told:
+        if chosen.format == "pt":
+            made = exporting.write_torch(wanted, chosen.output, told)
+        else:
+            made = exporting.write_safetensors(wanted, chosen.output, chosen.shard_size, told)
+    document = {
+        **{"source": str(path), "files": [str(each) for each in made.files], "tensors": made.tensors, "bytes": made.bytes},
+        "left_out": made.left_out,
+    }
+    lines = [f"{plain(str(each))}" for each in made.files]
+    lines.append(f"{count(made.tensors, 'tensor')}, {size(made.bytes)}")
+    if made.left_out:
+        names = ", ".join(made.left_out[:8]) + (", ..." if len(made.left_out) > 8 else "")
+        lines.append(f"{count(len(made.left_out), 'value')} left out, which safetensors cannot hold: {plain(names)}")
+    return Answer(OK, document, lines)

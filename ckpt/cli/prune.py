@@ -1,0 +1,63 @@
+"""`ckpt prune DIR --keep N [--keep-every K] [--yes]`"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from ckpt.cli.answer import FAILED, OK, RED, YELLOW, Answer, count, paint, plain, size
+from ckpt.errors import CheckpointError
+from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, remove
+from ckpt.upkeep.repairing import alone_in
+
+SUMMARY = "Remove all checkpoints of a directory but the newest. Without --yes it only says what it would do."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", type=Path, metavar="DIR", help="holds the checkpoints of a job that has ended")
+    parser.add_argument("--keep", type=_count, required=True, metavar="N", help="how many of the newest stay")
+    parser.add_argument("--keep-every", type=_count, metavar="K", help="steps that are multiples of it stay, too")
+    parser.add_argument("--yes", action="store_true", help="do it")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count, 1 or more")
+    return int(text)
+
+
+def run(chosen: argparse.Namespace) -> Answer:
+    """
+    Raises:
+        CheckpointError: another job uses the directory, or there is no checkpoint.
+    """
+    failed: dict[str, str] = {}
+    with alone_in(chosen.directory, changing=chosen.yes):
+        choices = choose(chosen.directory, chosen.keep, chosen.keep_every)
+        for choice in reversed(choices) if chosen.yes else ():
+            if choice.fate == REMOVED:
+                try:
+                    remove(choice)
+                except (CheckpointError, OSError) as error:
+                    failed[str(choice.path)] = str(error)
+    document = {
+        **{"directory": str(chosen.directory), "done": chosen.yes, "failed": failed},
+        "checkpoints": [{**dataclasses.asdict(choice), "path": str(choice.path)} for choice in choices],
+    }
+    return Answer(FAILED if failed else OK, document, _lines(choices, failed, chosen))
+
+
+def _lines(choices: list[Choice], failed: dict[str, str], chosen: argparse.Namespace) -> list[str]:
+    lines = []
+    for choice in choices:
+        word = paint(choice.fate, {REMOVED: RED, HELD: YELLOW}[choice.fate]) if choice.fate in (REMOVED, HELD) else choice.fate
+        why = f": {choice.why}" if choice.why else ""
+        lines.append(f"{word} {plain(choice.path.name)}, {size(choice.bytes)}{why}")
+        if str(choice.path) in failed:
+            lines.append(paint(f"  failed: {plain(failed[str(choice.path)])}", RED))
+    going = [choice for choice in choices if choice.fate == REMOVED]
+    what = f"{count(len(going), 'checkpoint')} of {size(sum(choice.bytes for choice in going))}"
+    if chosen.yes:
+        return [*lines, f"{what} removed" + (f", {len(failed)} of them not to the end" if failed else "")]
+    return [*lines, f"{what} would go: nothing was changed, --yes does it" if going else "nothing would go"]

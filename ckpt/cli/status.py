@@ -1,0 +1,87 @@
+"""`ckpt status [DIR] [--stale DURATION] [--watch]`"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+from ckpt.cli.answer import GREEN, NONE, OK, RED, STALE, YELLOW, Answer, age_s, count, duration, paint, plain, show, size
+from ckpt.quantities import parse_duration
+from ckpt.upkeep.standing import Backlog, Standing, look_at
+
+SUMMARY = """How a directory of checkpoints stands: who saves there, the last commit and its age, what is in flight, and
+what drains have still to carry."""
+_WATCH_S = 2.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("directory", nargs="?", type=Path, default=Path("."), metavar="DIR", help="at home, or on a node")
+    text = "exit with 6 if the last commit is older, as in 30min, or a drain is stuck"
+    parser.add_argument("--stale", type=_duration, metavar="DURATION", help=text)
+    parser.add_argument("--watch", action="store_true", help=f"say it every {_WATCH_S:g} s, until interrupted")
+
+
+def _duration(text: str) -> float:
+    try:
+        return parse_duration(text, "the duration")
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def run(chosen: argparse.Namespace) -> Answer:
+    """
+    Raises:
+        CheckpointError: there is no such directory, or it cannot be read.
+    """
+    while chosen.watch:
+        show(_answer(chosen), "status", chosen.json)
+        time.sleep(_WATCH_S)
+    return _answer(chosen)
+
+
+def _answer(chosen: argparse.Namespace) -> Answer:
+    standing = look_at(chosen.directory)
+    age = age_s(standing.newest.created) if standing.newest is not None else None
+    is_stale = chosen.stale is not None and (
+        age is None or age > chosen.stale or any(backlog.stuck for backlog in standing.backlogs)
+    )
+    code = STALE if is_stale and standing.newest is not None else OK if standing.newest is not None else NONE
+    document = {
+        **{"directory": str(chosen.directory), "stale": is_stale, "age_s": age},
+        **{"holder": standing.holder, "committed": standing.committed, "damaged": standing.damaged},
+        "newest": None if standing.newest is None else dataclasses.asdict(standing.newest),
+        "in_flight": [dataclasses.asdict(row) for row in standing.in_flight],
+        "backlogs": [dataclasses.asdict(backlog) for backlog in standing.backlogs],
+    }
+    return Answer(code, document, _lines(standing, age, is_stale))
+
+
+def _lines(standing: Standing, age: float | None, is_stale: bool) -> list[str]:
+    lines = [f"job: {plain(standing.holder) if standing.holder else 'none saves here'}"]
+    newest = standing.newest
+    if newest is None:
+        lines.append(paint("last commit: none", YELLOW))
+    else:
+        when = "" if age is None else f", {duration(max(age, 0.0))} ago"
+        text = f"last commit: {plain(newest.name)}, step {newest.step}, {size(newest.bytes)}{when}"
+        lines.append(paint(f"{text} (stale)", RED) if is_stale else paint(text, GREEN))
+    lines.append(f"committed: {standing.committed}")
+    if standing.damaged:
+        lines.append(paint(f"damaged: {plain(', '.join(standing.damaged))}", RED))
+    what = "in flight" if standing.holder else "left by a crash, or by a job that cannot be seen from here"
+    lines += [f"{what}: {plain(row.name)}, {row.state}, {size(row.bytes)} so far" for row in standing.in_flight]
+    return [*lines, *map(_backlog, standing.backlogs)]
+
+
+def _backlog(backlog: Backlog) -> str:
+    to = plain(backlog.target)
+    who = "" if backlog.running else "; no drain is running"
+    if not backlog.pending and not backlog.failed:
+        return f"to {to}: all is there{who}"
+    rate = f" at {size(int(backlog.rate))}/s" if backlog.rate else ""
+    text = f"to {to}: {count(backlog.pending, 'checkpoint')}, {size(backlog.bytes)} left{rate}{who}"
+    if backlog.stuck:
+        text += f"; {backlog.stuck} stuck"
+    return text + (paint(f"; {backlog.failed} failed: {plain(backlog.text)}", RED) if backlog.failed else "")

@@ -1,0 +1,230 @@
+"""Writes a checkpoint anew, as safetensors files or as one torch file: tensor by tensor, and no more than one in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import json
+import re
+import sys
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ckpt.conversion.sources import Entry, Position, Source, TuplePosition, view_bytes
+from ckpt.errors import CheckpointError, UnsupportedError
+from ckpt.plan.pickler import pickle_object
+from ckpt.storage import durable
+from ckpt.storage.streamed_file import StreamedFile, begin_entry
+from ckpt.torch_private import key_of
+
+Told = Callable[[int], object]  # called with the bytes of each tensor, once it is written
+
+_NAMES = {
+    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"},
+    **{torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"},
+    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64"},
+    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
+}
+_STEM = "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """
+    Attributes:
+        files: that were written.
+        tensors, bytes: how many, and of what size.
+        left_out: names of values that the format cannot hold.
+    """
+
+    files: list[Path]
+    tensors: int
+    bytes: int
+    left_out: list[str]
+
+
+class Chosen:
+    """What of a source is to be written, and how.
+
+    Args:
+        keys: patterns over dotted names; empty: all.
+        dtype: of tensors of real floating point numbers; None: as they are.
+        strip: what names are to begin with no more, as in "model.".
+
+    Attributes:
+        entries, tensors: all that is chosen, and what of it are tensors, by the names that they get.
+
+    Raises:
+        CheckpointError: nothing matches one of the patterns, or two get the same name.
+    """
+
+    def __init__(self, source: Source, keys: Sequence[str] = (), dtype: torch.dtype | None = None, strip: str = "") -> None:
+        self._source, self._dtype = source, dtype
+        patterns = {key: re.compile(fnmatch.translate(key)).match for key in keys}
+        for key, match in patterns.items():
+            if not any(map(match, source.entries)):
+                raise CheckpointError(
+                    f"nothing in the checkpoint matches '{key}'; its first names are {list(source.entries)[:8]}"
+                )
+        names = [name for name in source.entries if not patterns or any(match(name) for match in patterns.values())]
+        self._names = {name.removeprefix(strip): name for name in names}
+        if len(self._names) < len(names):
+            raise CheckpointError(f"without '{strip}' two names are the same: choose some by --keys")
+        depth = strip.count(".") if strip.endswith(".") else 0
+        self.entries: dict[str, Entry] = {}
+        for written, name in self._names.items():
+            entry = self._as_written(source.entries[name])
+            self.entries[written] = entry if written == name else entry._replace(path=entry.path[depth:])
+        self.tensors = {name: entry for name, entry in self.entries.items() if entry.shape is not None}
+
+    def _as_written(self, entry: Entry) -> Entry:
+        if self._dtype is None or entry.dtype is None or not entry.dtype.is_floating_point:
+            return entry
+        return entry._replace(dtype=self._dtype)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Contiguous, in the dtype that was asked for."""
+        return self._source.tensor(self._names[name]).detach().to(self.entries[name].dtype).contiguous()
+
+    def value(self, name: str) -> Any:
+        return self._source.value(self._names[name])
+
+
+# ---- safetensors -----------------------------------------------------------------------------------------------------
+
+
+def write_safetensors(chosen: Chosen, output: Path, shard_bytes: int | None = None, told: Told = lambda _: None) -> Exported:
+    """One file; or, in a directory, several and an index, each of at most so many bytes of tensors, if one tensor allows that.
+
+    Args:
+        output: the file; with shard_bytes the directory.
+
+    Raises:
+        UnsupportedError: the format has no name for a dtype.
+        CheckpointError, StorageError: it cannot be read, or not be written.
+    """
+    for name, entry in chosen.tensors.items():
+        if entry.dtype not in _NAMES:
+            raise UnsupportedError(f"'{name}' is of {entry.dtype}, for which safetensors has no name: convert it by --dtype")
+    left_out = [name for name in chosen.entries if name not in chosen.tensors]
+    total = sum(entry.nbytes for entry in chosen.tensors.values())
+    if shard_bytes is None:
+        _write_one(chosen, list(chosen.tensors), output, told)
+        return Exported([output], len(chosen.tensors), total, left_out)
+    durable.make_directory(output, durable=True)
+    shards = _cut(chosen.tensors, shard_bytes)
+    files = [output / f"{_STEM}-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    for file, names in zip(files, shards, strict=True):
+        _write_one(chosen, names, file, told)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: file.name for file, names in zip(files, shards, strict=True) for name in names},
+    }
+    files.append(output / f"{_STEM}.safetensors.index.json")
+    durable.replace_durably(files[-1], json.dumps(index, indent=2).encode() + b"\n", "stored")
+    return Exported(files, len(chosen.tensors), total, left_out)
+
+
+def _cut(tensors: dict[str, Entry], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in tensors.items():
+        if shards[-1] and size + entry.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.nbytes
+    return shards
+
+
+def _write_one(chosen: Chosen, names: Sequence[str], path: Path, told: Told) -> None:
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name in names:
+        entry = chosen.tensors[name]
+        assert entry.dtype is not None and entry.shape is not None
+        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
+        at += entry.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with StreamedFile(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write_tensor(file, chosen, name, told)
+
+
+def _write_tensor(file: Any, chosen: Chosen, name: str, told: Told) -> None:
+    tensor = chosen.tensor(name)
+    entry = chosen.entries[name]
+    if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
+        raise CheckpointError(
+            f"'{name}' is {tensor.dtype} {list(tensor.shape)} and not {entry.dtype} {list(entry.shape or ())}"
+        )
+    file.write(view_bytes(tensor))
+    told(tensor.nbytes)
+
+
+# ---- torch -----------------------------------------------------------------------------------------------------------
+
+
+def write_torch(chosen: Chosen, output: Path, told: Told = lambda _: None) -> Exported:
+    """One file, as torch.save writes it. Tensors that shared memory do so no more.
+
+    Raises:
+        CheckpointError, StorageError: it cannot be read, or not be written.
+    """
+    hollow = {
+        name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in chosen.tensors.items() if entry.shape is not None
+    }
+    parts = {name: hollow[name] if name in hollow else chosen.value(name) for name in chosen.entries}
+    content, records = pickle_object(_nested({chosen.entries[name].path: part for name, part in parts.items()}))
+    names = {key_of(tensor.untyped_storage()): name for name, tensor in hollow.items() if tensor.numel()}
+    with StreamedFile(output) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _add(archive, file, "data.pkl", content)
+        _add(archive, file, "byteorder", sys.byteorder.encode())
+        for record in records:
+            name = names.get(key_of(record.storage))
+            if name is None:
+                _add(archive, file, f"data/{record.key}", b"")
+                continue
+            with begin_entry(archive, file, f"data/{record.key}", chosen.entries[name].nbytes) as entry:
+                _write_tensor(entry, chosen, name, told)
+        _add(archive, file, "version", b"3\n")
+    total = sum(entry.nbytes for entry in chosen.tensors.values())
+    return Exported([output], len(chosen.tensors), total, [])
+
+
+def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes) -> None:
+    with begin_entry(archive, file, name, len(content)) as entry:
+        entry.write(content)
+
+
+class _Level(dict[Any, Any]):
+    """Of containers, while they are built."""
+
+
+def _nested(parts: dict[tuple[Any, ...], Any]) -> Any:
+    """What lies at these paths. In lists and tuples None stands for what was left out."""
+    if list(parts) == [()]:
+        return parts[()]
+    root = _Level()
+    for path, value in parts.items():
+        node = root
+        for key in path[:-1]:
+            node = node.setdefault(key, _Level())
+        node[path[-1]] = value
+    return _closed(root)
+
+
+def _closed(node: Any) -> Any:
+    if not isinstance(node, _Level):
+        return node
+    made = {key: _closed(part) for key, part in node.items()}
+    if not all(isinstance(key, Position) for key in made):
+        return made
+    items = [made.get(number) for number in range(max(made) + 1)]
+    return tuple(items) if all(isinstance(key, TuplePosition) for key in made) else items

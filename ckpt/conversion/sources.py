@@ -1,0 +1,300 @@
+"""The tensors of a checkpoint or a file, each read when it is asked for, whatever the format."""
+
+from __future__ import annotations
+
+import ctypes
+import io
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import RANK, REPLICATED
+from ckpt.directory.sharded_files import METADATA, checksums_path, metadata_name
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt.loading.archive import TIMEOUT_S, Archive
+from ckpt.loading.load import is_zip, load
+from ckpt.loading.selection import unfold
+from ckpt.loading.skeleton import Skeleton, view_of
+from ckpt.restore.verified_file import VerifiedFile
+from ckpt.upkeep import dcp_metadata
+from ckpt.upkeep.contents import is_safetensors, read_contents, read_header
+from ckpt.upkeep.showing import place_of
+
+Path_ = tuple[Any, ...]  # keys and positions
+_DEEPEST = 100
+
+
+class Position(int):
+    """In a list; any other number in a path is a key."""
+
+
+class TuplePosition(Position):
+    """In a tuple."""
+
+
+class Entry(NamedTuple):
+    """A tensor or value. `shape` is None for what is no tensor."""
+
+    path: Path_
+    dtype: torch.dtype | None
+    shape: tuple[int, ...] | None
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.dtype is None or self.shape is None else math.prod(self.shape) * self.dtype.itemsize
+
+
+class Source(Protocol):
+    """
+    Attributes:
+        entries: by dotted name.
+    """
+
+    entries: dict[str, Entry]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """
+        Raises:
+            CorruptError: its bytes have changed, as far as that can be told.
+        """
+
+    def value(self, name: str) -> Any:
+        """What is no tensor."""
+
+
+def dotted(path: Path_) -> str:
+    return ".".join(map(str, path))
+
+
+class ZipSource:
+    """A torch file. Every record is verified when it is read.
+
+    Raises:
+        CheckpointError: it holds objects that loading of weights alone refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if not is_zip(path):
+            self._skeleton, value = None, load(path)
+        else:
+            self._skeleton = Skeleton(Archive(path, TIMEOUT_S), True)
+            value = self._skeleton.value
+        self._path = path
+        self._found: dict[str, Any] = {}
+        self.entries: dict[str, Entry] = {}
+        for own_path, part in _walk(value):
+            name = dotted(own_path)
+            if name in self.entries:
+                raise CheckpointError(f"'{path}' holds two things that are both called '{name}'")
+            is_tensor = isinstance(part, torch.Tensor)
+            self.entries[name] = Entry(own_path, part.dtype, tuple(part.shape)) if is_tensor else Entry(own_path, None, None)
+            self._found[name] = part
+
+    def tensor(self, name: str) -> torch.Tensor:
+        found = self._found[name]
+        if self._skeleton is None:
+            return found.detach()
+        record = self._skeleton.record_of(found.detach() if type(found) is torch.nn.Parameter else found)
+        if record is None:
+            raise CheckpointError(f"'{name}' in '{self._path}' is no plain tensor: {found.layout}, {type(found).__name__}")
+        places = self._skeleton.archive.allocate([record])
+        self._skeleton.archive.fill(places)
+        return view_of(found, places[record])
+
+    def value(self, name: str) -> Any:
+        return self._found[name]
+
+
+def _walk(value: Any) -> Iterator[tuple[Path_, Any]]:
+    """Of containers only those that hold nothing."""
+    waiting: list[tuple[Path_, Any]] = [((), value)]
+    while waiting:
+        path, part = waiting.pop()
+        parts = unfold(part)
+        if not parts:
+            yield path, part
+            continue
+        if len(path) > _DEEPEST:
+            raise CheckpointError(f"'{dotted(path)}' lies deeper than {_DEEPEST} containers, or in itself")
+        kind = TuplePosition if isinstance(part, tuple) else Position if isinstance(part, list) else None
+        keys = (key if kind is None else kind(key) for key, _ in parts)
+        waiting += [((*path, key), below) for key, (_, below) in reversed([*zip(keys, parts, strict=True)])]
+
+
+class ShardedSource:
+    """What torch.distributed.checkpoint reads: `.metadata`, and files of all ranks. One part is in memory beside a tensor."""
+
+    def __init__(self, directory: Path, metadata: str = METADATA) -> None:
+        self._directory = directory
+        try:
+            layout = dcp_metadata.parse((directory / metadata).read_bytes())
+        except OSError as error:
+            raise StorageError(error.errno or 0, f"cannot read '{directory / metadata}': {error.strerror}") from error
+        self._stored = {each.key: each for each in layout.stored}
+        self._files: dict[str, io.RawIOBase] = {}
+        self.entries = {each.key: _entry(each) for each in layout.stored}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry, stored = self.entries[name], self._stored[name]
+        assert entry.shape is not None
+        whole = torch.empty(entry.shape, dtype=entry.dtype)
+        missing = whole.numel()
+        for part in stored.parts:
+            found = self._read(part)
+            if not isinstance(found, torch.Tensor) or tuple(found.shape) != part.sizes:
+                raise CorruptError(f"'{self._directory / part.file}' holds something else at byte {part.at} than '{name}'")
+            target = whole
+            for dimension, (offset, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
+                target = target.narrow(dimension, offset, size)
+            target.copy_(found)
+            missing -= found.numel()
+        if missing > 0:
+            raise CorruptError(f"'{self._directory}' does not hold all of '{name}'")
+        return whole
+
+    def value(self, name: str) -> Any:
+        return self._read(self._stored[name].parts[0])
+
+    def _read(self, part: dcp_metadata.Part) -> Any:
+        file = self._file(part.file)
+        file.seek(part.at)
+        content = bytearray(part.length)
+        if file.readinto(content) != part.length:
+            raise CorruptError(f"'{self._directory / part.file}' ends before byte {part.at + part.length}")
+        try:
+            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise CheckpointError(
+                f"what lies at byte {part.at} of '{self._directory / part.file}' cannot be loaded: {error}"
+            ) from error
+
+    def _file(self, name: str) -> io.RawIOBase:
+        if name not in self._files:
+            path = self._directory / name
+            try:
+                self._files[name] = VerifiedFile(path) if checksums_path(path).exists() else open(path, "rb", buffering=0)  # noqa: SIM115
+            except OSError as error:
+                raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+        return self._files[name]
+
+
+def _entry(stored: dcp_metadata.Stored) -> Entry:
+    """Keys of dicts are texts there."""
+    path = tuple(Position(key) if isinstance(key, int) else key for key in stored.path)
+    return Entry(path, None, None) if stored.shape is None else Entry(path, _dtype(stored.dtype), stored.shape)
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype):
+        raise CheckpointError(f"this torch has no dtype {name!r}")
+    return found
+
+
+class SafetensorsSource:
+    """Has no checksums: nothing tells damage from contents."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._header, self._begin = read_header(path)
+        leaves = read_contents(path).leaves  # which looks whether all lies inside of the file
+        self.entries = {leaf.path: Entry((leaf.path,), _dtype(leaf.dtype), leaf.shape) for leaf in leaves}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        entry = self.entries[name]
+        assert entry.shape is not None and entry.dtype is not None
+        first, last = self._header[name]["data_offsets"]
+        if last - first != entry.nbytes:
+            raise CorruptError(f"'{name}' in '{self._path}' has {last - first} bytes, its shape says {entry.nbytes}")
+        made = torch.empty(entry.shape, dtype=entry.dtype)
+        with open(self._path, "rb", buffering=0) as file:
+            file.seek(self._begin + first)
+            file.readinto(view_bytes(made))
+        return made
+
+    def value(self, name: str) -> Any:
+        raise KeyError(name)
+
+
+def view_bytes(tensor: torch.Tensor) -> memoryview:
+    """Its own memory; it is contiguous, and on the host."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
+
+
+class _Joined:
+    """Several that have no name in common."""
+
+    def __init__(self, sources: Mapping[str, Source]) -> None:
+        self.entries: dict[str, Entry] = {}
+        self._owners: dict[str, Source] = {}
+        for label, source in sources.items():
+            for name, entry in source.entries.items():
+                if name in self.entries:
+                    raise CheckpointError(f"'{name}' is in '{label}' and in another file of the checkpoint: name one file")
+                self.entries[name], self._owners[name] = entry, source
+
+    def tensor(self, name: str) -> torch.Tensor:
+        return self._owners[name].tensor(name)
+
+    def value(self, name: str) -> Any:
+        return self._owners[name].value(name)
+
+
+def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
+    """
+    Args:
+        path: a checkpoint, a file, or a directory of torch.distributed.checkpoint.
+        file: one of the checkpoint alone.
+        rank: whose own file is taken, beside what is the same on all ranks, and what is sharded.
+
+    Raises:
+        NotACheckpointError: there is nothing of the kind.
+        CheckpointError: it cannot be read in this way; says why.
+    """
+    if not path.is_dir():
+        return _of_file(path)
+    if not os.path.lexists(path / manifests.NAME):
+        if file:
+            return _of_file(path / file)
+        if not os.path.lexists(path / METADATA):
+            raise NotACheckpointError(f"'{path}' is no checkpoint")
+        return ShardedSource(path)
+    manifest = manifests.read(path)
+    if file:
+        entry = next((each for each in manifest.files if each.name == file), None)
+        if entry is None:
+            raise NotACheckpointError(f"'{path}' holds no file '{file}'")
+        return _of_file(place_of(path, entry))
+    own = [each for each in manifest.files if each.kind == RANK]
+    common = [each for each in manifest.files if each.kind == REPLICATED]
+    metadata = metadata_name(manifest)
+    if rank is not None:
+        own = [each for each in own if each.rank == rank]
+        if not own:
+            raise NotACheckpointError(f"'{path}' holds no file of rank {rank}")
+    elif len(own) > 1 and (metadata is not None or common):
+        own = []
+    if len(own) > 1:
+        names = ", ".join(each.name for each in own[:4])
+        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks ({names}, ...): say which rank, or name one file")
+    sources: dict[str, Source] = {each.name: _of_file(place_of(path, each)) for each in [*common, *own]}
+    if metadata is not None:
+        sources[METADATA] = ShardedSource(path, metadata)
+    return next(iter(sources.values())) if len(sources) == 1 else _Joined(sources)
+
+
+def _of_file(path: Path) -> Source:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(16)
+        size = path.stat().st_size
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+    return SafetensorsSource(path) if is_safetensors(start, size) else ZipSource(path)

@@ -1,0 +1,75 @@
+"""By how much the tensors of two checkpoints differ: each pair is read, compared and dropped."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+
+from ckpt.conversion.sources import Entry, Source
+from ckpt.upkeep.comparing import Changed, Difference
+
+
+@dataclasses.dataclass(frozen=True)
+class Distance:
+    """Of two tensors of the same dtype and shape.
+
+    Attributes:
+        largest: the largest difference of two elements; None: one is NaN where the other is not.
+        elements: how many differ.
+    """
+
+    name: str
+    largest: float | None
+    elements: int
+
+
+def compare_values(a: Source, b: Source, told: Callable[[int], object] = lambda _: None) -> tuple[Difference, list[Distance]]:
+    """
+    Raises:
+        CheckpointError: one cannot be read, or is damaged.
+    """
+    common = [name for name in a.entries if name in b.entries]
+    changed: list[Changed] = []
+    distances: list[Distance] = []
+    for name in common:
+        first, second = a.entries[name], b.entries[name]
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            changed.append(Changed(name, _text(first), _text(second)))
+        elif first.shape is None:
+            values = repr(a.value(name)), repr(b.value(name))
+            changed += [Changed(name, *values)] * (values[0] != values[1])
+        elif (distance := _distance(name, a.tensor(name), b.tensor(name))).elements:
+            distances.append(distance)
+        told(first.nbytes)
+    only_a = [name for name in a.entries if name not in b.entries]
+    only_b = [name for name in b.entries if name not in a.entries]
+    return Difference(only_a, only_b, changed, len(common) - len(changed) - len(distances)), distances
+
+
+def _text(entry: Entry) -> str:
+    return "a value" if entry.shape is None else f"{entry.dtype} {list(entry.shape)}".removeprefix("torch.")
+
+
+def _distance(name: str, a: torch.Tensor, b: torch.Tensor) -> Distance:
+    if not a.numel():
+        return Distance(name, 0.0, 0)
+    wide = torch.complex128 if a.is_complex() else torch.float64 if a.is_floating_point() else None
+    if wide is None:
+        return _distance_of_integers(name, a, b)
+    first, second = a.detach().to(wide), b.detach().to(wide)
+    alike = (first == second) | (first.isnan() & second.isnan())
+    elements = int((~alike).sum())
+    gap = (first - second).abs()[~alike]
+    largest = float(gap.max()) if elements else 0.0
+    return Distance(name, None if largest != largest else largest, elements)
+
+
+def _distance_of_integers(name: str, a: torch.Tensor, b: torch.Tensor) -> Distance:
+    unlike = a != b
+    elements = int(unlike.sum())
+    if not elements:
+        return Distance(name, 0.0, 0)
+    pairs = zip(a[unlike].tolist(), b[unlike].tolist(), strict=True)  # whose difference may not fit the dtype
+    return Distance(name, float(max(abs(int(one) - int(other)) for one, other in pairs)), elements)

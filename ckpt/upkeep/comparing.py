@@ -1,0 +1,80 @@
+"""In what two checkpoints, or files, differ by their structure. No tensor is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from ckpt.directory.step_names import stem_of
+from ckpt.errors import CheckpointError
+from ckpt.upkeep.contents import Contents, read_contents
+from ckpt.upkeep.described import Leaf
+from ckpt.upkeep.showing import look_at, tensors_in
+
+_OPAQUE = ("value", "call")  # of which no contents are known
+
+
+@dataclasses.dataclass(frozen=True)
+class Changed:
+    """What lies at the same path, and is not the same."""
+
+    name: str
+    a: str
+    b: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """Names that only one of the two has, what differs, and how many do not."""
+
+    only_a: list[str]
+    only_b: list[str]
+    changed: list[Changed]
+    same: int
+
+    @property
+    def is_none(self) -> bool:
+        return not (self.only_a or self.only_b or self.changed)
+
+
+def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
+    """By their paths; where a checkpoint has several files, that of the file is put before.
+
+    Raises:
+        CheckpointError: it cannot be understood.
+    """
+    if not path.is_dir() or file:
+        return {leaf.path: leaf for leaf in read_contents(path / file if file else path).leaves}
+    found: dict[str, Contents] = {}
+    for name, contents in tensors_in(look_at(path)).items():
+        if not isinstance(contents, Contents):
+            raise contents
+        found[name] = contents
+    if not found:
+        raise CheckpointError(f"'{path}' holds no file with tensors")
+    if len(found) == 1:
+        return {leaf.path: leaf for leaf in next(iter(found.values())).leaves}
+    return {f"{stem_of(name) or name}:{leaf.path}": leaf for name, contents in found.items() for leaf in contents.leaves}
+
+
+def compare(a: dict[str, Leaf], b: dict[str, Leaf]) -> Difference:
+    common = [name for name in a if name in b]
+    changed = [Changed(name, text_of(a[name]), text_of(b[name])) for name in common if not _is_same(a[name], b[name])]
+    return Difference(
+        only_a=[name for name in a if name not in b],
+        only_b=[name for name in b if name not in a],
+        changed=changed,
+        same=len(common) - len(changed),
+    )
+
+
+def _is_same(a: Leaf, b: Leaf) -> bool:
+    if a.kind == b.kind == "tensor":
+        return (a.dtype, a.shape) == (b.dtype, b.shape)
+    if "tensor" in (a.kind, b.kind):
+        return False
+    return a.kind in _OPAQUE or b.kind in _OPAQUE or (a.kind, a.text) == (b.kind, b.text)
+
+
+def text_of(leaf: Leaf) -> str:
+    return f"{leaf.dtype} {list(leaf.shape)}" if leaf.kind == "tensor" else leaf.text

@@ -1,0 +1,201 @@
+"""Copies checkpoints into another directory: every byte is verified on the way, and a copy has its name when it is durable.
+
+1. make a directory under a temporary name    a crash leaves that, which the next job or repair removes
+2. copy the files, fsync each                 compared with the CRC-32s of the manifest
+3. write the manifest, fsync
+4. rename the directory, fsync                a checkpoint
+5. `latest`, behind all copies
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+from ckpt.directory import late_names, sharded_files
+from ckpt.directory import manifest as manifests
+from ckpt.directory.bundles import read_latest
+from ckpt.directory.listing import LATEST
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.step_names import is_step_name, step_name
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
+from ckpt.remote.download import Expected, download
+from ckpt.remote.layout import Catalogue
+from ckpt.storage import durable, free_space, temporary_names
+from ckpt.storage.object_store import ObjectStore
+from ckpt.storage.streamed_file import StreamedFile
+from ckpt.upkeep.rows import committed_below
+from ckpt.upkeep.showing import place_of
+
+_CHUNK_BYTES = 4 << 20
+
+Told = Callable[[int], object]  # called with the bytes of each file, once it is copied
+
+COPIED, THERE = "copied", "already there"
+
+
+class Origin(Protocol):
+    """A checkpoint that is to be copied. `name`: of its directory; `content`: of its manifest, to the byte."""
+
+    name: str
+    manifest: Manifest
+    content: bytes
+
+    def fetch(self, file: FileEntry, target: Path) -> None:
+        """Makes `target` that file, durably but for its name.
+
+        Raises:
+            CorruptError: it is not what the manifest says.
+            StorageError: it cannot be read, or not be written.
+        """
+
+
+class InDirectory:
+    """On a file system."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = late_names.name_behind(path.name) or path.name
+        self.manifest = manifests.read(path)
+        self.content = (path / manifests.NAME).read_bytes()
+
+    def fetch(self, file: FileEntry, target: Path) -> None:
+        source = place_of(self.path, file)
+        found = durable.copy_file(source, target, _CHUNK_BYTES)
+        if (target.stat().st_size, found) != (file.bytes, file.crc32):
+            text = f"'{source}' has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
+            raise CorruptError(f"{text}: it is damaged, and was not copied")
+
+
+class InStore:
+    """In an object store."""
+
+    def __init__(self, store: ObjectStore, folder: str, manifest: Manifest) -> None:
+        self._store, self._folder = store, folder
+        self.name = step_name(manifest.step)
+        self.manifest = manifest
+        found = store.read_small(f"{folder}/{manifests.NAME}")
+        if found is None:
+            raise NotACheckpointError(f"'{store.url}/{folder}' was removed just now")
+        self.content = bytes(found.content)
+
+    def fetch(self, file: FileEntry, target: Path) -> None:
+        with StreamedFile(target) as written:
+            expected = Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32)
+            download(self._store, expected, lambda _, chunk: written.write(chunk))
+
+
+@dataclasses.dataclass(frozen=True)
+class Copied:
+    """`state`: "copied", or "already there"."""
+
+    name: str
+    target: Path
+    bytes: int
+    state: str
+
+
+def find_origins(source: Path) -> list[Origin]:
+    """A checkpoint, or all that are committed in a directory, in the order of their commits.
+
+    Raises:
+        NotACheckpointError: there is none.
+    """
+    if os.path.lexists(source / manifests.NAME):
+        return [InDirectory(source)]
+    found = [path for path, _ in committed_below(source)] if source.is_dir() else []
+    if not found:
+        raise NotACheckpointError(f"'{source}' holds no checkpoint of this library")
+    return [InDirectory(path) for path in reversed(found)]
+
+
+def find_in_store(url: str) -> list[Origin]:
+    """The same of what lies below a URL. Credentials come from the environment.
+
+    Raises:
+        NotACheckpointError: there is none.
+        StorageError: the store cannot be read.
+    """
+    store = ObjectStore(url)
+    copies = Catalogue(store).find().copies
+    if not copies:
+        raise NotACheckpointError(f"'{url}' holds no checkpoint of this library")
+    return [InStore(store, copy.folder, copy.manifest) for copy in reversed(copies)]
+
+
+def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) -> Iterator[Copied]:
+    """One after the other. The caller sees to it that nobody else saves there.
+
+    Raises:
+        CheckpointError: another checkpoint has the name or the number there, or there is no room; nothing was copied.
+        CorruptError, StorageError: of one of them; those before it are copied.
+    """
+    there = {manifest.sequence: (path, manifest) for path, manifest in committed_below(directory)}
+    wanted = [origin for origin in origins if not _is_there(origin, directory, there)]
+    size = sum(manifests.bytes_of(origin.manifest) for origin in wanted)
+    if wanted and not free_space.has_room(directory, size):
+        raise CheckpointError(f"the file system of '{directory}' has no room for {size} bytes: make some, or copy fewer")
+    for origin in origins:
+        target = directory / origin.name
+        if origin in wanted:
+            _copy_one(origin, directory, target, told)
+        yield Copied(origin.name, target, manifests.bytes_of(origin.manifest), COPIED if origin in wanted else THERE)
+
+
+def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Manifest]]) -> bool:
+    target = directory / origin.name
+    found = manifests.read_if_any(target)
+    if found is not None and manifests.identity(found) == manifests.identity(origin.manifest):
+        return True
+    if os.path.lexists(target):
+        raise CheckpointError(f"'{target}' is there, and is something else: move it away, or copy to another directory")
+    if origin.manifest.sequence in there:
+        raise CheckpointError(
+            f"'{there[origin.manifest.sequence][0]}' has the same number of commit as '{origin.name}', and is another "
+            "checkpoint: which is newer could not be told there; copy to another directory"
+        )
+    return False
+
+
+def _copy_one(origin: Origin, directory: Path, target: Path, told: Told) -> None:
+    aside = _aside(directory, origin.name)
+    if os.path.lexists(aside):
+        durable.remove_tree(aside)
+    durable.make_directory(aside, durable=True)
+    try:
+        for file in origin.manifest.files:
+            origin.fetch(file, aside / file.name)
+            told(file.bytes)
+        sharded_files.mend(aside, origin.manifest)
+        durable.crash_point("copied")
+        durable.write_small_file(aside / manifests.NAME, origin.content)
+        durable.sync_directory(aside)
+    except BaseException:
+        durable.remove_tree(aside)
+        raise
+    durable.crash_point("copy-complete")
+    durable.make_directory(target.parent, durable=True)
+    durable.rename_durably(aside, target)
+
+
+def _aside(directory: Path, name: str) -> Path:
+    """What a crash leaves of it, whoever cleans up there knows."""
+    return temporary_names.temporary_path(directory / name) if is_step_name(name) else late_names.partial_of(directory, name)
+
+
+def move_latest(directory: Path, named_at_source: str | None) -> None:
+    """Of steps it names the newest. Of bundles what it names at the source, if it names nothing here.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    committed = committed_below(directory)
+    steps = [path.name for path, _ in committed if is_step_name(path.name)]
+    now = read_latest(directory)
+    if steps and now != steps[0]:
+        durable.replace_durably(directory / LATEST, f"{steps[0]}\n".encode(), "latest")
+    elif not steps and now is None and named_at_source in {path.name for path, _ in committed}:
+        durable.replace_durably(directory / LATEST, str(named_at_source).encode(), "latest")

@@ -1,0 +1,128 @@
+"""What this machine can do for checkpoints, and what to do about what it cannot."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import re
+import resource
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from ckpt import _native
+from ckpt.errors import CheckpointError
+from ckpt.storage import trial
+from ckpt.storage.mounts import mount_of
+
+GOOD, NOTE, BAD = "good", "note", "bad"
+_OLDEST_TORCH = (2, 6)  # as in pyproject.toml
+_OPTIONAL = {"obstore": "object stores", "mpi4py": "jobs that talk by MPI", "tqdm": "progress bars of this command line"}
+_MEMLOCK_BYTES = 64 << 20  # less than that pins no arena
+
+
+class Finding(NamedTuple):
+    """`found`: what there is; `remedy`: what to do about it, if anything; else empty."""
+
+    what: str
+    verdict: str
+    found: str
+    remedy: str = ""
+
+
+def examine(directory: Path | None, size: int) -> list[Finding]:
+    """
+    Args:
+        directory: tried out, if given.
+        size: how many bytes to write there, to see how fast it is.
+    """
+    found = [*_software(), _driver(), _memlock(), *_huge_pages()]
+    return found if directory is None else [*found, *_directory(directory, size)]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _software() -> Iterator[Finding]:
+    build = "with fault hooks, for tests" if hasattr(_native, "set_fault") else "release"
+    python = sys.version.split()[0]
+    yield Finding(
+        "lazyckpt",
+        GOOD,
+        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {_native.crc32_kernel()}; Python {python}",
+    )
+    torch = _version("torch")
+    numbers = re.match(r"(\d+)\.(\d+)", torch or "")
+    if torch is None or numbers is None:
+        yield Finding("torch", BAD, "not installed", "install it: only drains and this command line do without")
+    elif (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCH:
+        yield Finding("torch", BAD, torch, f"install {'.'.join(map(str, _OLDEST_TORCH))} or newer")
+    else:
+        yield Finding("torch", GOOD, torch)
+    for package, use in _OPTIONAL.items():
+        version = _version(package)
+        remedy = "" if version else f"install it for {use}"
+        yield Finding(package, GOOD if version else NOTE, version or "not installed", remedy)
+
+
+def _driver() -> Finding:
+    """Of CUDA, without torch. Whether devices keep the order that lazy saving relies on: ckpt.check_devices()."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        count, version = ctypes.c_int(), ctypes.c_int()
+        failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
+        failed = failed or driver.cuDriverGetVersion(ctypes.byref(version))
+    except (OSError, AttributeError):
+        return Finding("CUDA driver", NOTE, "none", "tensors on CUDA devices need one")
+    if failed:
+        return Finding("CUDA driver", BAD, f"its first call failed ({failed})", "reinstall the driver, or restart the machine")
+    text = f"{version.value // 1000}.{version.value % 1000 // 10}, {count.value} devices"
+    return Finding(
+        "CUDA driver", GOOD, text, "ckpt.check_devices() tries out what lazy saving relies on" if count.value else ""
+    )
+
+
+def _memlock() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if soft == resource.RLIM_INFINITY:
+        return Finding("locked memory", GOOD, "no limit")
+    enough = soft >= _MEMLOCK_BYTES
+    remedy = "" if enough else "raise it (ulimit -l), if devices are saved from: their copies go through pinned memory"
+    return Finding("locked memory", GOOD if enough else NOTE, f"at most {soft >> 10} KiB", remedy)
+
+
+def _huge_pages() -> Iterator[Finding]:
+    with contextlib.suppress(OSError):
+        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+        chosen = re.search(r"\[(\w+)\]", text)
+        yield Finding("huge pages", GOOD, f"transparent: {chosen[1] if chosen else text.strip()}")
+
+
+def _directory(directory: Path, size: int) -> Iterator[Finding]:
+    mount = mount_of(directory)
+    if mount is not None:
+        yield Finding("file system", GOOD, f"{mount.kind} at {mount.point}")
+    try:
+        usage = shutil.disk_usage(directory)
+        yield Finding("space", GOOD if usage.free > size else BAD, f"{usage.free >> 20} MiB free of {usage.total >> 20} MiB")
+        found = trial.try_out(directory, min(size, usage.free // 2))
+    except (CheckpointError, OSError) as error:
+        yield Finding("directory", BAD, str(error), "choose another one, or mend its permissions")
+        return
+    remedy = (
+        "" if found.locks else "nothing keeps two jobs from saving here at once: see to that yourself, or mount it with locks"
+    )
+    yield Finding("locks", GOOD if found.locks else BAD, "yes" if found.locks else "no", remedy)
+    yield Finding(
+        "rename and fsync", GOOD if found.renames else BAD, found.why or "yes", "" if found.renames else "take another"
+    )
+    remedy = "" if found.direct else "bytes go through the page cache, which costs memory bandwidth; a local disk would not"
+    yield Finding("direct I/O", GOOD if found.direct else NOTE, "yes" if found.direct else "no", remedy)
+    yield Finding("write rate", GOOD, f"{found.rate / 1e6:.0f} MB/s, one thread, {size >> 20} MiB, flushed")

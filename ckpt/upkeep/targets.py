@@ -1,0 +1,51 @@
+"""What a path on the command line means."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ckpt.directory import late_names
+from ckpt.directory.step_names import is_step_name, step_name
+from ckpt.errors import NotACheckpointError
+from ckpt.upkeep.census import is_checkpoint, look
+from ckpt.upkeep.rows import COMMITTED
+
+
+def resolve(text: str) -> tuple[Path, str]:
+    """The checkpoint or file that is meant, and the name of a file in it, as in "run1/step-000000000042:state.pt"; else empty.
+
+    Of a directory that holds checkpoints it is the newest. "run1:42" is step 42 of that directory.
+
+    Raises:
+        NotACheckpointError: there is nothing.
+        StorageError: it cannot be read.
+    """
+    path, name = Path(text), ""
+    if not os.path.lexists(path) and ":" in text:
+        before, _, name = text.rpartition(":")
+        path = Path(before)
+    if not os.path.lexists(path):
+        raise NotACheckpointError(f"'{path}' does not exist")
+    if not path.is_dir():
+        if name:
+            raise NotACheckpointError(f"'{path}' is a file: nothing can be named in it")
+        return path, ""
+    if is_checkpoint(path) or is_step_name(path.name):
+        return path, name
+    if name.isdecimal() and name.isascii() and (path / step_name(int(name))).is_dir():
+        return path / step_name(int(name)), ""
+    if name and (path / name).is_dir():
+        return path / name, ""
+    if name or (found := _newest(path)) is None:
+        return path, name
+    return found, ""
+
+
+def _newest(directory: Path) -> Path | None:
+    """None if none is committed there."""
+    row = next((row for row in look(directory) if row.state == COMMITTED), None)
+    if row is None:
+        return None
+    path = directory / row.name
+    return path if path.is_dir() else late_names.partial_of(directory, row.name)

@@ -1,0 +1,215 @@
+"""Whether the bytes of checkpoints are those that were written."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from ckpt import _native
+from ckpt.directory import late_names, receipts
+from ckpt.directory import manifest as manifests
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.sharded_files import METADATA
+from ckpt.drain import node as nodes
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt.upkeep import dcp_metadata
+from ckpt.upkeep.census import is_checkpoint, look
+from ckpt.upkeep.contents import read_contents
+from ckpt.upkeep.rows import COMMITTED, DAMAGED, size_below
+from ckpt.upkeep.showing import place_of
+
+GOOD, BAD, MISSING, UNKNOWN, ELSEWHERE = "good", "damaged", "missing", "not verifiable", "on another node"
+_THREADS = 8
+_TIMEOUT_S = 24 * 3600.0
+_LARGEST_PART = 1 << 33  # of a file of torch.distributed.checkpoint, which is read as a whole
+
+Told = Callable[[int], object]  # called with the bytes of each file, once it has been looked at
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """On one file.
+
+    Attributes:
+        checkpoint: its path; of a single file, that of the file.
+        file: its name; empty: all of the checkpoint.
+        state: one of the above.
+        problem: which record or bytes are wrong, or why nothing could be verified.
+    """
+
+    checkpoint: str
+    file: str
+    bytes: int
+    state: str
+    problem: str = ""
+
+
+def find_checkpoints(path: Path) -> list[Path]:
+    """A checkpoint, or all of a directory that are committed or damaged; or a file.
+
+    Raises:
+        NotACheckpointError: there is none.
+        StorageError: it cannot be read.
+    """
+    if not path.is_dir() or is_checkpoint(path):
+        if not os.path.lexists(path):
+            raise NotACheckpointError(f"'{path}' does not exist")
+        return [path]
+    rows = [row for row in look(path) if row.state in (COMMITTED, DAMAGED) or (path / row.name / METADATA).exists()]
+    if not rows:
+        raise NotACheckpointError(f"'{path}' holds no checkpoint")
+    named = [(path / row.name, late_names.partial_of(path, row.name)) for row in rows]
+    return [partial if os.path.lexists(partial / manifests.NAME) else own for own, partial in named]
+
+
+def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verdict]:
+    """What is to be said of a checkpoint or a file; the verdict on each file comes when it has been read.
+
+    Args:
+        fast: only manifests, headers and sizes.
+    """
+    if not path.is_dir():
+        yield _verify_alone(path, fast, told)
+        return
+    if not os.path.lexists(path / manifests.NAME):
+        yield from _verify_foreign(path, fast, told)
+        return
+    try:
+        manifest = manifests.read(path)
+    except NotACheckpointError as error:
+        yield Verdict(str(path), manifests.NAME, 0, BAD, str(error))
+        return
+    for file in manifest.files:
+        state, problem = judge(path, file, manifest, fast)
+        told(file.bytes)
+        yield Verdict(str(path), file.name, file.bytes, state, problem)
+
+
+def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
+    """State and problem of a file that a manifest names: see Verdict."""
+    path = place_of(directory, file)
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        return (ELSEWHERE, "") if _is_elsewhere(directory, file, manifest) else (MISSING, "it is not there")
+    except OSError as error:
+        return BAD, f"cannot be read: {error.strerror}"
+    if size != file.bytes:
+        return BAD, f"has {size} bytes where its manifest says {file.bytes}"
+    if fast:
+        return GOOD, ""
+    try:
+        found = _native.digest_file(os.fsencode(path), _THREADS, _TIMEOUT_S)[1]
+    except (CheckpointError, OSError) as error:
+        return BAD, str(error)
+    if found == file.crc32:
+        return GOOD, ""
+    return BAD, _where(path) or f"has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
+
+
+def _is_elsewhere(directory: Path, file: FileEntry, manifest: Manifest) -> bool:
+    if not os.path.lexists(directory.parent / nodes.NAME):
+        return False
+    place = receipts.place_in(directory, manifest)
+    return place is not None and not place.holds(file)
+
+
+def _where(path: Path) -> str:
+    """Which record of a torch file is damaged; empty if that cannot be told."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) != b"PK":
+                return ""
+        _native.verify_torch_file(os.fsencode(path), _THREADS)
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return ""
+
+
+def _verify_alone(path: Path, fast: bool, told: Told) -> Verdict:
+    """A file that no manifest names: what it carries itself is all there is."""
+    size = 0
+    try:
+        size = path.stat().st_size
+        contents = read_contents(path)
+        if not fast and contents.checksummed and contents.format == "torch":
+            _native.verify_torch_file(os.fsencode(path), _THREADS)
+    except CorruptError as error:
+        return Verdict(str(path), path.name, size, BAD, str(error))
+    except FileNotFoundError:
+        return Verdict(str(path), path.name, 0, MISSING, "it is not there")
+    except (StorageError, OSError) as error:
+        return Verdict(str(path), path.name, size, BAD, str(error))
+    finally:
+        told(size)
+    if contents.checksummed or fast:
+        return Verdict(str(path), path.name, size, GOOD)
+    return Verdict(str(path), path.name, size, UNKNOWN, f"a file of this format ({contents.format}) has no checksums")
+
+
+# ---- what torch.distributed.checkpoint has written --------------------------------------------------------------------
+
+
+def _verify_foreign(directory: Path, fast: bool, told: Told) -> Iterator[Verdict]:
+    """By the checksums of the archives in its files."""
+    try:
+        layout = dcp_metadata.parse((directory / METADATA).read_bytes())
+    except (CorruptError, OSError) as error:
+        yield Verdict(str(directory), METADATA, 0, BAD, str(error))
+        return
+    parts: dict[str, list[tuple[int, int, str]]] = {name: [] for name in layout.file_names}
+    for stored in layout.stored:
+        for part in stored.parts:
+            parts[part.file].append((part.at, part.length, stored.key))
+    for name, found in parts.items():
+        end = max(at + length for at, length, _ in found)
+        state, problem, size = _judge_parts(directory / name, sorted(found), end, fast)
+        told(size)
+        yield Verdict(str(directory), name, size, state, problem)
+
+
+def _judge_parts(path: Path, parts: list[tuple[int, int, str]], end: int, fast: bool) -> tuple[str, str, int]:
+    try:
+        size = path.stat().st_size
+        if size < end:
+            return BAD, f"has {size} bytes where {METADATA} speaks of {end}", size
+        if fast:
+            return GOOD, "", size
+        with open(path, "rb") as file:
+            for at, length, key in parts:
+                problem = _judge_part(file, at, length)
+                if problem:
+                    return problem[0], f"'{key}', at byte {at}: {problem[1]}", size
+    except FileNotFoundError:
+        return MISSING, "it is not there", 0
+    except OSError as error:
+        return BAD, f"cannot be read: {error.strerror}", 0
+    return GOOD, "", size
+
+
+def _judge_part(file: io.BufferedReader, at: int, length: int) -> tuple[str, str] | None:
+    """None if all is well with it."""
+    if length > _LARGEST_PART:
+        return UNKNOWN, f"its {length} bytes are more than can be verified at once"
+    file.seek(at)
+    try:
+        with zipfile.ZipFile(io.BytesIO(file.read(length))) as archive:
+            record = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
+        return BAD, f"its archive is damaged: {error}"
+    return None if record is None else (BAD, f"its record '{record}' fails its CRC-32")
+
+
+def total_bytes(paths: list[Path]) -> int:
+    """Of the files that are to be read, about; for who shows how far it has come."""
+    total = 0
+    for path in paths:
+        if (manifest := manifests.read_if_any(path)) is not None:
+            total += manifests.bytes_of(manifest)
+        else:
+            total += size_below(path)[0] if path.is_dir() else os.stat(path).st_size
+    return total

@@ -1,0 +1,115 @@
+"""`ckpt copy`: what arrives is what was saved, whole or not at all, also behind a kill."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import Shell, in_use, save_steps, state, step_in
+from object_server import ObjectServer, options_for
+from places import PYTHONPATH
+from remote_jobs import RemoteJob
+from support import assert_same, options, patience
+from test_verify import flip, place_of
+
+import ckpt
+
+
+def assert_arrived(directory: Path, *steps: int) -> None:
+    with ckpt.Checkpointer(directory, options=options()) as checkpointer:
+        assert checkpointer.steps() == list(steps)
+        found = checkpointer.restore()
+    assert found is not None and found.step == steps[-1]
+    assert_same(found.state, state(steps[-1]))
+    assert (directory / "latest").read_text() == f"step-{steps[-1]:012d}\n"
+
+
+def test_a_whole_directory_and_again(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b"
+    document = shell.json("copy", three_steps, target)
+    assert [each["state"] for each in document["checkpoints"]] == ["copied"] * 3 and document["left"] == 0
+    assert_arrived(target, 1, 2, 3)
+    assert "0 checkpoints of 0 B copied" in shell("copy", three_steps, target).out
+    assert shell("verify", target).code == 0 and {path.name[:5] for path in target.iterdir()} == {"step-", "lates", ".lock"}
+
+
+def test_one_and_older_ones_behind_it(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    assert shell("copy", step_in(three_steps, 2), tmp_path / "t").code == 0
+    assert_arrived(tmp_path / "t", 2)
+    assert shell("copy", step_in(three_steps, 1), tmp_path / "t").code == 0
+    assert_arrived(tmp_path / "t", 1, 2)
+
+
+def test_damage_is_not_copied(shell: Shell, home: Path, tmp_path: Path) -> None:
+    path = step_in(home, 2) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    document = shell.json("copy", home, tmp_path / "t", code=5)
+    assert [each["name"] for each in document["checkpoints"]] == ["step-000000000001"] and document["left"] == 2
+    assert str(path) in document["error"]["message"]
+    assert_arrived(tmp_path / "t", 1)
+
+
+def test_what_would_be_confused_is_refused(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    save_steps(tmp_path / "same number", 9)
+    save_steps(tmp_path / "same name", 3)
+    for name, text in (("same number", "same number of commit"), ("same name", "is something else")):
+        said = shell("copy", step_in(three_steps, 1 if name == "same number" else 3), tmp_path / name)
+        assert said.code == 5 and text in said.out
+    with in_use(tmp_path / "same name"):
+        assert shell("copy", three_steps, tmp_path / "same name").code == 4
+    assert shell("copy", tmp_path / "nothing", tmp_path / "t").code == 3
+    assert shell("copy", three_steps, "s3://bucket/run").code == 1
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("point", ["copied", "copy-complete"])
+def test_killed_and_called_again(point: str, shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    program = f"from ckpt import _native; from ckpt.cli.main import main; _native.set_crash_point({point!r}, 1); main()"
+    words = [sys.executable, "-c", program, "copy", str(three_steps), str(tmp_path / "t")]
+    done = subprocess.run(words, env={"PYTHONPATH": PYTHONPATH}, timeout=patience(60))
+    assert done.returncode == -signal.SIGKILL
+    assert [row["step"] for row in shell.json("list", tmp_path / "t")["checkpoints"]] == [1]
+    assert shell("copy", three_steps, tmp_path / "t").code == 0 and shell("repair", tmp_path / "t", "--yes").code == 0
+    assert_arrived(tmp_path / "t", 1, 2, 3)
+    assert not list((tmp_path / "t").rglob(".tmp*"))
+
+
+def test_bundles(shell: Shell, tmp_path: Path) -> None:
+    with ckpt.BundleCheckpointer(options=options()) as bundles:
+        for number in range(2):
+            bundle = bundles.begin(tmp_path / "s", f"global_step{number}", step=number, move_latest=number == 0)
+            bundle.save({"w": number}, tmp_path / "s" / f"global_step{number}" / "a.pt")
+            bundle.commit().result()
+    assert shell("copy", tmp_path / "s", tmp_path / "t").code == 0
+    assert (tmp_path / "t" / "latest").read_text() == "global_step0"
+    for number in range(2):
+        assert ckpt.load(tmp_path / "t" / f"global_step{number}" / "a.pt") == {"w": number}
+    assert shell("verify", tmp_path / "t").code == shell("repair", tmp_path / "t").code == 0
+
+
+def test_from_an_object_store(
+    shell: Shell, bucket: str, server: ObjectServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = RemoteJob(tmp_path, bucket, server.port)
+    for step in (1, 2):
+        job.save(step)
+        job.drain_well()
+    for name, value in options_for(server.port).items():
+        monkeypatch.setenv(f"AWS_{name.upper()}", value)
+    rows = shell.json("list", job.url)["checkpoints"]
+    assert [(row["step"], row["state"], row["kind"]) for row in rows] == [
+        (2, "committed", "objects"),
+        (1, "committed", "objects"),
+    ]
+    job.store.remove(f"{rows[1]['name']}/rank-00001-1.pt")
+    assert [row["state"] for row in shell.json("list", job.url)["checkpoints"]] == ["committed", "damaged"]
+    shutil.rmtree(job.home)
+    said = shell("copy", job.url, tmp_path / "t")
+    assert said.code == 5 and "rank-00001-1.pt" in said.out
+    job.store.remove(f"{rows[1]['name']}/manifest.json")
+    assert shell("copy", job.url, tmp_path / "t").code == shell("verify", tmp_path / "t").code == 0
+    assert {path.name: path.read_bytes() for path in (tmp_path / "t" / "step-000000000002").glob("*.pt")} == job.content[2]

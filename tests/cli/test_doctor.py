@@ -1,0 +1,40 @@
+"""`ckpt doctor`: what it finds is so, and nothing is left behind."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import Any
+
+import torch
+from command_line import Shell
+
+from ckpt.upkeep import machine
+
+
+def findings(document: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {each["what"]: each for each in document["findings"]}
+
+
+def test_a_directory_is_tried_out(shell: Shell, tmp_path: Path) -> None:
+    found = findings(shell.json("doctor", tmp_path, "--size", "1MiB"))
+    assert found["torch"]["found"] == torch.__version__ and found["locks"]["verdict"] == "good"
+    assert {"file system", "space", "rename and fsync", "direct I/O", "write rate"} <= found.keys()
+    assert list(tmp_path.iterdir()) == []
+    assert shell("doctor").code == 0 and "locks" not in shell("doctor").out
+
+
+def test_what_is_bad_is_told_with_a_remedy(shell: Shell, tmp_path: Path, native: Any, monkeypatch: Any) -> None:
+    native.set_fault("rename", error=errno.EROFS)
+    found = findings(shell.json("doctor", tmp_path, "--size", "4KiB", code=1))
+    assert found["rename and fsync"]["verdict"] == "bad" and found["rename and fsync"]["remedy"]
+    native.clear_faults()
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(machine, "_version", lambda package: "2.5.1" if package == "torch" else None)
+    said = shell("doctor")
+    assert said.code == 1 and "install 2.6 or newer" in said.out and "install it for object stores" in said.out
+
+
+def test_wrong_usage(shell: Shell, tmp_path: Path) -> None:
+    assert shell("doctor", tmp_path / "missing").code == 3
+    assert shell("doctor", tmp_path, "--size", "much").code == 2

@@ -1,0 +1,127 @@
+"""`ckpt show` of checkpoints and of single files, ours and those of others, sound, damaged and made to do harm."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from command_line import Shell, step_in
+from safetensors.torch import save_file
+
+HUGE = 100_000
+
+
+def tensors(document: dict[str, Any], file: str) -> dict[str, tuple[str, list[int], int]]:
+    return {each["name"]: (each["dtype"], each["shape"], each["bytes"]) for each in document["files"][file]["tensors"]}
+
+
+MODEL = {"model.weight": ("float32", [4, 8], 128), "model.bias": ("int64", [8], 64)}
+
+
+def test_a_checkpoint_with_its_tensors(shell: Shell, three_steps: Path) -> None:
+    document = shell.json("show", step_in(three_steps, 2), "--tensors", "*")
+    assert (document["manifest"]["step"], document["manifest"]["sequence"]) == (2, 2)
+    assert tensors(document, "state.pt") == MODEL and document["files"]["state.pt"]["problem"] == ""
+    assert document["files"]["state.pt"]["values"] == [{"name": "step", "type": "int", "value": "2"}]
+    said = shell("show", step_in(three_steps, 2), "--tree")
+    assert said.code == 0 and "  weight  float32  4x8  128 B" in said.out.splitlines()
+
+
+@pytest.mark.parametrize("form", ["{home}", "{home}:3", "{home}:step-000000000003"])
+def test_ways_to_name_a_checkpoint(form: str, shell: Shell, three_steps: Path) -> None:
+    assert shell.json("show", form.format(home=three_steps))["manifest"]["step"] == 3
+
+
+def test_a_file_in_a_checkpoint(shell: Shell, three_steps: Path) -> None:
+    document = shell.json("show", f"{step_in(three_steps, 1)}:state.pt", "--tensors", "model.w*")
+    assert tensors(document, "state.pt") == {"model.weight": MODEL["model.weight"]}
+    for name in ("other.pt", "../latest", "/etc/passwd"):
+        assert shell("show", f"{step_in(three_steps, 1)}:{name}").code == 3
+
+
+def test_damage_is_told(shell: Shell, home: Path) -> None:
+    (step_in(home, 2) / "state.pt").unlink()
+    said = shell("show", step_in(home, 2))
+    assert said.code == 1 and "missing" in said.out
+    os.truncate(step_in(home, 3) / "state.pt", 700)
+    document = shell.json("show", step_in(home, 3), "--tensors", "*", code=1)
+    assert (
+        document["files"]["state.pt"]["problem"] == "has another size" and "state.pt" in document["files"]["state.pt"]["error"]
+    )
+    (step_in(home, 1) / "manifest.json").write_text("{}")
+    assert "manifest" in shell.json("show", step_in(home, 1), code=3)["error"]["message"]
+
+
+def test_files_of_others(shell: Shell, tmp_path: Path) -> None:
+    state = {"w": torch.zeros(3, 5, dtype=torch.bfloat16), "n": torch.zeros((), dtype=torch.uint16)}
+    torch.save(state, tmp_path / "new.pt")
+    torch.save({"w": state["w"]}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    shapes = {"w": ("bfloat16", [3, 5], 30), "n": ("uint16", [], 2)}
+    for name, kind in (("new.pt", "torch"), ("model.safetensors", "safetensors"), ("old.pt", "torch before 1.6")):
+        document = shell.json("show", tmp_path / name)
+        wanted = {"w": shapes["w"]} if name == "old.pt" else shapes
+        assert tensors(document, name) == wanted and document["files"][name]["format"] == kind
+    assert "format: pt" in shell("show", tmp_path / "model.safetensors").out
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_directory_of_torch_distributed_checkpoint(shell: Shell, tmp_path: Path) -> None:
+    dcp.save({"m": {"w": torch.zeros(4, 4)}, "epoch": 7}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    document = shell.json("show", tmp_path / "dcp", "--tree")
+    assert document["manifest"] is None and tensors(document, ".metadata") == {"m.w": ("float32", [4, 4], 64)}
+    (tmp_path / "dcp" / ".metadata").write_bytes(b"\x80\x04N.")
+    assert "no metadata of torch.distributed" in shell.json("show", tmp_path / "dcp" / ".metadata", code=1)["error"]["message"]
+
+
+class Harm:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_a_file_made_to_do_harm_is_shown_as_what_it_is(shell: Shell, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(2), "bad": Harm(tmp_path / "harm")}, tmp_path / "a.pt")
+    said = shell("show", tmp_path / "a.pt")
+    assert said.code == 0 and "it refers to posix.mkdir" in said.out and not (tmp_path / "harm").exists()
+    assert shell.json("show", tmp_path / "a.pt")["files"]["a.pt"]["would_run"] == ["posix.mkdir"]
+
+
+def test_a_hundred_thousand_tensors(shell: Shell, tmp_path: Path) -> None:
+    weight = torch.zeros(1)
+    torch.save({f"layer.{number}.weight": weight for number in range(HUGE)}, tmp_path / "huge.pt")
+    said = shell("show", tmp_path / "huge.pt")
+    assert said.code == 0 and f"{HUGE} tensors" in said.out and len(said.out.splitlines()) < 60
+    assert f"{HUGE - 40} more" in said.out.splitlines()[-1]
+
+
+DAMAGED = {
+    "empty": b"",
+    "text": b"hello world",
+    "zip": b"PK\x03\x04 and so on",
+    "header": (1 << 50).to_bytes(8, "little") + b"{}",
+    "cut header": (90).to_bytes(8, "little") + b'{"a":',
+    "outside": (66).to_bytes(8, "little")
+    + b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,99999999999999]}}'[:66]
+    + b"12345678",
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED.keys())
+def test_what_is_no_file_of_a_known_format(content: bytes, shell: Shell, tmp_path: Path) -> None:
+    (tmp_path / "file.pt").write_bytes(content)
+    said = shell("show", tmp_path / "file.pt")
+    assert said.code == 1 and str(tmp_path / "file.pt") in said.err and said.out == ""
+
+
+def test_what_is_not_there_and_what_cannot_be_read(shell: Shell, tmp_path: Path) -> None:
+    assert shell("show", tmp_path / "nothing").code == 3
+    assert shell("show", tmp_path).code == 3
+    os.mkfifo(tmp_path / "pipe")
+    assert shell("show", tmp_path / "pipe").code == 5

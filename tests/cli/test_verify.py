@@ -1,0 +1,103 @@
+"""`ckpt verify`: the file and the record that are damaged are named."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from command_line import Shell, step_in
+from node_roots import Job
+from safetensors.torch import save_file
+from support import options
+
+import ckpt
+from ckpt import dcp as sharding
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+def place_of(path: Path, record: str) -> int:
+    """Where its bytes begin."""
+    with zipfile.ZipFile(path) as archive:
+        entry = next(each for each in archive.infolist() if each.filename.endswith(record))
+    head = path.read_bytes()[entry.header_offset : entry.header_offset + 30]
+    return entry.header_offset + 30 + int.from_bytes(head[26:28], "little") + int.from_bytes(head[28:30], "little")
+
+
+def test_all_that_is_good(shell: Shell, three_steps: Path) -> None:
+    document = shell.json("verify", three_steps)
+    assert document["good"] and document["states"] == {"good": 3}
+    said = shell("verify", step_in(three_steps, 2), step_in(three_steps, 3))
+    assert said.code == 0 and said.out.count(": good") == 2 and said.out.splitlines()[-1].startswith("2 files: 2 good; ")
+
+
+def test_a_flipped_bit_is_found_and_its_record_named(shell: Shell, home: Path) -> None:
+    path = step_in(home, 2) / "state.pt"
+    flip(path, place_of(path, "data/0") + 5)
+    assert shell("verify", home, "--fast").code == 0, "no byte is read"
+    document = shell.json("verify", home, code=1)
+    bad = [file for file in document["files"] if file["state"] != "good"]
+    assert [(file["file"], file["state"]) for file in bad] == [("state.pt", "damaged")] and "data/0" in bad[0]["problem"]
+    said = shell("verify", home)
+    assert said.code == 1 and str(step_in(home, 2)) in said.out and "data/0" in said.out
+
+
+def test_what_is_missing_cut_off_or_has_no_manifest(shell: Shell, home: Path) -> None:
+    (step_in(home, 1) / "state.pt").unlink()
+    os.truncate(step_in(home, 2) / "state.pt", 99)
+    (step_in(home, 3) / "manifest.json").write_text("{")
+    document = shell.json("verify", home, "--fast", code=1)
+    states = {Path(file["checkpoint"]).name[-1]: (file["state"], file["problem"]) for file in document["files"]}
+    assert states["1"] == ("missing", "it is not there")
+    assert states["2"][0] == "damaged" and "has 99 bytes" in states["2"][1] and "manifest" in states["3"][1]
+
+
+def test_single_files(shell: Shell, tmp_path: Path) -> None:
+    state = {"w": torch.arange(1000.0)}
+    torch.save(state, tmp_path / "a.pt")
+    ckpt.save(state, tmp_path / "b.pt").result()
+    assert shell.json("verify", tmp_path / "a.pt", tmp_path / "b.pt")["states"] == {"good": 2}
+    flip(tmp_path / "b.pt", place_of(tmp_path / "b.pt", "data/0") + 77)
+    assert "data/0" in shell.json("verify", tmp_path / "b.pt", code=1)["files"][0]["problem"]
+    save_file(state, tmp_path / "c.safetensors")
+    torch.save(state, tmp_path / "d.pt", _use_new_zipfile_serialization=False)
+    document = shell.json("verify", tmp_path / "c.safetensors", tmp_path / "d.pt")
+    assert document["states"] == {"not verifiable": 2}, "that nothing was verified is not said to be good"
+    os.truncate(tmp_path / "c.safetensors", 3000)
+    assert shell("verify", tmp_path / "c.safetensors", "--fast").code == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_sharded_directories(shell: Shell, tmp_path: Path) -> None:
+    state = {"w": torch.arange(5000.0)}
+    dcp.save(state, checkpoint_id=tmp_path / "torch", no_dist=True)
+    with sharding.DcpCheckpointer(options=options()) as checkpointer:
+        checkpointer.save(tmp_path / "ours", state).result()
+    assert shell("verify", tmp_path / "torch").code == shell("verify", tmp_path / "ours").code == 0
+    for directory in ("torch", "ours"):
+        path = next((tmp_path / directory).glob("*.distcp"))
+        flip(path, path.stat().st_size // 2)
+        document = shell.json("verify", tmp_path / directory, code=1)
+        assert [file["file"] for file in document["files"] if file["state"] == "damaged"] == [path.name]
+        assert shell("verify", tmp_path / directory, "--fast").code == 0
+        path.unlink()
+        assert shell("verify", tmp_path / directory, "--fast").code == 1
+
+
+def test_a_node_has_but_its_part(shell: Shell, tmp_path: Path) -> None:
+    job = Job(tmp_path, nodes=2)
+    job.save(1, common=300)
+    assert shell.json("verify", job.roots[0])["states"] == {"good": 2, "on another node": 1}
+
+
+def test_nothing_there(shell: Shell, tmp_path: Path) -> None:
+    assert shell("verify", tmp_path).code == shell("verify", tmp_path / "missing").code == 3
+    assert shell("verify").code == 2

@@ -1,0 +1,129 @@
+"""`ckpt export`: what is read back is what was saved, from whatever format and number of ranks; and it needs little memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import export_ranks
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from command_line import Shell, state, step_in
+from nursery import Nursery, sharding_nurseries
+from safetensors.torch import load_file, save_file
+from support import options
+from test_verify import flip, place_of
+
+import ckpt
+
+MiB = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[list[Nursery]]:
+    with sharding_nurseries(2) as nurseries:
+        yield nurseries
+
+
+@pytest.fixture(scope="module")
+def two_ranks(ranks: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("two")
+    children = [
+        ranks[rank].start(f"import export_ranks; export_ranks.save({rank}, 2, {str(directory)!r})") for rank in range(2)
+    ]
+    ended = [child.wait() for child in children]
+    assert [each.returncode for each in ended] == [0, 0], ended[0].stderr + ended[1].stderr
+    return directory
+
+
+@pytest.mark.parametrize("which", ["torch", "ours"])
+def test_a_sharded_checkpoint_becomes_one(which: str, two_ranks: Path, shell: Shell, tmp_path: Path) -> None:
+    said = shell.json("export", two_ranks / which, "-o", tmp_path / "m.safetensors", "--format", "safetensors")
+    found = load_file(tmp_path / "m.safetensors")
+    assert found.keys() == {"model.rows", "model.columns"} and said["tensors"] == 2
+    assert all(torch.equal(tensor, export_ranks.whole()) for tensor in found.values())
+    assert "epochs.1.lr" in said["left_out"]
+    assert shell("export", two_ranks / which, "-o", tmp_path / "m.pt", "--format", "pt").code == 0
+    loaded = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert torch.equal(loaded["model"]["rows"], export_ranks.whole()) and loaded["epochs"] == [1, {"lr": 0.5}]
+    assert ("seed" in loaded, loaded.get("note")) == (False, "same" if which == "ours" else None)
+
+
+def test_with_what_one_rank_has_for_itself(two_ranks: Path, shell: Shell, tmp_path: Path) -> None:
+    words = ("export", two_ranks / "ours", "-o", tmp_path / "m.pt", "--format", "pt", "--rank")
+    assert shell(*words, "1").code == 0 and torch.load(tmp_path / "m.pt")["seed"] == 1
+    assert shell(*words, "7").code == 3
+
+
+def test_all_that_a_state_holds(shell: Shell, tmp_path: Path) -> None:
+    parameter = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    wanted: dict[str, Any] = {
+        "w": parameter.detach(),
+        "optimizer": optimizer.state_dict(),
+        "view": torch.arange(12).reshape(3, 4).t()[1:],
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(5, dtype=torch.uint16),
+        "nothing": {"a": {}, "b": []},
+        "step": 7,
+    }
+    ckpt.save(wanted, tmp_path / "a.pt", options=options()).result()
+    assert shell("export", tmp_path / "a.pt", "-o", tmp_path / "b.pt", "--format", "pt").code == 0
+    found = torch.load(tmp_path / "b.pt", weights_only=True)
+    assert repr(found) == repr(wanted), "optimizer states have numbers as keys, and no lists of them"
+    assert repr(ckpt.load(tmp_path / "b.pt")) == repr(wanted), "our own reader verifies it"
+    assert torch.load(tmp_path / "b.pt", mmap=True)["w"].data_ptr() % 64 == 0
+
+
+def test_choices(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    words = ["--format", "safetensors", "--keys", "model.*", "--strip", "model.", "--dtype", "float16"]
+    said = shell("export", f"{three_steps}:2", "-o", tmp_path / "m.safetensors", *words)
+    found = load_file(tmp_path / "m.safetensors")
+    assert said.code == 0 and {name: tensor.dtype for name, tensor in found.items()} == {
+        **{"weight": torch.float16, "bias": torch.int64}
+    }
+    assert torch.equal(found["weight"], state(2)["model"]["weight"].half())
+    assert shell("export", f"{three_steps}:2", "-o", tmp_path / "n", "--format", "pt", "--keys", "modle.*").code == 1
+    assert not (tmp_path / "n").exists()
+
+
+def test_in_several_files_with_an_index(shell: Shell, tmp_path: Path) -> None:
+    tensors = {f"t{number}": torch.full((100,), number) for number in range(5)}
+    save_file(tensors, tmp_path / "a.safetensors")
+    words = ["--format", "safetensors", "--shard-size", "1700"]
+    said = shell.json("export", tmp_path / "a.safetensors", "-o", tmp_path / "out", *words)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(said["files"]) == 4 and index["metadata"]["total_size"] == 4000
+    found = {name: load_file(tmp_path / "out" / file)[name] for name, file in index["weight_map"].items()}
+    assert found.keys() == tensors.keys() and all(torch.equal(found[name], tensors[name]) for name in tensors)
+
+
+def test_damage_becomes_no_file(shell: Shell, home: Path, two_ranks: Path, tmp_path: Path) -> None:
+    path = step_in(home, 3) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    said = shell("export", home, "-o", tmp_path / "out.pt", "--format", "pt")
+    assert said.code == 1 and "data/0" in said.err
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert shell("export", home / "nothing", "-o", tmp_path / "out.pt", "--format", "pt").code == 3
+    assert shell("export", f"{home}:1", "-o", tmp_path / "no" / "out.pt", "--format", "pt").code == 5
+    assert shell("export", f"{home}:1", "--format", "pt").code == 2
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("form", ["safetensors", "pt"])
+def test_no_more_than_a_tensor_is_in_memory(form: str, ranks: list[Nursery], tmp_path: Path) -> None:
+    dcp.save(
+        {f"t{number}": torch.full((2 * MiB,), float(number)) for number in range(24)},
+        checkpoint_id=tmp_path / "a",
+        no_dist=True,
+    )
+    words = ["export", str(tmp_path / "a"), "-o", str(tmp_path / "out"), "--format", form, "--json"]
+    ended = ranks[0].run(f"import export_ranks; export_ranks.export({words!r})")
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert said["code"] == 0, ended.stderr
+    assert said["grown"] * 1024 < 80 * MiB < 24 * 8 * MiB // 2, "of 192 MiB in tensors of 8"
