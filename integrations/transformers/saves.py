@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ class TrainerSave:
     def __init__(self, bundle: OpenBundle, final: Path) -> None:
         self.bundle = bundle
         self.final = final
-        self.rotations: Sequence[Rotation] = ()  # that the Trainer wants
+        self._rotations: list[Rotation] = []  # that the Trainer wants
         self._before = _names_in(final)
         self._pending: ckpt.PendingSave | None = None
 
@@ -44,8 +44,14 @@ class TrainerSave:
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Meanwhile what this thread writes to it by the Trainer's functions goes to the bundle, and nothing is removed."""
-        with writing_to(self.bundle), collecting() as self.rotations:
+        with writing_to(self.bundle), collecting() as self._rotations:
             yield
+
+    def take_rotations(self) -> list[Rotation]:
+        """Those that were noted since the last call: the Trainer may want one when the save has been handed over already."""
+        wanted = [*self._rotations]
+        self._rotations.clear()
+        return wanted
 
     @contextlib.contextmanager
     def leaving_to_the_trainer(self) -> Iterator[None]:
@@ -140,9 +146,8 @@ class TrainerSaves:
     def end(self, save: TrainerSave, error: BaseException | None = None) -> ckpt.PendingSave:
         """Hands it to the background; old checkpoints are removed when it is durable."""
         self.newest = pending = save.commit(error)
-        wanted, save.rotations = save.rotations, ()
         self._rotations = [each for each in self._rotations if not each.done()]
-        for rotation in wanted:
+        for rotation in save.take_rotations():
             self._rotate_later(pending, rotation)
         return pending
 
