@@ -1,0 +1,34 @@
+"""Trainers and callbacks of one's own: what they write to a checkpoint, how they call the writers, what they are told."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+from dist.trainer_training import build
+from safetensors.torch import save_file
+from trainer_saves import names_in
+
+import ckpt
+from ckpt.integrations.transformers import LazyTrainer
+
+ONCE = {"max_steps": 1, "gradient_accumulation_steps": 1}
+
+
+class WritesAgain(LazyTrainer):
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        save_file({"merged": torch.ones(3)}, Path(output_dir) / "model.safetensors")
+
+
+def test_a_file_that_an_override_writes_again_is_not_lost_silently(tmp_path: Path) -> None:
+    with pytest.raises(ckpt.CheckpointError, match=r"'model\.safetensors' was written twice"):
+        build(tmp_path, WritesAgain, **ONCE).train()
+    assert "checkpoint-1" not in names_in(tmp_path)
