@@ -16,6 +16,7 @@ from ckpt.dcp import DcpCheckpointer
 from ckpt.metrics import MetricsSink
 
 from ..huggingface.open_bundle import OpenBundle, writing_to
+from .carrying import carry_over, is_checkpoint, of_others
 from .rotation import Rotation, collecting
 
 logger = logging.getLogger("ckpt")
@@ -26,13 +27,15 @@ class TrainerSave:
 
     Args:
         final: what it is called when it is durable.
+        leads: whether this rank is the one to look after what lies there already.
     """
 
-    def __init__(self, bundle: OpenBundle, final: Path) -> None:
+    def __init__(self, bundle: OpenBundle, final: Path, leads: bool) -> None:
         self.bundle = bundle
         self.final = final
         self._rotations: list[Rotation] = []  # that the Trainer wants
         self._before = _names_in(final)
+        self._leads = leads
         self._pending: ckpt.PendingSave | None = None
 
     def moved(self, path: str | os.PathLike[str]) -> str:
@@ -77,6 +80,7 @@ class TrainerSave:
         if self._pending is None:
             if error is None:
                 self._refuse_strangers()
+                self._keep_what_was_there()
             else:
                 self.bundle.fail(error)
             self._pending = self.bundle.commit()
@@ -93,6 +97,20 @@ class TrainerSave:
                     "_save_checkpoint() and writes more there derives from LazyTrainer or from a class with LazyCheckpointMixin"
                 )
             )
+
+    def _keep_what_was_there(self) -> None:
+        """What had the name before goes; but what is no checkpoint was put there to become part of this one."""
+        wanted = of_others(self._before) if self._leads else []
+        if is_checkpoint(self._before):
+            lost = [name for name in wanted if not os.path.lexists(self.bundle.directory / name)]
+            if lost:
+                logger.warning("'%s' is saved again, and replaced as a whole: %s goes with it", self.final, ", ".join(lost))
+            return
+        try:
+            carry_over(wanted, self.final, self.bundle.directory, self.bundle.has)
+        except OSError as error:
+            text = f"{', '.join(wanted)} lay in '{self.final}' before it was saved, and cannot be made part of it: {error}"
+            self.bundle.fail(ckpt.CheckpointError(text))
 
 
 class TrainerSaves:
@@ -135,7 +153,8 @@ class TrainerSaves:
         """
         begin = self.checkpointer(args).begin
         bundle = begin(root, name, step=step, may_skip=may_skip, move_latest=False, named_last=True)
-        return TrainerSave(OpenBundle(bundle, self._saver_of_shards), Path(os.path.abspath(root)) / name)
+        final = Path(os.path.abspath(root)) / name
+        return TrainerSave(OpenBundle(bundle, self._saver_of_shards), final, bool(args.should_save))
 
     def _saver_of_shards(self) -> DcpCheckpointer:
         """Made by all ranks at the same call, when the first needs it."""

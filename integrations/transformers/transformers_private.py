@@ -6,6 +6,7 @@ Without what stands in a callback of transformers itself, that callback is taken
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable
@@ -46,6 +47,25 @@ UPLOADS = ("transformers.trainer", "hf_api")
 TORCH_SAVES = ("transformers.trainer", "accelerate.utils.fsdp_utils")
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # what marks a checkpoint of JITCheckpointCallback that was never completed
+
+# What the Trainer, accelerate and DeepSpeed call their own files. Half a checkpoint may have left some of them.
+_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "*.index.json",
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "training_args.bin",
+    "pytorch_model_fsdp*",
+    "optimizer_[0-9]*",
+    "global_step[0-9]*",
+    "latest",
+    INCOMPLETE,
+)
 
 # Callbacks of transformers that have on_save(), and whether they then read what was saved.
 _READERS: dict[str, Callable[[Any], bool]] = {
@@ -100,6 +120,11 @@ def reads_checkpoints(callback: Any) -> bool:
         return _READERS[type(callback).__name__](callback)
     except (KeyError, AttributeError):
         return True
+
+
+def is_of_trainer(name: str) -> bool:
+    """Whether the Trainer gives this name to a file, or a directory, of a checkpoint."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FILES)
 
 
 def jit_managers(trainer: Any) -> list[Any]:

@@ -13,7 +13,7 @@ if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 from dist.trainer_training import build
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from trainer_saves import names_in
 
 import ckpt
@@ -32,3 +32,19 @@ def test_a_file_that_an_override_writes_again_is_not_lost_silently(tmp_path: Pat
     with pytest.raises(ckpt.CheckpointError, match=r"'model\.safetensors' was written twice"):
         build(tmp_path, WritesAgain, **ONCE).train()
     assert "checkpoint-1" not in names_in(tmp_path)
+
+
+class WritesBefore(LazyTrainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (place / "more").mkdir(parents=True)
+        for name in ("projector.bin", "more/scores.json", "model.safetensors"):
+            (place / name).write_text("mine")
+        super()._save_checkpoint(model, trial)
+
+
+def test_what_lies_there_before_the_first_save_becomes_part_of_it(tmp_path: Path) -> None:
+    build(tmp_path, WritesBefore, **ONCE).train()
+    place = tmp_path / "checkpoint-1"
+    assert [(place / name).read_text() for name in ("projector.bin", "more/scores.json")] == ["mine", "mine"]
+    assert load_file(place / "model.safetensors")  # as the Trainer would have written over it
