@@ -146,11 +146,20 @@ class TrainerSaves:
             )
         return self._checkpointer
 
-    def begin(self, args: Any, root: str, name: str, *, step: int, may_skip: bool) -> TrainerSave:
+    def forget_best(self) -> None:
+        """Another training begins."""
+        self._best = None
+
+    def begin(self, args: Any, root: str, name: str, *, step: int, best: str | None, may_skip: bool) -> TrainerSave:
         """
+        Args:
+            best: the checkpoint that is the best so far, maybe of a job before this one.
+
         Raises:
             CheckpointError: as of BundleCheckpointer.begin().
         """
+        if self._best is None and best is not None and os.path.isdir(best):
+            self._best = best
         begin = self.checkpointer(args).begin
         bundle = begin(root, name, step=step, may_skip=may_skip, move_latest=False, named_last=True)
         final = Path(os.path.abspath(root)) / name

@@ -86,6 +86,7 @@ class LazyCheckpointMixin(_Base):
             CheckpointError: all steps are done; but the newest checkpoint did not become durable, or the best one, which was to
                 be loaded, cannot be. The model is as the last step has left it.
         """
+        self._checkpoints.forget_best()
         if resume_from_checkpoint:
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -151,7 +152,8 @@ class LazyCheckpointMixin(_Base):
     def _save_lazily(self, stock: Callable[[], Any], trial: Any, may_skip: bool = True) -> None:
         step = self.state.global_step
         root = self._get_output_dir(trial=trial)
-        save = self._checkpoints.begin(self.args, root, f"checkpoint-{step}", step=step, may_skip=may_skip)
+        best = self.state.best_model_checkpoint
+        save = self._checkpoints.begin(self.args, root, f"checkpoint-{step}", step=step, best=best, may_skip=may_skip)
         try:
             with save.writing(), self._moving(save), save.following_deepspeed(self.is_deepspeed_enabled):
                 stock()
