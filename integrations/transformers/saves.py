@@ -38,11 +38,16 @@ class TrainerSave:
         self._leads = leads
         self._pending: ckpt.PendingSave | None = None
 
-    def moved(self, path: str | os.PathLike[str]) -> str:
-        """Where something of the checkpoint lies until it is durable; all else stays where it is."""
-        given = Path(os.path.abspath(path))
-        inside = given.is_relative_to(self.final)
-        return str(self.bundle.directory / given.relative_to(self.final)) if inside else os.fspath(path)
+    def moved(self, given: Any) -> Any:
+        """Where something of the checkpoint lies until it is durable. All other paths, and what is no path, stay as they are."""
+        if not isinstance(given, (str, os.PathLike)):
+            return given
+        path = Path(os.path.abspath(given))
+        return str(self.bundle.directory / path.relative_to(self.final)) if path.is_relative_to(self.final) else given
+
+    def is_final(self, given: Any) -> bool:
+        """Whether it is the path that the checkpoint is to have."""
+        return isinstance(given, (str, os.PathLike)) and os.path.abspath(given) == str(self.final)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:

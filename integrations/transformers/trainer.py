@@ -172,11 +172,12 @@ class LazyCheckpointMixin(_Base):
         with shadowed(self, methods), shadowed(self.state, saves_state):
             yield
 
-    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], output_dir: str, *args: Any, **kwargs: Any) -> None:
+    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # With DeepSpeed the Trainer gathers copies, and may remove the file that it has made of them.
         with save.leaving_to_the_trainer() if self.is_deepspeed_enabled else contextlib.nullcontext():
-            write(output_dir, *args, **kwargs)
-        if str(save.final) != os.path.abspath(output_dir):
+            write(*args, **kwargs)
+        output_dir = next((each for each in (*args, *kwargs.values()) if save.is_final(each)), None)
+        if output_dir is None:
             return
         strategy = getattr(self.args.save_strategy, "value", self.args.save_strategy)
         if strategy != "no" and self.state.best_global_step == self.state.global_step:
@@ -229,9 +230,11 @@ def _replace_writers() -> None:
 
 
 def _moved(write: Callable[..., Any], save: TrainerSave) -> Callable[..., Any]:
+    """Whatever the parameter for the path is called, and whether it is named in the call or not."""
+
     @functools.wraps(write)
-    def moved(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return write(save.moved(path), *args, **kwargs)
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return write(*map(save.moved, args), **{name: save.moved(value) for name, value in kwargs.items()})
 
     return moved
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import torch
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
-from dist.trainer_training import build
+from dist.trainer_training import arguments, build, network
 from safetensors.torch import load_file, save_file
 from trainer_saves import names_in
+from transformers import Trainer
 
 import ckpt
-from ckpt.integrations.transformers import LazyTrainer
+from ckpt.integrations.transformers import LazyCheckpointMixin, LazyTrainer
 
 ONCE = {"max_steps": 1, "gradient_accumulation_steps": 1}
 
@@ -48,3 +50,22 @@ def test_what_lies_there_before_the_first_save_becomes_part_of_it(tmp_path: Path
     place = tmp_path / "checkpoint-1"
     assert [(place / name).read_text() for name in ("projector.bin", "more/scores.json")] == ["mine", "mine"]
     assert load_file(place / "model.safetensors")  # as the Trainer would have written over it
+
+
+class CallsByKeyword(Trainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        self.save_model(_internal_call=True, output_dir=place)
+        self._save_optimizer_and_scheduler(output_dir=place)
+        self._save_rng_state(output_dir=place)
+        self.state.save_to_json(json_path=os.path.join(place, "trainer_state.json"))
+
+
+class LazyByKeyword(LazyCheckpointMixin, CallsByKeyword):
+    pass
+
+
+def test_writers_may_be_called_by_keyword(tmp_path: Path) -> None:
+    LazyByKeyword(model=network(), args=arguments(tmp_path, **ONCE), train_dataset=build(tmp_path).train_dataset).train()
+    expected = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"}
+    assert expected <= names_in(tmp_path / "checkpoint-1")
