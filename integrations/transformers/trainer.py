@@ -87,6 +87,7 @@ class LazyCheckpointMixin(_Base):
                 be loaded, cannot be. The model is as the last step has left it.
         """
         self._checkpoints.forget_best()
+        self._error_at_end = None  # of one before, which has raised another one
         if resume_from_checkpoint:
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)

@@ -320,6 +320,17 @@ def test_the_best_one_of_a_job_before_stays_until_a_better_one_is_durable(native
     assert names_in(tmp_path) == saves(1, 5)
 
 
+def test_an_error_of_one_training_is_not_that_of_the_next(native: Any, tmp_path: Path) -> None:
+    trainer = best(tmp_path, 1.0, max_steps=1)
+    native.set_fault("fdatasync", error=errno.EIO)
+    with pytest.raises(ckpt.CheckpointError):
+        trainer.train()
+    clear_faults()
+    trainer.compute_metrics = Metric(1.0)
+    trainer.train()
+    assert names_in(tmp_path) == saves(1)
+
+
 def test_resuming_takes_the_newest_good_one(
     lazy: tuple[Path, str], stock: tuple[Path, str], caplog: Any, tmp_path: Path
 ) -> None:
