@@ -60,6 +60,7 @@ class LazyCheckpointMixin(_Base):
         super().__init__(*args, **kwargs)
         for manager in jit_managers(self):
             manager.execute_jit_checkpoint = functools.partial(self._save_at_signal, manager)
+        self.callback_handler.on_save = functools.partial(self._tell_of_save, self.callback_handler.on_save)
 
     def wait_for_checkpoints(self, timeout: float | None = None) -> None:
         """Waits until every checkpoint so far is durable and has its name.
@@ -196,6 +197,23 @@ class LazyCheckpointMixin(_Base):
             return True  # who overrides it may write to the directory
         return any(_reads(callback) for callback in self.callback_handler.callbacks)
 
+    def _tell_of_save(self, tell: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of CallbackHandler.on_save(). Who wants to look at what is not there is not told: it would raise, or make a
+        directory of that name, which looks like a checkpoint."""
+        handler = self.callback_handler
+        everybody, newest = handler.callbacks, self._checkpoints.newest
+        readers = [callback for callback in everybody if _reads(callback)]
+        name = f"checkpoint-{self.state.global_step}"
+        if not readers or newest is None or newest.path.name != name or newest.exception() is None:
+            return tell(*args, **kwargs)
+        names = ", ".join(type(callback).__name__ for callback in readers)
+        logger.warning("on_save() of %s is not called: '%s' has not become a checkpoint", names, newest.path)
+        handler.callbacks = [callback for callback in everybody if callback not in readers]
+        try:
+            return tell(*args, **kwargs)
+        finally:
+            handler.callbacks = everybody
+
     def _wait_for_newest(self) -> None:
         if self._checkpoints.newest is not None:
             self._checkpoints.newest.exception()  # which has been logged
@@ -252,7 +270,8 @@ def _collected(write: Callable[..., Any], save: TrainerSave) -> Callable[..., An
 
 def _reads(callback: Any) -> bool:
     """Whether a callback may look at a checkpoint in on_save()."""
-    if not getattr(callback, "reads_checkpoints", True) or type(callback).on_save is TrainerCallback.on_save:
+    does_nothing = getattr(callback.on_save, "__func__", None) is TrainerCallback.on_save
+    if does_nothing or not getattr(callback, "reads_checkpoints", True):
         return False
     return not type(callback).__module__.startswith("transformers.") or reads_checkpoints(callback)
 

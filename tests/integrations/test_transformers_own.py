@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from support import clear_faults
 
 if importlib.util.find_spec("transformers") is None:
     pytest.skip("transformers is not installed", allow_module_level=True)
 
 from dist.trainer_training import arguments, build, network
 from safetensors.torch import load_file, save_file
-from trainer_saves import names_in
-from transformers import Trainer
+from trainer_saves import FEW, At, names_in, saves
+from transformers import Trainer, TrainerCallback
 
 import ckpt
 from ckpt.integrations.transformers import LazyCheckpointMixin, LazyTrainer
@@ -69,3 +71,32 @@ def test_writers_may_be_called_by_keyword(tmp_path: Path) -> None:
     LazyByKeyword(model=network(), args=arguments(tmp_path, **ONCE), train_dataset=build(tmp_path).train_dataset).train()
     expected = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"}
     assert expected <= names_in(tmp_path / "checkpoint-1")
+
+
+class Listener(TrainerCallback):
+    reads_checkpoints = False
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told.append(state.global_step)
+
+
+def test_callbacks_that_read_are_told_of_checkpoints_that_are_there(native: Any, caplog: Any, tmp_path: Path) -> None:
+    """Also one whose on_save() is its own, and not that of a class."""
+    found: list[tuple[int, bool]] = []
+
+    def write(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        found.append((state.global_step, place.exists()))
+        place.mkdir(exist_ok=True)
+        (place / "adapter.bin").write_text("mine")
+
+    reader, listener = TrainerCallback(), Listener()
+    reader.on_save = write
+    faults = At(1, lambda model: native.set_fault("fdatasync", error=errno.EIO)), At(2, lambda model: clear_faults())
+    native.set_fault("fdatasync", delay_s=0.02)
+    build(tmp_path, callbacks=[reader, listener, *faults], **FEW).train()
+    assert found == [(1, True), (3, True)] and listener.told == [1, 2, 3]
+    assert names_in(tmp_path) == saves(1, 3) and "on_save() of TrainerCallback is not called" in caplog.text
