@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 import ckpt
@@ -22,7 +21,7 @@ from . import resuming
 from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
-from .transformers_private import MODEL_WRITER, PLAIN_MODEL_WRITER, TORCH_SAVES, check, jit_managers, reads_checkpoints
+from .transformers_private import MODEL_WRITER, PLAIN_MODEL_WRITER, TORCH_SAVES, check, innermost, jit_managers, reads_checkpoints, updates_in_backward
 from .uploads import replace_uploads
 
 logger = logging.getLogger("ckpt")
@@ -108,6 +107,8 @@ class LazyCheckpointMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         _fence_switch(self.optimizer)
+        if updates_in_backward(self.optimizer):
+            ckpt.fence()
         return super().training_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -278,7 +279,6 @@ def _reads(callback: Any) -> bool:
 
 def _fence_switch(optimizer: Any) -> None:
     """Optimizers that have modes (those without a schedule) write to the parameters when they change it."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
+    optimizer = innermost(optimizer)
     if callable(getattr(optimizer, "train", None)):
         ckpt.fence()

@@ -12,6 +12,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from ckpt.errors import UnsupportedError
 
 TESTED = "5.24.0"
@@ -66,6 +68,9 @@ _FILES = (
     "latest",
     INCOMPLETE,
 )
+
+# Optimizers that update the parameters in the backward pass; their step() does nothing.
+_IN_BACKWARD = {"Lomo", "AdaLomo"}
 
 # Callbacks of transformers that have on_save(), and whether they then read what was saved.
 _READERS: dict[str, Callable[[Any], bool]] = {
@@ -132,3 +137,15 @@ def jit_managers(trainer: Any) -> list[Any]:
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
     managers = (getattr(callback, "jit_manager", None) for callback in callbacks)
     return [manager for manager in managers if hasattr(manager, "execute_jit_checkpoint")]
+
+
+def innermost(optimizer: Any) -> Any:
+    """What accelerate has wrapped."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def updates_in_backward(optimizer: Any) -> bool:
+    """Whether it changes parameters outside its step."""
+    return not _IN_BACKWARD.isdisjoint(each.__name__ for each in type(innermost(optimizer)).__mro__)

@@ -100,3 +100,29 @@ def test_callbacks_that_read_are_told_of_checkpoints_that_are_there(native: Any,
     build(tmp_path, callbacks=[reader, listener, *faults], **FEW).train()
     assert found == [(1, True), (3, True)] and listener.told == [1, 2, 3]
     assert names_in(tmp_path) == saves(1, 3) and "on_save() of TrainerCallback is not called" in caplog.text
+
+
+class Lomo(torch.optim.Optimizer):
+    """As that of lomo_optim: it updates the parameters in the backward pass."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._update)
+
+    @torch.no_grad()
+    def _update(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.add_(parameter.grad, alpha=-1e-3)
+        parameter.grad = None
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def test_optimizers_that_update_in_the_backward_pass(native: Any, tmp_path: Path) -> None:
+    model = network(n_embd=128)
+    native.set_fault("fallocate", delay_s=0.05)
+    build(tmp_path, model=model, max_grad_norm=0, optimizers=(Lomo(model.parameters()), None), **FEW).train()
+    assert names_in(tmp_path) == saves(1, 2, 3)
