@@ -1,4 +1,4 @@
-"""What lies under the name of a checkpoint before the Trainer saves it: a callback, or an override, may have put files there."""
+"""What lies under the name of a checkpoint before the Trainer saves it: files of a callback, or of an override."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ class TrainerSave:
         self._pending: ckpt.PendingSave | None = None
 
     def moved(self, given: Any) -> Any:
-        """Where something of the checkpoint lies until it is durable. All other paths, and what is no path, stay as they are."""
+        """Where something of the checkpoint lies until it is durable. Other paths, and what is no path, stay as they are."""
         if not isinstance(given, (str, os.PathLike)):
             return given
         path = Path(os.path.abspath(given))

@@ -21,7 +21,16 @@ from . import resuming
 from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
-from .transformers_private import MODEL_WRITER, PLAIN_MODEL_WRITER, TORCH_SAVES, check, innermost, jit_managers, reads_checkpoints, updates_in_backward
+from .transformers_private import (
+    MODEL_WRITER,
+    PLAIN_MODEL_WRITER,
+    TORCH_SAVES,
+    check,
+    innermost,
+    jit_managers,
+    reads_checkpoints,
+    updates_in_backward,
+)
 from .uploads import replace_uploads
 
 logger = logging.getLogger("ckpt")
