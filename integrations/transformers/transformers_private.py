@@ -66,6 +66,7 @@ _FILES = (
     "optimizer_[0-9]*",
     "global_step[0-9]*",
     "latest",
+    "zero_to_fp32.py",
     INCOMPLETE,
 )
 
