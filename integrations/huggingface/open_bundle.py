@@ -29,6 +29,7 @@ class OpenBundle:
         self._bundle = bundle
         self._sharded = sharded
         self._since = since
+        self._saved: set[Path] = set()  # files of it that were handed to the bundle
 
     @property
     def directory(self) -> Path:
@@ -42,8 +43,13 @@ class OpenBundle:
             return False
         return Path(os.path.abspath(path)).is_relative_to(self.directory)
 
+    def has(self, path: Path) -> bool:
+        """Whether a file of this path was handed to it. It gets that name only at the end."""
+        return path in self._saved
+
     def save(self, obj: Any, path: Any, **more: Any) -> None:
         """As of Bundle.save(): what goes wrong is told by the whole bundle."""
+        self._saved.add(Path(os.path.abspath(path)))
         self._bundle.save(obj, path, **more)
 
     def save_sharded(self, state: Any, path: Any) -> bool:
@@ -76,10 +82,25 @@ class OpenBundle:
 
     def commit(self) -> ckpt.PendingSave:
         """With all that was written to the directory, by whomever."""
+        if self._since is None:
+            self._refuse_written_twice()
         for path in [self.directory] if self._since is None else _written_since(self.directory, self._since):
             self._bundle.include(path)
         pending: ckpt.PendingSave = self._bundle.commit()
         return pending
+
+    def _refuse_written_twice(self) -> None:
+        """What somebody has written past us, under the name of a file of ours, would go when that gets its name."""
+        twice = sorted(str(path.relative_to(self.directory)) for path in self._saved if os.path.lexists(path))
+        if twice:
+            names = ", ".join(f"'{name}'" for name in twice)
+            self.fail(
+                ckpt.CheckpointError(
+                    f"{names} was written twice to the checkpoint, by the framework and by somebody else, and one of the two "
+                    "would be lost: write it under another name, or do not let the framework write it. What that writes is in "
+                    "flight until the checkpoint is durable, and can be neither read nor changed before"
+                )
+            )
 
 
 @contextlib.contextmanager

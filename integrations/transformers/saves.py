@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ckpt.dcp import DcpCheckpointer
 from ckpt.metrics import MetricsSink
 
 from ..huggingface.open_bundle import OpenBundle, writing_to
+from .carrying import carry_over, is_checkpoint, of_others
 from .rotation import Rotation, collecting
 
 logger = logging.getLogger("ckpt")
@@ -26,26 +27,39 @@ class TrainerSave:
 
     Args:
         final: what it is called when it is durable.
+        leads: whether this rank is the one to look after what lies there already.
     """
 
-    def __init__(self, bundle: OpenBundle, final: Path) -> None:
+    def __init__(self, bundle: OpenBundle, final: Path, leads: bool) -> None:
         self.bundle = bundle
         self.final = final
-        self.rotations: Sequence[Rotation] = ()  # that the Trainer wants
+        self._rotations: list[Rotation] = []  # that the Trainer wants
         self._before = _names_in(final)
+        self._leads = leads
         self._pending: ckpt.PendingSave | None = None
 
-    def moved(self, path: str | os.PathLike[str]) -> str:
-        """Where something of the checkpoint lies until it is durable; all else stays where it is."""
-        given = Path(os.path.abspath(path))
-        inside = given.is_relative_to(self.final)
-        return str(self.bundle.directory / given.relative_to(self.final)) if inside else os.fspath(path)
+    def moved(self, given: Any) -> Any:
+        """Where something of the checkpoint lies until it is durable. Other paths, and what is no path, stay as they are."""
+        if not isinstance(given, (str, os.PathLike)):
+            return given
+        path = Path(os.path.abspath(given))
+        return str(self.bundle.directory / path.relative_to(self.final)) if path.is_relative_to(self.final) else given
+
+    def is_final(self, given: Any) -> bool:
+        """Whether it is the path that the checkpoint is to have."""
+        return isinstance(given, (str, os.PathLike)) and os.path.abspath(given) == str(self.final)
 
     @contextlib.contextmanager
     def writing(self) -> Iterator[None]:
         """Meanwhile what this thread writes to it by the Trainer's functions goes to the bundle, and nothing is removed."""
-        with writing_to(self.bundle), collecting() as self.rotations:
+        with writing_to(self.bundle), collecting() as self._rotations:
             yield
+
+    def take_rotations(self) -> list[Rotation]:
+        """Those that were noted since the last call: the Trainer may want one when the save has been handed over already."""
+        wanted = [*self._rotations]
+        self._rotations.clear()
+        return wanted
 
     @contextlib.contextmanager
     def leaving_to_the_trainer(self) -> Iterator[None]:
@@ -71,6 +85,7 @@ class TrainerSave:
         if self._pending is None:
             if error is None:
                 self._refuse_strangers()
+                self._keep_what_was_there()
             else:
                 self.bundle.fail(error)
             self._pending = self.bundle.commit()
@@ -87,6 +102,20 @@ class TrainerSave:
                     "_save_checkpoint() and writes more there derives from LazyTrainer or from a class with LazyCheckpointMixin"
                 )
             )
+
+    def _keep_what_was_there(self) -> None:
+        """What had the name before goes; but what is no checkpoint was put there to become part of this one."""
+        wanted = of_others(self._before) if self._leads else []
+        if is_checkpoint(self._before):
+            lost = [name for name in wanted if not os.path.lexists(self.bundle.directory / name)]
+            if lost:
+                logger.warning("'%s' is saved again, and replaced as a whole: %s goes with it", self.final, ", ".join(lost))
+            return
+        try:
+            carry_over(wanted, self.final, self.bundle.directory, self.bundle.has)
+        except OSError as error:
+            text = f"{', '.join(wanted)} lay in '{self.final}' before it was saved, and cannot be made part of it: {error}"
+            self.bundle.fail(ckpt.CheckpointError(text))
 
 
 class TrainerSaves:
@@ -122,14 +151,24 @@ class TrainerSaves:
             )
         return self._checkpointer
 
-    def begin(self, args: Any, root: str, name: str, *, step: int, may_skip: bool) -> TrainerSave:
+    def forget_best(self) -> None:
+        """Another training begins."""
+        self._best = None
+
+    def begin(self, args: Any, root: str, name: str, *, step: int, best: str | None, may_skip: bool) -> TrainerSave:
         """
+        Args:
+            best: the checkpoint that is the best so far, maybe of a job before this one.
+
         Raises:
             CheckpointError: as of BundleCheckpointer.begin().
         """
+        if self._best is None and best is not None and os.path.isdir(best):
+            self._best = best
         begin = self.checkpointer(args).begin
         bundle = begin(root, name, step=step, may_skip=may_skip, move_latest=False, named_last=True)
-        return TrainerSave(OpenBundle(bundle, self._saver_of_shards), Path(os.path.abspath(root)) / name)
+        final = Path(os.path.abspath(root)) / name
+        return TrainerSave(OpenBundle(bundle, self._saver_of_shards), final, bool(args.should_save))
 
     def _saver_of_shards(self) -> DcpCheckpointer:
         """Made by all ranks at the same call, when the first needs it."""
@@ -140,9 +179,8 @@ class TrainerSaves:
     def end(self, save: TrainerSave, error: BaseException | None = None) -> ckpt.PendingSave:
         """Hands it to the background; old checkpoints are removed when it is durable."""
         self.newest = pending = save.commit(error)
-        wanted, save.rotations = save.rotations, ()
         self._rotations = [each for each in self._rotations if not each.done()]
-        for rotation in wanted:
+        for rotation in save.take_rotations():
             self._rotate_later(pending, rotation)
         return pending
 

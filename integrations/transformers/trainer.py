@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-import torch
 from transformers import Trainer, TrainerCallback
 
 import ckpt
@@ -22,7 +21,16 @@ from . import resuming
 from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
-from .transformers_private import MODEL_WRITER, PLAIN_MODEL_WRITER, TORCH_SAVES, check, jit_managers, reads_checkpoints
+from .transformers_private import (
+    MODEL_WRITER,
+    PLAIN_MODEL_WRITER,
+    TORCH_SAVES,
+    check,
+    innermost,
+    jit_managers,
+    reads_checkpoints,
+    updates_in_backward,
+)
 from .uploads import replace_uploads
 
 logger = logging.getLogger("ckpt")
@@ -60,6 +68,7 @@ class LazyCheckpointMixin(_Base):
         super().__init__(*args, **kwargs)
         for manager in jit_managers(self):
             manager.execute_jit_checkpoint = functools.partial(self._save_at_signal, manager)
+        self.callback_handler.on_save = functools.partial(self._tell_of_save, self.callback_handler.on_save)
 
     def wait_for_checkpoints(self, timeout: float | None = None) -> None:
         """Waits until every checkpoint so far is durable and has its name.
@@ -86,6 +95,8 @@ class LazyCheckpointMixin(_Base):
             CheckpointError: all steps are done; but the newest checkpoint did not become durable, or the best one, which was to
                 be loaded, cannot be. The model is as the last step has left it.
         """
+        self._checkpoints.forget_best()
+        self._error_at_end = None  # of one before, which has raised another one
         if resume_from_checkpoint:
             resume_from_checkpoint = self._find_checkpoint(resume_from_checkpoint)
         output = super().train(resume_from_checkpoint, *args, **kwargs)
@@ -105,6 +116,8 @@ class LazyCheckpointMixin(_Base):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         _fence_switch(self.optimizer)
+        if updates_in_backward(self.optimizer):
+            ckpt.fence()
         return super().training_step(*args, **kwargs)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -151,7 +164,8 @@ class LazyCheckpointMixin(_Base):
     def _save_lazily(self, stock: Callable[[], Any], trial: Any, may_skip: bool = True) -> None:
         step = self.state.global_step
         root = self._get_output_dir(trial=trial)
-        save = self._checkpoints.begin(self.args, root, f"checkpoint-{step}", step=step, may_skip=may_skip)
+        best = self.state.best_model_checkpoint
+        save = self._checkpoints.begin(self.args, root, f"checkpoint-{step}", step=step, best=best, may_skip=may_skip)
         try:
             with save.writing(), self._moving(save), save.following_deepspeed(self.is_deepspeed_enabled):
                 stock()
@@ -170,11 +184,12 @@ class LazyCheckpointMixin(_Base):
         with shadowed(self, methods), shadowed(self.state, saves_state):
             yield
 
-    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], output_dir: str, *args: Any, **kwargs: Any) -> None:
+    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         # With DeepSpeed the Trainer gathers copies, and may remove the file that it has made of them.
         with save.leaving_to_the_trainer() if self.is_deepspeed_enabled else contextlib.nullcontext():
-            write(output_dir, *args, **kwargs)
-        if str(save.final) != os.path.abspath(output_dir):
+            write(*args, **kwargs)
+        output_dir = next((each for each in (*args, *kwargs.values()) if save.is_final(each)), None)
+        if output_dir is None:
             return
         strategy = getattr(self.args.save_strategy, "value", self.args.save_strategy)
         if strategy != "no" and self.state.best_global_step == self.state.global_step:
@@ -191,6 +206,23 @@ class LazyCheckpointMixin(_Base):
         if type(self)._save_checkpoint is not LazyCheckpointMixin._save_checkpoint:
             return True  # who overrides it may write to the directory
         return any(_reads(callback) for callback in self.callback_handler.callbacks)
+
+    def _tell_of_save(self, tell: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """In place of CallbackHandler.on_save(). Who wants to look at what is not there is not told: it would raise, or make a
+        directory of that name, which looks like a checkpoint."""
+        handler = self.callback_handler
+        everybody, newest = handler.callbacks, self._checkpoints.newest
+        readers = [callback for callback in everybody if _reads(callback)]
+        name = f"checkpoint-{self.state.global_step}"
+        if not readers or newest is None or newest.path.name != name or newest.exception() is None:
+            return tell(*args, **kwargs)
+        names = ", ".join(type(callback).__name__ for callback in readers)
+        logger.warning("on_save() of %s is not called: '%s' has not become a checkpoint", names, newest.path)
+        handler.callbacks = [callback for callback in everybody if callback not in readers]
+        try:
+            return tell(*args, **kwargs)
+        finally:
+            handler.callbacks = everybody
 
     def _wait_for_newest(self) -> None:
         if self._checkpoints.newest is not None:
@@ -227,9 +259,11 @@ def _replace_writers() -> None:
 
 
 def _moved(write: Callable[..., Any], save: TrainerSave) -> Callable[..., Any]:
+    """Whatever the parameter for the path is called, and whether it is named in the call or not."""
+
     @functools.wraps(write)
-    def moved(path: Any, *args: Any, **kwargs: Any) -> Any:
-        return write(save.moved(path), *args, **kwargs)
+    def moved(*args: Any, **kwargs: Any) -> Any:
+        return write(*map(save.moved, args), **{name: save.moved(value) for name, value in kwargs.items()})
 
     return moved
 
@@ -246,14 +280,14 @@ def _collected(write: Callable[..., Any], save: TrainerSave) -> Callable[..., An
 
 def _reads(callback: Any) -> bool:
     """Whether a callback may look at a checkpoint in on_save()."""
-    if not getattr(callback, "reads_checkpoints", True) or type(callback).on_save is TrainerCallback.on_save:
+    does_nothing = getattr(callback.on_save, "__func__", None) is TrainerCallback.on_save
+    if does_nothing or not getattr(callback, "reads_checkpoints", True):
         return False
     return not type(callback).__module__.startswith("transformers.") or reads_checkpoints(callback)
 
 
 def _fence_switch(optimizer: Any) -> None:
     """Optimizers that have modes (those without a schedule) write to the parameters when they change it."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
+    optimizer = innermost(optimizer)
     if callable(getattr(optimizer, "train", None)):
         ckpt.fence()

@@ -6,10 +6,13 @@ Without what stands in a callback of transformers itself, that callback is taken
 
 from __future__ import annotations
 
+import fnmatch
 import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+import torch
 
 from ckpt.errors import UnsupportedError
 
@@ -46,6 +49,29 @@ UPLOADS = ("transformers.trainer", "hf_api")
 TORCH_SAVES = ("transformers.trainer", "accelerate.utils.fsdp_utils")
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # what marks a checkpoint of JITCheckpointCallback that was never completed
+
+# What the Trainer, accelerate and DeepSpeed call their own files. Half a checkpoint may have left some of them.
+_FILES = (
+    "model.safetensors",
+    "model-*-of-*.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model-*-of-*.bin",
+    "*.index.json",
+    "optimizer.*",
+    "scheduler.pt",
+    "scaler.pt",
+    "rng_state*.pth",
+    "training_args.bin",
+    "pytorch_model_fsdp*",
+    "optimizer_[0-9]*",
+    "global_step[0-9]*",
+    "latest",
+    "zero_to_fp32.py",
+    INCOMPLETE,
+)
+
+# Optimizers that update the parameters in the backward pass; their step() does nothing.
+_IN_BACKWARD = {"Lomo", "AdaLomo"}
 
 # Callbacks of transformers that have on_save(), and whether they then read what was saved.
 _READERS: dict[str, Callable[[Any], bool]] = {
@@ -102,8 +128,25 @@ def reads_checkpoints(callback: Any) -> bool:
         return True
 
 
+def is_of_trainer(name: str) -> bool:
+    """Whether the Trainer gives this name to a file, or a directory, of a checkpoint."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _FILES)
+
+
 def jit_managers(trainer: Any) -> list[Any]:
     """What saves when SIGTERM has come, with `enable_jit_checkpoint`."""
     callbacks = getattr(getattr(trainer, "callback_handler", None), "callbacks", ())
     managers = (getattr(callback, "jit_manager", None) for callback in callbacks)
     return [manager for manager in managers if hasattr(manager, "execute_jit_checkpoint")]
+
+
+def innermost(optimizer: Any) -> Any:
+    """What accelerate has wrapped."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def updates_in_backward(optimizer: Any) -> bool:
+    """Whether it changes parameters outside its step."""
+    return not _IN_BACKWARD.isdisjoint(each.__name__ for each in type(innermost(optimizer)).__mro__)

@@ -310,6 +310,27 @@ def test_a_best_one_that_is_lost_is_an_error(native: Any, tmp_path: Path) -> Non
     assert trainer.state.global_step == 3 and "checkpoint-3" in names_in(tmp_path)
 
 
+def test_the_best_one_of_a_job_before_stays_until_a_better_one_is_durable(native: Any, tmp_path: Path) -> None:
+    best(tmp_path, 1.0, 0.0, 0.0, save_total_limit=2).train()
+    trainer = best(tmp_path, 2.0, 0.0, max_steps=5, save_total_limit=2)
+    trainer.add_callback(At(3, lambda model: native.set_fault("fdatasync", error=errno.EIO)))
+    trainer.add_callback(At(4, lambda model: (trainer._checkpoints.wait_quietly(), clear_faults())))
+    with pytest.raises(ckpt.CheckpointError, match=r"the best checkpoint, .*checkpoint-4', is not there"):
+        trainer.train(resume_from_checkpoint=True)
+    assert names_in(tmp_path) == saves(1, 5)
+
+
+def test_an_error_of_one_training_is_not_that_of_the_next(native: Any, tmp_path: Path) -> None:
+    trainer = best(tmp_path, 1.0, max_steps=1)
+    native.set_fault("fdatasync", error=errno.EIO)
+    with pytest.raises(ckpt.CheckpointError):
+        trainer.train()
+    clear_faults()
+    trainer.compute_metrics = Metric(1.0)
+    trainer.train()
+    assert names_in(tmp_path) == saves(1)
+
+
 def test_resuming_takes_the_newest_good_one(
     lazy: tuple[Path, str], stock: tuple[Path, str], caplog: Any, tmp_path: Path
 ) -> None:

@@ -64,11 +64,12 @@ def test_a_checkpoint_at_a_signal_is_waited_for(tmp_path: Path) -> None:
 
 def test_what_is_uploaded_is_whole(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pushed: list[set[str]] = []
-    trainer = build(tmp_path, **FEW)
+    trainer = build(tmp_path, save_total_limit=2, **FEW)
     monkeypatch.setattr(type(trainer), "_push_from_checkpoint", lambda self, folder: pushed.append(names_in(Path(folder))))
     trainer.args.push_to_hub = True
     trainer.train()
     assert len(pushed) == 3 and all({"model.safetensors", "manifest.json"} <= each for each in pushed)
+    assert names_in(tmp_path) == saves(2, 3)
 
 
 def test_uploads_hold_nothing_that_is_being_put_together(monkeypatch: pytest.MonkeyPatch, native: Any, tmp_path: Path) -> None:

@@ -1,0 +1,128 @@
+"""Trainers and callbacks of one's own: what they write to a checkpoint, how they call the writers, what they are told."""
+
+from __future__ import annotations
+
+import errno
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import clear_faults
+
+if importlib.util.find_spec("transformers") is None:
+    pytest.skip("transformers is not installed", allow_module_level=True)
+
+from dist.trainer_training import arguments, build, network
+from safetensors.torch import load_file, save_file
+from trainer_saves import FEW, At, names_in, saves
+from transformers import Trainer, TrainerCallback
+
+import ckpt
+from ckpt.integrations.transformers import LazyCheckpointMixin, LazyTrainer
+
+ONCE = {"max_steps": 1, "gradient_accumulation_steps": 1}
+
+
+class WritesAgain(LazyTrainer):
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        save_file({"merged": torch.ones(3)}, Path(output_dir) / "model.safetensors")
+
+
+def test_a_file_that_an_override_writes_again_is_not_lost_silently(tmp_path: Path) -> None:
+    with pytest.raises(ckpt.CheckpointError, match=r"'model\.safetensors' was written twice"):
+        build(tmp_path, WritesAgain, **ONCE).train()
+    assert "checkpoint-1" not in names_in(tmp_path)
+
+
+class WritesBefore(LazyTrainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        (place / "more").mkdir(parents=True)
+        for name in ("projector.bin", "more/scores.json", "model.safetensors"):
+            (place / name).write_text("mine")
+        super()._save_checkpoint(model, trial)
+
+
+def test_what_lies_there_before_the_first_save_becomes_part_of_it(tmp_path: Path) -> None:
+    build(tmp_path, WritesBefore, **ONCE).train()
+    place = tmp_path / "checkpoint-1"
+    assert [(place / name).read_text() for name in ("projector.bin", "more/scores.json")] == ["mine", "mine"]
+    assert load_file(place / "model.safetensors")  # as the Trainer would have written over it
+
+
+class CallsByKeyword(Trainer):
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        place = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+        self.save_model(_internal_call=True, output_dir=place)
+        self._save_optimizer_and_scheduler(output_dir=place)
+        self._save_rng_state(output_dir=place)
+        self.state.save_to_json(json_path=os.path.join(place, "trainer_state.json"))
+
+
+class LazyByKeyword(LazyCheckpointMixin, CallsByKeyword):
+    pass
+
+
+def test_writers_may_be_called_by_keyword(tmp_path: Path) -> None:
+    LazyByKeyword(model=network(), args=arguments(tmp_path, **ONCE), train_dataset=build(tmp_path).train_dataset).train()
+    expected = {"model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "manifest.json"}
+    assert expected <= names_in(tmp_path / "checkpoint-1")
+
+
+class Listener(TrainerCallback):
+    reads_checkpoints = False
+
+    def __init__(self) -> None:
+        self.told: list[int] = []
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.told.append(state.global_step)
+
+
+def test_callbacks_that_read_are_told_of_checkpoints_that_are_there(native: Any, caplog: Any, tmp_path: Path) -> None:
+    """Also one whose on_save() is its own, and not that of a class."""
+    found: list[tuple[int, bool]] = []
+
+    def write(args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        place = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        found.append((state.global_step, place.exists()))
+        place.mkdir(exist_ok=True)
+        (place / "adapter.bin").write_text("mine")
+
+    reader, listener = TrainerCallback(), Listener()
+    reader.on_save = write
+    faults = At(1, lambda model: native.set_fault("fdatasync", error=errno.EIO)), At(2, lambda model: clear_faults())
+    native.set_fault("fdatasync", delay_s=0.02)
+    build(tmp_path, callbacks=[reader, listener, *faults], **FEW).train()
+    assert found == [(1, True), (3, True)] and listener.told == [1, 2, 3]
+    assert names_in(tmp_path) == saves(1, 3) and "on_save() of TrainerCallback is not called" in caplog.text
+
+
+class Lomo(torch.optim.Optimizer):
+    """As that of lomo_optim: it updates the parameters in the backward pass."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters, {"lr": 1e-3})
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.register_post_accumulate_grad_hook(self._update)
+
+    @torch.no_grad()
+    def _update(self, parameter: torch.Tensor) -> None:
+        assert parameter.grad is not None
+        parameter.add_(parameter.grad, alpha=-1e-3)
+        parameter.grad = None
+
+    def step(self, closure: Any = None) -> None:
+        pass
+
+
+def test_optimizers_that_update_in_the_backward_pass(native: Any, tmp_path: Path) -> None:
+    model = network(n_embd=128)
+    native.set_fault("fallocate", delay_s=0.05)
+    build(tmp_path, model=model, max_grad_norm=0, optimizers=(Lomo(model.parameters()), None), **FEW).train()
+    assert names_in(tmp_path) == saves(1, 2, 3)
