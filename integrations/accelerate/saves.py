@@ -137,25 +137,29 @@ class StateSaves:
         Raises:
             CorruptError: it is damaged or incomplete; if it was not named, all are.
         """
-        session = self._session_for(accelerator)
         if not self._main_alone:
-            return self._find(session, accelerator, input_dir)
+            return self._find(accelerator, input_dir)
         from accelerate.utils import broadcast_object_list
 
         said: list[Any] = [None, None]
+        cause: Exception | None = None
         if accelerator.is_main_process:
             try:
-                said[0] = self._find(session, accelerator, input_dir)
-            except ckpt.CheckpointError as error:
-                said[1] = error
+                said[0] = self._find(accelerator, input_dir)
+            except Exception as error:  # whatever it is: the others are waiting
+                cause = error
+                said[1] = error if isinstance(error, ckpt.CheckpointError) else _as_told(error)
         if accelerator.num_processes > 1:
             broadcast_object_list(said)
+        if cause is not None:
+            raise cause
         if said[1] is not None:
             raise said[1]
         found: str | None = said[0]
         return found
 
-    def _find(self, session: Session, accelerator: Any, input_dir: Any) -> str | None:
+    def _find(self, accelerator: Any, input_dir: Any) -> str | None:
+        session = self._session_for(accelerator)
         session.bundles.wait_quietly()
         self._retention.wait()
         if input_dir is not None:
@@ -217,3 +221,8 @@ class StateSaves:
             make = functools.partial(Session, what="save_state()", advice=_ADVICE)
             session = self._session = make(self.options, alone=self._main_alone or accelerator.num_processes == 1)
         return session
+
+
+def _as_told(error: Exception) -> ckpt.CheckpointError:
+    """To the other processes, which may not be able to make one like it."""
+    return ckpt.CheckpointError(f"the main process: {type(error).__name__}: {error}")
