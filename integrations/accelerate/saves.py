@@ -82,13 +82,26 @@ class StateSaves:
         if in_flight is not None and not automatic:
             in_flight.exception(session.options.drain_timeout_s)  # what lies there is about to be replaced
 
-        def look() -> tuple[bool, bool]:
-            return in_flight is not None or place.path.exists(), places.holds_only_a_state(place.path)
+        def look() -> tuple[bool, str | None]:
+            return in_flight is not None or place.path.exists(), places.why_in_place(place)
 
-        is_taken, named_last = session.decide(look)
+        is_taken, in_place = session.decide(look)
         if automatic and is_taken:
             places.refuse_taken(place)
-        return place, named_last
+        if in_place is not None and accelerator.is_main_process:
+            self._say_in_place(place, in_place)
+        return place, in_place is None
+
+    def _say_in_place(self, place: Place, reason: str) -> None:
+        kind = reason.partition(" ")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(
+                "'%s' %s: only the state's files there are replaced when all is durable, and what hooks write is there at once, "
+                "whether the save succeeds or not",
+                place.path,
+                reason,
+            )
 
     @contextlib.contextmanager
     def saving(self, accelerator: Any, place: Place, named_last: bool) -> Iterator[OpenBundle]:

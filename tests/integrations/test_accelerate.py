@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -332,6 +333,26 @@ def test_what_else_lies_in_a_directory_stays(mixed: bool, tmp_path: Path) -> Non
     training.advance()
     training.accelerator.load_state(str(directory))
     assert_same(expected, training.everything())
+
+
+def test_a_folder_on_another_file_system(tmp_path: Path) -> None:
+    """Where no directory can be renamed to."""
+    elsewhere = Path("/dev/shm")
+    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is one file system only")
+    training = Training(tmp_path, automatic_checkpoint_naming=True)
+    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
+        (tmp_path / "checkpoints").symlink_to(folder)
+        for _ in range(2):
+            training.advance()
+            expected = training.everything()
+            training.save()
+            lazy.wait(DEADLINE_S)
+        training.advance()
+        training.accelerator.load_state()
+        assert_same(expected, training.everything())
+        assert sorted(os.listdir(folder)) == ["checkpoint_0", "checkpoint_1"]
+        assert (Path(folder) / "checkpoint_1" / "manifest.json").exists()
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------
