@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import accelerate_private as private
+from . import hooked_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,11 +65,23 @@ def refuse_taken(place: Place) -> NoReturn:
     )
 
 
-def holds_only_a_state(directory: Path) -> bool:
-    """Whether all that lies in it comes from save_state(), so that another directory may take its place as a whole."""
+def why_in_place(place: Place) -> str | None:
+    """Why only the state's files there may be replaced; None: another directory may take its place as a whole."""
+    directory = place.path
     try:
-        if directory.is_symlink() or os.path.ismount(directory) or Path.cwd().is_relative_to(directory):
-            return False
-        return all(private.is_of_a_state(path.name) for path in directory.iterdir())
+        if not _is_on_one_device(place):
+            return "lies on another file system than the directory that it is put together in"
+        if directory.is_symlink() or os.path.ismount(directory):
+            return "is a link or a mount"
+        if Path.cwd().is_relative_to(directory):
+            return "holds the working directory"
+        others = hooked_files.strangers_in(directory)
     except FileNotFoundError:
-        return not directory.exists()
+        return "may hold the working directory, which is gone" if directory.exists() else None
+    return f"holds {', '.join(others[:4])} beside a state" if others else None
+
+
+def _is_on_one_device(place: Place) -> bool:
+    """Whether it can be renamed: what accelerate numbers lies in FOLDER, which may be a link to elsewhere, or a mount."""
+    folder = place.path.parent
+    return folder == place.root or not folder.exists() or folder.stat().st_dev == place.root.stat().st_dev

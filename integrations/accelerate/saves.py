@@ -16,7 +16,7 @@ from ckpt.errors import CorruptError, UnsupportedError
 from ..huggingface.open_bundle import OpenBundle, writing_to
 from ..huggingface.session import Session
 from . import accelerate_private as private
-from . import places
+from . import hooked_files, places
 from .places import Place
 from .retention import Retention
 
@@ -82,13 +82,26 @@ class StateSaves:
         if in_flight is not None and not automatic:
             in_flight.exception(session.options.drain_timeout_s)  # what lies there is about to be replaced
 
-        def look() -> tuple[bool, bool]:
-            return in_flight is not None or place.path.exists(), places.holds_only_a_state(place.path)
+        def look() -> tuple[bool, str | None]:
+            return in_flight is not None or place.path.exists(), places.why_in_place(place)
 
-        is_taken, named_last = session.decide(look)
+        is_taken, in_place = session.decide(look)
         if automatic and is_taken:
             places.refuse_taken(place)
-        return place, named_last
+        if in_place is not None and accelerator.is_main_process:
+            self._say_in_place(place, in_place)
+        return place, in_place is None
+
+    def _say_in_place(self, place: Place, reason: str) -> None:
+        kind = reason.partition(" ")[0]
+        if kind not in self._said:
+            self._said.add(kind)
+            logger.warning(
+                "'%s' %s: only the state's files there are replaced when all is durable, and what hooks write is there at "
+                "once, whether the save succeeds or not",
+                place.path,
+                reason,
+            )
 
     @contextlib.contextmanager
     def saving(self, accelerator: Any, place: Place, named_last: bool) -> Iterator[OpenBundle]:
@@ -103,6 +116,8 @@ class StateSaves:
         try:
             with writing_to(bundle):
                 yield bundle
+            if named_last:
+                bundle.write_now(functools.partial(hooked_files.note, bundle.directory, session.rank))
         except BaseException as error:
             bundle.fail(error)
             bundle.commit()
@@ -137,25 +152,29 @@ class StateSaves:
         Raises:
             CorruptError: it is damaged or incomplete; if it was not named, all are.
         """
-        session = self._session_for(accelerator)
         if not self._main_alone:
-            return self._find(session, accelerator, input_dir)
+            return self._find(accelerator, input_dir)
         from accelerate.utils import broadcast_object_list
 
         said: list[Any] = [None, None]
+        cause: Exception | None = None
         if accelerator.is_main_process:
             try:
-                said[0] = self._find(session, accelerator, input_dir)
-            except ckpt.CheckpointError as error:
-                said[1] = error
+                said[0] = self._find(accelerator, input_dir)
+            except Exception as error:  # whatever it is: the others are waiting
+                cause = error
+                said[1] = error if isinstance(error, ckpt.CheckpointError) else _as_told(error)
         if accelerator.num_processes > 1:
             broadcast_object_list(said)
+        if cause is not None:
+            raise cause
         if said[1] is not None:
             raise said[1]
         found: str | None = said[0]
         return found
 
-    def _find(self, session: Session, accelerator: Any, input_dir: Any) -> str | None:
+    def _find(self, accelerator: Any, input_dir: Any) -> str | None:
+        session = self._session_for(accelerator)
         session.bundles.wait_quietly()
         self._retention.wait()
         if input_dir is not None:
@@ -217,3 +236,8 @@ class StateSaves:
             make = functools.partial(Session, what="save_state()", advice=_ADVICE)
             session = self._session = make(self.options, alone=self._main_alone or accelerator.num_processes == 1)
         return session
+
+
+def _as_told(error: Exception) -> ckpt.CheckpointError:
+    """To the other processes, which may not be able to make one like it."""
+    return ckpt.CheckpointError(f"the main process: {type(error).__name__}: {error}")

@@ -53,8 +53,8 @@ class Life:
 class Job:
     """Ranks that train in one directory, again and again."""
 
-    def __init__(self, nurseries: list[Nursery], where: Path, **plan: Any) -> None:
-        self._nurseries, self._where, self._plan = nurseries, where, plan
+    def __init__(self, nurseries: list[Nursery], where: Path, module: str = "accelerate_training", **plan: Any) -> None:
+        self._nurseries, self._where, self._module, self._plan = nurseries, where, module, plan
         self._lives = 0
 
     @property
@@ -69,7 +69,8 @@ class Job:
         plan = {"directory": str(self.directory), "outcomes": str(outcomes), "steps": STEPS} | self._plan | more
         port, ranks = free_port(), len(self._nurseries)
         children: list[Child] = [
-            nursery.start(training_program(plan, rank, ranks, port)) for rank, nursery in enumerate(self._nurseries)
+            nursery.start(training_program(plan, rank, ranks, port, self._module))
+            for rank, nursery in enumerate(self._nurseries)
         ]
         ended: dict[int, Ended] = {}
         for rank in sorted(range(ranks), key=lambda rank: rank != first):
@@ -179,6 +180,15 @@ def test_only_the_main_process_saves(nurseries: list[Nursery], references: Refer
     again = job.whole(load=str(job.directory / "step_4"), steps=4)
     digest_of_rank_0 = again[0]["digests"]["4"]
     assert digest_of_rank_0 == outcomes[0]["digests"]["4"]
+
+
+def test_what_the_main_process_cannot_load_all_are_told(nurseries: list[Nursery], tmp_path: Path) -> None:
+    job = Job(nurseries, tmp_path, "accelerate_refusal")
+    job.directory.mkdir()
+    (job.directory / "checkpoints").touch()
+    (main, text), (other, text_there) = (outcome["told"] for outcome in job.whole())
+    assert (main, other) == ("NotADirectoryError", "CheckpointError")
+    assert text in text_there
 
 
 @pytest.mark.parametrize("kind", ["plain", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
