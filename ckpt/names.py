@@ -7,10 +7,20 @@ A directory in which several files make one checkpoint is put together under a n
 from pathlib import Path
 
 from ckpt.storage import durable
+from ckpt.storage.carrying import carry_over
 from ckpt.storage.exchange import name_directory, remove, remove_abandoned, replace_link, retire
 from ckpt.storage.temporary_names import temporary_path
 
-__all__ = ["hidden_directory", "make_directory", "name_directory", "remove", "remove_abandoned", "replace_link", "retire"]
+__all__ = [
+    "carry_over",
+    "hidden_directory",
+    "make_directory",
+    "name_directory",
+    "remove",
+    "remove_abandoned",
+    "replace_link",
+    "retire",
+]
 
 
 def hidden_directory(final: Path) -> Path:

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import ckpt
+from ckpt import names
 from ckpt.dcp import DcpCheckpointer
 from ckpt.metrics import MetricsSink
 
 from ..huggingface.open_bundle import OpenBundle, writing_to
-from .carrying import carry_over, is_checkpoint, of_others
 from .rotation import Rotation, collecting
+from .strangers import is_checkpoint, of_others
 
 logger = logging.getLogger("ckpt")
 
@@ -112,7 +113,7 @@ class TrainerSave:
                 logger.warning("'%s' is saved again, and replaced as a whole: %s goes with it", self.final, ", ".join(lost))
             return
         try:
-            carry_over(wanted, self.final, self.bundle.directory, self.bundle.has)
+            names.carry_over(wanted, self.final, self.bundle.directory, self.bundle.has)
         except OSError as error:
             text = f"{', '.join(wanted)} lay in '{self.final}' before it was saved, and cannot be made part of it: {error}"
             self.bundle.fail(ckpt.CheckpointError(text))

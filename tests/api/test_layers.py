@@ -49,7 +49,16 @@ PUBLIC_NAMES = {
     "ckpt.formats": set(),
     "ckpt.metrics": {"MetricsSink", "SaveRecord"},
     "ckpt.names": {
-        *("hidden_directory", "make_directory", "name_directory", "remove", "remove_abandoned", "replace_link", "retire"),
+        *(
+            "carry_over",
+            "hidden_directory",
+            "make_directory",
+            "name_directory",
+            "remove",
+            "remove_abandoned",
+            "replace_link",
+            "retire",
+        ),
     },
     "ckpt.optimizers": {"load_state"},
     "ckpt.options": {"Options"},
