@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from . import accelerate_private as private
+from . import hooked_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,10 +75,10 @@ def why_in_place(place: Place) -> str | None:
             return "is a link or a mount"
         if Path.cwd().is_relative_to(directory):
             return "holds the working directory"
-        others = [path.name for path in directory.iterdir() if not private.is_of_a_state(path.name)]
+        others = hooked_files.strangers_in(directory)
     except FileNotFoundError:
         return "may hold the working directory, which is gone" if directory.exists() else None
-    return f"holds {', '.join(sorted(others)[:4])} beside a state" if others else None
+    return f"holds {', '.join(others[:4])} beside a state" if others else None
 
 
 def _is_on_one_device(place: Place) -> bool:

@@ -16,7 +16,7 @@ from ckpt.errors import CorruptError, UnsupportedError
 from ..huggingface.open_bundle import OpenBundle, writing_to
 from ..huggingface.session import Session
 from . import accelerate_private as private
-from . import places
+from . import hooked_files, places
 from .places import Place
 from .retention import Retention
 
@@ -97,8 +97,8 @@ class StateSaves:
         if kind not in self._said:
             self._said.add(kind)
             logger.warning(
-                "'%s' %s: only the state's files there are replaced when all is durable, and what hooks write is there at once, "
-                "whether the save succeeds or not",
+                "'%s' %s: only the state's files there are replaced when all is durable, and what hooks write is there at "
+                "once, whether the save succeeds or not",
                 place.path,
                 reason,
             )
@@ -116,6 +116,8 @@ class StateSaves:
         try:
             with writing_to(bundle):
                 yield bundle
+            if named_last:
+                bundle.write_now(functools.partial(hooked_files.note, bundle, session.rank))
         except BaseException as error:
             bundle.fail(error)
             bundle.commit()

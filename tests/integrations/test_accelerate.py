@@ -335,6 +335,41 @@ def test_what_else_lies_in_a_directory_stays(mixed: bool, tmp_path: Path) -> Non
     assert_same(expected, training.everything())
 
 
+def test_what_hooks_have_written_goes_with_its_state(tmp_path: Path, native: Any, caplog: pytest.LogCaptureFixture) -> None:
+    training, directory = Training(tmp_path), tmp_path / "state"
+
+    def save_weights(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
+        folder = Path(output_dir, "unet")
+        folder.mkdir(exist_ok=True)
+        torch.save(models[0].state_dict(), folder / "weights.bin")
+        weights.clear()
+
+    def load_weights(models: list[nn.Module], input_dir: str) -> None:
+        models.pop().load_state_dict(torch.load(Path(input_dir, "unet", "weights.bin")))
+
+    training.accelerator.register_save_state_pre_hook(save_weights)
+    training.accelerator.register_load_state_pre_hook(load_weights)
+    for _ in range(2):  # the second takes the place of the first
+        training.advance()
+        training.save(directory)
+        lazy.wait(DEADLINE_S)
+    expected = training.everything()
+    training.advance()
+    native.set_fault("fdatasync", error=28)
+    training.save(directory)
+    with pytest.raises(ckpt.CheckpointError, match="No space left"):
+        lazy.wait(DEADLINE_S)
+    clear_faults()
+    training.accelerator.load_state(str(directory))
+    assert_same(expected, training.everything())
+    assert "beside a state" not in caplog.text
+    (directory / "unet" / "notes.txt").write_text("mine")
+    training.save(directory)
+    lazy.wait(DEADLINE_S)
+    assert (directory / "unet" / "notes.txt").read_text() == "mine"
+    assert "holds unet/notes.txt beside a state" in caplog.text
+
+
 def test_a_folder_on_another_file_system(tmp_path: Path) -> None:
     """Where no directory can be renamed to."""
     elsewhere = Path("/dev/shm")
