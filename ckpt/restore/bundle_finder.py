@@ -12,7 +12,7 @@ from ckpt.directory import bundles
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
-from ckpt.restore import file_readers
+from ckpt.restore import file_readers, rewritten
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
 from ckpt.restore.near_bundles import NearBundles
 from ckpt.restore.places import StepPlaces
@@ -118,7 +118,8 @@ class BundleFinder:
                 if file.rank % self._world_size == self._rank and (reads is None or reads(file.name)):
                     places.read(file.name, functools.partial(self._verify_file, file))
         except file_readers.UNFIT as error:
-            return Objection(str(error), unsettled or not manifests.is_at(directory, sequence))
+            gone = unsettled or not manifests.is_at(directory, sequence)
+            return Objection(str(error) if gone else str(error) + rewritten.remedy_for(directory), gone)
         return None
 
     def _verify_file(self, file: FileEntry, path: Path) -> None:

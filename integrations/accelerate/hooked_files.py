@@ -1,32 +1,35 @@
 """What hooks have written beside a state. It goes with the state when another one takes its place; what others put there stays.
 
-A directory that gets its name last holds nothing else when it gets that. So each rank notes then what lies there, in a hidden
-file, if there is anything at all; and what is as it was noted is not somebody else's.
+A directory that gets its name last holds nothing else when it gets that. So each rank notes then what lies there, if there is
+anything at all, in a hidden directory; and what is as it was noted is not somebody else's.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
+from ..huggingface.open_bundle import OpenBundle
 from . import accelerate_private as private
 
-_NOTE = ".lazyckpt-hooks-"  # and the rank
+_NOTES = ".lazyckpt-hooks"  # a file of each rank; not directly in the bundle, so that its manifest does not list it
 
 
-def note(directory: Path, rank: int) -> None:
-    """Of a directory that is put together, when this rank's hooks have run.
+def note(bundle: OpenBundle, rank: int) -> None:
+    """Of one that gets its name last, when this rank's hooks have run.
 
     Raises:
-        OSError: it cannot be read, or written to.
+        OSError: it cannot be read.
     """
     with contextlib.suppress(FileNotFoundError):  # somebody has removed it: whoever publishes it finds out
-        found = dict(_entries(directory))
+        found = dict(_entries(bundle.directory))
         if found:
-            (directory / f"{_NOTE}{rank}.json").write_text(json.dumps(found))
+            bundle.save(found, bundle.directory / _NOTES / f"{rank}.pt")
 
 
 def strangers_in(directory: Path) -> list[str]:
@@ -43,7 +46,7 @@ def strangers_in(directory: Path) -> list[str]:
 def _entries(directory: Path) -> Iterator[tuple[str, int]]:
     """Files, links and directories that save_state() does not make, at any depth; and when each file was changed, in ns."""
     for entry in os.scandir(directory):
-        if not private.is_of_a_state(entry.name) and not entry.name.startswith(_NOTE):
+        if not private.is_of_a_state(entry.name) and entry.name != _NOTES:
             yield from _at_and_below(directory, Path(entry.path))
 
 
@@ -58,9 +61,9 @@ def _at_and_below(directory: Path, path: Path) -> Iterator[tuple[str, int]]:
 
 def _noted(directory: Path) -> set[tuple[str, int]]:
     noted: set[tuple[str, int]] = set()
-    for path in directory.glob(f"{_NOTE}*.json"):
+    for path in (directory / _NOTES).glob("[0-9]*.pt"):
         try:
-            noted.update(json.loads(path.read_text()).items())
-        except (OSError, ValueError, AttributeError, TypeError):  # then what it names is somebody else's
-            continue
+            noted.update(torch.load(path, weights_only=True).items())
+        except (OSError, RuntimeError, ValueError, AttributeError, TypeError, EOFError, pickle.UnpicklingError):
+            continue  # then what it names is somebody else's
     return noted

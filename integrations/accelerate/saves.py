@@ -14,6 +14,7 @@ import ckpt
 from ckpt.errors import CorruptError, UnsupportedError
 
 from ..huggingface.open_bundle import OpenBundle, writing_to
+from ..huggingface.saved_again import is_saved_again
 from ..huggingface.session import Session
 from . import accelerate_private as private
 from . import hooked_files, places
@@ -117,7 +118,7 @@ class StateSaves:
             with writing_to(bundle):
                 yield bundle
             if named_last:
-                bundle.write_now(functools.partial(hooked_files.note, bundle.directory, session.rank))
+                bundle.write_now(functools.partial(hooked_files.note, bundle, session.rank))
         except BaseException as error:
             bundle.fail(error)
             bundle.commit()
@@ -179,14 +180,14 @@ class StateSaves:
         self._retention.wait()
         if input_dir is not None:
             place = places.place_at(os.path.expanduser(input_dir))
-            return None if session.bundles.find(place.root, place.name) is None else str(place.path)
+            return str(place.path) if self._is_good(session, place.root, place.name) else None
         root = Path(os.path.abspath(accelerator.project_dir))
         session.bundles.find(root, f"{private.FOLDER}/none")  # what a crash has left unnamed gets its name
         names = session.decide(lambda: [path.name for path in reversed(places.numbered_in(root / private.FOLDER))])
         worst: CorruptError | None = None
         for name in names:
             try:
-                if session.bundles.find(root, f"{private.FOLDER}/{name}") is not None:
+                if self._is_good(session, root, f"{private.FOLDER}/{name}"):
                     return str(root / private.FOLDER / name)
             except CorruptError as error:
                 worst = worst or error
@@ -194,6 +195,20 @@ class StateSaves:
         if worst is not None:
             raise worst
         return None
+
+    def _is_good(self, session: Session, root: Path, name: str) -> bool:
+        """False: there is none.
+
+        Raises:
+            CorruptError: it is damaged or incomplete, and accelerate has not saved it again by itself since.
+        """
+        try:
+            return session.bundles.find(root, name) is not None
+        except CorruptError:
+            if not session.decide(functools.partial(is_saved_again, root / name)):
+                raise
+        logger.warning("'%s' is not verified: it was saved again without %s", root / name, private.ADAPTER)
+        return True
 
     # ---- waiting ---------------------------------------------------------------------------------------------------
 

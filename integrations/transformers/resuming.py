@@ -11,6 +11,7 @@ from typing import Any
 import ckpt
 from ckpt.errors import CorruptError
 
+from ..huggingface.saved_again import is_saved_again
 from .transformers_private import INCOMPLETE
 
 logger = logging.getLogger("ckpt")
@@ -39,7 +40,7 @@ def newest_good(checkpointer: ckpt.BundleCheckpointer, root: str) -> str | None:
         if not names:
             break
         try:
-            found = checkpointer.find(root, names[0])
+            found = _find(checkpointer, Path(root), names[0])
         except CorruptError as error:
             logger.warning("'%s' is left out: %s", os.path.join(root, names[0]), error)
             refused[names[0]] = str(error)
@@ -58,7 +59,22 @@ def verify(checkpointer: ckpt.BundleCheckpointer, path: str) -> None:
         CorruptError: what lies there is incomplete or damaged.
     """
     checkpoint = Path(os.path.abspath(path))
-    checkpointer.find(checkpoint.parent, checkpoint.name)
+    _find(checkpointer, checkpoint.parent, checkpoint.name)
+
+
+def _find(checkpointer: ckpt.BundleCheckpointer, root: Path, name: str) -> str | None:
+    """As find() of the checkpointer; but what a stock Trainer has saved again is taken as if it had saved it first."""
+    from accelerate.utils import broadcast_object_list
+
+    try:
+        return checkpointer.find(root, name)
+    except CorruptError:
+        said: list[Any] = [is_saved_again(root / name)]
+        broadcast_object_list(said)
+        if not said[0]:
+            raise
+    logger.warning("'%s' is not verified: it was saved again without this library", root / name)
+    return name
 
 
 def _names_in(root: str) -> list[str]:

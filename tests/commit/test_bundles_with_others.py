@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from support import DEADLINE_S, clear_faults, options
 
 import ckpt
 from ckpt.dcp import DcpCheckpointer
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, CorruptError
 
 
 @pytest.fixture
@@ -79,3 +80,14 @@ def test_the_newest_stays(saver: ckpt.BundleCheckpointer, tmp_path: Path) -> Non
     saver.remove(tmp_path / "first")
     saver.remove(tmp_path / "first")  # is gone
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["second"]
+
+
+def test_what_was_saved_again_by_something_else_is_told(saver: ckpt.BundleCheckpointer, tmp_path: Path) -> None:
+    save(saver, tmp_path, "state").result(DEADLINE_S)
+    os.utime(tmp_path / "state" / "manifest.json", (1, 1))  # else both may be of one tick of the clock
+    torch.save({"a": torch.zeros(3)}, tmp_path / "state" / "a.pt")
+    with pytest.raises(CorruptError, match=r"if something else has saved the checkpoint again, remove the manifest\.json"):
+        saver.find(tmp_path, "state")
+    os.utime(tmp_path / "state" / "a.pt", (0, 0))  # as damage leaves it
+    with pytest.raises(CorruptError, match=r"its manifest says [0-9]+$"):
+        saver.find(tmp_path, "state")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import logging
 import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +15,8 @@ import torch
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("accelerate is not installed", allow_module_level=True)
 
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from accelerate.utils import ProjectConfiguration
+from accelerate_saves import Training, damage
+from accelerate_saves import enabled as enabled
 from safetensors.torch import load_file
 from support import DEADLINE_S, assert_same, clear_faults, options
 from torch import nn
@@ -28,96 +25,7 @@ import ckpt
 import ckpt.integrations.accelerate as lazy
 from ckpt.errors import CaptureError, CorruptError, FailedSavesError, UnsupportedError
 
-WIDTH = 128  # weights of 64 KiB
 LATE_S = 0.3  # writers are held up for so long
-
-
-@pytest.fixture(autouse=True)
-def enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
-    lazy.enable(options(max_failed_saves=2))
-    try:
-        yield
-    finally:
-        clear_faults()
-        with contextlib.suppress(ckpt.CheckpointError):
-            lazy.disable()
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-
-
-class Registered:
-    """An average of the weights, as training scripts have it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.shadow = [parameter.detach().clone() for parameter in model.parameters()]
-
-    def update(self, model: nn.Module) -> None:
-        for shadow, parameter in zip(self.shadow, model.parameters(), strict=True):
-            shadow.lerp_(parameter.detach(), 0.5)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"shadow": self.shadow}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.shadow = state["shadow"]
-
-
-class Training:
-    def __init__(self, directory: Path, scaler: torch.amp.GradScaler | None = None, **configuration: Any) -> None:
-        torch.manual_seed(0)
-        project = ProjectConfiguration(str(directory), **configuration)
-        self.accelerator = Accelerator(project_config=project, gradient_accumulation_steps=2)
-        self.accelerator.scaler = scaler  # as accelerate itself makes one for fp16, which the host does not have
-        layers = [nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH), nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH)]
-        self.bare = nn.Sequential(*layers)
-        optimizer = torch.optim.AdamW(self.bare.parameters(), lr=0.1)
-        schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-        self.model, self.optimizer, self.schedule = self.accelerator.prepare(self.bare, optimizer, schedule)
-        self.average = Registered(self.bare)
-        self.accelerator.register_for_checkpointing(self.average)
-        self.advance()
-
-    def backward(self) -> None:
-        with self.accelerator.accumulate(self.model):
-            self.accelerator.backward(self.model(torch.randn(8, WIDTH)).square().mean())
-            self.optimizer.step()
-            self.schedule.step()
-            self.optimizer.zero_grad()
-
-    def advance(self) -> None:
-        for _ in range(2):
-            self.backward()
-        self.average.update(self.bare)
-
-    def save(self, path: Path | None = None, **more: Any) -> Path:
-        return Path(self.accelerator.save_state(None if path is None else str(path), **more))
-
-    def save_as_accelerate(self, path: Path, **more: Any) -> None:
-        lazy.disable()
-        try:
-            self.save(path, **more)
-        finally:
-            lazy.enable(options(max_failed_saves=2))
-
-    def everything(self) -> dict[str, Any]:
-        """A copy of all that a state holds."""
-        state = {
-            "model": self.bare.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
-            "average": self.average.state_dict(),
-            "random": torch.get_rng_state(),
-        }
-        return copied(state)
-
-
-def copied(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().clone()
-    if isinstance(value, dict):
-        return {key: copied(item) for key, item in value.items()}
-    return type(value)(copied(item) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def contents(directory: Path) -> dict[str, Any]:
@@ -335,61 +243,6 @@ def test_what_else_lies_in_a_directory_stays(mixed: bool, tmp_path: Path) -> Non
     assert_same(expected, training.everything())
 
 
-def test_what_hooks_have_written_goes_with_its_state(tmp_path: Path, native: Any, caplog: pytest.LogCaptureFixture) -> None:
-    training, directory = Training(tmp_path), tmp_path / "state"
-
-    def save_weights(models: list[nn.Module], weights: list[Any], output_dir: str) -> None:
-        folder = Path(output_dir, "unet")
-        folder.mkdir(exist_ok=True)
-        torch.save(models[0].state_dict(), folder / "weights.bin")
-        weights.clear()
-
-    def load_weights(models: list[nn.Module], input_dir: str) -> None:
-        models.pop().load_state_dict(torch.load(Path(input_dir, "unet", "weights.bin")))
-
-    training.accelerator.register_save_state_pre_hook(save_weights)
-    training.accelerator.register_load_state_pre_hook(load_weights)
-    for _ in range(2):  # the second takes the place of the first
-        training.advance()
-        training.save(directory)
-        lazy.wait(DEADLINE_S)
-    expected = training.everything()
-    training.advance()
-    native.set_fault("fdatasync", error=28)
-    training.save(directory)
-    with pytest.raises(ckpt.CheckpointError, match="No space left"):
-        lazy.wait(DEADLINE_S)
-    clear_faults()
-    training.accelerator.load_state(str(directory))
-    assert_same(expected, training.everything())
-    assert "beside a state" not in caplog.text
-    (directory / "unet" / "notes.txt").write_text("mine")
-    training.save(directory)
-    lazy.wait(DEADLINE_S)
-    assert (directory / "unet" / "notes.txt").read_text() == "mine"
-    assert "holds unet/notes.txt beside a state" in caplog.text
-
-
-def test_a_folder_on_another_file_system(tmp_path: Path) -> None:
-    """Where no directory can be renamed to."""
-    elsewhere = Path("/dev/shm")
-    if not elsewhere.is_dir() or elsewhere.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is one file system only")
-    training = Training(tmp_path, automatic_checkpoint_naming=True)
-    with tempfile.TemporaryDirectory(dir=elsewhere) as folder:
-        (tmp_path / "checkpoints").symlink_to(folder)
-        for _ in range(2):
-            training.advance()
-            expected = training.everything()
-            training.save()
-            lazy.wait(DEADLINE_S)
-        training.advance()
-        training.accelerator.load_state()
-        assert_same(expected, training.everything())
-        assert sorted(os.listdir(folder)) == ["checkpoint_0", "checkpoint_1"]
-        assert (Path(folder) / "checkpoint_1" / "manifest.json").exists()
-
-
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -434,12 +287,6 @@ def test_an_error_in_a_hook_comes_out_and_nothing_is_left(tmp_path: Path) -> Non
     training.save(tmp_path / "state")
     lazy.wait(DEADLINE_S)
     assert names(tmp_path) == ["state"] and not list(tmp_path.glob(".lazyckpt-*"))
-
-
-def damage(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_damage_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -351,3 +351,14 @@ def test_resuming_takes_the_newest_good_one(
         build(where).train(resume_from_checkpoint=str(where / f"checkpoint-{STEPS}"))
     with pytest.raises(ValueError, match="No valid checkpoint"):
         build(tmp_path / "nothing").train(resume_from_checkpoint=True)
+
+
+def test_what_the_trainer_has_saved_again_is_resumed_from(lazy: tuple[Path, str], caplog: Any, tmp_path: Path) -> None:
+    where = tmp_path / "saved"
+    shutil.copytree(lazy[0], where)
+    shutil.rmtree(where / f"checkpoint-{STEPS - 1}")
+    build(where, Trainer, max_steps=STEPS).train(resume_from_checkpoint=None)
+    assert (where / f"checkpoint-{STEPS}" / "manifest.json").exists()
+    trainer = build(where, max_steps=STEPS + 1)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer._initial_global_step == STEPS and "is not verified" in caplog.text
