@@ -21,9 +21,9 @@ from ckpt.errors import CheckpointError, DeadlineError, FailedSavesError, Storag
 
 from .figures import Figures
 from .patch import patch_lightning
-from .pending_paths import PendingPaths
+from .pending_paths import Pending, PendingPaths
 from .places import is_torch_file, local_path, stock_io
-from .sharded import ShardedSaves
+from .sharded import NamedLater, ShardedSaves
 
 logger = logging.getLogger("ckpt")
 
@@ -98,11 +98,16 @@ class LazyCheckpointIO:
         self._check_failures()
         self.begin(own, lambda: self._save(checkpoint, own))
 
-    def _save(self, checkpoint: dict[str, Any], path: Path) -> ckpt.PendingSave:
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> Pending:
         self._make_ready(path)
+        lazy = False if self._copies else None
         if path.is_symlink():
-            names.remove(path)  # Lightning replaces a link; what it leads to is another checkpoint
-        return ckpt.save(checkpoint, path, lazy=False if self._copies else None, options=self.options)
+            self._paths.wait()  # none that is older takes the name later
+        if not path.is_symlink():
+            return ckpt.save(checkpoint, path, lazy=lazy, options=self.options)
+        # Lightning replaces a link; what it leads to is another checkpoint, and the last one until this is durable.
+        hidden = names.hidden_directory(path)
+        return NamedLater([ckpt.save(checkpoint, hidden, lazy=lazy, options=self.options)], hidden, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Loads what is there when all that was begun before has ended, and verifies every byte.
