@@ -57,6 +57,8 @@ class Seam:
 
 SEAMS = {
     "trainer_save": Seam("trainer.trainer", "Trainer", "save_checkpoint", ("self", "filepath")),
+    "trainer_end": Seam("trainer.trainer", "Trainer", "_teardown", ("self",)),
+    "load": Seam("strategies.strategy", "Strategy", "load_checkpoint", ("self", "checkpoint_path")),
     "optimizer_step": Seam(
         "plugins.precision.precision", "Precision", "optimizer_step", ("self", "optimizer", "model", "closure")
     ),
@@ -165,8 +167,12 @@ def unwrapped(optimizer: Any) -> Any:
 
 def is_fitting(trainer: Any) -> bool:
     """Whether it is in the middle of fit(): what it saves is followed by more training, or by the end of fit(), which waits."""
-    state = trainer.state
-    return _value(getattr(state, "fn", None)) == "fit" and _value(getattr(state, "status", None)) == "running"
+    return _value(getattr(trainer.state, "fn", None)) == "fit" and is_running(trainer)
+
+
+def is_running(trainer: Any) -> bool:
+    """Whether nothing has interrupted it."""
+    return _value(getattr(trainer.state, "status", None)) == "running"
 
 
 def _value(member: Any) -> str:
