@@ -1,4 +1,5 @@
 """The names of Lightning that this adapter uses although Lightning does not promise to keep them, and those that it replaces.
+One of torch is among them.
 
 Lightning comes as `lightning` and as `pytorch_lightning` with `lightning_fabric`: the same sources, other classes.
 """
@@ -163,6 +164,12 @@ def is_sharded_parallel(strategy: Any) -> bool:
 def unwrapped(optimizer: Any) -> Any:
     """The torch optimizer in a LightningOptimizer."""
     return getattr(optimizer, "_optimizer", optimizer)
+
+
+def has_step_pre_hooks(optimizer: Any) -> bool:
+    """Of its own, of register_step_pre_hook(). Where torch has another name for them: perhaps, so True."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return hooks is None or bool(hooks)
 
 
 def is_fitting(trainer: Any) -> bool:
