@@ -136,7 +136,7 @@ class LazyCheckpointIO:
             self._paths.remove(str(own))
 
     def teardown(self) -> None:
-        """Waits for all that is in flight. What fails now is logged: where no other error is on its way, finish() came before."""
+        """Waits for all that is in flight. What fails now is logged: where no error was on its way, finish() came before."""
         try:
             self._end()
         except CheckpointError:

@@ -98,7 +98,7 @@ def _of_trainers(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
             if ours is None or not lightning_private.is_fitting(self):
                 return stock(self, filepath, *args, **kwargs)
             ours.agree_to_save(self.strategy)
-            with ours.training_goes_on(self):
+            with ours.training_goes_on(self, copies=writes_in_forward(self.lightning_module)):
                 return stock(self, filepath, *args, **kwargs)
 
         return save_checkpoint
@@ -269,14 +269,15 @@ def _verify_loads(root: str) -> None:
 
 def _of_fabric(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
     def fabric_save(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        def save(self: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
             ours = ours_of(self.strategy)
             if ours is None:
-                stock(self, *args, **kwargs)
+                stock(self, path, state, *args, **kwargs)
                 return
             ours.agree_to_save(self.strategy)
-            with ours.training_goes_on():
-                stock(self, *args, **kwargs)
+            modules = [each for each in state.values() if isinstance(each, torch.nn.Module)]
+            with ours.training_goes_on(copies=any(map(writes_in_forward, modules))):
+                stock(self, path, state, *args, **kwargs)
 
         return save
 

@@ -1,4 +1,7 @@
-"""Two ranks under torchrun whose checkpoints are late, or fail, on rank 0 alone. What each has seen goes into a JSON file of its own."""
+"""Two ranks under torchrun whose checkpoints are late, or fail, on rank 0 alone.
+
+What each has seen goes into a JSON file of its own.
+"""
 
 from __future__ import annotations
 
