@@ -21,7 +21,7 @@ from .lightning_private import has_step_pre_hooks
 
 
 def calls_closure_first(optimizer: torch.optim.Optimizer, declared: Sequence[type[torch.optim.Optimizer]] = ()) -> bool:
-    """Whether its step() calls a closure once, and before it writes. Hooks before the step may write, and come before the closure.
+    """Whether its step() calls a closure once, and before it writes. Hooks before the step may write before the closure.
 
     Args:
         declared: classes of which the user says so.
