@@ -54,11 +54,15 @@ def name_directory(hidden: Path, final: Path) -> None:
         3. remove the old one
 
     Where names cannot be exchanged, the old one is renamed first: a crash just then leaves both of them under other names.
+    A file, or a link, gets the name of another one by a rename.
 
     Raises:
         StorageError: a system call of 1 or 2 failed.
     """
     replaced = hidden
+    if not _is_directory(hidden) and not _is_directory(final):
+        durable.rename_durably(hidden, final)
+        return
     if not os.path.lexists(final):
         durable.give_name(hidden, final)
     elif not exchange(hidden, final):
@@ -67,6 +71,10 @@ def name_directory(hidden: Path, final: Path) -> None:
     durable.sync_directory(final.parent)
     with contextlib.suppress(OSError):
         remove(replaced)
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 def replace_link(link: Path, target: Path) -> None:
@@ -78,10 +86,7 @@ def replace_link(link: Path, target: Path) -> None:
     temporary = temporary_path(link)
     try:
         os.symlink(os.path.relpath(target, link.parent), temporary)
-        if link.is_dir() and not link.is_symlink():
-            name_directory(temporary, link)
-        else:
-            durable.rename_durably(temporary, link)
+        name_directory(temporary, link)
     except BaseException as error:
         durable.remove_quietly(temporary)
         if isinstance(error, OSError) and not isinstance(error, StorageError):
@@ -104,7 +109,7 @@ def remove(path: Path) -> None:
     Raises:
         StorageError: something of it is left.
     """
-    if path.is_dir() and not path.is_symlink():
+    if _is_directory(path):
         durable.remove_tree(path)
     elif os.path.lexists(path):
         durable.remove_file(path)

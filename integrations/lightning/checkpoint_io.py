@@ -7,9 +7,8 @@ import contextlib
 import dataclasses
 import logging
 import os
-import sys
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,9 @@ from ckpt.errors import CheckpointError, DeadlineError, FailedSavesError, Storag
 
 from .figures import Figures
 from .patch import patch_lightning
-from .pending_paths import PendingPaths
+from .pending_paths import Pending, PendingPaths
 from .places import is_torch_file, local_path, stock_io
-from .sharded import ShardedSaves
+from .sharded import NamedLater, ShardedSaves
 
 logger = logging.getLogger("ckpt")
 
@@ -95,14 +94,20 @@ class LazyCheckpointIO:
         if own is None:
             stock_io(path).save_checkpoint(checkpoint, path)
             return
-        self._check_failures()
+        if not self._is_lazy and (error := self._too_many_failures()) is not None:  # else all ranks have agreed on it
+            raise error
         self.begin(own, lambda: self._save(checkpoint, own))
 
-    def _save(self, checkpoint: dict[str, Any], path: Path) -> ckpt.PendingSave:
+    def _save(self, checkpoint: dict[str, Any], path: Path) -> Pending:
         self._make_ready(path)
+        lazy = False if self._copies else None
         if path.is_symlink():
-            names.remove(path)  # Lightning replaces a link; what it leads to is another checkpoint
-        return ckpt.save(checkpoint, path, lazy=False if self._copies else None, options=self.options)
+            self._paths.wait()  # none that is older takes the name later
+        if not path.is_symlink():
+            return ckpt.save(checkpoint, path, lazy=lazy, options=self.options)
+        # Lightning replaces a link; what it leads to is another checkpoint, and the last one until this is durable.
+        hidden = names.hidden_directory(path)
+        return NamedLater([ckpt.save(checkpoint, hidden, lazy=lazy, options=self.options)], hidden, path)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> Any:
         """Loads what is there when all that was begun before has ended, and verifies every byte.
@@ -131,21 +136,17 @@ class LazyCheckpointIO:
             self._paths.remove(str(own))
 
     def teardown(self) -> None:
-        """Waits for all that is in flight.
-
-        Raises:
-            CheckpointError: the newest save did not become durable. While another error is on its way it is only logged.
-        """
-        is_failing = sys.exc_info()[0] is not None
+        """Waits for all that is in flight. What fails now is logged: where no error was on its way, finish() came before."""
         try:
-            with contextlib.ExitStack() as ending:
-                ending.callback(self.tell_figures)
-                ending.callback(self._sharded.close)
-                self.wait()
+            self._end()
         except CheckpointError:
-            if not is_failing:
-                raise
             logger.exception("the newest checkpoint did not become durable")
+
+    def _end(self) -> None:
+        with contextlib.ExitStack() as ending:
+            ending.callback(self.tell_figures)
+            ending.callback(self._sharded.close)
+            self.wait()
 
     # ---- for users -------------------------------------------------------------------------------------------------
 
@@ -184,6 +185,54 @@ class LazyCheckpointIO:
         ckpt.fence()
         self._paths.wait()
 
+    def finish(self, strategy: Any) -> None:
+        """The end of a training without an error, on all ranks: none goes on before the newest save of all of them is durable.
+
+        Raises:
+            CheckpointError: it is not, on all ranks.
+        """
+        self._agree(strategy, self._end)
+
+    def settle_together(self, strategy: Any, path: Any) -> None:
+        """Before a checkpoint is loaded, on all ranks.
+
+        Raises:
+            CheckpointError: the newest save to it has failed, on all ranks.
+        """
+        own = local_path(path)
+
+        def settled() -> None:
+            self.settle()
+            if own is not None:
+                self.refuse_older(own)
+
+        self._agree(strategy, settled)
+
+    def agree_to_save(self, strategy: Any) -> None:
+        """Before all ranks save.
+
+        Raises:
+            FailedSavesError: too many have failed in a row on rank 0, on all ranks.
+        """
+        found = self._too_many_failures() if strategy.is_global_zero else None
+        told = strategy.broadcast(None if found is None else str(found))
+        if told is not None:
+            self._failed_in_a_row = 0
+            raise FailedSavesError(told) from (None if found is None else found.__cause__)
+
+    def _agree(self, strategy: Any, act: Callable[[], object]) -> None:
+        """Raises everywhere what it raises on rank 0."""
+        own: CheckpointError | None = None
+        try:
+            act()
+        except CheckpointError as error:
+            own = error
+        told = strategy.broadcast(None if own is None else str(own))
+        if own is not None:
+            raise own
+        if told is not None:
+            raise CheckpointError(f"on rank 0: {told}")
+
     def refuse_older(self, path: Path) -> None:
         """
         Raises:
@@ -218,7 +267,8 @@ class LazyCheckpointIO:
 
     def save_sharded(self, strategy: Any, state: dict[str, Any], rest: dict[str, Any], path: Path) -> None:
         """All ranks save a directory together. `rest` is rank 0's alone."""
-        self._check_failures()
+        if not self._is_lazy:
+            self.agree_to_save(strategy)
         if strategy.global_rank == 0:
             with contextlib.suppress(StorageError):  # it will come again, and be told to all ranks
                 self._make_ready(path)
@@ -261,14 +311,18 @@ class LazyCheckpointIO:
         if self.log_figures:
             self._figures.note(pending, error)
 
-    def _check_failures(self) -> None:
+    def _too_many_failures(self) -> FailedSavesError | None:
+        """Counted anew behind it."""
         limit = self.options.max_failed_saves
-        if limit and self._failed_in_a_row >= limit:
-            self._failed_in_a_row, cause = 0, self._last_failed
-            raise FailedSavesError(
-                f"the last {limit} checkpoints could not be saved, the newest with: {cause}. Training would go on without "
-                "checkpoints; mend the cause, or set Options.max_failed_saves=0 to go on regardless"
-            ) from cause
+        if not limit or self._failed_in_a_row < limit:
+            return None
+        self._failed_in_a_row, cause = 0, self._last_failed
+        found = FailedSavesError(
+            f"the last {limit} checkpoints could not be saved, the newest with: {cause}. Training would go on without "
+            "checkpoints; mend the cause, or set Options.max_failed_saves=0 to go on regardless"
+        )
+        found.__cause__ = cause
+        return found
 
 
 def _trusts_all() -> bool:

@@ -17,13 +17,17 @@ from typing import Any
 import torch
 from torch import nn
 
+from .lightning_private import has_step_pre_hooks
+
 
 def calls_closure_first(optimizer: torch.optim.Optimizer, declared: Sequence[type[torch.optim.Optimizer]] = ()) -> bool:
-    """Whether its step() calls a closure once, and before it writes.
+    """Whether its step() calls a closure once, and before it writes. Hooks before the step may write before the closure.
 
     Args:
         declared: classes of which the user says so.
     """
+    if has_step_pre_hooks(optimizer):
+        return False
     if isinstance(optimizer, tuple(declared)):
         return True
     step: Any = optimizer.step  # perhaps inside of what schedulers and profilers wrap around it

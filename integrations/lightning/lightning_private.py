@@ -1,4 +1,5 @@
 """The names of Lightning that this adapter uses although Lightning does not promise to keep them, and those that it replaces.
+One of torch is among them.
 
 Lightning comes as `lightning` and as `pytorch_lightning` with `lightning_fabric`: the same sources, other classes.
 """
@@ -57,6 +58,8 @@ class Seam:
 
 SEAMS = {
     "trainer_save": Seam("trainer.trainer", "Trainer", "save_checkpoint", ("self", "filepath")),
+    "trainer_end": Seam("trainer.trainer", "Trainer", "_teardown", ("self",)),
+    "load": Seam("strategies.strategy", "Strategy", "load_checkpoint", ("self", "checkpoint_path")),
     "optimizer_step": Seam(
         "plugins.precision.precision", "Precision", "optimizer_step", ("self", "optimizer", "model", "closure")
     ),
@@ -163,10 +166,20 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "_optimizer", optimizer)
 
 
+def has_step_pre_hooks(optimizer: Any) -> bool:
+    """Of its own, of register_step_pre_hook(). Where torch has another name for them: perhaps, so True."""
+    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    return hooks is None or bool(hooks)
+
+
 def is_fitting(trainer: Any) -> bool:
     """Whether it is in the middle of fit(): what it saves is followed by more training, or by the end of fit(), which waits."""
-    state = trainer.state
-    return _value(getattr(state, "fn", None)) == "fit" and _value(getattr(state, "status", None)) == "running"
+    return _value(getattr(trainer.state, "fn", None)) == "fit" and is_running(trainer)
+
+
+def is_running(trainer: Any) -> bool:
+    """Whether nothing has interrupted it."""
+    return _value(getattr(trainer.state, "status", None)) == "running"
 
 
 def _value(member: Any) -> str:

@@ -97,10 +97,20 @@ def _of_trainers(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
             ours = ours_of(self.strategy)
             if ours is None or not lightning_private.is_fitting(self):
                 return stock(self, filepath, *args, **kwargs)
-            with ours.training_goes_on(self):
+            ours.agree_to_save(self.strategy)
+            with ours.training_goes_on(self, copies=writes_in_forward(self.lightning_module)):
                 return stock(self, filepath, *args, **kwargs)
 
         return save_checkpoint
+
+    def trainer_end(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def teardown(self: Any) -> None:
+            ours = ours_of(self.strategy)
+            if ours is not None and lightning_private.is_running(self):  # no error is on its way
+                ours.finish(self.strategy)
+            stock(self)
+
+        return teardown
 
     def optimizer_step(stock: Callable[..., Any]) -> Callable[..., Any]:
         def step(self: Any, optimizer: Any, model: Any, closure: Callable[[], Any], **kwargs: Any) -> Any:
@@ -113,7 +123,15 @@ def _of_trainers(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
 
         return step
 
-    return {"trainer_save": trainer_save, "optimizer_step": optimizer_step}
+    def load(stock: Callable[..., Any]) -> Callable[..., Any]:
+        def load_checkpoint(self: Any, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Any:
+            if (ours := ours_of(self)) is not None:
+                ours.settle_together(self, checkpoint_path)
+            return stock(self, checkpoint_path, *args, **kwargs)
+
+        return load_checkpoint
+
+    return {"trainer_save": trainer_save, "trainer_end": trainer_end, "optimizer_step": optimizer_step, "load": load}
 
 
 def _of_model_checkpoint(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
@@ -181,10 +199,7 @@ def _of_sharded(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
             ours = ours_of(self)
             if ours is None:
                 return stock(self, checkpoint_path, *args, **kwargs)
-            ours.settle()
-            self.barrier()
-            if (path := local_path(checkpoint_path)) is not None:
-                ours.refuse_older(path)
+            ours.settle_together(self, checkpoint_path)
             token = _verifies.set(True)
             try:
                 return stock(self, checkpoint_path, *args, **kwargs)
@@ -254,22 +269,23 @@ def _verify_loads(root: str) -> None:
 
 def _of_fabric(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
     def fabric_save(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        def save(self: Any, path: Any, state: Any, *args: Any, **kwargs: Any) -> None:
             ours = ours_of(self.strategy)
             if ours is None:
-                stock(self, *args, **kwargs)
+                stock(self, path, state, *args, **kwargs)
                 return
-            with ours.training_goes_on():
-                stock(self, *args, **kwargs)
+            ours.agree_to_save(self.strategy)
+            modules = [each for each in state.values() if isinstance(each, torch.nn.Module)]
+            with ours.training_goes_on(copies=any(map(writes_in_forward, modules))):
+                stock(self, path, state, *args, **kwargs)
 
         return save
 
     def fabric_load(stock: Callable[..., Any]) -> Callable[..., Any]:
-        def load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        def load(self: Any, path: Any, *args: Any, **kwargs: Any) -> Any:
             if (ours := ours_of(self.strategy)) is not None:
-                ours.settle()
-                self.barrier()
-            return stock(self, *args, **kwargs)
+                ours.settle_together(self.strategy, path)
+            return stock(self, path, *args, **kwargs)
 
         return load
 

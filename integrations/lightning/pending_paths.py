@@ -47,6 +47,10 @@ class _Save:
         self.ended = self.is_given_up = False
         self.settled = threading.Event()
 
+    @property
+    def is_durable(self) -> bool:
+        return self.ended and self.error is None
+
 
 class PendingPaths:
     """Paths are absolute, of the local file system.
@@ -78,7 +82,7 @@ class PendingPaths:
         with self._guard:
             self._removals.pop(path, None)
             self._links.pop(path, None)
-            if (failed := self._failed.pop(path, None)) is not None:
+            for failed in [each for each in self._failed.values() if each.path == path or each.is_given_up]:
                 self._hand_on(failed, save)
             self._saves.append(save)
             self._newest = save
@@ -92,14 +96,15 @@ class PendingPaths:
             newest = self._newest
             if newest is not None and newest.ended and newest.path == path:
                 newest.is_given_up, newest = True, None
-            elif newest is not None and (failed := self._failed.pop(path, None)) is not None:
+            elif newest is not None and (failed := self._failed.get(path)) is not None:
                 self._hand_on(failed, newest)
-            if newest is None or (newest.ended and newest.error is None):
+            gone: list[str] = []
+            if newest is None or newest.is_durable:
                 self._removals.pop(path, None)
-                retired = [self._retire(path)]
+                gone = [path] if newest is None else [path, *self._take_removals(newest)]
             else:
                 self._removals[path] = newest
-                retired = []
+            retired = [self._retire(each) for each in gone]
         _remove(retired)
 
     def link(self, path: str, target: str) -> None:
@@ -155,10 +160,8 @@ class PendingPaths:
                 links = [path for path, (_, behind) in self._links.items() if behind is save]
                 for path in links:
                     self._link_now(path, *self._links.pop(path))
-                if error is None:
-                    retired = [self._retire(path) for path in self._take_removals(save)]
-                else:
-                    self._keep(save)
+                gone = self._take_removals(save) if error is None else self._keep(save)
+                retired = [self._retire(path) for path in gone]
             _remove(retired)
         finally:
             with self._guard:
@@ -169,25 +172,40 @@ class PendingPaths:
         return next((each for each in reversed(self._saves) if each.path == path and not each.ended), None)
 
     def _take_removals(self, save: _Save) -> list[str]:
-        """Those that wait for nothing any more. What is being saved itself is removed behind that."""
-        found = [path for path, behind in self._removals.items() if behind is save]
-        for path in found:
+        """Those that wait for nothing any more. What is being saved itself is removed behind that.
+
+        Args:
+            save: one that is durable.
+        """
+        gone: list[str] = []
+        while (path := next((each for each, behind in self._removals.items() if behind is save), None)) is not None:
             del self._removals[path]
             if (under_way := self._under_way(path)) is not None:
                 self._removals[path] = under_way
-        return [path for path in found if path not in self._removals]
+                continue
+            gone.append(path)
+            if (failed := self._failed.get(path)) is not None:
+                self._hand_on(failed, save)
+        return gone
 
-    def _keep(self, failed: _Save) -> None:
+    def _keep(self, failed: _Save) -> list[str]:
+        """What stands in for it stays, unless it was given up and its place is taken: those that wait for nothing any more."""
         failed.is_given_up = self._removals.get(failed.path) is failed
         if failed.is_given_up:
             del self._removals[failed.path]
         self._failed[failed.path] = failed
+        newest = self._newest
+        if failed.is_given_up and newest is not None and newest is not failed:
+            self._hand_on(failed, newest)
+            return self._take_removals(newest) if newest.is_durable else []
         kept = [path for path, behind in self._removals.items() if behind is failed]
         if kept:
             logger.warning("%s stays: the save to '%s' failed", ", ".join(map(repr, kept)), failed.path)
+        return []
 
     def _hand_on(self, failed: _Save, save: _Save) -> None:
         """What stood in for one that failed now waits for another."""
+        del self._failed[failed.path]
         for path, behind in self._removals.items():
             if behind is failed:
                 self._removals[path] = save

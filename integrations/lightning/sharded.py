@@ -39,7 +39,7 @@ class ShardedSaves:
 
     def save(
         self, state: dict[str, Any], rest: dict[str, Any], hidden: Path, path: Path, rank: int, lazy: bool | None
-    ) -> ShardedSave:
+    ) -> NamedLater:
         """Begins it.
 
         Raises:
@@ -55,7 +55,7 @@ class ShardedSaves:
             if rank == 0:
                 _discard_behind(parts, hidden)
             raise
-        return ShardedSave(parts, hidden, path, rank)
+        return NamedLater(parts, hidden, path, gives_name=rank == 0)
 
     def _save_state(self, state: dict[str, Any], hidden: Path, lazy: bool | None) -> Any:
         if self._saves is None:
@@ -80,15 +80,15 @@ class ShardedSaves:
             saves.close()
 
 
-class ShardedSave:
-    """One that is under way: over when all its parts are, and its directory has its name.
+class NamedLater:
+    """A save that is under way: over when all its parts are, and what they have made has its name.
 
     Attributes:
-        stats: of this rank's part of model and optimizers; None where torch has saved them.
+        stats: of the first part, this rank's part of model and optimizers; None where torch has saved them.
     """
 
-    def __init__(self, parts: list[Any], hidden: Path, path: Path, rank: int) -> None:
-        self._parts, self._hidden, self._path, self._rank = parts, hidden, path, rank
+    def __init__(self, parts: list[Any], hidden: Path, path: Path, gives_name: bool = True) -> None:
+        self._parts, self._hidden, self._path, self._gives_name = parts, hidden, path, gives_name
         self._future: concurrent.futures.Future[Path] = concurrent.futures.Future()
         self._guard = threading.Lock()
         self._left = len(parts)  # guarded by _guard
@@ -114,10 +114,10 @@ class ShardedSave:
             failed = [error for part in self._parts if (error := part.exception()) is not None]
             if failed:
                 raise failed[0]
-            if self._rank == 0:
+            if self._gives_name:
                 names.name_directory(self._hidden, self._path)
         except BaseException as error:
-            if self._rank == 0:
+            if self._gives_name:
                 _remove(self._hidden)
             self._future.set_exception(error)
         else:

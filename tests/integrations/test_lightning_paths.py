@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,60 @@ def test_a_save_that_cannot_be_begun_changes_nothing(desk: Desk) -> None:
         desk.paths.begin(desk.at("1"), refuse)
     desk.end("2")
     assert desk.there() == {"2"}
+
+
+FULL = OSError("full")
+
+
+def late_removal(desk: Desk) -> None:
+    desk.save("2")
+    desk.paths.remove(desk.at("1"))
+    desk.end("2", FULL)
+    desk.saved("3")
+    desk.paths.remove(desk.at("2"))
+
+
+def removal_of_what_is_in_flight(desk: Desk) -> None:
+    desk.save("2")
+    desk.paths.remove(desk.at("1"))
+    desk.save("3")
+    desk.paths.remove(desk.at("2"))
+    desk.end("2", FULL)
+    desk.end("3")
+
+
+def out_of_turn(desk: Desk) -> None:
+    desk.save("2")
+    desk.paths.remove(desk.at("1"))
+    desk.save("3")
+    desk.paths.remove(desk.at("2"))
+    desk.end("3")
+    desk.end("2", FULL)
+
+
+def given_up_in_flight(desk: Desk) -> None:
+    desk.save("2")
+    desk.paths.remove(desk.at("1"))
+    desk.paths.remove(desk.at("2"))
+    desk.end("2", FULL)
+    assert desk.there() == {"1"}
+    desk.saved("3")
+
+
+def given_up_when_it_has_failed(desk: Desk) -> None:
+    desk.save("2")
+    desk.end("2", FULL)
+    desk.paths.remove(desk.at("1"))
+    desk.paths.remove(desk.at("2"))
+    assert desk.there() == {"1"}
+    desk.saved("3")
+
+
+@pytest.mark.parametrize(
+    "fail_once",
+    [late_removal, removal_of_what_is_in_flight, out_of_turn, given_up_in_flight, given_up_when_it_has_failed],
+)
+def test_nothing_is_left_for_good_by_one_save_that_failed(fail_once: Callable[[Desk], None], desk: Desk) -> None:
+    desk.saved("1")
+    fail_once(desk)
+    assert desk.there() == {"3"}

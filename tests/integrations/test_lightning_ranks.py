@@ -112,3 +112,28 @@ def assert_good(directory: Path) -> None:
 def test_two_ranks_resume_from_what_the_other_has_saved(stock_first: bool, more: tuple[str, ...], tmp_path: Path) -> None:
     whole = run_and_kill(2, tmp_path, 6, *more, *(["--stock"] if stock_first else []))
     assert resume(2, tmp_path, *more, *([] if stock_first else ["--stock"])) == whole
+
+
+def test_all_ranks_learn_what_rank_0_knows_of_its_saves(tmp_path: Path) -> None:
+    """Where its save is late they wait for it; where it has failed all of them raise, and none reads what is older."""
+    launcher = subprocess.Popen(
+        [*TORCHRUN, str(TESTS / "dist" / "lightning_agreement.py"), str(tmp_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH},
+        start_new_session=True,
+    )
+    try:
+        _, text = launcher.communicate(timeout=DEADLINE_S)
+    finally:
+        if launcher.poll() is None:
+            os.killpg(launcher.pid, signal.SIGTERM)  # torchrun ends its ranks
+            launcher.communicate(timeout=DEADLINE_S)
+    assert launcher.returncode == 0, text[-4000:]
+    for rank in range(2):
+        seen = json.loads((tmp_path / f"seen.{rank}").read_text())
+        assert (seen["loads"], seen["reads"]) == (2, 3)
+        for kind in ("ddp", "sharded"):
+            assert seen[f"{kind} load"] == "CheckpointError"
+            assert seen[f"{kind} end"] in ("StorageError", "CheckpointError")
+            assert seen[f"{kind} too many"] == "FailedSavesError"
