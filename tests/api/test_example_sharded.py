@@ -37,9 +37,8 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [("torchrun", "alone"), pytest.param("alone", "torchrun", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [("torchrun", "alone"), ("alone", "torchrun")])
 def test_another_number_of_ranks_resumes(before: str, after: str, through: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """Without dropout, for which each rank draws random numbers of its own."""
     last = 0 if before == "alone" else 1

@@ -10,7 +10,7 @@ LAYERS = (
     {"measure"},
     {"rivals"},
     {"workloads"},
-    {"gpu", "deepspeed_engines", "object_store", "scaling", "sharded", "simulation", "tiers"},
+    {"gpu", "deepspeed_engines", "frameworks", "object_store", "scaling", "sharded", "simulation", "tiers"},
     {"gpu_report"},
     {"plot", "run"},
 )

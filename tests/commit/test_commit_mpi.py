@@ -212,7 +212,8 @@ def assert_missed(told: Told, victim: int) -> None:
     assert all(kind == "PeerError" and f"rank {victim}" in text for kind, text in told.failed.values()), told.failed
 
 
-@pytest.mark.parametrize(("point", "victim"), [("prepared", 0), pytest.param("before-rename", 1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("point", "victim"), [("prepared", 0), ("before-rename", 1)])
 def test_a_rank_is_killed_and_the_other_trains_on(point: str, victim: int, tmp_path: Path) -> None:
     each = [{"crash_point": point, "crash_skip": 1} if rank == victim else {} for rank in range(2)]
     with Job(tmp_path, *each, coordinator="mpi", steps=3, options=IMPATIENT, recovery=True) as job:

@@ -153,7 +153,7 @@ def test_killed_at_a_crash_point(
     job.end(reference, at_least=life.durable)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", "deepspeed"])
+@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_sharded_states_are_killed_and_resumed(
     kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:

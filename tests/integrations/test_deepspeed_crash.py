@@ -174,7 +174,8 @@ def test_killed_while_a_tag_is_saved_again(
     job.end(reference, at_least=max(life.durable, 1), one_tag=True)
 
 
-@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [5, 200])
 def test_killed_at_any_moment(kills: int, nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
     """One run, killed and resumed over and over in the same directory."""
     moments = random.Random(20240608)

@@ -81,7 +81,7 @@ def resume(ranks: int, where: Path, *more: str) -> list[str]:
 
 @pytest.mark.parametrize(
     ("ranks", "more"),
-    [pytest.param(1, (), marks=pytest.mark.slow), (2, ()), (2, ("--sharded",))],
+    [pytest.param(1, (), marks=pytest.mark.slow), (2, ()), pytest.param(2, ("--sharded",), marks=pytest.mark.slow)],
     ids=["one rank", "DDP", "sharded"],
 )
 def test_killed_and_resumed_ends_in_the_same_state(ranks: int, more: tuple[str, ...], tmp_path: Path) -> None:
