@@ -14,12 +14,10 @@ import contextlib
 import errno
 import logging
 import os
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.errors import InUseError, StorageError
+from ckpt.errors import StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.exchange import exchange
@@ -115,22 +113,9 @@ def _newest_in(directory: Path) -> int:
         return 0
 
 
-@contextlib.contextmanager
-def _naming(root: Path) -> Iterator[None]:
+def _naming(root: Path) -> contextlib.AbstractContextManager[None]:
     lock = DirectoryLock(root, name=_LOCK, refusal=_NAMES_TAKE_LONG, owner="another thread")
-    end = time.monotonic() + _LONGEST_WAIT_S
-    while True:
-        try:
-            lock.acquire()
-            break
-        except InUseError:
-            if time.monotonic() >= end:
-                raise
-            time.sleep(_LOOK_S)
-    try:
-        yield
-    finally:
-        lock.release()
+    return lock.waited_for(_LONGEST_WAIT_S, _LOOK_S)
 
 
 def _give_name(partial: Path, root: Path, name: str) -> None:

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt.errors import InUseError
 from ckpt.storage.directory_lock import DirectoryLock
 
 RUN = ".run"
@@ -42,16 +40,5 @@ def publishing(directory: Path, who: str) -> Iterator[bool]:
         StorageError: the lock cannot be made.
     """
     lock = DirectoryLock(directory / FOLDER, name=PUBLISH_LOCK, refusal=_LOCKED, owner=f"another {who}")
-    end = time.monotonic() + _LONGEST_WAIT_S
-    while True:
-        try:
-            lock.acquire()
-            break
-        except InUseError:
-            if time.monotonic() >= end:
-                raise
-            time.sleep(_LOOK_S)
-    try:
+    with lock.waited_for(_LONGEST_WAIT_S, _LOOK_S):
         yield lock.held
-    finally:
-        lock.release()

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ckpt.errors import InUseError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
@@ -24,16 +22,5 @@ def lone_writer(path: Path, timeout_s: float) -> Iterator[None]:
     """
     durable.make_directory(path.parent, durable=False)
     lock = DirectoryLock(path.parent, name=f".{path.name}.lock", owner="another rank")
-    end = time.monotonic() + timeout_s
-    while True:
-        try:
-            lock.acquire()
-            break
-        except InUseError:
-            if time.monotonic() > end:
-                raise
-            time.sleep(_LOOK_S)
-    try:
+    with lock.waited_for(timeout_s, _LOOK_S):
         yield
-    finally:
-        lock.release()

@@ -15,7 +15,8 @@ import os
 import socket
 import struct
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt.errors import InUseError
@@ -94,6 +95,32 @@ class DirectoryLock:
             _held[key] = self
         self._descriptor, self._key = descriptor, key
         durable.sign_lock_file(descriptor, f"process {os.getpid()} on {socket.gethostname()}")
+
+    @contextlib.contextmanager
+    def waited_for(self, timeout_s: float, look_s: float) -> Iterator[None]:
+        """Held meanwhile; whoever has it is waited for, in another process too.
+
+        Args:
+            timeout_s: longest wait, seconds.
+            look_s: seconds between two attempts.
+
+        Raises:
+            InUseError: somebody else has it for too long.
+            StorageError: the lock file cannot be made.
+        """
+        end = time.monotonic() + timeout_s
+        while True:
+            try:
+                self.acquire()
+                break
+            except InUseError:
+                if time.monotonic() >= end:
+                    raise
+                time.sleep(look_s)
+        try:
+            yield
+        finally:
+            self.release()
 
     @property
     def held(self) -> bool:
