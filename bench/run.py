@@ -148,7 +148,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--parts",
         metavar="NAMES",
-        help="some of blocked, early, rate, iterations, restore (gpu); of blocked, restore, planning (sharded)",
+        help="some of blocked, early, rate, iterations, restore (gpu); of blocked, restore, planning (sharded); of training, "
+        "drain, recovery (tiers)",
     )
     parser.add_argument(
         "--pretend-cuda", type=Path, metavar="LIBRARY", help="a stand-in for the CUDA driver, to see that gpu works without one"

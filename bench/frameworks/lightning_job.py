@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,19 @@ from bench.workloads.training import CONTEXT, Net
 from ckpt.integrations.lightning import LazyCheckpointIO
 
 KEEP = 2
+
+
+class TimedAdamW(torch.optim.AdamW):
+    """Tells when its pre-step hooks have run. A hook of its own would do that too, but with one the fence comes before forward
+    and backward, since hooks may write to weights there."""
+
+    def __init__(self, parameters: Any, note: Callable[[], None], **kwargs: Any) -> None:
+        super().__init__(parameters, **kwargs)
+        self._note = note
+
+    def step(self, closure: Any = None) -> Any:
+        self._note()
+        return super().step(closure)
 
 
 class Job(LightningModule):
@@ -53,11 +67,9 @@ class Job(LightningModule):
         super().optimizer_step(*args, **kwargs)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-4, fused=True)
-        optimizer.register_step_pre_hook(self._note_hook)  # runs after the global hooks, ckpt's among them
-        return optimizer
+        return TimedAdamW(self.parameters(), self._note_step, lr=1e-4, fused=True)
 
-    def _note_hook(self, *_: Any) -> None:
+    def _note_step(self) -> None:
         if self.rows:
             self.rows[-1]["fence_s"] = clock() - self._about_at
 
@@ -77,7 +89,7 @@ class Watched(LazyCheckpointIO):
     """Notes how long each save took until it was durable."""
 
     def __init__(self, seconds: list[float]) -> None:
-        super().__init__()
+        super().__init__(closure_first=[TimedAdamW])
         self._seconds = seconds
 
     def begin(self, path: Path, make: Any) -> None:

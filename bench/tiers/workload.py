@@ -28,6 +28,7 @@ EVERY = 5
 SAVES = 6
 SLOWER = 10  # home is so many times slower than the disk
 TIMEOUT_S = 900
+PARTS = ("training", "drain", "recovery")
 NOTHING, FAST, SLOW, NODE = "no saving", "fast home", "slow home", "node, slow home"
 
 HOW = (
@@ -37,19 +38,30 @@ HOW = (
 
 
 def measure_tiers(settings: Settings, report: Report) -> None:
+    """The parts that are asked for: jobs that save, iterations beside the drain, restoring.
+
+    Raises:
+        ValueError: there is no such part.
+    """
+    parts = settings.parts or PARTS
+    if unknown := [part for part in parts if part not in PARTS]:
+        raise ValueError(f"there is no part {', '.join(unknown)}; there are: {', '.join(PARTS)}")
     nbytes = settings.sized(STATE_BYTES)
     with settings.workspace() as directory:
         rate = measure_disk(directory, nbytes)
         limit = int(rate / SLOWER)
         note(f"the disk writes {rate / MIB:.0f} MiB/s, home {limit / MIB:.0f} MiB/s")
-        sides = [Side(case, partial(run_job, case, nbytes, directory, limit)) for case in (NOTHING, FAST, SLOW, NODE)]
-        samples = interleave(sides, settings.rounds_or(3), settings.settle, warmup=0)
-        add_training(report, samples, nbytes, rate, limit)
-        report.flush()
-        add_beside_drain(settings, report, directory, nbytes, limit)
-        report.flush()
-        add_recovery(settings, report, directory, nbytes)
-        add_recovery_of_nodes(settings, report, directory, nbytes)
+        if "training" in parts:
+            sides = [Side(case, partial(run_job, case, nbytes, directory, limit)) for case in (NOTHING, FAST, SLOW, NODE)]
+            samples = interleave(sides, settings.rounds_or(3), settings.settle, warmup=0)
+            add_training(report, samples, nbytes, rate, limit)
+            report.flush()
+        if "drain" in parts:
+            add_beside_drain(settings, report, directory, nbytes, limit)
+            report.flush()
+        if "recovery" in parts:
+            add_recovery(settings, report, directory, nbytes)
+            add_recovery_of_nodes(settings, report, directory, nbytes)
 
 
 def measure_disk(directory: Path, nbytes: int) -> float:
@@ -144,7 +156,7 @@ def add_beside_drain(settings: Settings, report: Report, directory: Path, nbytes
         command = ["bench.tiers.beside_drain", str(home), "--node", str(Path(made, "node")), "--bytes", str(nbytes)]
         began = clock()
         found = measured_by([*command, "--rounds", str(rounds)], limit, home, directory)
-    how = "mean of the iterations of one job, while its drain is at work and, before and behind, while it is not"
+    how = "mean of the iterations of one job: five while its drain is at work, five while it is stopped, in the order ABBA"
     beside, idle = ([Sample(began, {"iteration_s": each[name]}) for each in found] for name in ("beside_s", "idle_s"))
     detail = {name: [each[name] for each in found] for name in ("iterations", "rate")}
     more: dict[str, Any] = {"nbytes": nbytes, "how": how, "home_bytes_per_s": limit} | detail
