@@ -117,7 +117,7 @@ class LazyCheckpointIO:
             CheckpointError: it is damaged; or the newest save to it has failed, and what is there is older.
         """
         own = local_path(path)
-        self.settle()
+        self.settle(own)
         if own is None or not own.is_file() or not is_torch_file(own):
             if own is not None and not own.exists():
                 raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -180,10 +180,12 @@ class LazyCheckpointIO:
                 self._last_failed = None
                 raise error
 
-    def settle(self) -> None:
-        """Nothing is under way behind this, and what is loaded may be written to the tensors."""
+    def settle(self, path: Path | None) -> None:
+        """Nothing is under way behind this, and what is loaded, from there, may be written to the tensors."""
         ckpt.fence()
         self._paths.wait()
+        if path is not None and not path.exists():
+            names.remove_abandoned(path.parent)  # a crash may have left it without its name
 
     def finish(self, strategy: Any) -> None:
         """The end of a training without an error, on all ranks: none goes on before the newest save of all of them is durable.
@@ -202,7 +204,7 @@ class LazyCheckpointIO:
         own = local_path(path)
 
         def settled() -> None:
-            self.settle()
+            self.settle(own)
             if own is not None:
                 self.refuse_older(own)
 
