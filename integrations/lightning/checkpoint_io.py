@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import weakref
@@ -163,11 +164,15 @@ class LazyCheckpointIO:
 
     # ---- for what is replaced in Lightning -------------------------------------------------------------------------
 
-    def begin(self, path: Path, make: Any) -> None:
-        """A save, by whatever makes it; it is waited for unless training goes on behind it."""
+    def begin(self, path: Path, make: Any, failures: tuple[type[CheckpointError], ...] = (StorageError, DeadlineError)) -> None:
+        """A save, by whatever makes it; it is waited for unless training goes on behind it.
+
+        Args:
+            failures: errors of `make` that count as if the save had failed behind the training's back.
+        """
         try:
             pending = self._paths.begin(str(path), make)
-        except (StorageError, DeadlineError) as refused:  # as if it had failed behind the training's back
+        except failures as refused:
             if not self._is_lazy:
                 raise
             logger.error("the save to '%s' could not be begun: %s", path, refused)
@@ -276,7 +281,9 @@ class LazyCheckpointIO:
                 self._make_ready(path)
         hidden = Path(strategy.broadcast(str(names.hidden_directory(path))))
         lazy = False if self._copies else None
-        self.begin(path, lambda: self._sharded.save(state, rest, hidden, path, strategy.global_rank, lazy))
+        # Where one rank cannot begin it, the others hear of a rank that has failed, and all have to go on, or none.
+        make = functools.partial(self._sharded.save, state, rest, hidden, path, strategy.global_rank, lazy)
+        self.begin(path, make, (CheckpointError,))
 
     def exists(self, path: Any) -> bool:
         """As if nothing was under way. Of paths that are not local, False."""

@@ -108,6 +108,12 @@ def test_a_failed_save_is_no_checkpoint_and_too_many_end_the_training(tmp_path: 
     assert Training(tmp_path).checkpointer.load() is False
 
 
+def test_a_save_that_cannot_even_be_begun_is_a_failed_one(tmp_path: Path, native: Any) -> None:
+    native.set_fault("mkdir", path_part="step-2", error=errno.ENOSPC)
+    Training(tmp_path).train(3)
+    assert steps_in(tmp_path) == {"step-1", "step-3"}
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     Training(tmp_path).train(1)
     (path,) = tmp_path.glob("checkpoint/step-1/*.distcp")
