@@ -69,6 +69,7 @@ class LazyCheckpointIO:
         self._last_failed: BaseException | None = None
         self._swept: set[str] = set()
         self._trainer: Any = None
+        self._ended: tuple[Any, int] | None = None  # a trainer whose training is over, and after how many steps
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that Lightning spawns. What is in flight stays here."""
@@ -199,6 +200,13 @@ class LazyCheckpointIO:
             CheckpointError: it is not, on all ranks.
         """
         self._agree(strategy, self._end)
+
+    def note_end(self, trainer: Any) -> None:
+        """Until it takes a step nobody trains behind what it saves, as in on_fit_end(), and nobody waits for it."""
+        self._ended = weakref.ref(trainer), trainer.global_step
+
+    def has_ended(self, trainer: Any) -> bool:
+        return self._ended is not None and self._ended[0]() is trainer and self._ended[1] == trainer.global_step
 
     def settle_together(self, strategy: Any, path: Any) -> None:
         """Before a checkpoint is loaded, on all ranks.
