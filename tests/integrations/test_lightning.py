@@ -19,7 +19,7 @@ from support import DEADLINE_S, assert_same, options
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging, StochasticWeightAveraging
+from lightning.pytorch.callbacks import EMAWeightAveraging, StochasticWeightAveraging
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning_models import Model, SavesOlderWeights, ScalesRows, Sharpness, TwoOptimizers, batches, trainer
@@ -255,34 +255,6 @@ def test_what_is_saved_outside_of_fit_is_there_when_the_call_returns(plugin: Laz
     made.fit(Model(), batches(1))
     made.save_checkpoint(tmp_path / "by hand" / "a.ckpt")
     assert torch.load(tmp_path / "by hand" / "a.ckpt", weights_only=False)["global_step"] == 1
-
-
-def test_what_is_saved_as_fit_ends_is_there_when_the_call_returns(
-    plugin: LazyCheckpointIO, tmp_path: Path, native: Any
-) -> None:
-    """Nobody waits for it then; in the next training of the same trainer somebody does again."""
-    there: list[bool] = []
-
-    class Saves(Callback):
-        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
-            native.set_fault("fdatasync", delay_s=DEADLINE_S)
-            self._save(trainer, f"{trainer.global_step}.ckpt")
-            native.clear_faults()
-
-        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-            native.set_fault("fdatasync", delay_s=0.2)
-            self._save(trainer, "end.ckpt")
-
-        def _save(self, trainer: Any, name: str) -> None:
-            trainer.save_checkpoint(tmp_path / name)
-            there.append((tmp_path / name).exists())
-
-    made = trainer(tmp_path / "fit", plugin, steps=1, callbacks=[Saves()], enable_checkpointing=True)
-    made.fit(Model(), batches(2))
-    assert there == [False, True]
-    made.fit_loop.epoch_loop.max_steps = 2
-    made.fit(Model(), batches(2))
-    assert there == [False, True, False, True]
 
 
 def test_a_checkpoint_for_slurm_is_there_when_the_call_returns(plugin: LazyCheckpointIO, tmp_path: Path) -> None:
