@@ -9,10 +9,13 @@ ifeq ($(TORCH),$(PINNED))
 VENV   := .venv
 PINS   := constraints.txt
 EXTRAS := '.[dev,demo,bench]'
+# Of torchtitan the tests need its checkpoint manager, and of all that torchtitan asks for these two.
+ALONE  := 'torchtitan; python_version >= "3.11"' docstring_parser tyro
 else
 VENV   := .venv-torch$(TORCH)-python$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 PINS   := $(VENV)/constraints.txt
 EXTRAS := '.[dev,demo]' simpy
+ALONE  :=
 endif
 # Where else builds of torch are, for instance https://download.pytorch.org/whl/cu130; by default your pip configuration decides.
 TORCH_INDEX ?=
@@ -58,7 +61,7 @@ bench: $(NATIVE_STAMP)
 # With an environment of its own, because its torch must be built for CUDA. Without a GPU nothing is installed.
 gpu:
 	$(if $(shell command -v nvidia-smi),,$(error make gpu needs a machine with an NVIDIA GPU and its driver, and finds no nvidia-smi here))
-	@$(MAKE) --no-print-directory VENV=.venv-gpu$(if $(filter-out $(PINNED),$(TORCH)),-torch$(TORCH)) EXTRAS='. numpy pytest' report-gpu
+	@$(MAKE) --no-print-directory VENV=.venv-gpu$(if $(filter-out $(PINNED),$(TORCH)),-torch$(TORCH)) EXTRAS='. numpy pytest' ALONE= report-gpu
 
 report-gpu: $(NATIVE_STAMP)
 	$(PY) -m bench.gpu_report.run $(ARGS)
@@ -124,6 +127,7 @@ $(PYTHON_STAMP): constraints.txt pyproject.toml setup.py
 	$(PIP) install -q -c $(PINS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch==$(TORCH)
 	$(PIP) install -q -c $(PINS) setuptools wheel pybind11
 	LAZYCKPT_BUILD=dev $(PIP) install -q -c $(PINS) --no-build-isolation -e $(EXTRAS)
+	$(if $(ALONE),$(PIP) install -q -c $(PINS) --no-deps $(ALONE))
 	@touch $@
 
 # The native module of the editable install, as a development build.

@@ -26,8 +26,10 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.listing import LATEST, newest_first, read_manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.root import Root, has_size, temporaries_in
+from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpointError, StorageError
 from ckpt.storage import durable, temporary_names
+from ckpt.storage.directory_lock import NAME as LOCK
 
 logger = logging.getLogger("ckpt")
 
@@ -141,7 +143,7 @@ class BundleRoot:
 
     def take_sequence(self) -> int:
         """The number of the next commit."""
-        return self._root.take_sequence(lambda: committed_in(self._root.reach))
+        return self._root.take_sequence(lambda: committed_deeper_in(self._root.reach))
 
     def reserve_numbers(self, above: int) -> int:
         """From now on commits get numbers that nothing on a node has, see Root. Returns the one below the first.
@@ -152,7 +154,7 @@ class BundleRoot:
         Raises:
             CorruptError, StorageError: as of Root.reserve_numbers().
         """
-        highest = max((manifest.sequence for _, manifest in committed_in(self._root.reach)), default=0)
+        highest = max((manifest.sequence for _, manifest in committed_deeper_in(self._root.reach)), default=0)
         return self._root.reserve_numbers(max(above, highest))
 
     def publish(self, directory: Path, manifest: Manifest, called: Path) -> None:
@@ -223,6 +225,40 @@ def committed_in(root: Path) -> list[tuple[Path, Manifest]]:
     """The bundles that were published, newest first."""
     found = read_manifests(each for each in _subdirectories(root) if not late_names.is_replaced(each.name))
     return newest_first((path, said) for path, said in found if isinstance(said, Manifest))
+
+
+def committed_deeper_in(root: Path) -> list[tuple[Path, Manifest]]:
+    """Also those whose names have a slash: in directories that are no bundles, and in which no other job has a lock.
+
+    Not what is on its way out, or on its way there.
+    """
+    found = [(path, manifest) for path, manifest in committed_in(root) if not temporary_names.is_temporary(path.name)]
+    if os.path.lexists(root / LOCK):  # else no job has named anything from here
+        for path in _subdirectories(root):
+            other = path.name.startswith(".") or any(os.path.lexists(path / name) for name in (manifests.NAME, LOCK))
+            below = () if other else committed_in(path)
+            found += [each for each in below if not (each[0].name.startswith(".") or is_step_name(each[0].name))]
+    return newest_first(found)
+
+
+def remove_bundle(directory: Path) -> None:
+    """The manifest last: what a crash leaves of it is damaged, and not something that this library has not written. A link goes
+    as a link.
+
+    Raises:
+        StorageError: something is left.
+    """
+    failed: OSError | None = None
+    for name in sorted(names_in(directory) - {manifests.NAME}) if not directory.is_symlink() else ():
+        path = directory / name
+        try:
+            (durable.remove_tree if path.is_dir() else durable.remove_file)(path)
+        except OSError as error:
+            failed = failed or error
+        durable.crash_point("removal-begun")
+    if failed is not None:
+        raise failed
+    durable.remove_tree(directory)
 
 
 def give_final_names(directory: Path, files: Sequence[FileEntry]) -> None:

@@ -91,11 +91,11 @@ def give_name_left_over(partial: Path, root: Path, name: str) -> None:
     with _naming(root):
         if not os.path.lexists(partial / manifests.NAME):
             return
+        there, left = manifests.read_if_any(root / name), manifests.read_if_any(partial)
+        if there is not None and left is not None and there.sequence > left.sequence:
+            _remove_quietly(partial)  # what had the name before, whatever the clocks of who copied the directory say
+            return
         if _newest_in(root / name) > os.stat(partial / manifests.NAME).st_mtime_ns:
-            there, left = manifests.read_if_any(root / name), manifests.read_if_any(partial)
-            if there is not None and left is not None and there.sequence > left.sequence:
-                _remove_quietly(partial)  # what had the name before
-                return
             logger.warning(
                 "'%s' was complete when a crash came; since then somebody has written to '%s', which is left alone. Remove one "
                 "of them, or save this one again",

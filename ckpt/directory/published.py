@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.bundles import remove_bundle
 from ckpt.errors import CheckpointError
-from ckpt.storage import durable
 
 _MOST_KNOWN = 16  # that are looked for when a save has failed
 
@@ -48,4 +48,4 @@ class PublishedBundles:
         if path in self._paths[-1:]:
             raise CheckpointError(f"'{path}' is the newest checkpoint that was published, and is not removed")
         if os.path.lexists(path):
-            durable.remove_tree(path)
+            remove_bundle(path)

@@ -15,6 +15,7 @@ from ckpt.storage.temporary_names import TEMPORARY, is_abandoned, temporary_path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2  # of <linux/fs.h>
+_REPLACED = ".replaced"  # ends the name behind a temporary one, of what had to give way
 # Of file systems that cannot do it, as some of networks.
 _NOT_HERE = (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM)
 
@@ -53,8 +54,8 @@ def name_directory(hidden: Path, final: Path) -> None:
         2. fsync of the directory that they lie in                                   the new one, for good
         3. remove the old one
 
-    Where names cannot be exchanged, the old one is renamed first: a crash just then leaves both of them under other names.
-    A file, or a link, gets the name of another one by a rename.
+    Where names cannot be exchanged, the old one is renamed first: a crash just then leaves both of them under other names, and
+    remove_abandoned() gives the old one its name back. A file, or a link, gets the name of another one by a rename.
 
     Raises:
         StorageError: a system call of 1 or 2 failed.
@@ -66,11 +67,22 @@ def name_directory(hidden: Path, final: Path) -> None:
     if not os.path.lexists(final):
         durable.give_name(hidden, final)
     elif not exchange(hidden, final):
-        replaced = durable.retire_directory(final)
-        durable.give_name(hidden, final)
+        replaced = _replace_by_two_renames(hidden, final)
     durable.sync_directory(final.parent)
     with contextlib.suppress(OSError):
         remove(replaced)
+
+
+def _replace_by_two_renames(hidden: Path, final: Path) -> Path:
+    """What the old one is called now."""
+    replaced = temporary_path(final.with_name(final.name + _REPLACED))
+    durable.give_name(final, replaced)
+    try:
+        durable.give_name(hidden, final)
+    except StorageError:
+        durable.give_name(replaced, final)
+        raise
+    return replaced
 
 
 def _is_directory(path: Path) -> bool:
@@ -116,10 +128,21 @@ def remove(path: Path) -> None:
 
 
 def remove_abandoned(directory: Path) -> None:
-    """What killed processes of this host have left under temporary names. A failure leaves it there."""
+    """What killed processes of this host have left under temporary names. A failure leaves it there.
+
+    What had a name that nothing has taken gets it back.
+    """
     with contextlib.suppress(OSError):
         for path in list(directory.iterdir()):
             match = TEMPORARY.fullmatch(path.name)
             if match is not None and is_abandoned(match):
                 with contextlib.suppress(OSError):
-                    remove(path)
+                    _remove_or_give_back(path, match["name"])
+
+
+def _remove_or_give_back(path: Path, behind: str) -> None:
+    final = path.with_name(behind.removesuffix(_REPLACED))
+    if behind.endswith(_REPLACED) and not os.path.lexists(final):
+        durable.rename_durably(path, final)
+    else:
+        remove(path)

@@ -1,7 +1,7 @@
 """Copies checkpoints into another directory: every byte is verified on the way, and a copy has its name when it is durable.
 
 1. make a directory under a temporary name    a crash leaves that, which the next job or repair removes
-2. copy the files, fsync each                 compared with the CRC-32s of the manifest
+2. copy the files, fsync each                 compared with the CRC-32s of the manifest; then what others have put there
 3. write the manifest, fsync
 4. rename the directory, fsync                a checkpoint
 5. `latest`, behind all copies
@@ -17,17 +17,19 @@ from typing import Protocol
 
 from ckpt.directory import late_names, sharded_files
 from ckpt.directory import manifest as manifests
-from ckpt.directory.bundles import read_latest
+from ckpt.directory.bundles import committed_deeper_in, read_latest
 from ckpt.directory.listing import LATEST
 from ckpt.directory.manifest import FileEntry, Manifest
-from ckpt.directory.step_names import is_step_name, step_name
+from ckpt.directory.step_names import is_step_name, names_in, step_name
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.remote.download import Expected, download
 from ckpt.remote.layout import Catalogue
 from ckpt.storage import durable, free_space, temporary_names
+from ckpt.storage.directory_lock import NAME as LOCK
+from ckpt.storage.exchange import replace_link
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.streamed_file import StreamedFile
-from ckpt.upkeep.rows import committed_below
+from ckpt.upkeep.rows import size_below
 from ckpt.upkeep.showing import place_of
 
 _CHUNK_BYTES = 4 << 20
@@ -38,11 +40,12 @@ COPIED, THERE = "copied", "already there"
 
 
 class Origin(Protocol):
-    """A checkpoint that is to be copied. `name`: of its directory; `content`: of its manifest, to the byte."""
+    """A checkpoint that is to be copied. `name`: of its directory; `content`: of its manifest, to the byte; `bytes`: of all."""
 
     name: str
     manifest: Manifest
     content: bytes
+    bytes: int
 
     def fetch(self, file: FileEntry, target: Path) -> None:
         """Makes `target` that file, durably but for its name.
@@ -52,22 +55,36 @@ class Origin(Protocol):
             StorageError: it cannot be read, or not be written.
         """
 
+    def fetch_rest(self, directory: Path) -> None:
+        """Gives the directory what belongs to the checkpoint, and no manifest names: durably, but for the directory itself.
+
+        Raises:
+            CorruptError, StorageError: as of fetch().
+        """
+
 
 class InDirectory:
-    """On a file system."""
+    """On a file system.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        above: the directory from which it is named.
+    """
+
+    def __init__(self, path: Path, above: Path) -> None:
         self.path = path
-        self.name = late_names.name_behind(path.name) or path.name
+        self.name = late_names.name_behind(path.name) or str(path.relative_to(above))
         self.manifest = manifests.read(path)
         self.content = (path / manifests.NAME).read_bytes()
+        self.bytes = size_below(path)[0]
 
     def fetch(self, file: FileEntry, target: Path) -> None:
-        source = place_of(self.path, file)
-        found = durable.copy_file(source, target, _CHUNK_BYTES)
-        if (target.stat().st_size, found) != (file.bytes, file.crc32):
-            text = f"'{source}' has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
-            raise CorruptError(f"{text}: it is damaged, and was not copied")
+        _copy_file(place_of(self.path, file), target, file)
+
+    def fetch_rest(self, directory: Path) -> None:
+        """Of a bundle: all that a framework has written beside our files. Of a step: what its manifest calls others'."""
+        ours = {manifests.NAME, *sharded_files.names_of(self.manifest), *(file.temporary for file in self.manifest.files)}
+        only = {*self.manifest.others} if is_step_name(self.name) else None
+        _copy_rest(self.path, directory, ours, only)
 
 
 class InStore:
@@ -81,11 +98,40 @@ class InStore:
         if found is None:
             raise NotACheckpointError(f"'{store.url}/{folder}' was removed just now")
         self.content = bytes(found.content)
+        self.bytes = manifests.bytes_of(manifest)
 
     def fetch(self, file: FileEntry, target: Path) -> None:
         with StreamedFile(target) as written:
             expected = Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32)
             download(self._store, expected, lambda _, chunk: written.write(chunk))
+
+    def fetch_rest(self, directory: Path) -> None:
+        """Nothing else is carried there."""
+
+
+def _copy_file(source: Path, target: Path, expected: FileEntry | None) -> None:
+    found = durable.copy_file(source, target, _CHUNK_BYTES)
+    if expected is not None and (target.stat().st_size, found) != (expected.bytes, expected.crc32):
+        text = f"'{source}' has the CRC-32 {found:08x} where its manifest says {expected.crc32:08x}"
+        raise CorruptError(f"{text}: it is damaged, and was not copied")
+
+
+def _copy_rest(source: Path, target: Path, without: set[str], only: set[str] | None = None) -> None:
+    """All that lies there, and below. What a manifest names, as that of sharded states in a bundle, is compared with it."""
+    manifest = None if without else manifests.read_if_any(source)
+    named = {} if manifest is None else {file.name: file for file in manifest.files}
+    for name in sorted(names_in(source)):
+        path = source / name
+        if name in without or name == LOCK or temporary_names.is_temporary(name) or (only is not None and name not in only):
+            continue
+        if path.is_symlink():
+            replace_link(target / name, target / path.readlink())
+        elif path.is_dir():
+            durable.make_directory(target / name, durable=False)
+            _copy_rest(path, target / name, set())
+            durable.sync_directory(target / name)
+        elif path.is_file():
+            _copy_file(path, target / name, named.get(name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +151,11 @@ def find_origins(source: Path) -> list[Origin]:
         NotACheckpointError: there is none.
     """
     if os.path.lexists(source / manifests.NAME):
-        return [InDirectory(source)]
-    found = [path for path, _ in committed_below(source)] if source.is_dir() else []
+        return [InDirectory(source, source.parent)]
+    found = [path for path, _ in committed_deeper_in(source)] if source.is_dir() else []
     if not found:
         raise NotACheckpointError(f"'{source}' holds no checkpoint of this library")
-    return [InDirectory(path) for path in reversed(found)]
+    return [InDirectory(path, source) for path in reversed(found)]
 
 
 def find_in_store(url: str) -> list[Origin]:
@@ -133,9 +179,9 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
         CheckpointError: another checkpoint has the name or the number there, or there is no room; nothing was copied.
         CorruptError, StorageError: of one of them; those before it are copied.
     """
-    there = {manifest.sequence: (path, manifest) for path, manifest in committed_below(directory)}
+    there = {manifest.sequence: (path, manifest) for path, manifest in committed_deeper_in(directory)}
     wanted = [origin for origin in origins if not _is_there(origin, directory, there)]
-    size = sum(manifests.bytes_of(origin.manifest) for origin in wanted)
+    size = sum(origin.bytes for origin in wanted)
     if wanted and not free_space.has_room(directory, size):
         raise CheckpointError(f"the file system of '{directory}' has no room for {size} bytes: make some, or copy fewer")
     for origin in origins:
@@ -169,6 +215,7 @@ def _copy_one(origin: Origin, directory: Path, target: Path, told: Told) -> None
         for file in origin.manifest.files:
             origin.fetch(file, aside / file.name)
             told(file.bytes)
+        origin.fetch_rest(aside)
         sharded_files.mend(aside, origin.manifest)
         durable.crash_point("copied")
         durable.write_small_file(aside / manifests.NAME, origin.content)
@@ -192,10 +239,10 @@ def move_latest(directory: Path, named_at_source: str | None) -> None:
     Raises:
         StorageError: it cannot be written.
     """
-    committed = committed_below(directory)
-    steps = [path.name for path, _ in committed if is_step_name(path.name)]
+    committed = committed_deeper_in(directory)
+    steps = [path.name for path, _ in committed if is_step_name(path.name) and path.parent == directory]
     now = read_latest(directory)
     if steps and now != steps[0]:
         durable.replace_durably(directory / LATEST, f"{steps[0]}\n".encode(), "latest")
-    elif not steps and now is None and named_at_source in {path.name for path, _ in committed}:
+    elif not steps and now is None and named_at_source in {str(path.relative_to(directory)) for path, _ in committed}:
         durable.replace_durably(directory / LATEST, str(named_at_source).encode(), "latest")

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
-from ckpt.directory.bundles import read_latest
+from ckpt.directory.bundles import committed_deeper_in, read_latest, remove_bundle
 from ckpt.directory.holds import held_at
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import NotACheckpointError
 from ckpt.storage import durable
-from ckpt.upkeep.rows import committed_below
+from ckpt.upkeep.prepared import missing_files
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
 
@@ -23,7 +23,8 @@ REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
 class Choice:
     """
     Attributes:
-        fate: "remove"; "keep"; "held": it would go, but is on its way to an object store, or `latest` names it.
+        fate: "remove"; "keep"; "held": it would go, but is on its way to an object store, or `latest` names it; or it is
+            damaged, and so is none of those that are kept.
         why: in words.
     """
 
@@ -36,7 +37,10 @@ class Choice:
 
 
 def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
-    """What would become of each checkpoint, newest first. Damaged ones and what is no checkpoint are nobody's to remove here.
+    """What would become of each checkpoint, newest first.
+
+    Damaged ones, as far as names and sizes of files tell, and what is no checkpoint are nobody's to remove here. They are none
+    of the newest either: what they would stand in for may be all that is left.
 
     Args:
         keep: how many of the newest stay, at least 1.
@@ -46,35 +50,42 @@ def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
         NotACheckpointError: there is none.
         StorageError: it cannot be read.
     """
-    found = [(path, manifest) for path, manifest in committed_below(directory) if not path.is_symlink()]
+    found = [(path, manifest) for path, manifest in committed_deeper_in(directory) if not _is_behind_link(path, directory)]
     if not found:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
+    whole = [(path, manifest) for path, manifest in found if not missing_files(path, manifest)]
     latest = read_latest(directory)
-    held = held_at(directory, [manifest for _, manifest in found[keep:]])
-    return [_choose(path, manifest, number, latest, held, keep, keep_every) for number, (path, manifest) in enumerate(found)]
+    held = held_at(directory, [manifest for _, manifest in whole[keep:]])
+    fates = {path: _fate(manifest, number, held, keep, keep_every) for number, (path, manifest) in enumerate(whole)}
+    named = {path: late_names.name_behind(path.name) or str(path.relative_to(directory)) for path, _ in found}
+    choices = []
+    for path, manifest in found:
+        fate, why = fates.get(path, (HELD, "it is damaged: files are missing, or cut off"))
+        if fate == REMOVED and named[path] == latest:
+            fate, why = HELD, "latest names it"
+        choices.append(Choice(path, manifest.step, manifest.sequence, manifests.bytes_of(manifest), fate, why))
+    return choices
 
 
-def _choose(
-    path: Path, manifest: Manifest, number: int, latest: str | None, held: set[int], keep: int, keep_every: int | None
-) -> Choice:
-    name = late_names.name_behind(path.name) or path.name
+def _is_behind_link(path: Path, directory: Path) -> bool:
+    return path.is_symlink() or (path.parent != directory and path.parent.is_symlink())
+
+
+def _fate(manifest: Manifest, number: int, held: set[int], keep: int, keep_every: int | None) -> tuple[str, str]:
+    """Of one that is whole, and the reason."""
     if number < keep:
-        fate, why = KEPT, f"one of the newest {keep}" if keep > 1 else "the newest"
-    elif keep_every and manifest.step % keep_every == 0:
-        fate, why = KEPT, f"its step is a multiple of {keep_every}"
-    elif manifest.sequence in held:
-        fate, why = HELD, "it is on its way to an object store"
-    elif name == latest:
-        fate, why = HELD, "latest names it"
-    elif manifest.others:
-        fate, why = HELD, "files of others lie in it"
-    else:
-        fate, why = REMOVED, ""
-    return Choice(path, manifest.step, manifest.sequence, manifests.bytes_of(manifest), fate, why)
+        return KEPT, f"one of the newest {keep}" if keep > 1 else "the newest"
+    if keep_every and manifest.step % keep_every == 0:
+        return KEPT, f"its step is a multiple of {keep_every}"
+    if manifest.sequence in held:
+        return HELD, "it is on its way to an object store"
+    if manifest.others:
+        return HELD, "files of others lie in it"
+    return REMOVED, ""
 
 
 def remove(choice: Choice) -> None:
-    """At once no checkpoint any more, whatever becomes of the rest: what is left is removed by the next job, or by repair.
+    """A step is at once no checkpoint any more: what is left is removed by the next job, or by repair.
 
     Raises:
         StorageError: something is left.
@@ -82,11 +93,9 @@ def remove(choice: Choice) -> None:
     if is_step_name(choice.path.name):
         gone = durable.retire_directory(choice.path)
         durable.sync_directory(choice.path.parent)
+        durable.crash_point("removal-begun")
+        durable.remove_tree(gone)
     else:  # whoever cleans up knows no retired bundles
-        gone = choice.path
-        durable.remove_file(gone / manifests.NAME)
-        durable.sync_directory(gone)
-    durable.crash_point("removal-begun")
-    durable.remove_tree(gone)
+        remove_bundle(choice.path)
     if os.path.lexists(choice.path.parent):
         durable.sync_directory(choice.path.parent)

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from ckpt.directory import late_names, publish_lock, sharded_files, unpublished
 from ckpt.directory import manifest as manifests
-from ckpt.directory.bundles import complete, read_latest
+from ckpt.directory.bundles import committed_deeper_in, committed_in, complete, read_latest
 from ckpt.directory.listing import LATEST
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.retention import unnamed_in
@@ -32,10 +32,10 @@ from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.storage import durable, temporary_names
+from ckpt.storage.directory_lock import NAME as LOCK
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.upkeep.census import is_checkpoint
 from ckpt.upkeep.prepared import Prepared, find_prepared
-from ckpt.upkeep.rows import committed_below
 from ckpt.upkeep.verifying import GOOD, judge
 
 FINALISE, NAME, MEND, REMOVE, LEAVE = "finalise", "name", "mend", "remove", "leave"
@@ -68,7 +68,7 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
         raise NotACheckpointError(f"'{directory}' is no directory")
     if os.path.lexists(directory / nodes.NAME):
         raise CheckpointError(f"'{directory}' is that of a run on a node: its drain, and the next job there, look after it")
-    lock = DirectoryLock(directory, refusal=_IN_USE)
+    lock = DirectoryLock(_locked_by(directory), refusal=_IN_USE)
     if not changing:
         lock.expect_free(0.0)
         yield
@@ -82,6 +82,13 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
             yield
     finally:
         lock.release()
+
+
+def _locked_by(directory: Path) -> Path:
+    """Where the job has its lock: above bundles whose names have a slash. Beside these a framework takes it for one."""
+    above = directory.parent
+    inner = not os.path.lexists(directory / LOCK) and os.path.lexists(above / LOCK) and bool(committed_in(directory))
+    return above if inner else directory
 
 
 _IN_USE = "'{directory}' is being written to by {holder}: end that first; a job that saves there removes what others have left"
@@ -115,7 +122,7 @@ class _Plan:
     def make(self) -> list[Action]:
         below = [self._directory / name for name in self._names if (self._directory / name).is_dir()]
         steps = [path for path in below if is_step_name(path.name)]
-        self._committed = {manifest.sequence for _, manifest in committed_below(self._directory)}
+        self._committed = {manifest.sequence for _, manifest in committed_deeper_in(self._directory)}
         for path in steps:
             self._plan_step(path)
         for path in below:

@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.bundles import committed_in
 from ckpt.directory.manifest import Manifest
 from ckpt.storage import temporary_names
 
@@ -79,8 +78,3 @@ def size_below(directory: Path) -> tuple[int, int]:
 def is_hidden(name: str) -> bool:
     """Whether it is no checkpoint's name: of locks, of the drains, of what is on its way out."""
     return name.startswith(".") or temporary_names.is_temporary(name)
-
-
-def committed_below(directory: Path) -> list[tuple[Path, Manifest]]:
-    """Steps and bundles that are committed there, newest first; not what is on its way out, or on its way there."""
-    return [(path, manifest) for path, manifest in committed_in(directory) if not temporary_names.is_temporary(path.name)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import weakref
@@ -68,6 +69,7 @@ class LazyCheckpointIO:
         self._last_failed: BaseException | None = None
         self._swept: set[str] = set()
         self._trainer: Any = None
+        self._ended: tuple[Any, int] | None = None  # a trainer whose training is over, and after how many steps
 
     def __getstate__(self) -> dict[str, Any]:
         """For processes that Lightning spawns. What is in flight stays here."""
@@ -117,7 +119,7 @@ class LazyCheckpointIO:
             CheckpointError: it is damaged; or the newest save to it has failed, and what is there is older.
         """
         own = local_path(path)
-        self.settle()
+        self.settle(own)
         if own is None or not own.is_file() or not is_torch_file(own):
             if own is not None and not own.exists():
                 raise FileNotFoundError(f"Checkpoint file not found: {path}")
@@ -163,11 +165,15 @@ class LazyCheckpointIO:
 
     # ---- for what is replaced in Lightning -------------------------------------------------------------------------
 
-    def begin(self, path: Path, make: Any) -> None:
-        """A save, by whatever makes it; it is waited for unless training goes on behind it."""
+    def begin(self, path: Path, make: Any, failures: tuple[type[CheckpointError], ...] = (StorageError, DeadlineError)) -> None:
+        """A save, by whatever makes it; it is waited for unless training goes on behind it.
+
+        Args:
+            failures: errors of `make` that count as if the save had failed behind the training's back.
+        """
         try:
             pending = self._paths.begin(str(path), make)
-        except (StorageError, DeadlineError) as refused:  # as if it had failed behind the training's back
+        except failures as refused:
             if not self._is_lazy:
                 raise
             logger.error("the save to '%s' could not be begun: %s", path, refused)
@@ -180,10 +186,12 @@ class LazyCheckpointIO:
                 self._last_failed = None
                 raise error
 
-    def settle(self) -> None:
-        """Nothing is under way behind this, and what is loaded may be written to the tensors."""
+    def settle(self, path: Path | None) -> None:
+        """Nothing is under way behind this, and what is loaded, from there, may be written to the tensors."""
         ckpt.fence()
         self._paths.wait()
+        if path is not None and not path.exists():
+            names.remove_abandoned(path.parent)  # a crash may have left it without its name
 
     def finish(self, strategy: Any) -> None:
         """The end of a training without an error, on all ranks: none goes on before the newest save of all of them is durable.
@@ -192,6 +200,13 @@ class LazyCheckpointIO:
             CheckpointError: it is not, on all ranks.
         """
         self._agree(strategy, self._end)
+
+    def note_end(self, trainer: Any) -> None:
+        """Until it takes a step nobody trains behind what it saves, as in on_fit_end(), and nobody waits for it."""
+        self._ended = weakref.ref(trainer), trainer.global_step
+
+    def has_ended(self, trainer: Any) -> bool:
+        return self._ended is not None and self._ended[0]() is trainer and self._ended[1] == trainer.global_step
 
     def settle_together(self, strategy: Any, path: Any) -> None:
         """Before a checkpoint is loaded, on all ranks.
@@ -202,7 +217,7 @@ class LazyCheckpointIO:
         own = local_path(path)
 
         def settled() -> None:
-            self.settle()
+            self.settle(own)
             if own is not None:
                 self.refuse_older(own)
 
@@ -274,7 +289,9 @@ class LazyCheckpointIO:
                 self._make_ready(path)
         hidden = Path(strategy.broadcast(str(names.hidden_directory(path))))
         lazy = False if self._copies else None
-        self.begin(path, lambda: self._sharded.save(state, rest, hidden, path, strategy.global_rank, lazy))
+        # Where one rank cannot begin it, the others hear of a rank that has failed, and all have to go on, or none.
+        make = functools.partial(self._sharded.save, state, rest, hidden, path, strategy.global_rank, lazy)
+        self.begin(path, make, (CheckpointError,))
 
     def exists(self, path: Any) -> bool:
         """As if nothing was under way. Of paths that are not local, False."""

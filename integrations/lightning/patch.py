@@ -95,7 +95,7 @@ def _of_trainers(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
     def trainer_save(stock: Callable[..., Any]) -> Callable[..., Any]:
         def save_checkpoint(self: Any, filepath: Any, *args: Any, **kwargs: Any) -> Any:
             ours = ours_of(self.strategy)
-            if ours is None or not lightning_private.is_fitting(self):
+            if ours is None or not lightning_private.is_fitting(self) or ours.has_ended(self):
                 return stock(self, filepath, *args, **kwargs)
             ours.agree_to_save(self.strategy)
             with ours.training_goes_on(self, copies=writes_in_forward(self.lightning_module)):
@@ -109,6 +109,8 @@ def _of_trainers(ours_of: Callable[[Any], Any]) -> dict[str, Replacement]:
             if ours is not None and lightning_private.is_running(self):  # no error is on its way
                 ours.finish(self.strategy)
             stock(self)
+            if ours is not None:
+                ours.note_end(self)
 
         return teardown
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import logging
@@ -142,6 +143,11 @@ class LazyCheckpointManager(CheckpointManager):
                 return self._saves.save(path, states)
             except UnsupportedError as error:
                 logger.warning("torch.distributed.checkpoint plans the save to '%s': %s", path, error)
+            except CheckpointError as refused:  # on all ranks: as if it had failed behind the training's back
+                logger.error("the save to '%s' could not be begun: %s", path, refused)
+                failed: concurrent.futures.Future[Path] = concurrent.futures.Future()
+                failed.set_exception(refused.with_traceback(None))
+                return failed
         return dcp.async_save(states, checkpoint_id=path).upload_completion
 
     def _from_all_ranks(self, state: dict[str, Any]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class TrainerSave:
         self.bundle = bundle
         self.final = final
         self._rotations: list[Rotation] = []  # that the Trainer wants
-        self._before = _names_in(final)
+        self._before = self._names_there()
         self._leads = leads
         self._pending: ckpt.PendingSave | None = None
 
@@ -94,7 +94,7 @@ class TrainerSave:
 
     def _refuse_strangers(self) -> None:
         """What somebody has written to the checkpoint's own name meanwhile would go when this one gets that."""
-        strangers = sorted(_names_in(self.final) - self._before)
+        strangers = sorted(self._names_there() - self._before)
         if strangers:
             self.bundle.fail(
                 ckpt.CheckpointError(
@@ -103,6 +103,17 @@ class TrainerSave:
                     "_save_checkpoint() and writes more there derives from LazyTrainer or from a class with LazyCheckpointMixin"
                 )
             )
+
+    def _names_there(self) -> set[str]:
+        """Under the checkpoint's own name. What cannot be listed fails the save, on all ranks: they wait for this one."""
+        try:
+            return {*os.listdir(self.final)}
+        except FileNotFoundError:
+            return set()
+        except OSError as error:
+            text = f"what lies in '{self.final}', where a checkpoint is to be, cannot be listed: {error.strerror}"
+            self.bundle.fail(ckpt.CheckpointError(text))
+            return set()
 
     def _keep_what_was_there(self) -> None:
         """What had the name before goes; but what is no checkpoint was put there to become part of this one."""
@@ -238,10 +249,3 @@ class TrainerSaves:
             concurrent.futures.wait(self._rotations)
             if sharded is not None:
                 sharded.close()
-
-
-def _names_in(directory: Path) -> set[str]:
-    try:
-        return {*os.listdir(directory)}
-    except FileNotFoundError:
-        return set()

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Shell, in_use, save_steps, state, step_in
 from object_server import ObjectServer, options_for
 from places import PYTHONPATH
@@ -17,6 +18,7 @@ from support import assert_same, options, patience
 from test_verify import flip, place_of
 
 import ckpt
+from ckpt.dcp import DcpCheckpointer
 
 
 def assert_arrived(directory: Path, *steps: int) -> None:
@@ -89,6 +91,31 @@ def test_bundles(shell: Shell, tmp_path: Path) -> None:
     for number in range(2):
         assert ckpt.load(tmp_path / "t" / f"global_step{number}" / "a.pt") == {"w": number}
     assert shell("verify", tmp_path / "t").code == shell("repair", tmp_path / "t").code == 0
+
+
+def test_what_others_have_put_into_a_bundle_goes_with_it(shell: Shell, tmp_path: Path) -> None:
+    """As a framework does: its own files, links, and directories, of which one is a sharded state with a manifest."""
+    saved = tmp_path / "s" / "checkpoint-1"
+    with ckpt.BundleCheckpointer(options=options()) as bundles, DcpCheckpointer(options=options()) as shards:
+        bundle = bundles.begin(tmp_path / "s", saved.name, step=1)
+        bundle.save({"w": 1}, saved / "optimizer.pt")
+        bundle.follow(shards.save(saved / "model_0", {"w": torch.arange(3.0)}))
+        (saved / "trainer_state.json").write_text("{}")
+        (saved / "notes" / "more").mkdir(parents=True)
+        (saved / "notes" / "more" / "a.txt").write_text("a")
+        (saved / "newest.txt").symlink_to("notes/more/a.txt")
+        bundle.commit().result()
+    names = sorted(str(path.relative_to(saved)) for path in saved.rglob("*") if path.name != ".lock")
+    assert shell("copy", tmp_path / "s", tmp_path / "t").code == 0
+    copied = tmp_path / "t" / "checkpoint-1"
+    assert sorted(str(path.relative_to(copied)) for path in copied.rglob("*")) == names
+    assert (copied / "newest.txt").is_symlink() and (copied / "newest.txt").read_text() == "a"
+    assert shell("verify", copied / "model_0").code == 0
+    (data,) = (saved / "model_0").glob("*.distcp")
+    flip(data, 100)
+    said = shell("copy", tmp_path / "s", tmp_path / "u")
+    assert said.code == 5 and "is damaged, and was not copied" in said.out
+    assert not (tmp_path / "u" / "checkpoint-1").exists()
 
 
 def test_from_an_object_store(

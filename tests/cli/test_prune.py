@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import torch
 from command_line import Shell, in_use, save_steps, step_in
-from support import options
+from places import PYTHONPATH
+from support import options, patience
 
 import ckpt
 from ckpt.directory.holds import FOLDER, NAME
+from ckpt.errors import CorruptError
 
 
 def names(directory: Path) -> list[int]:
@@ -62,6 +68,53 @@ def test_bundles(shell: Shell, tmp_path: Path) -> None:
     document = shell.json("prune", tmp_path, "--keep", "1", "--yes")
     assert [each["fate"] for each in document["checkpoints"]] == ["keep", "held", "remove"]
     assert sorted(path.name for path in tmp_path.glob("global*")) == ["global_step1", "global_step2"]
+
+
+def test_what_has_lost_files_is_none_of_the_newest(shell: Shell, home: Path) -> None:
+    """All that is left may be older."""
+    (file,) = step_in(home, 3).glob("*.pt")
+    file.write_bytes(file.read_bytes()[:-1])
+    document = shell.json("prune", home, "--keep", "1", "--yes")
+    assert [(each["step"], each["fate"]) for each in document["checkpoints"]] == [(3, "held"), (2, "keep"), (1, "remove")]
+    assert names(home) == [2, 3]
+
+
+def save_numbered(directory: Path, *numbers: int) -> None:
+    """One job, that names them as accelerate does."""
+    with ckpt.BundleCheckpointer(options=options()) as bundles:
+        for number in numbers:
+            bundle = bundles.begin(directory, f"checkpoints/checkpoint_{number}", step=number, named_last=True)
+            bundle.save({"w": torch.zeros(2)}, bundle.directory / "a.pt")
+            bundle.commit().result()
+
+
+def test_bundles_whose_names_have_a_slash(shell: Shell, tmp_path: Path) -> None:
+    """Of two jobs; the lock lies above them."""
+    save_numbered(tmp_path, 0, 1, 2)
+    save_numbered(tmp_path, 3)
+    listed = [row["name"] for row in shell.json("list", tmp_path)["checkpoints"]]
+    assert listed == [f"checkpoints/checkpoint_{number}" for number in (3, 2, 1, 0)]
+    folder = tmp_path / "checkpoints"
+    with in_use(tmp_path):
+        assert shell("prune", folder, "--keep", "1", "--yes").code == shell("repair", folder, "--yes").code == 4
+    assert shell("copy", tmp_path, tmp_path / "copied").code == 0
+    assert shell.json("list", tmp_path / "copied")["checkpoints"] == shell.json("list", tmp_path)["checkpoints"]
+    assert shell("prune", folder, "--keep", "3", "--yes").code == 0
+    assert sorted(path.name for path in folder.iterdir()) == [f"checkpoint_{number}" for number in (1, 2, 3)]
+    document = shell.json("prune", tmp_path, "--keep", "1", "--yes")
+    assert [(each["step"], each["fate"]) for each in document["checkpoints"]] == [(3, "keep"), (2, "remove"), (1, "remove")]
+
+
+@pytest.mark.usefixtures("native")
+def test_a_bundle_whose_removal_was_interrupted_is_damaged(shell: Shell, tmp_path: Path) -> None:
+    """And not taken for one that was saved without this library, and is whole."""
+    save_numbered(tmp_path, 0, 1, 2)
+    program = "from ckpt import _native; from ckpt.cli.main import main; _native.set_crash_point('removal-begun', 0); main()"
+    words = [sys.executable, "-c", program, "prune", str(tmp_path), "--keep", "2", "--yes"]
+    done = subprocess.run(words, env={"PYTHONPATH": PYTHONPATH}, timeout=patience(60))
+    assert done.returncode == -signal.SIGKILL
+    with ckpt.BundleCheckpointer(options=options()) as bundles, pytest.raises(CorruptError):
+        bundles.find(tmp_path, "checkpoints/checkpoint_0")
 
 
 def test_who_may_not_and_how_not(shell: Shell, home: Path, tmp_path: Path) -> None:

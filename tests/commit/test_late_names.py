@@ -220,6 +220,18 @@ def test_what_was_saved_by_others_meanwhile_is_left_alone(nursery: Nursery, tmp_
     assert [path.name for path in tmp_path.rglob(".*") if path.name not in LOCKS] == []
 
 
+def test_the_old_one_does_not_come_back_whatever_the_clock_says(nursery: Nursery, tmp_path: Path) -> None:
+    """A crash came when the two had changed places; then somebody has copied the directory, the old one last."""
+    child = nursery.start(f"import test_late_names as t; t.save_until_killed({str(tmp_path)!r}, 'bundle-exchanged', 'a')")
+    assert child.wait().returncode == -signal.SIGKILL
+    later = (tmp_path / "a" / "manifest.json").stat().st_mtime_ns + 10**9
+    os.utime(late_names.partial_of(tmp_path, "a") / "manifest.json", ns=(later, later))
+    with ckpt.BundleCheckpointer(options=options(**PATIENT), coordinator="local") as saver:
+        assert saver.find(tmp_path, "a") == "a"
+    assert_same(content(0, 2.0), torch.load(tmp_path / "a" / "x.pt"))
+    assert [path.name for path in tmp_path.rglob(".*") if path.name not in LOCKS] == []
+
+
 def look_until_told(root: str) -> None:
     """In a process of its own: asks for the bundle again and again, and gives it its name if it comes to that."""
     with ckpt.BundleCheckpointer(coordinator="local") as saver:

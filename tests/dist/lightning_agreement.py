@@ -83,7 +83,7 @@ def fails(directory: Path, kind: str, part: str, seen: dict[str, Any]) -> None:
     path = directory / f"{kind}.ckpt"
 
     def strategy() -> Any:
-        return "ddp" if kind == "ddp" else ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+        return "ddp" if kind == "ddp" else by_parts()
 
     def once(made: pl.Trainer, plugin: LazyCheckpointIO, step: int) -> None:
         if step == 2:
@@ -102,6 +102,23 @@ def fails(directory: Path, kind: str, part: str, seen: dict[str, Any]) -> None:
     seen[f"{kind} too many"] = fit(directory, strategy(), always, 4, max_failed_saves=2)
 
 
+def refused(directory: Path, seen: dict[str, Any]) -> None:
+    """Rank 0 cannot even begin the first save: all of them go on to the next."""
+
+    def act(made: pl.Trainer, plugin: LazyCheckpointIO, step: int) -> None:
+        if RANK == 0 and step == 1:
+            native.set_fault("mkdir", path_part="refused.ckpt", error=errno.ENOSPC)
+        made.save_checkpoint(directory / "refused.ckpt")
+        native.clear_faults()
+
+    seen["refused end"] = fit(directory, by_parts(), act, 2)
+    seen["refused step"] = torch.load(directory / "refused.ckpt" / "meta.pt", weights_only=False)["global_step"]
+
+
+def by_parts() -> Any:
+    return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     directory = Path(sys.argv[1])
@@ -109,6 +126,7 @@ def main() -> None:
     late(directory, seen)
     fails(directory, "ddp", "", seen)
     fails(directory, "sharded", "meta.pt", seen)
+    refused(directory, seen)
     (directory / f"seen.{RANK}").write_text(json.dumps(seen))
 
 

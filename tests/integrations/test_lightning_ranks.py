@@ -133,6 +133,7 @@ def test_all_ranks_learn_what_rank_0_knows_of_its_saves(tmp_path: Path) -> None:
     for rank in range(2):
         seen = json.loads((tmp_path / f"seen.{rank}").read_text())
         assert (seen["loads"], seen["reads"]) == (2, 3)
+        assert (seen["refused end"], seen["refused step"]) == ("", 2)
         for kind in ("ddp", "sharded"):
             assert seen[f"{kind} load"] == "CheckpointError"
             assert seen[f"{kind} end"] in ("StorageError", "CheckpointError")

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, options
+from support import DEADLINE_S, assert_same, options
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
@@ -97,3 +97,29 @@ def test_a_forward_that_writes_between_two_steps_finds_nothing_in_flight(tmp_pat
     trainer(tmp_path, LazyCheckpointIO(options()), steps=2, **more).fit(Rows(), batches(6))
     for step, state in expected.items():
         assert_same(dict(torch.load(tmp_path / f"{step}.ckpt", weights_only=False)["state_dict"]), state)
+
+
+def test_what_is_saved_as_fit_ends_is_there_when_the_call_returns(tmp_path: Path, native: Any) -> None:
+    """Nobody waits for it then; in the next training of the same trainer somebody does again."""
+    there: list[bool] = []
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            native.set_fault("fdatasync", delay_s=DEADLINE_S)
+            self._save(trainer, f"{trainer.global_step}.ckpt")
+            native.clear_faults()
+
+        def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+            native.set_fault("fdatasync", delay_s=0.2)
+            self._save(trainer, "end.ckpt")
+
+        def _save(self, trainer: Any, name: str) -> None:
+            trainer.save_checkpoint(tmp_path / name)
+            there.append((tmp_path / name).exists())
+
+    made = trainer(tmp_path / "fit", LazyCheckpointIO(options()), steps=1, callbacks=[Saves()], enable_checkpointing=True)
+    made.fit(Model(), batches(2))
+    assert there == [False, True]
+    made.fit_loop.epoch_loop.max_steps = 2
+    made.fit(Model(), batches(2))
+    assert there == [False, True, False, True]

@@ -43,7 +43,7 @@ def steps_in(directory: Path) -> set[str]:
     return {path.name for path in (directory / "checkpoint").iterdir()}
 
 
-@pytest.mark.parametrize("first", ["stock", "lazy"])
+@pytest.mark.parametrize("first", [pytest.param("stock", marks=pytest.mark.slow), "lazy"])
 def test_either_resumes_from_what_the_other_has_saved(first: str, tmp_path: Path) -> None:
     whole = Training(tmp_path / "whole")
     whole.train(5)
@@ -55,7 +55,9 @@ def test_either_resumes_from_what_the_other_has_saved(first: str, tmp_path: Path
     assert begun == [4, 5] and second.digest() == whole.digest()
 
 
-@pytest.mark.parametrize("mode", ["async", "async_with_pinned_mem", "disabled"])
+@pytest.mark.parametrize(
+    "mode", ["async", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("async_with_pinned_mem", "disabled"))]
+)
 def test_the_newest_are_kept_and_each_is_of_its_step(mode: str, tmp_path: Path, native: Any) -> None:
     """Bytes leave late: what is written without a fence would be found in them."""
     native.set_fault("pwritev", delay_s=0.02)
@@ -108,6 +110,12 @@ def test_a_failed_save_is_no_checkpoint_and_too_many_end_the_training(tmp_path: 
     assert Training(tmp_path).checkpointer.load() is False
 
 
+def test_a_save_that_cannot_even_be_begun_is_a_failed_one(tmp_path: Path, native: Any) -> None:
+    native.set_fault("mkdir", path_part="step-2", error=errno.ENOSPC)
+    Training(tmp_path).train(3)
+    assert steps_in(tmp_path) == {"step-1", "step-3"}
+
+
 def test_damage_is_found(tmp_path: Path) -> None:
     Training(tmp_path).train(1)
     (path,) = tmp_path.glob("checkpoint/step-1/*.distcp")
@@ -146,6 +154,7 @@ def start(where: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_killed_and_resumed(tmp_path: Path) -> None:
     launcher = start(tmp_path)
     try:

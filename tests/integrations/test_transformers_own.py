@@ -38,6 +38,19 @@ def test_a_file_that_an_override_writes_again_is_not_lost_silently(tmp_path: Pat
     assert "checkpoint-1" not in names_in(tmp_path)
 
 
+class LeavesAFile(LazyTrainer):
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        Path(self.args.output_dir, "checkpoint-1").write_text("mine")
+
+
+def test_what_cannot_be_listed_fails_the_save_and_not_the_training(tmp_path: Path) -> None:
+    trainer = build(tmp_path, LeavesAFile, **ONCE)
+    with pytest.raises(ckpt.CheckpointError, match="checkpoint-1', where a checkpoint is to be, cannot be listed: Not a dir"):
+        trainer.train()
+    assert trainer.state.global_step == 1 and (tmp_path / "checkpoint-1").read_text() == "mine"
+
+
 class WritesBefore(LazyTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         place = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"

@@ -102,3 +102,32 @@ def test_what_a_killed_process_has_left_is_removed_and_nothing_else(tmp_path: Pa
     names.remove_abandoned(tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {own.name, "other"}
     names.remove_abandoned(tmp_path / "not there")
+
+
+REPLACE = """
+import os, sys
+from pathlib import Path
+from ckpt import names
+from ckpt.storage import exchange
+final = Path(sys.argv[1])
+hidden = names.hidden_directory(final)
+hidden.mkdir()
+exchange._renameat2 = lambda: None
+rename = exchange.durable.give_name
+exchange.durable.give_name = lambda one, other: os._exit(0) if other == final else rename(one, other)
+names.name_directory(hidden, final)
+"""
+
+
+def test_what_had_the_name_gets_it_back_if_nothing_took_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill came between the two renames of a file system that cannot exchange names; or the second one has failed."""
+    final = make(tmp_path / "saved", "old")
+    command = [sys.executable, "-c", REPLACE, str(final)]
+    subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": PYTHONPATH})
+    assert not final.exists() and len(list(tmp_path.iterdir())) == 2
+    names.remove_abandoned(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"] and (final / "file").read_text() == "old"
+    monkeypatch.setattr(exchange, "_renameat2", lambda: None)
+    with pytest.raises(StorageError):
+        names.name_directory(make(tmp_path / "new", "new") / "not there", final)
+    assert (final / "file").read_text() == "old"
