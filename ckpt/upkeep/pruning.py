@@ -10,6 +10,7 @@ from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import read_latest
 from ckpt.directory.holds import held_at
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import NotACheckpointError
@@ -35,12 +36,11 @@ class Choice:
     why: str
 
 
-def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
+def choose(directory: Path, keeping: Keeping) -> list[Choice]:
     """What would become of each checkpoint, newest first. Damaged ones and what is no checkpoint are nobody's to remove here.
 
     Args:
-        keep: how many of the newest stay, at least 1.
-        keep_every: those whose step is a multiple of it stay, too.
+        keeping: which stay.
 
     Raises:
         NotACheckpointError: there is none.
@@ -50,18 +50,15 @@ def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
     if not found:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
     latest = read_latest(directory)
-    held = held_at(directory, [manifest for _, manifest in found[keep:]])
-    return [_choose(path, manifest, number, latest, held, keep, keep_every) for number, (path, manifest) in enumerate(found)]
+    held = held_at(directory, [manifest for _, manifest in found[keeping.newest :]])
+    reasons = keeping.reasons([manifest for _, manifest in found])
+    return [_choose(path, manifest, latest, held, reason) for (path, manifest), reason in zip(found, reasons, strict=True)]
 
 
-def _choose(
-    path: Path, manifest: Manifest, number: int, latest: str | None, held: set[int], keep: int, keep_every: int | None
-) -> Choice:
+def _choose(path: Path, manifest: Manifest, latest: str | None, held: set[int], reason: str) -> Choice:
     name = late_names.name_behind(path.name) or path.name
-    if number < keep:
-        fate, why = KEPT, f"one of the newest {keep}" if keep > 1 else "the newest"
-    elif keep_every and manifest.step % keep_every == 0:
-        fate, why = KEPT, f"its step is a multiple of {keep_every}"
+    if reason:
+        fate, why = KEPT, reason
     elif manifest.sequence in held:
         fate, why = HELD, "it is on its way to an object store"
     elif name == latest:
