@@ -285,7 +285,9 @@ def test_targets_that_a_checkpoint_has_nothing_for(tmp_path: Path) -> None:
         ):
             checkpointer.restore(into=target, replicated_into=zeros_like(target))
         checkpointer.save(2, replicated=common(2)).result(DEADLINE_S)
-        with pytest.raises(CheckpointError, match="has nothing for into= on rank 0; it has a replicated state"):
+        with pytest.raises(
+            CheckpointError, match="has nothing for into= on rank 0; it has a replicated state, which replicated_into= takes"
+        ):
             checkpointer.restore(into=target, replicated_into=zeros_like(target))
         with pytest.raises(ValueError, match="into= or merge=, not both"):
             checkpointer.restore(into=target, merge=lambda states: states[0])
