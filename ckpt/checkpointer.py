@@ -90,6 +90,21 @@ class Checkpointer(SaveSession):
         CheckpointError: the coordinator cannot work here, or not all ranks came.
 
     A context manager: leaving the block drains what is in flight. Methods may be called from any one thread at a time.
+
+    **Restoring into what is there** (`into=`, `replicated_into=` of restore()) makes no second copy of the state: files are
+    read into the target while they are verified, as load_into() does it, and it stands in the result. Records that need a
+    temporary there, as for tensors that are strided otherwise, are read a second time for it. All that is in flight is fenced
+    before. If a checkpoint fails, the next older one fills the target again; so if none is good, or a rank does not answer,
+    the target may hold parts of any of them. A target may also be a function that lends memory: it is called with what the
+    file holds, whose tensors have no contents yet, and returns a dict of tensors by their paths in that, such as ("model",
+    "weight"). Those that are laid out as in the file are filled and stand in the result; all else is loaded as without a
+    target. It may be called for several checkpoints, one after the other.
+
+    **Going back** (`step=` of restore()) takes that step, from the nearest place where it is good. Who saves on from there
+    begins a new line: the next save is the newest checkpoint, whatever its step. Newer ones stay beside it until their steps
+    are saved again or `keep` no longer wants them, since they were committed before; a warning names them. As long as nothing
+    has been saved, restore() without `step` takes the newest of them. The step itself stays at home beside what `keep` wants,
+    as long as this Checkpointer lives.
     """
 
     def __init__(
@@ -372,28 +387,15 @@ class Checkpointer(SaveSession):
         in flight. Another job may save into the directory meanwhile: a checkpoint that it removes while it is being read is
         not damaged, and the newest of what is there then comes next.
 
-        With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
-        verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors that
-        are strided otherwise, are read a second time for it. All that is in flight is fenced before. If a checkpoint fails, the
-        next older one fills the target again; so if none is good, or a rank does not answer, the target may hold parts of any
-        of them.
-
         Args:
-            step: that one and no other, from the nearest place where it is good. Who saves on from there begins a new line: the
-                next save is the newest checkpoint, whatever its step. Newer ones stay beside it until `keep` no longer wants
-                them (they were committed before) or their steps are saved again, and a warning names them; as long as nothing
-                has been saved, restore() without `step` takes the newest of them. The step itself stays at home beside what
-                `keep` wants, as long as this Checkpointer lives. The same on all ranks.
+            step: that one and no other, see above. The same on all ranks.
             map_location, weights_only: as in `torch.load`. What has a target stays on the target's devices.
             merge: called if the checkpoint was saved by another number of ranks than there are now, with what each of those
                 gave for itself, in the order of ranks; returns this rank's state. Not needed if all was replicated.
-            into: what this rank's own state is to be loaded into, a target as for load_into(): nested dicts, lists and tuples
-                of tensors, modules and optimizers. Not with `merge`.
+            into: what this rank's own state is to be loaded into, see above; a target as for load_into(): nested dicts, lists
+                and tuples of tensors, modules and optimizers. Not with `merge`.
             replicated_into: the same for what was saved as replicated.
-                Either may also be a function that lends memory: it is called with what the file holds, whose tensors have no
-                contents yet, and returns a dict of tensors by their paths in that, such as ("model", "weight"). Those that
-                are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
-                may be called for several checkpoints, one after the other.
+                Either may also be a function that lends memory, see above.
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
                 and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
                 by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
@@ -425,19 +427,23 @@ class Checkpointer(SaveSession):
             ValueError: into and merge are both given, or step and fresh.
         """
         self._check_usable()
-        one = None if step is None else OneStep(step, self.directory)
-        if one is not None and fresh:
-            raise ValueError(
-                "restore() takes step= or fresh=, not both: the one asks for what is there, the other does without"
-            )
+        one = self._choose_step(step, fresh)
         self._restorer.begin()
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
         request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one)
         found = self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
         if one is not None:
-            self._directories.pin(self._restorer.taken)
-            self._levels.pin(self._restorer.taken)
+            self._pin(self._restorer.taken)
         return found
+
+    def _choose_step(self, step: int | None, fresh: bool) -> OneStep | None:
+        if step is not None and fresh:
+            raise ValueError("restore() takes step= or fresh=, not both: the former asks for a step, the latter needs none")
+        return None if step is None else OneStep(step, self.directory)
+
+    def _pin(self, sequence: int) -> None:
+        self._directories.pin(sequence)
+        self._levels.pin(sequence)
 
     def _tell_if_tiers_are_left_out(self) -> None:
         if self._nodes is None and self.rank == 0 and is_home(self.directory):
