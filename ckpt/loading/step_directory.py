@@ -22,13 +22,21 @@ _MOST_LOOKS = 10  # at a directory where a living job removes what is being read
 
 
 def holds_steps(path: Path) -> bool:
-    """Whether it is the directory of a step, or of steps; not of a bundle, whose files have names of their own."""
+    """Whether it is the directory of a step, or of steps.
+
+    Not of a bundle, whose files have names of their own, nor if all that is there is sharded, which no file has as a whole.
+    """
     if not path.is_dir():
         return False
     manifest = manifests.read_if_any(path)
     if manifest is not None:
-        return all(stem_of(file.name) is not None for file in manifest.files) and bool(_own(manifest) or _common(manifest))
-    return is_step_name(path.name) or any(is_step_name(name) for name in names_in(path))
+        return all(stem_of(file.name) is not None for file in manifest.files) and _has_whole_files(manifest)
+    if is_step_name(path.name):
+        return True
+    if not any(map(is_step_name, names_in(path))):
+        return False
+    steps = find_steps(path).checkpoints
+    return not steps or any(_has_whole_files(manifest) for _, manifest in steps)
 
 
 def compare(path: Path, file: FileEntry, size: int, crc: int | None) -> None:
@@ -100,6 +108,10 @@ def _load_newest(root: Path, load_step: Callable[[Path, Manifest], Any]) -> Any:
     )
 
 
+def _has_whole_files(manifest: Manifest) -> bool:
+    return bool(_own(manifest) or _common(manifest))
+
+
 def _own(manifest: Manifest) -> list[FileEntry]:
     return sorted((file for file in manifest.files if file.kind == RANK), key=lambda file: file.rank)
 
@@ -112,10 +124,10 @@ def _choose(directory: Path, manifest: Manifest, rank: int | None) -> list[FileE
     """The files that make what is wanted."""
     own, common = _own(manifest), _common(manifest)
     if any(file.kind not in (RANK, REPLICATED) for file in manifest.files):
-        what = "a sharded state, which is left out: restore(sharded_into=) reads it, and `ckpt export` writes it as a file"
+        what = "restore(sharded_into=) of a Checkpointer reads that, and `ckpt export` writes it as a file"
         if not own and not common:
-            raise CheckpointError(f"'{directory}' has nothing but {what}")
-        logger.warning("'%s' has %s", directory, what)
+            raise CheckpointError(f"'{directory}' has nothing but a sharded state: {what}")
+        logger.warning("'%s' is loaded without its sharded state: %s", directory, what)
     if rank is not None:
         if not 0 <= rank < manifest.world_size:
             raise CheckpointError(f"'{directory}' has no state of rank {rank}: it was saved by {manifest.world_size} ranks")

@@ -125,6 +125,15 @@ def test_of_ranks_that_have_nothing_in_common_none_is_chosen_silently(tmp_path: 
     assert ckpt.load(step, rank=1) == {"rank": 1}
 
 
+def test_what_is_sharded_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    step = save(tmp_path, 1, {"epoch": 1}, sharded={"a": torch.ones(3)})
+    assert ckpt.load(step) == ckpt.load(tmp_path) == {"epoch": 1}
+    assert "is loaded without its sharded state: restore(sharded_into=)" in caplog.text
+    save(tmp_path, 2, sharded={"a": torch.ones(3)})
+    with pytest.raises(ckpt.CheckpointError, match=r"000002' has nothing but a sharded state: restore\(sharded_into=\)"):
+        ckpt.load(tmp_path)
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     step = save(tmp_path, 1, weights(1))
     with pytest.raises(ValueError, match="rank= is for the directory of a step"):

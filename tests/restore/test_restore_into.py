@@ -239,7 +239,7 @@ def test_a_cause_that_several_have_in_common_is_told_once(tmp_path: Path) -> Non
     for error in errors:
         assert isinstance(error, CorruptError)
         assert str(error).count("replicated.pt") == 1 and "ranks 0, 1: " in str(error)
-        assert str(error).endswith("(so it is with step-000000000001)")
+        assert "(so it is with step-000000000001). `ckpt list" in str(error)
 
 
 # ---- misfits ---------------------------------------------------------------------------------------------------------
