@@ -12,8 +12,8 @@
 save() returns in milliseconds. The bytes leave in the background, straight from the tensors, until the next optimizer step,
 which waits just for what has not left yet. Files are ordinary torch files.
 
-For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path, target)`. Errors are in `ckpt.errors`; all
-derive from CheckpointError.
+For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path, target)`. Errors are described in
+`ckpt.errors`, and are here, too, as `ckpt.CorruptError` is; all derive from CheckpointError.
 """
 
 import importlib
@@ -27,7 +27,25 @@ if TYPE_CHECKING:
     from ckpt.bundles import BundleCheckpointer
     from ckpt.checkpointer import Checkpointer
     from ckpt.device_check import check_devices
-    from ckpt.errors import CheckpointError
+    from ckpt.errors import (
+        CancelledError,
+        CaptureError,
+        CheckpointError,
+        ClosedError,
+        CorruptError,
+        DeadlineError,
+        DeviceError,
+        FailedSavesError,
+        ForkedError,
+        InUseError,
+        MismatchError,
+        NotACheckpointError,
+        PeerError,
+        SkippedError,
+        StorageError,
+        SupersededError,
+        UnsupportedError,
+    )
     from ckpt.fence import fence
     from ckpt.loading.load import load
     from ckpt.loading.load_into import load_into
@@ -40,12 +58,28 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BundleCheckpointer",
+    "CancelledError",
+    "CaptureError",
     "CheckpointError",
     "Checkpointer",
+    "ClosedError",
+    "CorruptError",
+    "DeadlineError",
+    "DeviceError",
+    "FailedSavesError",
+    "ForkedError",
+    "InUseError",
+    "MismatchError",
+    "NotACheckpointError",
     "Options",
+    "PeerError",
     "PendingSave",
     "SaveStats",
+    "SkippedError",
+    "StorageError",
+    "SupersededError",
     "Tier",
+    "UnsupportedError",
     "check_devices",
     "fence",
     "load",
@@ -56,7 +90,7 @@ __all__ = [
 # Imported when they are first asked for: what needs no torch, as the drain, is not to wait for it.
 _HOMES = {
     "BundleCheckpointer": "ckpt.bundles",
-    "CheckpointError": "ckpt.errors",
+    **dict.fromkeys([name for name in __all__ if name.endswith("Error")], "ckpt.errors"),
     "Checkpointer": "ckpt.checkpointer",
     "Options": "ckpt.options",
     "PendingSave": "ckpt.saving.pending",

@@ -8,7 +8,7 @@ import itertools
 import json
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,9 @@ from ckpt.commit.layout_exchange import LayoutExchange
 from ckpt.commit.node_target import NodeStepTarget
 from ckpt.commit.publication import Publication
 from ckpt.commit.step_target import StepTarget
-from ckpt.commit.target import SaveCall, SavedFile
+from ckpt.commit.target import SaveCall
 from ckpt.coordinator import Coordinator, make_coordinator
-from ckpt.directory import sharded_files, step_names
+from ckpt.directory.keeping import Keeping, checked_metrics
 from ckpt.directory.manifest import RANK, REPLICATED, SHARDED, SHARDED_METADATA
 from ckpt.directory.publish_lock import is_home
 from ckpt.directory.step_names import step_name
@@ -36,9 +36,9 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
+from ckpt.restore.one_step import OneStep
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
-from ckpt.saving.file_in_flight import FileInFlight, WriteShare
 from ckpt.saving.notices import note_shards
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
@@ -51,6 +51,7 @@ from ckpt.storage import durable, temporary_names
 from ckpt.tiers.entering import NodeEntry
 from ckpt.tiers.levels import make_levels
 from ckpt.tiers.node_level import Route, name_run
+from ckpt.tiers.step_files import StepFiles
 from ckpt.tiers.tier import NODE, Tier, check_place, sort_tiers
 
 _tokens = itertools.count()
@@ -67,6 +68,9 @@ class Checkpointer(SaveSession):
         directory: where the step directories go; seen by all ranks. The first save makes it if it is missing. One job at a
             time may save into it.
         keep: how many committed steps to keep, newest first; None keeps all. The newest good one always stays.
+        keep_every: steps that are multiples of it stay, too, for ever; default none.
+        keep_best, best_by, best_mode: how many of the best stay, too, and by which of the `metrics` of save(): the lowest
+            ("min") or the highest ("max"). Steps that were saved without metrics are not among them. Default none.
         options: see Options.
         coordinator: by what the ranks agree: "torch" (the store of torch.distributed), "mpi", "file" (messages in the
             directory), "local" (one process), or "auto", which takes the first of "torch", "mpi", "file" that fits how the job
@@ -81,10 +85,26 @@ class Checkpointer(SaveSession):
     Raises:
         StorageError: the directory cannot be made or entered, as far as can be seen without making it; says what is in the
             way.
-        ValueError: keep is less than 1, there is no such coordinator, or tiers are none that a Checkpointer can have.
+        ValueError: keep, keep_every or keep_best is less than 1, keep_best and best_by are not both given, there is no such
+            coordinator, or tiers are none that a Checkpointer can have.
         CheckpointError: the coordinator cannot work here, or not all ranks came.
 
     A context manager: leaving the block drains what is in flight. Methods may be called from any one thread at a time.
+
+    **Restoring into what is there** (`into=`, `replicated_into=` of restore()) makes no second copy of the state: files are
+    read into the target while they are verified, as load_into() does it, and it stands in the result. Records that need a
+    temporary there, as for tensors that are strided otherwise, are read a second time for it. All that is in flight is fenced
+    before. If a checkpoint fails, the next older one fills the target again; so if none is good, or a rank does not answer,
+    the target may hold parts of any of them. A target may also be a function that lends memory: it is called with what the
+    file holds, whose tensors have no contents yet, and returns a dict of tensors by their paths in that, such as ("model",
+    "weight"). Those that are laid out as in the file are filled and stand in the result; all else is loaded as without a
+    target. It may be called for several checkpoints, one after the other.
+
+    **Going back** (`step=` of restore()) takes that step, from the nearest place where it is good. Who saves on from there
+    begins a new line: the next save is the newest checkpoint, whatever its step. Newer ones stay beside it until their steps
+    are saved again or `keep` no longer wants them, since they were committed before; a warning names them. As long as nothing
+    has been saved, restore() without `step` takes the newest of them. The step itself stays at home beside what `keep` wants,
+    as long as this Checkpointer lives.
     """
 
     def __init__(
@@ -92,13 +112,16 @@ class Checkpointer(SaveSession):
         directory: str | os.PathLike[str],
         *,
         keep: int | None = 3,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        best_by: str | None = None,
+        best_mode: str = "min",
         options: Options | None = None,
         coordinator: str | Coordinator = "auto",
         metrics: Iterable[MetricsSink] = (),
         tiers: Sequence[Tier] = (),
     ) -> None:
-        if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
-            raise ValueError(f"keep must be at least 1, or None to keep all, but is {keep!r}")
+        self._keeping = Keeping(keep, keep_every, keep_best, "" if best_by is None else best_by, best_mode)
         self.directory = Path(os.path.abspath(os.fspath(directory)))
         sorted_tiers = sort_tiers(tiers)
         if sorted_tiers.node is not None:
@@ -108,19 +131,21 @@ class Checkpointer(SaveSession):
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
         self._directories = StepDirectories(
-            self.directory, keep, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
+            self.directory, self._keeping, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
         )
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
         collective = self.options.replicated_readers == "all"
-        self._levels = make_levels(sorted_tiers, self._directories, made, self._stream, keep, self.options)
+        self._levels = make_levels(sorted_tiers, self._directories, made, self._stream, self._keeping, self.options)
         self._nodes = self._levels.nodes
         weakref.finalize(self, self._levels.close).atexit = False
         both = self._levels.nearby, self._levels.copies
         self._restorer = Restorer(self._directories, self.rank, self.world_size, vote, collective, *both)
         self._entries = EntryFinder(self.rank, self.world_size)
-        self._sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
+        sharded_format = DcpFile(ShardedPlanner(self._entries, self.rank, self.world_size))
+        one_writer = self.options.replicated_writers == "rank0"
+        self._files = StepFiles(self.rank, self.world_size, one_writer, sharded_format)
         self._layouts = LayoutExchange(MetadataWriter(self.options.metadata_compat))
         self._claimed = False
         self._succeeded = False
@@ -131,7 +156,14 @@ class Checkpointer(SaveSession):
     # ---- saving ----------------------------------------------------------------------------------------------------
 
     def save(
-        self, step: int, state: Any = None, *, replicated: Any = None, sharded: Any = None, lazy: Any = None
+        self,
+        step: int,
+        state: Any = None,
+        *,
+        replicated: Any = None,
+        sharded: Any = None,
+        lazy: Any = None,
+        metrics: Mapping[str, Any] | None = None,
     ) -> PendingSave:
         """Saves checkpoint `step`, in the background. Saving a step again replaces it once the new one is durable.
 
@@ -152,6 +184,9 @@ class Checkpointer(SaveSession):
                 of torch reads on any number of ranks. No collective is called for it. What several ranks hold is written by
                 one of them. Compared are keys, shapes, placements and values, and of tensors that are no DTensors samples.
             lazy: as in `ckpt.save`, for all of them.
+            metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element. Those of rank 0 stand in
+                the manifest, where a job that resumes, and `ckpt prune`, find them for keep_best; so give it what is averaged
+                over the ranks. What is no finite number is left out. For tensors on devices this waits.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
@@ -163,9 +198,10 @@ class Checkpointer(SaveSession):
                 by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
             PeerError: at the first save, or with a Tier.remote() that is required, rank 0 does not answer, or may not save, for
                 instance because of that.
-            TypeError, ValueError: step is not a count; all of `state`, `replicated` and `sharded` are None; `replicated` holds
-                tensors of which each rank has a part; `sharded` holds what cannot be saved so (a ShardedTensor, a DTensor with
-                Partial placements or on a mesh of other ranks, two values of the same key); also what pickling a state raises.
+            TypeError, ValueError: step is not a count; `metrics` are no numbers, or lack what best_by names; all of `state`,
+                `replicated` and `sharded` are None; `replicated` holds tensors of which each rank has a part; `sharded` holds
+                what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks, two
+                values of the same key); also what pickling a state raises.
 
         Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
         `result()` and by wait().
@@ -177,6 +213,7 @@ class Checkpointer(SaveSession):
         task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
         self._levels.expect(task)
         try:
+            call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))
             self._claim_directory(call)
             self._enter_nodes(call)
             self._check_failures()
@@ -215,7 +252,7 @@ class Checkpointer(SaveSession):
         if "refusal" in answer:
             raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
         self._claimed, self._token, self._run = True, answer["token"], answer["run"]
-        self._directories.token = self._token
+        self._directories.token = self._files.token = self._token
 
     def _enter_nodes(self, call: SaveCall) -> None:
         """At the first save with tiers. Rank 0 says who is on which node again until a save has succeeded, as above."""
@@ -242,12 +279,10 @@ class Checkpointer(SaveSession):
 
     def _begin(self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any) -> None:
         call, directories = dataclasses.replace(call, directory=route.directory), route.directories
-        written = [kind for kind, _ in contents if self._writes(kind, route)]
-        if SHARDED in written and self.rank == 0:
-            written.append(SHARDED_METADATA)
-        targets, limits = directories.begin(call.directory.name, [self._stem(kind) for kind in written], route.number)
+        written = self._files.written([kind for kind, _ in contents], route)
+        targets, limits = directories.begin(call.directory.name, [self._files.stem(kind) for kind in written], route.number)
         names = dict(zip(written, targets, strict=True))
-        saved = tuple(self._make_file(kind, names.get(kind), call, route, limits) for kind, _ in contents)
+        saved = tuple(self._files.make(kind, names.get(kind), call, route, limits) for kind, _ in contents)
 
         def publish(error: BaseException | None) -> Path:
             failed = True
@@ -299,51 +334,6 @@ class Checkpointer(SaveSession):
         self._levels.follow(task, publication.sequence)
         return path
 
-    def _writes(self, kind: str, route: Route) -> bool:
-        """Whether this rank writes it, or its share of it."""
-        if route.place is not None:
-            return kind != REPLICATED or route.place.ranks[0] == self.rank
-        return kind != REPLICATED or self.rank == 0 or self.options.replicated_writers != "rank0"
-
-    def _make_file(
-        self, kind: str, target: Path | None, call: SaveCall, route: Route, limits: tuple[int, int] | None
-    ) -> SavedFile:
-        """
-        Args:
-            target: None if it is only compared.
-        """
-        write_share = token = None
-        several = kind != RANK and self.world_size > 1
-        if several and kind == REPLICATED:
-            same = f"{self._token}{call.number:08x}"
-            if route.place is not None:
-                token = same if route.place.count > 1 else None
-            elif self.options.replicated_writers != "rank0":
-                write_share = WriteShare(self.rank, self.world_size, same)
-        named = target or call.directory / step_names.free_name(self._stem(kind), set())
-        like = route.directories.replaced_by(named, self._stem(kind))
-        file = FileInFlight(
-            named,
-            write_share,
-            limits=limits,
-            with_directory=True,
-            replicated=several,
-            number=call.number,
-            like=like,
-            made=self._sharded_format if kind == SHARDED else None,
-            token=token,
-        )
-        return SavedFile(file, kind, written=target is not None)
-
-    def _stem(self, kind: str) -> str:
-        if kind == REPLICATED:
-            return "replicated"
-        if kind == SHARDED_METADATA:
-            return sharded_files.METADATA
-        if kind == SHARDED:
-            return f"__{self.rank}"
-        return "state" if self.world_size == 1 else f"rank-{self.rank:05d}"
-
     def _attend(self, task: SaveTask, call: SaveCall, error: BaseException) -> None:
         """Lets the other ranks know of a save that could not even be begun here: they wait for word from this one."""
         if task.handed_over:
@@ -379,6 +369,7 @@ class Checkpointer(SaveSession):
     def restore(
         self,
         *,
+        step: int | None = None,
         map_location: Any = None,
         weights_only: bool = True,
         merge: Callable[[list[Any]], Any] | None = None,
@@ -389,30 +380,22 @@ class Checkpointer(SaveSession):
         fresh: bool = False,
         exclusive: bool = False,
     ) -> Restored | None:
-        """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
+        """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed. Or that of `step`.
 
         Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
         next older one; so is a step directory with files and without a manifest. Waits for saves of this Checkpointer that are
         in flight. Another job may save into the directory meanwhile: a checkpoint that it removes while it is being read is
         not damaged, and the newest of what is there then comes next.
 
-        With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
-        verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors that
-        are strided otherwise, are read a second time for it. All that is in flight is fenced before. If a checkpoint fails, the
-        next older one fills the target again; so if none is good, or a rank does not answer, the target may hold parts of any
-        of them.
-
         Args:
+            step: that one and no other, see above. The same on all ranks.
             map_location, weights_only: as in `torch.load`. What has a target stays on the target's devices.
             merge: called if the checkpoint was saved by another number of ranks than there are now, with what each of those
                 gave for itself, in the order of ranks; returns this rank's state. Not needed if all was replicated.
-            into: what this rank's own state is to be loaded into, a target as for load_into(): nested dicts, lists and tuples
-                of tensors, modules and optimizers. Not with `merge`.
+            into: what this rank's own state is to be loaded into, see above; a target as for load_into(): nested dicts, lists
+                and tuples of tensors, modules and optimizers. Not with `merge`.
             replicated_into: the same for what was saved as replicated.
-                Either may also be a function that lends memory: it is called with what the file holds, whose tensors have no
-                contents yet, and returns a dict of tensors by their paths in that, such as ("model", "weight"). Those that
-                are laid out as in the file are filled and stand in the result; all else is loaded as without a target. It
-                may be called for several checkpoints, one after the other.
+                Either may also be a function that lends memory, see above.
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
                 and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
                 by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
@@ -425,9 +408,11 @@ class Checkpointer(SaveSession):
                 takes nothing. A job that only reads has no need of it.
 
         Raises:
-            CorruptError: there are checkpoints, but none is good; the message names each with its cause.
-            NotACheckpointError: there is no checkpoint, but step directories with files, whose manifests are lost, or have not
-                arrived yet. Nothing of them will be removed. Or the directory was lost, and nodes have what was in it.
+            CorruptError: there are checkpoints, but none is good; the message names each with its cause. With `step`: that one
+                is not.
+            NotACheckpointError: there is none of `step`; says which there are. Or there is no checkpoint, but step directories
+                with files, whose manifests are lost, or have not arrived yet. Nothing of them will be removed. Or the directory
+                was lost, and nodes have what was in it.
             InUseError: exclusive, and another job is saving into the directory; on all ranks.
             MismatchError: the newest good one does not fit its target on this rank; nothing of it has been written here, unless
                 a module has refused it in its load_state_dict(), which the message says. The others have restored
@@ -439,13 +424,26 @@ class Checkpointer(SaveSession):
                 removed before it could be read, time and again.
             PeerError: a rank does not answer, or cannot load what all read together.
             DeviceError: the current stream of a CUDA device is being captured into a graph.
-            ValueError: into and merge are both given.
+            ValueError: into and merge are both given, or step and fresh.
         """
         self._check_usable()
+        one = self._choose_step(step, fresh)
         self._restorer.begin()
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
-        request = self._request(targets, map_location, weights_only, merge, strict)
-        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+        request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one)
+        found = self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+        if one is not None:
+            self._pin(self._restorer.taken)
+        return found
+
+    def _choose_step(self, step: int | None, fresh: bool) -> OneStep | None:
+        if step is not None and fresh:
+            raise ValueError("restore() takes step= or fresh=, not both: the former asks for a step, the latter needs none")
+        return None if step is None else OneStep(step, self.directory)
+
+    def _pin(self, sequence: int) -> None:
+        self._directories.pin(sequence)
+        self._levels.pin(sequence)
 
     def _tell_if_tiers_are_left_out(self) -> None:
         if self._nodes is None and self.rank == 0 and is_home(self.directory):

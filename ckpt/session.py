@@ -101,12 +101,18 @@ class SaveSession:
         Raises:
             CheckpointError: the newest save did not become durable.
         """
+        failed = self._end()
+        if failed is not None:
+            raise failed
+
+    def _end(self) -> BaseException | None:
+        """See close(). Returns what it raises if the newest save did not become durable."""
         if self._closed or os.getpid() != self._owner:
-            return
+            return None
         self._closed = True
         if self._finisher.is_current_thread:  # the garbage collector has chosen it: it cannot wait for itself
             self._finisher.retire()
-            return
+            return None
         try:
             self._drain(self.options.drain_timeout_s)
         finally:
@@ -116,19 +122,21 @@ class SaveSession:
                 self._coordinator.close()
             self._release()
             self._sinks.close()
-        if self._last_failed is not None:
-            raise self._last_failed
+        return self._last_failed
 
     def __enter__(self: _Self) -> _Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
-        try:
+        if error is None:
             self.close()
-        except CheckpointError:
-            if error is None:
-                raise
-            logger.exception("closing %s failed while another error was on its way", self._what)
+            return
+        try:
+            failed = self._end()  # not close(): what it raises here would be chained to the error that is on its way
+        except CheckpointError as late:
+            failed = late
+        if failed is not None and not _leads_to(failed, error):
+            logger.error("closing %s failed while another error was on its way: %s", self._what, failed)
 
     # ---- for those who derive from it ------------------------------------------------------------------------------
 
@@ -176,3 +184,13 @@ class SaveSession:
             self._last_failed, self._failed_number = error, number
             self._unreported = error
             log_failure(task, error)
+
+
+def _leads_to(cause: BaseException, error: BaseException) -> bool:
+    """Whether it is what is on its way, or is told with that as its cause."""
+    known: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in known:
+        known.append(each)
+        each = each.__cause__ or each.__context__
+    return any(cause is other for other in known)

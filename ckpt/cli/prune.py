@@ -1,4 +1,4 @@
-"""`ckpt prune DIR --keep N [--keep-every K] [--yes]`"""
+"""`ckpt prune DIR --keep N [--keep-every K] [--keep-best N --best-by METRIC] [--yes]`"""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ckpt.cli.answer import FAILED, OK, RED, YELLOW, Answer, count, paint, plain, size
+from ckpt.directory.keeping import Keeping
 from ckpt.errors import CheckpointError
 from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, remove
 from ckpt.upkeep.repairing import alone_in
@@ -18,6 +19,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", type=Path, metavar="DIR", help="holds the checkpoints of a job that has ended")
     parser.add_argument("--keep", type=_count, required=True, metavar="N", help="how many of the newest stay")
     parser.add_argument("--keep-every", type=_count, metavar="K", help="steps that are multiples of it stay, too")
+    parser.add_argument("--keep-best", type=_count, metavar="N", help="so many of the best stay, too, by --best-by")
+    parser.add_argument("--best-by", default="", metavar="METRIC", help="which of the metrics that were given to save()")
+    parser.add_argument(
+        "--best-mode", choices=("min", "max"), default="min", help="whether the lowest is the best, or the highest"
+    )
     parser.add_argument("--yes", action="store_true", help="do it")
 
 
@@ -30,11 +36,13 @@ def _count(text: str) -> int:
 def run(chosen: argparse.Namespace) -> Answer:
     """
     Raises:
-        CheckpointError: another job uses the directory, or there is no checkpoint.
+        CheckpointError: another job uses the directory, or there is no checkpoint; or only one of --keep-best and --best-by is
+            given.
     """
+    keeping = _keeping(chosen)
     failed: dict[str, str] = {}
     with alone_in(chosen.directory, changing=chosen.yes):
-        choices = choose(chosen.directory, chosen.keep, chosen.keep_every)
+        choices = choose(chosen.directory, keeping)
         for choice in reversed(choices) if chosen.yes else ():
             if choice.fate == REMOVED:
                 try:
@@ -46,6 +54,12 @@ def run(chosen: argparse.Namespace) -> Answer:
         "checkpoints": [{**dataclasses.asdict(choice), "path": str(choice.path)} for choice in choices],
     }
     return Answer(FAILED if failed else OK, document, _lines(choices, failed, chosen))
+
+
+def _keeping(chosen: argparse.Namespace) -> Keeping:
+    if (chosen.keep_best is None) != (not chosen.best_by):
+        raise CheckpointError("--keep-best says how many stay, and --best-by by which metric: give both, or neither")
+    return Keeping(chosen.keep, chosen.keep_every, chosen.keep_best, chosen.best_by, chosen.best_mode)
 
 
 def _lines(choices: list[Choice], failed: dict[str, str], chosen: argparse.Namespace) -> list[str]:

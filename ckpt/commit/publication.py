@@ -92,7 +92,7 @@ class Publication:
     def _manifest(self, sequence: int, files: Sequence[FileEntry], others: tuple[str, ...] = ()) -> Manifest:
         call, world_size = self._call, self._conversation.world_size
         made = Manifest(call.step, sequence, world_size, tuple(files), manifests.now(), others)
-        return dataclasses.replace(made, bundle=call.bundle, moves_latest=call.moves_latest)
+        return dataclasses.replace(made, bundle=call.bundle, moves_latest=call.moves_latest, metrics=call.metrics)
 
     def _say_bypass(self, failure: Failure | None, answers: Answers) -> Mapping[str, Any]:
         return {} if self._bypass is None else self._bypass.decide(failure, answers, self._target.node != "")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 _MOST_OBJECTS = 200_000  # looked at before the search is given up
@@ -21,6 +21,14 @@ def name_of_record(pickled: bytes, key: int) -> str:
     except Exception:  # whatever a class of the user's has put there, the report comes first
         found = None
     return found or f"a tensor (record data/{key})"
+
+
+def name_of_instance(pickled: bytes, kinds: Container[str]) -> tuple[str, str] | None:
+    """The class and the path of the first instance of one of these classes; None if there is none."""
+    try:
+        return _find_instance(_Skeleton(io.BytesIO(pickled)).load(), kinds)
+    except Exception:  # as above
+        return None
 
 
 class _Storage:
@@ -58,22 +66,38 @@ class _Skeleton(pickle.Unpickler):
         return _Storage(pid[2])
 
 
+def _find_instance(root: Any, kinds: Container[str]) -> tuple[str, str] | None:
+    for path, value in _walk(root):
+        if isinstance(value, _Thing):
+            made_of = [each.__name__ for each in value.args if isinstance(each, type)]  # torch makes subclasses by a function
+            kind = next((each for each in (type(value).__name__, *made_of) if each in kinds), None)
+            if kind is not None:
+                return kind, path
+    return None
+
+
 def _find(root: Any, key: str) -> str | None:
     """Nearest first."""
-    waiting: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
-    seen = {id(root)}
-    while waiting and len(seen) <= _MOST_OBJECTS:
-        path, value = waiting.popleft()
+    for path, value in _walk(root):
         if isinstance(value, _Storage) and value.key == key:
             return f"the storage '{path}'"
         if isinstance(value, _Thing) and value.args and isinstance(value.args[0], _Storage) and value.args[0].key == key:
             shape = f" of shape {list(value.args[2])}" if len(value.args) > 2 and isinstance(value.args[2], tuple) else ""
             return f"the tensor '{path}'{shape}"
+    return None
+
+
+def _walk(root: Any) -> Iterator[tuple[str, Any]]:
+    """All that it holds, with paths, nearest first."""
+    waiting: collections.deque[tuple[str, Any]] = collections.deque([("", root)])
+    seen = {id(root)}
+    while waiting and len(seen) <= _MOST_OBJECTS:
+        path, value = waiting.popleft()
+        yield path, value
         for step, item in _parts(value):
             if id(item) not in seen and not isinstance(item, (str, bytes, int, float, type(None))):
                 seen.add(id(item))
                 waiting.append((path if step is None else f"{path}/{step}" if path else step, item))
-    return None
 
 
 def _parts(value: Any) -> Iterator[tuple[str | None, Any]]:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ckpt.commit.conversation import Failure
-from ckpt.commit.record_path import name_of_record
+from ckpt.commit.record_path import name_of_instance, name_of_record
 from ckpt.commit.shared_file import WrittenShare, find_disagreement
 from ckpt.saving.file_in_flight import FileInFlight
 
@@ -31,6 +31,7 @@ _REMEDY_FOR_DEVICES = (
     ": the devices of its tensors have other names there. Let each process see its own device alone (CUDA_VISIBLE_DEVICES), or "
     "let rank 0 write it all (Options.replicated_writers='rank0')"
 )
+_OF_RANKS = ("DTensor", "ShardedTensor", "DeviceMesh")  # classes whose pickles say which rank has made them
 _MOST_NAMED = 8  # ranks in a message
 _LARGEST_COMPARED = 4 << 20  # bytes of a pickle, or of samples, that are sent to all ranks to find the first difference
 _CONTEXT = 3  # values before the difference that a message shows
@@ -186,6 +187,11 @@ def without_numbers(pickle: bytes, keys: Iterable[str]) -> bytes:
 
 def first_difference(ours: bytes, theirs: bytes, our_rank: int, their_rank: int) -> str:
     """Where two pickles part, in words: the values just before, then both values."""
+    if (mesh := name_of_instance(ours, _OF_RANKS)) is not None:
+        return (
+            f"as it must where it holds a {mesh[0]}, in '{mesh[1]}', of which each rank has its own: give what is sharded as "
+            "sharded= of save()"
+        )
     before: list[str] = []
     for mine, other in zip(_values(ours), _values(theirs), strict=False):
         if mine != other:

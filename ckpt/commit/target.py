@@ -41,7 +41,7 @@ class SaveCall:
         what: is saved, in words that are the same on all ranks.
         where: it is saved to, for errors.
         directory: of the checkpoint.
-        bundle, moves_latest: see Manifest.
+        bundle, moves_latest, metrics: see Manifest.
     """
 
     number: int
@@ -52,6 +52,7 @@ class SaveCall:
     files: tuple[SavedFile, ...] = ()
     bundle: str = ""
     moves_latest: bool = True
+    metrics: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -50,6 +50,7 @@ class Manifest:
 
     `others`: finished files that lay in the directory, without a manifest, before the step was saved to it: they are not ours.
     `bundle`: of a bundle on a node: the name of its directory at home; `moves_latest`: whether `latest` is to name it there.
+    `metrics`: finite numbers by name, as they were given to save().
     """
 
     step: int
@@ -60,6 +61,7 @@ class Manifest:
     others: tuple[str, ...] = ()
     bundle: str = ""
     moves_latest: bool = True
+    metrics: tuple[tuple[str, float], ...] = ()
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {
@@ -75,6 +77,8 @@ class Manifest:
             document["others"] = list(self.others)
         if self.bundle:
             document |= {"bundle": self.bundle, "moves_latest": self.moves_latest}
+        if self.metrics:
+            document["metrics"] = dict(self.metrics)
         return with_checksum(document)
 
 
@@ -200,6 +204,7 @@ def parse(content: bytes) -> Manifest:
         others=tuple(_plain_name(name) for name in document.get("others", ())),
         bundle=_plain_name(document["bundle"]) if "bundle" in document else "",
         moves_latest=bool(document.get("moves_latest", True)),
+        metrics=tuple((str(name), float(value)) for name, value in dict(document.get("metrics", {})).items()),
     )
 
 

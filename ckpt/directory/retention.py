@@ -12,6 +12,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files, unpublished
 from ckpt.directory.holds import held_at
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.receipts import names_of_receipts
@@ -27,7 +28,7 @@ class Retention:
     """Of one process. Who calls it sees to it that the directory is ours, and that one thread does so at a time.
 
     Args:
-        keep: how many committed steps stay; None: all.
+        keeping: which committed steps stay.
         shared: ranks of one job write here together, and we do not know what the others are writing just now.
         max_in_flight: how many steps may be on their way at once.
         note_lost: called for each step directory that holds files, but has lost its manifest.
@@ -38,7 +39,7 @@ class Retention:
         self,
         directory: Path,
         in_flight: FilesInFlight,
-        keep: int | None,
+        keeping: Keeping,
         shared: bool,
         max_in_flight: int,
         note_lost: Callable[[Path], None],
@@ -46,7 +47,7 @@ class Retention:
     ) -> None:
         self._directory = directory
         self._in_flight = in_flight
-        self._keep = keep
+        self.keeping = keeping
         self._shared = shared
         self._max_in_flight = max_in_flight
         self._note_lost = note_lost
@@ -71,10 +72,10 @@ class Retention:
         replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else sharded_files.names_of(before))
         for name in replaced - sharded_files.names_of(manifest) - {*manifest.others}:
             durable.remove_file(directory / name)
-        if self._keep is None:
+        if self.keeping.newest is None:
             return
         largest = manifests.bytes_of(manifest)
-        beyond = find_steps(self._directory).checkpoints[self._keep :]
+        beyond = self._beyond()
         held = held_at(self._directory, [old for _, old in beyond]) if beyond else set()
         for path, old in [each for each in beyond if each[1].sequence not in held]:
             with self.going_on(path):
@@ -85,6 +86,12 @@ class Retention:
             largest = max(largest, manifests.bytes_of(old))
         while self.retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
+
+    def _beyond(self) -> list[tuple[Path, Manifest]]:
+        """What nothing keeps."""
+        found = find_steps(self._directory).checkpoints
+        reasons = self.keeping.reasons([manifest for _, manifest in found])
+        return [each for each, reason in zip(found, reasons, strict=True) if not reason]
 
     def _sweep_one(self) -> None:
         path = self.retired.pop()

@@ -32,6 +32,11 @@ def step_name(step: int) -> str:
     return f"{_PREFIX}{step:0{_DIGITS}d}"
 
 
+def step_of(name: str) -> int:
+    """The step of a name of step_name()."""
+    return int(name.removeprefix(_PREFIX))
+
+
 def name_at_home(manifest: Manifest) -> str:
     """Of the directory of what lies on a node."""
     return manifest.bundle or step_name(manifest.step)

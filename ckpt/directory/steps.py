@@ -27,6 +27,7 @@ from pathlib import Path
 from ckpt.directory import manifest as manifests
 from ckpt.directory import publish_lock, sharded_files, step_names, unpublished
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST, Found, find_steps, newest_after
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.publishing import publish
@@ -43,13 +44,13 @@ class StepDirectories:
     """What one process does in the directory. begin() runs on the caller's thread, publish() and tidy() on the finisher's.
 
     Args:
-        keep: how many committed steps stay; None: all.
+        keeping: which committed steps stay.
         shared: ranks of one job write here together. Rank 0 alone publishes and removes; it cannot know what the others are
             writing just now, so it removes less.
         max_in_flight: how many steps may be on their way at once.
     """
 
-    def __init__(self, directory: Path, keep: int | None, shared: bool, max_in_flight: int) -> None:
+    def __init__(self, directory: Path, keeping: Keeping, shared: bool, max_in_flight: int) -> None:
         self._directory = directory
         self._shared = shared
         self._root = Root(directory, give_way=self.give_way)
@@ -72,7 +73,7 @@ class StepDirectories:
         # Files that give_final_name() has given their names: the names of others are not ours to remove. Of the finisher's
         # thread, once there is a save.
         self._placed: set[Path] = set()
-        self._retention = Retention(directory, self._in_flight, keep, shared, max_in_flight, self._note_lost, self.warn_once)
+        self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, self._note_lost, self.warn_once)
 
     @property
     def path(self) -> Path:
@@ -93,6 +94,15 @@ class StepDirectories:
     def note_seen(self, sequence: int) -> None:
         """A restore has come across commits up to this number, here or on their way here."""
         self._seen = max(self._seen, sequence)
+
+    @property
+    def keeping(self) -> Keeping:
+        return self._retention.keeping
+
+    def pin(self, sequence: int) -> None:
+        """That commit stays here as long as this job saves."""
+        with self._changing:
+            self._retention.keeping = self._retention.keeping.with_pinned(sequence)
 
     def highest(self) -> tuple[str, int]:
         """The name of the highest step, and the number of the last commit that are here; "" and 0 if there is none."""

@@ -25,6 +25,7 @@ from ckpt import _native
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files, unpublished
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST, newest_after
 from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, FileEntry, Manifest
 from ckpt.directory.publishing import publish
@@ -91,10 +92,10 @@ class Arrival:
 
     Args:
         shared: files that lie in the inbox under <name>.part, because all nodes have written to them.
-        keep: how many committed steps stay at home; None: all.
+        keeping: which committed steps stay at home.
     """
 
-    def __init__(self, home: Path, inbox: Path, manifest: Manifest, shared: set[str], keep: int | None) -> None:
+    def __init__(self, home: Path, inbox: Path, manifest: Manifest, shared: set[str], keeping: Keeping) -> None:
         self._home = home
         self._inbox = inbox
         self._manifest = manifest
@@ -103,7 +104,7 @@ class Arrival:
         self._root = Root(home)
         self._in_flight = FilesInFlight()
         self._retention = Retention(
-            home, self._in_flight, keep, shared=True, max_in_flight=1, note_lost=_ignore, warn_once=_warn
+            home, self._in_flight, keeping, shared=True, max_in_flight=1, note_lost=_ignore, warn_once=_warn
         )
 
     def publish(self) -> None:

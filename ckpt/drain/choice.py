@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Protocol
 
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import name_at_home
 from ckpt.drain.journal import COPIED, COPYING, Journal
@@ -28,18 +29,26 @@ class Wishes(Protocol):
 
 
 class Rules:
-    """What home wants beside the newest: each n-th step, or one at least each so many seconds.
+    """What home wants beside the newest: each n-th step, or one at least each so many seconds; and what is to stay there.
 
     Args:
         times: when the checkpoints at home were made.
+        keeping: of home.
+        there: the checkpoints at home, for `keeping`.
     """
 
-    def __init__(self, node: Wishes, times: Iterable[float] = ()) -> None:
+    def __init__(
+        self, node: Wishes, times: Iterable[float] = (), keeping: Keeping | None = None, there: Iterable[Manifest] = ()
+    ) -> None:
         self._steps = node.every_steps
         self._seconds = node.every_s
         self._times = list(times)
+        self._keeping = keeping or Keeping()
+        self._there = list(there)
 
     def want(self, manifest: Manifest) -> bool:
+        if self._keeping.wants(manifest, self._there):
+            return True
         if self._steps is not None and manifest.step % self._steps == 0:
             return True
         if self._seconds is None:
@@ -50,6 +59,7 @@ class Rules:
     def wanted(self, generations: Sequence[Generation]) -> set[int]:
         """Sequences; of those that are made shortly after each other, only the first is wanted for its time."""
         found = set()
+        self._there += [generation.manifest for generation in generations]
         for generation in sorted(generations, key=lambda each: each.sequence):
             if self.want(generation.manifest):
                 found.add(generation.sequence)

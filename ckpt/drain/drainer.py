@@ -74,7 +74,7 @@ class Drainer:
         self._backoff = Backoff()
         self._journals: dict[int, Journal] = {}
         self._newest_at_home = -1
-        self._times_at_home: list[float] = []  # see Rules
+        self._at_home: list[Manifest] = []
         self._alone_since: float | None = None
         self._stranded = Stranded()
         self._server: Server | None = None
@@ -257,7 +257,10 @@ class Drainer:
 
     def _wanted(self, generations: list[Generation]) -> set[int]:
         """By a rule: sequences."""
-        return Rules(self._node, self._times_at_home).wanted(newest_of_each(generations))
+        return self._rules().wanted(newest_of_each(generations))
+
+    def _rules(self) -> Rules:
+        return Rules(self._node, map(created_s, self._at_home), self._node.home_keeping, self._at_home)
 
     def _is_missed(self, home: Home, sequence: int) -> bool:
         """Whether other nodes deliver it, and this one has not."""
@@ -315,7 +318,7 @@ class Drainer:
         home.expect_ours()
         checkpoints = find_steps(home.path).checkpoints
         self._newest_at_home = max((manifest.sequence for _, manifest in checkpoints), default=-1)
-        self._times_at_home = [created_s(manifest) for _, manifest in checkpoints]
+        self._at_home = [manifest for _, manifest in checkpoints]
         delivered = [each for each in self._journals.values() if each.state == COPIED or each.blocked]
         for journal in sorted(delivered, key=lambda each: each.sequence, reverse=True):
             try:
@@ -329,7 +332,7 @@ class Drainer:
 
     def _settle_one(self, home: Home, journal: Journal) -> None:
         def wants(manifest: Manifest) -> bool:
-            return Rules(self._node, self._times_at_home).want(manifest)
+            return self._rules().want(manifest)
 
         sequence, place, name = journal.sequence, self._place_of(journal), journal.name_at_home
         if not home.is_committed(name, sequence):

@@ -284,7 +284,7 @@ class Home:
     def _arrival(self, inbox: Path, manifest: Manifest, shared: set[str]) -> Arrival | BundleArrival:
         if manifest.bundle:
             return BundleArrival(self.path, inbox, manifest)
-        return Arrival(self.path, inbox, manifest, shared, self._node.home_keep)
+        return Arrival(self.path, inbox, manifest, shared, self._node.home_keeping)
 
     def finish(self, name: str, sequence: int) -> None:
         """What an end behind the publication has left to be done."""

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import is_receipt
@@ -42,7 +43,8 @@ class Node:
     Attributes:
         run: names the job, here and at home.
         place: of this node in the job that has saved here last.
-        keep, home_keep: how many committed steps stay, here and at home; None: all.
+        keep: how many committed steps stay here; None: all.
+        home_keeping: which stay at home.
         every_steps, every_s: which generations home wants beside the newest; None: none.
         rate: bytes a second, or None for "auto".
         pids: of the processes that train, and when each began, in ticks since the boot.
@@ -53,7 +55,7 @@ class Node:
     home: Path
     place: NodePlace
     keep: int | None
-    home_keep: int | None
+    home_keeping: Keeping
     every_steps: int | None
     every_s: float | None
     rate: int | None
@@ -81,7 +83,7 @@ def read(root: Path) -> Node:
             home=Path(said["home"]),
             place=NodePlace.parse({"number": said["node"], "count": said["nodes"], "ranks": said["ranks"]}),
             keep=_count_or_none(said["keep"]),
-            home_keep=_count_or_none(said["home_keep"]),
+            home_keeping=Keeping.parse(_count_or_none(said["home_keep"]), said.get("home_keeps_too") or {}),
             every_steps=_count_or_none(every.get("steps")),
             every_s=None if every.get("seconds") is None else float(every["seconds"]),
             rate=None if said["rate"] == "auto" else int(said["rate"]),

@@ -15,14 +15,16 @@ from typing import Any
 import torch
 
 from ckpt import _native
+from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.load_tensors import load_tensors
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.remote_file import as_local
-from ckpt.loading.selection import Selection
+from ckpt.loading.selection import Selection, SharedSelection
 from ckpt.loading.skeleton import Skeleton
+from ckpt.loading.step_directory import compare, holds_steps, load_directory
 from ckpt.loading.tensor_files import is_tensor_file
 from ckpt.loading.unpickle import STAY, first_line, has_skeletons, is_pretending, only_weights, raise_explained
 from ckpt.storage import durable
@@ -40,9 +42,10 @@ def load(
     weights_only: bool = True,
     *,
     keys: str | Sequence[str] | None = None,
+    rank: int | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Any:
-    """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way.
+    """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way; or a step.
 
     The result is that of `torch.load`. Several threads read straight into its memory, past the page cache where the file system
     can; memory beside it is some MiB for each thread. What belongs on a CUDA device goes there by way of pinned buffers,
@@ -53,8 +56,14 @@ def load(
     headers and sizes are checked, and, if all of a file is read, its CRC-32 where a manifest.json of this library beside it
     lists the file, as in a bundle. The metadata are not returned: `safetensors.safe_open` gives them.
 
+    Of the directory of a step, as `Checkpointer` and `CheckpointCallback` make it, what the job has saved is returned as one
+    dict: the keys of what was replicated, and of the state that a rank had for itself. A directory of such steps stands for the
+    newest that is good; which that was is logged. What lies there counts: who wants what is still on nodes, in an object store
+    alone, or sharded, calls `Checkpointer.restore`.
+
     Args:
-        path: the file; or its URL in an object store, as it lies there by way of `Tier.remote()`:
+        path: the file, or a directory as above; or the URL of a file in an object store, as it lies there by way of
+            `Tier.remote()`:
             "s3://bucket/run1/step-000000001200/000000000417-8f3a61c2/state.pt". That is fetched to the directory of temporary
             files, and compared with the CRC-32 in the manifest that lies beside it. Credentials come from the environment.
         map_location: as in `torch.load`.
@@ -62,24 +71,48 @@ def load(
         keys: a pattern, or several, over dotted paths, as in "model.layers.0.*" ("*" matches dots too): only what matches one,
             with what is below it, is read and returned, in containers without the rest; in lists and tuples None stands for
             what is left out. Default: all.
+        rank: of a step that several ranks have saved: whose own state is wanted beside what was replicated. Default: none of
+            them, which a warning says; if the job had one rank, or one alone had a state of its own, that one.
         timeout_s: longest that reading may take, seconds.
 
     Raises:
-        CorruptError: the file is truncated, or a checksum is wrong; names the record.
-        StorageError: it cannot be read, or is a directory.
+        CorruptError: the file is truncated, or a checksum is wrong; names the record. Of a directory of steps: none is good.
+        StorageError: it cannot be read, or is a directory that holds no checkpoint of this kind.
         DeadlineError: reading took longer than timeout_s.
         DeviceError: some of it goes to a CUDA device whose current stream is being captured into a graph.
         CheckpointError: it holds objects that weights_only refuses, or nothing that a pattern of keys matches; or it is a part
-            of a sharded checkpoint.
-        NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it.
-        TypeError, ValueError: keys are no patterns, or the URL is none of a file.
+            of a sharded checkpoint. Of a step: it has no state of `rank`, or only states of several ranks and rank is None; or
+            its parts have a key in common.
+        NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it. Of a directory of steps: none
+            of them is a checkpoint.
+        TypeError, ValueError: keys are no patterns, rank is no count or the path that of a file, or the URL is none of a file.
     """
     selection = None if keys is None else Selection(keys)
     with as_local(path) as target:
+        if holds_steps(target):
+            shared = None if keys is None else SharedSelection(keys)
+
+            def load_file(file: Path, entry: FileEntry) -> Any:
+                return _load(file, map_location, weights_only, shared, timeout_s, entry)
+
+            return load_directory(target, rank, load_file, shared)
+        if rank is not None:
+            raise ValueError(f"rank= is for the directory of a step, and '{path}' is none")
         return _load(target, map_location, weights_only, selection, timeout_s)
 
 
-def _load(target: Path, map_location: Any, weights_only: bool, selection: Selection | None, timeout_s: float) -> Any:
+def _load(
+    target: Path,
+    map_location: Any,
+    weights_only: bool,
+    selection: Selection | None,
+    timeout_s: float,
+    expected: FileEntry | None = None,
+) -> Any:
+    """
+    Args:
+        expected: what a manifest says of it.
+    """
     if is_tensor_file(target):
         return load_tensors(target, map_location, selection, timeout_s)
     if not is_zip(target):
@@ -89,11 +122,16 @@ def _load(target: Path, map_location: Any, weights_only: bool, selection: Select
         loaded = _load_pretended(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded
     archive = open_archive(target, timeout_s)
+    if expected is not None:
+        compare(target, expected, archive.size, None)
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
     if selection and has_skeletons():
         return _load_part(archive, selection, map_location, weights_only)
-    loaded = read_whole(archive, map_location)[0].unpickle(map_location, weights_only)
+    contents, crc = read_whole(archive, map_location)
+    if expected is not None:
+        compare(target, expected, archive.size, crc)
+    loaded = contents.unpickle(map_location, weights_only)
     return selection.prune(loaded, target) if selection else loaded
 
 

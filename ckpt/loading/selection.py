@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +39,11 @@ class Selection:
     """
 
     def __init__(self, keys: str | Sequence[str]) -> None:
-        patterns = [keys] if isinstance(keys, str) else list(keys)
+        patterns = [keys] if isinstance(keys, str) else list(keys) if isinstance(keys, Iterable) else [keys]
         if not all(isinstance(pattern, str) for pattern in patterns):
-            raise TypeError(f"keys must be a pattern or a list of patterns, not {keys!r}")
+            raise TypeError(
+                f"keys must be a pattern over dotted paths, such as 'model.*', or a list of such patterns, not {keys!r}"
+            )
         if not patterns:
             raise ValueError("keys must name something; leave it out to load all")
         self._patterns = {pattern: re.compile(fnmatch.translate(pattern)) for pattern in patterns}
@@ -57,12 +59,15 @@ class Selection:
         """
         self._unmatched, self._paths, self._visits = set(self._patterns), [], 0
         pruned = self._prune(value, "", ())
+        self._expect_all(where)
+        return pruned
+
+    def _expect_all(self, where: object) -> None:
         if self._unmatched:
             raise CheckpointError(
                 f"'{where}' holds nothing that {sorted(self._unmatched)} match{'es' * (len(self._unmatched) == 1)}; its first "
                 f"paths are {self._paths}"
             )
-        return pruned
 
     def _prune(self, value: Any, path: str, inside: tuple[int, ...]) -> Any:
         self._visits += 1
@@ -85,6 +90,34 @@ class Selection:
         matching = {pattern for pattern, compiled in self._patterns.items() if compiled.match(path)}
         self._unmatched -= matching
         return bool(matching)
+
+
+class SharedSelection(Selection):
+    """Over several files, which make one dict: what matches nothing in one of them is to match in another."""
+
+    def __init__(self, keys: str | Sequence[str]) -> None:
+        super().__init__(keys)
+        self.begin()
+
+    def begin(self) -> None:
+        """Before the first file of each dict."""
+        self._missed = set(self._patterns)
+        self._seen: list[str] = []
+
+    def prune(self, value: Any, where: object) -> Any:
+        self._unmatched, self._paths, self._visits = set(self._patterns), [], 0
+        pruned = self._prune(value, "", ())
+        self._missed &= self._unmatched
+        self._seen += [path for path in self._paths if path not in self._seen]
+        return {} if pruned is _NOTHING else pruned
+
+    def expect_all(self, where: object) -> None:
+        """
+        Raises:
+            CheckpointError: a pattern has matched nothing anywhere.
+        """
+        self._unmatched, self._paths = self._missed, self._seen
+        self._expect_all(where)
 
 
 def _fold(value: Any, kept: list[tuple[Any, Any]]) -> Any:

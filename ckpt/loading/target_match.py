@@ -24,6 +24,7 @@ _SHOWN_TEXT = 1000  # characters of what torch says
 _LACKED, _SURPLUS = "missing in the file", "in the file, and not here"
 _SHARDED = ("DTensor", "ShardedTensor")
 _OF_PARAMETER = re.compile(r"(|.*\.)state\.\d+")  # in a state dict of an optimizer, where parameters have numbers
+_STEP_OTHERWISE = re.compile(r"(|.*\.)state\.\d+\.step (is (?!missing|in the file, and not)|has )")  # a problem
 _NO_MEMORY = "has no memory here yet: let a first forward give it some, or use load()"
 
 
@@ -114,6 +115,9 @@ class TargetMatch:
         return MismatchError(text, self.problems)
 
     def _what_may_help(self) -> str:
+        if any(map(_STEP_OTHERWISE.match, self.problems)):
+            # a number or a tensor, on the host or not: that depends on torch and on the settings of the optimizer
+            return " (give the optimizer itself, not its state_dict(): it takes up its step in any form)"
         if len(self.problems) != len(self.missing) + len(self.unexpected) or not self.loaded:
             return ""
         optimizers_of = {found[1] for path in self.unexpected if (found := _OF_PARAMETER.fullmatch(path))}

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.directory.manifest import RANK, REPLICATED, SHARDED_METADATA, FileEntry, Manifest
-from ckpt.errors import CheckpointError, CorruptError, DeadlineError, PeerError, StorageError
+from ckpt.errors import CheckpointError, CorruptError, DeadlineError, MismatchError, PeerError, StorageError
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import Candidate, Objection
 from ckpt.restore.file_readers import UNFIT, NewMemoryReader
@@ -140,7 +140,7 @@ class CandidateRead:
         refusal: Exception | None = self._targets.lost or self._why_not_filled(self._targets.owed - self._lent())
         refusal = refusal or next((each.refusal for each in self._readers.values() if each.refusal), None)
         refusal = refusal or (None if self._sharded is None else self._sharded.refusal)
-        self._manifest, self._refusal = manifest, refusal or self._why_not_there(manifest)
+        self._manifest, self._refusal = manifest, self._with_hint(refusal, manifest) or self._why_not_there(manifest)
 
     def _agree(self, failure: Exception | None) -> None:
         """A collective, where ranks read a file together: they all begin to, or none does.
@@ -283,6 +283,19 @@ class CandidateRead:
             return True  # as every rank loads it
         return file.rank % self._world_size == self._rank
 
+    def _with_hint(self, refusal: Exception | None, manifest: Manifest) -> Exception | None:
+        """The same; if a target does not fit, with the other state that the checkpoint has, and that has no target."""
+        common, own = _has_common(manifest), any(file.rank == self._rank for file in manifest.files if file.kind == RANK)
+        hint = ""
+        if common and self._request.replicated_into is None:
+            hint = "has a replicated state, too, which replicated_into= takes: it is what save(replicated=) was given; of a "
+            hint += "CheckpointCallback that is model, optimizer, scheduler, scaler and extra"
+        elif own and self._request.into is None:
+            hint = f"has a state of rank {self._rank} for itself, too, which into= takes: it is what save(state) was given"
+        if not isinstance(refusal, MismatchError) or not hint:
+            return refusal
+        return MismatchError(f"{refusal}. '{self._places}' {hint}", refusal.problems)
+
     def _lent(self) -> set[int]:
         return set().union(*(each.lent() for each in self._readers.values()))
 
@@ -298,14 +311,15 @@ class CandidateRead:
     def _why_not_there(self, manifest: Manifest) -> CheckpointError | None:
         """Whether the checkpoint lacks what is asked for."""
         own = [file.rank for file in manifest.files if file.kind == RANK]
-        common = any(file.kind == REPLICATED for file in manifest.files)
+        common = _has_common(manifest)
         if own and manifest.world_size != self._world_size and self._request.merge is None:
             return CheckpointError(
                 f"'{self._places}' was saved by {manifest.world_size} ranks, which gave states of their own, and this job "
                 f"has {self._world_size} of them: pass restore(merge=...) to make one state of all, or resume with as "
                 "many ranks. What is given to save(sharded=...), as DTensors are, needs neither"
             )
-        has = ["a replicated state"] * common + [f"a state of rank {rank} for itself" for rank in sorted(own)[:1]]
+        has = ["a replicated state, which replicated_into= takes"] * common
+        has += [f"a state of rank {rank} for itself, which into= takes" for rank in sorted(own)[:1]]
         has += [f"those of {len(own) - 1} more ranks"] * (len(own) > 1)
         has += ["a sharded state, which sharded_into= takes"] * _is_sharded(manifest)
         for name, target, found in (
@@ -316,6 +330,10 @@ class CandidateRead:
                 what = " and ".join(has) or "no state at all"
                 return CheckpointError(f"'{self._places}' has nothing for {name}= on rank {self._rank}; it has {what}")
         return None
+
+
+def _has_common(manifest: Manifest) -> bool:
+    return any(file.kind == REPLICATED for file in manifest.files)
 
 
 def _is_sharded(manifest: Manifest) -> bool:

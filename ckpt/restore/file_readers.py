@@ -27,6 +27,7 @@ from ckpt.loading.in_place import InPlaceRead, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.skeleton import Skeleton
+from ckpt.loading.step_directory import compare
 from ckpt.loading.target_match import TargetMatch
 from ckpt.restore.shared_read import read_together, read_together_into
 
@@ -35,17 +36,6 @@ UNFIT = (NotACheckpointError, *DAMAGE)  # that speak against the checkpoint
 
 # Given the object of a file, whose tensors have no contents yet: tensors that may get these, by their paths in it.
 Lend = Callable[[Any], "Mapping[tuple[Any, ...], torch.Tensor]"]
-
-
-def compare(path: Path, file: FileEntry, size: int, crc: int) -> None:
-    """
-    Raises:
-        CorruptError: the manifest says otherwise.
-    """
-    if size != file.bytes:
-        raise CorruptError(f"'{path}' has {size} bytes; its manifest says {file.bytes}")
-    if crc != file.crc32:
-        raise CorruptError(f"'{path}' fails the CRC-32 of its manifest: its bytes have changed")
 
 
 def verify(path: Path, file: FileEntry, timeout_s: float) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
+from ckpt.restore.one_step import OneStep
 from ckpt.restore.places import StepPlaces
 from ckpt.restore.sharded_reader import ShardedReader
 from ckpt.sharded.entries import EntryFinder
@@ -46,6 +47,7 @@ class RestoreRequest(NamedTuple):
     """How to load, as given to restore().
 
     `timeout_s`: longest that reading a file may take, seconds.
+    `one`: the step that is wanted; None: the newest that is good.
     """
 
     map_location: Any
@@ -57,6 +59,7 @@ class RestoreRequest(NamedTuple):
     timeout_s: float
     sharded_into: Any = None
     finder: EntryFinder | None = None
+    one: OneStep | None = None
 
     def sharded_reader(self, places: StepPlaces, manifest: Manifest, touched: bool) -> ShardedReader | None:
         """Of the sharded state; None if there is no target for it.

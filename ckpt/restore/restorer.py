@@ -23,6 +23,7 @@ from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpoin
 from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.nearby import Nearby, NearCopy
+from ckpt.restore.one_step import OneStep
 from ckpt.restore.places import HOME, NODE, DirectoryPlace, FetchedPlace, Place, StepPlaces
 from ckpt.restore.remote_copies import RemoteCopies, with_remote
 from ckpt.restore.request import Restored, RestoreRequest
@@ -57,6 +58,7 @@ class Restorer:
         self._collective = collective and world_size > 1
         self._targets = TargetState()
         self._read: CandidateRead | None = None  # of the candidate that was named last
+        self.taken = -1  # the sequence of the checkpoint that was restored last
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
@@ -67,12 +69,15 @@ class Restorer:
 
         def verify(candidate: Candidate) -> Objection | None:
             self._read = None  # before there is memory for the next
+            if one is not None:
+                one.expect(candidate)
             if candidate.nearest and self._nearby is not None:
                 self._nearby.finalise(candidate)
             places = self._places_of(root, candidate)
             self._read = CandidateRead(places, candidate, request, self._targets, self._rank, self._world_size)
             return self._read.examine()
 
+        one = request.one
         self._targets = TargetState()
         try:
             if self._nearby is not None:
@@ -80,17 +85,20 @@ class Restorer:
             if self._rank == 0:
                 if exclusive:
                     self._refuse_a_second_job(request.timeout_s)
-                found, refusal = self._vote.lead(lambda: self._look(fresh), verify)
+                found, refusal = self._vote.lead(lambda: self._look(fresh, one), verify)
             else:
                 found, refusal = self._vote.follow(verify)
             if found is not None:
                 assert self._read is not None
-                self._tell_of_newer(found)
+                self._tell_of_newer(found, one)
                 restored = self._read.take()
                 logger.info("'%s' is restored: %s", found.name, _told(restored.sources))
+                self.taken = found.sequence
                 return restored
             if refusal.causes:
-                raise self._nothing_good(root, refusal)
+                raise self._nothing_good(root, refusal, one)
+            if one is not None:
+                raise CheckpointError(f"rank 0 was not asked for step {one.step}: give restore() the same step= on all ranks")
             return None
         finally:
             self._read = None
@@ -99,9 +107,12 @@ class Restorer:
             if self._remote is not None:
                 self._remote.end()
 
-    def _tell_of_newer(self, found: Candidate) -> None:
-        """On rank 0: what other ranks have saved, or what is not whole."""
-        if self._rank == 0 and self._nearby is not None and self._nearby.newest > found.sequence:
+    def _tell_of_newer(self, found: Candidate, one: OneStep | None) -> None:
+        """On rank 0: what other ranks have saved, or what is not whole; or what is not wanted."""
+        if one is not None:
+            if text := one.say_newer(found):
+                logger.warning("%s", text)
+        elif self._rank == 0 and self._nearby is not None and self._nearby.newest > found.sequence:
             logger.warning(
                 "'%s' was restored, but disks of nodes hold a newer checkpoint, which this job cannot read there: it was "
                 "saved by another number of ranks, or lies on other nodes, too. To resume from it, end this job before it "
@@ -141,7 +152,11 @@ class Restorer:
             self._vote.refuse(str(error))
             raise
 
-    def _look(self, fresh: bool) -> Seen:
+    def _look(self, fresh: bool, one: OneStep | None) -> Seen:
+        seen = self._look_at_all(fresh)
+        return seen if one is None else one.among(seen)
+
+    def _look_at_all(self, fresh: bool) -> Seen:
         found = self._directories.look_for_restore()
         for error in found.damaged:
             self._directories.warn_once(str(error), "a damaged checkpoint is passed over: %s", error)
@@ -184,7 +199,7 @@ class Restorer:
                 self._directories.warn_once(f"{copy.name}/{copy.identity}", text, copy.name, copy.missing)
         return sorted([*near, *candidates], key=lambda candidate: candidate.sequence, reverse=True)
 
-    def _nothing_good(self, root: Path, refusal: Refusal) -> CheckpointError:
+    def _nothing_good(self, root: Path, refusal: Refusal, one: OneStep | None) -> CheckpointError:
         text = "; ".join(refusal.causes)
         after = ". What was to be loaded into holds parts of them now" if self._targets.touched else ""
         after += f". {self._targets.lost}" if self._targets.lost else ""
@@ -192,7 +207,16 @@ class Restorer:
             return NotACheckpointError(text)
         if refusal.kind == GONE:
             return CheckpointError(text + after)
-        return CorruptError(f"no checkpoint in '{root}' is good: {text}{after}")
+        if one is not None:
+            return CorruptError(
+                f"the checkpoint of step {one.step} in '{root}' is not good: {text}{after}. `ckpt list '{root}'` says which "
+                "others there are, and restore() without step= takes the newest that is good"
+            )
+        return CorruptError(
+            f"no checkpoint in '{root}' is good: {text}{after}. `ckpt list '{root}'` says what lies there, and `ckpt verify` "
+            "of a step what is damaged in it; a copy elsewhere, on nodes or in an object store, is read by a Checkpointer "
+            "that is given their tiers="
+        )
 
     def _candidate(self, directory: Path, manifest: Manifest) -> Candidate:
         collective = self._collective and any(file.kind == REPLICATED for file in manifest.files)

@@ -22,7 +22,7 @@ from ckpt.options import AUTO, Options
 from ckpt.plan.change_detector import ChangeDetector
 from ckpt.plan.lazy_storages import LazyStorages, lazy_storages
 from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host
-from ckpt.plan.shards import find_shards
+from ckpt.plan.shards import find_shards, path_of_shard
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Publish, SaveFinisher
 from ckpt.saving.device_sums import DeviceSums
@@ -94,9 +94,9 @@ def _begin(
         storages = lazy_storages(lazy)
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
-    for (file, _, _), plan in zip(contents, plans, strict=True):
+    for (file, obj, _), plan in zip(contents, plans, strict=True):
         if file.replicated and plan.compared is None:
-            _refuse_shards(plan.pickle)
+            _refuse_shards(plan.pickle, obj)
     for (file, _, _), plan in zip(contents, plans, strict=True):
         _note_structure(file, plan)
     if ready is not None:
@@ -119,11 +119,13 @@ def _note_structure(file: FileInFlight, plan: SavePlan) -> None:
         file.samples = _native.sample_records(addresses=where, sizes=compared.sizes, seed=file.number)
 
 
-def _refuse_shards(pickled: bytes) -> None:
+def _refuse_shards(pickled: bytes, obj: Any) -> None:
     if (kind := find_shards(pickled)) is not None:
+        path = path_of_shard(obj)
+        where = f" (at '{path}')" if path else ""
         raise TypeError(
-            f"replicated= holds a {kind}, of which each rank has a part: give it as sharded=, or give what its full_tensor() "
-            "returns"
+            f"replicated= holds a {kind}, of which each rank has a part{where}: give it as sharded=, or give what its "
+            "full_tensor() returns"
         )
 
 
@@ -275,7 +277,7 @@ def _try_out(task: SaveTask, options: Options) -> None:
 def log_failure(task: SaveTask, error: BaseException | None) -> None:
     if error is None or isinstance(error, SkippedError):
         return
-    if str(error).startswith("the save ") and f"'{task.path}'" in str(error):  # it says itself of which save it is
+    if "the save " in str(error) and str(task.path) in str(error):  # it says itself of which save it is
         logger.error("%s", error)
     else:
         logger.error("the save to '%s' failed: %s", task.path, error)

@@ -209,7 +209,8 @@ def differences(metadata: Any, entries: Mapping[str, Entry], strict: bool) -> li
         if saved is None:
             found += [f"'{key}' {ONLY_HERE}"] if strict else []
         elif isinstance(saved, TensorStorageMetadata) != (entry.shape is not None):
-            found.append(f"'{key}' is a tensor on one side, and a value on the other")
+            kinds = ("a value", "a tensor") if entry.shape is not None else ("a tensor", "a value")
+            found.append(f"'{key}' is {kinds[0]} in the checkpoint, and {kinds[1]} here")
         elif entry.shape is not None and (tuple(saved.size), saved.properties.dtype) != (entry.shape, entry.value.dtype):
             theirs, ours = (tuple(saved.size), saved.properties.dtype), (entry.shape, entry.value.dtype)
             found.append(f"'{key}' has shape {theirs[0]} and dtype {theirs[1]} in the checkpoint, {ours[0]} and {ours[1]} here")

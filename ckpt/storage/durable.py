@@ -170,7 +170,7 @@ def make_directory(path: Path, durable: bool) -> None:
             raise
         if (obstacle := _obstacle(path, code)) is None:
             raise
-        raise StorageError(code, f"cannot make the directory '{path}': {obstacle}", str(path)) from error
+        raise StorageError(code, f"cannot make the directory '{path}': {obstacle}", str(path)) from None
     except OSError as error:
         raise _explained(f"cannot use the directory '{path}'", path, error) from error
 

@@ -24,6 +24,7 @@ from ckpt.commit.target import SaveCall, SavedFile
 from ckpt.coordinator import Coordinator
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import BundleRoot
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.publish_lock import is_home
@@ -205,7 +206,7 @@ class BundleNodes:
         if self._level is None:
             home = _Home(root, own)
             world_size = self._coordinator.world_size
-            self._level = NodeLevel(self._tier, home, rank, world_size, None, self._options, _EACH)
+            self._level = NodeLevel(self._tier, home, rank, world_size, Keeping(), self._options, _EACH)
             self._root, self._own = root, own
         refusal = "" if self._level.entered else self._claim(self._tier.path / heard["run"])
         self._entry.enter(self._level, f"{key}-nodes", heard["run"], heard["token"], step, refusal)

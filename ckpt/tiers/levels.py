@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt.coordinator import Coordinator
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain.remote_place import place_of, release_unused
 from ckpt.options import Options
@@ -57,6 +58,11 @@ class Levels(NamedTuple):
         if self.store is not None:
             self.store.begin()
 
+    def pin(self, sequence: int) -> None:
+        """That commit stays at home as long as this job saves."""
+        if self.nodes is not None:
+            self.nodes.pin(sequence)
+
     def follow(self, task: SaveTask, sequence: int) -> None:
         """It has been published; what lies behind home sees to it when it is there."""
         if self.store is not None:
@@ -77,13 +83,13 @@ def _wanted_behind(remote: Tier | None) -> dict[str, int | float] | None:
 
 
 def make_levels(
-    tiers: Tiers, directories: StepDirectories, coordinator: Coordinator, stream: str, keep: int | None, options: Options
+    tiers: Tiers, directories: StepDirectories, coordinator: Coordinator, stream: str, keeping: Keeping, options: Options
 ) -> Levels:
     """
     Args:
         directories: at home.
         stream: of the keys of conversations.
-        keep: how many checkpoints stay at home.
+        keeping: which checkpoints stay at home.
 
     Raises:
         ValueError, StorageError: as of StoreLevel.
@@ -93,7 +99,7 @@ def make_levels(
     finder = None if tiers.node is None else NodeFinder(tiers.node, home)
     if tiers.node is not None and finder is not None:
         nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s)
-        nodes = NodeLevel(tiers.node, directories, rank, world_size, keep, options, _wanted_behind(tiers.remote))
+        nodes = NodeLevel(tiers.node, directories, rank, world_size, keeping, options, _wanted_behind(tiers.remote))
     if tiers.remote is not None:
         bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
         scratch = None if tiers.remote.scratch is None else Path(tiers.remote.scratch)

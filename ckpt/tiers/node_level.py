@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from ckpt.commit.bypass import BypassVote
 from ckpt.directory import manifest as manifests
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
@@ -137,7 +138,7 @@ class NodeLevel:
     """
     Args:
         home: to which they are carried.
-        keep: how many stay there; None: all.
+        keeping: which stay there.
         home_every: see NodeStorage.describe_node().
     """
 
@@ -147,7 +148,7 @@ class NodeLevel:
         home: TierHome,
         rank: int,
         world_size: int,
-        keep: int | None,
+        keeping: Keeping,
         options: Options,
         home_every: Mapping[str, int | float] | None = None,
     ) -> None:
@@ -157,7 +158,7 @@ class NodeLevel:
         self._home = home
         self._rank = rank
         self._world_size = world_size
-        self._keep = keep
+        self._keeping = keeping
         self._home_every = home_every
         self._options = options
         self._locked = False  # whether this rank has locked the disk
@@ -198,7 +199,9 @@ class NodeLevel:
         if self._storage is None or self._directories is None:
             storage = NodeStorage(self.tier, self._home.path, run)
             options = self._options
-            directories = StepDirectories(storage.root, None, shared=self._world_size > 1, max_in_flight=options.max_in_flight)
+            directories = StepDirectories(
+                storage.root, Keeping(), shared=self._world_size > 1, max_in_flight=options.max_in_flight
+            )
             storage.make()
             for warning in warnings_about(self.tier.path, self._home.path) if self._rank == 0 else ():
                 logger.warning("%s", warning)
@@ -279,16 +282,7 @@ class NodeLevel:
     def _begin_drain(self, storage: NodeStorage, place: NodePlace) -> DrainProcess | None:
         """None: there can be none, and then nothing is to land."""
         try:
-            storage.describe_node(
-                place.number,
-                place.count,
-                self._world_size,
-                place.ranks,
-                home_keep=self._keep,
-                home_every=self._home_every,
-                direct_io=self._options.direct_io,
-                pids=this_process(),
-            )
+            self._describe(storage, place)
         except CheckpointError as error:
             self._broken = str(error)
             return None
@@ -297,6 +291,27 @@ class NodeLevel:
         self._pace.begin(storage.pace)
         follow(self._pace)
         return drain
+
+    def _describe(self, storage: NodeStorage, place: NodePlace) -> None:
+        storage.describe_node(
+            place.number,
+            place.count,
+            self._world_size,
+            place.ranks,
+            home_keeping=self._keeping,
+            home_every=self._home_every,
+            direct_io=self._options.direct_io,
+            pids=this_process(),
+        )
+
+    def pin(self, sequence: int) -> None:
+        """That commit stays at home, which the drains tidy, as long as this job saves."""
+        self._keeping = self._keeping.with_pinned(sequence)
+        if self._storage is not None and self._place is not None and self.leads:
+            try:
+                self._describe(self._storage, self._place)
+            except CheckpointError as error:
+                logger.warning("home may remove the checkpoint that was gone back to, as keep= says: %s", error)
 
     # ---- each save -------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.drain.journal import FOLDER
 from ckpt.drain.node import NAME, began_at
@@ -110,7 +111,7 @@ class NodeStorage:
         nodes: int,
         world_size: int,
         ranks: Iterable[int],
-        home_keep: int | None,
+        home_keeping: Keeping,
         direct_io: bool,
         pids: Mapping[int, int],
         home_every: Mapping[str, int | float] | None = None,
@@ -119,6 +120,7 @@ class NodeStorage:
 
         Args:
             ranks: of this node.
+            home_keeping: which checkpoints stay at home.
             pids: of their processes, and when each began; see this_process().
             home_every: {"steps": n} or {"seconds": x}: what home wants beside the newest.
 
@@ -138,7 +140,8 @@ class NodeStorage:
             "host": socket.gethostname(),
             "address": self.tier.address,
             "keep": self.tier.keep,
-            "home_keep": home_keep,
+            "home_keep": home_keeping.newest,
+            "home_keeps_too": home_keeping.to_json(),
             "home_every": None if home_every is None else dict(home_every),
             "rate": AUTO if rate is None else rate,
             "direct_io": direct_io,

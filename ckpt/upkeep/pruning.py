@@ -10,6 +10,7 @@ from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import committed_deeper_in, read_latest, remove_bundle
 from ckpt.directory.holds import held_at
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import NotACheckpointError
@@ -36,15 +37,14 @@ class Choice:
     why: str
 
 
-def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
+def choose(directory: Path, keeping: Keeping) -> list[Choice]:
     """What would become of each checkpoint, newest first.
 
     Damaged ones, as far as names and sizes of files tell, and what is no checkpoint are nobody's to remove here. They are none
-    of the newest either: what they would stand in for may be all that is left.
+    of the newest either, nor of the best: what they would stand in for may be all that is left.
 
     Args:
-        keep: how many of the newest stay, at least 1.
-        keep_every: those whose step is a multiple of it stay, too.
+        keeping: which stay.
 
     Raises:
         NotACheckpointError: there is none.
@@ -55,8 +55,9 @@ def choose(directory: Path, keep: int, keep_every: int | None) -> list[Choice]:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
     whole = [(path, manifest) for path, manifest in found if not missing_files(path, manifest)]
     latest = read_latest(directory)
-    held = held_at(directory, [manifest for _, manifest in whole[keep:]])
-    fates = {path: _fate(manifest, number, held, keep, keep_every) for number, (path, manifest) in enumerate(whole)}
+    held = held_at(directory, [manifest for _, manifest in whole[keeping.newest :]])
+    reasons = keeping.reasons([manifest for _, manifest in whole])
+    fates = {path: _fate(manifest, held, reason) for (path, manifest), reason in zip(whole, reasons, strict=True)}
     named = {path: late_names.name_behind(path.name) or str(path.relative_to(directory)) for path, _ in found}
     choices = []
     for path, manifest in found:
@@ -71,12 +72,14 @@ def _is_behind_link(path: Path, directory: Path) -> bool:
     return path.is_symlink() or (path.parent != directory and path.parent.is_symlink())
 
 
-def _fate(manifest: Manifest, number: int, held: set[int], keep: int, keep_every: int | None) -> tuple[str, str]:
-    """Of one that is whole, and the reason."""
-    if number < keep:
-        return KEPT, f"one of the newest {keep}" if keep > 1 else "the newest"
-    if keep_every and manifest.step % keep_every == 0:
-        return KEPT, f"its step is a multiple of {keep_every}"
+def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
+    """Of one that is whole, and the reason.
+
+    Args:
+        reason: for which it is to stay; empty if there is none.
+    """
+    if reason:
+        return KEPT, reason
     if manifest.sequence in held:
         return HELD, "it is on its way to an object store"
     if manifest.others:

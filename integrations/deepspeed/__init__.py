@@ -9,8 +9,35 @@ DeepSpeed loads them. Options stand in the DeepSpeed config:
 
     "datastates_ckpt": {"host_cache_size": 4, "max_in_flight": 2}
 
-"host_cache_size" is the staging memory in GiB; "wait_before_return" and "tiers" are described below; the other keys are the
-fields of `ckpt.Options`.
+All are optional; an unknown key is an error that lists the valid ones. `true` in place of the object means the defaults.
+
+    key                     value                 default     what it means
+    host_cache_size         number, GiB           as needed   staging memory; the same as arena_bytes, of which one is given
+    wait_before_return      true, false           see below   save_checkpoint() waits until its files are durable
+    tiers                   list of objects       []          disks of the nodes where saves land first, see below
+
+    and the fields of `ckpt.Options`, which says more of each; sizes are bytes, or texts such as "4GiB"
+
+    arena_bytes             size                  "auto"      staging memory
+    chunk_bytes             size                  "4MiB"      unit of a write
+    writers                 threads               4           that write
+    eager_bytes             size                  "64KiB"     smaller tensors are copied inside save_checkpoint()
+    direct_io               true, false           true        write past the page cache
+    record_alignment        bytes                 null        lay files out as torch.save does (64), for comparisons
+    replicated_writers      "all", "rank0"        "all"       no effect here: DeepSpeed says which rank writes which file
+    replicated_readers      "each", "all"         "each"      no effect here: DeepSpeed reads
+    device_lazy             "auto", true, false   "auto"      how tensors leave GPUs
+    device_cache            size                  0           memory of each GPU that a step may use for what has not left
+    device_batches          true, false           false       many small copies from a GPU in one call of its driver
+    device_rate             size a second         0           most that leaves each GPU in the background; 0: no limit
+    metadata_compat         "2.14"                null        no effect here: these files have no `.metadata`
+    max_in_flight           saves                 2           that may be on their way at once
+    when_busy               "wait", "skip"        "wait"      what save_checkpoint() does if so many are
+    verify_capture          true, false           false       checksum all that leaves in the background twice, to find faults
+    max_failed_saves        saves                 3           in a row that fail before one raises; 0: never
+    timeout_s               seconds               1800        longest wait inside save_checkpoint(), and in a step
+    drain_timeout_s         seconds               1800        longest wait for saves in flight at the end
+    commit_timeout_s        seconds               600         longest wait of rank 0 for the files of the slowest rank
 
 * save_checkpoint() copies no parameters and no optimizer state. They are written in the background until the next update, which
   waits for what has not left yet. Buffers, frozen parameters, client_state and all Python values are captured before
@@ -27,6 +54,8 @@ fields of `ckpt.Options`.
   falls back to the newest one that is good. Files of the optimizer's states that it is told not to load may be missing.
 * DeepSpeed's own readers (get_fp32_state_dict_from_zero_checkpoint() and its like) wait for the saves of their process, on one
   rank alone, too. If the newest save to the directory failed, they raise CheckpointError; what is older is read by its tag.
+* `zero_to_fp32.py`, which lies in each checkpoint, needs the package huggingface_hub (`pip install huggingface_hub`), and for
+  `--safe_serialization` safetensors: DeepSpeed installs neither.
 * save_16bit_model() returns when the file is durable.
 * With tiers, `"tiers": [{"node": "/nvme/ckpt", "keep": 2}]` or enable(tiers=[ckpt.Tier.node("/nvme/ckpt")]), a save lands on a
   disk of each node first, and a process of its own carries it to save_dir/tag, as the same files. Durable, `latest` and

@@ -22,10 +22,11 @@ gradients in another order in the first iteration of a process: run one forward 
   load_state_dict().
 * **Weights that something other than an optimizer's step changes** (EMA copies, target networks) are copied inside save().
   Whatever changes parameters of a given optimizer outside its step() must call `ckpt.fence()` before.
+* **SIGTERM.** CheckpointCallback(preemption=True) saves and ends; beside a plain `ckpt.Checkpointer`, `Preemption` does.
 """
 
 from .callback import CheckpointCallback
-from .preemption import Preempted
+from .preemption import Preempted, Preemption
 from .when_to_save import Auto
 
-__all__ = ["Auto", "CheckpointCallback", "Preempted"]
+__all__ = ["Auto", "CheckpointCallback", "Preempted", "Preemption"]

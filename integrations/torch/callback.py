@@ -18,14 +18,13 @@ from ckpt.metrics import MetricsSink
 from ckpt.quantities import Duration, parse_duration
 
 from . import when_to_save
-from .preemption import Preempted, Preemption
+from .preemption import GRACE, Preempted, Preemption
 from .state_parts import Stateful, name_parts
 from .training_state import NamedParts
 from .when_to_save import Every
 
 logger = logging.getLogger("ckpt")
 
-_GRACE = "25s"  # torchrun, Slurm and Kubernetes by default kill 30 s after SIGTERM
 Given = Stateful | Mapping[str, Stateful] | None
 
 
@@ -54,7 +53,10 @@ class CheckpointCallback:
         directory: of the checkpoints, as for `ckpt.Checkpointer`.
         model: a module, bare or wrapped in DistributedDataParallel or by torch.compile, in any order; saved bare, so that any
             of these loads what another has saved.
-        optimizer, scheduler, scaler: as for `torch.amp.GradScaler`: whatever has state_dict() and load_state_dict().
+        optimizer: an optimizer of torch, or anything else with state_dict() and load_state_dict(). Without one that is torch's,
+            parameters are copied inside save().
+        scheduler: of the learning rate: whatever has these two methods.
+        scaler: of the loss, as `torch.amp.GradScaler` is: whatever has these two methods.
         data: what knows the position in the data: a sampler of torch, which is changed in place so that it does; a
             StatefulDataLoader; or a sampler or data set with such methods.
         extra: more such objects by name, for example {"ema": ema_model}. They must be equal on all ranks, to the byte, as an
@@ -62,8 +64,16 @@ class CheckpointCallback:
             each rank computes from its own batches (running statistics, metrics) goes to `data`, or is averaged over the ranks
             before. Of a module only the parameters have to be equal.
         every: when step() saves: a number of steps; a time, as timedelta or text ("30s", "10min", "2h"); or "auto" or
-            `Auto(mtbf=..., overhead=...)`: as often as pays.
-        keep, options, coordinator, metrics, tiers: as for `ckpt.Checkpointer`.
+            `Auto(mtbf=..., overhead=...)`: as often as pays, which the log says when it is decided and when it changes much.
+            Default 1: each step.
+        keep: how many checkpoints stay, the newest first; default 3, None: all.
+        keep_every: checkpoints of steps that are multiples of it stay, too, for ever; default none.
+        keep_best, best_by, best_mode: how many of the best stay, too, by which of the `metrics` that step() is given, and
+            whether the lowest ("min", default) or the highest ("max") is the best; default none.
+        options: `ckpt.Options`: staging memory, deadlines, how many failed saves end the training; default as that says.
+        coordinator: by what the ranks agree; the default "auto" takes torch.distributed if that is initialised.
+        metrics: sinks that are told what each save has cost, see `ckpt.metrics.MetricsSink`.
+        tiers: disks of the nodes before `directory`, an object store behind it, see `ckpt.Tier`; default none.
         lazy: more that changes only in an optimizer's step, as for `ckpt.save`; for example `model`, if it has many frozen
             parameters, which belong to no optimizer and would be copied at every save although nothing changes them.
         merge_data: called when another number of ranks resumes, with what `data` gave on each of the old ranks, in their order
@@ -94,6 +104,10 @@ class CheckpointCallback:
         extra: Mapping[str, Stateful] | None = None,
         every: Every = 1,
         keep: int | None = 3,
+        keep_every: int | None = None,
+        keep_best: int | None = None,
+        best_by: str | None = None,
+        best_mode: str = "min",
         options: ckpt.Options | None = None,
         coordinator: Any = "auto",
         metrics: Iterable[MetricsSink] = (),
@@ -111,17 +125,27 @@ class CheckpointCallback:
         self._waits = wait_before_return
         self._unseen: list[ckpt.PendingSave] = []  # whose outcome has not been looked at, in their order
         self._published = False  # a checkpoint was there
-        grace = _GRACE if preemption is True else preemption
+        grace = GRACE if preemption is True else preemption
         grace_s = parse_duration(grace, "preemption") if grace is not False else None
         when_to_save.make_interval(every, None)  # complains before anything is made
         self._checkpointer = ckpt.Checkpointer(
-            directory, keep=keep, options=options, coordinator=coordinator, metrics=metrics, tiers=tiers
+            directory,
+            keep=keep,
+            keep_every=keep_every,
+            keep_best=keep_best,
+            best_by=best_by,
+            best_mode=best_mode,
+            options=options,
+            coordinator=coordinator,
+            metrics=metrics,
+            tiers=tiers,
         )
         self._state = NamedParts(parts, positions, self._checkpointer, merge_data)
         self._lazy = [*self._state.optimizers(), *([] if lazy is None else [lazy])]
         self._agreed = 0
         several = self._checkpointer.world_size > 1
-        self._interval = when_to_save.make_interval(every, self._agree if several else None)
+        tells = self._checkpointer.rank == 0
+        self._interval = when_to_save.make_interval(every, self._agree if several else None, tells=tells)
         self._step: int | None = None
         self._preemption: Preemption | None = None
         if grace_s is not None:
@@ -142,11 +166,12 @@ class CheckpointCallback:
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
-    def step(self, step: int) -> ckpt.PendingSave | None:
+    def step(self, step: int, metrics: Mapping[str, Any] | None = None) -> ckpt.PendingSave | None:
         """To be called at the end of each iteration, on every rank. Saves if it is time to; None if not.
 
         Args:
             step: optimizer steps done, counted from the start of the job.
+            metrics: how good they are, such as {"loss": 0.3}, as for `ckpt.Checkpointer.save`; looked at only if it saves.
 
         Raises:
             Preempted: SIGTERM has come and all is saved, or the grace time is over. A handler of SIGTERM written in Python that
@@ -157,11 +182,11 @@ class CheckpointCallback:
         self._step = step
         due = self._interval.is_due(step)
         if self._preemption is not None and self._preemption.is_due():
-            self._end(step, self._preemption)
+            self._end(step, self._preemption, metrics)
         self._check_remaining()
-        return self.save(step) if due else None
+        return self.save(step, metrics) if due else None
 
-    def save(self, step: int) -> ckpt.PendingSave:
+    def save(self, step: int, metrics: Mapping[str, Any] | None = None) -> ckpt.PendingSave:
         """Saves now, whatever `every` says; for the end of training. To be called on every rank.
 
         Raises:
@@ -171,7 +196,7 @@ class CheckpointCallback:
         self._check_remaining()
         began_at = when_to_save.now()
         replicated, state, sharded = self._state.capture()
-        pending = self._checkpointer.save(step, state, replicated=replicated, sharded=sharded, lazy=self._lazy)
+        pending = self._checkpointer.save(step, state, replicated=replicated, sharded=sharded, lazy=self._lazy, metrics=metrics)
         self._step = step
         self._unseen.append(pending)
         if self._waits:
@@ -194,23 +219,22 @@ class CheckpointCallback:
                 "there was one. Leave removing old ones to keep=, or use wait_before_return=True and remove them after that"
             ) from error
 
-    def _end(self, step: int, preemption: Preemption) -> None:
+    def _end(self, step: int, preemption: Preemption, metrics: Mapping[str, Any] | None) -> None:
         with contextlib.suppress(ckpt.CheckpointError):  # has been logged
             self._checkpointer.wait(preemption.left_s())  # else this save might be skipped for those in flight
         try:
-            path = self.save(step).result(preemption.left_s())
+            path = self.save(step, metrics).result(preemption.left_s())
         except ckpt.CheckpointError as error:
             logger.error("SIGTERM: %d steps are done, but their checkpoint is not durable: %s", step, error)
         else:
             logger.warning("SIGTERM: %d steps are done and saved to '%s'; training ends", step, path)
         self._preemption = None
-        preemption.pass_on()
-        raise Preempted(step)
+        preemption.end(step)
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 
-    def resume(self, *, strict: bool = True, weights_only: bool = True, fresh: bool = False) -> int:
-        """Loads the newest good checkpoint into the objects, and puts back the random number generators last of all.
+    def resume(self, *, step: int | None = None, strict: bool = True, weights_only: bool = True, fresh: bool = False) -> int:
+        """Loads the newest good checkpoint, or that of `step`, into the objects; last of all the random number generators.
 
         To be called on every rank, before the loop and before iterators are made of the data. Another number of ranks may
         resume: then rank r gets rank 0's buffers and the random numbers of rank r modulo the old number, and logs that.
@@ -221,6 +245,9 @@ class CheckpointCallback:
         host memory.
 
         Args:
+            step: that checkpoint and no other, to train on from there. The next save is the newest then, whatever its step;
+                what was newer so far stays until its step is saved again or `keep` no longer wants it, see
+                `ckpt.Checkpointer.restore`. The same on all ranks.
             strict: False: what only one side has (a scheduler, an EMA copy, single weights) is passed over with a warning in
                 the log rather than refused.
             weights_only: as in `torch.load`; False if `data`, `scheduler` or `extra` have states that hold other objects.
@@ -232,10 +259,12 @@ class CheckpointCallback:
 
         Raises:
             ckpt.errors.InUseError: another job is saving into the directory.
+            ckpt.errors.NotACheckpointError: there is none of `step`; says which there are.
             ckpt.CheckpointError: the checkpoint does not fit, and the message says which part of it; the objects may have been
                 loaded in part. Also what `ckpt.Checkpointer.restore` raises; then, too, for instance if no checkpoint is good.
         """
         found = self._checkpointer.restore(
+            step=step,
             merge=self._state.merge,
             map_location="cpu",
             weights_only=weights_only,
@@ -245,13 +274,13 @@ class CheckpointCallback:
             fresh=fresh,
             exclusive=True,
         )
-        step = 0
+        done = 0
         if found is not None:
             self._published = True
-            step = self._state.resume(found, strict=strict)
-        self._step = step
-        self._interval.note_start(step)
-        return step
+            done = self._state.resume(found, strict=strict)
+        self._step = done
+        self._interval.note_start(done)
+        return done
 
     # ---- ending ----------------------------------------------------------------------------------------------------
 
@@ -271,8 +300,7 @@ class CheckpointCallback:
             if preemption is not None:
                 preemption.close()
         if preemption is not None and preemption.noted:
-            preemption.pass_on()
-            raise Preempted(self._step)
+            preemption.end(self._step)
 
     def __enter__(self) -> CheckpointCallback:
         return self
@@ -283,7 +311,8 @@ class CheckpointCallback:
         except Preempted:
             if error is None:
                 raise
-        except ckpt.CheckpointError:
+        except ckpt.CheckpointError as failed:
             if error is None:
                 raise
-            logger.exception("closing the checkpoint callback failed while another error was on its way")
+            if failed is not error and failed is not error.__cause__:  # else it is told of already
+                logger.error("closing the checkpoint callback failed while another error was on its way: %s", failed)

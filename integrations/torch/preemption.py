@@ -1,4 +1,14 @@
-"""SIGTERM, noted when it comes and acted on at the next step, on all ranks at the same one."""
+"""SIGTERM, noted when it comes and acted on at the next step, on all ranks at the same one.
+
+CheckpointCallback(preemption=) does that by itself. Who saves with a Checkpointer does it by hand:
+
+    with ckpt.Checkpointer("checkpoints") as checkpointer, Preemption() as preemption:
+        for step in range(start, steps):
+            ...
+            if preemption.is_due():  # asked at each step, on every rank
+                checkpointer.save(step + 1, state).result(preemption.left_s())
+                preemption.end(step + 1)
+"""
 
 from __future__ import annotations
 
@@ -7,13 +17,16 @@ import signal
 import threading
 import time
 from collections.abc import Callable
-from types import FrameType
-from typing import Any
+from types import FrameType, TracebackType
+from typing import Any, NoReturn
 
 import torch
 
+from ckpt.quantities import Duration, parse_duration
+
 logger = logging.getLogger("ckpt")
 
+GRACE = "25s"  # torchrun, Slurm and Kubernetes by default kill 30 s after SIGTERM
 _LAST_EXCHANGE_S = 5.0  # how long close() waits for the other ranks to take part in the last exchange
 
 
@@ -29,17 +42,23 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Notes SIGTERM from construction to close().
+    """Notes SIGTERM from construction to close(). A context manager; see the module.
 
     Args:
-        grace_s: seconds between the signal and the end of the process that may be used for saving.
-        several_ranks: whether the ranks of the default process group have to hear of each other's signals.
+        grace: how much of the time between the signal and the end of the process may be used for saving: seconds, or a
+            duration such as "2min".
+        several_ranks: whether the ranks of the default process group have to hear of each other's signals: one number goes
+            round at each is_due(), in the background. None: if there are several.
 
     Raises:
         RuntimeError: not in the main thread, which alone may install a handler; or several ranks without a process group.
+        TypeError, ValueError: grace is no duration.
     """
 
-    def __init__(self, grace_s: float, several_ranks: bool) -> None:
+    def __init__(self, grace: Duration = GRACE, several_ranks: bool | None = None) -> None:
+        grace_s = parse_duration(grace, "grace")
+        if several_ranks is None:
+            several_ranks = _has_several_ranks()
         if threading.current_thread() is not threading.main_thread():
             raise RuntimeError("preemption needs a signal handler, which only the main thread may install")
         self._grace_s = grace_s
@@ -66,9 +85,22 @@ class Preemption:
 
     def left_s(self) -> float:
         """Seconds of grace that are left."""
-        return max(0.0, self._grace_s - (time.monotonic() - (self._noted_at or time.monotonic())))
+        since = 0.0 if self._noted_at is None else time.monotonic() - self._noted_at
+        return max(0.0, self._grace_s - since)
 
-    def pass_on(self) -> None:
+    def end(self, step: int | None) -> NoReturn:
+        """Ends the process, when all is saved; a handler of SIGTERM in Python that was there before is called first.
+
+        Args:
+            step: optimizer steps done; None: all of them.
+
+        Raises:
+            Preempted: always.
+        """
+        self._pass_on()
+        raise Preempted(step)
+
+    def _pass_on(self) -> None:
         """Puts back the handler that was there before and, if it is one in Python, lets it have the signal."""
         self.close()
         if callable(self._previous):
@@ -84,6 +116,18 @@ class Preemption:
             logger.warning("the handler of SIGTERM stays: only the main thread could put back the one before")
             return
         signal.signal(signal.SIGTERM, signal.SIG_DFL if self._previous is None else self._previous)
+
+    def __enter__(self) -> Preemption:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.close()
+
+
+def _has_several_ranks() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class SharedFlag:

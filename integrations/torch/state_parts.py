@@ -68,8 +68,11 @@ def _instead(name: str, item: Any) -> str:
         return ""
     if isinstance(item, DataLoader):
         which = "sampler" if type(item.batch_sampler) in (BatchSampler, type(None)) else "batch_sampler"
-        return f": give its sampler, data=loader.{which}, or a StatefulDataLoader of torchdata"
-    return "; give a sampler with a state, or a StatefulDataLoader"
+        return f": give its sampler, data=loader.{which}, or a StatefulDataLoader of torchdata (`pip install torchdata`)"
+    return (
+        ": give a sampler of torch.utils.data, such as RandomSampler or DistributedSampler, which learns to go on; one of your "
+        "own that has both; or a StatefulDataLoader (`pip install torchdata`, torchdata.stateful_dataloader)"
+    )
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import datetime
+import logging
 import math
 import statistics
 import time
@@ -19,10 +20,13 @@ from typing import Any, Protocol
 
 from ckpt.quantities import Duration, parse_duration
 
+logger = logging.getLogger("ckpt")
+
 Agree = Callable[[bytes], bytes]  # rank 0's value, on every rank
 
 _FORMS = "a number of steps (100), a duration ('10min'), 'auto' or Auto(...)"
 _COSTS_KEPT = 5  # saves whose median cost is what a save costs
+_TOLD_AGAIN = 2  # an interval that has become so many times as long, or as short, is worth a word
 _CHECK_GROWTH = 2  # a check is at most so many times as far ahead as the last save, or the start, is back: estimates may be off
 
 now = time.monotonic
@@ -55,8 +59,17 @@ class Auto:
 
     def interval_s(self, cost_s: float, durable_s: float) -> float:
         """Seconds from one save to the next, given what one costs and how long it takes to get durable, both in seconds."""
+        return self.decide(cost_s, durable_s)[0]
+
+    def decide(self, cost_s: float, durable_s: float) -> tuple[float, str]:
+        """The same, and why, in words."""
         best = math.sqrt(2 * cost_s * parse_duration(self.mtbf, "Auto.mtbf"))
-        return max(best, cost_s / self.overhead, durable_s)
+        return max(
+            (best, f"that loses least if something fails each {self.mtbf}"),
+            (cost_s / self.overhead, f"more saves would take more than {self.overhead:.1%} of the time"),
+            (durable_s, "the one before is durable only then"),
+            key=lambda choice: choice[0],
+        )
 
 
 Every = int | str | datetime.timedelta | Auto
@@ -74,11 +87,12 @@ class Interval(Protocol):
         """A save was begun, and has held up training for so many seconds so far."""
 
 
-def make_interval(every: Every, agree: Agree | None) -> Interval:
+def make_interval(every: Every, agree: Agree | None, *, tells: bool = False) -> Interval:
     """The interval that `every` means.
 
     Args:
         agree: how ranks agree; None: there is only one.
+        tells: whether the log is to say what was decided for "auto"; one rank is enough.
 
     Raises:
         ValueError, TypeError: `every` is nothing that can be meant.
@@ -92,7 +106,7 @@ def make_interval(every: Every, agree: Agree | None) -> Interval:
     if every == "auto":
         every = Auto()
     if isinstance(every, Auto):
-        return TimedInterval(_CostInterval(every), agree)
+        return TimedInterval(_CostInterval(every, tells), agree)
     if not isinstance(every, (str, datetime.timedelta)):
         raise TypeError(f"every must be {_FORMS}, not {every!r}")
     return TimedInterval(_FixedInterval(_parse_time(every)), agree)
@@ -136,12 +150,19 @@ class _FixedInterval:
     def note(self, pending: Any, blocked_s: float) -> None:
         pass
 
+    def tell(self, step_s: float) -> None:
+        pass
+
 
 class _CostInterval:
     """The interval of an Auto, from what the saves so far have cost."""
 
-    def __init__(self, auto: Auto) -> None:
+    def __init__(self, auto: Auto, tells: bool) -> None:
         self._auto = auto
+        self._tells = tells
+        self._decided: tuple[float, str] | None = None
+        self._told_s: float | None = None
+        self._cost_s = 0.0
         self._saves: collections.deque[tuple[Any, float]] = collections.deque(maxlen=_COSTS_KEPT)
         self._durable_s = 0.0
 
@@ -157,8 +178,27 @@ class _CostInterval:
         stats = self._saves[-1][0].stats
         if stats.durable_at is not None and stats.started_at is not None:
             self._durable_s = stats.durable_at - stats.started_at
-        cost_s = statistics.median(blocked_s + pending.stats.fence_s for pending, blocked_s in self._saves)
-        return self._auto.interval_s(cost_s, self._durable_s) - elapsed_s
+        self._cost_s = statistics.median(blocked_s + pending.stats.fence_s for pending, blocked_s in self._saves)
+        self._decided = self._auto.decide(self._cost_s, self._durable_s)
+        return self._decided[0] - elapsed_s
+
+    def tell(self, step_s: float) -> None:
+        """In the log, when it is known, and when it has changed much.
+
+        Args:
+            step_s: what an iteration takes.
+        """
+        if not self._tells or self._decided is None:
+            return
+        interval_s, why = self._decided
+        if self._told_s is not None and self._told_s / _TOLD_AGAIN < interval_s < self._told_s * _TOLD_AGAIN:
+            return
+        self._told_s = interval_s
+        logger.info(
+            "every='auto': a save about every %d steps (%.3g s): %s. A save holds training up for %.3g s, and is durable after "
+            "%.3g s",
+            *(max(1, math.ceil(interval_s / step_s)), interval_s, why, self._cost_s, self._durable_s),
+        )
 
     def note(self, pending: Any, blocked_s: float) -> None:
         self._saves.append((pending, blocked_s))
@@ -176,9 +216,11 @@ class TimedInterval:
         self._began_at = now()  # the last save; before the first, training
         self._began_step = 0  # the steps done then
         self._next_check = 0
+        self._start = self._began_at, 0  # of training, and the steps done then
 
     def note_start(self, step: int) -> None:
         self._began_at, self._began_step, self._next_check = now(), step, step
+        self._start = self._began_at, step
 
     def note_save(self, step: int, pending: Any, blocked_s: float) -> None:
         self._began_at, self._began_step = now() - blocked_s, step
@@ -186,11 +228,18 @@ class TimedInterval:
 
     def is_due(self, step: int) -> bool:
         if self._agree is None:
-            return self._rule.may_save() and self._rule.wait_s(now() - self._began_at) <= 0
+            due = self._rule.may_save() and self._rule.wait_s(now() - self._began_at) <= 0
+            self._tell(step)
+            return due
         if step < self._next_check:
             return False
         due, self._next_check = _decode(self._agree(_encode(*self._check(step))))
+        self._tell(step)
         return due
+
+    def _tell(self, step: int) -> None:
+        began_at, began_step = self._start
+        self._rule.tell(max((now() - began_at) / max(1, step - began_step), 1e-9))
 
     def _check(self, step: int) -> tuple[bool, int]:
         """Whether to save at `step`, and the step to check at next."""

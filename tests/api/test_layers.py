@@ -29,10 +29,17 @@ PACKAGE_LAYERS = (
     {"__main__"},
 )
 
+ERRORS = {
+    *("CancelledError", "CaptureError", "CheckpointError", "ClosedError", "CorruptError", "DeadlineError"),
+    *("DeviceError", "FailedSavesError", "ForkedError", "InUseError", "MismatchError", "NotACheckpointError"),
+    *("PeerError", "SkippedError", "StorageError", "SupersededError", "UnsupportedError"),
+}
+
 # What users and adapters may rely on. A name that goes from here breaks their programs; one that comes must be kept.
 PUBLIC_NAMES = {
     "ckpt": {
-        *("BundleCheckpointer", "CheckpointError", "Checkpointer", "Options", "PendingSave", "SaveStats", "Tier"),
+        *ERRORS,
+        *("BundleCheckpointer", "Checkpointer", "Options", "PendingSave", "SaveStats", "Tier"),
         *("check_devices", "fence", "load", "load_into", "save"),
     },
     "ckpt.coordinator": {"Coordinator", "make_coordinator"},
@@ -41,11 +48,7 @@ PUBLIC_NAMES = {
         *("is_named_part", "publish_metadata", "read_metadata"),
     },
     "ckpt.drain": {"DrainStatus", "status"},
-    "ckpt.errors": {
-        *("CancelledError", "CaptureError", "CheckpointError", "ClosedError", "CorruptError", "DeadlineError"),
-        *("DeviceError", "FailedSavesError", "ForkedError", "InUseError", "MismatchError", "NotACheckpointError"),
-        *("PeerError", "SkippedError", "StorageError", "SupersededError", "UnsupportedError"),
-    },
+    "ckpt.errors": ERRORS,
     "ckpt.formats": set(),
     "ckpt.metrics": {"MetricsSink", "SaveRecord"},
     "ckpt.names": {

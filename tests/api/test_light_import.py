@@ -27,6 +27,7 @@ LIGHT = [
         "ckpt.storage.pace_file",
     ),
     *("ckpt.directory.manifest", "ckpt.directory.listing", "ckpt.directory.steps", "ckpt.directory.retention"),
+    "ckpt.directory.keeping",
 ]
 
 
@@ -40,6 +41,10 @@ def run(script: str) -> None:
 @pytest.mark.parametrize("module", LIGHT)
 def test_imports_no_torch(module: str) -> None:
     run(f"import sys, {module}; assert 'torch' not in sys.modules")
+
+
+def test_errors_are_found_at_the_top_without_torch() -> None:
+    run("import sys, ckpt; assert ckpt.CorruptError is ckpt.errors.CorruptError; assert 'torch' not in sys.modules")
 
 
 FIRST = ("import ckpt.errors, torch", "import torch, ckpt", "import ckpt.coordinator", "import ckpt.devices")

@@ -48,6 +48,17 @@ def test_multiples_stay(shell: Shell, tmp_path: Path) -> None:
     assert names(tmp_path) == [10, 20, 25]
 
 
+def test_the_best_stay(shell: Shell, tmp_path: Path) -> None:
+    with ckpt.Checkpointer(tmp_path, keep=None, options=options()) as checkpointer:
+        for step, loss in enumerate((3.0, 1.0, 2.0, 4.0)):
+            checkpointer.save(step, {"x": step}, metrics={"loss": loss}).result()
+    document = shell.json("prune", tmp_path, "--keep", "1", "--keep-best", "2", "--best-by", "loss", "--yes")
+    assert [each["why"] for each in document["checkpoints"]][1:3] == ["one of the best 2 by loss"] * 2
+    assert names(tmp_path) == [1, 2, 3]
+    refused = shell("prune", tmp_path, "--keep", "1", "--keep-best", "2")
+    assert refused.code == 1 and "--best-by by which metric: give both" in refused.err
+
+
 def test_what_is_held_and_what_is_damaged_stays(shell: Shell, home: Path) -> None:
     place = home / FOLDER / "store"
     place.mkdir(parents=True)

@@ -10,6 +10,7 @@ from ckpt.commit.conversation import Failure
 from ckpt.commit.node_target import NodeStepTarget
 from ckpt.commit.step_target import StepTarget
 from ckpt.commit.target import Prepared, SaveCall
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import FileEntry
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.steps import StepDirectories
@@ -19,7 +20,7 @@ FILES = (FileEntry("rank-00000.pt", 1, 2), FileEntry("rank-00001.pt", 3, 4, rank
 
 @pytest.mark.parametrize("leader", ["home", "node"])
 def test_it_is_given_up_and_said(leader: str, tmp_path: Path) -> None:
-    home = StepDirectories(tmp_path, None, shared=True, max_in_flight=1)
+    home = StepDirectories(tmp_path, Keeping(), shared=True, max_in_flight=1)
     path = tmp_path / "step-000000000001"
     details = (SaveCall(0, 1, "step 1", path, path), home, 0, 2)
     target = StepTarget(*details)

@@ -208,6 +208,21 @@ def test_a_step_is_saved_again(run: Run, tmp_path: Path) -> None:
     assert_goes_on(run, tmp_path, 2)
 
 
+def test_ranks_go_back_to_a_step(run: Run, tmp_path: Path) -> None:
+    run(steps=4)
+    told = run(steps=1, keep=1, at=1)
+    assert [rank.found for rank in told] == [(1, expected_digest(1), 1)] * 2
+    assert assert_whole(tmp_path, 2, *told) == 2 and committed(tmp_path) == [1, 2], "what they went back to, and the newest"
+    told = run({"at": 2}, {"at": 1}, steps=1)
+    assert "refused PeerError: " in told[0].ended.stdout and "asks for step 1" in told[0].ended.stdout
+    assert "refused CheckpointError: " in told[1].ended.stdout
+    told = run(steps=1, at=7)
+    for rank in told:
+        assert "refused NotACheckpointError: there is no checkpoint of step 7" in rank.ended.stdout
+        assert "those of steps 1, 2" in rank.ended.stdout
+    assert [rank.found for rank in run(steps=1)] == [(2, expected_digest(2), 2)] * 2
+
+
 def test_a_slow_rank_is_waited_for(run: Run, tmp_path: Path) -> None:
     slow = {"plan": {"1": {"fault": {"call": "fdatasync", "delay_s": 0.7}}}}
     told = run({}, slow, steps=3)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.receipts import Receipt, names_of_receipts, place_in, read_receipts, write_receipt
@@ -44,7 +45,7 @@ def test_the_receipts_of_a_commit_stay_as_long_as_it_does(tmp_path: Path) -> Non
     assert second == again and second.name == "receipt-00000-2.json"
     assert place_in(directory, committed) == place
     assert place_in(directory, Manifest(7, 2, 1, (new,))) == NodePlace(0, 1, (0,))
-    Retention(tmp_path, FilesInFlight(), None, True, 1, lambda _: None, lambda *_: None).remove_leftovers()
+    Retention(tmp_path, FilesInFlight(), Keeping(), True, 1, lambda _: None, lambda *_: None).remove_leftovers()
     assert {path.name for path in directory.iterdir()} == {"manifest.json", "receipt-00000.json"}, "as at the next start"
     assert names_of_receipts(directory, committed) == {"receipt-00000.json"}
 

@@ -58,7 +58,7 @@ def tiers_of(request: dict[str, Any]) -> list[ckpt.Tier]:
 class Rank:
     """
     Args:
-        request: directory, rank, world, steps, keep; crash_point and crash_skip; `patience`: leave after so many failures,
+        request: directory, rank, world, steps, keep; `at`: the step to resume from; crash_point and crash_skip; `patience`: leave after so many failures,
             without another word to the others; `plan`: for each step, by its number as a text, what this rank does differently.
     """
 
@@ -80,7 +80,7 @@ class Rank:
         assert (self.checkpointer.rank, self.checkpointer.world_size) == (request["rank"], request["world"])
 
     def resume(self) -> None:
-        found = self.checkpointer.restore(merge=merge)
+        found = self.checkpointer.restore(step=self.request["at"], merge=merge)
         if found is None:
             return say("found -1 - -1")
         self.trainer.resume(found.replicated)
@@ -89,7 +89,12 @@ class Rank:
         say(f"found {found.step} {digest(found.replicated)} {found.state['step']}")
 
     def run(self) -> None:
-        self.resume()
+        try:
+            self.resume()
+        except ckpt.CheckpointError as error:
+            if self.request["at"] is None:
+                raise
+            return say(f"refused {type(error).__name__}: {error}")
         _native.set_crash_point(self.request["crash_point"], self.request["crash_skip"])
         for _ in range(self.request["steps"]):
             self.trainer.advance()
@@ -138,7 +143,7 @@ class Rank:
 
 def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "node": None, "tier": {}, "remote": {}}
+    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "at": None, "node": None, "tier": {}, "remote": {}}
     Rank(defaults | request).run()
 
 

@@ -33,6 +33,8 @@ RUN = "run-1"
 MiB = 1 << 20
 DEADLINE_S = patience(60.0)
 
+Metrics = tuple[tuple[str, float], ...]
+
 
 @dataclasses.dataclass
 class Saved:
@@ -70,7 +72,7 @@ class Job:
         path.with_suffix(".new").write_bytes(manifests.with_checksum(document))
         path.with_suffix(".new").rename(path)
 
-    def save(self, step: int, size: int = 200_000, common: int = 0, created: str = "") -> Saved:
+    def save(self, step: int, size: int = 200_000, common: int = 0, created: str = "", metrics: Metrics = ()) -> Saved:
         """Makes a generation complete on all nodes; a step that is there is saved again, as a job does.
 
         Args:
@@ -82,18 +84,17 @@ class Job:
         stems = [f"rank-{rank:05d}" for rank in range(len(self.roots))] + ["replicated"] * bool(common)
         names = [free_name(stem, taken) for stem in stems]
         content = {name: rng.randbytes(common if "repl" in name else size + 17 * number) for number, name in enumerate(names)}
-        return self.place(step, content, created)
+        return self.place(step, content, created, metrics)
 
-    def place(self, step: int, content: dict[str, bytes], created: str = "") -> Saved:
+    def place(self, step: int, content: dict[str, bytes], created: str = "", metrics: Metrics = ()) -> Saved:
         self.sequence += 1
         files = []
         for name, held in content.items():
             kind = REPLICATED if name.startswith("replicated") else RANK
             rank = 0 if kind == REPLICATED or name.startswith("state") else int(name[5:10])
             files.append(FileEntry(name, len(held), zlib.crc32(held), kind, rank))
-        manifest = Manifest(
-            step, self.sequence, len(self.roots), tuple(files), created or f"2026-01-01T00:00:{self.sequence:02d}+00:00"
-        )
+        created = created or f"2026-01-01T00:00:{self.sequence:02d}+00:00"
+        manifest = Manifest(step, self.sequence, len(self.roots), tuple(files), created, metrics=metrics)
         for number, root in enumerate(self.roots):
             directory = root / step_name(step)
             directory.mkdir(exist_ok=True)

@@ -13,6 +13,7 @@ from drain_points import DRAIN_POINTS
 from node_roots import RUN, Drain, Job, MiB, crash_at, drain_once, drain_well, fault
 
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import step_name
 
@@ -95,7 +96,7 @@ def test_a_job_cleans_home_between_an_end_and_the_next_start(point: str, links: 
     no_links = "pass" if links else fault("link", errno.EPERM)
     assert drain_once(job.roots[0], prepare=no_links).returncode == 0
     kill_at(job, 1, point, prepare=no_links)
-    Retention(job.home, FilesInFlight(), None, False, 1, print, print).remove_leftovers()
+    Retention(job.home, FilesInFlight(), Keeping(), False, 1, print, print).remove_leftovers()
     assert not (job.home / step_name(3)).exists()
     for root in (*job.roots, *job.roots):
         assert drain_once(root, prepare=no_links).returncode == 0

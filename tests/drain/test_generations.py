@@ -140,6 +140,20 @@ def test_home_keeps_what_it_is_told(tmp_path: Path) -> None:
     job.assert_home_is_tidy()
 
 
+def test_what_home_keeps_for_ever_comes_there_although_newer_ones_are_there(tmp_path: Path) -> None:
+    job = Job(tmp_path, home_keep=1, home_keeps_too={"every": 4, "best": 1, "by": "loss"}, keep=1)
+    for step, loss in enumerate((3.0, 0.5, 2.0, 2.0, 2.0, 1.0, 2.0)):
+        job.save(step, metrics=(("loss", loss),))
+    for _ in range(2):
+        drain_well(job.roots[0])
+    assert job.steps_at_home() == [0, 1, 4, 6]
+    job.save(7, metrics=(("loss", 0.25),))
+    drain_well(job.roots[0])
+    assert job.steps_at_home() == [0, 4, 7]
+    job.assert_home_is_right()
+    job.assert_home_is_tidy()
+
+
 def test_what_is_not_home_yet_stays_on_the_node(tmp_path: Path) -> None:
     job = Job(tmp_path, keep=1, home_every={"steps": 1})
     for step in (1, 2, 3):

@@ -304,7 +304,7 @@ def test_messages_name_the_part(tmp_path: Path, caplog: pytest.LogCaptureFixture
 @pytest.mark.parametrize(
     ("arguments", "error", "text"),
     [
-        ({"data": [1, 2]}, TypeError, "data must have state_dict.* list has not; give a sampler"),
+        ({"data": [1, 2]}, TypeError, "data must have state_dict.* list has not: give a sampler of torch"),
         ({"data": DataLoader(range(4))}, TypeError, r"DataLoader has not: give its sampler, data=loader\.sampler"),
         ({"data": DataLoader(range(4), batch_size=None)}, TypeError, r"data=loader\.sampler"),
         ({"data": DataLoader(range(4), batch_sampler=[[1]])}, TypeError, r"data=loader\.batch_sampler"),
@@ -450,5 +450,5 @@ def test_an_error_in_the_loop_is_not_hidden(tmp_path: Path, caplog: pytest.LogCa
 
 
 def test_public_names() -> None:
-    assert callbacks.__all__ == ["Auto", "CheckpointCallback", "Preempted"]
+    assert callbacks.__all__ == ["Auto", "CheckpointCallback", "Preempted", "Preemption"]
     assert issubclass(Preempted, SystemExit) and logging.getLogger("ckpt").handlers == []

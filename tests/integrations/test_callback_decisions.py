@@ -63,7 +63,7 @@ class FakeCheckpointer:
         self.directory = directory
         self.saved: list[int] = []
 
-    def save(self, step: int, state: Any, *, replicated: Any, sharded: Any, lazy: Any) -> Any:
+    def save(self, step: int, state: Any, *, replicated: Any, sharded: Any, lazy: Any, metrics: Any) -> Any:
         assert sharded is None, "nothing of these models is"
         self.saved.append(step)
         self.state, self.replicated_state, self.lazy = state, replicated, lazy
@@ -135,6 +135,23 @@ def test_auto_follows_young_and_daly(fake: type[FakeCheckpointer], clock: Clock)
     assert auto_steps(fake, clock, Auto("400s", overhead=0.5), 2.0, 1.0, 90) == [1, 41, 81]
     # sqrt(2 * 0.001 s * 6 h) = 6.57 s
     assert auto_steps(fake, clock, "auto", 0.001, 1.0, 20) == [1, 8, 15]
+
+
+def test_auto_says_what_it_has_decided_and_again_when_that_has_changed_much(
+    fake: type[FakeCheckpointer], clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    costs = iter([0.5] * 4 + [3.0] * 20)
+    fake.make_save = staticmethod(lambda: FakeSave(clock, next(costs), 1.0))
+    caplog.set_level("INFO", "ckpt")
+    with CheckpointCallback("nowhere", model=nn.Linear(1, 1), every=Auto("400s", overhead=0.5)) as callback:
+        for step in range(1, 400):
+            clock.now += 0.5
+            callback.step(step)
+    told = [record.getMessage() for record in caplog.records if "every='auto'" in record.getMessage()]
+    assert len(told) == 2, told
+    assert told[0].startswith("every='auto': a save about every 40 steps (20 s): that loses least if something fails each 400s")
+    assert "holds training up for 0.5 s, and is durable after 1 s" in told[0]
+    assert "every 98 steps (49 s)" in told[1]
 
 
 def test_auto_keeps_to_the_overhead(fake: type[FakeCheckpointer], clock: Clock) -> None:

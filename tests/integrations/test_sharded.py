@@ -38,7 +38,7 @@ REFUSED = {
     "fsdp-optimizer-True": "optimizer steps sharded parameters that do not all belong to one of the modules that were given",
     "fully_shard-optimizer": "optimizer steps sharded parameters that do not all belong to one of the modules that were given",
     "zero": "optimizer is sharded (a ZeroRedundancyOptimizer)",
-    "replicated-shard": "replicated= holds a DTensor, of which each rank has a part",
+    "replicated-shard": "replicated= holds a DTensor, of which each rank has a part (at 'w')",
 }
 
 

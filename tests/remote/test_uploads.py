@@ -17,6 +17,7 @@ from remote_jobs import MiB, RemoteJob, read, sent_files
 from ckpt.directory import holds
 from ckpt.directory.holds import MOST_HELD, Holds, held_at
 from ckpt.directory.in_flight import FilesInFlight
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import find_steps
 from ckpt.directory.retention import Retention
 from ckpt.directory.step_names import step_name
@@ -41,7 +42,7 @@ def proxied_job(tmp_path: Path, bucket: str, proxy: Proxy) -> RemoteJob:
 def tidy_home(job: RemoteJob, keep: int) -> list[int]:
     """As a save does it; returns the sequences that are left, newest first."""
     path, manifest = find_steps(job.home).checkpoints[0]
-    Retention(job.home, FilesInFlight(), keep, False, 1, print, print).tidy(path, manifest, None)
+    Retention(job.home, FilesInFlight(), Keeping(keep), False, 1, print, print).tidy(path, manifest, None)
     return [manifest.sequence for _, manifest in find_steps(job.home).checkpoints]
 
 

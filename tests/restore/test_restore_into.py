@@ -239,7 +239,7 @@ def test_a_cause_that_several_have_in_common_is_told_once(tmp_path: Path) -> Non
     for error in errors:
         assert isinstance(error, CorruptError)
         assert str(error).count("replicated.pt") == 1 and "ranks 0, 1: " in str(error)
-        assert str(error).endswith("(so it is with step-000000000001)")
+        assert "(so it is with step-000000000001). `ckpt list" in str(error)
 
 
 # ---- misfits ---------------------------------------------------------------------------------------------------------
@@ -285,7 +285,9 @@ def test_targets_that_a_checkpoint_has_nothing_for(tmp_path: Path) -> None:
         ):
             checkpointer.restore(into=target, replicated_into=zeros_like(target))
         checkpointer.save(2, replicated=common(2)).result(DEADLINE_S)
-        with pytest.raises(CheckpointError, match="has nothing for into= on rank 0; it has a replicated state"):
+        with pytest.raises(
+            CheckpointError, match="has nothing for into= on rank 0; it has a replicated state, which replicated_into= takes"
+        ):
             checkpointer.restore(into=target, replicated_into=zeros_like(target))
         with pytest.raises(ValueError, match="into= or merge=, not both"):
             checkpointer.restore(into=target, merge=lambda states: states[0])

@@ -176,6 +176,18 @@ def test_a_job_that_is_killed_goes_on_from_the_nodes(make: Make) -> None:
     assert_resumes(job, 2, **SLOW_HOME)
 
 
+def test_a_job_goes_back_to_a_step_that_lies_on_the_nodes(make: Make) -> None:
+    """What it saves from there is the newest, on the nodes and at home, and what it went back to stays at home."""
+    job = make(0, 1)
+    job.run(steps=4)
+    told = job.run(steps=1, at=2, keep=1)
+    assert {each.found for each in told} == {(2, test_commit.expected_digest(2), 2)}
+    assert all(each.durable == [3] and [*each.landed] == [3] for each in told)
+    assert (job.home / "latest").read_text().strip() == "step-000000000003"
+    assert test_commit.committed(job.home) == [2, 3]
+    assert_resumes(job, 3)
+
+
 def test_a_job_of_other_ranks_lets_come_home_what_lies_there(make: Make) -> None:
     """It has cleaned the disk and described the node as its own, and got no further."""
     job, other = make(0, 1), make(0)

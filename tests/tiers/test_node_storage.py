@@ -13,6 +13,7 @@ from node_roots import RUN, Job
 from tier_places import storage_of
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.keeping import Keeping
 from ckpt.directory.node_place import NodePlace
 from ckpt.directory.step_names import step_name
 from ckpt.drain import node as nodes
@@ -29,7 +30,14 @@ def made(base: Path, **settings: Any) -> NodeStorage:
 
 
 def describe(storage: NodeStorage, **changes: Any) -> bool:
-    said: dict[str, Any] = {"node": 1, "nodes": 2, "world_size": 8, "ranks": [5, 4], "home_keep": 3, "direct_io": True}
+    said: dict[str, Any] = {
+        "node": 1,
+        "nodes": 2,
+        "world_size": 8,
+        "ranks": [5, 4],
+        "home_keeping": Keeping(3),
+        "direct_io": True,
+    }
     return storage.describe_node(**{**said, "pids": {7: 70, 6: 60}, **changes})
 
 
@@ -41,11 +49,12 @@ def test_the_drain_reads_what_was_described(tmp_path: Path) -> None:
     assert describe(storage, home_every={"steps": 100})
     node = nodes.read(storage.root)
     assert (node.run, node.home, node.place) == (RUN, tmp_path / "home", NodePlace(1, 2, (4, 5)))
-    assert (node.keep, node.home_keep, node.rate) == (None, 3, 200_000_000)
+    assert (node.keep, node.home_keeping, node.rate) == (None, Keeping(3), 200_000_000)
     assert (node.every_steps, node.every_s, node.direct_io, node.pace) == (100, None, True, storage.pace.name)
     assert node.pids == {6: 60, 7: 70}
-    describe(storage, home_every={"seconds": 1.5}, home_keep=None)
-    assert (nodes.read(storage.root).every_s, nodes.read(storage.root).home_keep) == (1.5, None)
+    keeping = Keeping(None, 10, 2, "loss", "max", (3, 7))
+    describe(storage, home_every={"seconds": 1.5}, home_keeping=keeping)
+    assert (nodes.read(storage.root).every_s, nodes.read(storage.root).home_keeping) == (1.5, keeping)
 
 
 def test_it_is_written_only_if_it_changes(tmp_path: Path) -> None:
