@@ -30,15 +30,18 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def run(chosen: argparse.Namespace) -> Answer:
+def run(chosen: argparse.Namespace) -> Answer | int:
     """
     Raises:
         CheckpointError: there is no such directory, or it cannot be read.
     """
+    answer = _answer(chosen)
     while chosen.watch:
-        show(_answer(chosen), "status", chosen.json)
+        if not show(answer, "status", chosen.json, again=True):
+            return OK
         time.sleep(_WATCH_S)
-    return _answer(chosen)
+        answer = _answer(chosen)
+    return answer
 
 
 def _answer(chosen: argparse.Namespace) -> Answer:
