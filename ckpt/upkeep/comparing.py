@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from ckpt.directory.step_names import stem_of
-from ckpt.errors import CheckpointError
+from ckpt.upkeep.census import none_at
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
 from ckpt.upkeep.showing import look_at, tensors_in
@@ -51,7 +51,7 @@ def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
             raise contents
         found[name] = contents
     if not found:
-        raise CheckpointError(f"'{path}' holds no file with tensors")
+        raise none_at(path, "no file with tensors")
     if len(found) == 1:
         return {leaf.path: leaf for leaf in next(iter(found.values())).leaves}
     return {f"{stem_of(name) or name}:{leaf.path}": leaf for name, contents in found.items() for leaf in contents.leaves}
