@@ -27,12 +27,13 @@ from ckpt.remote.layout import Catalogue
 from ckpt.storage import durable, free_space, temporary_names
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.streamed_file import StreamedFile
+from ckpt.upkeep.census import none_at
 from ckpt.upkeep.rows import committed_below
 from ckpt.upkeep.showing import place_of
 
 _CHUNK_BYTES = 4 << 20
 
-Told = Callable[[int], object]  # called with the bytes of each file, once it is copied
+Told = Callable[[int], object]  # called with the bytes that have been copied since it was called last
 
 COPIED, THERE = "copied", "already there"
 
@@ -44,7 +45,7 @@ class Origin(Protocol):
     manifest: Manifest
     content: bytes
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
         """Makes `target` that file, durably but for its name.
 
         Raises:
@@ -62,9 +63,9 @@ class InDirectory:
         self.manifest = manifests.read(path)
         self.content = (path / manifests.NAME).read_bytes()
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
         source = place_of(self.path, file)
-        found = durable.copy_file(source, target, _CHUNK_BYTES)
+        found = durable.copy_file(source, target, _CHUNK_BYTES, told)
         if (target.stat().st_size, found) != (file.bytes, file.crc32):
             text = f"'{source}' has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
             raise CorruptError(f"{text}: it is damaged, and was not copied")
@@ -82,18 +83,21 @@ class InStore:
             raise NotACheckpointError(f"'{store.url}/{folder}' was removed just now")
         self.content = bytes(found.content)
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
+        def take(_: int, chunk: memoryview) -> None:
+            written.write(chunk)
+            told(chunk.nbytes)
+
         with StreamedFile(target) as written:
-            expected = Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32)
-            download(self._store, expected, lambda _, chunk: written.write(chunk))
+            download(self._store, Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32), take)
 
 
 @dataclasses.dataclass(frozen=True)
 class Copied:
-    """`state`: "copied", or "already there"."""
+    """`target`: a path, or a URL. `state`: "copied", or "already there"."""
 
     name: str
-    target: Path
+    target: str
     bytes: int
     state: str
 
@@ -108,7 +112,7 @@ def find_origins(source: Path) -> list[Origin]:
         return [InDirectory(source)]
     found = [path for path, _ in committed_below(source)] if source.is_dir() else []
     if not found:
-        raise NotACheckpointError(f"'{source}' holds no checkpoint of this library")
+        raise none_at(source, "no checkpoint of this library")
     return [InDirectory(path) for path in reversed(found)]
 
 
@@ -140,9 +144,12 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
         raise CheckpointError(f"the file system of '{directory}' has no room for {size} bytes: make some, or copy fewer")
     for origin in origins:
         target = directory / origin.name
+        total = manifests.bytes_of(origin.manifest)
         if origin in wanted:
             _copy_one(origin, directory, target, told)
-        yield Copied(origin.name, target, manifests.bytes_of(origin.manifest), COPIED if origin in wanted else THERE)
+        else:
+            told(total)
+        yield Copied(origin.name, str(target), total, COPIED if origin in wanted else THERE)
 
 
 def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Manifest]]) -> bool:
@@ -167,8 +174,7 @@ def _copy_one(origin: Origin, directory: Path, target: Path, told: Told) -> None
     durable.make_directory(aside, durable=True)
     try:
         for file in origin.manifest.files:
-            origin.fetch(file, aside / file.name)
-            told(file.bytes)
+            origin.fetch(file, aside / file.name, told)
         sharded_files.mend(aside, origin.manifest)
         durable.crash_point("copied")
         durable.write_small_file(aside / manifests.NAME, origin.content)
