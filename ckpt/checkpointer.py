@@ -33,6 +33,7 @@ from ckpt.errors import (
 )
 from ckpt.fence import fence
 from ckpt.formats.dcp_file import DcpFile
+from ckpt.loading.progress import Progress, Told
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
@@ -388,6 +389,7 @@ class Checkpointer(SaveSession):
         strict: bool = True,
         fresh: bool = False,
         exclusive: bool = False,
+        progress: Told | bool | None = None,
     ) -> Restored | None:
         """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
 
@@ -423,6 +425,8 @@ class Checkpointer(SaveSession):
                 lost. They stay as they are, also if their steps are saved again.
             exclusive: for a job that is going to save into the directory: raise InUseError now if another one does. Looks, and
                 takes nothing. A job that only reads has no need of it.
+            progress: as for load(), of the files that this rank reads, but not of a sharded state; it begins anew for an older
+                checkpoint. Given on one rank, it shows one bar.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
@@ -444,8 +448,9 @@ class Checkpointer(SaveSession):
         self._check_usable()
         self._restorer.begin()
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
-        request = self._request(targets, map_location, weights_only, merge, strict)
-        return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+        with Progress(progress) as watch:
+            request = self._request(targets, map_location, weights_only, merge, strict)._replace(progress=watch)
+            return self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
 
     def _tell_if_tiers_are_left_out(self) -> None:
         if self._nodes is None and self.rank == 0 and is_home(self.directory):

@@ -19,6 +19,7 @@ from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.load_tensors import load_tensors
+from ckpt.loading.progress import Progress, Told
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.remote_file import as_local
 from ckpt.loading.selection import Selection
@@ -41,6 +42,7 @@ def load(
     *,
     keys: str | Sequence[str] | None = None,
     timeout_s: float = TIMEOUT_S,
+    progress: Told | bool | None = None,
 ) -> Any:
     """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way.
 
@@ -63,6 +65,8 @@ def load(
             with what is below it, is read and returned, in containers without the rest; in lists and tuples None stands for
             what is left out. Default: all.
         timeout_s: longest that reading may take, seconds.
+        progress: called every 0.1 s, by another thread, with the bytes that have been read and those of the file, and at the
+            end; True: a bar of tqdm on standard error. Of what is no torch file only the end is told.
 
     Raises:
         CorruptError: the file is truncated, or a checksum is wrong; names the record.
@@ -73,22 +77,40 @@ def load(
             of a sharded checkpoint.
         NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it.
         TypeError, ValueError: keys are no patterns, or the URL is none of a file.
+        ImportError: progress is True, and there is no tqdm.
     """
     selection = None if keys is None else Selection(keys)
-    with as_local(path) as target:
-        return _load(target, map_location, weights_only, selection, timeout_s)
+    with Progress(progress) as watch, as_local(path) as target:
+        size = 0
+        with contextlib.suppress(OSError):  # what is wrong is said below
+            size = target.stat().st_size
+        watch.begin(size)
+        archive = _archive_in(target, timeout_s)
+        with watch.reading(size, None if archive is None else archive.counter()):
+            return _load(target, archive, map_location, weights_only, selection, timeout_s)
 
 
-def _load(target: Path, map_location: Any, weights_only: bool, selection: Selection | None, timeout_s: float) -> Any:
+def _archive_in(target: Path, timeout_s: float) -> Archive | None:
+    """None: it is none that is read record by record."""
+    if is_tensor_file(target) or not is_zip(target) or is_pretending():
+        return None
+    return open_archive(target, timeout_s)
+
+
+def _load(
+    target: Path,
+    archive: Archive | None,
+    map_location: Any,
+    weights_only: bool,
+    selection: Selection | None,
+    timeout_s: float,
+) -> Any:
     if is_tensor_file(target):
         return load_tensors(target, map_location, selection, timeout_s)
-    if not is_zip(target):
-        loaded = _load_old_format(target, map_location, weights_only)
+    if archive is None:
+        load_it = _load_pretended if is_zip(target) else _load_old_format
+        loaded = load_it(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded
-    if is_pretending():
-        loaded = _load_pretended(target, map_location, weights_only)
-        return selection.prune(loaded, target) if selection else loaded
-    archive = open_archive(target, timeout_s)
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
     if selection and has_skeletons():

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.loading.progress import Progress
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
 from ckpt.restore.places import StepPlaces
 from ckpt.restore.sharded_reader import ShardedReader
@@ -45,7 +46,7 @@ class Restored(_Pair):
 class RestoreRequest(NamedTuple):
     """How to load, as given to restore().
 
-    `timeout_s`: longest that reading a file may take, seconds.
+    `timeout_s`: longest that reading a file may take, seconds. `progress`: is told of files that this rank reads.
     """
 
     map_location: Any
@@ -57,6 +58,7 @@ class RestoreRequest(NamedTuple):
     timeout_s: float
     sharded_into: Any = None
     finder: EntryFinder | None = None
+    progress: Progress = Progress(None)
 
     def sharded_reader(self, places: StepPlaces, manifest: Manifest, touched: bool) -> ShardedReader | None:
         """Of the sharded state; None if there is no target for it.
