@@ -393,16 +393,14 @@ class Checkpointer(SaveSession):
     ) -> Restored | None:
         """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed.
 
-        Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
-        next older one; so is a step directory with files and without a manifest. Waits for saves of this Checkpointer that are
-        in flight. Another job may save into the directory meanwhile: a checkpoint that it removes while it is being read is
-        not damaged, and the newest of what is there then comes next.
+        Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning, for the next older
+        one; so is a step directory with files and without a manifest. Waits for own saves in flight. Another job may save here
+        meanwhile: what it removes while it is being read is not damaged; the newest that is there then comes next.
 
         With `into` and `replicated_into` no second copy of the state is made: files are read into the target while they are
-        verified, as load_into() does it, and it stands in the result. Records that need a temporary there, as for tensors that
-        are strided otherwise, are read a second time for it. All that is in flight is fenced before. If a checkpoint fails, the
-        next older one fills the target again; so if none is good, or a rank does not answer, the target may hold parts of any
-        of them.
+        verified, as by load_into(), and it stands in the result. Records that need a temporary, as for tensors strided
+        otherwise, are read twice. All that is in flight is fenced before. If a checkpoint fails, the next older one fills the
+        target again; so if none is good, or a rank does not answer, the target may hold parts of any of them.
 
         Args:
             map_location, weights_only: as in `torch.load`. What has a target stays on the target's devices.
@@ -417,16 +415,14 @@ class Checkpointer(SaveSession):
                 may be called for several checkpoints, one after the other.
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
                 and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
-                by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
-                pieces of 256 KiB. Values are put into dicts and lists; what has a load_state_dict() is given its part.
+                by its key (None for values). Each rank reads what it holds, in pieces of 256 KiB, which are verified. Values
+                are put into dicts and lists; what has a load_state_dict() is given its part.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
             fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are
                 lost. They stay as they are, also if their steps are saved again.
-            exclusive: for a job that is going to save into the directory: raise InUseError now if another one does. Looks, and
-                takes nothing. A job that only reads has no need of it.
-            progress: as for load(), of the files that this rank reads, but not of a sharded state; it begins anew for an older
-                checkpoint. Given on one rank, it shows one bar.
+            exclusive: for a job that will save into the directory: raise InUseError now if another one does. Takes nothing.
+            progress: as for load(), of all files that this rank reads but those of a sharded state.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause.
