@@ -82,7 +82,7 @@ def _backlog(backlog: Backlog) -> str:
     to = plain(backlog.target)
     who = "" if backlog.running else "; no drain is running"
     if not backlog.pending and not backlog.failed:
-        return f"to {to}: all is there{who}"
+        return f"to {to}: {'all is there' if backlog.known else 'nothing was carried there yet'}{who}"
     rate = f" at {size(int(backlog.rate))}/s" if backlog.rate else ""
     text = f"to {to}: {count(backlog.pending, 'checkpoint')}, {size(backlog.bytes)} left{rate}{who}"
     if backlog.stuck:

@@ -107,7 +107,7 @@ class ZipSource:
         self._path = path
         self._found: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
-        for own_path, part in _walk(value):
+        for own_path, part in walk(value):
             name = dotted(own_path)
             if name in self.entries:
                 raise CheckpointError(f"'{path}' holds two things that are both called '{name}'")
@@ -133,7 +133,7 @@ class ZipSource:
         return self._found[name]
 
 
-def _walk(value: Any) -> Iterator[tuple[Path_, Any]]:
+def walk(value: Any) -> Iterator[tuple[Path_, Any]]:
     """Of containers only those that hold nothing."""
     waiting: list[tuple[Path_, Any]] = [((), value)]
     while waiting:
@@ -368,8 +368,10 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
     elif len(own) > 1 and (metadata is not None or common):
         own = []
     if len(own) > 1:
-        names = ", ".join(each.name for each in own[:4])
-        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks ({names}, ...): say which rank, or name one file")
+        names = ", ".join(each.name for each in own[:4]) + (", ..." if len(own) > 4 else "")
+        how = f"name one, as in '{path}:{own[0].name}'"
+        how += ", or a rank by --rank" * (len({each.rank for each in own}) == len(own))
+        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks, which are not put together ({names}): {how}")
     sources: dict[str, Source] = {each.name: _of_file(place_of(path, each)) for each in [*common, *own]}
     if metadata is not None:
         sources[METADATA] = ShardedSource(path, metadata)

@@ -42,6 +42,9 @@ def test_ways_to_name_a_checkpoint(form: str, shell: Shell, three_steps: Path) -
 def test_a_file_in_a_checkpoint(shell: Shell, three_steps: Path) -> None:
     document = shell.json("show", f"{step_in(three_steps, 1)}:state.pt", "--tensors", "model.w*")
     assert tensors(document, "state.pt") == {"model.weight": MODEL["model.weight"]}
+    for form in (f"{three_steps}:1:state.pt", f"{three_steps}:step-000000000001:state.pt"):
+        assert shell.json("show", form)["path"] == str(step_in(three_steps, 1) / "state.pt")
+    assert shell("show", f"{three_steps}:7:state.pt").code == 3
     for name in ("other.pt", "../latest", "/etc/passwd"):
         assert shell("show", f"{step_in(three_steps, 1)}:{name}").code == 3
 
