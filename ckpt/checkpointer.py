@@ -33,6 +33,7 @@ from ckpt.errors import (
 )
 from ckpt.fence import fence
 from ckpt.formats.dcp_file import DcpFile
+from ckpt.loading.progress import Progress, Told
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
 from ckpt.restore.candidates import CandidateVote
@@ -379,13 +380,13 @@ class Checkpointer(SaveSession):
         strict: bool = True,
         fresh: bool = False,
         exclusive: bool = False,
+        progress: Told | bool | None = None,
     ) -> Restored | None:
         """Loads the newest checkpoint that is good on every rank; None if nothing was ever committed. Or that of `step`.
 
-        Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning in the log, for the
-        next older one; so is a step directory with files and without a manifest. Waits for saves of this Checkpointer that are
-        in flight. Another job may save into the directory meanwhile: a checkpoint that it removes while it is being read is
-        not damaged, and the newest of what is there then comes next.
+        Sizes and CRC-32s of all files are verified. A checkpoint that fails is passed over, with a warning, for the next older
+        one; so is a step directory with files and without a manifest. Waits for own saves in flight. Another job may save here
+        meanwhile: what it removes while it is being read is not damaged; the newest that is there then comes next.
 
         Args:
             step: that one and no other, see above. The same on all ranks.
@@ -398,14 +399,14 @@ class Checkpointer(SaveSession):
                 Either may also be a function that lends memory, see above.
             sharded_into: the same for what was saved as sharded: a state dict of the same keys, of any number of ranks, mesh
                 and placements; or a function that gives one, called for each checkpoint with shape and dtype of what was saved
-                by its key (None for values). Each rank reads what it holds, and nothing else but what it takes to verify that:
-                pieces of 256 KiB. Values are put into dicts and lists; what has a load_state_dict() is given its part.
+                by its key (None for values). Each rank reads what it holds, in pieces of 256 KiB, which are verified. Values
+                are put into dicts and lists; what has a load_state_dict() is given its part.
             strict: as for load_into(): False passes over keys that only one of a checkpoint and its target has; not so once a
                 damaged checkpoint has been passed over, whose parts these tensors may hold.
             fresh: return None rather than raise NotACheckpointError if all there is are step directories whose manifests are
                 lost. They stay as they are, also if their steps are saved again.
-            exclusive: for a job that is going to save into the directory: raise InUseError now if another one does. Looks, and
-                takes nothing. A job that only reads has no need of it.
+            exclusive: for a job that will save into the directory: raise InUseError now if another one does. Takes nothing.
+            progress: as for load(), of all files that this rank reads but those of a sharded state.
 
         Raises:
             CorruptError: there are checkpoints, but none is good; the message names each with its cause. With `step`: that one
@@ -430,8 +431,9 @@ class Checkpointer(SaveSession):
         one = self._choose_step(step, fresh)
         self._restorer.begin()
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
-        request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one)
-        found = self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
+        with Progress(progress) as watch:
+            request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one, progress=watch)
+            found = self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
         if one is not None:
             self._pin(self._restorer.taken)
         return found

@@ -18,6 +18,10 @@ _UNITS = ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 GREEN, RED, YELLOW, BOLD = "32", "31", "33", "1"
 
 
+class UsageError(Exception):
+    """Arguments that are right one by one, and do not go together."""
+
+
 @dataclasses.dataclass
 class Answer:
     """
@@ -32,11 +36,15 @@ class Answer:
     lines: list[str] = dataclasses.field(default_factory=list)
 
 
-def show(answer: Answer, command: str, as_json: bool) -> None:
-    """On standard output. A reader that has seen enough (`| head`) is no error."""
+def show(answer: Answer, command: str, as_json: bool, *, again: bool = False) -> bool:
+    """On standard output. False: its reader has seen enough (`| head`), which is no error.
+
+    Args:
+        again: another answer follows: then a document is one line.
+    """
     if as_json:
         document = {"schema": SCHEMA, "command": command, **answer.document}
-        text = json.dumps(document, indent=1, default=str, ensure_ascii=True) + "\n"
+        text = json.dumps(document, indent=None if again else 1, default=str, ensure_ascii=True) + "\n"
     else:
         text = "".join(f"{line}\n" for line in answer.lines)
     try:
@@ -45,6 +53,8 @@ def show(answer: Answer, command: str, as_json: bool) -> None:
     except BrokenPipeError:
         with contextlib.suppress(OSError, ValueError):
             sys.stdout.close()  # else the interpreter tries again, at its end
+        return False
+    return True
 
 
 def _printable(text: str, encoding: str | None) -> str:

@@ -1,4 +1,4 @@
-"""`python -m ckpt drain ROOT [--once] [--rebuild] [--rate 200MB/s]`
+"""`ckpt drain ROOT [--once] [--rebuild] [--rate 200MB/s]`
 
 ROOT is the directory of a run on a node, whose checkpoints go home; or what home has of a place in an object store
 (home/.remote/<place>), to which they go from home.
@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import os
 import signal
 import sys
 from pathlib import Path
 
+from ckpt.cli.answer import FAILED, OK, Answer, UsageError
 from ckpt.drain import node as nodes
 from ckpt.drain import remote_place, status
 from ckpt.drain.drainer import Drainer
@@ -24,7 +26,8 @@ from ckpt.drain.uploader import Uploader
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.quantities import parse_size
 
-SUMMARY = "Carry checkpoints from the disk of a node to the directory of the job, or from there to an object store."
+SUMMARY = """Carry checkpoints from the disk of a node to the directory of the job, or from there to an object store. It ends
+when nobody trains there any more and nothing is left, or by SIGTERM; what it does goes to standard error."""
 _LOWEST_PRIORITY = 19
 
 
@@ -50,7 +53,7 @@ def _rate(text: str) -> int:
     )
 
 
-def run(chosen: argparse.Namespace) -> int:
+def run(chosen: argparse.Namespace) -> Answer | int:
     """
     Raises:
         CheckpointError: there is nothing to drain there, or somebody else does.
@@ -61,23 +64,37 @@ def run(chosen: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     _give_way_to_training()
-    if (root / remote_place.NAME).exists():
-        if chosen.rebuild:
-            raise CheckpointError("--rebuild is for the disk of a node, from which a lost directory of a job is made anew")
-        uploader = Uploader(root, stop, chosen.rate, _options() if chosen.options_from_stdin else None)
-        uploader.run(once=chosen.once)
-        return 1 if uploader.failed else 0
+    failed = _upload(root, stop, chosen) if (root / remote_place.NAME).exists() else _bring_home(root, stop, chosen)
+    code = FAILED if failed else OK
+    if not chosen.json:
+        return code
+    checkpoints = [dataclasses.asdict(each) for each in status(root)]
+    return Answer(code, {"root": str(root), "good": not failed, "stopped": stop.requested, "checkpoints": checkpoints})
+
+
+def _upload(root: Path, stop: Stop, chosen: argparse.Namespace) -> bool:
+    """Whether something that should be in the store is not."""
+    if chosen.rebuild:
+        raise UsageError("--rebuild is for the disk of a node, from which a lost directory of a job is made anew")
+    uploader = Uploader(root, stop, chosen.rate, _options() if chosen.options_from_stdin else None)
+    uploader.run(once=chosen.once)
+    return uploader.failed
+
+
+def _bring_home(root: Path, stop: Stop, chosen: argparse.Namespace) -> bool:
+    """Whether something that should be at home is not."""
     arrived: list[int] = []
+    say = (lambda _: None) if chosen.json else _say  # standard output is for the document
 
     def tell(step: int, path: Path) -> None:
         arrived.append(step)
-        _say(f"step {step} is at '{path}'")
+        say(f"step {step} is at '{path}'")
 
     drainer = Drainer(root, stop, chosen.rate, rebuild=chosen.rebuild, told=tell)
     drainer.run(once=chosen.once)
     if not arrived and not drainer.failed and not stop.requested:
-        _say(_what_is_left(root))
-    return 1 if drainer.failed else 0
+        say(_what_is_left(root))
+    return drainer.failed
 
 
 def _refuse_all_runs(root: Path) -> None:

@@ -1,28 +1,28 @@
-"""`ckpt export PATH -o OUT --format safetensors|pt`"""
+"""`ckpt export PATH -o OUT --format safetensors|pt|dcp`"""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from ckpt.cli.answer import OK, Answer, count, plain, size
+from ckpt.cli.answer import OK, Answer, UsageError, count, plain, size
 from ckpt.cli.progress import Progress
 from ckpt.quantities import parse_size
 from ckpt.upkeep.targets import resolve
 
-SUMMARY = """Write a checkpoint of any number of ranks anew: as safetensors, for inference, or as one torch file. Tensors are
-verified, read and written one by one."""
+SUMMARY = """Write a checkpoint of any number of ranks anew: as safetensors, for inference, as one torch file, or as a directory
+of torch.distributed.checkpoint. Tensors are verified, read and written one by one."""
 _DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH[:FILE]", help="a checkpoint, the newest of a directory, or a file")
     parser.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="OUT", help="the file; with --shard-size a directory"
+        "-o", "--output", type=Path, required=True, metavar="OUT", help="the file; a directory with --shard-size, and for dcp"
     )
-    parser.add_argument("--format", choices=("safetensors", "pt"), required=True)
+    parser.add_argument("--format", choices=("safetensors", "pt", "dcp"), required=True)
     parser.add_argument("--dtype", choices=_DTYPES, help="of tensors of floating point numbers; else as they are")
-    text = "several safetensors files of about this size, as in 5GB, and an index"
+    text = "not for pt: several files of about this size, as in 5GB; for safetensors with an index"
     parser.add_argument("--shard-size", type=_size, metavar="SIZE", help=text)
     text = "only what matches one of these, as 'model.*'; may be given several times"
     parser.add_argument("--keys", action="append", default=[], metavar="GLOB", help=text)
@@ -46,10 +46,14 @@ def run(chosen: argparse.Namespace) -> Answer:
     """
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it cannot be written so.
+        UsageError: the options do not go together.
     """
+    if chosen.format == "pt" and chosen.shard_size is not None:
+        raise UsageError("--shard-size is for safetensors and dcp: a torch file is one")
     import torch  # what follows needs it
 
     from ckpt.conversion import exporting
+    from ckpt.conversion.dcp_directory import write_dcp
     from ckpt.conversion.sources import open_source
 
     path, file = resolve(chosen.path)
@@ -63,6 +67,8 @@ def run(chosen: argparse.Namespace) -> Answer:
     with Progress("exported", total) as told:
         if chosen.format == "pt":
             made = exporting.write_torch(wanted, chosen.output, told)
+        elif chosen.format == "dcp":
+            made = write_dcp(wanted, chosen.output, chosen.shard_size, told)
         else:
             made = exporting.write_safetensors(wanted, chosen.output, chosen.shard_size, told)
     document = {

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from ckpt.cli.answer import BAD, FAILED, IN_USE, INTERRUPTED, NONE, Answer, show
+from ckpt.cli.answer import BAD, FAILED, IN_USE, INTERRUPTED, NONE, Answer, UsageError, show
 from ckpt.errors import CheckpointError, InUseError, NotACheckpointError, StorageError
 
 COMMANDS = {
@@ -22,22 +22,22 @@ COMMANDS = {
     "repair": "mend what a crash has left in a directory of checkpoints",
     "prune": "remove all checkpoints of a directory but the newest",
     "status": "who saves in a directory, the last commit and its age, and what is left to be carried on",
-    "export": "write a checkpoint of any number of ranks as safetensors, or as one torch file",
+    "export": "write a checkpoint of any number of ranks as safetensors, as one torch file, or for torch.distributed",
     "diff": "in what two checkpoints or files differ, by structure or by values",
-    "copy": "copy checkpoints into another directory, every byte verified",
+    "copy": "copy checkpoints into another directory or an object store, every byte verified",
     "doctor": "what this machine, and a directory of it, can do for checkpoints",
     "drain": "carry checkpoints from the disk of a node home, or from home to an object store",
 }
 _EXIT_CODES = """exit codes: 0 all is well; 1 the answer is "bad"; 2 wrong usage; 3 no such checkpoint; 4 in use by another job;
 5 storage failed, or something is left over; 6 stale; 130 interrupted"""
-_GOES_ON = ("drain",)  # what runs for long: it answers by exit code and log alone
+_GOES_ON = ("drain",)  # what runs for long: it writes a log
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words and words[0] in COMMANDS else None
-    parser, module = _parser(name)
+    parser, own_parser, module = _parser(name)
     chosen = parser.parse_args(words)
     as_json = getattr(chosen, "json", False)
     _set_up_logging(chosen.command)
@@ -45,28 +45,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _shown(module.run(chosen), chosen.command, as_json)
     except KeyboardInterrupt:
         return INTERRUPTED
+    except UsageError as error:
+        own_parser.error(str(error))
     except (CheckpointError, OSError, ValueError) as error:
         _complain(chosen.command, error)
         if as_json:
             said = {"error": {"type": type(error).__name__, "message": str(error)}}
             show(Answer(document=said), chosen.command, as_json)
-        return BAD if chosen.command in _GOES_ON else _code_of(error)
+        return _code_of(error)
 
 
-def _parser(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
-    """That of one command, and its module; or of all, for who has named none."""
+def _parser(name: str | None) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser, Any]:
+    """That of all, which knows the arguments of one command; that of this command, and its module."""
     text = "What belongs to checkpoints, beside the training."
     parser = argparse.ArgumentParser(
         prog="ckpt", description=text, epilog=_EXIT_CODES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    module = None
+    module, own_parser = None, parser
     for each, summary in COMMANDS.items():
         if each != name:
             commands.add_parser(each, help=summary)
             continue
         module = importlib.import_module(f"ckpt.cli.{each}")
-        one = commands.add_parser(
+        own_parser = one = commands.add_parser(
             each,
             help=summary,
             description=module.SUMMARY,
@@ -74,9 +76,9 @@ def _parser(name: str | None) -> tuple[argparse.ArgumentParser, Any]:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(one)
-        if each not in _GOES_ON:
-            one.add_argument("--json", action="store_true", help="answer with one JSON document on standard output")
-    return parser, module
+        text = "answer with one JSON document on standard output" + (", at the end" if each in _GOES_ON else "")
+        one.add_argument("--json", action="store_true", help=text)
+    return parser, own_parser, module
 
 
 def _set_up_logging(command: str) -> None:

@@ -30,15 +30,18 @@ def _duration(text: str) -> float:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def run(chosen: argparse.Namespace) -> Answer:
+def run(chosen: argparse.Namespace) -> Answer | int:
     """
     Raises:
         CheckpointError: there is no such directory, or it cannot be read.
     """
+    answer = _answer(chosen)
     while chosen.watch:
-        show(_answer(chosen), "status", chosen.json)
+        if not show(answer, "status", chosen.json, again=True):
+            return OK
         time.sleep(_WATCH_S)
-    return _answer(chosen)
+        answer = _answer(chosen)
+    return answer
 
 
 def _answer(chosen: argparse.Namespace) -> Answer:
@@ -79,7 +82,7 @@ def _backlog(backlog: Backlog) -> str:
     to = plain(backlog.target)
     who = "" if backlog.running else "; no drain is running"
     if not backlog.pending and not backlog.failed:
-        return f"to {to}: all is there{who}"
+        return f"to {to}: {'all is there' if backlog.known else 'nothing was carried there yet'}{who}"
     rate = f" at {size(int(backlog.rate))}/s" if backlog.rate else ""
     text = f"to {to}: {count(backlog.pending, 'checkpoint')}, {size(backlog.bytes)} left{rate}{who}"
     if backlog.stuck:

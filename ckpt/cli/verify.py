@@ -57,6 +57,7 @@ def _lines(verdicts: list[Verdict]) -> list[str]:
 
 
 def _summary(verdicts: list[Verdict], counted: Counter[str], fast: bool) -> str:
-    read = "only sizes were compared" if fast else f"{size(sum(verdict.bytes for verdict in verdicts))} read"
+    good = sum(verdict.bytes for verdict in verdicts if verdict.state == verifying.GOOD)
+    read = "only sizes were compared" if fast else f"{size(good)} verified"
     states = ", ".join(f"{number} {state}" for state, number in counted.items())
     return f"{count(len(verdicts), 'file')}: {states}; {read}"

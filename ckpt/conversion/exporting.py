@@ -4,31 +4,28 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import re
 import sys
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from ckpt.conversion.sources import Entry, Position, Source, TuplePosition, view_bytes
+from ckpt.conversion.sources import Entry, Piece, Position, Source, TuplePosition, view_bytes
 from ckpt.errors import CheckpointError, UnsupportedError
 from ckpt.plan.pickler import pickle_object
+from ckpt.safetensors_header import CODES, encode, in_file_order
+from ckpt.safetensors_header import Entry as HeaderEntry
 from ckpt.storage import durable
-from ckpt.storage.streamed_file import StreamedFile, begin_entry
+from ckpt.storage.streamed_file import StreamedFile, Within, begin_entry
 from ckpt.torch_private import key_of
 
 Told = Callable[[int], object]  # called with the bytes of each tensor, once it is written
 
-_NAMES = {
-    **{torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"},
-    **{torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"},
-    **{torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.complex64: "C64"},
-    **{torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"},
-}
 _STEM = "model"
 
 
@@ -87,8 +84,26 @@ class Chosen:
         return entry._replace(dtype=self._dtype)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Contiguous, in the dtype that was asked for."""
-        return self._source.tensor(self._names[name]).detach().to(self.entries[name].dtype).contiguous()
+        """Contiguous, in the dtype that was asked for.
+
+        Raises:
+            CheckpointError: it is another one than the checkpoint says, or cannot be read.
+        """
+        return self._made(name, self._source.tensor(self._names[name]), self.entries[name].shape)
+
+    def pieces(self, name: str) -> list[Piece]:
+        """The same, as it lies there."""
+
+        def read(piece: Piece) -> torch.Tensor:
+            return self._made(name, piece.read(), piece.sizes)
+
+        return [piece._replace(read=functools.partial(read, piece)) for piece in self._source.pieces(self._names[name])]
+
+    def _made(self, name: str, found: torch.Tensor, shape: tuple[int, ...] | None) -> torch.Tensor:
+        before = self._source.entries[self._names[name]].dtype
+        if (tuple(found.shape), found.dtype) != (shape, before):
+            raise CheckpointError(f"'{name}' is {found.dtype} {list(found.shape)} and not {before} {list(shape or ())}")
+        return found.detach().to(self.entries[name].dtype).contiguous()
 
     def value(self, name: str) -> Any:
         return self._source.value(self._names[name])
@@ -108,7 +123,7 @@ def write_safetensors(chosen: Chosen, output: Path, shard_bytes: int | None = No
         CheckpointError, StorageError: it cannot be read, or not be written.
     """
     for name, entry in chosen.tensors.items():
-        if entry.dtype not in _NAMES:
+        if entry.dtype not in CODES:
             raise UnsupportedError(f"'{name}' is of {entry.dtype}, for which safetensors has no name: convert it by --dtype")
     left_out = [name for name in chosen.entries if name not in chosen.tensors]
     total = sum(entry.nbytes for entry in chosen.tensors.values())
@@ -142,28 +157,30 @@ def _cut(tensors: dict[str, Entry], shard_bytes: int) -> list[list[str]]:
 
 
 def _write_one(chosen: Chosen, names: Sequence[str], path: Path, told: Told) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name in names:
-        entry = chosen.tensors[name]
-        assert entry.dtype is not None and entry.shape is not None
-        header[name] = {"dtype": _NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [at, at + entry.nbytes]}
-        at += entry.nbytes
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    """As `save_file` of safetensors writes these tensors, to the byte."""
+    entries = [HeaderEntry(name, *_form(chosen.tensors[name])) for name in names]
+    by_name = {each.name: each for each in entries}
+    order = in_file_order(by_name, {name: each.dtype for name, each in by_name.items()})
+    try:
+        header = encode([by_name[name] for name in order], [chosen.tensors[name].nbytes for name in order], {"format": "pt"})
+    except ValueError as error:
+        raise UnsupportedError(f"'{path}' cannot be a safetensors file: {error}") from None
     with StreamedFile(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _write_tensor(file, chosen, name, told)
+        file.write(header)
+        for name in order:
+            _write_tensor(file, chosen=chosen, name=name, told=told)
 
 
-def _write_tensor(file: Any, chosen: Chosen, name: str, told: Told) -> None:
-    tensor = chosen.tensor(name)
-    entry = chosen.entries[name]
-    if (tuple(tensor.shape), tensor.dtype) != (entry.shape, entry.dtype):
-        raise CheckpointError(
-            f"'{name}' is {tensor.dtype} {list(tensor.shape)} and not {entry.dtype} {list(entry.shape or ())}"
-        )
+def _form(entry: Entry) -> tuple[torch.dtype, tuple[int, ...]]:
+    assert entry.dtype is not None and entry.shape is not None
+    return entry.dtype, entry.shape
+
+
+def _write_tensor(file: Any, *, chosen: Chosen, name: str, told: Told) -> None:
+    write_elements(file, chosen.tensor(name), told)
+
+
+def write_elements(file: Any, tensor: torch.Tensor, told: Told) -> None:
     file.write(view_bytes(tensor))
     told(tensor.nbytes)
 
@@ -181,24 +198,38 @@ def write_torch(chosen: Chosen, output: Path, told: Told = lambda _: None) -> Ex
         name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in chosen.tensors.items() if entry.shape is not None
     }
     parts = {name: hollow[name] if name in hollow else chosen.value(name) for name in chosen.entries}
-    content, records = pickle_object(_nested({chosen.entries[name].path: part for name, part in parts.items()}))
-    names = {key_of(tensor.untyped_storage()): name for name, tensor in hollow.items() if tensor.numel()}
-    with StreamedFile(output) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
-        _add(archive, file, "data.pkl", content)
-        _add(archive, file, "byteorder", sys.byteorder.encode())
-        for record in records:
-            name = names.get(key_of(record.storage))
-            if name is None:
-                _add(archive, file, f"data/{record.key}", b"")
-                continue
-            with begin_entry(archive, file, f"data/{record.key}", chosen.entries[name].nbytes) as entry:
-                _write_tensor(entry, chosen, name, told)
-        _add(archive, file, "version", b"3\n")
+    value = nested({chosen.entries[name].path: part for name, part in parts.items()})
+    writers = [
+        (tensor, functools.partial(_write_tensor, chosen=chosen, name=name, told=told)) for name, tensor in hollow.items()
+    ]
+    with StreamedFile(output) as file:
+        write_archive(file, value, writers)
     total = sum(entry.nbytes for entry in chosen.tensors.values())
     return Exported([output], len(chosen.tensors), total, [])
 
 
-def _add(archive: zipfile.ZipFile, file: BinaryIO, name: str, content: bytes) -> None:
+def write_archive(file: BinaryIO | Within, value: Any, writers: Iterable[tuple[torch.Tensor, Callable[[Any], object]]]) -> None:
+    """An archive as torch.save makes it.
+
+    Args:
+        value: what it holds.
+        writers: of each tensor in that: what writes its elements to the file that it is called with. The memory of these
+            tensors is not looked at.
+    """
+    content, records = pickle_object(value)
+    found = {key_of(tensor.untyped_storage()): (tensor.nbytes, write) for tensor, write in writers if tensor.numel()}
+    with zipfile.ZipFile(cast(IO[bytes], file), "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
+        _add(archive, file, "data.pkl", content)
+        _add(archive, file, "byteorder", sys.byteorder.encode())
+        for record in records:
+            nbytes, write = found.get(key_of(record.storage), (0, None))
+            with begin_entry(archive, file, f"data/{record.key}", nbytes) as entry:
+                if write is not None:
+                    write(entry)
+        _add(archive, file, "version", b"3\n")
+
+
+def _add(archive: zipfile.ZipFile, file: BinaryIO | Within, name: str, content: bytes) -> None:
     with begin_entry(archive, file, name, len(content)) as entry:
         entry.write(content)
 
@@ -207,7 +238,7 @@ class _Level(dict[Any, Any]):
     """Of containers, while they are built."""
 
 
-def _nested(parts: dict[tuple[Any, ...], Any]) -> Any:
+def nested(parts: dict[tuple[Any, ...], Any]) -> Any:
     """What lies at these paths. In lists and tuples None stands for what was left out."""
     if list(parts) == [()]:
         return parts[()]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,9 +21,11 @@ from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.load import is_zip, load
 from ckpt.loading.selection import unfold
 from ckpt.loading.skeleton import Skeleton, view_of
+from ckpt.loading.tensor_files import TensorFiles, is_tensor_file, view_as
 from ckpt.restore.verified_file import VerifiedFile
+from ckpt.storage import durable
 from ckpt.upkeep import dcp_metadata
-from ckpt.upkeep.contents import is_safetensors, read_contents, read_header
+from ckpt.upkeep.census import none_at
 from ckpt.upkeep.showing import place_of
 
 Path_ = tuple[Any, ...]  # keys and positions
@@ -49,6 +52,14 @@ class Entry(NamedTuple):
         return 0 if self.dtype is None or self.shape is None else math.prod(self.shape) * self.dtype.itemsize
 
 
+class Piece(NamedTuple):
+    """A box of a tensor that lies in one place. `read`: its elements; raises as Source.tensor()."""
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+
 class Source(Protocol):
     """
     Attributes:
@@ -63,8 +74,17 @@ class Source(Protocol):
             CorruptError: its bytes have changed, as far as that can be told.
         """
 
+    def pieces(self, name: str) -> list[Piece]:
+        """Of a tensor, as they lie there: together all of it."""
+
     def value(self, name: str) -> Any:
         """What is no tensor."""
+
+
+def _in_one(source: Source, name: str) -> list[Piece]:
+    shape = source.entries[name].shape
+    assert shape is not None
+    return [Piece((0,) * len(shape), shape, lambda: source.tensor(name))]
 
 
 def dotted(path: Path_) -> str:
@@ -87,7 +107,7 @@ class ZipSource:
         self._path = path
         self._found: dict[str, Any] = {}
         self.entries: dict[str, Entry] = {}
-        for own_path, part in _walk(value):
+        for own_path, part in walk(value):
             name = dotted(own_path)
             if name in self.entries:
                 raise CheckpointError(f"'{path}' holds two things that are both called '{name}'")
@@ -106,11 +126,14 @@ class ZipSource:
         self._skeleton.archive.fill(places)
         return view_of(found, places[record])
 
+    def pieces(self, name: str) -> list[Piece]:
+        return _in_one(self, name)
+
     def value(self, name: str) -> Any:
         return self._found[name]
 
 
-def _walk(value: Any) -> Iterator[tuple[Path_, Any]]:
+def walk(value: Any) -> Iterator[tuple[Path_, Any]]:
     """Of containers only those that hold nothing."""
     waiting: list[tuple[Path_, Any]] = [((), value)]
     while waiting:
@@ -140,38 +163,53 @@ class ShardedSource:
         self.entries = {each.key: _entry(each) for each in layout.stored}
 
     def tensor(self, name: str) -> torch.Tensor:
-        entry, stored = self.entries[name], self._stored[name]
+        entry = self.entries[name]
         assert entry.shape is not None
+        pieces = self.pieces(name)
         whole = torch.empty(entry.shape, dtype=entry.dtype)
-        missing = whole.numel()
-        for part in stored.parts:
-            found = self._read(part)
-            if not isinstance(found, torch.Tensor) or tuple(found.shape) != part.sizes:
-                raise CorruptError(f"'{self._directory / part.file}' holds something else at byte {part.at} than '{name}'")
+        for piece in pieces:
             target = whole
-            for dimension, (offset, size) in enumerate(zip(part.offsets, part.sizes, strict=True)):
+            for dimension, (offset, size) in enumerate(zip(piece.offsets, piece.sizes, strict=True)):
                 target = target.narrow(dimension, offset, size)
-            target.copy_(found)
-            missing -= found.numel()
-        if missing > 0:
-            raise CorruptError(f"'{self._directory}' does not hold all of '{name}'")
+            target.copy_(piece.read())
         return whole
 
+    def pieces(self, name: str) -> list[Piece]:
+        shape, parts = self.entries[name].shape, self._stored[name].parts
+        assert shape is not None
+        boxes = [tuple(zip(part.offsets, part.sizes, shape, strict=True)) for part in parts if _has_box(part, shape)]
+        lie_inside = all(offset + size <= whole for box in boxes for offset, size, whole in box)
+        total = sum(math.prod(size for _, size, _ in box) for box in boxes)
+        if len(boxes) < len(parts) or not boxes or not lie_inside or total != math.prod(shape):
+            raise CorruptError(f"'{self._directory}' does not hold all of '{name}', or parts that are not of it")
+        return [Piece(part.offsets, part.sizes, functools.partial(self._read_tensor, name, part)) for part in parts]
+
+    def _read_tensor(self, name: str, part: dcp_metadata.Part) -> torch.Tensor:
+        found = self._read(part)
+        if not isinstance(found, torch.Tensor) or tuple(found.shape) != part.sizes:
+            raise CorruptError(f"'{self._directory / part.file}' holds something else at byte {part.at} than '{name}'")
+        return found
+
     def value(self, name: str) -> Any:
-        return self._read(self._stored[name].parts[0])
+        parts = self._stored[name].parts
+        if not parts:
+            raise CorruptError(f"'{self._directory}' does not say where '{name}' is")
+        return self._read(parts[0])
 
     def _read(self, part: dcp_metadata.Part) -> Any:
+        path = self._directory / part.file
         file = self._file(part.file)
-        file.seek(part.at)
-        content = bytearray(part.length)
-        if file.readinto(content) != part.length:
-            raise CorruptError(f"'{self._directory / part.file}' ends before byte {part.at + part.length}")
+        if file.seek(0, os.SEEK_END) < part.at + part.length:
+            raise CorruptError(f"'{path}' ends before byte {part.at + part.length}")
+        inside = _Slice(file, part.at, part.length)
         try:
-            return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return torch.load(inside, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # reads as a file does
         except Exception as error:
-            raise CheckpointError(
-                f"what lies at byte {part.at} of '{self._directory / part.file}' cannot be loaded: {error}"
-            ) from error
+            if isinstance(inside.failure, CheckpointError):
+                raise inside.failure from None
+            if inside.failure is not None:
+                raise StorageError(inside.failure.errno or 0, f"cannot read '{path}': {inside.failure}", str(path)) from error
+            raise CheckpointError(f"what lies at byte {part.at} of '{path}' cannot be loaded: {error}") from error
 
     def _file(self, name: str) -> io.RawIOBase:
         if name not in self._files:
@@ -181,6 +219,53 @@ class ShardedSource:
             except OSError as error:
                 raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
         return self._files[name]
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file: so that nothing of it is in memory but what is read of it.
+
+    Attributes:
+        failure: the first error of a read, which torch may answer by one of its own.
+    """
+
+    def __init__(self, file: io.RawIOBase, begin: int, length: int) -> None:
+        super().__init__()
+        self._file, self._begin, self._length = file, begin, length
+        self._at = 0
+        self.failure: CheckpointError | OSError | None = None
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self._length}[whence]
+        self._at = max(0, base + offset)
+        return self._at
+
+    def readinto(self, buffer: Any, /) -> int:
+        """All that was asked for, but at the end."""
+        wanted = memoryview(buffer).cast("B")
+        wanted = wanted[: max(0, self._length - self._at)]
+        done = 0
+        try:
+            self._file.seek(self._begin + self._at)
+            while done < len(wanted) and (count := self._file.readinto(wanted[done:])):
+                done += count
+        except (CheckpointError, OSError) as error:
+            self.failure = self.failure or error
+            raise
+        self._at += done
+        return done
+
+
+def _has_box(part: dcp_metadata.Part, shape: tuple[int, ...]) -> bool:
+    return len(part.offsets) == len(part.sizes) == len(shape)
 
 
 def _entry(stored: dcp_metadata.Stored) -> Entry:
@@ -197,25 +282,23 @@ def _dtype(name: str) -> torch.dtype:
 
 
 class SafetensorsSource:
-    """Has no checksums: nothing tells damage from contents."""
+    """A safetensors file; or those that an index names. They have no checksums: nothing but a manifest beside one tells damage.
+
+    Raises:
+        CorruptError: a header is damaged.
+    """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._header, self._begin = read_header(path)
-        leaves = read_contents(path).leaves  # which looks whether all lies inside of the file
-        self.entries = {leaf.path: Entry((leaf.path,), _dtype(leaf.dtype), leaf.shape) for leaf in leaves}
+        self._files = TensorFiles(path, TIMEOUT_S)
+        self.entries = {name: Entry((name,), each.dtype, each.shape) for name, each in self._files.tensors.items()}
 
     def tensor(self, name: str) -> torch.Tensor:
-        entry = self.entries[name]
-        assert entry.shape is not None and entry.dtype is not None
-        first, last = self._header[name]["data_offsets"]
-        if last - first != entry.nbytes:
-            raise CorruptError(f"'{name}' in '{self._path}' has {last - first} bytes, its shape says {entry.nbytes}")
-        made = torch.empty(entry.shape, dtype=entry.dtype)
-        with open(self._path, "rb", buffering=0) as file:
-            file.seek(self._begin + first)
-            file.readinto(view_bytes(made))
-        return made
+        places = self._files.allocate([name])
+        self._files.fill(places)
+        return view_as(places[name], self._files.tensors[name])
+
+    def pieces(self, name: str) -> list[Piece]:
+        return _in_one(self, name)
 
     def value(self, name: str) -> Any:
         raise KeyError(name)
@@ -243,6 +326,9 @@ class _Joined:
     def tensor(self, name: str) -> torch.Tensor:
         return self._owners[name].tensor(name)
 
+    def pieces(self, name: str) -> list[Piece]:
+        return self._owners[name].pieces(name)
+
     def value(self, name: str) -> Any:
         return self._owners[name].value(name)
 
@@ -264,7 +350,7 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
         if file:
             return _of_file(path / file)
         if not os.path.lexists(path / METADATA):
-            raise NotACheckpointError(f"'{path}' is no checkpoint")
+            raise none_at(path, "no checkpoint")
         return ShardedSource(path)
     manifest = manifests.read(path)
     if file:
@@ -282,8 +368,10 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
     elif len(own) > 1 and (metadata is not None or common):
         own = []
     if len(own) > 1:
-        names = ", ".join(each.name for each in own[:4])
-        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks ({names}, ...): say which rank, or name one file")
+        names = ", ".join(each.name for each in own[:4]) + (", ..." if len(own) > 4 else "")
+        how = f"name one, as in '{path}:{own[0].name}'"
+        how += ", or a rank by --rank" * (len({each.rank for each in own}) == len(own))
+        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks, which are not put together ({names}): {how}")
     sources: dict[str, Source] = {each.name: _of_file(place_of(path, each)) for each in [*common, *own]}
     if metadata is not None:
         sources[METADATA] = ShardedSource(path, metadata)
@@ -291,10 +379,5 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
 
 
 def _of_file(path: Path) -> Source:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(16)
-        size = path.stat().st_size
-    except OSError as error:
-        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
-    return SafetensorsSource(path) if is_safetensors(start, size) else ZipSource(path)
+    durable.refuse_irregular(path, "read")
+    return SafetensorsSource(path) if is_tensor_file(path) else ZipSource(path)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ckpt.conversion.sources import Entry, Source
-from ckpt.upkeep.comparing import Changed, Difference
+from ckpt.conversion.sources import Entry, Source, dotted, walk
+from ckpt.upkeep.comparing import Changed, Difference, fold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,27 @@ def compare_values(a: Source, b: Source, told: Callable[[int], object] = lambda 
         told(first.nbytes)
     only_a = [name for name in a.entries if name not in b.entries]
     only_b = [name for name in b.entries if name not in a.entries]
-    return Difference(only_a, only_b, changed, len(common) - len(changed) - len(distances)), distances
+    alike = [*_folded(a, only_a, b, only_b), *_folded(b, only_b, a, only_a)]
+    parts = {part for parts in alike for part in parts}
+    same = len(common) - len(changed) - len(distances) + len(alike)
+    return Difference(
+        [name for name in only_a if name not in parts], [name for name in only_b if name not in parts], changed, same
+    ), distances
+
+
+def _folded(parts_of: Source, names: list[str], wholes_of: Source, others: list[str]) -> list[list[str]]:
+    """Names of values of the one that are together one value of the other; with its name."""
+    wholes = {name for name in others if wholes_of.entries[name].shape is None}
+    found = fold(names, wholes, lambda name: parts_of.entries[name].shape is None)
+    return [
+        [whole, *parts]
+        for whole, parts in found.items()
+        if {part: repr(parts_of.value(part)) for part in parts} == _leaves(whole, wholes_of.value(whole))
+    ]
+
+
+def _leaves(name: str, value: Any) -> dict[str, str]:
+    return {dotted((name, *path)) if path else name: repr(part) for path, part in walk(value)}
 
 
 def _text(entry: Entry) -> str:

@@ -31,14 +31,16 @@ from ckpt.directory.holds import FOLDER
 from ckpt.directory.step_names import names_in
 from ckpt.drain.node import LOCK, began_at
 from ckpt.errors import InUseError, NotACheckpointError
+from ckpt.remote.ownership import Ownership
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
-from ckpt.storage.object_store import PLAIN_OPTIONS
+from ckpt.storage.object_store import PLAIN_OPTIONS, ObjectStore
 from ckpt.storage.object_urls import parse_url
 
 logger = logging.getLogger("ckpt")
 
 NAME = "remote.json"
+PACE = "pace"
 _TAKEN = "taken"
 
 
@@ -130,6 +132,21 @@ def note_taken(place: Path, ticket: str) -> None:
     """
     if not was_taken(place, ticket):
         durable.replace_durably(place / _TAKEN, ticket.encode(), "taken")
+
+
+def claim(place: Path, remote: Remote, store: ObjectStore) -> Ownership:
+    """Makes the place in the store this home's, if it is nobody's, or that of the one whose place it takes.
+
+    Raises:
+        OwnedByAnotherError: it is another home's.
+        ObjectStoreError: the store does not answer.
+        StorageError: that it was taken over cannot be noted.
+    """
+    instead_of = "" if was_taken(place, remote.ticket) else remote.instead_of
+    ownership = Ownership(store, remote.owner, str(remote.home), instead_of)
+    ownership.claim()
+    note_taken(place, remote.ticket)
+    return ownership
 
 
 def write(place: Path, remote: Remote) -> None:

@@ -25,7 +25,7 @@ from ckpt.drain.upload import Upload, is_gone, tidy_store
 from ckpt.drain.waking import Wakeful
 from ckpt.errors import CheckpointError, CorruptError, InUseError, StorageError
 from ckpt.remote.layout import Catalogue, move_latest
-from ckpt.remote.ownership import OwnedByAnotherError, Ownership
+from ckpt.remote.ownership import OwnedByAnotherError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.object_store import ObjectStore, ObjectStoreError
@@ -241,11 +241,7 @@ class Uploader:
             return False
         newest = self._journals[waiting[0].sequence]
         try:
-            remote = self._remote
-            instead_of = "" if remote_place.was_taken(self._place, remote.ticket) else remote.instead_of
-            self._ownership = Ownership(self._store, remote.owner, str(remote.home), instead_of)
-            self._ownership.claim()
-            remote_place.note_taken(self._place, remote.ticket)
+            self._ownership = remote_place.claim(self._place, self._remote, self._store)
             copies = self._catalogue.find().copies
             self._finish({copy.folder for copy in copies})
         except (CheckpointError, OSError) as error:

@@ -23,7 +23,8 @@ from ckpt.plan.pickler import short_way, state_pickler
 from ckpt.plan.save_plan import COPY, OWNED, SavePlan, place
 from ckpt.plan.tensor_record import record_of
 from ckpt.plan.views import ByteInterval
-from ckpt.safetensors_header import METADATA, PAIRS, RANKS, Entry, encode, in_file_order
+from ckpt.safetensors_header import PAIRS, RANKS, Entry, encode, in_file_order
+from ckpt.safetensors_layout import METADATA
 
 _SHOWN = 8  # groups, and names of each
 _MOST_LAYOUTS = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -167,6 +167,11 @@ class Archive(Records):
     def bytes_read(self) -> int:
         """From storage, so far."""
         return self._file.bytes_read
+
+    def counter(self) -> Callable[[], int]:
+        """Says that, from any thread; also once this is closed."""
+        file = self._file
+        return lambda: file.bytes_read
 
     def _wanted(self, places: Mapping[str, Any], devices: Mapping[str, int] = _NONE) -> list[tuple[int, int, int]]:
         return [(self.records[name].number, place.data_ptr(), devices.get(name, HOST)) for name, place in places.items()]

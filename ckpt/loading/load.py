@@ -20,6 +20,7 @@ from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive, reader_threads
 from ckpt.loading.device_placement import all_on_host
 from ckpt.loading.load_tensors import load_tensors
+from ckpt.loading.progress import Progress, Told
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
 from ckpt.loading.remote_file import as_local
 from ckpt.loading.selection import Selection, SharedSelection
@@ -44,6 +45,7 @@ def load(
     keys: str | Sequence[str] | None = None,
     rank: int | None = None,
     timeout_s: float = TIMEOUT_S,
+    progress: Told | bool | None = None,
 ) -> Any:
     """Loads a file written by save() or by `torch.save`, verifying the CRC-32 of every record on the way; or a step.
 
@@ -74,6 +76,8 @@ def load(
         rank: of a step that several ranks have saved: whose own state is wanted beside what was replicated. Default: none of
             them, which a warning says; if the job had one rank, or one alone had a state of its own, that one.
         timeout_s: longest that reading may take, seconds.
+        progress: called every 0.1 s, by another thread, with the bytes that have been read and those of the file, or of a
+            step, and at the end; True: a bar of tqdm on standard error. Of what is no torch file only the end is told.
 
     Raises:
         CorruptError: the file is truncated, or a checksum is wrong; names the record. Of a directory of steps: none is good.
@@ -86,22 +90,33 @@ def load(
         NotACheckpointError: of a URL: there is no manifest beside it, or that does not name it. Of a directory of steps: none
             of them is a checkpoint.
         TypeError, ValueError: keys are no patterns, rank is no count or the path that of a file, or the URL is none of a file.
+        ImportError: progress is True, and there is no tqdm.
     """
     selection = None if keys is None else Selection(keys)
-    with as_local(path) as target:
+    with Progress(progress) as watch, as_local(path) as target:
         if holds_steps(target):
             shared = None if keys is None else SharedSelection(keys)
 
             def load_file(file: Path, entry: FileEntry) -> Any:
-                return _load(file, map_location, weights_only, shared, timeout_s, entry)
+                return _load_watched(watch, file, map_location, weights_only, shared, timeout_s, entry)
 
-            return load_directory(target, rank, load_file, shared)
+            return load_directory(target, rank, load_file, shared, watch.begin)
         if rank is not None:
             raise ValueError(f"rank= is for the directory of a step, and '{path}' is none")
-        return _load(target, map_location, weights_only, selection, timeout_s)
+        watch.begin(_size_of(target))
+        return _load_watched(watch, target, map_location, weights_only, selection, timeout_s)
 
 
-def _load(
+def _size_of(path: Path) -> int:
+    """0 if it cannot be told: who reads it will say why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _load_watched(
+    watch: Progress,
     target: Path,
     map_location: Any,
     weights_only: bool,
@@ -113,15 +128,33 @@ def _load(
     Args:
         expected: what a manifest says of it.
     """
+    archive = _archive_in(target, timeout_s)
+    with watch.reading(_size_of(target), None if archive is None else archive.counter()):
+        return _load(target, archive, map_location, weights_only, selection, timeout_s, expected)
+
+
+def _archive_in(target: Path, timeout_s: float) -> Archive | None:
+    """None: it is none that is read record by record."""
+    if is_tensor_file(target) or not is_zip(target) or is_pretending():
+        return None
+    return open_archive(target, timeout_s)
+
+
+def _load(
+    target: Path,
+    archive: Archive | None,
+    map_location: Any,
+    weights_only: bool,
+    selection: Selection | None,
+    timeout_s: float,
+    expected: FileEntry | None,
+) -> Any:
     if is_tensor_file(target):
         return load_tensors(target, map_location, selection, timeout_s)
-    if not is_zip(target):
-        loaded = _load_old_format(target, map_location, weights_only)
+    if archive is None:
+        load_it = _load_pretended if is_zip(target) else _load_old_format
+        loaded = load_it(target, map_location, weights_only)
         return selection.prune(loaded, target) if selection else loaded
-    if is_pretending():
-        loaded = _load_pretended(target, map_location, weights_only)
-        return selection.prune(loaded, target) if selection else loaded
-    archive = open_archive(target, timeout_s)
     if expected is not None:
         compare(target, expected, archive.size, None)
     if not archive.checksummed:

@@ -50,12 +50,15 @@ def compare(path: Path, file: FileEntry, size: int, crc: int | None) -> None:
         raise CorruptError(f"'{path}' fails the CRC-32 of its manifest: its bytes have changed")
 
 
-def load_directory(path: Path, rank: int | None, load_file: LoadFile, selection: SharedSelection | None) -> Any:
+def load_directory(
+    path: Path, rank: int | None, load_file: LoadFile, selection: SharedSelection | None, begin: Callable[[int], None]
+) -> Any:
     """
     Args:
         rank: as for load().
         load_file: of a file, and what the manifest says of it.
         selection: that it goes by.
+        begin: called with the bytes of all files that are read now.
 
     Raises:
         CheckpointError: see load().
@@ -67,6 +70,7 @@ def load_directory(path: Path, rank: int | None, load_file: LoadFile, selection:
         files = _choose(directory, manifest, rank)
         if selection is not None:
             selection.begin()
+        begin(sum(file.bytes for file in files))
         parts = {file.name: load_file(directory / file.name, file) for file in files}
         if selection is not None:
             selection.expect_all(directory)

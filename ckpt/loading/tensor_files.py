@@ -21,7 +21,8 @@ from ckpt.devices import HOST
 from ckpt.directory import manifest as manifests
 from ckpt.errors import CorruptError, StorageError
 from ckpt.loading.archive import RecordEntry, Records, reader_threads
-from ckpt.safetensors_header import LENGTH_BYTES, Placed, decode, length_of
+from ckpt.safetensors_header import Placed, decode
+from ckpt.safetensors_layout import LENGTH_BYTES, length_of
 from ckpt.storage import durable
 
 SUFFIX = ".safetensors"

@@ -66,8 +66,8 @@ class Ownership:
         if _owner_in(there, url) != self._owner:
             raise OwnedByAnotherError(
                 f"'{url}' belongs to the checkpoints of '{_home_in(there)}', not to those of '{self._home}'. Give "
-                "Tier.remote() a URL of its own; or, to go on from what lies there, call restore() before the first save to a "
-                "directory without checkpoints"
+                "Tier.remote(), or `ckpt copy`, a URL of its own; or, to go on from what lies there, call restore() before the "
+                "first save to a directory without checkpoints"
             )
 
 

@@ -128,6 +128,7 @@ class CandidateRead:
         """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
         manifest = self._places.read_manifest(self._candidate.sequence, self._candidate.identity)
         self._sharded = self._request.sharded_reader(self._places, manifest, self._targets.touched)
+        self._request.progress.begin(sum(file.bytes for file in manifest.files if self._is_read(manifest, file)))
         for file in manifest.files:
             if self._sharded is not None and file.kind not in (RANK, REPLICATED):
                 continue  # what is needed of it is read, and verified then
@@ -180,7 +181,8 @@ class CandidateRead:
         return self._places.read(file.name, open_at)
 
     def _verify(self, file: FileEntry, path: Path) -> None:
-        file_readers.verify(path, file, self._request.timeout_s)
+        with self._request.progress.reading(file.bytes):
+            file_readers.verify(path, file, self._request.timeout_s)
 
     def _read_file(self, file: FileEntry, reader: NewMemoryReader) -> None:
         """For its checksums alone, and then never a collective, if there has been a refusal.
@@ -188,10 +190,9 @@ class CandidateRead:
         From the next place if it is damaged in one. A target that it has touched is then filled again.
         """
         try:
-            if reader.collective and not self._refusal:
-                reader = self._read_together(file, reader)
-            else:
-                reader = self._read_alone(file, reader)
+            with self._request.progress.reading(file.bytes, reader.archive.counter()):
+                together = reader.collective and not self._refusal
+                reader = self._read_together(file, reader) if together else self._read_alone(file, reader)
         except DeadlineError as error:
             if not self._readers[file.name].has_target or self._refusal:
                 raise
@@ -259,7 +260,7 @@ class CandidateRead:
     def _moves(self, file: FileEntry) -> bool:
         """To another place, if this rank's copy is damaged."""
         try:
-            self._verify(file, self._places.path_of(file.name))
+            file_readers.verify(self._places.path_of(file.name), file, self._request.timeout_s)
             return False
         except (CorruptError, StorageError) as error:
             return self._places.pass_over(file.name, error)
@@ -277,6 +278,11 @@ class CandidateRead:
         if manifest.world_size == self._world_size:
             return file.rank == self._rank
         return self._request.merge is not None
+
+    def _is_read(self, manifest: Manifest, file: FileEntry) -> bool:
+        """From its beginning to its end."""
+        is_sharded = self._sharded is not None and file.kind not in (RANK, REPLICATED)
+        return not is_sharded and (self._will_load(manifest, file) or self._is_mine(file))
 
     def _is_mine(self, file: FileEntry) -> bool:
         if file.kind == REPLICATED:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.loading.progress import Progress
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
 from ckpt.restore.one_step import OneStep
 from ckpt.restore.places import StepPlaces
@@ -47,7 +48,7 @@ class RestoreRequest(NamedTuple):
     """How to load, as given to restore().
 
     `timeout_s`: longest that reading a file may take, seconds.
-    `one`: the step that is wanted; None: the newest that is good.
+    `one`: the step that is wanted; None: the newest that is good. `progress`: is told of files that this rank reads.
     """
 
     map_location: Any
@@ -60,6 +61,7 @@ class RestoreRequest(NamedTuple):
     sharded_into: Any = None
     finder: EntryFinder | None = None
     one: OneStep | None = None
+    progress: Progress = Progress(None)
 
     def sharded_reader(self, places: StepPlaces, manifest: Manifest, touched: bool) -> ShardedReader | None:
         """Of the sharded state; None if there is no target for it.

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 from ckpt import _native
@@ -295,8 +296,11 @@ def replace_quickly(path: Path, content: bytes) -> None:
         raise
 
 
-def copy_file(source: Path, target: Path, chunk_bytes: int) -> int:
+def copy_file(source: Path, target: Path, chunk_bytes: int, told: Callable[[int], object] = lambda _: None) -> int:
     """Makes `target` a copy, which is fsynced; returns the CRC-32 of the bytes that were read. Its name is not durable yet.
+
+    Args:
+        told: called with the bytes of each chunk, once it is written.
 
     Raises:
         StorageError: one cannot be read, or the other not be written; what there is of `target` stays.
@@ -310,6 +314,7 @@ def copy_file(source: Path, target: Path, chunk_bytes: int) -> int:
                 rest = chunk[:count]
                 while rest:
                     rest = rest[written.write(rest) :]
+                told(count)
             os.fsync(written.fileno())
     except OSError as error:
         raise StorageError(

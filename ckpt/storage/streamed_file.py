@@ -63,7 +63,30 @@ class StreamedFile:
         return StorageError(error.errno or 0, f"cannot write '{self._target}': {error.strerror or error}", str(self._target))
 
 
-def begin_entry(archive: zipfile.ZipFile, file: BinaryIO, name: str, size: int) -> IO[bytes]:
+class Within:
+    """A file that begins where another one has come to: an archive that is a part of it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._begin = file.tell()
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell() - self._begin
+
+    def seek(self, offset: int) -> int:
+        return self._file.seek(self._begin + offset) - self._begin
+
+    def write(self, content: bytes | memoryview) -> int:
+        return self._file.write(content)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def begin_entry(archive: zipfile.ZipFile, file: BinaryIO | Within, name: str, size: int) -> IO[bytes]:
     """A record of a torch file that is being written: a context manager, to write `size` bytes to.
 
     They begin at a multiple of the alignment, so that torch may map them.

@@ -19,7 +19,7 @@ from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain import remote_place
 from ckpt.drain.journal import FOLDER, Journal
-from ckpt.drain.remote_place import Remote, new_name, place_of
+from ckpt.drain.remote_place import PACE, Remote, new_name, place_of
 from ckpt.drain.waking import WAKE
 from ckpt.errors import CheckpointError, ClosedError, FailedSavesError, SkippedError, StorageError, SupersededError
 from ckpt.fence import follow, unfollow
@@ -30,7 +30,7 @@ from ckpt.storage import durable
 from ckpt.storage.log_file import touch
 from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.home_watch import Awaited, HomeWatch
-from ckpt.tiers.node_storage import PACE, this_process
+from ckpt.tiers.node_storage import this_process
 from ckpt.tiers.pace import TrainingPace
 from ckpt.tiers.tier import OBJECT, Tier
 

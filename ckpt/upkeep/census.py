@@ -73,6 +73,19 @@ def is_checkpoint(directory: Path) -> bool:
     return any(os.path.lexists(directory / name) for name in (manifests.NAME, sharded_files.METADATA))
 
 
+def none_at(directory: Path, what: str) -> NotACheckpointError:
+    """The error for who looks for a checkpoint where there is none, with what there is.
+
+    Args:
+        what: there is not, as "no checkpoint".
+    """
+    row = _look_at(directory, _is_node(directory.parent)) if directory.is_dir() else None
+    there = f": {row.problem}" if row is not None and row.state != COMMITTED and row.problem else ""
+    return NotACheckpointError(
+        f"'{directory}' holds {what}{there}" if os.path.lexists(directory) else f"'{directory}' does not exist"
+    )
+
+
 def _is_node(directory: Path) -> bool:
     return os.path.lexists(directory / nodes.NAME)
 

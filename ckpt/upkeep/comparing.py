@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from ckpt.directory.step_names import stem_of
-from ckpt.errors import CheckpointError
+from ckpt.upkeep.census import none_at
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
 from ckpt.upkeep.showing import look_at, tensors_in
@@ -51,21 +52,39 @@ def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
             raise contents
         found[name] = contents
     if not found:
-        raise CheckpointError(f"'{path}' holds no file with tensors")
+        raise none_at(path, "no file with tensors")
     if len(found) == 1:
         return {leaf.path: leaf for leaf in next(iter(found.values())).leaves}
     return {f"{stem_of(name) or name}:{leaf.path}": leaf for name, contents in found.items() for leaf in contents.leaves}
 
 
 def compare(a: dict[str, Leaf], b: dict[str, Leaf]) -> Difference:
+    """A list of values may be one value of the other, as torch.distributed.checkpoint has it."""
     common = [name for name in a if name in b]
     changed = [Changed(name, text_of(a[name]), text_of(b[name])) for name in common if not _is_same(a[name], b[name])]
+    only_a, only_b = [name for name in a if name not in b], [name for name in b if name not in a]
+    folded = fold(only_a, {name for name in only_b if b[name].kind == "value"}, lambda name: a[name].kind != "tensor")
+    folded |= fold(only_b, {name for name in only_a if a[name].kind == "value"}, lambda name: b[name].kind != "tensor")
+    parts = {part for parts in folded.values() for part in parts} | folded.keys()
     return Difference(
-        only_a=[name for name in a if name not in b],
-        only_b=[name for name in b if name not in a],
+        only_a=[name for name in only_a if name not in parts],
+        only_b=[name for name in only_b if name not in parts],
         changed=changed,
-        same=len(common) - len(changed),
+        same=len(common) - len(changed) + len(folded),
     )
+
+
+def fold(names: Iterable[str], wholes: Set[str], is_value: Callable[[str], bool]) -> dict[str, list[str]]:
+    """Which of the names lie in which of the others, where all that do are values."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        at = name.find(".")
+        while at >= 0:
+            if name[:at] in wholes:
+                found.setdefault(name[:at], []).append(name)
+                break
+            at = name.find(".", at + 1)
+    return {whole: parts for whole, parts in found.items() if all(map(is_value, parts))}
 
 
 def _is_same(a: Leaf, b: Leaf) -> bool:

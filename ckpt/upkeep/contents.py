@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import json
 import mmap
 import os
-import struct
 from pathlib import Path
 from typing import Any
 
 from ckpt import _native
 from ckpt.directory.sharded_files import METADATA
 from ckpt.errors import CorruptError, StorageError
+from ckpt.safetensors_layout import KINDS, LENGTH_BYTES, length_of, parse
 from ckpt.storage import durable
 from ckpt.upkeep import dcp_metadata
 from ckpt.upkeep.described import Leaf, describe
@@ -26,13 +25,7 @@ TORCH_ZIP, TORCH_OLD, SAFETENSORS, PICKLE, METADATA_OF_DCP, PART_OF_DCP, UNKNOWN
 _THREADS = 4
 _TIMEOUT_S = 1800.0
 _OLD_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
-_LARGEST_HEADER = 100 << 20  # of a safetensors file, as its own library has it
 _LARGEST_PICKLE = 1 << 31
-_DTYPES = {
-    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "I32": "int32"},
-    **{"I16": "int16", "I8": "int8", "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"},
-    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "float8_e8m0fnu", "C64": "complex64"},
-}
 
 
 @dataclasses.dataclass
@@ -74,12 +67,12 @@ def read_contents(path: Path) -> Contents:
         return _of_metadata(path, size)
     if path.suffix == ".distcp":
         return Contents(PART_OF_DCP, size, notes=[f"what is in it, {METADATA} beside it says: show '{path.parent}'"])
+    if is_safetensors(path, start, size):  # first: what the others begin with may be the length of a header
+        return _of_safetensors(path, size)
     if start.startswith(b"PK"):
         return _of_zip(path, size)
     if start.startswith(_OLD_MAGIC):
         return _of_old(path, size)
-    if is_safetensors(start, size):
-        return _of_safetensors(path, size)
     if start.startswith(b"\x80"):
         return _of_pickle(path, size)
     raise CorruptError(f"'{path}' is no torch file, no safetensors file and no pickle, or its beginning is damaged")
@@ -160,51 +153,27 @@ def _of_metadata(path: Path, size: int) -> Contents:
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def is_safetensors(start: bytes, size: int) -> bool:
-    if len(start) < 9 or size < 10:
-        return False
-    (length,) = struct.unpack_from("<Q", start)
-    return start[8:9] == b"{" and length <= min(size - 8, _LARGEST_HEADER)
+def is_safetensors(path: Path, start: bytes, size: int) -> bool:
+    """By its beginning; or by its name, so that one whose beginning is damaged is not taken for something else.
 
-
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """Of a safetensors file: what it says of its tensors, and where their bytes begin.
-
-    Raises:
-        CorruptError: it is none.
-        StorageError: it cannot be read.
+    Args:
+        start: of the file, LENGTH_BYTES and one more; size: of all of it.
     """
     try:
-        with open(path, "rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _LARGEST_HEADER + 1
-            content = file.read(length) if length <= _LARGEST_HEADER else b""
-            header = json.loads(content)
-    except OSError as error:
-        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
-    except (ValueError, RecursionError) as error:
-        raise CorruptError(f"'{path}' has no header of a safetensors file: {error}") from error
-    if not isinstance(header, dict):
-        raise CorruptError(f"'{path}' has no header of a safetensors file")
-    return header, 8 + length
+        length_of(start[:LENGTH_BYTES], size)
+    except ValueError:
+        return path.suffix == ".safetensors"
+    return path.suffix == ".safetensors" or start[LENGTH_BYTES : LENGTH_BYTES + 1] == b"{"
 
 
 def _of_safetensors(path: Path, size: int) -> Contents:
-    header, begin = read_header(path)
-    notes = [f"{key}: {value}" for key, value in (header.pop("__metadata__", None) or {}).items()]
-    leaves = []
-    ends = [0]
-    for name, said in header.items():
-        try:
-            dtype = _DTYPES.get(said["dtype"], str(said["dtype"]).lower())
-            shape = tuple(int(each) for each in said["shape"])
-            first, last = said["data_offsets"]
-            if not 0 <= first <= last <= size - begin:
-                raise ValueError(f"it lies at {first} to {last}, and the file has {size - begin} bytes for tensors")
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptError(f"'{path}': tensor '{name}' cannot be there: {error}") from error
-        leaves.append(Leaf(name, "tensor", dtype, shape, last - first))
-        ends.append(last)
-    if begin + max(ends) != size:
-        raise CorruptError(f"'{path}' has {size} bytes, its header speaks of {begin + max(ends)}: it was cut off, or added to")
-    return Contents(SAFETENSORS, size, leaves, notes=notes)
+    try:
+        with open(path, "rb") as file:
+            text = file.read(length_of(file.read(LENGTH_BYTES), size))
+        spans, metadata = parse(text, size - LENGTH_BYTES - len(text))
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+    except ValueError as error:
+        raise CorruptError(f"'{path}' is no safetensors file, or damaged: {error}") from None
+    leaves = [Leaf(each.name, "tensor", KINDS[each.code].name, each.shape, each.end - each.begin) for each in spans]
+    return Contents(SAFETENSORS, size, leaves, notes=[f"{key}: {value}" for key, value in metadata.items()])

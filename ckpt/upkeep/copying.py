@@ -29,12 +29,13 @@ from ckpt.storage.directory_lock import NAME as LOCK
 from ckpt.storage.exchange import replace_link
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.streamed_file import StreamedFile
+from ckpt.upkeep.census import none_at
 from ckpt.upkeep.rows import size_below
 from ckpt.upkeep.showing import place_of
 
 _CHUNK_BYTES = 4 << 20
 
-Told = Callable[[int], object]  # called with the bytes of each file, once it is copied
+Told = Callable[[int], object]  # called with the bytes that have been copied since it was called last
 
 COPIED, THERE = "copied", "already there"
 
@@ -47,7 +48,7 @@ class Origin(Protocol):
     content: bytes
     bytes: int
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
         """Makes `target` that file, durably but for its name.
 
         Raises:
@@ -77,8 +78,8 @@ class InDirectory:
         self.content = (path / manifests.NAME).read_bytes()
         self.bytes = size_below(path)[0]
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
-        _copy_file(place_of(self.path, file), target, file)
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
+        _copy_file(place_of(self.path, file), target, file, told)
 
     def fetch_rest(self, directory: Path) -> None:
         """Of a bundle: all that a framework has written beside our files. Of a step: what its manifest calls others'."""
@@ -100,17 +101,20 @@ class InStore:
         self.content = bytes(found.content)
         self.bytes = manifests.bytes_of(manifest)
 
-    def fetch(self, file: FileEntry, target: Path) -> None:
+    def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
+        def take(_: int, chunk: memoryview) -> None:
+            written.write(chunk)
+            told(chunk.nbytes)
+
         with StreamedFile(target) as written:
-            expected = Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32)
-            download(self._store, expected, lambda _, chunk: written.write(chunk))
+            download(self._store, Expected(f"{self._folder}/{file.name}", file.bytes, file.crc32), take)
 
     def fetch_rest(self, directory: Path) -> None:
         """Nothing else is carried there."""
 
 
-def _copy_file(source: Path, target: Path, expected: FileEntry | None) -> None:
-    found = durable.copy_file(source, target, _CHUNK_BYTES)
+def _copy_file(source: Path, target: Path, expected: FileEntry | None, told: Told = lambda _: None) -> None:
+    found = durable.copy_file(source, target, _CHUNK_BYTES, told)
     if expected is not None and (target.stat().st_size, found) != (expected.bytes, expected.crc32):
         text = f"'{source}' has the CRC-32 {found:08x} where its manifest says {expected.crc32:08x}"
         raise CorruptError(f"{text}: it is damaged, and was not copied")
@@ -136,10 +140,10 @@ def _copy_rest(source: Path, target: Path, without: set[str], only: set[str] | N
 
 @dataclasses.dataclass(frozen=True)
 class Copied:
-    """`state`: "copied", or "already there"."""
+    """`target`: a path, or a URL. `state`: "copied", or "already there"."""
 
     name: str
-    target: Path
+    target: str
     bytes: int
     state: str
 
@@ -154,7 +158,7 @@ def find_origins(source: Path) -> list[Origin]:
         return [InDirectory(source, source.parent)]
     found = [path for path, _ in committed_deeper_in(source)] if source.is_dir() else []
     if not found:
-        raise NotACheckpointError(f"'{source}' holds no checkpoint of this library")
+        raise none_at(source, "no checkpoint of this library")
     return [InDirectory(path, source) for path in reversed(found)]
 
 
@@ -186,9 +190,12 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
         raise CheckpointError(f"the file system of '{directory}' has no room for {size} bytes: make some, or copy fewer")
     for origin in origins:
         target = directory / origin.name
+        total = manifests.bytes_of(origin.manifest)
         if origin in wanted:
             _copy_one(origin, directory, target, told)
-        yield Copied(origin.name, target, manifests.bytes_of(origin.manifest), COPIED if origin in wanted else THERE)
+        else:
+            told(total)
+        yield Copied(origin.name, str(target), total, COPIED if origin in wanted else THERE)
 
 
 def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Manifest]]) -> bool:
@@ -213,8 +220,7 @@ def _copy_one(origin: Origin, directory: Path, target: Path, told: Told) -> None
     durable.make_directory(aside, durable=True)
     try:
         for file in origin.manifest.files:
-            origin.fetch(file, aside / file.name)
-            told(file.bytes)
+            origin.fetch(file, aside / file.name, told)
         origin.fetch_rest(aside)
         sharded_files.mend(aside, origin.manifest)
         durable.crash_point("copied")

@@ -16,12 +16,23 @@ from typing import NamedTuple
 from ckpt import _native
 from ckpt.errors import CheckpointError
 from ckpt.storage import trial
+from ckpt.storage.fio import FioError, measure_with_fio
 from ckpt.storage.mounts import mount_of
 
 GOOD, NOTE, BAD = "good", "note", "bad"
 _OLDEST_TORCH = (2, 6)  # as in pyproject.toml
 _OPTIONAL = {"obstore": "object stores", "mpi4py": "jobs that talk by MPI", "tqdm": "progress bars of this command line"}
 _MEMLOCK_BYTES = 64 << 20  # less than that pins no arena
+DRIVER = "libcuda.so.1"
+_NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
+_DEVICE_S = 5.0
+_VERDICTS = {"passed": GOOD, "failed": BAD}
+_DEVICE_REMEDIES = {
+    "failed": "Options(device_lazy=False) copies tensors on it inside of save(), which is right, and slower; update the driver",
+    "inconclusive": "nothing leaves it in the background before it has shown that it keeps order: ask again while it is idle",
+    "late": "it is busy, or hangs: ask again while it is idle",
+}
+_SLOW = 0.8  # of what fio finds: then something is worth a look
 
 
 class Finding(NamedTuple):
@@ -39,7 +50,7 @@ def examine(directory: Path | None, size: int) -> list[Finding]:
         directory: tried out, if given.
         size: how many bytes to write there, to see how fast it is.
     """
-    found = [*_software(), _driver(), _memlock(), *_huge_pages()]
+    found = [*_software(), *_devices(), _memlock(), *_huge_pages()]
     return found if directory is None else [*found, *_directory(directory, size)]
 
 
@@ -72,21 +83,33 @@ def _software() -> Iterator[Finding]:
         yield Finding(package, GOOD if version else NOTE, version or "not installed", remedy)
 
 
-def _driver() -> Finding:
-    """Of CUDA, without torch. Whether devices keep the order that lazy saving relies on: ckpt.check_devices()."""
+def _devices() -> Iterator[Finding]:
+    """Of CUDA, without torch: the driver, and of each device what ckpt.check_devices() finds."""
     try:
-        driver = ctypes.CDLL("libcuda.so.1")
+        driver = ctypes.CDLL(DRIVER)
         count, version = ctypes.c_int(), ctypes.c_int()
         failed = driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count))
         failed = failed or driver.cuDriverGetVersion(ctypes.byref(version))
     except (OSError, AttributeError):
-        return Finding("CUDA driver", NOTE, "none", "tensors on CUDA devices need one")
-    if failed:
-        return Finding("CUDA driver", BAD, f"its first call failed ({failed})", "reinstall the driver, or restart the machine")
-    text = f"{version.value // 1000}.{version.value % 1000 // 10}, {count.value} devices"
-    return Finding(
-        "CUDA driver", GOOD, text, "ckpt.check_devices() tries out what lazy saving relies on" if count.value else ""
-    )
+        yield Finding("CUDA driver", NOTE, "none", "tensors on CUDA devices need one")
+        return
+    if failed == _NO_DEVICE:
+        yield Finding("CUDA driver", NOTE, "there, but it finds no device", "see whether CUDA_VISIBLE_DEVICES hides them")
+    elif failed:
+        yield Finding("CUDA driver", BAD, f"its first call failed ({failed})", "reinstall the driver, or restart the machine")
+    else:
+        yield Finding("CUDA driver", GOOD, f"{version.value // 1000}.{version.value % 1000 // 10}, {count.value} devices")
+        yield from map(_device, range(count.value))
+
+
+def _device(number: int) -> Finding:
+    """Whether it keeps the order that saving in the background relies on."""
+    try:
+        verdict, reason = _native.check_device(number, _DEVICE_S, DRIVER)
+    except CheckpointError as error:
+        verdict, reason = "failed", str(error)
+    text = f"{verdict}: {reason}" if reason else verdict
+    return Finding(f"CUDA device {number}", _VERDICTS.get(verdict, NOTE), text, _DEVICE_REMEDIES.get(verdict, ""))
 
 
 def _memlock() -> Finding:
@@ -125,4 +148,19 @@ def _directory(directory: Path, size: int) -> Iterator[Finding]:
     )
     remedy = "" if found.direct else "bytes go through the page cache, which costs memory bandwidth; a local disk would not"
     yield Finding("direct I/O", GOOD if found.direct else NOTE, "yes" if found.direct else "no", remedy)
-    yield Finding("write rate", GOOD, f"{found.rate / 1e6:.0f} MB/s, one thread, {size >> 20} MiB, flushed")
+    yield _rate(found, directory, min(size, usage.free // 2))
+
+
+def _rate(found: trial.Trial, directory: Path, size: int) -> Finding:
+    how = f"{trial.THREADS} threads, {size >> 20} MiB, flushed"
+    text = f"{found.rate / 1e6:.0f} MB/s, {how}"
+    try:
+        judged = measure_with_fio(directory, size, trial.THREADS, trial.PIECE_BYTES, direct=found.direct)
+    except FioError as error:
+        return Finding("write rate", GOOD, f"{text}; fio failed: {error}")
+    if judged is None:
+        return Finding("write rate", GOOD, text, "install fio, and its rate stands beside it")
+    text += f"; fio {judged / 1e6:.0f} MB/s"
+    if found.rate >= _SLOW * judged:
+        return Finding("write rate", GOOD, text)
+    return Finding("write rate", NOTE, text, "ask again with --size 1GiB; if it stays so, see what else writes there")

@@ -23,7 +23,8 @@ class Backlog:
     """What a drain has still to carry to `target`: a home, or the URL of a place in an object store.
 
     Attributes:
-        pending: checkpoints.
+        known: checkpoints of which it has noted anything.
+        pending: those that are not there yet.
         bytes: of them that are not there yet.
         rate: bytes a second, as measured last; 0: not yet.
         stuck: how many of them do not move.
@@ -32,6 +33,7 @@ class Backlog:
     """
 
     target: str
+    known: int
     pending: int
     bytes: int
     rate: float
@@ -94,6 +96,7 @@ def _backlog(root: Path, target: str) -> Backlog:
     waiting = [each for each in known if each.state in _WAITING or (each.state == journals.FAILED and each.next is not None)]
     return Backlog(
         target=target,
+        known=len(known),
         pending=len(waiting),
         bytes=sum(max(0, each.total_bytes - each.bytes) for each in waiting),
         rate=next((each.rate for each in known if each.rate), 0.0),

@@ -15,7 +15,7 @@ from ckpt.upkeep.rows import COMMITTED
 def resolve(text: str) -> tuple[Path, str]:
     """The checkpoint or file that is meant, and the name of a file in it, as in "run1/step-000000000042:state.pt"; else empty.
 
-    Of a directory that holds checkpoints it is the newest. "run1:42" is step 42 of that directory.
+    Of a directory that holds checkpoints it is the newest. "run1:42" is step 42 of that, "run1:42:state.pt" a file in it.
 
     Raises:
         NotACheckpointError: there is nothing.
@@ -25,6 +25,8 @@ def resolve(text: str) -> tuple[Path, str]:
     if not os.path.lexists(path) and ":" in text:
         before, _, name = text.rpartition(":")
         path = Path(before)
+    if not os.path.lexists(path) and ":" in str(path):
+        path = _named_in(*str(path).rsplit(":", 1)) or path
     if not os.path.lexists(path):
         raise NotACheckpointError(f"'{path}' does not exist")
     if not path.is_dir():
@@ -33,13 +35,18 @@ def resolve(text: str) -> tuple[Path, str]:
         return path, ""
     if is_checkpoint(path) or is_step_name(path.name):
         return path, name
-    if name.isdecimal() and name.isascii() and (path / step_name(int(name))).is_dir():
-        return path / step_name(int(name)), ""
-    if name and (path / name).is_dir():
-        return path / name, ""
+    if name and (named := _named_in(str(path), name)) is not None:
+        return named, ""
     if name or (found := _newest(path)) is None:
         return path, name
     return found, ""
+
+
+def _named_in(directory: str, name: str) -> Path | None:
+    """A checkpoint in it, by its name or by the number of its step."""
+    if name.isdecimal() and name.isascii() and (step := Path(directory, step_name(int(name)))).is_dir():
+        return step
+    return Path(directory, name) if Path(directory, name).is_dir() else None
 
 
 def _newest(directory: Path) -> Path | None:

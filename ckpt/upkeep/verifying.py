@@ -17,7 +17,7 @@ from ckpt.directory.sharded_files import METADATA
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.upkeep import dcp_metadata
-from ckpt.upkeep.census import is_checkpoint, look
+from ckpt.upkeep.census import is_checkpoint, look, none_at
 from ckpt.upkeep.contents import read_contents
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, size_below
 from ckpt.upkeep.showing import place_of
@@ -61,7 +61,7 @@ def find_checkpoints(path: Path) -> list[Path]:
         return [path]
     rows = [row for row in look(path) if row.state in (COMMITTED, DAMAGED) or (path / row.name / METADATA).exists()]
     if not rows:
-        raise NotACheckpointError(f"'{path}' holds no checkpoint")
+        raise none_at(path, "no checkpoint")
     named = [(path / row.name, late_names.partial_of(path, row.name)) for row in rows]
     return [partial if os.path.lexists(partial / manifests.NAME) else own for own, partial in named]
 

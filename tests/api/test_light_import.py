@@ -25,6 +25,7 @@ LIGHT = [
         "ckpt.__main__",
         "ckpt.storage.block_files",
         "ckpt.storage.pace_file",
+        "ckpt.safetensors_layout",
     ),
     *("ckpt.directory.manifest", "ckpt.directory.listing", "ckpt.directory.steps", "ckpt.directory.retention"),
     "ckpt.directory.keeping",

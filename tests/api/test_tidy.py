@@ -267,7 +267,7 @@ def test_tested_versions_are_told_alike() -> None:
 
 # ---- what a process that only copies needs ---------------------------------------------------------------------------
 
-WITHOUT_TORCH = {"drain", "cli", "directory", "remote", "storage", "upkeep", "errors", "quantities"}
+WITHOUT_TORCH = {"drain", "cli", "directory", "remote", "storage", "upkeep", "errors", "quantities", "safetensors_layout"}
 
 
 WITH_TORCH = ("ckpt/cli/export.py", "ckpt/cli/diff.py")  # commands that read tensors

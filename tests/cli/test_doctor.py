@@ -6,6 +6,7 @@ import errno
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from command_line import Shell
 
@@ -33,6 +34,21 @@ def test_what_is_bad_is_told_with_a_remedy(shell: Shell, tmp_path: Path, native:
     monkeypatch.setattr(machine, "_version", lambda package: "2.5.1" if package == "torch" else None)
     said = shell("doctor")
     assert said.code == 1 and "install 2.6 or newer" in said.out and "install it for object stores" in said.out
+
+
+def test_the_rate_stands_beside_that_of_fio(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[float] = []
+
+    def measured(directory: Path, size: int, threads: int, piece: int, *, direct: bool) -> float | None:
+        return rates.pop() if rates else None
+
+    monkeypatch.setattr(machine, "measure_with_fio", measured)
+    found = findings(shell.json("doctor", tmp_path, "--size", "1MiB"))["write rate"]
+    assert "install fio" in found["remedy"] and "4 threads, 1 MiB" in found["found"]
+    rates[:] = [1e18, 1.0]
+    assert findings(shell.json("doctor", tmp_path, "--size", "1MiB"))["write rate"]["verdict"] == "good"
+    found = findings(shell.json("doctor", tmp_path, "--size", "1MiB"))["write rate"]
+    assert found["verdict"] == "note" and "; fio 1000000000000 MB/s" in found["found"] and found["remedy"]
 
 
 def test_wrong_usage(shell: Shell, tmp_path: Path) -> None:

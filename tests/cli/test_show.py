@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from command_line import Shell, step_in
 from safetensors.torch import save_file
+from test_load_safetensors import DAMAGED as HEADERS
+from test_load_safetensors import written
 
 HUGE = 100_000
 
@@ -39,6 +42,9 @@ def test_ways_to_name_a_checkpoint(form: str, shell: Shell, three_steps: Path) -
 def test_a_file_in_a_checkpoint(shell: Shell, three_steps: Path) -> None:
     document = shell.json("show", f"{step_in(three_steps, 1)}:state.pt", "--tensors", "model.w*")
     assert tensors(document, "state.pt") == {"model.weight": MODEL["model.weight"]}
+    for form in (f"{three_steps}:1:state.pt", f"{three_steps}:step-000000000001:state.pt"):
+        assert shell.json("show", form)["path"] == str(step_in(three_steps, 1) / "state.pt")
+    assert shell("show", f"{three_steps}:7:state.pt").code == 3
     for name in ("other.pt", "../latest", "/etc/passwd"):
         assert shell("show", f"{step_in(three_steps, 1)}:{name}").code == 3
 
@@ -118,6 +124,28 @@ def test_what_is_no_file_of_a_known_format(content: bytes, shell: Shell, tmp_pat
     (tmp_path / "file.pt").write_bytes(content)
     said = shell("show", tmp_path / "file.pt")
     assert said.code == 1 and str(tmp_path / "file.pt") in said.err and said.out == ""
+
+
+def test_headers_that_a_load_refuses_are_refused_here(shell: Shell, tmp_path: Path) -> None:
+    for header, text in HEADERS.values():
+        path = written(tmp_path / "a.safetensors", header)
+        said = shell("show", path)
+        assert said.code == 1 and re.search(text, said.err) and str(path) in said.err and len(said.err) < 1000
+        assert shell("verify", path, "--fast").code == 1
+        assert shell("export", path, "-o", tmp_path / "b", "--format", "safetensors").code == 1
+    path.write_bytes(b"1234567")
+    assert shell("show", path).code == shell("verify", path).code == 1
+    assert [each.name for each in tmp_path.iterdir()] == ["a.safetensors"]
+
+
+@pytest.mark.parametrize("beginning", [b"PK", b"\x80"])
+def test_a_safetensors_file_that_begins_as_something_else(beginning: bytes, shell: Shell, tmp_path: Path) -> None:
+    """Its first bytes are the length of its header."""
+    length = int.from_bytes(beginning.ljust(2, b"\x4b"), "little")
+    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]}}'.ljust(length)
+    written(tmp_path / "5f3a", header)
+    document = shell.json("show", tmp_path / "5f3a")
+    assert tensors(document, "5f3a") == {"a": ("uint8", [4], 4)}
 
 
 def test_what_is_not_there_and_what_cannot_be_read(shell: Shell, tmp_path: Path) -> None:

@@ -53,11 +53,15 @@ def test_values(shell: Shell, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_across_formats(shell: Shell, tmp_path: Path) -> None:
-    state = {"m": {"w": torch.arange(6.0)}, "epoch": 3}
+    state = {"m": {"w": torch.arange(6.0)}, "epoch": 3, "betas": [0.9, (1, "a")], "list": [torch.zeros(1), 5]}
     dcp.save(state, checkpoint_id=tmp_path / "dcp", no_dist=True)
     torch.save(state, tmp_path / "a.pt")
-    assert shell("diff", tmp_path / "dcp", tmp_path / "a.pt").code == 0
-    assert shell.json("diff", tmp_path / "dcp", tmp_path / "a.pt", "--values")["alike"] == 2
+    torch.save({**state, "betas": [0.9, (1, "b")]}, tmp_path / "b.pt")
+    for one, other in (("dcp", "a.pt"), ("a.pt", "dcp")):
+        assert shell.json("diff", tmp_path / one, tmp_path / other)["alike"] == 5
+        assert shell.json("diff", tmp_path / one, tmp_path / other, "--values")["alike"] == 5
+    document = shell.json("diff", tmp_path / "dcp", tmp_path / "b.pt", "--values", code=1)
+    assert (document["only_a"], document["only_b"]) == (["betas"], ["betas.0", "betas.1.0", "betas.1.1"])
 
 
 def test_checkpoints_and_what_is_damaged(shell: Shell, home: Path, tmp_path: Path) -> None:

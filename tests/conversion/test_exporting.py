@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,12 @@ from nursery import Nursery, sharding_nurseries
 from safetensors.torch import load_file, save_file
 from support import options
 from test_verify import flip, place_of
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
 import ckpt
+from ckpt.conversion.dcp_directory import write_dcp
+from ckpt.conversion.exporting import Chosen
+from ckpt.conversion.sources import Entry, Piece
 
 MiB = 1 << 20
 
@@ -112,6 +118,108 @@ def test_damage_becomes_no_file(shell: Shell, home: Path, two_ranks: Path, tmp_p
     assert shell("export", home / "nothing", "-o", tmp_path / "out.pt", "--format", "pt").code == 3
     assert shell("export", f"{home}:1", "-o", tmp_path / "no" / "out.pt", "--format", "pt").code == 5
     assert shell("export", f"{home}:1", "--format", "pt").code == 2
+
+
+# ---- directories of torch.distributed.checkpoint -----------------------------------------------------------------------
+
+
+def read_by_torch(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that no ranks talk to each other is known
+        dcp.load(state, checkpoint_id=directory, no_dist=True)
+    return state
+
+
+@pytest.mark.parametrize("which", ["torch", "ours"])
+def test_a_sharded_checkpoint_stays_so(which: str, two_ranks: Path, shell: Shell, tmp_path: Path) -> None:
+    said = shell.json("export", two_ranks / which, "-o", tmp_path / "d", "--format", "dcp")
+    assert (said["tensors"], said["left_out"]) == (2, [])
+    assert {path.name for path in (tmp_path / "d").iterdir()} == {"__0_0.distcp", ".metadata"}
+    wanted = {"model": {"rows": torch.zeros(7, 6), "columns": torch.zeros(7, 6)}, "epochs": [0, {"lr": 0.0}]}
+    found = read_by_torch(tmp_path / "d", wanted)
+    assert all(torch.equal(tensor, export_ranks.whole()) for tensor in found["model"].values())
+    assert found["epochs"] == [1, {"lr": 0.5}]
+    parts = dcp.FileSystemReader(tmp_path / "d").read_metadata().state_dict_metadata
+    assert [len(parts[f"model.{name}"].chunks) for name in ("rows", "columns")] == [2, 2]
+    assert shell("verify", tmp_path / "d").code == 0
+    assert shell("diff", two_ranks / which, tmp_path / "d", "--values").code == 0
+
+
+def test_all_that_a_state_holds_for_torch(shell: Shell, tmp_path: Path) -> None:
+    """And what the tools of torch make of it is what torch makes of its own."""
+    parameter = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.bfloat16))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    wanted: dict[str, Any] = {
+        **{"w": parameter.detach(), "optimizer": optimizer.state_dict(), "view": torch.arange(12).reshape(3, 4).t()[1:]},
+        **{"empty": torch.zeros(0, 3), "scalar": torch.tensor(5, dtype=torch.int16), "step": 7, "list": [1, "b"]},
+        **{"tensors": [torch.arange(3), 4], "pair": (torch.arange(2), {"a": torch.arange(5)})},
+    }
+    ckpt.save(wanted, tmp_path / "a.pt", options=options()).result()
+    words = ("-o", tmp_path / "ours", "--format", "dcp", "--shard-size", "60")
+    assert shell("export", tmp_path / "a.pt", *words).code == 0
+    assert len(list((tmp_path / "ours").glob("*.distcp"))) > 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(wanted, checkpoint_id=tmp_path / "torch", no_dist=True)
+        for name in ("ours", "torch"):
+            dcp_to_torch_save(tmp_path / name, tmp_path / f"{name}.pt")
+    found = {name: torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("ours", "torch")}
+    assert repr(found["ours"]) == repr(found["torch"])
+    assert shell("export", tmp_path / "ours", "-o", tmp_path / "b.safetensors", "--format", "safetensors").code == 0
+    assert torch.equal(load_file(tmp_path / "b.safetensors")["view"], wanted["view"])
+
+
+def test_choices_for_torch(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    words = ["--format", "dcp", "--keys", "model.*", "--strip", "model.", "--dtype", "float16"]
+    assert shell("export", f"{three_steps}:2", "-o", tmp_path / "d", *words).code == 0
+    found = read_by_torch(tmp_path / "d", {"weight": torch.zeros(4, 8, dtype=torch.float16)})
+    assert torch.equal(found["weight"], state(2)["model"]["weight"].half())
+
+
+def test_a_directory_that_is_used_stays_as_it_is(shell: Shell, three_steps: Path, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "d").mkdir()
+    (tmp_path / "d" / "mine").write_text("text")
+    said = shell("export", f"{three_steps}:1", "-o", tmp_path / "d", "--format", "dcp")
+    assert said.code == 1 and "is no empty directory" in said.err and [*(tmp_path / "d").iterdir()] == [tmp_path / "d" / "mine"]
+    (tmp_path / "d" / "mine").unlink()
+    path = step_in(home, 3) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    assert shell("export", home, "-o", tmp_path / "d", "--format", "dcp").code == 1
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["d", "home"] and not [*(tmp_path / "d").iterdir()]
+    assert shell("export", f"{home}:1", "-o", tmp_path / "d", "--format", "dcp").code == 0
+    torch.save([torch.zeros(1)], tmp_path / "list.pt")
+    assert shell("export", tmp_path / "list.pt", "-o", tmp_path / "e", "--format", "dcp").code == 1
+    assert shell("export", f"{home}:1", "-o", tmp_path / "e.pt", "--format", "pt", "--shard-size", "5GB").code == 2
+
+
+class InParts:
+    """One tensor, of which each row lies in a place of its own."""
+
+    def __init__(self, rows: int, columns: int) -> None:
+        self.entries = {"w": Entry(("w",), torch.float32, (rows, columns))}
+
+    def tensor(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def pieces(self, name: str) -> list[Piece]:
+        rows, columns = self.entries["w"].shape or (0, 0)
+        return [Piece((row, 0), (1, columns), functools.partial(torch.full, (1, columns), float(row))) for row in range(rows)]
+
+    def value(self, name: str) -> Any:
+        raise NotImplementedError
+
+
+def test_no_more_than_a_part_is_in_memory(ranks: list[Nursery], tmp_path: Path) -> None:
+    write_dcp(Chosen(InParts(16, 2 * MiB)), tmp_path / "a", 50 * MiB)
+    words = ["export", str(tmp_path / "a"), "-o", str(tmp_path / "out"), "--format", "dcp", "--json"]
+    ended = ranks[0].run(f"import export_ranks; export_ranks.export({words!r})")
+    said = json.loads(ended.stdout.splitlines()[-1])
+    assert said["code"] == 0, ended.stderr
+    assert said["grown"] * 1024 < 60 * MiB < 16 * 8 * MiB // 2, "of one tensor of 128 MiB in parts of 8"
+    found = read_by_torch(tmp_path / "out", {"w": torch.zeros(16, 2 * MiB)})["w"]
+    assert all(bool((found[row] == row).all()) for row in range(16))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

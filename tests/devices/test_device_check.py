@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import Shell
 from device_training import Training, cuda, fake_library, training
 from fake_driver import DEFAULT_STREAM, ILLEGAL_ADDRESS, FakeCuda, both_drivers
 
 import ckpt
 from ckpt.device_check import DeviceCheck, check_devices
+from ckpt.upkeep import machine
 
 __all__ = ["cuda", "fake_library", "training"]
 pytestmark = both_drivers
@@ -130,6 +132,20 @@ def test_saves_go_on_meanwhile(training: Training, cuda: FakeCuda, tmp_path: Any
         assert only(check_devices(timeout_s=60)).verdict == "passed"
         assert torch.equal(ckpt.load(pending.result(60) / "state.pt")["weight"], saved["weight"])
     assert_raced(cuda, 1)
+
+
+@pytest.mark.usefixtures("training")
+def test_the_doctor_asks_each(shell: Shell, cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "DRIVER", cuda.path)
+    found = {each["what"]: each for each in shell.json("doctor")["findings"]}
+    assert found["CUDA driver"]["found"].endswith(", 2 devices")
+    assert [found[f"CUDA device {number}"]["verdict"] for number in (0, 1)] == ["good", "good"]
+    assert_raced(cuda, 2)
+    cuda.set_order("without waits")
+    found = {each["what"]: each for each in shell.json("doctor", code=1)["findings"]}
+    assert found["CUDA device 1"]["verdict"] == "bad" and "overtook" in found["CUDA device 1"]["found"]
+    assert "device_lazy=False" in found["CUDA device 1"]["remedy"]
+    cuda.violations()
 
 
 @pytest.mark.usefixtures("fake_library")

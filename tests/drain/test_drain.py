@@ -108,7 +108,7 @@ def test_a_second_one_says_who_is_at_work(tmp_path: Path) -> None:
     with Drain(job.roots[0], []) as first:
         wait_for(lambda: job.state(1) == "committed", first)
         second = run_program(job.roots[0], "--once")
-        assert second.returncode == 1 and f"is being drained by process {first.pid} on " in second.stderr
+        assert second.returncode == 4 and f"is being drained by process {first.pid} on " in second.stderr
         assert first.runs
     drain_well(job.roots[0])
 
@@ -157,7 +157,7 @@ def test_a_rate_holds_it_back(tmp_path: Path) -> None:
 
 def test_what_is_no_node_root_is_refused(tmp_path: Path) -> None:
     ended = drain_once(tmp_path)
-    assert ended.returncode == 1 and "give the directory of one run" in ended.stderr and names_in(tmp_path) == set()
+    assert ended.returncode == 3 and "give the directory of one run" in ended.stderr and names_in(tmp_path) == set()
     job = Job(tmp_path)
     path = job.roots[0] / "node.json"
     path.write_bytes(path.read_bytes().replace(b'"nodes": 1', b'"nodes": 2'))

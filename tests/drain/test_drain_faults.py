@@ -74,7 +74,7 @@ def test_what_no_time_heals_waits_for_the_next_generation(code: int, tmp_path: P
     job = Job(tmp_path)
     job.save(1)
     ended = drain_once(job.roots[0], prepare=fault("open", code, "/.drain/run-1"))
-    assert ended.returncode == 1 and "step 1 was not carried home" in ended.stderr
+    assert ended.returncode == 5 and "step 1 was not carried home" in ended.stderr
     journal = job.journal(1)
     assert journal is not None and (journal.state, journal.next, journal.errno) == ("failed", None, code)
     drain_well(job.roots[0])  # somebody has changed it, and says so by starting it anew
@@ -138,7 +138,7 @@ def test_the_home_of_another_run_is_left_alone(tmp_path: Path) -> None:
     job.save(1)
     (job.home / ".run").write_text('{"run": "another"}')
     ended = drain_once(job.roots[0])
-    assert ended.returncode == 1 and "is the home of the run another" in ended.stderr
+    assert ended.returncode == 5 and "is the home of the run another" in ended.stderr
     assert names_in(job.home) == {".run"}
 
 
@@ -151,11 +151,11 @@ def test_a_damaged_file_is_put_aside(at: int, tmp_path: Path) -> None:
     directory = job.roots[0] / step_name(2)
     flip_a_bit(directory / NAME, at)
     ended = drain_once(job.roots[0])
-    assert ended.returncode == 1 and "it is damaged; it was put aside" in ended.stderr
+    assert ended.returncode == 5 and "it is damaged; it was put aside" in ended.stderr
     assert not (directory / NAME).exists() and (directory / f"{NAME}.damaged").stat().st_size == 12 * MiB
     journal = job.journal(2)
     assert journal is not None and (journal.state, journal.next) == ("failed", None) and "CRC-32" in journal.text
-    assert job.steps_at_home() == [1] and drain_once(job.roots[0]).returncode == 1
+    assert job.steps_at_home() == [1] and drain_once(job.roots[0]).returncode == 5
     job.save(3)
     for _ in range(2):  # what has failed is of no more interest
         drain_well(job.roots[0])
@@ -171,11 +171,11 @@ def test_when_the_newest_is_damaged_the_one_before_comes_home(tmp_path: Path) ->
     flip_a_bit(job.roots[1] / step_name(2) / "replicated.pt", 3)  # of which the other node delivers these bytes
     drain_well(job.roots[0])
     assert job.state(2, 0) == "copied"
-    assert drain_once(job.roots[1]).returncode == 1
+    assert drain_once(job.roots[1]).returncode == 5
     assert (job.state(2, 1), job.state(1, 1)) == ("failed", "copied")
     for root in (job.roots[0], job.roots[0]):
         ended = drain_once(root)
-        assert ended.returncode == 1 and "node 1" in ended.stderr and "it is damaged" in ended.stderr
+        assert ended.returncode == 5 and "node 1" in ended.stderr and "it is damaged" in ended.stderr
     assert job.steps_at_home() == [1] and job.state(2, 0) == "failed"
     job.assert_home_is_right()
     job.save(3, common=4 * MiB)
@@ -203,7 +203,7 @@ def test_a_file_that_is_not_what_was_written(change: str, tmp_path: Path) -> Non
     elif change == "a FIFO":
         subprocess.run(["mkfifo", str(path)], check=True)
     ended = drain_once(job.roots[0])
-    assert ended.returncode == 1 and job.state(1) == "failed"
+    assert ended.returncode == 5 and job.state(1) == "failed"
     assert job.steps_at_home() == [] and not (job.home / step_name(1)).exists()
 
 
@@ -258,7 +258,7 @@ def test_an_inbox_that_cannot_be_understood_is_told(tmp_path: Path) -> None:
     path = job.home / ".drain" / "run-1" / f"{1:012d}" / "inbox.json"
     path.write_text("{}")
     ended = drain_once(job.roots[1])
-    assert ended.returncode == 1 and "cannot be understood" in ended.stderr and job.steps_at_home() == []
+    assert ended.returncode == 5 and "cannot be understood" in ended.stderr and job.steps_at_home() == []
 
 
 def test_a_journal_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ def test_what_has_failed_is_not_called_done(tmp_path: Path) -> None:
     job.save(1)
     (job.home / ".run").rename(job.home / ".away")
     ended = drain_once(job.roots[0])
-    assert (ended.returncode, ended.stdout) == (1, "")
+    assert (ended.returncode, ended.stdout) == (5, "")
 
 
 def test_the_directory_of_a_tier_is_explained(tmp_path: Path) -> None:
@@ -45,7 +45,7 @@ def test_the_directory_of_a_tier_is_explained(tmp_path: Path) -> None:
     empty = Job(other)
     empty.roots[0].rename(job.roots[0].with_name("run-2"))
     ended = drain_once(job.roots[0].parent)
-    assert ended.returncode == 1 and "give the directory of one of them" in ended.stderr
+    assert ended.returncode == 3 and "give the directory of one of them" in ended.stderr
     assert f"\n  '{job.roots[0]}', of '{job.home}': newest step 7\n" in ended.stderr
     assert f"\n  '{job.roots[0].with_name('run-2')}', of '{empty.home}': nothing complete\n" in ended.stderr
     assert "no-run" not in ended.stderr and job.steps_at_home() == []

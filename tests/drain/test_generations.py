@@ -159,7 +159,7 @@ def test_what_is_not_home_yet_stays_on_the_node(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         job.save(step)
     (job.home / ".run").rename(job.home / ".away")
-    assert drain_once(job.roots[0]).returncode == 1
+    assert drain_once(job.roots[0]).returncode == 5
     assert job.steps_on() == [1, 2, 3]
     (job.home / ".away").rename(job.home / ".run")
     drain_well(job.roots[0])
@@ -247,7 +247,7 @@ def test_names_that_other_files_name_stay(kind: str, tmp_path: Path) -> None:
     (job.home / step_name(1)).mkdir()
     (job.home / step_name(1) / "__0_0.distcp").write_bytes(b"another")
     ended = drain_once(job.roots[0])
-    assert ended.returncode == 1 and "can get no other name" in ended.stderr
+    assert ended.returncode == 5 and "can get no other name" in ended.stderr
     assert names_in(job.home / step_name(1)) == {"__0_0.distcp"} and job.steps_at_home() == []
     (job.home / step_name(1) / "__0_0.distcp").unlink()
     journal = job.journal(1)

@@ -64,7 +64,7 @@ def test_a_drain_that_lives_takes_it_back_by_itself(tmp_path: Path) -> None:
     job = Job(tmp_path, nodes=2, pids=this_process())
     job.save(1, size=MiB)
     job.describe(1)  # nobody trains there any more
-    assert drain_once(job.roots[1], prepare=fault("open", errno.EROFS, "/rank-00001.pt.part")).returncode == 1
+    assert drain_once(job.roots[1], prepare=fault("open", errno.EROFS, "/rank-00001.pt.part")).returncode == 5
     with Drain(job.roots[0], []) as drain:
         wait_for(lambda: blocked(job) is not None, drain)
         drain_well(job.roots[1])
@@ -79,8 +79,8 @@ def test_files_that_are_gone_are_told_of(tmp_path: Path) -> None:
     drain_well(job.roots[0])
     for path in job.roots[1].glob("step-*/rank-*"):
         path.unlink()
-    assert drain_once(job.roots[1]).returncode == 1
-    assert drain_once(job.roots[0]).returncode == 1
+    assert drain_once(job.roots[1]).returncode == 5
+    assert drain_once(job.roots[0]).returncode == 5
     journal = blocked(job)
     assert journal is not None and "node 1 (" in journal.text and "is gone" in journal.text
 
@@ -91,7 +91,7 @@ def test_a_node_that_can_say_nothing_is_waited_for_so_long(tmp_path: Path) -> No
     job.save(1, size=MiB)
     job.describe(1)
     nothing = "; ".join(fault(call, errno.EROFS, "/home/", count=-1) for call in ("open", "mkdir", "rename", "write"))
-    assert drain_once(job.roots[1], prepare=nothing).returncode == 1
+    assert drain_once(job.roots[1], prepare=nothing).returncode == 5
     with Drain(job.roots[0], [], "from ckpt.drain import others; others._SILENCE_S = 0.2") as drain:
         wait_for(lambda: blocked(job) is not None, drain)
         journal = blocked(job)

@@ -39,7 +39,7 @@ def test_what_has_not_been_there_says_how_it_comes(tmp_path: Path) -> None:
     job.save(1)
     shutil.rmtree(job.home)
     ended = drain_once(job.roots[0])
-    assert ended.returncode == 1 and "is the file system mounted?" in ended.stderr and "--rebuild" in ended.stderr
+    assert ended.returncode == 5 and "is the file system mounted?" in ended.stderr and "--rebuild" in ended.stderr
 
 
 def test_a_drain_that_waits_for_home_is_no_obstacle(tmp_path: Path) -> None:

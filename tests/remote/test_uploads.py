@@ -99,7 +99,7 @@ def test_a_file_that_is_damaged_at_home(job: RemoteJob) -> None:
         file.seek(2 * MiB + 9)
         file.write(b"\0" * 9)
     ended = job.drain()
-    assert ended.returncode == 1 and "has the CRC-32" in ended.stderr
+    assert ended.returncode == 5 and "has the CRC-32" in ended.stderr
     journal = job.journal(1)
     assert journal is not None and (journal.state, journal.next) == ("failed", None)
     assert job.keys_there() == ["run.json"]
@@ -206,7 +206,7 @@ def test_by_hand_on_another_host(job: RemoteJob) -> None:
     lock.acquire()
     ended = job.drain()
     lock.release()
-    assert ended.returncode == 1 and f"is being worked on by process {os.getpid()}" in ended.stderr
+    assert ended.returncode == 4 and f"is being worked on by process {os.getpid()}" in ended.stderr
     job.save(1)
     job.drain_well()
     assert holds.read(job.place) == Holds((1,), (), every_steps=1)
@@ -343,7 +343,7 @@ def test_somebody_else_has_put_another_manifest(job: RemoteJob) -> None:
     assert journal is not None
     assert job.store.create(f"{journal.inbox}/manifest.json", b"of another")
     ended = job.drain()
-    assert ended.returncode == 1 and "somebody else writes there" in ended.stderr
+    assert ended.returncode == 5 and "somebody else writes there" in ended.stderr
     assert job.state(1) == "failed" and job.copies() == []
 
 
@@ -424,7 +424,7 @@ def test_credentials_that_are_refused(proxied_job: RemoteJob, proxy: Proxy, wher
     proxy.rule = lambda request: Fault(status=403) if where == "everything" or "rank-" in request.path else None
     job.save(1)
     ended = job.drain()
-    assert ended.returncode == 1 and ended.stderr.count("AccessDenied") == 1
+    assert ended.returncode == 5 and ended.stderr.count("AccessDenied") == 1
     journal = job.journal(1)
     assert journal is not None and (journal.state, journal.next, journal.errno) == ("failed", None, errno.EACCES)
     proxy.rule = lambda _: None
@@ -438,7 +438,7 @@ def test_a_bucket_that_is_not_there(tmp_path: Path, server: ObjectServer) -> Non
     job.save(1)
     ended = job.drain()
     journal = job.journal(1)
-    assert ended.returncode == 1 and "NoSuchBucket" in ended.stderr
+    assert ended.returncode == 5 and "NoSuchBucket" in ended.stderr
     assert journal is not None and (journal.state, journal.next) == ("failed", None)
 
 
@@ -452,7 +452,7 @@ def test_a_second_job_with_the_same_url_is_refused(job: RemoteJob, tmp_path: Pat
     for step in (1, 2):
         other.save(step)
         ended = other.drain()
-        assert ended.returncode == 1 and f"belongs to the checkpoints of '{job.home}'" in ended.stderr
+        assert ended.returncode == 5 and f"belongs to the checkpoints of '{job.home}'" in ended.stderr
     assert other.state(2) == "failed"
     job.assert_store_is_right()
     job.assert_store_is_tidy()
@@ -470,13 +470,13 @@ def test_a_home_that_takes_the_place_over_shuts_the_other_out(
     job.save(3)
     job.save(4)
     ended = job.drain()
-    assert ended.returncode == 1 and f"belongs to the checkpoints of '{other.home}'" in ended.stderr
+    assert ended.returncode == 5 and f"belongs to the checkpoints of '{other.home}'" in ended.stderr
     job.describe(instead_of="owner-other", ticket="2")  # and back again
     job.drain_well()
     assert job.sequences()[0] == 3
     other.save(5)
     ended = other.drain()
-    assert ended.returncode == 1 and "belongs to" in ended.stderr, "what it has taken once it does not take again"
+    assert ended.returncode == 5 and "belongs to" in ended.stderr, "what it has taken once it does not take again"
 
 
 def test_two_that_come_at_the_same_time(job: RemoteJob, tmp_path: Path, bucket: str, server: ObjectServer) -> None:
@@ -487,5 +487,5 @@ def test_two_that_come_at_the_same_time(job: RemoteJob, tmp_path: Path, bucket: 
         each.save(1)
     drains = [each.start("--once") for each in jobs]
     codes = [drain.wait().returncode for drain in drains]
-    assert sorted(codes) == [0, 1] and job.sequences() == [1]
+    assert sorted(codes) == [0, 5] and job.sequences() == [1]
     jobs[codes.index(0)].assert_store_is_right()
