@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckpt.directory import manifest as manifests
+from ckpt.directory.bundles import committed_deeper_in
 from ckpt.directory.step_names import is_step_name
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
@@ -30,7 +31,6 @@ from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.object_urls import parse_url
 from ckpt.upkeep.census import none_at
 from ckpt.upkeep.copying import COPIED, THERE, Copied, Told
-from ckpt.upkeep.rows import committed_below
 
 _IN_USE = "'{directory}' is being worked on by {holder}: it carries checkpoints there itself; wait for it, or end it"
 
@@ -50,7 +50,7 @@ def find_generations(source: Path) -> tuple[Path, list[Generation]]:
     if alone:
         names = [os.path.basename(os.path.abspath(source))]
     else:
-        names = [os.path.relpath(path, source) for path, _ in committed_below(source)] if source.is_dir() else []
+        names = [os.path.relpath(path, source) for path, _ in committed_deeper_in(source)] if source.is_dir() else []
     bundles = [name for name in names if not is_step_name(name)]
     if bundles:
         text = f"'{home / bundles[0]}' is a bundle, and a place in an object store holds steps"
