@@ -27,6 +27,7 @@ LIGHT = [
         "ckpt.storage.pace_file",
     ),
     *("ckpt.directory.manifest", "ckpt.directory.listing", "ckpt.directory.steps", "ckpt.directory.retention"),
+    *("ckpt.metrics", "ckpt.metrics.events", "ckpt.metrics.trace"),
 ]
 
 

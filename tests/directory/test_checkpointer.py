@@ -99,7 +99,7 @@ def test_the_directory_on_disk(opened: Open, directory: Path) -> None:
     pending = opened().save(42, state(42))
     published = step_directory(directory, 42)
     assert pending.result(DEADLINE_S) == pending.path == published
-    assert sorted(os.listdir(directory)) == [".lock", "latest", published.name]
+    assert sorted(os.listdir(directory)) == [".lock", "events.jsonl", "latest", published.name]
     assert sorted(os.listdir(published)) == ["manifest.json", "state.pt"]
     assert (directory / "latest").read_text() == f"{published.name}\n"
     manifest = json.loads((published / "manifest.json").read_text())
@@ -256,7 +256,7 @@ def test_what_a_crash_left_is_removed_and_what_is_foreign_is_not(opened: Open, d
     assert half.exists(), "looking changes nothing"
     save_all(checkpointer, 4)
     assert sorted(os.listdir(directory)) == sorted(
-        [".lock", "latest", "notes.txt", "step-7", *(f"step-{step:012d}" for step in (1, 2, 4))]
+        [".lock", "events.jsonl", "latest", "notes.txt", "step-7", *(f"step-{step:012d}" for step in (1, 2, 4))]
     )
     assert sorted(os.listdir(torn)) == ["manifest.json", "notes.txt", "state.pt"]
 
