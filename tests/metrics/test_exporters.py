@@ -49,6 +49,7 @@ class Kept:
 def seen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seen]:
     directory = tmp_path_factory.mktemp("job")
     PROCESS._begin()
+    PROCESS.rank = 0  # other tests of this process may have been others
     metrics.name_run('a "quoted" run\\with a\nline')
     registry = prometheus_client.CollectorRegistry()
     metrics.prometheus(registry)
