@@ -49,8 +49,9 @@ if TYPE_CHECKING:
     from ckpt.fence import fence
     from ckpt.loading.load import load
     from ckpt.loading.load_into import load_into
+    from ckpt.metrics.stats import SaveStats
     from ckpt.options import Options
-    from ckpt.saving.pending import PendingSave, SaveStats
+    from ckpt.saving.pending import PendingSave
     from ckpt.saving.single_file import save
     from ckpt.tiers.tier import Tier
 
@@ -94,7 +95,7 @@ _HOMES = {
     "Checkpointer": "ckpt.checkpointer",
     "Options": "ckpt.options",
     "PendingSave": "ckpt.saving.pending",
-    "SaveStats": "ckpt.saving.pending",
+    "SaveStats": "ckpt.metrics.stats",
     "Tier": "ckpt.tiers.tier",
     "check_devices": "ckpt.device_check",
     "fence": "ckpt.fence",

@@ -274,6 +274,7 @@ class BundleCheckpointer(SaveSession):
         if named_last:
             wait_all([each for each in self._pending if each.path == task.path], self.options.commit_timeout_s)
         own_root = self._claim(path, name, number, together, named_last)
+        task.note = self._events_in(path, by_default=False, begins=True)
         self._finder.forget()
         directory, final = (partial_of(path, name), task.path) if named_last else (task.path, None)
         call = SaveCall(number, step, f"'{name}'", where=task.path.parent, directory=directory)
@@ -362,18 +363,18 @@ class BundleCheckpointer(SaveSession):
             there = held.get(call.directory)
             straight = dataclasses.replace(target, call=call, held=there)
             try:
-                return self._publish(straight, bundle._landing, error or failed)
+                return self._publish(task, straight, bundle._landing, error or failed)
             finally:
                 straight.end()
 
         (self._finisher.commit_later if bundle._admitted else self._finisher.attend)(task, publish)
         self._remember(task)
 
-    def _publish(self, straight: BundleTarget, landing: Landing | None, error: BaseException | None) -> Path:
+    def _publish(self, task: SaveTask, straight: BundleTarget, landing: Landing | None, error: BaseException | None) -> Path:
         target: PublicationTarget = straight
         if landing is not None:
             target = landing.target(straight.call, straight.move_latest, self._varying)
-        publication = Publication(self._conversation, target, None if self._nodes is None else self._nodes.bypass)
+        publication = Publication(self._conversation, target, task, None if self._nodes is None else self._nodes.bypass)
         if landing is None:
             return publication.run(error)
         published = None

@@ -131,9 +131,9 @@ class Checkpointer(SaveSession):
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
         super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
-        self._directories = StepDirectories(
-            self.directory, self._keeping, shared=self.world_size > 1, max_in_flight=self.options.max_in_flight
-        )
+        self._note = self._events_in(self.directory, by_default=True)
+        shared, places = self.world_size > 1, self.options.max_in_flight
+        self._directories = StepDirectories(self.directory, self._keeping, shared=shared, max_in_flight=places, note=self._note)
         weakref.finalize(self, self._directories.release).atexit = False  # then the kernel does it, after the drain
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         vote = CandidateVote(made, f"{self._stream}-restore", self.options.timeout_s)
@@ -212,6 +212,7 @@ class Checkpointer(SaveSession):
         call = SaveCall(self._saves, step, f"step {step}", where=directory, directory=directory)
         self._saves += 1  # whatever happens: all ranks count their calls
         task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
+        task.note = self._note
         self._levels.expect(task)
         try:
             call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))
@@ -254,6 +255,7 @@ class Checkpointer(SaveSession):
             raise PeerError(f"rank 0 may not save: {answer['refusal']}", (0,))
         self._claimed, self._token, self._run = True, answer["token"], answer["run"]
         self._directories.token = self._files.token = self._token
+        self._events_in(self.directory, by_default=True, begins=True)
 
     def _enter_nodes(self, call: SaveCall) -> None:
         """At the first save with tiers. Rank 0 says who is on which node again until a save has succeeded, as above."""
@@ -328,7 +330,7 @@ class Checkpointer(SaveSession):
             bypass = self._nodes.bypass
             if route.place is not None:
                 target = NodeStepTarget(*details, home=self._directories, place=route.place, path=task.path)
-        publication = Publication(self._conversation, target, bypass)
+        publication = Publication(self._conversation, target, task, bypass)
         path = publication.run(error)
         if self._nodes is not None and route.place is not None:
             task.carry = functools.partial(self._nodes.carry, task, publication.sequence, call.directory)

@@ -119,7 +119,7 @@ class DcpCheckpointer(SaveSession):
 
             def publish(error: BaseException | None) -> Path:
                 try:
-                    done = self._publish(saved, place, error)
+                    done = self._publish(task, saved, place, error)
                     self._layouts.note_published()
                     return done
                 finally:
@@ -142,8 +142,8 @@ class DcpCheckpointer(SaveSession):
                 self._leave(place)
             raise
 
-    def _publish(self, call: SaveCall, place: DcpDirectory, error: BaseException | None) -> Path:
-        return Publication(self._conversation, DirectoryTarget(call, place, self.rank, self._layouts)).run(error)
+    def _publish(self, task: SaveTask, call: SaveCall, place: DcpDirectory, error: BaseException | None) -> Path:
+        return Publication(self._conversation, DirectoryTarget(call, place, self.rank, self._layouts), task).run(error)
 
     def _attend(self, task: SaveTask, call: SaveCall, error: BaseException) -> None:
         """Lets the other ranks know of a save that was agreed upon and could not be begun here."""
@@ -153,7 +153,7 @@ class DcpCheckpointer(SaveSession):
             said = CheckpointError(str(error) or type(error).__name__)  # words: the error's frames hold the state
             place = DcpDirectory(call.directory, locks=False)
             attended = SaveTask(call.directory)
-            self._finisher.attend(attended, lambda _: self._publish(call, place, said))
+            self._finisher.attend(attended, lambda _: self._publish(task, call, place, said))
             self._pending.append(attended)
 
     # ---- directories -----------------------------------------------------------------------------------------------

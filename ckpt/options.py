@@ -82,6 +82,9 @@ class Options:
         commit_timeout_s: longest that rank 0 waits, once its own files are durable, for those of the slowest rank, seconds;
             default 600. A rank that has died, hangs or is slower fails the save on all ranks; those that wait for rank 0
             itself give up after three times as long.
+        events: who keeps events.jsonl, a line for each save, commit, restore and removal, in the directory of the checkpoints:
+            True: rank 0; "all": each rank; False: nobody. Default "auto": rank 0, but not where a framework names the
+            checkpoints (BundleCheckpointer). Nothing depends on the file, and at 32 MiB it begins anew, beside the one before.
 
     Raises:
         ValueError, TypeError: a value is impossible; the message names the field.
@@ -107,6 +110,7 @@ class Options:
     timeout_s: float = 1800.0
     drain_timeout_s: float = 1800.0
     commit_timeout_s: float = 600.0
+    events: bool | str = AUTO
 
     def __post_init__(self) -> None:
         for name in ("arena_bytes", "chunk_bytes", "eager_bytes", "device_cache", "device_rate"):
@@ -132,6 +136,8 @@ class Options:
         self._need(self.replicated_readers in ("each", "all"), "replicated_readers", "must be 'each' or 'all'")
         self._need(self.metadata_compat in (None, "2.14"), "metadata_compat", "must be None or '2.14'")
         self._need(self.when_busy in ("wait", "skip"), "when_busy", "must be 'wait' or 'skip'")
+        are_events = isinstance(self.events, bool) or self.events in (AUTO, "all")
+        self._need(are_events, "events", "must be 'auto', 'all', True or False")
         for name in ("timeout_s", "drain_timeout_s", "commit_timeout_s"):
             value = getattr(self, name)
             is_number = isinstance(value, (int, float)) and not isinstance(value, bool)

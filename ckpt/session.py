@@ -8,19 +8,26 @@ import os
 import threading
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import TypeVar
 
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
-from ckpt.metrics.record import MetricsSink, Sinks
+from ckpt.metrics.events import EventLog, Note, ignore, is_wanted, save_fields
+from ckpt.metrics.noting import HOME, note_commit, note_free, note_save
+from ckpt.metrics.record import MetricsSink, SaveRecord, Sinks, outcome_of
+from ckpt.metrics.registry import PROCESS
 from ckpt.options import Options
 from ckpt.saving import runtime
+from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import log_failure
 from ckpt.saving.task import SaveTask, wait_all
+from ckpt.storage import free_space
 
 logger = logging.getLogger("ckpt")
 
+_MOST_LOGS = 16  # directories of frameworks that one session keeps events of
 _Self = TypeVar("_Self", bound="SaveSession")
 # For each coordinator that several sessions use: their numbers. Ranks make them in the same order.
 _streams: weakref.WeakKeyDictionary[Coordinator, itertools.count[int]] = weakref.WeakKeyDictionary()
@@ -66,6 +73,8 @@ class SaveSession:
         self._last_failed: BaseException | None = None
         self._failed_number = -1  # which save that was
         self._noting = threading.RLock()  # one outcome at a time; a sink may save
+        self._logs: dict[Path, EventLog] = {}  # of directories that are ours
+        PROCESS.take_part(coordinator.rank, coordinator.world_size)
 
     @property
     def rank(self) -> int:
@@ -121,6 +130,8 @@ class SaveSession:
             if self._owns_coordinator:
                 self._coordinator.close()
             self._release()
+            for log in self._logs.values():
+                log.close()
             self._sinks.close()
         return self._last_failed
 
@@ -139,6 +150,24 @@ class SaveSession:
             logger.error("closing %s failed while another error was on its way: %s", self._what, failed)
 
     # ---- for those who derive from it ------------------------------------------------------------------------------
+
+    def _events_in(self, directory: Path, *, by_default: bool, begins: bool = False) -> Note:
+        """Takes what happens in a directory.
+
+        Args:
+            by_default: whether rank 0 keeps events there unless the options say otherwise.
+            begins: the directory is there, and ours: from now on its file may be written to.
+        """
+        if not is_wanted(self.options.events, self.rank, by_default=by_default):
+            return ignore
+        if directory not in self._logs:
+            if len(self._logs) >= _MOST_LOGS:
+                self._logs.pop(next(iter(self._logs)))
+            self._logs[directory] = EventLog(directory, self.rank)
+        log = self._logs[directory]
+        if begins:
+            log.begin()
+        return log.note
 
     def _release(self) -> None:
         """Gives directories back."""
@@ -171,7 +200,24 @@ class SaveSession:
         """The outcome of save `number`. Of saves that tiers carry on, another thread may tell."""
         with self._noting:
             self._count(number, task, error)
-            self._sinks.note(task, error, self.rank, self.world_size)
+            try:
+                self._tell(task, error)
+            except Exception:  # who waits for the outcome must get it
+                logger.exception("what the save to '%s' has cost could not be noted", task.path)
+
+    def _tell(self, task: SaveTask, error: BaseException | None) -> None:
+        """All who keep numbers, just before the outcome is known to those who wait for it."""
+        stats, outcome, committed = PendingSave(task).stats, outcome_of(error), error is None
+        slowest = task.slowest_rank if self.world_size > 1 else None
+        details = (task.step, task.path, outcome, error, stats, task.sequence if committed else None, slowest)
+        record = SaveRecord(self.rank, self.world_size, *details)
+        note_save(outcome, stats)
+        if committed:
+            note_commit(HOME, task.step)
+            note_free(HOME, free_space.free_bytes(task.path.parent))
+            task.note("commit", tier=HOME, step=task.step, sequence=task.sequence, bytes=stats.bytes_total)
+        task.note("save", **save_fields(record, self._runtime.arena_used))
+        self._sinks.tell(record)
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         if error is None:

@@ -22,6 +22,7 @@ COMMANDS = {
     "repair": "mend what a crash has left in a directory of checkpoints",
     "prune": "remove all checkpoints of a directory but the newest",
     "status": "who saves in a directory, the last commit and its age, and what is left to be carried on",
+    "trace": "draw what saves, restores and drains took, for Perfetto",
     "export": "write a checkpoint of any number of ranks as safetensors, as one torch file, or for torch.distributed",
     "diff": "in what two checkpoints or files differ, by structure or by values",
     "copy": "copy checkpoints into another directory or an object store, every byte verified",

@@ -33,17 +33,23 @@ from ckpt.commit.target import Prepared, PublicationTarget, SavedFile
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.errors import CheckpointError
+from ckpt.saving.pending import PendingSave
+from ckpt.saving.task import SaveTask
 from ckpt.storage import durable
 
 
 class Publication:
     """That of one save; see the module."""
 
-    def __init__(self, conversation: RankConversation, target: PublicationTarget, bypass: BypassVote | None = None) -> None:
+    def __init__(
+        self, conversation: RankConversation, target: PublicationTarget, task: SaveTask, bypass: BypassVote | None = None
+    ) -> None:
         """
         Args:
+            task: is told number and slowest rank of its commit.
             bypass: of a job that saves by way of its nodes.
         """
+        self._task = task
         self._conversation = conversation
         self._target = target
         self._call = target.call
@@ -53,6 +59,8 @@ class Publication:
         self._doubt: BaseException | None = None  # whether the manifest lasts
         self._is_empty = False
         self.sequence = -1  # of the commit, once rank 0 has decided
+        self._slowest = 0  # the rank whose files took longest to be durable
+        self._cost: Mapping[str, float] = {}  # see Manifest.cost
         self.dropped: frozenset[str] = frozenset()  # see Choice
 
     def run(self, error: BaseException | None) -> Path:
@@ -67,6 +75,8 @@ class Publication:
             PeerError: another rank failed, or does not answer. Or what went wrong here.
         """
         own, error = self._prepare(error)
+        stats = PendingSave(self._task).stats
+        own |= {"blocked_s": stats.blocked_s, "flushed_s": stats.flushed_s or 0.0}
         if self._bypass is not None:
             own |= self._bypass.say()
         first = self._round(
@@ -79,6 +89,7 @@ class Publication:
         )
         said = first.hold(own, error, lambda answers: self._decide(answers, first.ask))
         self.sequence, self.dropped = said["sequence"], frozenset(said["dropped"])
+        self._task.sequence, self._task.slowest_rank = self.sequence, said["slowest"]
         if self._target.names_late:
             self._name_late(said)
         elif self._target.spread:
@@ -92,7 +103,8 @@ class Publication:
     def _manifest(self, sequence: int, files: Sequence[FileEntry], others: tuple[str, ...] = ()) -> Manifest:
         call, world_size = self._call, self._conversation.world_size
         made = Manifest(call.step, sequence, world_size, tuple(files), manifests.now(), others)
-        return dataclasses.replace(made, bundle=call.bundle, moves_latest=call.moves_latest, metrics=call.metrics)
+        made = dataclasses.replace(made, bundle=call.bundle, moves_latest=call.moves_latest)
+        return dataclasses.replace(made, metrics=call.metrics, cost=self._cost)
 
     def _say_bypass(self, failure: Failure | None, answers: Answers) -> Mapping[str, Any]:
         return {} if self._bypass is None else self._bypass.decide(failure, answers, self._target.node != "")
@@ -129,6 +141,7 @@ class Publication:
             if isinstance(choice, Failure):
                 return Verdict(choice)
             sequence = self._target.take_sequence()
+            self._note_cost(answers)
             manifest = self._manifest(sequence, choice.files, choice.others)
             doubt = self._publish(manifest) if choice.files else None
         except Exception as caught:
@@ -143,8 +156,15 @@ class Publication:
             return Verdict(Failure(text, (0,), stands=True), doubt)
         self._doubt, self._is_empty = doubt, choice.is_empty
         elsewhere = {node: [dataclasses.asdict(file) for file in files] for node, files in choice.elsewhere.items()}
-        more = {"sequence": sequence, "files": elsewhere, "dropped": choice.dropped}
+        more = {"sequence": sequence, "files": elsewhere, "dropped": choice.dropped, "slowest": self._slowest}
         return Verdict(more=more | ({"manifest": manifest.to_json().decode()} if self._target.spread else {}))
+
+    def _note_cost(self, answers: Answers) -> None:
+        """Each rank tells seconds of its own clock, so clocks need not agree."""
+        flushed = [answer["flushed_s"] for answer in answers]
+        self._slowest = flushed.index(max(flushed))
+        blocked_s = max(answer["blocked_s"] for answer in answers)
+        self._cost = {"blocked_s": round(blocked_s, 6), "flushed_s": round(max(flushed), 6)}
 
     def _publish(self, manifest: Manifest) -> Exception | None:
         """Returns what went wrong although the manifest has its name: it is decided, but may not last."""

@@ -51,6 +51,8 @@ class Manifest:
     `others`: finished files that lay in the directory, without a manifest, before the step was saved to it: they are not ours.
     `bundle`: of a bundle on a node: the name of its directory at home; `moves_latest`: whether `latest` is to name it there.
     `metrics`: finite numbers by name, as they were given to save().
+    `cost`: seconds by what they were spent for, of the rank that spent most: how long training had been held for the save by
+    then ("blocked_s"), and how long after its beginning the files were durable ("flushed_s"). Nothing depends on that.
     """
 
     step: int
@@ -62,6 +64,7 @@ class Manifest:
     bundle: str = ""
     moves_latest: bool = True
     metrics: tuple[tuple[str, float], ...] = ()
+    cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
         document: dict[str, Any] = {
@@ -79,6 +82,8 @@ class Manifest:
             document |= {"bundle": self.bundle, "moves_latest": self.moves_latest}
         if self.metrics:
             document["metrics"] = dict(self.metrics)
+        if self.cost:
+            document["cost"] = dict(self.cost)
         return with_checksum(document)
 
 
@@ -205,7 +210,15 @@ def parse(content: bytes) -> Manifest:
         bundle=_plain_name(document["bundle"]) if "bundle" in document else "",
         moves_latest=bool(document.get("moves_latest", True)),
         metrics=tuple((str(name), float(value)) for name, value in dict(document.get("metrics", {})).items()),
+        cost=_cost(document.get("cost")),
     )
+
+
+def _cost(said: Any) -> dict[str, float]:
+    """Whatever is there: a checkpoint is no worse for what is said of its cost."""
+    if not isinstance(said, dict):
+        return {}
+    return {str(key): float(value) for key, value in said.items() if isinstance(value, (int, float))}
 
 
 def _parse_file(file: Any) -> FileEntry:

@@ -19,6 +19,7 @@ from ckpt.directory.receipts import names_of_receipts
 from ckpt.directory.root import temporaries_in
 from ckpt.directory.step_names import is_step_name, names_in, written_for
 from ckpt.errors import CheckpointError, NotACheckpointError
+from ckpt.metrics.events import Note, ignore
 from ckpt.storage import durable, free_space, temporary_names
 
 logger = logging.getLogger("ckpt")
@@ -33,6 +34,7 @@ class Retention:
         max_in_flight: how many steps may be on their way at once.
         note_lost: called for each step directory that holds files, but has lost its manifest.
         warn_once: logs a warning, given a key, a text and what goes into that, unless it has logged one of this key.
+        note: gets the events of what is removed.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Retention:
         max_in_flight: int,
         note_lost: Callable[[Path], None],
         warn_once: Callable[..., None],
+        note: Note = ignore,
     ) -> None:
+        self._note = note
         self._directory = directory
         self._in_flight = in_flight
         self.keeping = keeping
@@ -83,6 +87,7 @@ class Retention:
                     self._withdraw(path, old)
                 else:
                     self._remove_step(path)
+                self._note("delete", step=old.step, sequence=old.sequence, bytes=manifests.bytes_of(old))
             largest = max(largest, manifests.bytes_of(old))
         while self.retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
             self._sweep_one()  # before the outcome: the next save of any rank needs the space

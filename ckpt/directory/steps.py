@@ -2,6 +2,7 @@
 
     .lock                     held by the one job that writes here
     latest                    the name of the newest committed step directory; written last
+    events.jsonl              what has happened here, for people: see ckpt/metrics/events.py
     step-000000000042/
         manifest.json         the commit record; without one the directory is no checkpoint, see unpublished.py
         state.pt              what a job of one process gave; or, of several:
@@ -35,6 +36,7 @@ from ckpt.directory.retention import Retention
 from ckpt.directory.root import Root
 from ckpt.directory.step_names import free_name, is_step_name, names_in, names_in_manifest, numbered_name, step_name
 from ckpt.errors import CheckpointError, ClosedError, InUseError, NotACheckpointError, StorageError
+from ckpt.metrics.events import Note, ignore
 from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
@@ -48,10 +50,12 @@ class StepDirectories:
         shared: ranks of one job write here together. Rank 0 alone publishes and removes; it cannot know what the others are
             writing just now, so it removes less.
         max_in_flight: how many steps may be on their way at once.
+        note: gets events: what is removed, and what is said once.
     """
 
-    def __init__(self, directory: Path, keeping: Keeping, shared: bool, max_in_flight: int) -> None:
+    def __init__(self, directory: Path, keeping: Keeping, shared: bool, max_in_flight: int, note: Note = ignore) -> None:
         self._directory = directory
+        self.note = note
         self._shared = shared
         self._root = Root(directory, give_way=self.give_way)
         if directory.is_dir():
@@ -73,7 +77,8 @@ class StepDirectories:
         # Files that give_final_name() has given their names: the names of others are not ours to remove. Of the finisher's
         # thread, once there is a save.
         self._placed: set[Path] = set()
-        self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, self._note_lost, self.warn_once)
+        says = self._note_lost, self.warn_once, note
+        self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, *says)
 
     @property
     def path(self) -> Path:
@@ -133,6 +138,7 @@ class StepDirectories:
                 return
             self._warned.add(key)
         logger.warning(text, *details)
+        self.note("warning", message=text % details)
 
     def expect_no_other(self, timeout_s: float) -> None:
         """Takes nothing. Waits for what another Checkpointer of this process has in flight.

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from ckpt.errors import SkippedError
-from ckpt.saving.pending import PendingSave, SaveStats
-from ckpt.saving.task import SaveTask
+from ckpt.metrics.stats import SaveStats
 
 logger = logging.getLogger("ckpt")
+
+Outcome = Literal["committed", "failed", "skipped"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,15 +24,23 @@ class SaveRecord:
         outcome: "committed" (durable and published), "failed", or "skipped" (`Options.when_busy`).
         error: why not; None if it was committed.
         stats: what it has cost this process.
+        sequence: the number of its commit in its directory; None if it was not committed.
+        slowest_rank: whose files took longest to be durable, of several ranks; None if that is not known.
     """
 
     rank: int
     world_size: int
     step: int | None
     path: Path
-    outcome: Literal["committed", "failed", "skipped"]
+    outcome: Outcome
     error: BaseException | None
     stats: SaveStats
+    sequence: int | None = None
+    slowest_rank: int | None = None
+
+
+def outcome_of(error: BaseException | None) -> Outcome:
+    return "committed" if error is None else "skipped" if isinstance(error, SkippedError) else "failed"
 
 
 class MetricsSink(Protocol):
@@ -58,21 +67,17 @@ class Sinks:
         self._sinks = tuple(sinks)
         for sink in self._sinks:
             if not (callable(getattr(sink, "saved", None)) and callable(getattr(sink, "close", None))):
-                raise TypeError(f"metrics= takes objects with saved() and close(), and {type(sink).__name__} has not both")
+                raise TypeError(
+                    f"metrics= takes objects with saved() and close(), and {type(sink).__name__} has not both; a function "
+                    "that is to get a dict for each save is given as ckpt.metrics.callback(function)"
+                )
 
-    def note(self, task: SaveTask, error: BaseException | None, rank: int, world_size: int) -> None:
-        """The outcome of a save, just before it is known to those who wait for it."""
-        if not self._sinks:
-            return
-        outcome: Literal["committed", "failed", "skipped"] = (
-            "committed" if error is None else "skipped" if isinstance(error, SkippedError) else "failed"
-        )
-        record = SaveRecord(rank, world_size, task.step, task.path, outcome, error, PendingSave(task).stats)
+    def tell(self, record: SaveRecord) -> None:
         for sink in self._sinks:
             try:
                 sink.saved(record)
             except Exception:
-                logger.exception("%s failed to note the save to '%s'", type(sink).__name__, task.path)
+                logger.exception("%s failed to note the save to '%s'", type(sink).__name__, record.path)
 
     def close(self) -> None:
         sinks, self._sinks = self._sinks, ()

@@ -14,6 +14,7 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, FileEntry, Manifest
 from ckpt.directory.root import has_size
 from ckpt.errors import CorruptError, StorageError
+from ckpt.metrics.noting import tier_of
 from ckpt.restore.fetching import NodeFetch
 
 logger = logging.getLogger("ckpt")
@@ -111,6 +112,7 @@ class StepPlaces:
         self._ranges: dict[str, Ranges] = {}
         self._chosen: dict[str, tuple[int, Path]] = {}
         self._given_up: set[tuple[int, str]] = set()
+        self.failures: list[tuple[str, str, str]] = []  # see RestoreFigures
 
     @classmethod
     def at(cls, directory: Path) -> StepPlaces:
@@ -165,6 +167,8 @@ class StepPlaces:
             return False
         number, path = self._chosen.pop(name)
         before = self.sources.get(name)
+        if isinstance(error, CorruptError):
+            self.failures.append((tier_of(before or HOME), name, str(error)))
         if not self._places[number].give_up(self._entries[name], path):
             self._given_up.add((number, name))
         if not self._choose(name):
@@ -184,6 +188,15 @@ class StepPlaces:
             except (CorruptError, StorageError) as error:
                 if not self.pass_over(name, error):
                     raise
+
+    def read_bytes(self) -> dict[str, int]:
+        """What this rank has wanted of it, by the tier from which it came."""
+        found: dict[str, int] = {}
+        for name in self._chosen:
+            ranges, tier = self._ranges.get(name), tier_of(self.sources[name])
+            size = self._entries[name].bytes if ranges is None else sum(end - begin for begin, end in ranges)
+            found[tier] = found.get(tier, 0) + size
+        return found
 
     def _choose(self, name: str) -> bool:
         entry = self._entries.get(name)

@@ -13,6 +13,7 @@ target, its tensors are filled while the ranks choose, and all else is put there
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -20,6 +21,8 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import REPLICATED, Manifest
 from ckpt.directory.steps import StepDirectories
 from ckpt.errors import CheckpointError, CorruptError, InUseError, NotACheckpointError
+from ckpt.metrics.events import restore_fields
+from ckpt.metrics.noting import RestoreFigures, note_restore, tier_of
 from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
 from ckpt.restore.nearby import Nearby, NearCopy
@@ -66,7 +69,28 @@ class Restorer:
 
     def restore(self, root: Path, request: RestoreRequest, *, fresh: bool = False, exclusive: bool = False) -> Restored | None:
         """See Checkpointer.restore()."""
+        figures, began = RestoreFigures(), time.monotonic()
+        error: BaseException | None = None
+        try:
+            return self._restore(root, request, figures, fresh, exclusive)
+        except BaseException as caught:
+            error = caught
+            raise
+        finally:
+            figures.total_s = time.monotonic() - began
+            self._tell(figures, error)
+            del error  # whose frames hold the targets
 
+    def _tell(self, figures: RestoreFigures, error: BaseException | None) -> None:
+        note_restore(figures, error is not None)
+        note = self._directories.note
+        for tier, name, cause in figures.failures:
+            note("verify", tier=tier, file=name, outcome="damaged", problem=cause)
+        note("restore", **restore_fields(figures, error))
+
+    def _restore(
+        self, root: Path, request: RestoreRequest, figures: RestoreFigures, fresh: bool, exclusive: bool
+    ) -> Restored | None:
         def verify(candidate: Candidate) -> Objection | None:
             self._read = None  # before there is memory for the next
             if one is not None:
@@ -75,7 +99,7 @@ class Restorer:
                 self._nearby.finalise(candidate)
             places = self._places_of(root, candidate)
             self._read = CandidateRead(places, candidate, request, self._targets, self._rank, self._world_size)
-            return self._read.examine()
+            return self._examine(self._read, candidate, places, figures)
 
         one = request.one
         self._targets = TargetState()
@@ -91,7 +115,10 @@ class Restorer:
             if found is not None:
                 assert self._read is not None
                 self._tell_of_newer(found, one)
+                began = time.monotonic()
                 restored = self._read.take()
+                figures.load_s = time.monotonic() - began
+                figures.note_found(found.name, restored.step, found.sequence)
                 logger.info("'%s' is restored: %s", found.name, _told(restored.sources))
                 self.taken = found.sequence
                 return restored
@@ -106,6 +133,22 @@ class Restorer:
                 self._nearby.end()
             if self._remote is not None:
                 self._remote.end()
+
+    def _examine(
+        self, read: CandidateRead, candidate: Candidate, places: StepPlaces, figures: RestoreFigures
+    ) -> Objection | None:
+        began, objection = time.monotonic(), None
+        try:
+            objection = read.examine()
+        finally:
+            figures.read_s += time.monotonic() - began
+            figures.read_bytes = places.read_bytes()
+            figures.failures += places.failures
+        if objection is None or not objection.gone:
+            figures.tried.add((candidate.name, candidate.sequence))
+            if objection is not None and not places.failures:
+                figures.failures.append((tier_of(next(iter(places.sources.values()), HOME)), candidate.name, objection.cause))
+        return objection
 
     def _tell_of_newer(self, found: Candidate, one: OneStep | None) -> None:
         """On rank 0: what other ranks have saved, or what is not whole; or what is not wanted."""

@@ -196,6 +196,11 @@ class SaveFinisher:
     def alive(self) -> bool:
         return not self._ended.is_set()
 
+    @property
+    def owed(self) -> int:
+        """How many saves it was given that have no outcome yet. Takes no lock."""
+        return self._owed
+
     def wait_idle(self, timeout_s: float) -> bool:
         """Until all that was handed over has its outcome; what was only admitted may never come."""
         with self._changed:

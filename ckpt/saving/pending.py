@@ -8,66 +8,16 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ckpt.errors import DeadlineError, ForkedError
+from ckpt.metrics.stats import SaveStats
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.task import SaveTask
 
 _LOOK_S = 0.01  # how often who waits looks by himself
-
-
-@dataclasses.dataclass(frozen=True)
-class SaveStats:
-    """What a save has cost so far.
-
-    Attributes:
-        save_s: seconds the caller spent inside save().
-        witness_s: of these, seconds for noting bytes by which a write to a lazy tensor is found later.
-        fence_s: seconds training was held at fences for this save.
-        arena_wait_s: of both, seconds spent waiting for room in the arena: back-pressure.
-        bytes_total: size of the files that this process writes, bytes.
-        bytes_zero_copy: bytes written straight from tensor memory.
-        bytes_copied_in_save: bytes copied to the arena inside save().
-        bytes_copied_at_fence: bytes copied to the arena by a fence.
-        bytes_from_devices: bytes fetched from CUDA devices.
-        device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
-        device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
-            host inside save()); None where there were none, or `Options.device_lazy` is False.
-        device_mode_reason: why not lazily.
-        probed_bytes: bytes of devices that were recorded inside save(), and found to be the same in the file.
-        arena_bytes: size of the staging memory by now.
-        arena_pinned: whether bytes from devices went to pinned memory, all of them; False where there were none. The arena may
-            be pinned in part: then they have only that part of it.
-        direct_io: whether the file was written past the page cache; None until it is known.
-        tier_at: by the name of a tier, the instant of `time.monotonic()` at which it was committed there.
-        started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
-            change; data was fsynced; the checkpoint was published and fsynced. None until reached.
-    """
-
-    save_s: float = 0.0
-    witness_s: float = 0.0
-    fence_s: float = 0.0
-    arena_wait_s: float = 0.0
-    bytes_total: int = 0
-    bytes_zero_copy: int = 0
-    bytes_copied_in_save: int = 0
-    bytes_copied_at_fence: int = 0
-    bytes_from_devices: int = 0
-    device_cached_bytes: int = 0
-    device_mode: str | None = None
-    device_mode_reason: str = ""
-    probed_bytes: int = 0
-    arena_bytes: int = 0
-    arena_pinned: bool = False
-    direct_io: bool | None = None
-    tier_at: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    started_at: float | None = None
-    captured_at: float | None = None
-    flushed_at: float | None = None
-    durable_at: float | None = None
 
 
 _SUMS = (

@@ -12,12 +12,13 @@ import multiprocessing.util
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
 from ckpt.errors import CheckpointError, ClosedError, DeviceError
+from ckpt.metrics.registry import PROCESS, Reading
 from ckpt.options import AUTO, Options
 from ckpt.saving.arena_size import most_arena_bytes, needed_arena_bytes
 from ckpt.saving.background import SaveFinisher
@@ -92,6 +93,27 @@ class Runtime:
         engine = self._engine
         if engine is not None:
             engine.order(streams)
+
+    # ---- what it is at, just now; never waits ----------------------------------------------------------------------
+
+    @property
+    def arena_used(self) -> int:
+        """Bytes."""
+        engine = self._engine
+        return 0 if engine is None else int(engine.arena_used)
+
+    @property
+    def arena_limit(self) -> int:
+        """Bytes to which it may grow."""
+        engine = self._engine
+        return 0 if engine is None else max(int(engine.arena_bytes), int(engine.most_arena_bytes))
+
+    @property
+    def in_flight(self) -> int:
+        """Saves that have no outcome yet."""
+        return sum(finisher.owed for finisher in self._finishers)
+
+    # ---- the end ---------------------------------------------------------------------------------------------------
 
     def close(self, timeout_s: float) -> None:
         """Drains, then fails what the deadline leaves, and ends all threads but one that hangs in the kernel."""
@@ -211,5 +233,13 @@ def _forget_after_fork() -> None:
     _runtimes.clear()
 
 
+def _gauges() -> Iterator[Reading]:
+    runtimes = list(_runtimes.values())
+    yield "ckpt.in_flight", sum(runtime.in_flight for runtime in runtimes), {}
+    yield "ckpt.arena.usage", sum(runtime.arena_used for runtime in runtimes), {}
+    yield "ckpt.arena.limit", sum(runtime.arena_limit for runtime in runtimes), {}
+
+
+PROCESS.watch(_gauges)
 atexit.register(_drain_at_exit)
 os.register_at_fork(after_in_child=_forget_after_fork)

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.formats.by_suffix import format_of
+from ckpt.metrics.noting import note_save
+from ckpt.metrics.record import outcome_of
 from ckpt.options import Options
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
@@ -65,7 +67,7 @@ def save(
     made = format_of(target, metadata)  # by the name that was given, not by that of what a link leads to
     target = durable.file_target(target)
     durable.directory_of_target(target)
-    task = SaveTask(target, on_done=log_failure)
+    task = SaveTask(target, on_done=_note_done)
 
     directory = durable.Directory(target.parent)
     file = FileInFlight(target, directory=directory, made=made)
@@ -83,3 +85,8 @@ def save(
     durable.remove_stale(target)
     start(*keep(options), task, [(file, obj, True)], publish, lazy=lazy, options=options)
     return PendingSave(task)
+
+
+def _note_done(task: SaveTask, error: BaseException | None) -> None:
+    log_failure(task, error)
+    note_save(outcome_of(error), PendingSave(task).stats)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from ckpt.metrics.events import Note, ignore
 from ckpt.saving.file_in_flight import FileInFlight
 
 logger = logging.getLogger("ckpt")
@@ -39,6 +40,8 @@ class SaveTask:
         afterwards: runs once whoever waits has the outcome: gives space back.
         started_at, durable_at: instants of `time.monotonic()`.
         save_s: seconds the caller has spent inside save().
+        sequence, slowest_rank: of its commit, once there is one: see SaveRecord.
+        note: gets the events of this save.
     """
 
     def __init__(
@@ -64,6 +67,9 @@ class SaveTask:
         self.started_at = time.monotonic()
         self.durable_at: float | None = None
         self.save_s = 0.0
+        self.sequence: int | None = None
+        self.slowest_rank: int | None = None
+        self.note: Note = ignore
         self._told = threading.Lock()
         self._captured: concurrent.futures.Future[None] | None = None  # guarded by _told; once somebody wants to know
         self.device_bytes = 0  # of the files so far, where they come one by one

@@ -26,13 +26,19 @@ def keep_space(path: Path) -> Callable[[], None]:
     return free
 
 
-def has_room(directory: Path, size: int) -> bool:
-    """Whether its file system has this many bytes to give. No, if that cannot be told."""
+def free_bytes(directory: Path) -> int | None:
+    """What its file system has to give; None if that cannot be told."""
     try:
         found = os.statvfs(directory)
     except OSError:
-        return False
-    return found.f_bavail * found.f_frsize >= size
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def has_room(directory: Path, size: int) -> bool:
+    """Whether its file system has this many bytes to give. No, if that cannot be told."""
+    free = free_bytes(directory)
+    return free is not None and free >= size
 
 
 def _free_in_child() -> None:

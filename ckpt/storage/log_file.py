@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from pathlib import Path
 
 from ckpt.errors import StorageError
@@ -24,6 +26,47 @@ def open_log(path: Path, most_bytes: int) -> int:
             os.ftruncate(descriptor, 0)
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot open '{path}': {error.strerror}", str(path)) from error
+    return descriptor
+
+
+def append_line(path: Path, line: bytes, most_bytes: int | None, older: Path) -> None:
+    """One more line, by one write, so that lines of several processes do not mix. Not durable before the kernel makes it so.
+
+    Args:
+        line: without its end.
+        most_bytes: a file that has more is renamed to `older` before, in the place of what is there; None: somebody else of
+            those who write here does that.
+
+    Raises:
+        StorageError: nothing was written, or a part; the next line begins behind that all the same.
+    """
+    try:
+        descriptor = _open_to_append(path)
+        try:
+            size = os.fstat(descriptor).st_size
+            if most_bytes is not None and size > most_bytes:
+                os.rename(path, older)
+                os.close(descriptor)
+                descriptor = -1
+                descriptor, size = _open_to_append(path), 0
+            torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
+            content = b"\n" * torn + line + b"\n"
+            if os.write(descriptor, content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot write to '{path}': {error.strerror}", str(path)) from error
+
+
+def _open_to_append(path: Path) -> int:
+    """A FIFO, which would let this wait for a reader, is none."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "it is no regular file")
     return descriptor
 
 

@@ -35,8 +35,11 @@ from ckpt.errors import (
     StorageError,
     SupersededError,
 )
+from ckpt.metrics.events import Note, ignore
+from ckpt.metrics.noting import HOME
 from ckpt.storage import durable
 from ckpt.storage.log_file import stamp_of
+from ckpt.tiers import drain_notes
 from ckpt.tiers.drain_process import DrainProcess
 
 logger = logging.getLogger("ckpt")
@@ -79,7 +82,8 @@ class Awaited:
         inbox: see Journal.
         name, called: of its directory on the node, and at home.
         stamp: of the journal when it was read last; None: it is to be read again.
-        attempts: that had failed by then.
+        attempts: that had failed by then; told_attempts: that metrics have counted.
+        note: gets the event of its end.
         looked_at: when something new was found, or home was asked.
     """
 
@@ -92,6 +96,8 @@ class Awaited:
     inbox: str = ""
     stamp: tuple[int, ...] | None = None
     attempts: int = 0
+    told_attempts: int = 0
+    note: Note = ignore
     since: float = dataclasses.field(default_factory=time.monotonic)
     looked_at: float = dataclasses.field(default_factory=time.monotonic)
 
@@ -121,6 +127,7 @@ class HomeWatch:
     """
 
     here = "on the node"  # where a checkpoint lies until then
+    tier = HOME  # to which it goes
 
     def __init__(self, storage: Carried, drain: DrainProcess | None, longest_look_s: float = _LONGEST_LOOK_S) -> None:
         self._storage = storage
@@ -143,7 +150,7 @@ class HomeWatch:
         """Whether something is on its way home. Cheap."""
         return bool(self._awaited)
 
-    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail, called: str = "") -> None:
+    def watch(self, sequence: int, step: int, name: str, done: Done, fail: Fail, called: str = "", note: Note = ignore) -> None:
         """Either is called once, from a thread of the watch.
 
         Args:
@@ -153,6 +160,7 @@ class HomeWatch:
             done: gets the directory at home once it is a checkpoint there.
             fail: gets a SupersededError if it will not be one, because of a newer one; another CheckpointError if a person must
                 do something about it.
+            note: gets the event of its end.
 
         Raises:
             ForkedError: the watch belongs to the parent process.
@@ -163,7 +171,7 @@ class HomeWatch:
         with self._changed:
             if self._closed:
                 raise ClosedError(f"step {step} lies on the node, but nobody waits for it to come home any more")
-            self._awaited[sequence] = Awaited(sequence, step, name, done, fail, called or name)
+            self._awaited[sequence] = Awaited(sequence, step, name, done, fail, called or name, note=note)
             self._look_now = True
             if self._thread is None:
                 thread = threading.Thread(target=self._run, name="ckpt-home-watch", daemon=True)
@@ -262,6 +270,8 @@ class HomeWatch:
 
     def _note(self, each: Awaited, journal: Journal) -> None:
         each.inbox = journal.inbox
+        if self._drain is not None:
+            each.told_attempts = drain_notes.tell(journal, each.told_attempts, self.tier, self._storage.root, each.note)
         if journal.state == COMMITTED:
             self._warnings.note_success()
             self._end(each)

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,11 +26,15 @@ from ckpt.directory.node_place import NodePlace
 from ckpt.directory.run_file import find_run
 from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
+from ckpt.drain import backlog
 from ckpt.drain.runs import describe_lost_home
 from ckpt.errors import CheckpointError, DeadlineError, InUseError, PeerError, SkippedError
 from ckpt.fence import follow, unfollow
+from ckpt.metrics.noting import HOME, note_commit, note_free
+from ckpt.metrics.registry import PROCESS, Reading
 from ckpt.options import Options
 from ckpt.saving.task import SaveTask
+from ckpt.storage import free_space
 from ckpt.tiers.drain_process import DrainProcess
 from ckpt.tiers.home_watch import HomeWatch
 from ckpt.tiers.node_storage import NodeStorage, identity, this_process
@@ -290,6 +294,7 @@ class NodeLevel:
         drain.ensure()
         self._pace.begin(storage.pace)
         follow(self._pace)
+        PROCESS.watch(self._gauges)
         return drain
 
     def _describe(self, storage: NodeStorage, place: NodePlace) -> None:
@@ -312,6 +317,9 @@ class NodeLevel:
                 self._describe(self._storage, self._place)
             except CheckpointError as error:
                 logger.warning("home may remove the checkpoint that was gone back to, as keep= says: %s", error)
+
+    def _gauges(self) -> Iterator[Reading]:
+        return iter(()) if self._storage is None else backlog.gauges(self._storage.root, HOME)
 
     # ---- each save -------------------------------------------------------------------------------------------------
 
@@ -401,8 +409,11 @@ class NodeLevel:
             manifest = manifests.read_if_any(directory)
             self._bytes = 0 if manifest is None else sum(file.bytes for file in filter(self._holds, manifest.files))
             self._storage.wake()
+            note_free(NODE, free_space.free_bytes(directory))
         task.reach(NODE, directory)
-        self._watch.watch(sequence, task.step, directory.name, task.succeed, task.fail, task.path.name)
+        note_commit(NODE, task.step)
+        task.note("commit", tier=NODE, step=task.step, sequence=sequence)
+        self._watch.watch(sequence, task.step, directory.name, task.succeed, task.fail, task.path.name, task.note)
 
     def _is_draining(self) -> bool:
         return self._watch is not None and self._watch.awaits_any

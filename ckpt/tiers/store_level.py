@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,12 +18,14 @@ from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import Holds
 from ckpt.directory.run_file import find_run
 from ckpt.directory.steps import StepDirectories
-from ckpt.drain import remote_place
+from ckpt.drain import backlog, remote_place
 from ckpt.drain.journal import FOLDER, Journal
 from ckpt.drain.remote_place import PACE, Remote, new_name, place_of
 from ckpt.drain.waking import WAKE
 from ckpt.errors import CheckpointError, ClosedError, FailedSavesError, SkippedError, StorageError, SupersededError
 from ckpt.fence import follow, unfollow
+from ckpt.metrics.noting import note_commit
+from ckpt.metrics.registry import PROCESS, Reading
 from ckpt.options import Options
 from ckpt.restore.remote_copies import RemoteCopies
 from ckpt.saving.task import SaveTask
@@ -52,6 +55,7 @@ class _Way(NamedTuple):
 
 class UploadWatch(HomeWatch):
     here = "at home"
+    tier = OBJECT
 
     def place_of(self, each: Awaited) -> str:
         return f"{self._storage.home}/{each.inbox}"
@@ -172,17 +176,27 @@ class StoreLevel:
             raise CheckpointError(f"{in_the_way}. Tier.remote() is required: this save was not begun")
         self._pace.begin(self.place / PACE)
         follow(self._pace)
+        PROCESS.watch(self._gauges)
 
     def carry(self, task: SaveTask, sequence: int) -> None:
         """It is a checkpoint at home."""
         if self._rank == 0:
             touch(self.place / FOLDER / WAKE)
         assert task.step is not None
-        done = functools.partial(task.reach_later, OBJECT)
+        done = functools.partial(self._note_arrival, task, sequence)
         try:
-            self._watch.watch(sequence, task.step, task.path.name, done, functools.partial(self._note_failure, task))
+            fail = functools.partial(self._note_failure, task)
+            self._watch.watch(sequence, task.step, task.path.name, done, fail, note=task.note)
         except ClosedError as error:
             task.later[OBJECT].set_exception(error)
+
+    def _note_arrival(self, task: SaveTask, sequence: int, place: str) -> None:
+        note_commit(OBJECT, task.step)
+        task.note("commit", tier=OBJECT, step=task.step, sequence=sequence)
+        task.reach_later(OBJECT, place)
+
+    def _gauges(self) -> Iterator[Reading]:
+        return backlog.gauges(self.place, OBJECT)
 
     def _note_failure(self, task: SaveTask, error: CheckpointError) -> None:
         task.later[OBJECT].set_exception(error)

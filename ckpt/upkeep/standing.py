@@ -7,40 +7,12 @@ from pathlib import Path
 
 from ckpt.directory.holds import FOLDER
 from ckpt.directory.step_names import names_in
-from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
-from ckpt.drain import remote_place, status
-from ckpt.drain.progress import STUCK
+from ckpt.drain import remote_place
+from ckpt.drain.backlog import Backlog, backlog_of
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.upkeep.census import look
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, INCOMPLETE, PREPARED, Row
-
-_WAITING = (journals.QUEUED, journals.COPYING, STUCK)
-
-
-@dataclasses.dataclass(frozen=True)
-class Backlog:
-    """What a drain has still to carry to `target`: a home, or the URL of a place in an object store.
-
-    Attributes:
-        known: checkpoints of which it has noted anything.
-        pending: those that are not there yet.
-        bytes: of them that are not there yet.
-        rate: bytes a second, as measured last; 0: not yet.
-        stuck: how many of them do not move.
-        failed: how many failed last time; `text` says how the newest of these did.
-        running: whether the drain is there just now.
-    """
-
-    target: str
-    known: int
-    pending: int
-    bytes: int
-    rate: float
-    stuck: int
-    failed: int
-    text: str
-    running: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,26 +54,9 @@ def look_at(directory: Path) -> Standing:
 def _backlogs(directory: Path) -> list[Backlog]:
     found = []
     if (directory / nodes.NAME).exists():
-        found.append(_backlog(directory, str(nodes.read(directory).home)))
+        found.append(backlog_of(directory, str(nodes.read(directory).home)))
     for place in sorted(names_in(directory / FOLDER)):
         remote = remote_place.read_if_any(directory / FOLDER / place)
         if remote is not None:
-            found.append(_backlog(directory / FOLDER / place, remote.url))
+            found.append(backlog_of(directory / FOLDER / place, remote.url))
     return found
-
-
-def _backlog(root: Path, target: str) -> Backlog:
-    known = status(root)
-    failed = [each for each in known if each.state == journals.FAILED]
-    waiting = [each for each in known if each.state in _WAITING or (each.state == journals.FAILED and each.next is not None)]
-    return Backlog(
-        target=target,
-        known=len(known),
-        pending=len(waiting),
-        bytes=sum(max(0, each.total_bytes - each.bytes) for each in waiting),
-        rate=next((each.rate for each in known if each.rate), 0.0),
-        stuck=sum(each.state == STUCK for each in waiting),
-        failed=len(failed),
-        text=failed[0].text if failed else "",
-        running=DirectoryLock(root, name=nodes.LOCK).holder() is not None,
-    )

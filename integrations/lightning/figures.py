@@ -6,6 +6,7 @@ import threading
 from typing import Any
 
 import ckpt
+from ckpt import metrics
 
 
 class Figures:
@@ -20,7 +21,7 @@ class Figures:
         figures = {"checkpoint/failed": float(error is not None)}
         stats = getattr(pending, "stats", None)
         if isinstance(stats, ckpt.SaveStats):
-            figures |= _of(stats)
+            figures |= metrics.figures(stats)
         with self._guard:
             self._ended.append(figures)
 
@@ -31,15 +32,3 @@ class Figures:
         for figures in ended:
             for logger in trainer.loggers:
                 logger.log_metrics(figures, step=trainer.global_step)
-
-
-def _of(stats: ckpt.SaveStats) -> dict[str, float]:
-    found = {
-        "checkpoint/save_s": stats.save_s,
-        "checkpoint/fence_s": stats.fence_s,
-        "checkpoint/blocked_s": stats.save_s + stats.fence_s,
-        "checkpoint/bytes": float(stats.bytes_total),
-    }
-    if stats.started_at is not None and stats.durable_at is not None:
-        found["checkpoint/durable_s"] = stats.durable_at - stats.started_at
-    return found

@@ -12,14 +12,14 @@ PACKAGE_LAYERS = (
     {"fence_hooks"},
     {"devices", "errors", "optimizers", "quantities", "safetensors_layout", "torch_private"},
     {"device_check", "fence", "options", "safetensors_header", "state_dicts", "storage"},
-    {"device_modes"},
+    {"device_modes", "metrics"},
     {"coordinator", "directory", "plan"},
     {"remote"},
     {"drain", "loading"},
     {"sharded"},
     {"formats", "restore"},
     {"saving"},
-    {"commit", "metrics"},
+    {"commit"},
     {"session", "tiers"},
     {"bundles", "checkpointer", "dcp_checkpointer"},
     {"dcp", "names"},
@@ -50,7 +50,9 @@ PUBLIC_NAMES = {
     "ckpt.drain": {"DrainStatus", "status"},
     "ckpt.errors": ERRORS,
     "ckpt.formats": set(),
-    "ckpt.metrics": {"MetricsSink", "SaveRecord"},
+    "ckpt.metrics": {
+        *("MetricsSink", "SaveRecord", "callback", "figures", "name_run", "opentelemetry", "prometheus", "textfile"),
+    },
     "ckpt.names": {
         *(
             "carry_over",

@@ -29,6 +29,7 @@ LIGHT = [
     ),
     *("ckpt.directory.manifest", "ckpt.directory.listing", "ckpt.directory.steps", "ckpt.directory.retention"),
     "ckpt.directory.keeping",
+    *("ckpt.metrics", "ckpt.metrics.events", "ckpt.metrics.trace"),
 ]
 
 

@@ -24,6 +24,8 @@ from dist import commit_worker
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
 from support import stop, wait_until
 
+from ckpt.metrics.events import read_events
+
 MOST_RANKS = 3
 # Where a rank can be killed while a step is saved; tests/crash compares these with the source.
 ALL_RANKS = ["preallocated", "chunks-written", "data-durable", "before-rename", "renamed", "prepared"]
@@ -225,9 +227,22 @@ def test_ranks_go_back_to_a_step(run: Run, tmp_path: Path) -> None:
 
 def test_a_slow_rank_is_waited_for(run: Run, tmp_path: Path) -> None:
     slow = {"plan": {"1": {"fault": {"call": "fdatasync", "delay_s": 0.7}}}}
-    told = run({}, slow, steps=3)
+    told = run({}, slow, steps=3, options={"events": "all"})
     assert [rank.durable for rank in told] == [[0, 1, 2]] * 2
     assert assert_whole(tmp_path, 2, *told) == 2
+    assert [who_was_slowest(tmp_path, step) for step in range(3)][1] == 1
+
+
+def who_was_slowest(directory: Path, step: int) -> int:
+    """As the events of both ranks say it."""
+    found = [event for event in read_events(directory) if event["event"] == "save" and event["step"] == step]
+    first, second = sorted(found, key=lambda event: int(event["rank"]))
+    assert (first["rank"], second["rank"]) == (0, 1) and first["sequence"] == second["sequence"] == step + 1
+    slowest = int(second["flushed_s"] > first["flushed_s"])
+    assert first["slowest_rank"] == second["slowest_rank"] == slowest and first["world_size"] == 2
+    manifest = json.loads((directory / f"step-{step:012d}" / "manifest.json").read_text())
+    assert manifest["cost"]["flushed_s"] == pytest.approx(max(first["flushed_s"], second["flushed_s"]), abs=1e-5)
+    return slowest
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (2, 3), (1, 2), (3, 2)])

@@ -196,7 +196,7 @@ def test_the_training_that_was_killed_so_often_ends_well(training: Training) -> 
     assert latest(training.directory) == resumed + 2
     assert not strays(training.directory)
     left = {path.name for path in training.directory.iterdir()}
-    assert left <= {".lock", "latest", *(f"step-{resumed + number:012d}" for number in range(3))}
+    assert left <= {".lock", "events.jsonl", "latest", *(f"step-{resumed + number:012d}" for number in range(3))}
 
 
 # ---- Open MPI lets the others live -----------------------------------------------------------------------------------

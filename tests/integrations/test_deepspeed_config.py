@@ -49,6 +49,7 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "timeout_s": 12.5,
     "drain_timeout_s": 13,
     "commit_timeout_s": 14.0,
+    "events": "all",
 }
 SMALL: dict[str, Any] = {"arena_bytes": "2MiB", "chunk_bytes": "64KiB", "writers": 1}
 

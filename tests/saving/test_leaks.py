@@ -53,7 +53,7 @@ def test_many_steps(tmp_path: Path) -> None:
         assert checkpointer.steps() == [WARM_UP + SAVES - 2, WARM_UP + SAVES - 1]
         assert inspection.engine_of(checkpointer).arena_used == 0
     # Old ones are removed behind what is waited for, and all of them when it is closed.
-    assert len(list(tmp_path.iterdir())) == 4, "the lock, latest, and the two that are kept"
+    assert len(list(tmp_path.iterdir())) == 5, "the lock, latest, the events, and the two that are kept"
 
 
 def test_many_files(tmp_path: Path) -> None:

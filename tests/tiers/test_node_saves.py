@@ -21,6 +21,7 @@ from node_roots import drain_once
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
 from support import patience
 
+from ckpt.metrics.events import read_events
 from ckpt.tiers.drain_process import DrainProcess
 
 MOST_RANKS = 4
@@ -115,6 +116,22 @@ def test_saves_land_on_the_nodes_and_come_home(make: Make, nodes: list[int]) -> 
     assert_at_home(job, 2)
     manifests = {(path / "manifest.json").read_bytes() for path in (each.landed[2] for each in told)}
     assert len(manifests) == 1, "all nodes have the same"
+    told_of(job.home, [*range(3)])
+
+
+def told_of(home: Path, steps: list[int]) -> None:
+    """Rank 0 has told of each when it was on the nodes, and of each that has come home."""
+    events = [event for event in read_events(home) if event["rank"] == 0]
+    assert [event["step"] for event in events if (event["event"], event.get("tier")) == ("commit", "node")] == steps
+    saves = {event["step"]: event for event in events if event["event"] == "save"}
+    drained = {event["step"]: event for event in events if event["event"] == "drain"}
+    assert [*saves] == [*drained] == steps and saves[steps[-1]]["outcome"] == "committed"
+    for step, save in saves.items():
+        assert (drained[step]["outcome"] == "committed") == (save["outcome"] == "committed")
+        assert drained[step]["tier"] == "home" and save["tiers_s"]["node"] > 0
+        if save["outcome"] == "committed":
+            assert save["tiers_s"]["node"] < save["durable_s"] and drained[step]["began"] <= drained[step]["ended"]
+            assert drained[step]["bytes"] > 0
 
 
 SLOW_HOME = {"tier": {"rate": 50_000}, "wait": False, "options": {"drain_timeout_s": 0.2}}
