@@ -54,7 +54,7 @@ class StepDirectories:
     """
 
     def __init__(self, directory: Path, keeping: Keeping, shared: bool, max_in_flight: int, note: Note = ignore) -> None:
-        self._directory = directory
+        self.path = self._directory = directory
         self.note = note
         self._shared = shared
         self._root = Root(directory, give_way=self.give_way)
@@ -79,10 +79,6 @@ class StepDirectories:
         self._placed: set[Path] = set()
         says = self._note_lost, self.warn_once, note
         self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, *says)
-
-    @property
-    def path(self) -> Path:
-        return self._directory
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
