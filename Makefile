@@ -32,12 +32,13 @@ NATIVE_STAMP := $(VENV)/.stamp-native
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test lint bench gpu report-gpu asan tsan device-stress wheel clean distclean
+.PHONY: help setup demo test lint docs bench gpu report-gpu asan tsan device-stress wheel clean distclean
 
 help:
 	@echo "make demo    train a small model, kill it, resume it, compare with torch.save"
 	@echo "make test    run the tests           (make test ARGS='-k fence -x'; with another torch: TORCH=2.15.0)"
 	@echo "make lint    ruff and mypy"
+	@echo "make docs    the site of docs/, into build/docs"
 	@echo "make bench   run the benchmarks      (make bench ARGS=...)"
 	@echo "make gpu     on a machine with an NVIDIA GPU: all checks and benchmarks that need one, in 20 minutes"
 	@echo "make asan    native stress program under the address and undefined-behaviour sanitizers"
@@ -70,6 +71,11 @@ lint: $(PYTHON_STAMP)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
+
+# Any warning, as of a link that leads nowhere, is an error.
+docs: $(NATIVE_STAMP)
+	$(PY) -m sphinx -q -W --keep-going docs build/docs
+	@echo build/docs/index.html
 
 wheel: $(PYTHON_STAMP)
 	rm -rf build/lib.* build/bdist.*

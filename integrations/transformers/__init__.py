@@ -27,8 +27,8 @@ round. `checkpoint_options=ckpt.Options(...)` says how saves are made.
 * What writes to parameters outside an optimizer's step (a callback that swaps weights, a captured CUDA graph) must call
   `ckpt.fence()` before. The save fails otherwise, and names the tensor.
 
-The rules that the Trainer follows were taken from transformers 5.24 (trainer.py, trainer_utils.py). docs/transformers.md says
-more.
+The rules that the Trainer follows were taken from transformers 5.24 (trainer.py, trainer_utils.py).
+docs/guides/transformers.md says more.
 """
 
 from .trainer import LazyCheckpointMixin, LazyTrainer
