@@ -31,13 +31,13 @@ class Counting(LazyCheckpointIO):
         super().__init__(given)
         self._copied = copied
 
-    def begin(self, path: Path, make: Any) -> None:
+    def begin(self, path: Path, make: Any, *failures: Any) -> None:
         def made() -> Any:
             pending = make()
             pending.add_done_callback(lambda done: self._copied.append(done.stats.bytes_copied_in_save))
             return pending
 
-        super().begin(path, made)
+        super().begin(path, made, *failures)
 
 
 class Log:
