@@ -186,8 +186,8 @@ class Checkpointer(SaveSession):
                 one of them. Compared are keys, shapes, placements and values, and of tensors that are no DTensors samples.
             lazy: as in `ckpt.save`, for all of them.
             metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element. Those of rank 0 stand in
-                the manifest, where a job that resumes, and `ckpt prune`, find them for keep_best; so give it what is averaged
-                over the ranks. What is no finite number is left out. For tensors on devices this waits.
+                the manifest, for keep_best of this job, of those that resume it, and of `ckpt prune`; so give it what is
+                averaged over the ranks. What is no finite number is left out.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
@@ -197,8 +197,7 @@ class Checkpointer(SaveSession):
             ClosedError: after close().
             CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
                 by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
-            PeerError: at the first save, or with a Tier.remote() that is required, rank 0 does not answer, or may not save, for
-                instance because of that.
+            PeerError: at the first save, or with a required Tier.remote(), rank 0 does not answer, or may not save.
             TypeError, ValueError: step is not a count; `metrics` are no numbers, or lack what best_by names; all of `state`,
                 `replicated` and `sharded` are None; `replicated` holds tensors of which each rank has a part; `sharded` holds
                 what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks, two
