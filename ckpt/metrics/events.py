@@ -22,6 +22,7 @@ from ckpt.metrics.noting import RestoreFigures
 from ckpt.metrics.record import SaveRecord
 from ckpt.metrics.registry import PROCESS, Registry
 from ckpt.metrics.stats import SaveStats
+from ckpt.storage.durable import Directory
 from ckpt.storage.log_file import append_line
 
 logger = logging.getLogger("ckpt")
@@ -46,7 +47,8 @@ class EventLog:
     """
 
     def __init__(self, directory: Path, rank: int, *, registry: Registry = PROCESS, most_bytes: int = _MOST_BYTES) -> None:
-        self._path = directory / NAME
+        self._directory = directory
+        self._held: Directory | None = None  # from begin() on: events follow it when somebody renames it
         self._rank = rank
         self._most_bytes = most_bytes if rank == 0 else None
         self._registry = registry
@@ -63,6 +65,10 @@ class EventLog:
             return
         with self._lock:
             waiting, self._waiting = self._waiting or (), None
+            try:
+                self._held = Directory(self._directory)
+            except StorageError as error:
+                self._lose(error)
             for line in waiting:
                 self._write(line)
 
@@ -86,18 +92,28 @@ class EventLog:
                 self._write(line)
 
     def _write(self, line: bytes) -> None:
+        if self._held is None:
+            return
         try:
-            append_line(self._path, line, self._most_bytes, self._path.with_name(OLDER))
+            append_line(self._held.reach / NAME, line, self._most_bytes, self._held.reach / OLDER)
             self._lost = 0
         except StorageError as error:
-            self._lost += 1
-            if not self._warned:
-                self._warned = True
-                logger.warning("events are lost, the checkpoints are not concerned (this is said once): %s", error)
+            self._lose(error)
+
+    def _lose(self, error: StorageError) -> None:
+        self._lost += 1
+        if not self._warned:
+            self._warned = True
+            text = "events for '%s' are lost, the checkpoints are not concerned (this is said once): %s"
+            logger.warning(text, self._directory / NAME, error)
 
     def close(self) -> None:
         """What comes later is not noted: the directory may belong to another job."""
-        self._closed = True
+        with self._lock:
+            self._closed = True
+            held, self._held = self._held, None
+        if held is not None and os.getpid() == self._owner:
+            held.close()
 
 
 def is_wanted(events: bool | str, rank: int, *, by_default: bool) -> bool:
