@@ -155,7 +155,7 @@ class SaveSession:
         if directory not in self._logs:
             if len(self._logs) >= _MOST_LOGS:
                 self._logs.pop(next(iter(self._logs)))
-            self._logs[directory] = EventLog(directory, rotates=self.rank == 0)
+            self._logs[directory] = EventLog(directory, self.rank)
         log = self._logs[directory]
         if begins:
             log.begin()

@@ -42,12 +42,13 @@ class EventLog:
     """Of one process, in one directory.
 
     Args:
-        rotates: whether it may rename the file when that is large. One of those who write to it does.
+        rank: of this process among those that save there. Rank 0 renames the file when it is large.
     """
 
-    def __init__(self, directory: Path, *, rotates: bool, registry: Registry = PROCESS, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(self, directory: Path, rank: int, *, registry: Registry = PROCESS, most_bytes: int = _MOST_BYTES) -> None:
         self._path = directory / NAME
-        self._most_bytes = most_bytes if rotates else None
+        self._rank = rank
+        self._most_bytes = most_bytes if rank == 0 else None
         self._registry = registry
         self._owner = os.getpid()
         self._lock = threading.RLock()  # a signal handler may save. Guards what follows
@@ -74,7 +75,7 @@ class EventLog:
         """
         if self._closed or os.getpid() != self._owner:
             return
-        said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._registry.rank}
+        said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._rank}
         with self._lock:
             if self._lost:
                 fields["lost"] = self._lost

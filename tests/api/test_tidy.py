@@ -267,11 +267,11 @@ def test_tested_versions_are_told_alike() -> None:
 
 # ---- what a process that only copies needs ---------------------------------------------------------------------------
 
-WITHOUT_TORCH = {"drain", "cli", "directory", "remote", "storage", "upkeep", "errors", "quantities"}
+WITHOUT_TORCH = {"drain", "cli", "directory", "metrics", "remote", "storage", "upkeep", "errors", "quantities"}
 
 
 WITH_TORCH = ("ckpt/cli/export.py", "ckpt/cli/diff.py")  # commands that read tensors
-LIGHT = python_files("ckpt/drain", "ckpt/cli", "ckpt/directory", "ckpt/remote", "ckpt/storage", "ckpt/upkeep")
+LIGHT = python_files(*(f"ckpt/{folder}" for folder in ("drain", "cli", "directory", "metrics", "remote", "storage", "upkeep")))
 
 
 @each([path for path in LIGHT if name_of(path) not in WITH_TORCH])

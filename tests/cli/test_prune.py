@@ -23,7 +23,9 @@ def test_the_newest_stay(shell: Shell, home: Path) -> None:
     assert names(home) == [1, 2, 3] and not document["done"]
     said = shell("prune", home, "--keep", "1", "--yes")
     assert said.code == 0 and "2 checkpoints of" in said.out.splitlines()[-1]
-    assert names(home) == [3] and {path.name for path in home.iterdir()} == {"latest", ".lock", "step-000000000003"}
+    assert names(home) == [3] and {path.name for path in home.iterdir()} == {
+        *("latest", ".lock", "events.jsonl", "step-000000000003"),
+    }
     with ckpt.Checkpointer(home, options=options()) as checkpointer:
         found = checkpointer.restore()
     assert found is not None and found.step == 3

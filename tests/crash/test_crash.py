@@ -149,13 +149,13 @@ def state_file(directory: Path, step: int) -> str:
 
 
 def assert_tidy(directory: Path) -> None:
-    """Nothing is there but `latest` and whole checkpoints."""
+    """Nothing is there but `latest`, what has been told, and whole checkpoints."""
     for path in directory.iterdir():
         if path.is_dir():
             step = int(path.name.removeprefix("step-"))
             assert sorted(entry.name for entry in path.iterdir()) == ["manifest.json", state_file(directory, step)]
         else:
-            assert path.name in ("latest", ".lock")
+            assert path.name in ("latest", ".lock", "events.jsonl")
 
 
 def save_once_more(nursery: Nursery, directory: Path, reference: Reference, at_least: int) -> None:

@@ -52,7 +52,7 @@ def names(directory: Path) -> list[str]:
 
 
 def kept(*steps: int) -> list[str]:
-    return [".lock", "latest", *(step_path(Path(), step).name for step in steps)]
+    return [".lock", "events.jsonl", "latest", *(step_path(Path(), step).name for step in steps)]
 
 
 def warnings_in(caplog: pytest.LogCaptureFixture) -> list[str]:

@@ -135,7 +135,7 @@ def test_what_cannot_be_written_fails_no_save(obstacle: str, tmp_path: Path, cap
 
 
 def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
-    log = EventLog(tmp_path, rotates=True)
+    log = EventLog(tmp_path, 0)
     log.note("warning", message="before")
     assert not (tmp_path / NAME).exists(), "the directory is not ours yet"
     log.begin()
@@ -149,7 +149,7 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
 
 
 def test_it_begins_anew_when_it_is_large(tmp_path: Path) -> None:
-    log, other = EventLog(tmp_path, rotates=True, most_bytes=2000), EventLog(tmp_path, rotates=False, most_bytes=2000)
+    log, other = EventLog(tmp_path, 0, most_bytes=2000), EventLog(tmp_path, 1, most_bytes=2000)
     for each in (log, other):
         each.begin()
     for number in range(100):

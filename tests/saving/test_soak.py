@@ -134,7 +134,7 @@ class Run:
 
     def assert_tidy(self) -> None:
         names = {path.name for path in self.directory.rglob("*") if path.is_file()}
-        assert names <= {".lock", "latest", "manifest.json", "state.pt", "state-2.pt", "state-3.pt"}, names
+        assert names <= {".lock", "events.jsonl", "latest", "manifest.json", "state.pt", "state-2.pt", "state-3.pt"}, names
         assert all((path / "manifest.json").exists() for path in self.directory.glob("step-*"))
 
 
