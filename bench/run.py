@@ -45,6 +45,7 @@ from bench.workloads.durable import measure_durable, measure_sweep
 from bench.workloads.frequency import measure_frequency
 from bench.workloads.many import measure_many
 from bench.workloads.memory import measure_memory
+from bench.workloads.metrics import measure_metrics
 from bench.workloads.restore import measure_restore
 from bench.workloads.rivals import measure_rivals
 from bench.workloads.sizes import measure_sizes
@@ -116,6 +117,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "frequency": measure_frequency,
     "sizes": measure_sizes,
     "restore": measure_restore,
+    "metrics": measure_metrics,
     "safetensors": measure_safetensors,
     "sharded": measure_sharded,
     "tiers": measure_tiers,

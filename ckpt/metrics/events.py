@@ -104,7 +104,7 @@ class EventLog:
         self._lost += 1
         if not self._warned:
             self._warned = True
-            text = "events for '%s' are lost, the checkpoints are not concerned (this is said once): %s"
+            text = "events are lost, the checkpoints are not concerned (this is said once): those for '%s': %s"
             logger.warning(text, self._directory / NAME, error)
 
     def close(self) -> None:

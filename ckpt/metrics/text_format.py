@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt.metrics.instruments import COUNTER
 from ckpt.metrics.record import SaveRecord
 from ckpt.metrics.registry import PROCESS, Distribution, Metric, Registry
-from ckpt.storage import durable
+from ckpt.storage.log_file import replace_unsynced
 
 
 def render(metrics: Iterable[Metric], constants: Mapping[str, str]) -> str:
@@ -64,7 +64,7 @@ class TextFileSink:
 
     def _write(self) -> None:
         text = render(self._registry.collect(), self._registry.constants())
-        durable.replace_quickly(self._path, text.encode())
+        replace_unsynced(self._path, text.encode())
 
 
 def textfile(path: str | os.PathLike[str]) -> TextFileSink:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpt.errors import StorageError
 from ckpt.storage import durable
+from ckpt.storage.temporary_names import temporary_path
 
 _TAIL_BYTES = 4096
 
@@ -58,6 +59,22 @@ def append_line(path: Path, line: bytes, most_bytes: int | None, older: Path) ->
                 os.close(descriptor)
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot write to '{path}': {error.strerror}", str(path)) from error
+
+
+def replace_unsynced(path: Path, content: bytes) -> None:
+    """Whoever reads it finds it whole. Nothing is made durable: after a crash of the system it may be empty.
+
+    Raises:
+        StorageError: it was not replaced.
+    """
+    temporary = temporary_path(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        durable.remove_quietly(temporary)
+        raise StorageError(error.errno or 0, f"cannot write '{path}': {error.strerror}", str(path)) from error
 
 
 def _open_to_append(path: Path) -> int:

@@ -190,3 +190,12 @@ def test_what_node_exporter_would_not_read(tmp_path: Path) -> None:
         metrics.textfile(tmp_path / "ckpt.txt")
     with pytest.raises(TypeError, match="a function of one dict, not str"):
         metrics.callback("print")  # type: ignore[arg-type]
+
+
+def test_a_text_file_that_cannot_be_written_fails_no_save(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "ckpt.prom").mkdir()
+    sinks = [metrics.textfile(tmp_path / "ckpt.prom")]
+    with ckpt.Checkpointer(tmp_path / "run", coordinator="local", metrics=sinks) as checkpointer:
+        checkpointer.save(1, {"weight": torch.zeros(3)}).result(DEADLINE_S)
+    assert "TextFileSink failed to note the save" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "ckpt.prom"} and not list((tmp_path / "ckpt.prom").iterdir())
