@@ -44,7 +44,7 @@ help:
 	@echo "make asan    native stress program under the address and undefined-behaviour sanitizers"
 	@echo "make tsan    the same under the thread sanitizer"
 	@echo "make device-stress  jobs on a strict model of the CUDA driver (SECONDS=60 SEED=1)"
-	@echo "make wheel   build a release wheel into dist/"
+	@echo "make wheel   build an sdist and manylinux wheels into dist/, for each Python from 3.10 to 3.13 that is here"
 	@echo "make setup   only prepare .venv      (make setup PYTHON=python3.12)"
 	@echo "make clean   remove what was built;  make distclean removes .venv too"
 
@@ -76,11 +76,6 @@ lint: $(PYTHON_STAMP)
 docs: $(NATIVE_STAMP)
 	$(PY) -m sphinx -q -W --keep-going docs build/docs
 	@echo build/docs/index.html
-
-wheel: $(PYTHON_STAMP)
-	rm -rf build/lib.* build/bdist.*
-	LAZYCKPT_BUILD=release $(PIP) wheel -q --no-build-isolation --no-deps -w dist .
-	@ls dist/*.whl
 
 clean:
 	rm -rf build dist *.egg-info ckpt/_native*.so $(NATIVE_STAMP) .pytest_cache .hypothesis .mypy_cache .ruff_cache
@@ -141,6 +136,32 @@ $(NATIVE_STAMP): $(PYTHON_STAMP) $(shell find csrc -type d -o -name '*.cc' -o -n
 	@$(CHECK_COMPILER)
 	LAZYCKPT_BUILD=dev $(PY) setup.py -q build_ext --inplace
 	@touch $@
+
+# ---- wheels ----------------------------------------------------------------------------------------------------------
+
+# Of these, those that are here: where python3.12 does not run, the newest one that pyenv has.
+WHEEL_PYTHONS ?= 3.10 3.11 3.12 3.13
+DIST          ?= dist
+WHEELS        := build/wheels
+
+# Pythons of their own with the pinned tools alone. What one compiles is kept under build/ and used again.
+define WHEEL_OF
+python=python$(1); \
+$$python -c '' 2>/dev/null || python=$$(ls $${PYENV_ROOT:-$$HOME/.pyenv}/versions/$(1).*/bin/python$(1) 2>/dev/null | sort -V | tail -n 1); \
+if [ -z "$$python" ]; then echo "No python$(1) is here: no wheel for it"; else \
+	echo "Building for $$($$python --version)" && rm -rf build/lib.* build/bdist.* && $$python -m venv $(WHEELS)/python$(1) && \
+	$(WHEELS)/python$(1)/bin/python -m pip install -q -c constraints.txt setuptools wheel pybind11 packaging && \
+	LAZYCKPT_BUILD=release $(WHEELS)/python$(1)/bin/python -m pip wheel -q --no-build-isolation --no-deps -w $(WHEELS)/plain .; \
+fi
+endef
+
+# What auditwheel finds decides which machines a wheel is for: the oldest C library that has what the compiler has put in.
+wheel: $(PYTHON_STAMP)
+	@rm -rf $(WHEELS) && mkdir -p $(WHEELS)/plain $(DIST)
+	@$(foreach version,$(WHEEL_PYTHONS),$(call WHEEL_OF,$(version)) &&) true
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --strip -w $(DIST) $(WHEELS)/plain/*.whl
+	$(PY) -c "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])" $(DIST) >/dev/null
+	@ls $(DIST)/lazyckpt-*
 
 # ---- sanitizers ------------------------------------------------------------------------------------------------------
 

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from ckpt.saving.single_file import save
     from ckpt.tiers.tier import Tier
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "BundleCheckpointer",

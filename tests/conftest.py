@@ -33,49 +33,71 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 # Of two processes that share the files, none is to get a long one last.
 LONGEST = (
+    "test_deepspeed_behaviour.py",
+    "test_deepspeed_files.py",
+    "test_deepspeed_tools.py",
+    "test_deepspeed_readers.py",
+    "test_deepspeed_writes.py",
+    "test_deepspeed_crash.py",
+    "test_deepspeed_agreement.py",
+    "test_deepspeed_config.py",
     "test_node_saves.py",
     "test_bundle_nodes.py",
-    "test_sharded_saves.py",
-    "test_sharded_commit.py",
-    "test_uploads.py",
     "test_dcp_ranks.py",
+    "test_sharded_commit.py",
+    "test_accelerate_ranks.py",
+    "test_commit_mpi.py",
+    "test_sharded_saves.py",
+    "test_uploads.py",
     "test_crash.py",
     "test_commit.py",
+    "test_coordinator.py",
+    "test_device.py",
+    "test_lightning_ranks.py",
+    "test_transformers_crash.py",
+    "test_transformers.py",
     "test_drain_kills.py",
     "test_drain_faults.py",
-    "test_device.py",
-    "test_deepspeed_behaviour.py",
-    "test_example_ranks.py",
+    "test_packaging.py",
     "test_bench_rivals.py",
     "test_bench_gpu.py",
     "test_gpu_report_steps.py",
     "test_bench_scaling.py",
     "test_bench_simulate.py",
-    "test_deepspeed_files.py",
-    "test_commit_mpi.py",
-    "test_deepspeed_tools.py",
-    "test_deepspeed_crash.py",
-    "test_transformers.py",
-    "test_transformers_crash.py",
-    "test_accelerate_ranks.py",
+    "test_example_ranks.py",
     "test_doc_blocks.py",
     "test_exit.py",
-    "test_coordinator.py",
-    "test_callback.py",
     "test_bench.py",
     "test_docs.py",
     "test_leaks.py",
-    "test_ddp.py",
     "test_shared_read.py",
     "test_ranks_apart.py",
     "test_hostile.py",
-    "test_packaging.py",
+    "test_light_import.py",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     places = {name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: places.get(item.path.name, len(LONGEST)))
+
+
+def shares_with(file: str) -> str:
+    """Of files that have the same here one process runs all: what their nurseries import takes a core a quarter of a minute."""
+    return "deepspeed" if "/test_deepspeed_" in file else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByNursery(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return shares_with(super()._split_scope(nodeid))
+
+    return ByNursery(config, log)
 
 
 def pytest_sessionfinish() -> None:

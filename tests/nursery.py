@@ -15,8 +15,10 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 import types
 from collections.abc import Iterator
+from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn
 
 from deadlines import patience
@@ -35,7 +37,7 @@ class Child:
     """One process, from start() to wait()."""
 
     def __init__(self, nursery: Nursery, output: IO[bytes], errors: IO[bytes]) -> None:
-        self._nursery, self._output, self._errors = nursery, output, errors
+        self.nursery, self._output, self._errors = nursery, output, errors
         self.pid = int(nursery.read_line())
 
     def kill_after(self, delay_s: float) -> None:
@@ -44,7 +46,7 @@ class Child:
             self.signal(signal.SIGKILL)
 
     def ends_within(self, delay_s: float) -> bool:
-        return bool(select.select([self._nursery.socket], [], [], delay_s)[0])
+        return bool(select.select([self.nursery.socket], [], [], delay_s)[0])
 
     def signal(self, number: int) -> None:
         """Not if it has ended. The nursery tells so a moment after; pids are given in turn, so no other has this one yet."""
@@ -59,7 +61,7 @@ class Child:
     def wait(self, deadline_s: float = DEADLINE_S) -> Ended:
         """Kills it at the deadline."""
         self.kill_after(deadline_s)
-        status = int(self._nursery.read_line())
+        status = int(self.nursery.read_line())
         texts = []
         for file in (self._output, self._errors):
             file.seek(0)
@@ -160,6 +162,62 @@ def nurseries_of_ranks(count: int, kind: type[Nursery] | None = None, **wishes: 
 def sharding_nurseries(count: int) -> contextlib.AbstractContextManager[list[Nursery]]:
     """For jobs with sharded models."""
     return nurseries_of_ranks(count, optimizer=True, sharded=True)
+
+
+# ---- scripts, and the ranks of a job ---------------------------------------------------------------------------------
+
+
+def script(path: Path, *arguments: str, **environment: str) -> str:
+    """A program that does what `python path arguments` does."""
+    return (
+        f"import os, runpy, sys; os.environ.update({environment!r}); sys.argv = {[str(path), *arguments]!r}; "
+        f"sys.path.insert(0, {str(path.parent)!r}); runpy.run_path({str(path)!r}, run_name='__main__')"
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Ranks:
+    """A job of several ranks, one in each of these nurseries: they run a script as under torchrun, whose imports take long."""
+
+    def __init__(self, nurseries: list[Nursery], path: Path, *arguments: str) -> None:
+        numbers = {"WORLD_SIZE": len(nurseries), "LOCAL_WORLD_SIZE": len(nurseries), "MASTER_PORT": free_port()}
+        self.children = [
+            nursery.start(script(path, *arguments, **place(rank, **numbers))) for rank, nursery in enumerate(nurseries)
+        ]
+
+    def any_has_ended(self) -> bool:
+        return any(child.ends_within(0) for child in self.children)
+
+    def wait(self, deadline_s: float = DEADLINE_S) -> list[Ended]:
+        """Once one has failed, the others get SIGTERM. Kills all that are left at the deadline."""
+        deadline, ended = time.monotonic() + deadline_s, dict[int, Ended]()
+        while left := [rank for rank in range(len(self.children)) if rank not in ended]:
+            sockets = [self.children[rank].nursery.socket for rank in left]
+            ready = select.select(sockets, [], [], max(0.0, deadline - time.monotonic()))[0]
+            if not ready:
+                for rank in left:
+                    self.children[rank].signal(signal.SIGKILL)
+            for rank in [rank for rank in left if self.children[rank].ends_within(0)]:
+                ended[rank] = self.children[rank].wait()
+                if ended[rank].returncode != 0:
+                    self._end_others(ended)
+        return [ended[rank] for rank in range(len(self.children))]
+
+    def _end_others(self, ended: dict[int, Ended]) -> None:
+        for rank, child in enumerate(self.children):
+            if rank not in ended:
+                child.signal(signal.SIGTERM)
+
+
+def place(rank: int, **numbers: int) -> dict[str, str]:
+    """What torchrun tells a rank."""
+    numbers |= {"RANK": rank, "LOCAL_RANK": rank}
+    return {"MASTER_ADDR": "127.0.0.1"} | {name: str(number) for name, number in numbers.items()}
 
 
 # ---- the nursery's side ----------------------------------------------------------------------------------------------

@@ -9,11 +9,12 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <vector>
+
+#include "base/condition_variable.h"
 
 namespace lazyckpt::fault {
 namespace {

@@ -1,7 +1,6 @@
 // A job: one file on its way to disk, from submit() to durable or failed.
 #pragma once
 
-#include <condition_variable>
 #include <cstdint>
 #include <limits>
 #include <map>
@@ -11,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "base/condition_variable.h"
 #include "base/device.h"
 #include "base/error.h"
 #include "cuda/driver.h"

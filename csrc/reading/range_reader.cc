@@ -4,7 +4,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <condition_variable>
 #include <cstdlib>
 #include <cstring>
 #include <exception>
@@ -16,6 +15,7 @@
 #include <thread>
 #include <utility>
 
+#include "base/condition_variable.h"
 #include "base/crc32.h"
 #include "base/error.h"
 #include "base/signals.h"

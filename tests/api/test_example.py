@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from nursery import Child, Nursery, script, shared_nursery
 from places import ROOT
-from support import patience
+from support import patience, wait_until
 
 pytest.importorskip("tqdm", reason="the example shows its progress with tqdm")
 
@@ -22,13 +22,19 @@ ITERATIONS = 100
 DEADLINE_S = patience(60.0)
 
 
-def command(engine: str, where: Path, name: str, *more: str) -> list[str]:
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with shared_nursery(optimizer=True) as made:
+        yield made
+
+
+def start(nursery: Nursery, engine: str, where: Path, name: str, *more: str) -> Child:
     flags = [f"--engine={engine}", f"--directory={where / engine}", f"--events={where / name}"]
-    return [sys.executable, str(SCRIPT), *TINY, f"--iterations={ITERATIONS}", *flags, *more]
+    return nursery.start(script(SCRIPT, *TINY, f"--iterations={ITERATIONS}", *flags, *more))
 
 
-def run(engine: str, where: Path, name: str, *more: str) -> list[dict[str, Any]]:
-    done = subprocess.run(command(engine, where, name, *more), capture_output=True, text=True, timeout=DEADLINE_S)
+def run(nursery: Nursery, engine: str, where: Path, name: str, *more: str) -> list[dict[str, Any]]:
+    done = start(nursery, engine, where, name, *more).wait(DEADLINE_S)
     assert done.returncode == 0, done.stderr
     records = events(where / name)
     assert records[-1]["digest"] in done.stdout
@@ -41,31 +47,29 @@ def events(log: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [r for r in records if kind in (None, r["event"])]
 
 
-def kill_once_saved(engine: str, where: Path, saves: int) -> int:
+def kill_once_saved(nursery: Nursery, engine: str, where: Path, saves: int) -> int:
     """SIGKILL a run once so many saves are durable; returns the iterations that it had done."""
-    log = where / "killed"
-    child = subprocess.Popen(command(engine, where, "killed"), stderr=subprocess.PIPE, text=True)
+    child, log = start(nursery, engine, where, "killed"), where / "killed"
     try:
-        deadline = time.monotonic() + DEADLINE_S
-        while len(events(log, "save")) < saves and child.poll() is None:
-            assert time.monotonic() < deadline, "the run to be killed makes no progress"
-            time.sleep(0.001)
+        wait_until(lambda: len(events(log, "save")) >= saves or child.ends_within(0), DEADLINE_S, "progress")
+        child.signal(signal.SIGKILL)
     finally:
-        child.kill()
-        _, text = child.communicate()
-    assert child.returncode == -signal.SIGKILL, f"it ended before it could be killed: {text}"
+        ended = child.wait(DEADLINE_S)
+    assert ended.returncode == -signal.SIGKILL, f"it ended before it could be killed: {ended.stderr}"
     return len(events(log, "iteration"))
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run("none", tmp_path_factory.mktemp("example"), "reference")
+def reference(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run(nursery, "none", tmp_path_factory.mktemp("example"), "reference")
 
 
 @pytest.mark.parametrize("engine", ["lazy", pytest.param("torch", marks=pytest.mark.slow)])
-def test_killed_and_resumed_ends_in_the_same_state(engine: str, reference: list[dict[str, Any]], tmp_path: Path) -> None:
-    killed_after = kill_once_saved(engine, tmp_path, saves=5)
-    resumed = run(engine, tmp_path, "resumed", "--resume")
+def test_killed_and_resumed_ends_in_the_same_state(
+    engine: str, nursery: Nursery, reference: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    killed_after = kill_once_saved(nursery, engine, tmp_path, saves=5)
+    resumed = run(nursery, engine, tmp_path, "resumed", "--resume")
 
     start, end = resumed[0], resumed[-1]
     assert 5 <= start["resumed_from"] <= killed_after + 1
@@ -76,12 +80,11 @@ def test_killed_and_resumed_ends_in_the_same_state(engine: str, reference: list[
             assert record["loss_hex"] == losses[record["step"]]
 
 
-def test_own_text_rare_saves_and_final_model(tmp_path: Path) -> None:
-    torch = pytest.importorskip("torch")
+def test_own_text_rare_saves_and_final_model(nursery: Nursery, tmp_path: Path) -> None:
     text = tmp_path / "own.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 20)
     final = tmp_path / "final.pt"
-    records = run("lazy", tmp_path, "own", f"--text={text}", "--save-every=7", f"--final={final}")
+    records = run(nursery, "lazy", tmp_path, "own", f"--text={text}", "--save-every=7", f"--final={final}")
     saved = [r["step"] for r in records if r["event"] == "save"]
     assert saved == [*range(7, ITERATIONS, 7), ITERATIONS]
     losses = [r["loss"] for r in records if r["event"] == "iteration"]
@@ -89,9 +92,9 @@ def test_own_text_rare_saves_and_final_model(tmp_path: Path) -> None:
     assert "tokens.weight" in torch.load(final)
 
 
-def test_a_fresh_run_does_not_mix_with_old_checkpoints(tmp_path: Path) -> None:
+def test_a_fresh_run_does_not_mix_with_old_checkpoints(nursery: Nursery, tmp_path: Path) -> None:
     old = tmp_path / "lazy" / "old"
     old.mkdir(parents=True)
-    done = subprocess.run(command("lazy", tmp_path, "log"), capture_output=True, text=True)
+    done = start(nursery, "lazy", tmp_path, "log").wait(DEADLINE_S)
     assert done.returncode != 0
     assert "--resume" in done.stderr

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from test_example_ranks import Record, assert_went_on, events, kill_once_saved, losses, run
+from nursery import Nursery, Ranks, sharding_nurseries
+from support import wait_until
+from test_example_ranks import (
+    DEADLINE_S,
+    SCRIPT,
+    TINY,
+    Record,
+    assert_went_on,
+    events,
+    kill_once_saved,
+    losses,
+    run,
+)
 
 # On one rank and on two the same windows are in a batch.
 SHARDED = {"torchrun": ["--fsdp", "--batch=4"], "alone": ["--fsdp", "--batch=8"]}
@@ -16,15 +30,50 @@ CLOSE = {"rtol": 0.0, "atol": 5e-5}
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+def nurseries() -> Iterator[list[Nursery]]:
+    with sharding_nurseries(2) as made:
+        yield made
+
+
+def start(nurseries: list[Nursery], where: Path, name: str, *more: str) -> Ranks:
+    flags = [*TINY, f"--directory={where / 'saved'}", f"--events={where / name}", *SHARDED["torchrun"], *more]
+    return Ranks(nurseries, SCRIPT, *flags)
+
+
+def run_ranks(nurseries: list[Nursery], where: Path, name: str, *more: str) -> list[Record]:
+    ended = start(nurseries, where, name, *more).wait(DEADLINE_S)
+    assert [rank.returncode for rank in ended] == [0, 0], "".join(rank.stderr for rank in ended)
+    return events(where / name)
+
+
+def kill_ranks_once_saved(nurseries: list[Nursery], where: Path, saves: int, killed: tuple[int, ...]) -> list[Record]:
+    """SIGKILL for these when so many saves are durable; what rank 0 had logged when all had ended."""
+    ranks, log = start(nurseries, where, "killed"), where / "killed"
+    try:
+        wait_until(
+            lambda: [e["event"] for e in events(log)].count("save") >= saves or ranks.any_has_ended(), DEADLINE_S, "progress"
+        )
+        for rank in killed:
+            ranks.children[rank].signal(signal.SIGKILL)
+    finally:
+        ended = ranks.wait(DEADLINE_S)
+    assert [ended[rank].returncode for rank in killed] == [-signal.SIGKILL] * len(killed), "it ended before it could be killed"
+    assert all(rank.returncode != 0 for rank in ended)
+    return events(log)
+
+
+@pytest.fixture(scope="module")
+def reference(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
     """Uninterrupted, without a single save."""
-    return run("torchrun", tmp_path_factory.mktemp("reference"), "log", "--engine=none", *SHARDED["torchrun"])
+    return run_ranks(nurseries, tmp_path_factory.mktemp("reference"), "log", "--engine=none")
 
 
 @pytest.mark.parametrize("killed_ranks", [pytest.param((1,), marks=pytest.mark.slow), (0, 1)])
-def test_ranks_are_killed_and_all_resume(killed_ranks: tuple[int, ...], reference: list[Record], tmp_path: Path) -> None:
-    killed = kill_once_saved("torchrun", tmp_path, 5, *SHARDED["torchrun"], ranks=killed_ranks)
-    resumed = run("torchrun", tmp_path, "resumed", "--resume", *SHARDED["torchrun"])
+def test_ranks_are_killed_and_all_resume(
+    killed_ranks: tuple[int, ...], nurseries: list[Nursery], reference: list[Record], tmp_path: Path
+) -> None:
+    killed = kill_ranks_once_saved(nurseries, tmp_path, 5, killed_ranks)
+    resumed = run_ranks(nurseries, tmp_path, "resumed", "--resume")
     assert_went_on(reference, killed, resumed, saved=5)
 
 

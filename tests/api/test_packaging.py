@@ -4,11 +4,14 @@ Everything is built in copies, without network, from the packages that are alrea
 has: those of a development build. Of a release build one file is compiled; with `-m slow` wheels are those of a release.
 """
 
+import email
 import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -31,8 +34,9 @@ if shutil.which("c++") is None and shutil.which(os.environ.get("CXX", "g++")) is
 SOURCES = ("ckpt", "integrations", "csrc", "tests", "docs", "examples", "bench", ".ci")
 FILES = (
     *("pyproject.toml", "setup.py", "MANIFEST.in", "Makefile", "constraints.txt"),
-    *("README.md", "CONTRIBUTING.md", "LICENSE"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
 )
+OLDEST_GLIBC = 34  # 2.34; CONTRIBUTING.md, Wheels
 COMMAND_TIMEOUT_S = patience(600)
 
 # What a plain machine has: the runtime libraries of C and C++ and the loader.
@@ -63,7 +67,8 @@ print(json.dumps({
 
 
 HOOKS = "csrc/bindings/files.cc"  # binds the fault hooks
-# Compiles that file only: the objects of all others are empty, and nothing is linked. Notes what it is called with.
+# What has been preprocessed stands for what would be compiled, which takes far longer; all other objects are empty, and nothing
+# is linked. Notes what it is called with.
 COMPILER = """#!{python}
 import os, subprocess, sys
 
@@ -71,8 +76,35 @@ arguments = sys.argv[1:]
 with open({log!r}, "a") as log:
     log.write(" ".join(arguments) + "\\n")
 if {only!r} in arguments:
-    sys.exit(subprocess.call([{real!r}, *arguments]))
+    sys.exit(subprocess.call([{real!r}, *["-E" if each == "-c" else each for each in arguments]]))
 open(arguments[arguments.index("-o") + 1], "w").close()
+"""
+
+TRAINING = """
+import hashlib, sys
+import torch
+import ckpt
+
+torch.manual_seed(7)
+model = torch.nn.Sequential(torch.nn.Linear(256, 512), torch.nn.ReLU(), torch.nn.Linear(512, 256))
+optimizer = torch.optim.AdamW(model.parameters())
+directory, steps = sys.argv[1], int(sys.argv[2])
+with ckpt.Checkpointer(directory, keep=2) as checkpointer:
+    found = checkpointer.restore(into={"model": model, "optimizer": optimizer})
+    for step in range(found.step + 1 if found else 1, steps + 1):
+        batch = torch.randn(8, 256, generator=torch.Generator().manual_seed(step))
+        (model(batch) - batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        pending = checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+        if step % 5 == 0:
+            pending.result(60)
+            print("durable", step, flush=True)
+whole = hashlib.sha256()
+for parameter in model.parameters():
+    whole.update(parameter.detach().numpy().tobytes())
+    whole.update(optimizer.state[parameter]["exp_avg_sq"].numpy().tobytes())
+print("resumed from", found.step if found else 0, "and ended in", whole.hexdigest())
 """
 
 
@@ -84,6 +116,17 @@ class Installed(NamedTuple):
     native: Path
     native_names: list[str]
     version: str
+
+
+class Compiler(NamedTuple):
+    """Stands for the real one; see COMPILER."""
+
+    path: Path
+    log: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {"CC": str(self.path), "CXX": str(self.path)}
 
 
 def run(*command: object, cwd: Path, **environment: str) -> str:
@@ -112,9 +155,9 @@ def carry_objects(source: Path, to: Path) -> None:
         shutil.copytree(objects, to / "build" / objects.name, dirs_exist_ok=True)
 
 
-def build_wheel(tree: Path, kind: str, to: Path) -> Path:
+def build_wheel(tree: Path, kind: str, to: Path, **environment: str) -> Path:
     pip = (sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-w", to, tree)
-    run(*pip, cwd=tree.parent, **({} if kind == "release" else {"LAZYCKPT_BUILD": kind}))
+    run(*pip, cwd=tree.parent, **({} if kind == "release" else {"LAZYCKPT_BUILD": kind}), **environment)
     (wheel,) = to.glob("lazyckpt-*.whl")
     return wheel
 
@@ -176,6 +219,15 @@ def installed(wheel_from_sdist: Path, kind: str, place: Path) -> Installed:
 
 
 @pytest.fixture(scope="module")
+def compiler(place: Path) -> Compiler:
+    made = Compiler(place / "compiler", place / "commands")
+    real = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
+    made.path.write_text(COMPILER.format(python=sys.executable, log=str(made.log), only=HOOKS, real=real))
+    made.path.chmod(0o755)
+    return made
+
+
+@pytest.fixture(scope="module")
 def editable(place: Path) -> Installed:
     tree = copy_tree(place / "editable")
     carry_objects(ROOT, tree)
@@ -212,7 +264,23 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel_from_sdist: Path) -> Non
     assert {name for name in names if name.endswith(".py")} == modules_in_tree()
     others = {name for name in names if not name.endswith((".py", ".pyi", "/py.typed"))}
     assert [bool(re.fullmatch(r"ckpt/_native\.[\w-]+\.so", name)) for name in others] == [True]
-    assert len(licenses) == 1
+    assert "ckpt/py.typed" in names and len(licenses) == 1
+
+
+def test_metadata_says_what_pip_needs_to_know(wheel_from_sdist: Path, installed: Installed) -> None:
+    with zipfile.ZipFile(wheel_from_sdist) as wheel:
+        (metadata,) = (wheel.read(name) for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        (scripts,) = (wheel.read(name) for name in wheel.namelist() if name.endswith(".dist-info/entry_points.txt"))
+    found = email.message_from_bytes(metadata)
+    assert (found["Name"], found["Version"], found["Requires-Python"]) == ("lazyckpt", installed.version, ">=3.10")
+    needed = [line for line in found.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert [re.split(r"[>= ]", line)[0] for line in needed] == ["torch", "psutil"]
+    assert b"ckpt = ckpt.cli.main:main" in scripts
+
+
+def test_the_changes_of_this_version_are_told(installed: Installed) -> None:
+    told = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert told[0] == installed.version
 
 
 def test_wheel_from_sdist_works(installed: Installed, wheel_from_sdist: Path, kind: str, place: Path) -> None:
@@ -223,17 +291,14 @@ def test_wheel_from_sdist_works(installed: Installed, wheel_from_sdist: Path, ki
     assert wheel_from_sdist.name.startswith(f"lazyckpt-{installed.version}-")
 
 
-def test_wheel_from_checkout_is_the_same_and_works(
-    tree: Path, unpacked: Path, wheel_from_sdist: Path, kind: str, place: Path
-) -> None:
-    carry_objects(unpacked, tree)
-    wheel = build_wheel(tree, kind, place / f"wheel-from-checkout-{kind}")
+def test_wheel_from_checkout_is_the_same(tree: Path, wheel_from_sdist: Path, place: Path, compiler: Compiler) -> None:
+    """All but the native module, which is not built again."""
+    wheel = build_wheel(tree, "dev", place / "wheel-from-checkout", **compiler.environment)
     with zipfile.ZipFile(wheel) as ours, zipfile.ZipFile(wheel_from_sdist) as theirs:
         assert sorted(ours.namelist()) == sorted(theirs.namelist())
-    site = install_wheel(wheel, place / f"checkout-{kind}-site")
-    found = try_out(sys.executable, place / f"checkout-{kind}-run", PYTHONPATH=str(site))
-    assert found.ckpt == site / "ckpt" / "__init__.py"
-    assert found.integrations == site / "ckpt" / "integrations" / "__init__.py"
+        for name in ours.namelist():
+            if not name.endswith((".so", "/RECORD")):
+                assert ours.read(name) == theirs.read(name), name
 
 
 def test_editable_install_works(editable: Installed, place: Path) -> None:
@@ -249,23 +314,21 @@ def test_fault_hooks_are_in_development_builds_only(installed: Installed, kind: 
     assert hooks <= set(installed.native_names) if kind == "dev" else hooks.isdisjoint(installed.native_names)
 
 
-def test_a_release_build_compiles_without_fault_hooks(editable: Installed, place: Path) -> None:
+def test_a_release_build_compiles_without_fault_hooks(editable: Installed, place: Path, compiler: Compiler) -> None:
     """The file that binds them; of the others it is seen with what they would be compiled."""
-    tree, log, compiler = copy_tree(place / "release-flags"), place / "commands", place / "compiler"
-    real = shutil.which(os.environ.get("CXX", "g++")) or shutil.which("c++")
-    compiler.write_text(COMPILER.format(python=sys.executable, log=str(log), only=HOOKS, real=real))
-    compiler.chmod(0o755)
+    tree = copy_tree(place / "release-flags")
+    compiler.log.unlink(missing_ok=True)
     to = ("--build-lib", place / "no-module")
-    run(sys.executable, "setup.py", "build_ext", *to, cwd=tree, CC=str(compiler), CXX=str(compiler))
-    commands = [line.split() for line in log.read_text().splitlines()]
+    run(sys.executable, "setup.py", "build_ext", *to, cwd=tree, **compiler.environment)
+    commands = [line.split() for line in compiler.log.read_text().splitlines()]
     compiled = {command[command.index("-c") + 1]: command for command in commands if "-c" in command}
     assert compiled.keys() == {path.relative_to(tree).as_posix() for path in (tree / "csrc").rglob("*.cc")}
     for command in compiled.values():
         assert {"-O2", "-DNDEBUG", "-fvisibility-inlines-hidden"} <= set(command) and "-UNDEBUG" not in command
         assert not any("FAULT_HOOKS" in argument for argument in command)
     (made,) = tree.glob(f"build/native-release-*/{HOOKS}".removesuffix(".cc") + ".o")
-    assert b"set_fault" in editable.native.read_bytes()
-    assert made.stat().st_size > 0 and b"set_fault" not in made.read_bytes()
+    assert b"set_fault" in editable.native.read_bytes() and b'"set_fault"' in (tree / HOOKS).read_bytes()
+    assert b"pybind11" in made.read_bytes() and b"set_fault" not in made.read_bytes()
 
 
 def test_native_module_needs_only_what_a_plain_machine_has(installed: Installed, editable: Installed) -> None:
@@ -278,6 +341,31 @@ def test_native_module_needs_only_what_a_plain_machine_has(installed: Installed,
         assert [name for name in needed if not PLAIN_LIBRARIES.fullmatch(name)] == []
         asked_for = {path for paths in re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", output) for path in paths.split(":")}
         assert asked_for <= set(paths_that_python_links_with())
+
+
+@pytest.mark.skipif(importlib.util.find_spec("auditwheel") is None, reason="auditwheel is not installed")
+def test_machines_as_old_as_the_guide_says_can_load_it(wheel_from_sdist: Path) -> None:
+    """Built here."""
+    if int(platform.libc_ver()[1].split(".")[1]) > 36:
+        pytest.skip("the C library of this machine is newer than that of Debian 12, and asks for more")
+    output = run(sys.executable, "-m", "auditwheel", "show", wheel_from_sdist, cwd=wheel_from_sdist.parent)
+    found = re.search(r'consistent with\s+the\s+following\s+platform\s+tag:\s+"manylinux_2_(\d+)_', output)
+    assert found is not None, output
+    assert int(found[1]) <= OLDEST_GLIBC, output
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_where_there_is_no_compiler(installed: Installed, kind: str, place: Path) -> None:
+    paths = {"PYTHONPATH": str(place / f"{kind}-site"), "PATH": str(place / "nothing")}
+    straight = run(sys.executable, "-c", TRAINING, place / f"{kind}-straight", "60", cwd=place, **paths).splitlines()[-1]
+    command = [sys.executable, "-c", TRAINING, str(place / f"{kind}-killed"), "60"]
+    with subprocess.Popen(command, cwd=place, env=os.environ | paths, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None and child.stdout.readline() == "durable 5\n"
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    resumed = run(*command, cwd=place, **paths).splitlines()[-1]
+    assert re.match(r"resumed from ([5-9]|[1-5]\d) and", resumed), resumed
+    assert resumed.split()[-1] == straight.split()[-1] and "resumed from 0" in straight
 
 
 def paths_that_python_links_with() -> list[str]:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
+import hashlib
 import os
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -17,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from places import TESTS
+from places import ROOT, TESTS
 from support import patience
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -32,17 +35,39 @@ ALIVE = ("contexts", "streams", "events", "registrations", "allocations", "frees
 
 
 def build(directory: Path, *more_flags: str, kind: str = "random") -> Path:
-    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
-    source = PROXY if kind == "proxy" else SOURCES[kind]
-    target = directory / f"lib{source.stem}.so"
-    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
-    subprocess.run([compiler, *flags, str(source), "-o", str(target), "-ldl"], check=True, timeout=patience(300))
+    """A copy of its own, which a process can load beside others, of what is compiled once for all test processes and runs."""
+    target = directory / f"lib{SOURCES[kind].stem}.so"
+    shutil.copyfile(compiled(command(SOURCES[kind], *more_flags)), target)
     return target
+
+
+def command(source: Path, *more_flags: str) -> list[str]:
+    compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()[0]
+    flags = ["-std=c++17", "-O1", "-g", "-fPIC", "-shared", "-pthread", "-Wall", "-Wextra", "-Werror", *more_flags]
+    return [compiler, *flags, str(source), "-ldl"]
+
+
+def compiled(command: list[str]) -> Path:
+    """Compiles anew what a change of the command, or of any source of these drivers, may have changed."""
+    digest = hashlib.blake2b(repr(command).encode(), digest_size=16)
+    for path in sorted(path for source in SOURCES.values() for path in source.parent.iterdir()):
+        digest.update(path.read_bytes())
+    kept = ROOT / "build" / "fake-drivers" / f"{digest.hexdigest()}.so"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with open(kept.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # other test processes want it at the same time
+        if not kept.exists():
+            subprocess.run([*command, "-o", f"{kept}.new"], check=True, timeout=patience(300))
+            os.rename(f"{kept}.new", kept)
+    return kept
 
 
 def build_proxy(directory: Path, behind: Path | None = None) -> Path:
     """In front of the driver of this file; None: of the system's."""
-    return build(directory, *[f'-DPROXIED_DRIVER="{behind}"'] if behind else [], kind="proxy")
+    target = directory / f"lib{PROXY.stem}.so"
+    flags = [f'-DPROXIED_DRIVER="{behind}"'] if behind else []
+    subprocess.run([*command(PROXY, *flags), "-o", str(target)], check=True, timeout=patience(300))
+    return target
 
 
 class FakeCuda:

@@ -31,7 +31,7 @@ from unittest import mock
 import psutil
 import torch
 from dist.exchange import exchange
-from support import patience
+from support import patience, wait_until
 
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.coordinator.waiting import Pace
@@ -331,8 +331,9 @@ def stopped_zero(c: Coordinator) -> None:
         try:
             expect_missing((0,), lambda: c.broadcast("stopped-zero/1", None, SHORT_S))
         finally:
-            time.sleep(SHORT_S + SLACK_S)  # for the slowest of the others
+            (DIRECTORY / f"missed-{c.rank}").touch()
             if c.rank == 1:
+                wait_until(lambda: len([*DIRECTORY.glob("missed-*")]) == c.world_size - 1, TIMEOUT_S, "the others")
                 os.kill(pids[0], signal.SIGCONT)
     for number in range(5):
         meet(c, f"stopped-zero/{number + 2}")

@@ -64,7 +64,7 @@ def _save_case(directory: Path, name: str, case: Any) -> None:
 def load_cases(request: dict[str, Any]) -> None:
     """What other ranks have saved, into models of this number of ranks that know nothing of it."""
     begin(request)
-    for folder in sorted(Path(request["directory"]).iterdir()):
+    for folder in sorted(folder for root in request["directories"] for folder in Path(root).iterdir()):
         name = folder.name.rpartition("-")[0]
         make, worlds = sharded_states.CASES.get(name, (None, ()))
         if make is not None and (request["world"] in worlds or (request["world"] == 3 and name in ("fsdp", "placements"))):

@@ -1,6 +1,6 @@
 """Looks at sharded checkpoints as somebody with torch alone: this process does not have the library. Prints a line for each.
 
-    python torch_reader.py <directory with a folder for each case>
+    python torch_reader.py <directory with a folder for each case> ...
 
 A folder has `expected.pt`, the state in full; `ours/step-*`, the checkpoint to be looked at; and `stock`, what torch has written of
 the same state, unless it refuses that.
@@ -125,9 +125,7 @@ def check(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    for folder in sorted(Path(sys.argv[1]).iterdir()):
-        if not folder.is_dir():
-            continue
+    for folder in sorted(folder for each in sys.argv[1:] for folder in Path(each).iterdir() if folder.is_dir()):
         try:
             check(folder)
             error = ""

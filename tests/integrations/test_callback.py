@@ -8,7 +8,6 @@ import logging
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import types
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from nursery import Child, Nursery, script, shared_nursery
 from places import TESTS
 from support import DEADLINE_S, assert_same, options, wait_until
 from torch import nn
@@ -70,15 +70,15 @@ def assert_equal(expected: Any, found: Any) -> None:
 # ---- killed and resumed ----------------------------------------------------------------------------------------------
 
 
-def command(where: Path, name: str, *more: str) -> list[str]:
-    return [
-        sys.executable,
-        str(SCRIPT),
-        f"--directory={where / 'saved'}",
-        f"--events={where / name}",
-        f"--steps={STEPS}",
-        *more,
-    ]
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    with shared_nursery(optimizer=True) as made:
+        yield made
+
+
+def start(nursery: Nursery, where: Path, name: str, *more: str) -> Child:
+    arguments = [f"--directory={where / 'saved'}", f"--events={where / name}", f"--steps={STEPS}", *more]
+    return nursery.start(script(SCRIPT, *arguments))
 
 
 def events(log: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -87,31 +87,29 @@ def events(log: Path, kind: str | None = None) -> list[dict[str, Any]]:
     return [record for record in records if kind in (None, record["event"])]
 
 
-def run(where: Path, name: str, *more: str) -> list[dict[str, Any]]:
-    done = subprocess.run(command(where, name, *more), capture_output=True, text=True, timeout=DEADLINE_S)
+def run(nursery: Nursery, where: Path, name: str, *more: str) -> list[dict[str, Any]]:
+    done = start(nursery, where, name, *more).wait(DEADLINE_S)
     assert done.returncode == 0, done.stderr
     return events(where / f"{name}.0")
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
+def reference(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """What the uninterrupted run computed, by step. It saves now and then, which must change nothing."""
-    return {event["step"]: event for event in run(tmp_path_factory.mktemp("reference"), "log", "--every=7") if "step" in event}
+    log = run(nursery, tmp_path_factory.mktemp("reference"), "log", "--every=7")
+    return {event["step"]: event for event in log if "step" in event}
 
 
-def interrupt(where: Path, after: int, number: signal.Signals, *more: str) -> int:
+def interrupt(nursery: Nursery, where: Path, after: int, number: signal.Signals, *more: str) -> int:
     """Sends the signal once so many steps are done; returns the exit code."""
-    child = subprocess.Popen(command(where, "interrupted", "--pause=0.03", *more), stderr=subprocess.PIPE, text=True)
+    child, log = start(nursery, where, "interrupted", "--pause=0.03", *more), where / "interrupted.0"
     try:
-        log = where / "interrupted.0"
-        wait_until(lambda: len(events(log, "step")) >= after or child.poll() is not None, what="progress")
-        child.send_signal(number)
-        _, text = child.communicate(timeout=DEADLINE_S)
+        wait_until(lambda: len(events(log, "step")) >= after or child.ends_within(0), what="progress")
+        child.signal(number)
     finally:
-        child.kill()
-        child.wait()
-    assert child.returncode != 0, f"it ended before the signal came: {text}"
-    return child.returncode
+        ended = child.wait(DEADLINE_S)
+    assert ended.returncode != 0, f"it ended before the signal came: {ended.stderr}"
+    return ended.returncode
 
 
 def assert_same_curve(found: list[dict[str, Any]], reference: dict[int, dict[str, Any]]) -> None:
@@ -128,11 +126,11 @@ def assert_same_curve(found: list[dict[str, Any]], reference: dict[int, dict[str
     [pytest.param((), id="plain"), pytest.param(("--compiled",), id="resumed-compiled", marks=pytest.mark.slow)],
 )
 def test_killed_and_resumed_computes_the_same(
-    more: tuple[str, ...], reference: dict[int, dict[str, Any]], tmp_path: Path
+    more: tuple[str, ...], nursery: Nursery, reference: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert interrupt(tmp_path, 11, signal.SIGKILL) == -signal.SIGKILL
+    assert interrupt(nursery, tmp_path, 11, signal.SIGKILL) == -signal.SIGKILL
     killed = events(tmp_path / "interrupted.0", "step")
-    resumed = run(tmp_path, "resumed", *more)
+    resumed = run(nursery, tmp_path, "resumed", *more)
     start, end = resumed[0]["step"], killed[-1]["step"]
     assert 1 <= start <= end + 1
     assert resumed[0]["same"] == reference[start]["same"]
@@ -142,12 +140,12 @@ def test_killed_and_resumed_computes_the_same(
     assert resumed[-2]["step"] == STEPS
 
 
-def test_sigterm_saves_the_step_and_ends(reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
-    assert interrupt(tmp_path, 5, signal.SIGTERM, "--preemption", "--every=100000") == 143
+def test_sigterm_saves_the_step_and_ends(nursery: Nursery, reference: dict[int, dict[str, Any]], tmp_path: Path) -> None:
+    assert interrupt(nursery, tmp_path, 5, signal.SIGTERM, "--preemption", "--every=100000") == 143
     log = events(tmp_path / "interrupted.0")
     assert log[-1]["event"] == "preempted"
     assert f"{log[-1]['step']} steps are done and saved" in log[-2]["text"]
-    resumed = run(tmp_path, "resumed")
+    resumed = run(nursery, tmp_path, "resumed")
     assert resumed[0]["step"] == log[-1]["step"]
     assert_same_curve([event for event in resumed if event["event"] == "step"], reference)
 

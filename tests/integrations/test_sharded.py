@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from places import PYTHONPATH, TESTS
+from nursery import Ranks, sharding_nurseries
+from places import TESTS
 from support import DEADLINE_S
 
 from ckpt.integrations.torch import CheckpointCallback
 
 SCRIPT = TESTS / "dist" / "sharded_rank.py"
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
 
 
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    where = tmp_path_factory.mktemp("sharded")
-    environment = os.environ | {"PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*TORCHRUN, str(SCRIPT), str(where)], env=environment, capture_output=True, text=True, timeout=4 * DEADLINE_S
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return dict(line.split(": ", 1) for line in done.stdout.splitlines() if ": " in line)
+    with sharding_nurseries(2) as nurseries:
+        ended = Ranks(nurseries, SCRIPT, str(tmp_path_factory.mktemp("sharded"))).wait(4 * DEADLINE_S)
+    assert [rank.returncode for rank in ended] == [0, 0], "".join(rank.stderr for rank in ended)
+    return dict(line.split(": ", 1) for rank in ended for line in rank.stdout.splitlines() if ": " in line)
 
 
 REFUSED = {

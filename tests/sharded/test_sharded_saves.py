@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,16 +16,16 @@ from places import TESTS
 from support import DEADLINE_S
 
 READER = TESTS / "dist" / "torch_reader.py"
+WORLDS = (1, 2, 4)
 RUNS = [(case, world) for case, (_, worlds) in sharded_states.CASES.items() for world in worlds]
 TRAINED = [(case, world) for case, world in RUNS if case not in ("placements", "grid", "apart", "fsdp1")]
 
 pytestmark = pytest.mark.usefixtures("native")
 
 
-def run_ranks(nurseries: list[Nursery], work: str, directory: Any, world: int) -> list[dict[str, Any]]:
+def run_ranks(nurseries: list[Nursery], work: str, meeting: Path, world: int, **request: Any) -> list[dict[str, Any]]:
     """What all ranks have said."""
-    meeting = directory.with_name(f"{directory.name}-{work}-{world}")
-    request = {"work": work, "world": world, "directory": str(directory), "meeting": str(meeting)}
+    request |= {"work": work, "world": world, "meeting": str(meeting)}
     children = [
         nurseries[rank].start(f"from dist import sharded_saves; sharded_saves.main({request | {'rank': rank}!r})")
         for rank in range(world)
@@ -35,22 +36,26 @@ def run_ranks(nurseries: list[Nursery], work: str, directory: Any, world: int) -
 
 
 class Saved:
-    """All cases of a job of so many ranks.
+    """All cases, of jobs of 1, 2 and 4 ranks.
 
     Attributes:
-        errors: what the reader found wrong, by case.
-        stats: what each rank said of its saves, by case.
+        directories: of each job.
+        errors: what the reader found wrong, by case and ranks.
+        stats: what each rank said of its saves, by the same.
     """
 
-    def __init__(self, nurseries: list[Nursery], directory: Any, world: int) -> None:
-        self.directory = directory
-        said = run_ranks(nurseries, "save_cases", directory, world)
-        self.stats = {case: [each for each in said if each["case"] == case] for case in sharded_states.CASES}
-        command = [sys.executable, str(READER), str(directory)]
+    def __init__(self, nurseries: list[Nursery], where: Path) -> None:
+        self.directories = [where / str(world) for world in WORLDS]
+        self.stats: dict[tuple[str, int], list[dict[str, Any]]] = {}
+        for world, directory in zip(WORLDS, self.directories, strict=True):
+            directory.mkdir()
+            for each in run_ranks(nurseries, "save_cases", where / f"meeting-{world}", world, directory=str(directory)):
+                self.stats.setdefault((each["case"], world), []).append(each)
+        command = [sys.executable, str(READER), *map(str, self.directories)]
         read = subprocess.run(command, capture_output=True, text=True, timeout=4 * DEADLINE_S, cwd="/")
         assert read.returncode == 0, read.stderr
         found = [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
-        self.errors = {each["case"].rpartition("-")[0]: each["error"] for each in found}
+        self.errors = {each["case"]: each["error"] for each in found}
 
 
 @pytest.fixture(scope="module")
@@ -60,14 +65,14 @@ def nurseries() -> Iterator[list[Nursery]]:
 
 
 @pytest.fixture(scope="module")
-def saved(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Saved]:
-    return {world: Saved(nurseries, tmp_path_factory.mktemp(f"world{world}"), world) for world in (1, 2, 4)}
+def saved(nurseries: list[Nursery], tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    return Saved(nurseries, tmp_path_factory.mktemp("saved"))
 
 
 @pytest.mark.parametrize(("case", "world"), RUNS)
-def test_torch_alone_reads_what_was_saved(case: str, world: int, saved: dict[int, Saved]) -> None:
+def test_torch_alone_reads_what_was_saved(case: str, world: int, saved: Saved) -> None:
     """Bit for bit as it was at save(), though it was stepped behind the fence while writes were slow; described as by torch."""
-    assert saved[world].errors[case] == ""
+    assert saved.errors[f"{case}-{world}"] == ""
 
 
 def loads(world: int) -> list[tuple[str, int, int]]:
@@ -78,15 +83,17 @@ def loads(world: int) -> list[tuple[str, int, int]]:
 
 
 @pytest.fixture(scope="module")
-def loaded(nurseries: list[Nursery], saved: dict[int, Saved]) -> dict[tuple[str, int, int], list[str]]:
+def loaded(
+    nurseries: list[Nursery], saved: Saved, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, int, int], list[str]]:
     """What each rank found wrong with what restore() gave it."""
     found: dict[tuple[str, int, int], list[str]] = {}
-    for before, job in saved.items():
-        for world in (1, 2, 3, 4):
-            for each in run_ranks(nurseries, "load_cases", job.directory, world):
-                case, _, ranks = each["case"].rpartition("-")
-                assert int(ranks) == before
-                found.setdefault((case, before, world), []).append(each["error"])
+    where = tmp_path_factory.mktemp("loads")
+    for world in (1, 2, 3, 4):
+        directories = [*map(str, saved.directories)]
+        for each in run_ranks(nurseries, "load_cases", where / str(world), world, directories=directories):
+            case, _, before = each["case"].rpartition("-")
+            found.setdefault((case, int(before), world), []).append(each["error"])
     return found
 
 
@@ -98,13 +105,13 @@ def test_any_number_of_ranks_restores_it(
 
 
 @pytest.mark.parametrize(("case", "world"), TRAINED)
-def test_what_an_optimizer_writes_leaves_lazily(case: str, world: int, saved: dict[int, Saved]) -> None:
-    assert len(saved[world].stats[case]) == world
-    for rank in saved[world].stats[case]:
+def test_what_an_optimizer_writes_leaves_lazily(case: str, world: int, saved: Saved) -> None:
+    assert len(saved.stats[case, world]) == world
+    for rank in saved.stats[case, world]:
         assert rank["zero_copy"] + rank["at_fence"] > rank["in_save"]
 
 
 @pytest.mark.parametrize(("case", "world"), [(case, world) for case, world in RUNS if case != "apart"])
-def test_each_rank_writes_about_as_much(case: str, world: int, saved: dict[int, Saved]) -> None:
-    sizes = [rank["total"] for rank in saved[world].stats[case]]
+def test_each_rank_writes_about_as_much(case: str, world: int, saved: Saved) -> None:
+    sizes = [rank["total"] for rank in saved.stats[case, world]]
     assert max(sizes) < 1.2 * min(sizes)
