@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ckpt.conversion.sources import Entry, Source, dotted, walk
+from ckpt.conversion.sources import Entry, Source, batches, dotted, walk
 from ckpt.upkeep.comparing import Changed, Difference, fold
 
 
@@ -34,6 +34,7 @@ def compare_values(a: Source, b: Source, told: Callable[[int], object] = lambda 
     common = [name for name in a.entries if name in b.entries]
     changed: list[Changed] = []
     distances: list[Distance] = []
+    comparable: list[str] = []
     for name in common:
         first, second = a.entries[name], b.entries[name]
         if (first.dtype, first.shape) != (second.dtype, second.shape):
@@ -41,9 +42,13 @@ def compare_values(a: Source, b: Source, told: Callable[[int], object] = lambda 
         elif first.shape is None:
             values = repr(a.value(name)), repr(b.value(name))
             changed += [Changed(name, *values)] * (values[0] != values[1])
-        elif (distance := _distance(name, a.tensor(name), b.tensor(name))).elements:
-            distances.append(distance)
-        told(first.nbytes)
+        else:
+            comparable.append(name)
+    for batch in batches(a.entries, comparable):
+        here, there = a.tensors(batch), b.tensors(batch)
+        found = [_distance(name, here[name], there[name]) for name in batch]
+        distances += [distance for distance in found if distance.elements]
+        told(sum(a.entries[name].nbytes for name in batch))
     only_a = [name for name in a.entries if name not in b.entries]
     only_b = [name for name in b.entries if name not in a.entries]
     alike = [*_folded(a, only_a, b, only_b), *_folded(b, only_b, a, only_a)]
@@ -74,7 +79,7 @@ def _text(entry: Entry) -> str:
 
 
 def _distance(name: str, a: torch.Tensor, b: torch.Tensor) -> Distance:
-    if not a.numel():
+    if torch.equal(a, b):
         return Distance(name, 0.0, 0)
     wide = torch.complex128 if a.is_complex() else torch.float64 if a.is_floating_point() else None
     if wide is None:

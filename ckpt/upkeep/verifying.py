@@ -21,6 +21,7 @@ from ckpt.upkeep.census import is_checkpoint, look, none_at
 from ckpt.upkeep.contents import read_contents
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, size_below
 from ckpt.upkeep.showing import place_of
+from ckpt.upkeep.zip_check import first_bad_record
 
 GOOD, BAD, MISSING, UNKNOWN, ELSEWHERE = "good", "damaged", "missing", "not verifiable", "on another node"
 _THREADS = 8
@@ -197,8 +198,7 @@ def _judge_part(file: io.BufferedReader, at: int, length: int) -> tuple[str, str
         return UNKNOWN, f"its {length} bytes are more than can be verified at once"
     file.seek(at)
     try:
-        with zipfile.ZipFile(io.BytesIO(file.read(length))) as archive:
-            record = archive.testzip()
+        record = first_bad_record(file.read(length))
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         return BAD, f"its archive is damaged: {error}"
     return None if record is None else (BAD, f"its record '{record}' fails its CRC-32")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +201,9 @@ class InParts:
         self.entries = {"w": Entry(("w",), torch.float32, (rows, columns))}
 
     def tensor(self, name: str) -> torch.Tensor:
+        raise NotImplementedError
+
+    def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         raise NotImplementedError
 
     def pieces(self, name: str) -> list[Piece]:
