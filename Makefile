@@ -157,7 +157,7 @@ endef
 
 # What auditwheel finds decides which machines a wheel is for: the oldest C library that has what the compiler has put in.
 wheel: $(PYTHON_STAMP)
-	@rm -rf $(WHEELS) && mkdir -p $(WHEELS)/plain $(DIST)
+	@rm -rf $(WHEELS) $(DIST)/lazyckpt-* && mkdir -p $(WHEELS)/plain $(DIST)
 	@$(foreach version,$(WHEEL_PYTHONS),$(call WHEEL_OF,$(version)) &&) true
 	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --strip -w $(DIST) $(WHEELS)/plain/*.whl
 	$(PY) -c "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])" $(DIST) >/dev/null
