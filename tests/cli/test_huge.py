@@ -57,7 +57,10 @@ def test_verified(place: str, huge: Path, shell: Shell) -> None:
 def test_compared(place: str, huge: Path, shell: Shell) -> None:
     document = shell.json("diff", huge / "run", huge / place)
     assert document["same"] and document["alike"] == MANY
-    document = shell.json("diff", f"{huge / 'run'}:1", huge / place, "--values", code=1)
+
+
+def test_compared_by_values(huge: Path, shell: Shell) -> None:
+    document = shell.json("diff", f"{huge / 'run'}:1", huge / "a.safetensors", "--values", code=1)
     assert len(document["distances"]) == MANY and {each["largest"] for each in document["distances"]} == {1.0}
 
 
