@@ -24,6 +24,7 @@ import ckpt
 from ckpt.conversion.dcp_directory import write_dcp
 from ckpt.conversion.exporting import Chosen
 from ckpt.conversion.sources import Entry, Piece
+from ckpt.torch_private import flatten_state_dict
 
 MiB = 1 << 20
 
@@ -96,6 +97,55 @@ def test_choices(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
     assert torch.equal(found["weight"], state(2)["model"]["weight"].half())
     assert shell("export", f"{three_steps}:2", "-o", tmp_path / "n", "--format", "pt", "--keys", "modle.*").code == 1
     assert not (tmp_path / "n").exists()
+
+
+DOTTED = [
+    ({"model": {"module.w": 1, "module.b": 2}}, "model.module.", {"w": 1, "b": 2}),
+    ({"model.w": 1, "model.b": 2, "other": 3}, "model.", {"w": 1, "b": 2, "other": 3}),
+    ({"m.x": {"w": 1}, "m.y": {"w": 2}}, "m.", {"x": {"w": 1}, "y": {"w": 2}}),
+    ({"m": {"a": {"v.w": 1}, "b": [2, 3]}, "n": 4}, "m.", {"a": {"v.w": 1}, "b": [2, 3], "n": 4}),
+    ({"m": {"layer_w": 1}}, "m.layer_", {"w": 1}),
+    ({"m": [1, 2], "n": 3}, "m.", {0: 1, 1: 2, "n": 3}),
+]
+
+
+def as_tensors(value: Any) -> Any:
+    """Numbers become tensors that hold them."""
+    if isinstance(value, dict):
+        return {key: as_tensors(part) for key, part in value.items()}
+    return [as_tensors(part) for part in value] if isinstance(value, list) else torch.tensor([value])
+
+
+@pytest.mark.parametrize(("saved", "prefix", "wanted"), DOTTED)
+def test_a_prefix_goes_and_nothing_with_it(
+    saved: dict[str, Any], prefix: str, wanted: dict[Any, Any], shell: Shell, tmp_path: Path
+) -> None:
+    """Keys have dots themselves, as those of each state_dict of a module."""
+    torch.save(as_tensors(saved), tmp_path / "a.pt")
+    words = ("--strip", prefix, "--format")
+    assert shell("export", tmp_path / "a.pt", "-o", tmp_path / "b.pt", *words, "pt").code == 0
+    assert repr(torch.load(tmp_path / "b.pt", weights_only=True)) == repr(as_tensors(wanted))
+    assert shell("export", tmp_path / "a.pt", "-o", tmp_path / "d", *words, "dcp").code == 0
+    expected = flatten_state_dict(as_tensors(wanted))[0]
+    found = read_by_torch(tmp_path / "d", {key: torch.zeros_like(tensor) for key, tensor in expected.items()})
+    assert repr(found) == repr(expected)
+    assert dcp.FileSystemReader(tmp_path / "d").read_metadata().state_dict_metadata.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp"])
+def test_a_prefix_whose_end_would_lose_something(form: str, shell: Shell, tmp_path: Path) -> None:
+    for saved, prefix, text in (
+        ({"model.w": 1}, "model", "would be '.w'"),
+        ({"model": {"w": 1}}, "model", "would be '.w'"),
+        ({"model": {"w": 1}, "b": 2}, "model.w", "would be ''"),
+        ({"a": 1, "m": {"a": {"b": 2}}}, "m.", "'a.b' cannot be written"),
+        ({"m": {"a": {"b": 2}}, "a": 1}, "m.", "'a' cannot be written"),
+        ({1: 1, "m": {True: 2}}, "m.", "'True' cannot be written"),
+    ):
+        torch.save(as_tensors(saved), tmp_path / "a.pt")
+        said = shell("export", tmp_path / "a.pt", "-o", tmp_path / "out", "--strip", prefix, "--format", form)
+        assert said.code == 1 and text in said.err, said.err
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
 
 def test_in_several_files_with_an_index(shell: Shell, tmp_path: Path) -> None:
