@@ -392,6 +392,8 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
         return _of_file(path)
     if not os.path.lexists(path / manifests.NAME):
         if file:
+            if not os.path.lexists(path / file):
+                raise NotACheckpointError(f"'{path}' holds no file '{file}'")
             return _of_file(path / file)
         if not os.path.lexists(path / METADATA):
             raise none_at(path, "no checkpoint")

@@ -166,6 +166,10 @@ def test_damage_becomes_no_file(shell: Shell, home: Path, two_ranks: Path, tmp_p
     assert said.code == 1 and "data/0" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert shell("export", home / "nothing", "-o", tmp_path / "out.pt", "--format", "pt").code == 3
+    for missing in (f"{home}:999", f"{home}:999:state.pt", f"{home}:1:other.pt", f"{two_ranks / 'torch'}:other.pt"):
+        said = shell("export", missing, "-o", tmp_path / "out.pt", "--format", "pt")
+        assert said.code == 3 and ("999" in said.err or "other.pt" in said.err), said.err
+        assert shell("diff", missing, home).code == shell("diff", home, missing, "--values").code == 3
     assert shell("export", f"{home}:1", "-o", tmp_path / "no" / "out.pt", "--format", "pt").code == 5
     assert shell("export", f"{home}:1", "--format", "pt").code == 2
 
