@@ -63,6 +63,12 @@ def test_with_what_one_rank_has_for_itself(two_ranks: Path, shell: Shell, tmp_pa
     words = ("export", two_ranks / "ours", "-o", tmp_path / "m.pt", "--format", "pt", "--rank")
     assert shell(*words, "1").code == 0 and torch.load(tmp_path / "m.pt")["seed"] == 1
     assert shell(*words, "7").code == 3
+    same = ("diff", two_ranks / "ours", two_ranks / "ours", "--values")
+    document, said = shell.json(*same), shell(*same)
+    assert document["same"] and len(document["not_compared"]) == 2 and all(".pt" in name for name in document["not_compared"])
+    assert document["not_compared"][0] in said.out and "--rank" in said.out
+    assert len(shell.json(*same, "--rank", "1")["not_compared"]) == 1
+    assert shell.json("diff", two_ranks / "torch", two_ranks / "torch", "--values")["not_compared"] == []
 
 
 def test_all_that_a_state_holds(shell: Shell, tmp_path: Path) -> None:
