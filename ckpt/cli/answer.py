@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 SCHEMA = 1  # of the documents; a new number when a field goes or changes its meaning
@@ -103,6 +103,11 @@ def age_s(created: str) -> float | None:
         return (now - then.replace(tzinfo=then.tzinfo or datetime.timezone.utc)).total_seconds()
     except ValueError:
         return None
+
+
+def metrics(found: Mapping[str, float]) -> str:
+    """ "loss=0.25, epoch=3"."""
+    return ", ".join(f"{name}={value:.6g}" for name, value in found.items())
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()) -> list[str]:

@@ -14,6 +14,7 @@ from ckpt.upkeep.targets import resolve
 SUMMARY = """In what two checkpoints or files differ: which keys only one has, and which have another dtype, shape or value.
 With --values every element of every tensor is compared."""
 _SHOWN = 40  # of each kind
+_NAMED = 4  # of files that were not read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,11 +31,13 @@ def run(chosen: argparse.Namespace) -> Answer:
     """
     a, b = resolve(chosen.a), resolve(chosen.b)
     distances: list[Any] = []
+    unread: list[str] = []
     if chosen.values:
-        from ckpt.conversion.sources import open_source
+        from ckpt.conversion.sources import left_out, open_source
         from ckpt.conversion.values import compare_values
 
         first, second = open_source(*a, chosen.rank), open_source(*b, chosen.rank)
+        unread = sorted({*left_out(*a, chosen.rank), *left_out(*b, chosen.rank)})
         with Progress("compared", sum(entry.nbytes for entry in first.entries.values())) as told:
             found, distances = compare_values(first, second, told)
     else:
@@ -45,11 +48,12 @@ def run(chosen: argparse.Namespace) -> Answer:
         **{"only_a": found.only_a, "only_b": found.only_b},
         "changed": [dataclasses.asdict(each) for each in found.changed],
         "distances": [dataclasses.asdict(each) for each in distances],
+        "not_compared": unread,
     }
-    return Answer(OK if is_same else BAD, document, _lines(found, distances, chosen))
+    return Answer(OK if is_same else BAD, document, _lines(found, distances, unread, chosen))
 
 
-def _lines(found: Difference, distances: list[Any], chosen: argparse.Namespace) -> list[str]:
+def _lines(found: Difference, distances: list[Any], unread: list[str], chosen: argparse.Namespace) -> list[str]:
     lines = _some([paint(f"- {plain(name)}", RED) for name in found.only_a])
     lines += _some([paint(f"+ {plain(name)}", GREEN) for name in found.only_b])
     lines += _some([paint(f"! {plain(f'{each.name}: {each.a} -> {each.b}')}", YELLOW) for each in found.changed])
@@ -58,6 +62,10 @@ def _lines(found: Difference, distances: list[Any], chosen: argparse.Namespace) 
         largest = "NaN on one side" if each.largest is None else f"largest difference {each.largest:.6g}"
         lines.append(paint(f"~ {plain(each.name)}: {largest}, {count(each.elements, 'element')}", YELLOW))
     lines += [f"  ... and {len(far) - _SHOWN} more"] * (len(far) > _SHOWN)
+    if unread:
+        names = ", ".join(unread[:_NAMED]) + (", ..." if len(unread) > _NAMED else "")
+        text = f"not compared: {count(len(unread), 'file')} of what ranks have saved for themselves ({plain(names)}): "
+        lines.append(paint(text + "--rank R takes that of rank R, too", YELLOW))
     what = "" if chosen.values else "; values of tensors were not compared: --values does it"
     parts = [f"{len(found.only_a)} only in A", f"{len(found.only_b)} only in B", f"{len(found.changed)} changed"]
     parts += [f"{len(distances)} with other values"] * chosen.values

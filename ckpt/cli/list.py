@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from ckpt.cli.answer import GREEN, NONE, OK, RED, YELLOW, Answer, paint, plain, size, table
+from ckpt.cli.answer import GREEN, NONE, OK, RED, YELLOW, Answer, metrics, paint, plain, size, table
 from ckpt.storage.object_urls import is_url
 from ckpt.upkeep.census import look, look_into_store
 from ckpt.upkeep.other_tiers import add_tiers
@@ -39,8 +39,10 @@ def _lines(place: str, rows: list[Row]) -> list[str]:
     if not rows:
         return [f"'{place}' holds no checkpoint"]
     tiers = sorted({tier for row in rows for tier in row.where})
-    head = ["name", "step", "number", "committed at", "size", "files", "ranks", "state", *tiers]
-    lines = table(head, [_cells(row, tiers) for row in rows], right=(1, 2, 4, 5, 6))
+    has_metrics = any(row.metrics for row in rows)
+    head = ["name", "step", "number", "committed at", "size", "files", "ranks", "state", *tiers, *["metrics"] * has_metrics]
+    cells = [[*_cells(row, tiers), *[metrics(row.metrics) or "-"] * has_metrics] for row in rows]
+    lines = table(head, cells, right=(1, 2, 4, 5, 6))
     return [lines[0], *(_coloured(line, row.state) for line, row in zip(lines[1:], rows, strict=True)), *_problems(rows)]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.cli.answer import BAD, OK, RED, YELLOW, Answer, count, paint, plain, size, table
+from ckpt.cli.answer import BAD, OK, RED, YELLOW, Answer, count, metrics, paint, plain, size, table
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
@@ -74,7 +74,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if manifest is None:
         return None
     fields = {name: getattr(manifest, name) for name in ("step", "sequence", "world_size", "created", "bundle")}
-    return {**fields, "others": list(manifest.others)}
+    return {**fields, "others": list(manifest.others), "metrics": dict(manifest.metrics)}
 
 
 def _about(checkpoint: Checkpoint) -> list[str]:
@@ -87,6 +87,7 @@ def _about(checkpoint: Checkpoint) -> list[str]:
     return [
         f"{path}: step {manifest.step}, commit {manifest.sequence}{when}",
         f"{ranks}; {count(len(manifest.files), 'file')}, {total}",
+        *[plain(f"metrics: {metrics(dict(manifest.metrics))}")] * bool(manifest.metrics),
     ]
 
 

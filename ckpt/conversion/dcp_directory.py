@@ -72,7 +72,7 @@ def _lay_out(chosen: Chosen) -> tuple[Description, list[_Part]]:
         if entry.shape is not None
     }
     names = {id(tensor): name for name, tensor in hollow.items()}
-    state = nested({entry.path: hollow.get(name, _Value(name)) for name, entry in chosen.entries.items()})
+    state = nested((entry.path, hollow.get(name, _Value(name))) for name, entry in chosen.entries.items())
     if not isinstance(state, dict):
         raise UnsupportedError("torch.distributed.checkpoint takes a dict, and what was chosen is none: export it as pt")
     flat, paths = flatten_state_dict(state)

@@ -15,7 +15,7 @@ from typing import IO, Any, BinaryIO, cast
 
 import torch
 
-from ckpt.conversion.sources import Entry, Piece, Position, Source, TuplePosition, view_bytes
+from ckpt.conversion.sources import Entry, Path_, Piece, Position, Source, TuplePosition, dotted, view_bytes
 from ckpt.errors import CheckpointError, UnsupportedError
 from ckpt.plan.pickler import pickle_object
 from ckpt.safetensors_header import CODES, encode, in_file_order
@@ -56,7 +56,7 @@ class Chosen:
         entries, tensors: all that is chosen, and what of it are tensors, by the names that they get.
 
     Raises:
-        CheckpointError: nothing matches one of the patterns, or two get the same name.
+        CheckpointError: nothing matches one of the patterns, or two get the same name, or one gets none, or a dot at its begin.
     """
 
     def __init__(self, source: Source, keys: Sequence[str] = (), dtype: torch.dtype | None = None, strip: str = "") -> None:
@@ -71,11 +71,10 @@ class Chosen:
         self._names = {name.removeprefix(strip): name for name in names}
         if len(self._names) < len(names):
             raise CheckpointError(f"without '{strip}' two names are the same: choose some by --keys")
-        depth = strip.count(".") if strip.endswith(".") else 0
         self.entries: dict[str, Entry] = {}
         for written, name in self._names.items():
             entry = self._as_written(source.entries[name])
-            self.entries[written] = entry if written == name else entry._replace(path=entry.path[depth:])
+            self.entries[written] = entry if written == name else entry._replace(path=_shortened(entry.path, name, strip))
         self.tensors = {name: entry for name, entry in self.entries.items() if entry.shape is not None}
 
     def _as_written(self, entry: Entry) -> Entry:
@@ -107,6 +106,26 @@ class Chosen:
 
     def value(self, name: str) -> Any:
         return self._source.value(self._names[name])
+
+
+def _shortened(path: Path_, name: str, prefix: str) -> Path_:
+    """The path of what is called `name` without that prefix: keys may have dots themselves, and it may end within one."""
+    written = name.removeprefix(prefix)
+    if not written or written.startswith("."):
+        raise CheckpointError(
+            f"without '{prefix}' the name '{name}' would be '{written}': strip '{prefix}.', or choose others by --keys"
+        )
+    if dotted(path) != name:
+        return (written,)
+    left = prefix
+    for number, key in enumerate(path):
+        if not left:
+            return path[number:]
+        text = f"{key}."
+        if not left.startswith(text):
+            return (str(key).removeprefix(left), *path[number + 1 :])
+        left = left.removeprefix(text)
+    raise AssertionError(f"'{prefix}' is longer than '{name}'")
 
 
 # ---- safetensors -----------------------------------------------------------------------------------------------------
@@ -198,7 +217,7 @@ def write_torch(chosen: Chosen, output: Path, told: Told = lambda _: None) -> Ex
         name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in chosen.tensors.items() if entry.shape is not None
     }
     parts = {name: hollow[name] if name in hollow else chosen.value(name) for name in chosen.entries}
-    value = nested({chosen.entries[name].path: part for name, part in parts.items()})
+    value = nested((chosen.entries[name].path, part) for name, part in parts.items())
     writers = [
         (tensor, functools.partial(_write_tensor, chosen=chosen, name=name, told=told)) for name, tensor in hollow.items()
     ]
@@ -238,17 +257,43 @@ class _Level(dict[Any, Any]):
     """Of containers, while they are built."""
 
 
-def nested(parts: dict[tuple[Any, ...], Any]) -> Any:
-    """What lies at these paths. In lists and tuples None stands for what was left out."""
-    if list(parts) == [()]:
-        return parts[()]
+def nested(parts: Iterable[tuple[Path_, Any]]) -> Any:
+    """What lies at these paths. In lists and tuples None stands for what was left out.
+
+    Raises:
+        CheckpointError: two lie at the same path, or one within another that is no empty dict.
+    """
+    found = list(parts)
+    if len(found) == 1 and found[0][0] == ():
+        return found[0][1]
     root = _Level()
-    for path, value in parts.items():
+    for path, value in found:
         node = root
         for key in path[:-1]:
-            node = node.setdefault(key, _Level())
-        node[path[-1]] = value
+            if key not in node or _is_empty(node[key]):
+                node[key] = _Level()
+            node = node[key]
+            if not isinstance(node, _Level):
+                raise _in_the_way(path)
+        if not path:
+            raise _in_the_way(path)
+        there = node.get(path[-1])
+        if path[-1] in node and not (isinstance(there, _Level) and _is_empty(value)):
+            raise _in_the_way(path)
+        node.setdefault(path[-1], value)
     return _closed(root)
+
+
+def _is_empty(value: Any) -> bool:
+    """Of several files of a checkpoint, one may have an empty dict where another has something in it."""
+    return type(value) is dict and not value
+
+
+def _in_the_way(path: Path_) -> CheckpointError:
+    return CheckpointError(
+        f"'{dotted(path)}' cannot be written: something else is to lie at that place, or within it, or it within that; choose "
+        "some by --keys, or strip another prefix"
+    )
 
 
 def _closed(node: Any) -> Any:
@@ -256,6 +301,6 @@ def _closed(node: Any) -> Any:
         return node
     made = {key: _closed(part) for key, part in node.items()}
     if not all(isinstance(key, Position) for key in made):
-        return made
+        return {int(key) if isinstance(key, Position) else key: part for key, part in made.items()}
     items = [made.get(number) for number in range(max(made) + 1)]
     return tuple(items) if all(isinstance(key, TuplePosition) for key in made) else items

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import RANK, REPLICATED
+from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
 from ckpt.directory.sharded_files import METADATA, checksums_path, metadata_name
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive
@@ -392,6 +392,8 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
         return _of_file(path)
     if not os.path.lexists(path / manifests.NAME):
         if file:
+            if not os.path.lexists(path / file):
+                raise NotACheckpointError(f"'{path}' holds no file '{file}'")
             return _of_file(path / file)
         if not os.path.lexists(path / METADATA):
             raise none_at(path, "no checkpoint")
@@ -409,7 +411,7 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
         own = [each for each in own if each.rank == rank]
         if not own:
             raise NotACheckpointError(f"'{path}' holds no file of rank {rank}")
-    elif len(own) > 1 and (metadata is not None or common):
+    elif _is_beside_others(manifest, own):
         own = []
     if len(own) > 1:
         names = ", ".join(each.name for each in own[:4]) + (", ..." if len(own) > 4 else "")
@@ -420,6 +422,23 @@ def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
     if metadata is not None:
         sources[METADATA] = ShardedSource(path, metadata)
     return next(iter(sources.values())) if len(sources) == 1 else _Joined(sources)
+
+
+def left_out(path: Path, file: str = "", rank: int | None = None) -> list[str]:
+    """Names of files that ranks have saved for themselves, and open_source() does not read."""
+    if file or not os.path.lexists(path / manifests.NAME):
+        return []
+    manifest = manifests.read(path)
+    own = [each for each in manifest.files if each.kind == RANK]
+    if rank is None:
+        return [each.name for each in own] if _is_beside_others(manifest, own) else []
+    return [each.name for each in own if each.rank != rank]
+
+
+def _is_beside_others(manifest: Manifest, own: Sequence[FileEntry]) -> bool:
+    """Whether what ranks have for themselves may be left out: there is something that is of all of them."""
+    is_common = any(each.kind == REPLICATED for each in manifest.files)
+    return len(own) > 1 and (is_common or metadata_name(manifest) is not None)
 
 
 def _of_file(path: Path) -> Source:

@@ -188,7 +188,12 @@ def look_into_store(url: str) -> list[Row]:
 
 
 def _row_in_store(folder: str, manifest: Manifest, objects: list[StoredObject]) -> Row:
-    there = {each.key.rpartition("/")[2]: each.bytes for each in objects}
-    missing = [file.name for file in manifest.files if there.get(file.name) != file.bytes]
+    missing = missing_objects(manifest, objects)
     problem = f"{len(missing)} of {len(manifest.files)} files missing or cut off: {missing[0]}" if missing else ""
     return row_of(folder, OBJECTS, manifest, DAMAGED if missing else COMMITTED, problem)
+
+
+def missing_objects(manifest: Manifest, objects: list[StoredObject]) -> list[str]:
+    """Names of files that are not among the objects of their folder with the size that the manifest gives."""
+    there = {each.key.rpartition("/")[2]: each.bytes for each in objects}
+    return [file.name for file in manifest.files if there.get(file.name) != file.bytes]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from ckpt.directory.step_names import stem_of
+from ckpt.errors import NotACheckpointError
 from ckpt.upkeep.census import none_at
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
@@ -42,8 +44,11 @@ def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
     """By their paths; where a checkpoint has several files, that of the file is put before.
 
     Raises:
+        NotACheckpointError: there is no such file.
         CheckpointError: it cannot be understood.
     """
+    if file and not os.path.lexists(path / file):
+        raise NotACheckpointError(f"'{path}' holds no file '{file}'")
     if not path.is_dir() or file:
         return {leaf.path: leaf for leaf in read_contents(path / file if file else path).leaves}
     found: dict[str, Contents] = {}

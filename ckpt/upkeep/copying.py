@@ -30,10 +30,12 @@ from ckpt.storage.exchange import replace_link
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.streamed_file import StreamedFile
 from ckpt.upkeep.census import none_at
+from ckpt.upkeep.prepared import missing_files
 from ckpt.upkeep.rows import size_below
 from ckpt.upkeep.showing import place_of
 
 _CHUNK_BYTES = 4 << 20
+_NAMED = 3  # of files that are missing
 
 Told = Callable[[int], object]  # called with the bytes that have been copied since it was called last
 
@@ -180,7 +182,8 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
     """One after the other. The caller sees to it that nobody else saves there.
 
     Raises:
-        CheckpointError: another checkpoint has the name or the number there, or there is no room; nothing was copied.
+        CheckpointError: another checkpoint has the name or the number there, one that is there has lost files, or there is no
+            room; nothing was copied.
         CorruptError, StorageError: of one of them; those before it are copied.
     """
     there = {manifest.sequence: (path, manifest) for path, manifest in committed_deeper_in(directory)}
@@ -202,6 +205,11 @@ def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Mani
     target = directory / origin.name
     found = manifests.read_if_any(target)
     if found is not None and manifests.identity(found) == manifests.identity(origin.manifest):
+        if missing := missing_files(target, found):
+            raise CheckpointError(
+                f"'{target}' is there, but {len(missing)} of its {len(found.files)} files are missing or cut off "
+                f"({', '.join(missing[:_NAMED])}): move it away, and copy again"
+            )
         return True
     if os.path.lexists(target):
         raise CheckpointError(f"'{target}' is there, and is something else: move it away, or copy to another directory")

@@ -13,9 +13,10 @@ from ckpt.directory.holds import held_at
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.step_names import is_step_name
-from ckpt.errors import NotACheckpointError
+from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.storage import durable
 from ckpt.upkeep.prepared import missing_files
+from ckpt.upkeep.verifying import BAD, MISSING, Told, verify
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
 
@@ -48,12 +49,14 @@ def choose(directory: Path, keeping: Keeping) -> list[Choice]:
 
     Raises:
         NotACheckpointError: there is none.
+        CheckpointError: none has the metric by which the best are chosen.
         StorageError: it cannot be read.
     """
     found = [(path, manifest) for path, manifest in committed_deeper_in(directory) if not _is_behind_link(path, directory)]
     if not found:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
     whole = [(path, manifest) for path, manifest in found if not missing_files(path, manifest)]
+    _refuse_unknown_metric([manifest for _, manifest in whole], keeping)
     latest = read_latest(directory)
     held = held_at(directory, [manifest for _, manifest in whole[keeping.newest :]])
     reasons = keeping.reasons([manifest for _, manifest in whole])
@@ -66,6 +69,13 @@ def choose(directory: Path, keeping: Keeping) -> list[Choice]:
             fate, why = HELD, "latest names it"
         choices.append(Choice(path, manifest.step, manifest.sequence, manifests.bytes_of(manifest), fate, why))
     return choices
+
+
+def _refuse_unknown_metric(whole: list[Manifest], keeping: Keeping) -> None:
+    known = sorted({name for manifest in whole for name, _ in manifest.metrics})
+    if keeping.by and keeping.by not in known:
+        there = f"there are {', '.join(map(repr, known))}" if known else "none was saved with metrics"
+        raise CheckpointError(f"no whole checkpoint has the metric '{keeping.by}', so none would be the best: {there}")
 
 
 def _is_behind_link(path: Path, directory: Path) -> bool:
@@ -85,6 +95,23 @@ def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
     if manifest.others:
         return HELD, "files of others lie in it"
     return REMOVED, ""
+
+
+def refuse_changed(choices: list[Choice], told: Told = lambda _: None) -> None:
+    """Reads the newest that stays: what goes may be all that could stand in for it.
+
+    Raises:
+        CorruptError: its bytes are not those that were written.
+    """
+    newest = next((choice for choice in choices if choice.fate == KEPT), None)
+    if newest is None or all(choice.fate != REMOVED for choice in choices):
+        return
+    damaged = [each for each in verify(newest.path, False, told) if each.state in (BAD, MISSING)]
+    if damaged:
+        listed = "; ".join(f"{newest.path / each.file}: {each.problem}" for each in damaged)
+        raise CorruptError(
+            f"the newest that would stay is damaged, so nothing was removed ({listed}): bring a copy of it, or move it away"
+        )
 
 
 def remove(choice: Choice) -> None:

@@ -28,6 +28,7 @@ class Row:
         problem: what is wrong, in words; else empty.
         latest: whether `latest` names it.
         where: what has become of it on other tiers, by the name of the tier.
+        metrics: as they were given to save().
     """
 
     name: str
@@ -42,6 +43,7 @@ class Row:
     problem: str = ""
     latest: bool = False
     where: dict[str, str] = dataclasses.field(default_factory=dict)
+    metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def row_of(name: str, kind: str, manifest: Manifest, state: str = COMMITTED, problem: str = "") -> Row:
@@ -56,6 +58,7 @@ def row_of(name: str, kind: str, manifest: Manifest, state: str = COMMITTED, pro
         world_size=manifest.world_size,
         files=len(manifest.files),
         problem=problem,
+        metrics=dict(manifest.metrics),
     )
 
 

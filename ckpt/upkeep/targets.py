@@ -37,8 +37,12 @@ def resolve(text: str) -> tuple[Path, str]:
         return path, name
     if name and (named := _named_in(str(path), name)) is not None:
         return named, ""
-    if name or (found := _newest(path)) is None:
+    if name:
+        if not os.path.lexists(path / name):
+            raise NotACheckpointError(f"'{path}' holds no step, checkpoint or file '{name}'")
         return path, name
+    if (found := _newest(path)) is None:
+        return path, ""
     return found, ""
 
 

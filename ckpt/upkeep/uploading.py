@@ -24,12 +24,12 @@ from ckpt.drain.remote_place import Remote
 from ckpt.drain.stopping import Stop, StoppedError
 from ckpt.drain.upload import Upload
 from ckpt.errors import CheckpointError, StorageError, UnsupportedError
-from ckpt.remote.layout import Catalogue, RemoteCopy
+from ckpt.remote.layout import Catalogue, Listing, RemoteCopy
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.object_urls import parse_url
-from ckpt.upkeep.census import none_at
+from ckpt.upkeep.census import missing_objects, none_at
 from ckpt.upkeep.copying import COPIED, THERE, Copied, Told
 
 _IN_USE = "'{directory}' is being worked on by {holder}: it carries checkpoints there itself; wait for it, or end it"
@@ -101,15 +101,18 @@ class StorePlace:
 
         Raises:
             OwnedByAnotherError: the place belongs to another directory.
-            CheckpointError: another checkpoint has the number of one of them there; nothing was copied.
+            CheckpointError: another checkpoint has the number of one of them, or one that is there has lost files: nothing
+                was copied.
             CorruptError: a file is damaged; those before it are copied.
             StorageError: the store refuses, or does not answer; called again, it goes on there.
             StoppedError: it was asked to end.
         """
         remote = remote_place.read_if_any(self._place) or self._describe()
         ownership = remote_place.claim(self._place, remote, self._store)
-        there = {copy.sequence: copy for copy in Catalogue(self._store).find().copies}
+        listing = Catalogue(self._store).find()
+        there = {copy.sequence: copy for copy in listing.copies}
         self._refuse_others(generations, there)
+        self._refuse_cut_off([copy for each in generations if (copy := there.get(each.sequence))], listing)
         for generation in generations:
             found = there.get(generation.sequence)
             total = manifests.bytes_of(generation.manifest)
@@ -163,6 +166,14 @@ class StorePlace:
                 raise CheckpointError(
                     f"'{self.url}/{found.folder}' has the same number of commit as '{each.directory}', and is another "
                     "checkpoint: which is newer could not be told there; copy to another URL"
+                )
+
+    def _refuse_cut_off(self, copies: list[RemoteCopy], listing: Listing) -> None:
+        for copy in copies:
+            if missing := missing_objects(copy.manifest, listing.objects[copy.folder]):
+                raise CheckpointError(
+                    f"'{self.url}/{copy.folder}' is there, but {len(missing)} of its {len(copy.manifest.files)} files are "
+                    f"missing or cut off ({missing[0]}): remove that folder with the tools of the store, and copy again"
                 )
 
     def _journal_of(self, generation: Generation) -> Journal:

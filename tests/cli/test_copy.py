@@ -55,6 +55,21 @@ def test_damage_is_not_copied(shell: Shell, home: Path, tmp_path: Path) -> None:
     assert_arrived(tmp_path / "t", 1)
 
 
+def test_what_has_lost_files_is_not_there(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t"
+    assert shell("copy", three_steps, target).code == 0
+    (step_in(target, 1) / "state.pt").unlink()
+    said = shell("copy", three_steps, target)
+    assert said.code == 5 and f"'{step_in(target, 1)}' is there, but" in said.out and "state.pt" in said.out
+    shutil.rmtree(step_in(target, 1))
+    with open(step_in(target, 2) / "state.pt", "ab") as file:
+        file.write(b"x")
+    assert shell("copy", three_steps, target).code == 5 and not step_in(target, 1).exists()
+    shutil.rmtree(step_in(target, 2))
+    assert shell("copy", three_steps, target).code == 0
+    assert_arrived(target, 1, 2, 3)
+
+
 def test_what_would_be_confused_is_refused(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
     save_steps(tmp_path / "same number", 9)
     save_steps(tmp_path / "same name", 3)

@@ -56,6 +56,12 @@ def test_a_whole_directory_there_and_back(shell: Shell, home: Path, url: str, tm
     assert "0 checkpoints of 0 B copied, 0 left over" in shell("copy", home, url).out
     assert keys == {each.key for each in ObjectStore(url).list("")}, "nothing was put again"
     assert states(shell, url) == [(3, "committed"), (2, "committed"), (1, "committed")]
+    lost = document["checkpoints"][0]["target"].removeprefix(f"{url}/")
+    ObjectStore(url).remove(f"{lost}/state.pt")
+    said = shell("copy", home, url)
+    assert said.code == 5 and f"{lost}' is there, but" in said.out and "state.pt" in said.out
+    ObjectStore(url).remove(f"{lost}/manifest.json")
+    assert shell("copy", step_in(home, 1), url).code == 0
     rows = shell.json("list", home, "--tiers")["checkpoints"]
     assert [row["where"] for row in rows] == [{url: "committed"}] * 3
     assert shell("copy", url, tmp_path / "back").code == 0

@@ -37,6 +37,19 @@ def test_newest_first_with_what_there_is_to_know(shell: Shell, three_steps: Path
     assert "committed, latest" in said.out and "\033" not in said.out and said.err == ""
 
 
+def test_metrics_are_shown_where_there_are_any(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    assert "metrics" not in shell("list", three_steps).out and "metrics" not in shell("show", three_steps).out
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        checkpointer.save(1, {"x": 1}).result()
+        checkpointer.save(2, {"x": 2}, metrics={"loss": 0.1234567890123, "top 1": 3}).result()
+    rows = shell.json("list", tmp_path)["checkpoints"]
+    assert [row["metrics"] for row in rows] == [{"loss": 0.1234567890123, "top 1": 3.0}, {}]
+    assert shell.json("show", f"{tmp_path}:2")["manifest"]["metrics"] == rows[0]["metrics"]
+    lines = shell("list", tmp_path).out.splitlines()
+    assert lines[0].endswith("  metrics") and lines[1].endswith("  loss=0.123457, top 1=3") and lines[2].endswith("  -")
+    assert "metrics: loss=0.123457, top 1=3" in shell("show", tmp_path).out.splitlines()
+
+
 def test_one_checkpoint_is_listed_alone(shell: Shell, three_steps: Path) -> None:
     assert states(shell.json("list", step_in(three_steps, 2))) == {"step-000000000002": "committed"}
 

@@ -13,6 +13,7 @@ import torch
 from command_line import Shell, in_use, save_steps, step_in
 from places import PYTHONPATH
 from support import options, patience
+from test_verify import flip, place_of
 
 import ckpt
 from ckpt.directory.holds import FOLDER, NAME
@@ -57,6 +58,8 @@ def test_the_best_stay(shell: Shell, tmp_path: Path) -> None:
     document = shell.json("prune", tmp_path, "--keep", "1", "--keep-best", "2", "--best-by", "loss", "--yes")
     assert [each["why"] for each in document["checkpoints"]][1:3] == ["one of the best 2 by loss"] * 2
     assert names(tmp_path) == [1, 2, 3]
+    typed = shell("prune", tmp_path, "--keep", "1", "--keep-best", "2", "--best-by", "los", "--yes")
+    assert typed.code == 1 and "'los'" in typed.err and "'loss'" in typed.err and names(tmp_path) == [1, 2, 3]
     refused = shell("prune", tmp_path, "--keep", "1", "--keep-best", "2")
     assert refused.code == 1 and "--best-by by which metric: give both" in refused.err
 
@@ -90,6 +93,16 @@ def test_what_has_lost_files_is_none_of_the_newest(shell: Shell, home: Path) -> 
     document = shell.json("prune", home, "--keep", "1", "--yes")
     assert [(each["step"], each["fate"]) for each in document["checkpoints"]] == [(3, "held"), (2, "keep"), (1, "remove")]
     assert names(home) == [2, 3]
+
+
+def test_nothing_goes_for_one_whose_bytes_have_changed(shell: Shell, home: Path) -> None:
+    path = step_in(home, 3) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    for keep in ("1", "2"):
+        said = shell("prune", home, "--keep", keep, "--yes")
+        assert said.code == 1 and f"{path}: " in said.err and "data/0" in said.err and "nothing was removed" in said.err
+        assert names(home) == [1, 2, 3]
+    assert shell("prune", home, "--keep", "3", "--yes").code == 0, "nothing goes anyway"
 
 
 def save_numbered(directory: Path, *numbers: int) -> None:

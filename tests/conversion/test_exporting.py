@@ -24,6 +24,7 @@ import ckpt
 from ckpt.conversion.dcp_directory import write_dcp
 from ckpt.conversion.exporting import Chosen
 from ckpt.conversion.sources import Entry, Piece
+from ckpt.torch_private import flatten_state_dict
 
 MiB = 1 << 20
 
@@ -62,6 +63,12 @@ def test_with_what_one_rank_has_for_itself(two_ranks: Path, shell: Shell, tmp_pa
     words = ("export", two_ranks / "ours", "-o", tmp_path / "m.pt", "--format", "pt", "--rank")
     assert shell(*words, "1").code == 0 and torch.load(tmp_path / "m.pt")["seed"] == 1
     assert shell(*words, "7").code == 3
+    same = ("diff", two_ranks / "ours", two_ranks / "ours", "--values")
+    document, said = shell.json(*same), shell(*same)
+    assert document["same"] and len(document["not_compared"]) == 2 and all(".pt" in name for name in document["not_compared"])
+    assert document["not_compared"][0] in said.out and "--rank" in said.out
+    assert len(shell.json(*same, "--rank", "1")["not_compared"]) == 1
+    assert shell.json("diff", two_ranks / "torch", two_ranks / "torch", "--values")["not_compared"] == []
 
 
 def test_all_that_a_state_holds(shell: Shell, tmp_path: Path) -> None:
@@ -98,6 +105,55 @@ def test_choices(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "n").exists()
 
 
+DOTTED = [
+    ({"model": {"module.w": 1, "module.b": 2}}, "model.module.", {"w": 1, "b": 2}),
+    ({"model.w": 1, "model.b": 2, "other": 3}, "model.", {"w": 1, "b": 2, "other": 3}),
+    ({"m.x": {"w": 1}, "m.y": {"w": 2}}, "m.", {"x": {"w": 1}, "y": {"w": 2}}),
+    ({"m": {"a": {"v.w": 1}, "b": [2, 3]}, "n": 4}, "m.", {"a": {"v.w": 1}, "b": [2, 3], "n": 4}),
+    ({"m": {"layer_w": 1}}, "m.layer_", {"w": 1}),
+    ({"m": [1, 2], "n": 3}, "m.", {0: 1, 1: 2, "n": 3}),
+]
+
+
+def as_tensors(value: Any) -> Any:
+    """Numbers become tensors that hold them."""
+    if isinstance(value, dict):
+        return {key: as_tensors(part) for key, part in value.items()}
+    return [as_tensors(part) for part in value] if isinstance(value, list) else torch.tensor([value])
+
+
+@pytest.mark.parametrize(("saved", "prefix", "wanted"), DOTTED)
+def test_a_prefix_goes_and_nothing_with_it(
+    saved: dict[str, Any], prefix: str, wanted: dict[Any, Any], shell: Shell, tmp_path: Path
+) -> None:
+    """Keys have dots themselves, as those of each state_dict of a module."""
+    torch.save(as_tensors(saved), tmp_path / "a.pt")
+    words = ("--strip", prefix, "--format")
+    assert shell("export", tmp_path / "a.pt", "-o", tmp_path / "b.pt", *words, "pt").code == 0
+    assert repr(torch.load(tmp_path / "b.pt", weights_only=True)) == repr(as_tensors(wanted))
+    assert shell("export", tmp_path / "a.pt", "-o", tmp_path / "d", *words, "dcp").code == 0
+    expected = flatten_state_dict(as_tensors(wanted))[0]
+    found = read_by_torch(tmp_path / "d", {key: torch.zeros_like(tensor) for key, tensor in expected.items()})
+    assert repr(found) == repr(expected)
+    assert dcp.FileSystemReader(tmp_path / "d").read_metadata().state_dict_metadata.keys() == expected.keys()
+
+
+@pytest.mark.parametrize("form", ["pt", "dcp"])
+def test_a_prefix_whose_end_would_lose_something(form: str, shell: Shell, tmp_path: Path) -> None:
+    for saved, prefix, text in (
+        ({"model.w": 1}, "model", "would be '.w'"),
+        ({"model": {"w": 1}}, "model", "would be '.w'"),
+        ({"model": {"w": 1}, "b": 2}, "model.w", "would be ''"),
+        ({"a": 1, "m": {"a": {"b": 2}}}, "m.", "'a.b' cannot be written"),
+        ({"m": {"a": {"b": 2}}, "a": 1}, "m.", "'a' cannot be written"),
+        ({1: 1, "m": {True: 2}}, "m.", "'True' cannot be written"),
+    ):
+        torch.save(as_tensors(saved), tmp_path / "a.pt")
+        said = shell("export", tmp_path / "a.pt", "-o", tmp_path / "out", "--strip", prefix, "--format", form)
+        assert said.code == 1 and text in said.err, said.err
+        assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
+
+
 def test_in_several_files_with_an_index(shell: Shell, tmp_path: Path) -> None:
     tensors = {f"t{number}": torch.full((100,), number) for number in range(5)}
     save_file(tensors, tmp_path / "a.safetensors")
@@ -116,6 +172,10 @@ def test_damage_becomes_no_file(shell: Shell, home: Path, two_ranks: Path, tmp_p
     assert said.code == 1 and "data/0" in said.err
     assert [path.name for path in tmp_path.iterdir()] == ["home"]
     assert shell("export", home / "nothing", "-o", tmp_path / "out.pt", "--format", "pt").code == 3
+    for missing in (f"{home}:999", f"{home}:999:state.pt", f"{home}:1:other.pt", f"{two_ranks / 'torch'}:other.pt"):
+        said = shell("export", missing, "-o", tmp_path / "out.pt", "--format", "pt")
+        assert said.code == 3 and ("999" in said.err or "other.pt" in said.err), said.err
+        assert shell("diff", missing, home).code == shell("diff", home, missing, "--values").code == 3
     assert shell("export", f"{home}:1", "-o", tmp_path / "no" / "out.pt", "--format", "pt").code == 5
     assert shell("export", f"{home}:1", "--format", "pt").code == 2
 
