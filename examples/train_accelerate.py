@@ -77,7 +77,7 @@ class Training:
         return loss.detach()
 
     def resume(self) -> None:
-        self.accelerator.load_state()  # the newest that is good
+        self.accelerator.load_state()  # the highest number that is good
         newest = max(int(path.name.rpartition("_")[2]) for path in self.checkpoints.glob("checkpoint_*"))
         self.accelerator.project_configuration.iteration = newest + 1
 

@@ -16,8 +16,8 @@ has saved is loaded here.
   there is made durable with it.
 * A directory that holds something else beside a state is not replaced: the state's files are, all of them or none.
 * With `total_limit` old checkpoints go once the newest is durable, never before. So for a while there is one more.
-* load_state() waits for this job's own saves, and verifies what it loads; without a directory it takes the newest one that is
-  good. What accelerate itself has saved is loaded as it is.
+* load_state() waits for this job's own saves, and verifies what it loads; without a directory it takes the highest number
+  that is good. What accelerate itself has saved is loaded as it is.
 * A save that fails does not stop the training; it is logged, and `Options.max_failed_saves` in a row raise in the next
   save_state(). wait() and end_training() raise what the newest one failed with.
 * All ranks call save_state(), as accelerate says. Where only the main process does, `enable(ranks="main")`.

@@ -54,6 +54,15 @@ def numbered_in(folder: Path) -> list[Path]:
     return [path for _, _, path in sorted(numbers)]
 
 
+def highest_beside(place: Place) -> int:
+    """The highest number in the directory of a state that accelerate numbers; -1 if there is none, or it cannot be seen."""
+    try:
+        numbers = [private.number_of(path.name) for path in numbered_in(place.path.parent)[-1:]]
+    except OSError:
+        return -1
+    return next((number for number in numbers if number is not None), -1)
+
+
 def refuse_taken(place: Place) -> NoReturn:
     """
     Raises:

@@ -89,9 +89,24 @@ class StateSaves:
         is_taken, in_place = session.decide(look)
         if automatic and is_taken:
             places.refuse_taken(place)
+        if automatic and accelerator.is_main_process:
+            self._say_lower(place)
         if in_place is not None and accelerator.is_main_process:
             self._say_in_place(place, in_place)
         return place, in_place is None
+
+    def _say_lower(self, place: Place) -> None:
+        """Accelerate counts from 0 after a load, and takes the highest number for the newest."""
+        highest = places.highest_beside(place)
+        if highest > (place.number or 0) and "lower" not in self._said:
+            self._said.add("lower")
+            logger.warning(
+                "'%s' is saved where there is number %d, which load_state() takes for newer, and total_limit keeps longer: set "
+                "accelerator.project_configuration.iteration = %d behind load_state()",
+                place.path,
+                highest,
+                highest + 1,
+            )
 
     def _say_in_place(self, place: Place, reason: str) -> None:
         kind = reason.partition(" ")[0]

@@ -202,6 +202,23 @@ def test_a_load_takes_the_newest_and_waits_for_it(tmp_path: Path) -> None:
     assert_same(expected, training.everything())
 
 
+def test_a_number_below_others_is_warned_of_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Accelerate counts from 0 after a load."""
+    training = Training(tmp_path, automatic_checkpoint_naming=True, total_limit=1)
+    for _ in range(3):
+        training.save()
+    lazy.wait(DEADLINE_S)
+    training.accelerator.load_state()
+    assert caplog.messages == []
+    training.accelerator.project_configuration.iteration = 0
+    for _ in range(2):
+        training.save()
+        lazy.wait(DEADLINE_S)
+        (tmp_path / "checkpoints" / "checkpoint_2").mkdir(exist_ok=True)
+    (said,) = [message for message in caplog.messages if "iteration = 3 behind load_state()" in message]
+    assert "checkpoint_0' is saved where there is number 2" in said
+
+
 def test_old_ones_go_when_the_newest_is_durable(tmp_path: Path, native: Any) -> None:
     training = Training(tmp_path, automatic_checkpoint_naming=True, total_limit=2)
     folder = tmp_path / "checkpoints"
