@@ -130,7 +130,8 @@ class Checkpointer(SaveSession):
         durable.expect_directory(self.directory)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
-        super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
+        details: dict[str, Any] = {"what": what, "stream": "ckpt", "lands_on_nodes": sorted_tiers.node is not None}
+        super().__init__(options or Options(), made, owned=made is not coordinator, metrics=metrics, **details)
         self._note = self._events_in(self.directory, by_default=True)
         shared, places = self.world_size > 1, self.options.max_in_flight
         self._directories = StepDirectories(self.directory, self._keeping, shared=shared, max_in_flight=places, note=self._note)
