@@ -209,10 +209,8 @@ class BundleCheckpointer(SaveSession):
         if tier is not None and node is not None:
             raise ValueError("tiers= has no use where each node has directories of its own (node=): leave one of them out")
         made = make_coordinator(coordinator)
-        what = "this BundleCheckpointer"
-        super().__init__(
-            options or Options(), made, owned=made is not coordinator, what=what, stream="bundles", metrics=metrics
-        )
+        details: dict[str, Any] = {"what": "this BundleCheckpointer", "stream": "bundles", "lands_on_nodes": tier is not None}
+        super().__init__(options or Options(), made, owned=made is not coordinator, metrics=metrics, **details)
         self._claims = f"{self._stream}-claim"
         self._conversation = RankConversation(made, f"{self._stream}-save", self.options.commit_timeout_s)
         self._varying = tuple(varying)

@@ -130,7 +130,8 @@ class Checkpointer(SaveSession):
         durable.expect_directory(self.directory)
         made = make_coordinator(coordinator, directory=self.directory)
         what = f"the Checkpointer of '{self.directory}'"
-        super().__init__(options or Options(), made, owned=made is not coordinator, what=what, stream="ckpt", metrics=metrics)
+        details: dict[str, Any] = {"what": what, "stream": "ckpt", "lands_on_nodes": sorted_tiers.node is not None}
+        super().__init__(options or Options(), made, owned=made is not coordinator, metrics=metrics, **details)
         self._note = self._events_in(self.directory, by_default=True)
         shared, places = self.world_size > 1, self.options.max_in_flight
         self._directories = StepDirectories(self.directory, self._keeping, shared=shared, max_in_flight=places, note=self._note)
@@ -214,9 +215,10 @@ class Checkpointer(SaveSession):
         task.note = self._note
         self._levels.expect(task)
         try:
-            call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))
             self._claim_directory(call)
             self._enter_nodes(call)
+            # Behind what the others wait for: an error on rank 0 alone would leave them to it.
+            call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))
             self._check_failures()
             self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
         except BaseException as error:
@@ -429,8 +431,8 @@ class Checkpointer(SaveSession):
             ValueError: into and merge are both given, or step and fresh.
         """
         self._check_usable()
+        self._restorer.begin()  # first: all ranks count their calls
         one = self._choose_step(step, fresh)
-        self._restorer.begin()
         targets = {"into": into, "replicated_into": replicated_into, "sharded_into": sharded_into}
         with Progress(progress) as watch:
             request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one, progress=watch)

@@ -6,6 +6,7 @@ import itertools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TypeVar
 
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
-from ckpt.metrics.events import EventLog, Note, ignore, is_wanted, save_fields
+from ckpt.metrics.events import CLOSE_S, EventLog, Note, ignore, is_wanted, save_fields
 from ckpt.metrics.noting import HOME, note_commit, note_free, note_save
 from ckpt.metrics.record import MetricsSink, SaveRecord, Sinks, outcome_of
 from ckpt.metrics.registry import PROCESS
@@ -40,6 +41,7 @@ class SaveSession:
         owned: it was made for this session: nobody else uses it, and it ends with it.
         what: names this in messages.
         stream: the beginning of the keys of its conversations.
+        lands_on_nodes: saves go on when the directory hangs: nothing that tells of them is to wait for it.
         metrics: who is told of each save.
     """
 
@@ -51,6 +53,7 @@ class SaveSession:
         owned: bool,
         what: str,
         stream: str,
+        lands_on_nodes: bool = False,
         metrics: Iterable[MetricsSink] = (),
     ) -> None:
         self.options = options
@@ -73,6 +76,7 @@ class SaveSession:
         self._last_failed: BaseException | None = None
         self._failed_number = -1  # which save that was
         self._noting = threading.RLock()  # one outcome at a time; a sink may save
+        self._lands_on_nodes = lands_on_nodes
         self._logs: dict[Path, EventLog] = {}  # of directories that are ours
         PROCESS.take_part(coordinator.rank, coordinator.world_size)
 
@@ -130,8 +134,9 @@ class SaveSession:
             if self._owns_coordinator:
                 self._coordinator.close()
             self._release()
+            end = time.monotonic() + CLOSE_S
             for log in self._logs.values():
-                log.close()
+                log.close(max(0.0, end - time.monotonic()))
             self._sinks.close()
         return self._last_failed
 
@@ -163,7 +168,7 @@ class SaveSession:
         if directory not in self._logs:
             if len(self._logs) >= _MOST_LOGS:
                 self._logs.pop(next(iter(self._logs)))
-            self._logs[directory] = EventLog(directory, self.rank)
+            self._logs[directory] = EventLog(directory, self.rank, behind=self._lands_on_nodes)
         log = self._logs[directory]
         if begins:
             log.begin()

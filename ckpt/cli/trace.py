@@ -38,7 +38,7 @@ def run(chosen: argparse.Namespace) -> Answer:
         raise NotACheckpointError(f"'{chosen.directory / NAME}' holds no events")
     trace = make_trace(events)
     output = Path(os.path.abspath(chosen.output))
-    durable.replace_quickly(output, json.dumps(trace).encode())
+    durable.replace_quickly(output, json.dumps(trace, allow_nan=False).encode())
     kinds = Counter(event["event"] for event in events)
     drawn = [count(kinds[kind], kind) for kind in ("save", "restore", "drain") if kinds[kind]]
     document = {"output": str(output), "events": dict(kinds), "trace_events": len(trace["traceEvents"])}

@@ -1,4 +1,4 @@
-"""What must stay at home although newer checkpoints are there: it is on its way from there to an object store.
+"""What must stay at home although newer checkpoints are there: it is on its way to an object store, or was gone back to.
 
     .remote/<place>/holds.json    what the drain that carries it says; <place> stands for one URL
 

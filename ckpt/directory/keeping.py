@@ -125,7 +125,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None, keeping: Keeping) -> tupl
 
     Raises:
         TypeError: they are not.
-        ValueError: the one by which the best is chosen is not among them.
+        ValueError: the one by which the best is chosen is not among them; or one is too large for a float.
     """
     if metrics is None:
         return ()
@@ -140,5 +140,7 @@ def checked_metrics(metrics: Mapping[str, Any] | None, keeping: Keeping) -> tupl
 def _number(name: str, value: Any) -> float:
     try:
         return float(value)
+    except OverflowError as error:
+        raise ValueError(f"the metric {name!r} is too large for a floating-point number") from error
     except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: of a tensor of several elements
         raise TypeError(f"the metric {name!r} must be a number, but is {value!r}") from error

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.listing import find_steps
+from ckpt.directory import unpublished
+from ckpt.directory.listing import Found, find_steps
 from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
 from ckpt.directory.step_names import is_step_name, names_in, stem_of
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
@@ -87,6 +88,7 @@ def _load_newest(root: Path, load_step: Callable[[Path, Manifest], Any]) -> Any:
         found = find_steps(root)
         if not found.checkpoints and not found.damaged:
             raise NotACheckpointError(f"'{root}' holds no checkpoint: `ckpt list '{root}'` says what lies there")
+        _tell_of_manifests(found, told)
         problems = [str(error) for error in found.damaged]
         for directory, manifest in found.checkpoints:
             try:
@@ -110,6 +112,21 @@ def _load_newest(root: Path, load_step: Callable[[Path, Manifest], Any]) -> Any:
         f"the checkpoints in '{root}' were removed or replaced while they were being read, {_MOST_LOOKS} times: let the job "
         "that saves there keep more (keep=), or save less often"
     )
+
+
+def _tell_of_manifests(found: Found, told: set[str]) -> None:
+    """Of steps that are passed over because of these: one may be the newest.
+
+    Args:
+        told: what was said already.
+    """
+    said = [f"a checkpoint is passed over: {error}" for error in found.damaged]
+    text = "'{}' holds files, but no manifest.json: it is passed over. Its manifest is lost, or has not arrived yet"
+    said += [text.format(path) for path in found.bare if unpublished.is_lost(path)]
+    for each in said:
+        if each not in told:
+            told.add(each)
+            logger.warning("%s", each)
 
 
 def _has_whole_files(manifest: Manifest) -> bool:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.errors import StorageError
+from ckpt.metrics.line_writer import LineWriter
 from ckpt.metrics.noting import RestoreFigures
 from ckpt.metrics.record import SaveRecord
 from ckpt.metrics.registry import PROCESS, Registry
@@ -30,6 +31,7 @@ logger = logging.getLogger("ckpt")
 NAME, OLDER = "events.jsonl", "events.1.jsonl"
 SCHEMA = 1
 _MOST_BYTES = 32 << 20  # of a file; with the one before it, twice that. A save takes some 1.2 KiB
+CLOSE_S = 2.0  # that an end waits for lines which are not written yet
 _MOST_WAITING = 100  # events that are noted before the directory is claimed; of more the oldest go
 
 Note = Callable[..., None]  # given the kind of an event, and its fields
@@ -44,9 +46,18 @@ class EventLog:
 
     Args:
         rank: of this process among those that save there. Rank 0 renames the file when it is large.
+        behind: on a thread of its own, since saves do not depend on this directory: on a node they go on when home hangs.
     """
 
-    def __init__(self, directory: Path, rank: int, *, registry: Registry = PROCESS, most_bytes: int = _MOST_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        rank: int,
+        *,
+        behind: bool = False,
+        registry: Registry = PROCESS,
+        most_bytes: int = _MOST_BYTES,
+    ) -> None:
         self._directory = directory
         self._held: Directory | None = None  # from begin() on: events follow it when somebody renames it
         self._rank = rank
@@ -56,6 +67,7 @@ class EventLog:
         self._lock = threading.RLock()  # a signal handler may save. Guards what follows
         self._waiting: collections.deque[bytes] | None = collections.deque(maxlen=_MOST_WAITING)
         self._closed = False
+        self._writer = LineWriter(self._write) if behind else None
         self._lost = 0
         self._warned = False
 
@@ -70,7 +82,7 @@ class EventLog:
             except StorageError as error:
                 self._lose(error)
             for line in waiting:
-                self._write(line)
+                self._hand_over(line)
 
     def note(self, event: str, **fields: Any) -> None:
         """Writes it, or loses it. Raises nothing.
@@ -81,38 +93,61 @@ class EventLog:
         """
         if self._closed or os.getpid() != self._owner:
             return
-        said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._rank}
         with self._lock:
-            if self._lost:
-                fields["lost"] = self._lost
-            line = json.dumps({**said, **fields}, separators=(",", ":"), default=str).encode()
+            try:
+                said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._rank}
+                line = json.dumps({**said, **fields}, separators=(",", ":"), default=str).encode()
+            except Exception as error:  # of what a caller has put into it, which may be anything
+                return self._lose(error)
             if self._waiting is not None:
                 self._waiting.append(line)
             else:
-                self._write(line)
+                self._hand_over(line)
 
-    def _write(self, line: bytes) -> None:
+    def _hand_over(self, line: bytes) -> None:
         if self._held is None:
             return
+        if self._writer is None:
+            self._write(line)
+        elif not self._writer.put(line):
+            self._lose("they come faster than they can be written")
+
+    def _write(self, line: bytes) -> None:
+        held, lost = self._held, self._lost
+        if held is None:
+            return
+        if lost:
+            line = line[:-1] + b',"lost":%d}' % lost
         try:
-            append_line(self._held.reach / NAME, line, self._most_bytes, self._held.reach / OLDER)
-            self._lost = 0
-        except StorageError as error:
+            append_line(held.reach / NAME, line, self._most_bytes, held.reach / OLDER)
+        except Exception as error:
             self._lose(error)
+        else:
+            with self._lock:
+                self._lost -= lost
 
-    def _lose(self, error: StorageError) -> None:
-        self._lost += 1
-        if not self._warned:
-            self._warned = True
+    def _lose(self, why: object) -> None:
+        with self._lock:
+            self._lost += 1
+            warned, self._warned = self._warned, True
+        if not warned:
             text = "events are lost, the checkpoints are not concerned (this is said once): those for '%s': %s"
-            logger.warning(text, self._directory / NAME, error)
+            logger.warning(text, self._directory / NAME, why)
 
-    def close(self) -> None:
-        """What comes later is not noted: the directory may belong to another job."""
+    def close(self, timeout_s: float = CLOSE_S) -> None:
+        """What comes later is not noted: the directory may belong to another job.
+
+        Args:
+            timeout_s: how long to wait for what was noted before, where that is written behind.
+        """
+        if os.getpid() != self._owner:
+            return
         with self._lock:
             self._closed = True
+        written = self._writer is None or self._writer.close(timeout_s)
+        with self._lock:
             held, self._held = self._held, None
-        if held is not None and os.getpid() == self._owner:
+        if held is not None and written:  # else it ends with the line that hangs
             held.close()
 
 

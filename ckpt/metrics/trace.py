@@ -15,13 +15,17 @@ save that several ones have held up are drawn as one.
 from __future__ import annotations
 
 import datetime
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 Event = Mapping[str, Any]
 _TRAINING, _COMMITTER, _WRITERS, _DRAINS = 1, 2, 10, 100  # numbers of threads; the last two are those of the first of several
+_UNDRAWN = "schema", "event", "time"
+_DEEPEST = 10  # dicts and lists in each other
 _MOST_ROWS = 80  # of one kind
 _S_TO_US = 1e6
+_MOST = 1e15  # of a number that is drawn: larger than any time, or any bytes, and exact
 
 
 class _Rows:
@@ -91,7 +95,7 @@ class _Process:
         Args:
             at: when it was noted, Unix time.
         """
-        kind, details = event["event"], {key: value for key, value in event.items() if key not in ("schema", "event", "time")}
+        kind, details = event["event"], {key: value for key, value in event.items() if key not in _UNDRAWN}
         if kind == "save":
             self._draw_save(event, at, details)
         elif kind == "drain":
@@ -134,7 +138,8 @@ class _Process:
         """One after the other: what was durable before the last one had ended has waited for that."""
         tiers = event.get("tiers_s") or {}
         landed = tiers.get("node") if isinstance(tiers, dict) else None
-        end = began + landed if isinstance(landed, (int, float)) else _instant_of(event, "durable_s", began)
+        after = _finite(landed)
+        end = _instant_of(event, "durable_s", began) if after is None else began + after
         if end is None:
             return
         begin = min(max(flushed, self._commit_until), end)
@@ -145,8 +150,8 @@ class _Process:
 
     def _draw_drain(self, event: Event, at: float, details: Event) -> None:
         tier = str(event.get("tier"))
-        began, ended = event.get("began"), event.get("ended")
-        if isinstance(began, (int, float)) and isinstance(ended, (int, float)):
+        began, ended = _finite(event.get("began")), _finite(event.get("ended"))
+        if began is not None and ended is not None:
             rows = self._drains.setdefault(tier, _Rows())
             row = rows.take(began, ended)
             first = _DRAINS * (1 + list(self._drains).index(tier))
@@ -161,7 +166,8 @@ def make_trace(events: Iterable[Event]) -> dict[str, Any]:
     Args:
         events: of events.jsonl, in any order; those without a time are left out.
     """
-    timed = sorted(((at, event) for event in events if (at := _time_of(event)) is not None), key=_when)
+    plain = (_plain(event) for event in events)
+    timed = sorted(((at, event) for event in plain if (at := _time_of(event)) is not None), key=_when)
     processes: dict[tuple[str, str, int], _Process] = {}
     for at, event in timed:
         run, host, rank = str(event.get("run", "")), str(event.get("host", "")), int(_number(event, "rank"))
@@ -187,10 +193,29 @@ def _time_of(event: Event) -> float | None:
 
 
 def _number(event: Event, key: str, default: float = 0.0) -> float:
-    value = event.get(key)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else default
+    found = _finite(event.get(key))
+    return default if found is None else found
+
+
+def _finite(value: Any) -> float | None:
+    """None if it is no number, or none that a trace can have: a line may hold anything."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not abs(value) <= _MOST:
+        return None
+    return float(value)
+
+
+def _plain(value: Any, depth: int = _DEEPEST) -> Any:
+    """The same, with a text instead of a number that JSON does not have, and of what no event has so deep."""
+    if isinstance(value, (dict, list)) and not depth:
+        return "..."
+    if isinstance(value, dict):
+        return {key: _plain(each, depth - 1) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(each, depth - 1) for each in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _instant_of(event: Event, key: str, began: float) -> float | None:
     """Unix time of what came so many seconds after the beginning; None if it did not."""
-    return None if event.get(key) is None else began + _number(event, key)
+    after = _finite(event.get(key))
+    return None if after is None else began + after

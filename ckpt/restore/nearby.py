@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from ckpt.coordinator import Coordinator
 from ckpt.directory import manifest as manifests
+from ckpt.directory.going_back import GoingBack
 from ckpt.directory.listing import Found, find_steps
 from ckpt.directory.manifest import REPLICATED, Manifest
 from ckpt.directory.receipts import place_in, read_receipts
@@ -84,9 +85,11 @@ class Nearby:
 
     Args:
         stream: of the keys; no other conversation of this job uses it.
+        back: sees to it that a step that is gone back to stays at home.
     """
 
-    def __init__(self, coordinator: Coordinator, stream: str, own: OwnNode, timeout_s: float) -> None:
+    def __init__(self, coordinator: Coordinator, stream: str, own: OwnNode, timeout_s: float, back: GoingBack) -> None:
+        self._back = back
         self._coordinator = coordinator
         self._stream = stream
         self._own = own
@@ -103,14 +106,17 @@ class Nearby:
         self.lost = ""  # on rank 0: what is to be said if home has been lost, and nodes have what was there
         self.newest = -1  # on rank 0: the highest sequence that lies on any, whether it can be read or not
 
-    def look(self) -> None:
+    def look(self, step: int | None) -> None:
         """All ranks call it; end() must follow.
+
+        Args:
+            step: that is to be gone back to; None: the newest is wanted.
 
         Raises:
             PeerError: a rank does not answer.
         """
         self._calls += 1
-        self._begin()
+        self._begin(step)
         found, self._here, newest = [], {}, -1
         steps = self._steps()
         for path, manifest in steps.checkpoints:
@@ -145,13 +151,15 @@ class Nearby:
         if lock is not None:
             lock.release()
 
-    def _begin(self) -> None:
+    def _begin(self, step: int | None) -> None:
         self.end()
         self._root, self._node, self._began = None, None, time.monotonic()
         try:
             self._root = root = self._own.root()
             if root is None:
                 return
+            if step is not None and self._back.leads:
+                self._back.hold_step(step)
             if not root.is_dir():
                 logger.warning("nothing of this run lies on this node, in '%s': the node is new, or its path is another", root)
                 return
@@ -160,6 +168,8 @@ class Nearby:
                 lock.acquire()
                 self._lock = lock
                 remove_fetched(root)
+                if step is not None:  # before its drain goes on, which does not know of it yet
+                    self._back.hold_step(step)
             if (root / nodes.NAME).exists():
                 self._node = nodes.read(root).place.number
                 if self._lock is not None:

@@ -105,7 +105,7 @@ class Restorer:
         self._targets = TargetState()
         try:
             if self._nearby is not None:
-                self._nearby.look()
+                self._nearby.look(None if one is None else one.step)
             if self._rank == 0:
                 if exclusive:
                     self._refuse_a_second_job(request.timeout_s)

@@ -200,6 +200,15 @@ def test_restore_is_in_step_again_after_one_has_failed(pair: Pair) -> None:
     assert_good(pair, 1)
 
 
+def test_a_restore_that_one_rank_cannot_mean_counts_all_the_same(pair: Pair) -> None:
+    assert pair.save_both(1) == [None, None]
+    with pytest.raises(ValueError, match="step"):
+        pair.ranks[0].restore(step=-1)
+    with pytest.raises(ValueError, match="merge"):
+        pair.ranks[1].restore(into={}, merge=lambda states: states)
+    assert [found.step for found in pair.restore_both()] == [1, 1]
+
+
 def test_one_that_only_looks_does_not_put_the_others_out_of_step(pair: Pair) -> None:
     with ckpt.Checkpointer(pair.directory, coordinator="local"):
         assert pair.save_both(1) == [None, None]
@@ -222,6 +231,15 @@ def test_a_rank_that_gives_nothing_fails_the_save_on_all(pair: Pair) -> None:
         other = other or pair.ranks[1 - rank].save(step, {"a": 1})
         error = other.exception(DEADLINE_S)
         assert isinstance(error, PeerError) and error.ranks == (rank,) and "nothing to save" in str(error)
+
+
+def test_metrics_that_are_none_on_rank_0_fail_the_first_save_on_all(pair: Pair) -> None:
+    """The others wait for rank 0 to claim the directory, and then for its word."""
+    with pytest.raises(TypeError, match="'loss' must be a number"):
+        pair.ranks[0].save(1, {"a": 1}, metrics={"loss": "low"})
+    error = pair.ranks[1].save(1, {"a": 1}).exception(DEADLINE_S)
+    assert isinstance(error, PeerError) and error.ranks == (0,) and "'loss' must be a number" in str(error)
+    assert pair.save_both(2) == [None, None]
 
 
 def test_an_error_without_ranks_is_a_failure(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

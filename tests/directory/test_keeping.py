@@ -79,6 +79,7 @@ def test_what_cannot_be_meant(given: dict[str, Any], error: type[Exception], wor
         (0.5, TypeError, "dict of names and numbers"),
         ({"loss": "low"}, TypeError, "'loss' must be a number"),
         ({"loss": torch.ones(2)}, TypeError, "'loss' must be a number"),
+        ({"loss": 10**5000}, ValueError, "'loss' is too large"),
         ({"los": 0.5}, ValueError, r"has \['los'\], and best_by= asks for 'loss'"),
     ],
 )

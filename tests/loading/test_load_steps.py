@@ -84,6 +84,20 @@ def test_what_a_callback_has_saved(tmp_path: Path) -> None:
     assert_same(dict(model.state_dict()), dict(loaded["model"]))
 
 
+@pytest.mark.parametrize("what", ["damaged", "lost"])
+def test_one_without_a_good_manifest_is_not_passed_over_in_silence(
+    what: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(tmp_path, 1, weights(1))
+    (tmp_path / "step-000000000003").mkdir()  # of a save that died: there is nothing to say of it
+    newest = save(tmp_path, 2, weights(2)) / manifests.NAME
+    newest.write_text("{") if what == "damaged" else newest.unlink()
+    caplog.clear()
+    assert_same(weights(1), ckpt.load(tmp_path))
+    (told,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert "step-000000000002" in told and "is passed over" in told
+
+
 def test_a_damaged_one_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     save(tmp_path, 1, weights(1))
     step = save(tmp_path, 2, weights(2))

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import socket
+import threading
 import time
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 from support import options
+from test_node_saves import end_drains
 
 import ckpt
+from ckpt.metrics import events as event_log
 from ckpt.metrics.events import NAME, OLDER, EventLog, read_events
 from ckpt.metrics.record import SaveRecord
+from ckpt.storage.log_file import append_line
 
 DEADLINE_S = 60.0
 FIELDS = {
@@ -48,7 +52,8 @@ def events_in(directory: Path, *kinds: str) -> list[dict[str, Any]]:
 
 
 def job(directory: Path, *sinks: Any, **more: Any) -> ckpt.Checkpointer:
-    return ckpt.Checkpointer(directory, coordinator="local", metrics=sinks, options=options(**more), keep=2)
+    tiers = more.pop("tiers", ())
+    return ckpt.Checkpointer(directory, coordinator="local", metrics=sinks, options=options(**more), keep=2, tiers=tiers)
 
 
 def test_what_a_job_says(tmp_path: Path) -> None:
@@ -146,6 +151,80 @@ def test_a_line_that_was_cut_off_spoils_no_other(tmp_path: Path) -> None:
     log.close()
     log.note("warning", message="too late")
     assert len((tmp_path / NAME).read_bytes().splitlines()) == 3
+
+
+class Unsayable:
+    def __str__(self) -> str:
+        raise RuntimeError("no words for it")
+
+
+def test_what_cannot_be_said_is_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    circular: list[Any] = []
+    circular.append(circular)
+    log = EventLog(tmp_path, 0)
+    log.note("warning", message=Unsayable())
+    log.begin()
+    for each in (circular, {(1, 2): 3}, 10**5000, Unsayable()):
+        log.note("warning", message=each)
+    log.note("warning", message="behind")
+    log.close()
+    assert [(event["message"], event["lost"]) for event in read_events(tmp_path)] == [("behind", 5)]
+    assert caplog.text.count("events are lost") == 1
+
+
+class Hanging:
+    """A file system that does not answer until it is let go."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked, self.let_go = threading.Event(), threading.Event()
+        monkeypatch.setattr(event_log, "append_line", self.append)
+
+    def append(self, *details: Any) -> None:
+        self.asked.set()
+        assert self.let_go.wait(DEADLINE_S)
+        append_line(*details)
+
+
+def test_on_a_node_nobody_waits_for_a_home_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, tier = Hanging(monkeypatch), ckpt.Tier.node(tmp_path / "node-0")
+    try:
+        with job(tmp_path / "home", tiers=[tier]) as checkpointer:
+            for step in range(3):
+                assert checkpointer.save(step, state(step)).on_tier("node").result(DEADLINE_S).parts[-3] == "node-0"
+            assert hanging.asked.wait(DEADLINE_S) and not (tmp_path / "home" / NAME).exists()
+            hanging.let_go.set()
+            checkpointer.save(3, state(3)).result(DEADLINE_S)
+        landed = [event["step"] for event in events_in(tmp_path / "home", "commit") if event["tier"] == "node"]
+        assert landed == [0, 1, 2, 3]
+    finally:
+        hanging.let_go.set()
+        end_drains(tmp_path)
+
+
+def test_more_than_can_wait_is_lost_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, log = Hanging(monkeypatch), EventLog(tmp_path, 0, behind=True)
+    log.begin()
+    for number in range(1200):
+        log.note("warning", message=number)
+        assert hanging.asked.wait(DEADLINE_S)
+    hanging.let_go.set()
+    log.close(DEADLINE_S)
+    told = [*read_events(tmp_path)]
+    assert [event["message"] for event in told] == [*range(1001)] and told[1]["lost"] == 199
+
+
+def test_an_end_waits_for_no_home_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hanging, log = Hanging(monkeypatch), EventLog(tmp_path, 0, behind=True)
+    log.begin()
+    log.note("warning", message="in time")
+    assert hanging.asked.wait(DEADLINE_S)
+    log.note("warning", message="dropped")
+    log.close(0.0)
+    hanging.let_go.set()
+    for thread in threading.enumerate():
+        if thread.name == "ckpt-events":
+            thread.join(DEADLINE_S)
+    assert [event["message"] for event in read_events(tmp_path)] == ["in time"], "still in the directory that it was in"
 
 
 def test_it_begins_anew_when_it_is_large(tmp_path: Path) -> None:

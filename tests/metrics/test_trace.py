@@ -132,6 +132,35 @@ def test_ranks_tiers_and_what_failed() -> None:
     assert processes == ["rank 0 on a (job)", "rank 1 on a (job)"]
 
 
+HOSTILE = ("NaN", "1e999", "-Infinity", "1" + "0" * 400, "1e300", "-1e300", '"text"', "null", "true", "[1e999]", '{"a": NaN}')
+DEEP = "[" * 700 + "]" * 700
+
+
+def test_numbers_that_are_none(tmp_path: Path, shell: Shell) -> None:
+    """Lines may have been written by anybody. What is drawn is JSON, all the same."""
+    keys = ("rank", "step", "began", "ended", "save_s", "fence_s", "captured_s", "flushed_s", "durable_s", "total_s")
+    keys = (*keys, "arena_used", "backlog_bytes", "tiers_s", "bytes_total")
+    lines = []
+    for kind in ("save", "drain", "restore", "delete"):
+        good = {"schema": 1, "time": "2027-01-15T08:00:09Z", "event": kind, "outcome": "committed", "rank": 0, "step": 1}
+        good |= {"began": 1.8e9, "ended": 1.8e9 + 1, "flushed_s": 1.0, "captured_s": 0.5, "durable_s": 2.0, "fence_s": 0.1}
+        for key in keys:
+            lines += [json.dumps(good | {key: "?"}).replace('"?"', value) for value in (*HOSTILE, DEEP)]
+        lines += [json.dumps(good | {"tiers_s": {"node": "?"}}).replace('"?"', value) for value in (*HOSTILE, DEEP)]
+        lines += [json.dumps(good | {"time": "?"}).replace('"?"', value) for value in (*HOSTILE, DEEP)]
+    (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
+    said = shell.json("trace", tmp_path, "-o", tmp_path / "trace.json")
+
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    found = json.loads((tmp_path / "trace.json").read_text(), parse_constant=refuse)
+    assert said["events"]["save"] == len(lines) / 4 and len(found["traceEvents"]) > len(lines) / 2
+    for event in found["traceEvents"]:
+        assert all(abs(event.get(key, 0)) <= 1e22 for key in ("ts", "dur"))
+        assert event.get("ph") != "C" or all(isinstance(value, float) for value in event["args"].values())
+
+
 def test_no_events(tmp_path: Path, shell: Shell) -> None:
     said = shell("trace", tmp_path, "-o", tmp_path / "trace.json")
     assert said.code == 3 and "no job has kept events" in said.err and not (tmp_path / "trace.json").exists()

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from node_roots import drain_well
 from support import DEADLINE_S, options
 from test_node_saves import end_drains
 
@@ -22,6 +23,7 @@ import ckpt
 from ckpt.directory import manifest as manifests
 from ckpt.errors import SkippedError
 from ckpt.storage.directory_lock import DirectoryLock
+from ckpt.tiers.drain_process import DrainProcess
 
 pytestmark = pytest.mark.usefixtures("native")
 SLOW = 20_000  # bytes a second: nothing comes home within a test
@@ -168,6 +170,34 @@ def test_a_living_job_restores_what_has_landed(home: Path) -> None:
         land(made, 1, 1)
         made.save(2, state(2))
         assert restored(made) == (2, 2)
+
+
+def test_what_was_gone_back_to_stays_while_newer_ones_come_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The drain that the restore starts knows what the job before has said of home, and nothing else, until a save."""
+
+    def job() -> ckpt.Checkpointer:
+        return ckpt.Checkpointer(home, keep=2, options=options(drain_timeout_s=0.1), tiers=[ckpt.Tier.node(node(home))])
+
+    def there() -> list[int]:
+        return sorted(int(path.name[5:]) for path in home.glob("step-*/") if (path / "manifest.json").exists())
+
+    def drain(process: DrainProcess) -> str:
+        drain_well(process.log.parent)
+        return ""
+
+    monkeypatch.setattr(DrainProcess, "ensure", lambda _: "")
+    with contextlib.suppress(ckpt.CheckpointError), job() as made:
+        for step in (2, 3, 4, 5):
+            land(made, step, step)
+            if step < 4:
+                drain_well(next(node(home).iterdir()))
+    assert there() == [2, 3]
+    monkeypatch.setattr(DrainProcess, "ensure", drain)
+    with job() as made:
+        found = made.restore(step=2)
+        assert found is not None and found.state["value"] == 2 and there() == [2, 3, 5]
+        assert made.save(6, state(6)).result(DEADLINE_S) and there() == [2, 5, 6]
+    assert not [*home.glob(".remote/*")], "from now on it goes as any other"
 
 
 def test_failures_at_home_do_not_end_training(home: Path, caplog: pytest.LogCaptureFixture) -> None:
