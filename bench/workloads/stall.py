@@ -12,12 +12,10 @@ from bench.measure.report import Bar, Report
 from bench.measure.sampling import GIB, Sample, Settings, Side, Values, clock, column, interleave, note
 from bench.rivals.torch_save import torch_save_durable
 from bench.workloads.training import Trainer, bytes_of
-from ckpt.metrics import callback, textfile
 
 ITERATION_S = 2.5  # forward + backward takes at least so long,
 FLUSHES_PER_ITERATION = 2.0  # and at least so many times what a flush takes
 KEEP = 2
-WATCHED_BYTES = GIB // 16  # so small that what is kept of a save is not lost in what its bytes take
 
 HOW_BLOCKED = (
     "clock around save(), plus clock from the call of optimizer.step() to the end of its global pre-step hooks (the automatic "
@@ -93,51 +91,7 @@ class Job:
         return values | {"iteration_s": iteration_s, "forward_backward_s": forward_backward_s}
 
 
-class WatchedJob:
-    """A small trainer, and two Checkpointers that save it in turn: one that keeps all that can be known of a save, and one that
-    keeps nothing but the numbers in memory, which cannot be switched off."""
-
-    def __init__(self, settings: Settings, directory: Path) -> None:
-        self._trainer = Trainer(settings.sized(WATCHED_BYTES))
-        self.nbytes = bytes_of(self._trainer.state())
-        sinks = [callback(lambda figures: None), textfile(directory / "ckpt.prom")]
-        self._step = 0
-        self.watched = ckpt.Checkpointer(directory / "watched", keep=KEEP, metrics=sinks)
-        self.quiet = ckpt.Checkpointer(directory / "quiet", keep=KEEP, options=ckpt.Options(events=False))
-        for checkpointer in (self.watched, self.quiet, self.watched, self.quiet):  # a warm-up
-            self.measure(checkpointer)
-
-    def measure(self, checkpointer: ckpt.Checkpointer) -> Values:
-        state = self._trainer.state()
-        started = clock()
-        pending = checkpointer.save(self._step, state)
-        save_s = clock() - started
-        self._step += 1
-        self._trainer.forward_backward()
-        fence_s = self._trainer.step()
-        pending.result()
-        return {"blocked_s": save_s + fence_s, "save_s": save_s, "durable_s": pending.stats.durable_s or 0.0}
-
-
-def measure_watching(settings: Settings, report: Report) -> None:
-    """What metrics and events cost: of the same state, in the same run, in turn."""
-    with settings.workspace() as directory:
-        job = WatchedJob(settings, directory)
-        sides = [Side("on", partial(job.measure, job.watched)), Side("off", partial(job.measure, job.quiet))]
-        on, off = interleave(sides, settings.rounds_or(24), settings.settle).values()
-        for checkpointer in (job.watched, job.quiet):
-            checkpointer.close()
-    how = "events.jsonl, a callback and a text file for node_exporter, or none of these"
-    for name in ("blocked_s", "save_s", "durable_s"):
-        for side, samples in (("on", on), ("off", off)):
-            report.add("stall", f"ckpt, metrics {side}", "s", column(samples, name), nbytes=job.nbytes, how=f"{name}: {how}")
-    add_ratio = partial(report.add_ratio, "stall", "ckpt, metrics on / off", nbytes=job.nbytes)
-    add_ratio(column(on, "blocked_s"), column(off, "blocked_s"), how=f"blocked_s: {how}")
-    add_ratio(column(on, "durable_s"), column(off, "durable_s"), how=f"durable_s: {how}")
-
-
 def measure_stall(settings: Settings, report: Report) -> None:
-    measure_watching(settings, report)
     with settings.workspace() as directory:
         job = Job(settings, directory)
         sides = [Side("ckpt", job.measure_ckpt), Side("torch.save + fsync", job.measure_torch)]

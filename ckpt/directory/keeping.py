@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt.directory.manifest import Manifest
 
 MIN, MAX = "min", "max"
 _MODES = (MIN, MAX)
+
+
+def _is_whole(_: Manifest) -> bool:
+    return True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +58,23 @@ class Keeping:
     def with_pinned(self, sequence: int) -> Keeping:
         return dataclasses.replace(self, pinned=tuple(sorted({*self.pinned, sequence})))
 
-    def best_of(self, manifests: Sequence[Manifest]) -> set[int]:
-        """Sequences. Of equals the newer is better."""
+    def best_of(self, manifests: Sequence[Manifest], is_whole: Callable[[Manifest], bool] = _is_whole) -> set[int]:
+        """Sequences. Of equals the newer is better.
+
+        Args:
+            is_whole: one that is not stays if it would be among them, and stands in for none of them.
+        """
         sign = 1 if self.mode == MIN else -1
-        scores = [(dict(each.metrics).get(self.by), each.sequence) for each in manifests] if self.best is not None else []
-        ranking = sorted((sign * score, -sequence) for score, sequence in scores if score is not None)
-        return {-sequence for _, sequence in ranking[: self.best]}
+        scores = [(dict(each.metrics).get(self.by), each) for each in manifests] if self.best is not None else []
+        ranking = sorted((sign * score, -each.sequence, each) for score, each in scores if score is not None)
+        found: set[int] = set()
+        whole = 0
+        for _, _, each in ranking:
+            if whole == self.best:
+                break
+            found.add(each.sequence)
+            whole += is_whole(each)
+        return found
 
     def wants(self, manifest: Manifest, others: Sequence[Manifest]) -> bool:
         """Whether it stays, however old it is.
@@ -71,13 +86,14 @@ class Keeping:
             return True
         return manifest.sequence in self.pinned or manifest.sequence in self.best_of([*others, manifest])
 
-    def reasons(self, manifests: Sequence[Manifest]) -> list[str]:
+    def reasons(self, manifests: Sequence[Manifest], is_whole: Callable[[Manifest], bool] = _is_whole) -> list[str]:
         """Why each of them stays, in words; empty: nothing keeps it.
 
         Args:
             manifests: newest commit first.
+            is_whole: see best_of().
         """
-        best = self.best_of(manifests)
+        best = self.best_of(manifests, is_whole)
         return [self._reason(number, manifest, best) for number, manifest in enumerate(manifests)]
 
     def _reason(self, number: int, manifest: Manifest, best: set[int]) -> str:

@@ -16,7 +16,7 @@ from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST, find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.receipts import names_of_receipts
-from ckpt.directory.root import temporaries_in
+from ckpt.directory.root import missing_files, temporaries_in
 from ckpt.directory.step_names import is_step_name, names_in, written_for
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.metrics.events import Note, ignore
@@ -95,7 +95,8 @@ class Retention:
     def _beyond(self) -> list[tuple[Path, Manifest]]:
         """What nothing keeps."""
         found = find_steps(self._directory).checkpoints
-        reasons = self.keeping.reasons([manifest for _, manifest in found])
+        paths = {manifest.sequence: path for path, manifest in found}
+        reasons = self.keeping.reasons([manifest for _, manifest in found], lambda each: _is_whole(paths[each.sequence], each))
         return [each for each, reason in zip(found, reasons, strict=True) if not reason]
 
     def _sweep_one(self) -> None:
@@ -189,6 +190,14 @@ class Retention:
         self.retired.append(retired)
         durable.sync_directory(self._directory)
         durable.crash_point("removal-begun")
+
+
+def _is_whole(path: Path, manifest: Manifest) -> bool:
+    """As far as names and sizes tell. One that cannot be looked at is not: it must stand in for no other."""
+    try:
+        return not missing_files(path, manifest)
+    except (CheckpointError, OSError):
+        return False
 
 
 def unnamed_in(directory: Path, manifest: Manifest) -> list[Path]:

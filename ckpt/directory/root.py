@@ -16,6 +16,7 @@ from pathlib import Path
 from ckpt.directory import numbering
 from ckpt.directory.listing import LATEST
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.step_names import names_in
 from ckpt.storage import durable, temporary_names
 from ckpt.storage.directory_lock import DirectoryLock
 
@@ -159,3 +160,16 @@ def has_size(path: Path, size: int) -> bool:
         return path.stat().st_size == size
     except OSError:
         return False
+
+
+def missing_files(directory: Path, manifest: Manifest) -> list[str]:
+    """Names of files that do not lie there with the size that the manifest gives, neither under their own name nor under the
+    one that they had before.
+    """
+    names = names_in(directory)
+    missing = []
+    for file in manifest.files:
+        under = [name for name in (file.name, file.temporary) if name and name in names]
+        if not any(has_size(directory / name, file.bytes) for name in under):
+            missing.append(file.name)
+    return missing

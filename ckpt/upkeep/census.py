@@ -11,7 +11,7 @@ from ckpt.directory import late_names, receipts, sharded_files, unpublished
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import read_latest
 from ckpt.directory.manifest import Manifest
-from ckpt.directory.root import has_size
+from ckpt.directory.root import has_size, missing_files
 from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.drain import node as nodes
 from ckpt.drain.runs import find_runs
@@ -20,7 +20,7 @@ from ckpt.remote.layout import Catalogue
 from ckpt.storage import temporary_names
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.stores import StoredObject
-from ckpt.upkeep.prepared import find_prepared, missing_files
+from ckpt.upkeep.prepared import find_prepared
 from ckpt.upkeep.rows import (
     BUNDLE,
     COMMITTED,

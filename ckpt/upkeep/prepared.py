@@ -14,7 +14,7 @@ from typing import NamedTuple
 from ckpt.directory import manifest as manifests
 from ckpt.directory import unpublished
 from ckpt.directory.manifest import Manifest
-from ckpt.directory.root import has_size
+from ckpt.directory.root import missing_files
 from ckpt.directory.step_names import names_in
 from ckpt.storage import temporary_names
 
@@ -47,16 +47,3 @@ def _written_aside(directory: Path) -> Iterator[Prepared]:
                 yield Prepared(directory / name, manifests.parse((directory / name).read_bytes()))
             except (OSError, KeyError, TypeError, ValueError, RecursionError):
                 continue  # empty, as a mark is, or cut off
-
-
-def missing_files(directory: Path, manifest: Manifest) -> list[str]:
-    """Names of files that do not lie there with the size that the manifest gives, neither under their own name nor under the
-    one that they had before.
-    """
-    names = names_in(directory)
-    missing = []
-    for file in manifest.files:
-        under = [name for name in (file.name, file.temporary) if name and name in names]
-        if not any(has_size(directory / name, file.bytes) for name in under):
-            missing.append(file.name)
-    return missing

@@ -12,10 +12,10 @@ from ckpt.directory.bundles import committed_deeper_in, read_latest, remove_bund
 from ckpt.directory.holds import held_at
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
+from ckpt.directory.root import missing_files
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.storage import durable
-from ckpt.upkeep.prepared import missing_files
 from ckpt.upkeep.verifying import BAD, MISSING, Told, verify
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
@@ -91,7 +91,7 @@ def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
     if reason:
         return KEPT, reason
     if manifest.sequence in held:
-        return HELD, "it is on its way to an object store"
+        return HELD, "it is on its way to an object store, or a job has gone back to it"
     if manifest.others:
         return HELD, "files of others lie in it"
     return REMOVED, ""

@@ -56,6 +56,15 @@ def test_of_equals_the_newer_is_better_and_what_has_no_metrics_is_not(tmp_path: 
         assert save(checkpointer, {1: 0.5, 2: 0.5, 3: None, 4: None}) == [2, 4]
 
 
+def test_what_lacks_files_is_not_the_best_in_the_place_of_another(tmp_path: Path) -> None:
+    """But it stays, as the best would: somebody may bring the file back."""
+    with make(tmp_path, keep=1, keep_best=1, best_by="loss") as checkpointer:
+        save(checkpointer, {1: 0.1})
+        (tmp_path / "step-000000000001" / "state.pt").unlink()
+        assert save(checkpointer, {2: 0.2, 3: 0.3, 4: 0.4}) == [1, 2, 4]
+        assert save(checkpointer, {5: 0.05, 6: 0.5}) == [5, 6]
+
+
 @pytest.mark.parametrize(
     ("given", "error", "words"),
     [

@@ -214,7 +214,7 @@ def test_what_the_drain_did_not_find_any_more_is_said_to_be_gone(tmp_path: Path)
     saved = job.save(5)
     assert drain_once(job.roots[0], prepare=crash_at("drain-copied")).returncode == -9
     shutil.rmtree(job.roots[0] / step_name(5))
-    assert drain_once(job.roots[0]).returncode == 1
+    assert drain_once(job.roots[0]).returncode == 5
     assert job.state(1) == "failed"
     watch = HomeWatch(storage_of(job, tmp_path), None)
     told.watch(watch, saved)
@@ -300,7 +300,7 @@ def test_what_another_node_cannot_deliver_fails_on_all(tmp_path: Path, native: o
     job.describe(1)  # nobody trains there any more
     with watching(job, tmp_path) as (watch, _):
         told.watch(watch, job.save(1))
-        assert drain_once(job.roots[1], prepare=fault("open", errno.EROFS, "/rank-00001.pt.part")).returncode == 1
+        assert drain_once(job.roots[1], prepare=fault("open", errno.EROFS, "/rank-00001.pt.part")).returncode == 5
         (error,) = told.next().values()
         assert isinstance(error, StorageError) and error.errno == errno.EROFS
         for part in ("step 1 was not carried", "node 1 (", "rank-00001.pt.part", "Let the job write there"):
