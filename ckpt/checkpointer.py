@@ -217,8 +217,7 @@ class Checkpointer(SaveSession):
         try:
             self._claim_directory(call)
             self._enter_nodes(call)
-            # Behind what the others wait for: an error on rank 0 alone would leave them to it.
-            call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))
+            call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))  # an error reaches all by now
             self._check_failures()
             self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
         except BaseException as error:
