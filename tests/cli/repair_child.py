@@ -24,10 +24,10 @@ def save_bundle_twice(root: str, name: str, point: str, named_last: bool) -> Non
     bundles = ckpt.BundleCheckpointer(options=OPTIONS)
     for value in (1.0, 2.0):
         bundle = bundles.begin(root, name, named_last=named_last)
+        if value == 2.0:  # before anything is on its way to that point
+            _native.set_crash_point(point, 0)
         for file in FILES:
             bundle.save(content(value), bundle.directory / file)
-        if value == 2.0:
-            _native.set_crash_point(point, 0)
         bundle.commit().result()
     os._exit(0)
 
