@@ -167,9 +167,12 @@ def unwrapped(optimizer: Any) -> Any:
 
 
 def has_step_pre_hooks(optimizer: Any) -> bool:
-    """Of its own, of register_step_pre_hook(). Where torch has another name for them: perhaps, so True."""
-    hooks = getattr(optimizer, "_optimizer_step_pre_hooks", None)
-    return hooks is None or bool(hooks)
+    """Of its own, or of all optimizers but for the fence. Where torch has another name for them: perhaps, so True."""
+    own = getattr(optimizer, "_optimizer_step_pre_hooks", None)
+    common = getattr(importlib.import_module("torch.optim.optimizer"), "_global_optimizer_pre_hooks", None)
+    if own is None or common is None:
+        return True
+    return bool(own) or any(not getattr(hook, "__module__", "").startswith("ckpt.") for hook in common.values())
 
 
 def is_fitting(trainer: Any) -> bool:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from places import PYTHONPATH
 from support import DEADLINE_S, assert_same, options
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 
@@ -163,6 +164,12 @@ def test_optimizers_of_torch_call_their_closure_first(kind: Any) -> None:
 
     optimizer.step(closure)
     assert calls == [True] and not torch.equal(weight, before)
+    assert calls_closure_first(optimizer)
+    handle = register_optimizer_step_pre_hook(lambda *_: None)
+    try:
+        assert not calls_closure_first(optimizer), "a hook before the step of any optimizer may write to weights, too"
+    finally:
+        handle.remove()
     assert calls_closure_first(optimizer)
     changed: Any = optimizer
     changed.step = lambda closure=None: None
