@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 import torch
+from kept_records import Kept
 from support import options
 from test_node_saves import end_drains
 
 import ckpt
 from ckpt.metrics import events as event_log
 from ckpt.metrics.events import NAME, OLDER, EventLog, read_events
-from ckpt.metrics.record import SaveRecord
 from ckpt.storage.log_file import append_line
 
 DEADLINE_S = 60.0
@@ -30,17 +30,6 @@ FIELDS = {
     *("bytes_copied_in_save", "bytes_copied_at_fence", "bytes_from_devices", "direct_io", "device_mode", "arena_bytes"),
     *("arena_used", "world_size", "slowest_rank", "error"),
 }
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.records: list[SaveRecord] = []
-
-    def saved(self, record: SaveRecord) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 def state(step: int) -> dict[str, torch.Tensor]:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from kept_records import Kept
 
 import ckpt
 from ckpt import metrics
@@ -32,17 +33,6 @@ class Seen(NamedTuple):
     written: dict[str, Any]
     otel: dict[str, Any]
     restored_bytes: int
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.records: list[SaveRecord] = []
-
-    def saved(self, record: SaveRecord) -> None:
-        self.records.append(record)
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture(scope="module")

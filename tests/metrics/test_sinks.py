@@ -8,25 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from kept_records import Kept
 
 import ckpt
 from ckpt.integrations.torch import CheckpointCallback
 from ckpt.metrics import SaveRecord
 
 DEADLINE_S = 60.0
-
-
-class Kept:
-    def __init__(self) -> None:
-        self.records: list[SaveRecord] = []
-        self.closed = 0
-
-    def saved(self, record: SaveRecord) -> None:
-        assert not self.closed
-        self.records.append(record)
-
-    def close(self) -> None:
-        self.closed += 1
 
 
 class Raising(Kept):
