@@ -139,7 +139,7 @@ def has_ended(told: Told) -> bool:
 
 def strays(directory: Path) -> set[tuple[Path, int]]:
     """Files that belong to no checkpoint, and when they were written: the next job may give others the same names."""
-    wanted = {directory / "latest", directory / ".lock"}
+    wanted = {directory / "latest", directory / ".lock", directory / "events.jsonl"}
     for manifest in directory.glob("step-*/manifest.json"):
         wanted |= {manifest, *(manifest.with_name(file["name"]) for file in json.loads(manifest.read_text())["files"])}
     return {(path, path.stat().st_mtime_ns) for path in directory.rglob("*") if path.is_file() and path not in wanted}

@@ -219,10 +219,13 @@ def test_a_step_that_a_graph_replays(mended: bool, training: Training, tmp_path:
     learner.value = SPOILT
     expected = learner.weights.clone()
     training.cuda.delay("cuMemcpyDtoHAsync", SLOW_S)
+    training.cuda.hold_copies(not mended)  # then the lane's are behind it for certain, but for those that fill the arena
     pending = ckpt.save(
         {"first": torch.ones(10), "second": learner.weights}, tmp_path / "a.pt", options=support.options(**SMALL)
     )
     learner.replay()
+    training.cuda.hold_copies(False)
+    training.synchronize()
     training.cuda.delay("cuMemcpyDtoHAsync", 0)
     if mended:
         assert_same(expected, torch.load(pending.result(DEADLINE_S))["second"])
