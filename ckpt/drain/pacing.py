@@ -20,6 +20,7 @@ _SILENT_FOR = (
     4  # so many medians without the end of an iteration: nobody is slowed down, as during an evaluation, or at the end
 )
 _LEAST_SILENCE_S = 1.0
+_FIRST_SHARE = 0.25  # of the peak, until the training has shown that it does not feel that
 _LEAST_SHARE = 0.05  # of the peak
 _LONGEST_PAUSE_S = 1.0  # for one fence or capture
 _LOOK_S = 0.005
@@ -82,13 +83,16 @@ class AutoRate:
         self._ignored = -1  # the counter of one who has died in a capture
         self.peak = 0.0  # bytes a second, measured
         self.rate: float | None = None  # None: no limit
+        self._begins = True  # beside a training of which nothing is known yet
 
     def wait(self, size: int) -> None:
         """See Pace."""
         page = self._after_capture()
         if page is None:
-            self.rate = None
+            self.rate, self._begins = None, True
             return
+        if self._begins and self.peak > 0:
+            self.rate, self._begins = _FIRST_SHARE * self.peak, False
         if page.iterations != self._seen:
             self._seen, self._heard_at = page.iterations, self._clock()
             self._note_iteration(page)

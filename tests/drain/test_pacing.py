@@ -65,8 +65,44 @@ def make(time: Time) -> tuple[AutoRate, Training]:
     return rate, training
 
 
-def test_the_rate_follows_the_training() -> None:
+def make_fast(time: Time) -> tuple[AutoRate, Training]:
+    """One that has found out that the training does not feel it."""
+    rate, training = make(time)
+    for _ in range(5 * 8):
+        training.iterate(1.0)
+        rate.wait(0)
+    return rate, training
+
+
+def test_it_begins_slowly_beside_a_training() -> None:
+    """What no iteration has shown yet to be harmless is not done at full speed."""
     rate, training = make(Time())
+    found = [rate.rate]
+    for _ in range(8):
+        for _ in range(5):
+            training.iterate(1.0)
+            rate.wait(1)
+        found.append(rate.rate)
+    shares = [0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.95]
+    assert found == [*(pytest.approx(share * 100 * MiB) for share in shares), None]
+    training.page = None
+    rate.wait(1)
+    assert rate.rate is None
+    training.page = Pace(2, 1.0, 1.0, False, 1)  # the next job's
+    rate.wait(1)
+    assert rate.rate == 25.0 * MiB
+
+
+def test_the_first_block_of_all_has_no_limit() -> None:
+    """Nobody knows yet what the disk can do."""
+    training = Training()
+    rate = AutoRate(lambda: training.page, Time().sleep, Time().clock)
+    rate.wait(1)
+    assert rate.rate is None
+
+
+def test_the_rate_follows_the_training() -> None:
+    rate, training = make_fast(Time())
     peak = 100.0 * MiB
     assert rate.peak == peak and rate.rate is None
     found = []
@@ -84,7 +120,7 @@ def test_the_rate_follows_the_training() -> None:
 
 
 def test_iterations_that_differ_among_themselves_do_not_slow_it_down() -> None:
-    rate, training = make(Time())
+    rate, training = make_fast(Time())
     for share in (1.05, 0.96, 1.0, 1.04, 0.99) * 4:
         training.iterate(share)
         rate.wait(1)
@@ -92,7 +128,7 @@ def test_iterations_that_differ_among_themselves_do_not_slow_it_down() -> None:
 
 
 def test_one_that_is_plainly_slower_does_at_once() -> None:
-    rate, training = make(Time())
+    rate, training = make_fast(Time())
     training.iterate(1.2)
     rate.wait(1)
     assert rate.rate == 50.0 * MiB
@@ -101,7 +137,7 @@ def test_one_that_is_plainly_slower_does_at_once() -> None:
 def test_nobody_is_slowed_down_where_no_iteration_ends() -> None:
     """As in an evaluation, or when the job waits for its last save."""
     time = Time()
-    rate, training = make(time)
+    rate, training = make_fast(time)
     for _ in range(5):
         training.iterate(1.2)
         rate.wait(1)
@@ -120,7 +156,7 @@ def test_nobody_is_slowed_down_where_no_iteration_ends() -> None:
 
 
 def test_one_iteration_counts_once() -> None:
-    rate, training = make(Time())
+    rate, training = make_fast(Time())
     training.iterate(1.5)
     for _ in range(5):
         rate.wait(1)
@@ -132,7 +168,7 @@ def test_one_iteration_counts_once() -> None:
 
 def test_a_rate_that_was_chosen_is_kept() -> None:
     time = Time()
-    rate, training = make(time)
+    rate, training = make_fast(time)
     training.iterate(1.5)
     began = time.now
     for _ in range(5):
@@ -142,7 +178,7 @@ def test_a_rate_that_was_chosen_is_kept() -> None:
 
 def test_it_pauses_while_a_capture_runs_but_not_for_one_that_died() -> None:
     time = Time()
-    rate, training = make(time)
+    rate, training = make_fast(time)
     training.begin_capture()
     for _ in range(3):
         rate.wait(1)
@@ -153,7 +189,7 @@ def test_it_pauses_while_a_capture_runs_but_not_for_one_that_died() -> None:
 
 
 def test_without_a_training_there_is_no_limit() -> None:
-    rate, training = make(Time())
+    rate, training = make_fast(Time())
     training.iterate(1.5)
     rate.wait(1)
     training.page = None
