@@ -112,7 +112,7 @@ class Seaweed(ObjectServer):
         grpc = [f"-{part}.port.grpc={free_port()}" for part in ("master", "volume", "filer", "s3")]
         program = weed()
         assert program is not None
-        return [program, "server", *where, *inner, *grpc, "-master.volumeSizeLimitMB=1024", "-volume.max=16"]
+        return [program, "server", *where, *inner, *grpc, "-master.volumeSizeLimitMB=1024", "-volume.max=64"]
 
 
 def weed() -> str | None:
