@@ -7,6 +7,7 @@ step that it began with, "durable" with those that are; and it leaves a digest f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import accelerate.accelerator
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
@@ -70,6 +72,12 @@ def shard_by_fsdp() -> None:
     set_kind(DistributedType.FSDP, fsdp_plugin=plugin)
 
 
+def write_a_file_by_each_rank() -> None:
+    """As functions of accelerate can, though nothing that save_state() is given asks them to."""
+    for what in ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer"):
+        setattr(accelerate.accelerator, what, functools.partial(getattr(accelerate.accelerator, what), use_dcp=False))
+
+
 def shard_by_deepspeed(accelerator: Accelerator) -> None:
     from accelerate.utils import DeepSpeedPlugin
 
@@ -96,7 +104,8 @@ def set_kind(kind: DistributedType, **plugins: Any) -> None:
 class Training:
     """
     Args:
-        kind: "plain" (DDP, if there are several ranks), "fsdp2" or "deepspeed".
+        kind: "plain" (DDP, if there are several ranks), "fsdp2", "fsdp2-by-rank" (each rank writes files of its own) or
+            "deepspeed".
     """
 
     def __init__(self, kind: str, directory: Path, numbered: bool, limit: int | None) -> None:
@@ -107,8 +116,10 @@ class Training:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
             project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=numbered, total_limit=limit),
         )
-        if kind == "fsdp2":
+        if kind.startswith("fsdp2"):
             shard_by_fsdp()
+        if kind == "fsdp2-by-rank":
+            write_a_file_by_each_rank()
         elif kind == "deepspeed":
             shard_by_deepspeed(self.accelerator)
         torch.manual_seed(1)
