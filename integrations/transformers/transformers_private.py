@@ -50,6 +50,9 @@ TORCH_SAVES = ("transformers.trainer", "accelerate.utils.fsdp_utils")
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # what marks a checkpoint of JITCheckpointCallback that was never completed
 
+# Their methods leave alone what they have written; all others may look at it.
+KNOWN_PACKAGES = {"ckpt", "peft", "torch", "transformers"}
+
 # What the Trainer, accelerate and DeepSpeed call their own files. Half a checkpoint may have left some of them.
 _FILES = (
     "model.safetensors",
