@@ -23,12 +23,14 @@ from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
 from .transformers_private import (
+    ADAPTER_WRITER,
     MODEL_WRITER,
     PLAIN_MODEL_WRITER,
     TORCH_SAVES,
     check,
     innermost,
     jit_managers,
+    knows_adapters,
     reads_checkpoints,
     updates_in_backward,
 )
@@ -264,7 +266,7 @@ def _replace_writers() -> None:
     """Safe to call again. What is replaced does what it did, but for who is in TrainerSave.writing()."""
     for module in TORCH_SAVES:
         replace_torch_save(importlib.import_module(module))
-    for module, name in (MODEL_WRITER, PLAIN_MODEL_WRITER):
+    for module, name in (MODEL_WRITER, PLAIN_MODEL_WRITER, *([ADAPTER_WRITER] if knows_adapters() else [])):
         replace_save_file(importlib.import_module(module), name)
     replace_sharded_writes()
     replace_rotation()
