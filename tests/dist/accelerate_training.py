@@ -67,8 +67,8 @@ def make_model(with_statistics: bool) -> nn.Module:
 # accelerate shards on devices alone; on the host it asks for no more than what is set here.
 
 
-def shard_by_fsdp() -> None:
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
+def shard_by_fsdp(states: str) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type=states)
     set_kind(DistributedType.FSDP, fsdp_plugin=plugin)
 
 
@@ -104,8 +104,8 @@ def set_kind(kind: DistributedType, **plugins: Any) -> None:
 class Training:
     """
     Args:
-        kind: "plain" (DDP, if there are several ranks), "fsdp2", "fsdp2-by-rank" (each rank writes files of its own) or
-            "deepspeed".
+        kind: "plain" (DDP, if there are several ranks), "fsdp2", "fsdp2-by-rank" (each rank writes files of its own),
+            "fsdp2-full" (rank 0 writes what it has gathered) or "deepspeed".
     """
 
     def __init__(self, kind: str, directory: Path, numbered: bool, limit: int | None) -> None:
@@ -117,7 +117,7 @@ class Training:
             project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=numbered, total_limit=limit),
         )
         if kind.startswith("fsdp2"):
-            shard_by_fsdp()
+            shard_by_fsdp("FULL_STATE_DICT" if kind == "fsdp2-full" else "SHARDED_STATE_DICT")
         if kind == "fsdp2-by-rank":
             write_a_file_by_each_rank()
         elif kind == "deepspeed":

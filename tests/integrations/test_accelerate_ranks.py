@@ -211,7 +211,10 @@ def test_files_of_each_rank_hold_what_accelerate_writes_there(nurseries: list[Nu
         assert outcome["bytes_copied"] < outcome["bytes"] / 4
 
 
-@pytest.mark.parametrize("kind", ["plain", "fsdp2", "fsdp2-by-rank", pytest.param("deepspeed", marks=pytest.mark.slow)])
+KINDS = ("plain", "fsdp2", "fsdp2-by-rank", "fsdp2-full", pytest.param("deepspeed", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_goes_on_from_what_the_other_has_saved(
     kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:
