@@ -57,6 +57,9 @@ def name_directory(hidden: Path, final: Path) -> None:
     Where names cannot be exchanged, the old one is renamed first: a crash just then leaves both of them under other names, and
     remove_abandoned() gives the old one its name back. A file, or a link, gets the name of another one by a rename.
 
+    Nothing here tells whether a hidden directory is complete. A bundle has a manifest that does: directory/late_names.py goes
+    the other way, and whoever comes behind a crash gives the new one its name.
+
     Raises:
         StorageError: a system call of 1 or 2 failed.
     """

@@ -108,9 +108,13 @@ def engines_of(accelerator: Any) -> list[Any]:
 
 
 def without_offload(accelerator: Any) -> Callable[[], None]:
-    """Lets FSDP give what lies on devices as it is, where it would be copied to the host first; how to put that back."""
+    """Lets FSDP give what lies on devices as it is, where it would be copied to the host first; how to put that back.
+
+    Not if somebody has replaced the functions that save: so accelerate can be told to write files of each rank
+    (`use_dcp=False`), and these would name the device, which another job may not have.
+    """
     config: Any = getattr(getattr(accelerator.state, "fsdp_plugin", None), "state_dict_config", None)
-    if type(config).__name__ != "ShardedStateDictConfig" or not getattr(accelerator, "is_fsdp2", False):
+    if type(config).__name__ != "ShardedStateDictConfig" or not getattr(accelerator, "is_fsdp2", False) or not _saves_by_dcp():
         return lambda: None
     before = config.offload_to_cpu
     config.offload_to_cpu = False
@@ -119,3 +123,9 @@ def without_offload(accelerator: Any) -> Callable[[], None]:
         config.offload_to_cpu = before
 
     return put_back
+
+
+def _saves_by_dcp() -> bool:
+    """Whether save_state() calls what shards as accelerate has it."""
+    caller, stock = (importlib.import_module(f"accelerate.{name}") for name in ("accelerator", "utils.fsdp_utils"))
+    return all(getattr(caller, name, None) is getattr(stock, name) for name in ("save_fsdp_model", "save_fsdp_optimizer"))

@@ -21,6 +21,9 @@ round. `checkpoint_options=ckpt.Options(...)` says how saves are made.
   upload (`push_to_hub`, unless `hub_strategy="end"`), `load_best_model_at_end`, `enable_jit_checkpoint`, a callback that has
   on_save(), and a class that overrides _save_checkpoint(). A callback that does not look there says so: `reads_checkpoints =
   False`. Those of transformers are known: for example that of Weights & Biases looks only where it uploads checkpoints.
+* A method that writes files, and that a class of yours overrides (save_model(), _save(), _save_rng_state() and their like),
+  finds them there behind super(), and may read, remove or rewrite them. So they are written while training waits, unless the
+  class says `reads_checkpoints = False`, too.
 * A save that fails does not stop the training. It is logged, `Options.max_failed_saves` in a row raise FailedSavesError at the
   next save, and train() raises at its end if the newest one has failed.
 * save_model(), save_state() and push_to_hub(), called by the user, write as ever, and the files are there when they return.

@@ -18,16 +18,19 @@ from ckpt.metrics import MetricsSink
 from ..huggingface.replaced_writers import replace_save_file, replace_torch_save
 from ..huggingface.sharded_writes import replace_sharded_writes
 from . import resuming
+from .overrides import may_look
 from .rotation import replace_rotation
 from .saves import TrainerSave, TrainerSaves
 from .shadowing import shadowed
 from .transformers_private import (
+    ADAPTER_WRITER,
     MODEL_WRITER,
     PLAIN_MODEL_WRITER,
     TORCH_SAVES,
     check,
     innermost,
     jit_managers,
+    knows_adapters,
     reads_checkpoints,
     updates_in_backward,
 )
@@ -177,17 +180,29 @@ class LazyCheckpointMixin(_Base):
     @contextlib.contextmanager
     def _moving(self, save: TrainerSave) -> Iterator[None]:
         """Meanwhile whatever writes the checkpoint is given the directory where it is put together."""
-        methods = {name: _collected(_moved(getattr(self, name), save), save) for name in _WRITERS}
+        methods = {name: _collected(_moved(self._writer(save, name), save), save) for name in _WRITERS}
         methods["save_model"] = functools.partial(self._save_model_to, save, methods["save_model"])
         methods["_push_from_checkpoint"] = functools.partial(self._push_durable, save, self._push_from_checkpoint)
         saves_state = {"save_to_json": _collected(_moved(self.state.save_to_json, save), save)}
         with shadowed(self, methods), shadowed(self.state, saves_state):
             yield
 
-    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def _writer(self, save: TrainerSave, name: str) -> Callable[..., Any]:
+        """A method that writes files. What somebody looks at as soon as it is written is left to the Trainer."""
+        write: Callable[..., Any] = getattr(self, name)
         # With DeepSpeed the Trainer gathers copies, and may remove the file that it has made of them.
-        with save.leaving_to_the_trainer() if self.is_deepspeed_enabled else contextlib.nullcontext():
-            write(*args, **kwargs)
+        if not (may_look(self, name) or (name == "save_model" and self.is_deepspeed_enabled)):
+            return write
+
+        @functools.wraps(write)
+        def write_now(*args: Any, **kwargs: Any) -> None:
+            with save.leaving_to_the_trainer():
+                write(*args, **kwargs)
+
+        return write_now
+
+    def _save_model_to(self, save: TrainerSave, write: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        write(*args, **kwargs)
         output_dir = next((each for each in (*args, *kwargs.values()) if save.is_final(each)), None)
         if output_dir is None:
             return
@@ -251,7 +266,7 @@ def _replace_writers() -> None:
     """Safe to call again. What is replaced does what it did, but for who is in TrainerSave.writing()."""
     for module in TORCH_SAVES:
         replace_torch_save(importlib.import_module(module))
-    for module, name in (MODEL_WRITER, PLAIN_MODEL_WRITER):
+    for module, name in (MODEL_WRITER, PLAIN_MODEL_WRITER, *([ADAPTER_WRITER] if knows_adapters() else [])):
         replace_save_file(importlib.import_module(module), name)
     replace_sharded_writes()
     replace_rotation()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ _METHODS: dict[str, tuple[str, ...]] = {
 # Functions that are replaced, each by the name by which the Trainer looks it up.
 MODEL_WRITER = ("transformers.modeling_utils", "safe_save_file")
 PLAIN_MODEL_WRITER = ("safetensors.torch", "save_file")  # of models that are not of transformers
+ADAPTER_WRITER = ("peft.peft_model", "safe_save_file")  # of PEFT, if it is there
 ROTATION = ("transformers.trainer", "rotate_checkpoints")
 _FUNCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
     MODEL_WRITER: ("tensors", "filename", "metadata"),
@@ -47,6 +49,9 @@ _FUNCTIONS: dict[tuple[str, str], tuple[str, ...]] = {
 UPLOADS = ("transformers.trainer", "hf_api")
 # Modules that write with torch.save(), as they look it up.
 TORCH_SAVES = ("transformers.trainer", "accelerate.utils.fsdp_utils")
+
+# Their methods leave alone what they have written; all others may look at it.
+KNOWN_PACKAGES = {"ckpt", "peft", "torch", "transformers"}
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"  # what marks a checkpoint of JITCheckpointCallback that was never completed
 
@@ -109,6 +114,11 @@ def check(trainer: type, behind: Any) -> None:
 
 def find(module: str, name: str) -> Any:
     return getattr(importlib.import_module(module), name, None)
+
+
+def knows_adapters() -> bool:
+    """Whether PEFT is there, and writes adapters by what is known."""
+    return ADAPTER_WRITER[0] in sys.modules and _has(find(*ADAPTER_WRITER), _FUNCTIONS[MODEL_WRITER])
 
 
 def _has(function: Any, parameters: tuple[str, ...]) -> bool:

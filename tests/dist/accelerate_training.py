@@ -7,6 +7,7 @@ step that it began with, "durable" with those that are; and it leaves a digest f
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import accelerate.accelerator
 import numpy as np
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, FullyShardedDataParallelPlugin, skip_first_batches
@@ -65,9 +67,15 @@ def make_model(with_statistics: bool) -> nn.Module:
 # accelerate shards on devices alone; on the host it asks for no more than what is set here.
 
 
-def shard_by_fsdp() -> None:
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type="SHARDED_STATE_DICT")
+def shard_by_fsdp(states: str) -> None:
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, reshard_after_forward=True, state_dict_type=states)
     set_kind(DistributedType.FSDP, fsdp_plugin=plugin)
+
+
+def write_a_file_by_each_rank() -> None:
+    """As functions of accelerate can, though nothing that save_state() is given asks them to."""
+    for what in ("save_fsdp_model", "save_fsdp_optimizer", "load_fsdp_model", "load_fsdp_optimizer"):
+        setattr(accelerate.accelerator, what, functools.partial(getattr(accelerate.accelerator, what), use_dcp=False))
 
 
 def shard_by_deepspeed(accelerator: Accelerator) -> None:
@@ -96,7 +104,8 @@ def set_kind(kind: DistributedType, **plugins: Any) -> None:
 class Training:
     """
     Args:
-        kind: "plain" (DDP, if there are several ranks), "fsdp2" or "deepspeed".
+        kind: "plain" (DDP, if there are several ranks), "fsdp2", "fsdp2-by-rank" (each rank writes files of its own),
+            "fsdp2-full" (rank 0 writes what it has gathered) or "deepspeed".
     """
 
     def __init__(self, kind: str, directory: Path, numbered: bool, limit: int | None) -> None:
@@ -107,8 +116,10 @@ class Training:
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=5),
             project_config=ProjectConfiguration(str(directory), automatic_checkpoint_naming=numbered, total_limit=limit),
         )
-        if kind == "fsdp2":
-            shard_by_fsdp()
+        if kind.startswith("fsdp2"):
+            shard_by_fsdp("FULL_STATE_DICT" if kind == "fsdp2-full" else "SHARDED_STATE_DICT")
+        if kind == "fsdp2-by-rank":
+            write_a_file_by_each_rank()
         elif kind == "deepspeed":
             shard_by_deepspeed(self.accelerator)
         torch.manual_seed(1)

@@ -2,8 +2,8 @@
 
 A plan is a dict: `directory`, `log` (a file, to whose name the rank is added), and, if wanted, `stock` (the Trainer of
 transformers), `resume` (as resume_from_checkpoint), `arguments` (of TrainingArguments), `stage` (of ZeRO: trains with DeepSpeed,
-whose checkpoints are lazy unless the Trainer is stock), `fsdp` (the kind of state dict: trains with FSDP2). Each rank writes one JSON line for each step: the loss, and a digest of the
-model and of the optimizer behind it.
+whose checkpoints are lazy unless the Trainer is stock), `fsdp` (the kind of state dict: trains with FSDP2), `lora` (trains an
+adapter of PEFT). Each rank writes one JSON line for each step: the loss, and a digest of the model and of the optimizer behind it.
 """
 
 from __future__ import annotations
@@ -42,6 +42,20 @@ def network(**changes: Any) -> GPT2LMHeadModel:
     torch.manual_seed(2)
     shape = {"vocab_size": WORDS, "n_positions": CONTEXT, "n_embd": 64, "n_layer": 2, "n_head": 2, **changes}
     return GPT2LMHeadModel(GPT2Config(bos_token_id=0, eos_token_id=0, **shape))
+
+
+def lora_config() -> Any:
+    import peft
+
+    wide: dict[str, Any] = {"target_modules": ["c_attn", "c_fc"], "fan_in_fan_out": True, "task_type": "CAUSAL_LM"}
+    return peft.LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, **wide)
+
+
+def lora() -> Any:
+    """A model with frozen weights, and an adapter that learns."""
+    import peft
+
+    return peft.get_peft_model(network(), lora_config())
 
 
 def arguments(directory: Path | str, **changes: Any) -> TrainingArguments:
@@ -133,7 +147,7 @@ def main(plan: dict[str, Any]) -> None:
         shard_on_cpus()
         layers = {"transformer_layer_cls_to_wrap": ["GPT2Block"]}
         more |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": plan["fsdp"], **layers}}
-    log.trainer = build(plan["directory"], kind, callbacks=[log], **more)
+    log.trainer = build(plan["directory"], kind, lora() if "lora" in plan else None, callbacks=[log], **more)
     log.trainer.train(resume_from_checkpoint=plan.get("resume"))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

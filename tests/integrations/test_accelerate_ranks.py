@@ -153,7 +153,21 @@ def test_killed_at_a_crash_point(
     job.end(reference, at_least=life.durable)
 
 
-@pytest.mark.parametrize("kind", ["fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
+# What a state has only if this library has saved the parts of its ranks.
+OURS = {
+    "fsdp2": {"optimizer_0/manifest.json"},
+    "fsdp2-by-rank": {f"{part}_0_rank{rank}.bin" for part in ("optimizer", "pytorch_model_fsdp") for rank in range(2)},
+    "deepspeed": {"pytorch_model/manifest.json"},
+}
+
+
+def ours_in(checkpoint: Path) -> set[str]:
+    """Files that its manifest lists, and manifests of its parts."""
+    listed = {file["name"] for file in json.loads((checkpoint / "manifest.json").read_text())["files"]}
+    return listed | {str(path.relative_to(checkpoint)) for path in checkpoint.glob("*/manifest.json")}
+
+
+@pytest.mark.parametrize("kind", ["fsdp2", "fsdp2-by-rank", pytest.param("deepspeed", marks=pytest.mark.slow)])
 def test_sharded_states_are_killed_and_resumed(
     kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:
@@ -165,9 +179,8 @@ def test_sharded_states_are_killed_and_resumed(
     assert life.ended[1].returncode == -signal.SIGKILL, f"it never came to the crash point: {life.ended[1].stderr}"
     assert life.durable > 0
     job.end(reference, at_least=life.durable)
-    folder = {"fsdp2": "optimizer_0", "deepspeed": "pytorch_model"}[kind]
     for checkpoint in (job.directory / "checkpoints").iterdir():
-        assert (checkpoint / folder / "manifest.json").exists(), "it was left to others to save it"
+        assert OURS[kind] <= ours_in(checkpoint), "it was left to others to save it"
 
 
 def test_only_the_main_process_saves(nurseries: list[Nursery], references: References, tmp_path: Path) -> None:
@@ -191,7 +204,17 @@ def test_what_the_main_process_cannot_load_all_are_told(nurseries: list[Nursery]
     assert text in text_there
 
 
-@pytest.mark.parametrize("kind", ["plain", "fsdp2", pytest.param("deepspeed", marks=pytest.mark.slow)])
+def test_files_of_each_rank_hold_what_accelerate_writes_there(nurseries: list[Nursery], tmp_path: Path) -> None:
+    """Bit for bit, and hardly anything of it is copied while the training waits."""
+    for outcome in Job(nurseries, tmp_path, "accelerate_by_rank").whole():
+        assert outcome["names"] == outcome["stock_names"] and outcome["digests"] == outcome["stock_digests"]
+        assert outcome["bytes_copied"] < outcome["bytes"] / 4
+
+
+KINDS = ("plain", "fsdp2", "fsdp2-by-rank", "fsdp2-full", pytest.param("deepspeed", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_each_goes_on_from_what_the_other_has_saved(
     kind: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:

@@ -14,11 +14,15 @@ from typing import Any
 import pytest
 import torch
 from places import PYTHONPATH, TESTS
-from support import DEADLINE_S, wait_until
+from support import DEADLINE_S, options, wait_until
 
 pytest.importorskip("lightning", reason="lightning is not installed")
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
+
+from lightning_models import trainer
+
+from ckpt.integrations.lightning import LazyCheckpointIO
 
 SCRIPT = TESTS / "dist" / "lightning_training.py"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr=127.0.0.1", "--nproc-per-node=2"]
@@ -112,6 +116,12 @@ def assert_good(directory: Path) -> None:
 def test_two_ranks_resume_from_what_the_other_has_saved(stock_first: bool, more: tuple[str, ...], tmp_path: Path) -> None:
     whole = run_and_kill(2, tmp_path, 6, *more, *(["--stock"] if stock_first else []))
     assert resume(2, tmp_path, *more, *([] if stock_first else ["--stock"])) == whole
+
+
+@pytest.mark.parametrize("with_plugin", [True, False])
+def test_lightning_itself_refuses_fsdp_without_a_gpu(with_plugin: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="strategy `fsdp` requires a GPU accelerator"):
+        trainer(tmp_path, LazyCheckpointIO(options()) if with_plugin else None, strategy="fsdp")
 
 
 def test_all_ranks_learn_what_rank_0_knows_of_its_saves(tmp_path: Path) -> None:

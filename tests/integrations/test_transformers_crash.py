@@ -124,3 +124,12 @@ def test_the_same_with_fsdp(nurseries: list[Nursery], tmp_path: Path) -> None:
     newest = saved / f"checkpoint-{STEPS}"
     for part in ("pytorch_model_fsdp_0", "optimizer_0"):
         assert listed(newest / part) >= {"__0_0.distcp", "__1_0.distcp"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_same_with_an_adapter_of_peft(ranks: int, nurseries: list[Nursery], tmp_path: Path) -> None:
+    saved = killed_and_resumed(nurseries, tmp_path, ranks, lora=True)
+    newest = saved / f"checkpoint-{STEPS}"
+    assert {"adapter_model.safetensors", "optimizer.pt"} <= listed(newest) and (newest / "adapter_config.json").exists()
+    assert not (newest / "model.safetensors").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ if importlib.util.find_spec("transformers") is None:
 from dist.trainer_training import arguments, build, network
 from safetensors.torch import load_file, save_file
 from trainer_saves import FEW, At, names_in, saves
-from transformers import Trainer, TrainerCallback
+from transformers import GPT2LMHeadModel, Trainer, TrainerCallback
 
 import ckpt
 from ckpt.integrations.transformers import LazyCheckpointMixin, LazyTrainer
@@ -32,10 +33,96 @@ class WritesAgain(LazyTrainer):
         save_file({"merged": torch.ones(3)}, Path(output_dir) / "model.safetensors")
 
 
+class WritesAgainUnseen(WritesAgain):
+    reads_checkpoints = False
+
+
 def test_a_file_that_an_override_writes_again_is_not_lost_silently(tmp_path: Path) -> None:
+    build(tmp_path / "seen", WritesAgain, **ONCE).train()
+    assert load_file(tmp_path / "seen" / "checkpoint-1" / "model.safetensors").keys() == {"merged"}
     with pytest.raises(ckpt.CheckpointError, match=r"'model\.safetensors' was written twice"):
-        build(tmp_path, WritesAgain, **ONCE).train()
+        build(tmp_path, WritesAgainUnseen, **ONCE).train()
     assert "checkpoint-1" not in names_in(tmp_path)
+
+
+class RemovesModel(Trainer):
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        Path(output_dir, "model.safetensors").unlink(missing_ok=True)
+
+
+class RemovesArguments(Trainer):
+    def _save(self, output_dir: Any = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if os.path.isfile(path := os.path.join(output_dir, "training_args.bin")):
+            os.remove(path)
+
+
+class RenamesModel(Trainer):
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        super()._save(*args, **kwargs)
+        for path in Path(args[0]).glob("*.safetensors"):
+            path.rename(path.with_name("renamed.safetensors"))
+
+
+class RemovesOptimizer(Trainer):
+    def _save_optimizer_and_scheduler(self, output_dir: Any) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        for path in Path(output_dir).glob("optimizer*"):
+            path.unlink()
+
+
+class RemovesRandomNumbers(Trainer):
+    def _save_rng_state(self, output_dir: Any) -> None:
+        super()._save_rng_state(output_dir)
+        if (path := Path(output_dir) / "rng_state.pth").exists():
+            path.unlink()
+
+
+class Slim(GPT2LMHeadModel):
+    """A model that saves itself otherwise."""
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory, "model.safetensors").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("behind", [True, False])
+@pytest.mark.parametrize("own", [RemovesModel, RemovesArguments, RenamesModel, RemovesOptimizer, RemovesRandomNumbers, Slim])
+def test_what_an_override_does_with_files_of_the_trainer_holds(own: Any, behind: bool, tmp_path: Path) -> None:
+    """Whether it comes before the mixin or behind it: the names are those that are left with the Trainer alone."""
+    model = Slim(network().config) if own is Slim else None
+    kind = Trainer if own is Slim else own
+    bases = (LazyCheckpointMixin, kind) if behind else (kind, LazyTrainer) if own is not Slim else (LazyTrainer,)
+    build(tmp_path / "stock", kind, model=model, **ONCE).train()
+    build(tmp_path / "lazy", type("Lazy", bases, {}), model=model, **ONCE).train()
+    left = names_in(tmp_path / "stock" / "checkpoint-1")
+    assert names_in(tmp_path / "lazy" / "checkpoint-1") == left | {"manifest.json"}
+    listed = json.loads((tmp_path / "lazy" / "checkpoint-1" / "manifest.json").read_text())["files"]
+    assert listed and {each["name"] for each in listed} <= left
+
+
+class LeavesAlone(LazyTrainer):
+    """Adds to the checkpoint, and says that this is all it does."""
+
+    reads_checkpoints = False
+
+    def save_model(self, output_dir: Any = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call)
+        Path(output_dir, "beside.txt").write_text("here")
+
+
+def test_what_no_override_can_see_still_leaves_in_the_background(tmp_path: Path) -> None:
+    def listed(kind: type[Trainer], **how: Any) -> set[str]:
+        place = tmp_path / kind.__name__
+        build(place, kind, **ONCE, **how).train()
+        return {each["name"] for each in json.loads((place / "checkpoint-1" / "manifest.json").read_text())["files"]}
+
+    all_files = {"model.safetensors", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    assert listed(LazyTrainer) >= all_files
+    assert listed(LeavesAlone) >= all_files
+    looks = listed(type("Looks", (RemovesRandomNumbers, LazyTrainer), {}))
+    assert all_files - looks == {"rng_state.pth"}
 
 
 class LeavesAFile(LazyTrainer):
