@@ -179,6 +179,18 @@ def test_of_several_ranks_one_is_named(tmp_path: Path, caplog: pytest.LogCapture
         ckpt.load(step, rank=2)
 
 
+def test_a_rank_that_had_nothing_for_itself(tmp_path: Path) -> None:
+    for replicated in (None, weights(7)):
+        step = save_as_ranks(tmp_path / str(replicated is None), [{"rank": 0}, {"rank": 1}], replicated)
+        manifest = manifests.read(step)
+        left = tuple(file for file in manifest.files if (file.kind, file.rank) != (manifests.RANK, 1))
+        (step / manifests.NAME).write_bytes(dataclasses.replace(manifest, files=left).to_json())
+        with pytest.raises(ckpt.CheckpointError, match="no state of rank 1, which had none for itself"):
+            ckpt.load(step, rank=1)
+    step = save(tmp_path / "all", 1, replicated=weights(1))
+    assert_same(weights(1), ckpt.load(step, rank=0))
+
+
 def test_of_ranks_that_have_nothing_in_common_none_is_chosen_silently(tmp_path: Path) -> None:
     step = save_as_ranks(tmp_path / "run", [{"rank": 0}, {"rank": 1}])
     with pytest.raises(ckpt.CheckpointError, match=r"states that 2 ranks had.*say whose is wanted, as in load\(path, rank=0\)"):
