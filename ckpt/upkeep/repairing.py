@@ -68,7 +68,8 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
         raise NotACheckpointError(f"'{directory}' is no directory")
     if os.path.lexists(directory / nodes.NAME):
         raise CheckpointError(f"'{directory}' is that of a run on a node: its drain, and the next job there, look after it")
-    lock = DirectoryLock(_locked_by(directory), refusal=_IN_USE)
+    root = root_of(directory)
+    lock = DirectoryLock(root, refusal=_IN_USE)
     if not changing:
         lock.expect_free(0.0)
         yield
@@ -76,17 +77,18 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
     lock.acquire()
     try:
         with contextlib.ExitStack() as stack:
-            if publish_lock.is_home(directory):
-                durable.make_directory(directory / publish_lock.FOLDER, durable=True)
-                stack.enter_context(publish_lock.publishing(directory, "command"))
+            if publish_lock.is_home(root):
+                durable.make_directory(root / publish_lock.FOLDER, durable=True)
+                stack.enter_context(publish_lock.publishing(root, "command"))
             yield
     finally:
         lock.release()
 
 
-def _locked_by(directory: Path) -> Path:
-    """Where the job has its lock: above bundles whose names have a slash. Beside these a framework takes it for one."""
-    above = directory.parent
+def root_of(directory: Path) -> Path:
+    """Where the job has its lock, and `latest`: above bundles whose names have a slash. Beside these a framework takes such a
+    file for one."""
+    above = Path(os.path.abspath(directory)).parent
     inner = not os.path.lexists(directory / LOCK) and os.path.lexists(above / LOCK) and bool(committed_in(directory))
     return above if inner else directory
 
