@@ -141,7 +141,7 @@ class _Plan:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _plan_step(self, path: Path) -> None:
-        prepared = self._prepared(path)
+        prepared = None if path.is_symlink() else self._prepared(path)  # where it leads, another job may be publishing
         if prepared is not None:
             self._add(FINALISE, path, f"step {prepared.manifest.step} is complete", lambda: _finalise(path, prepared))
         manifest = prepared.manifest if prepared is not None else manifests.read_if_any(path)
@@ -192,7 +192,7 @@ class _Plan:
 
     def _plan_bundle(self, path: Path) -> None:
         final = late_names.name_behind(path.name)
-        if path.name.startswith(".") and final is None:
+        if (path.name.startswith(".") and final is None) or _is_of_another_job(path):
             return
         if not self._plan_complete(path, path.name if final is None else final):
             if final is not None:
@@ -288,6 +288,13 @@ class _Plan:
             self._add(MEND, path, f"names {before}, and '{name}' is newer", lambda: _point(path, name, of_steps))
 
 
+def _is_of_another_job(path: Path) -> bool:
+    """Whether somebody has a lock of his own there, and saves now, or has saved steps: those are repaired by themselves."""
+    if not os.path.lexists(path / LOCK):
+        return False
+    return DirectoryLock(path).holder() is not None or any(map(is_step_name, names_in(path)))
+
+
 def _finalise(directory: Path, prepared: Prepared) -> None:
     """As publish() goes on behind the point where the crash came."""
     durable.rename_durably(prepared.aside, directory / manifests.NAME)
@@ -311,4 +318,6 @@ def _remove_directory(path: Path) -> None:
 
 
 def _point(latest: Path, name: str, of_steps: bool) -> None:
+    if manifests.read_if_any(latest.parent / name) is None:  # an action before this has failed
+        raise CheckpointError(f"'{name}' is no checkpoint yet")
     durable.replace_durably(latest, f"{name}\n".encode() if of_steps else name.encode(), "latest")
