@@ -203,14 +203,15 @@ class SaveSession:
 
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         """The outcome of save `number`. Of saves that tiers carry on, another thread may tell."""
-        with self._noting:
-            self._count(number, task, error)
-            try:
-                self._tell(task, error)
-            except Exception:  # who waits for the outcome must get it
-                logger.exception("what the save to '%s' has cost could not be noted", task.path)
+        try:
+            with self._noting:
+                self._count(number, task, error)
+                record = self._tell(task, error)
+            self._write_down(task, record)
+        except Exception:  # who waits for the outcome must get it
+            logger.exception("what the save to '%s' has cost could not be noted", task.path)
 
-    def _tell(self, task: SaveTask, error: BaseException | None) -> None:
+    def _tell(self, task: SaveTask, error: BaseException | None) -> SaveRecord:
         """All who keep numbers, just before the outcome is known to those who wait for it."""
         stats, outcome, committed = PendingSave(task).stats, outcome_of(error), error is None
         slowest = task.slowest_rank if self.world_size > 1 else None
@@ -219,10 +220,16 @@ class SaveSession:
         note_save(outcome, stats)
         if committed:
             note_commit(HOME, task.step)
-            note_free(HOME, free_space.free_bytes(task.path.parent))
-            task.note("commit", tier=HOME, step=task.step, sequence=task.sequence, bytes=stats.bytes_total)
-        task.note("save", **save_fields(record, self._runtime.arena_used))
         self._sinks.tell(record)
+        return record
+
+    def _write_down(self, task: SaveTask, record: SaveRecord) -> None:
+        """What asks a file system, which may hang: so nobody is kept out meanwhile, and save() is not kept in for it."""
+        if record.outcome == "committed":
+            note_free(HOME, free_space.free_bytes(task.path.parent))
+            task.note("commit", tier=HOME, step=task.step, sequence=task.sequence, bytes=record.stats.bytes_total)
+        skipped = record.outcome == "skipped"  # inside of save()
+        task.note("save", in_passing=skipped, **save_fields(record, self._runtime.arena_used))
 
     def _count(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         if error is None:

@@ -33,7 +33,7 @@ def run(chosen: argparse.Namespace) -> Answer:
     distances: list[Any] = []
     unread: list[str] = []
     if chosen.values:
-        from ckpt.conversion.sources import left_out, open_source
+        from ckpt.conversion.opening import left_out, open_source
         from ckpt.conversion.values import compare_values
 
         first, second = open_source(*a, chosen.rank), open_source(*b, chosen.rank)

@@ -54,7 +54,7 @@ def run(chosen: argparse.Namespace) -> Answer:
 
     from ckpt.conversion import exporting
     from ckpt.conversion.dcp_directory import write_dcp
-    from ckpt.conversion.sources import open_source
+    from ckpt.conversion.opening import open_source
 
     path, file = resolve(chosen.path)
     wanted = exporting.Chosen(

@@ -9,7 +9,7 @@ from pathlib import Path
 from ckpt.cli.answer import FAILED, OK, RED, YELLOW, Answer, count, paint, plain, size
 from ckpt.directory.keeping import Keeping
 from ckpt.errors import CheckpointError
-from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, refuse_changed, remove
+from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, decide, remove
 from ckpt.upkeep.repairing import alone_in
 
 SUMMARY = "Remove all checkpoints of a directory but the newest. Without --yes it only says what it would do."
@@ -42,9 +42,7 @@ def run(chosen: argparse.Namespace) -> Answer:
     keeping = _keeping(chosen)
     failed: dict[str, str] = {}
     with alone_in(chosen.directory, changing=chosen.yes):
-        choices = choose(chosen.directory, keeping)
-        if chosen.yes:
-            refuse_changed(choices)
+        choices = (decide if chosen.yes else choose)(chosen.directory, keeping)
         for choice in reversed(choices) if chosen.yes else ():
             if choice.fate == REMOVED:
                 try:

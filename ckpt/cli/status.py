@@ -14,6 +14,7 @@ from ckpt.upkeep.standing import Backlog, Standing, look_at
 SUMMARY = """How a directory of checkpoints stands: who saves there, the last commit and its age, what is in flight, and
 what drains have still to carry."""
 _WATCH_S = 2.0
+_CLOCKS_S = 5.0  # by which clocks of several machines may differ without a word
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +49,8 @@ def _answer(chosen: argparse.Namespace) -> Answer:
     standing = look_at(chosen.directory)
     age = age_s(standing.newest.created) if standing.newest is not None else None
     is_stale = chosen.stale is not None and (
-        age is None or age > chosen.stale or any(backlog.stuck for backlog in standing.backlogs)
+        # One that is to come by this clock, which has gone back, or by that of the job, may be of any age.
+        age is None or abs(age) > chosen.stale or any(backlog.stuck for backlog in standing.backlogs)
     )
     code = STALE if is_stale and standing.newest is not None else OK if standing.newest is not None else NONE
     document = {
@@ -67,7 +69,7 @@ def _lines(standing: Standing, age: float | None, is_stale: bool) -> list[str]:
     if newest is None:
         lines.append(paint("last commit: none", YELLOW))
     else:
-        when = "" if age is None else f", {duration(max(age, 0.0))} ago"
+        when = "" if age is None else f", {duration(abs(age))} {'ago' if age >= -_CLOCKS_S else 'from now, by this clock'}"
         text = f"last commit: {plain(newest.name)}, step {newest.step}, {size(newest.bytes)}{when}"
         lines.append(paint(f"{text} (stale)", RED) if is_stale else paint(text, GREEN))
     lines.append(f"committed: {standing.committed}")

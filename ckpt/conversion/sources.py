@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import io
-import itertools
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
-from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
-from ckpt.directory.sharded_files import METADATA, checksums_path, metadata_name
-from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt import _native
+from ckpt.directory.dcp_directory import is_sealed
+from ckpt.directory.manifest import FileEntry, Manifest
+from ckpt.directory.sharded_files import METADATA, checksums_path
+from ckpt.directory.step_names import is_step_name
+from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.archive import TIMEOUT_S, Archive
 from ckpt.loading.load import is_zip, load
 from ckpt.loading.selection import unfold
 from ckpt.loading.skeleton import Skeleton, view_of
-from ckpt.loading.tensor_files import TensorFiles, is_tensor_file, view_as
+from ckpt.loading.step_directory import compare
+from ckpt.loading.tensor_files import TensorFiles, view_as
 from ckpt.restore.verified_file import VerifiedFile
-from ckpt.storage import durable
 from ckpt.upkeep import dcp_metadata
-from ckpt.upkeep.census import none_at
-from ckpt.upkeep.showing import place_of
+from ckpt.upkeep.zip_check import first_bad_record
 
 Path_ = tuple[Any, ...]  # keys and positions
 _DEEPEST = 100
@@ -119,15 +121,22 @@ def dotted(path: Path_) -> str:
 class ZipSource:
     """A torch file. Every record is verified when it is read.
 
+    Args:
+        expected: what a manifest says of it.
+
     Raises:
+        CorruptError: it is another one than the manifest says.
         CheckpointError: it holds objects that loading of weights alone refuses.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, expected: FileEntry | None = None) -> None:
         if not is_zip(path):
             self._skeleton, value = None, load(path)
         else:
-            self._skeleton = Skeleton(Archive(path, TIMEOUT_S), True)
+            archive = Archive(path, TIMEOUT_S)
+            if expected is not None:
+                compare(path, expected, archive.size, archive.claimed_crc32())
+            self._skeleton = Skeleton(archive, True)
             value = self._skeleton.value
         self._path = path
         self._found: dict[str, Any] = {}
@@ -182,14 +191,23 @@ def walk(value: Any) -> Iterator[tuple[Path_, Any]]:
 
 
 class ShardedSource:
-    """What torch.distributed.checkpoint reads: `.metadata`, and files of all ranks. One part is in memory beside a tensor."""
+    """What torch.distributed.checkpoint reads: `.metadata`, and files of all ranks. One part is in memory beside a tensor.
 
-    def __init__(self, directory: Path, metadata: str = METADATA) -> None:
+    Args:
+        manifest: that names these; None: whatever checksums there are have to do.
+    """
+
+    def __init__(self, directory: Path, metadata: str = METADATA, manifest: Manifest | None = None) -> None:
         self._directory = directory
-        try:
-            layout = dcp_metadata.parse((directory / metadata).read_bytes())
-        except OSError as error:
-            raise StorageError(error.errno or 0, f"cannot read '{directory / metadata}': {error.strerror}") from error
+        self._named = {} if manifest is None else {file.name: file for file in manifest.files}
+        content = _content_of(directory / metadata)
+        entry = self._named.get(metadata)
+        if entry is not None and not _is_as_written(content, entry):
+            if is_sealed(content) or is_step_name(directory.name):
+                raise CorruptError(f"'{directory / metadata}' fails the CRC-32 of its manifest: it is that of another save")
+            self._named = {}  # torch has saved there since, and knows no manifest
+        layout = dcp_metadata.parse(content)
+        self._is_sealed = layout.is_sealed
         self._stored = {each.key: each for each in layout.stored}
         self._files: dict[str, io.RawIOBase] = {}
         self.entries = {each.key: _entry(each) for each in layout.stored}
@@ -238,22 +256,70 @@ class ShardedSource:
             raise CorruptError(f"'{path}' ends before byte {part.at + part.length}")
         inside = _Slice(file, part.at, part.length)
         try:
+            if not isinstance(file, VerifiedFile):
+                _verify_archive(inside, part)
             return torch.load(inside, map_location="cpu", weights_only=True)  # type: ignore[arg-type]  # reads as a file does
         except Exception as error:
             if isinstance(inside.failure, CheckpointError):
                 raise inside.failure from None
             if inside.failure is not None:
                 raise StorageError(inside.failure.errno or 0, f"cannot read '{path}': {inside.failure}", str(path)) from error
+            if isinstance(error, _BadRecordError):
+                raise CorruptError(f"'{path}' is damaged: what lies at byte {part.at} {error}") from None
             raise CheckpointError(f"what lies at byte {part.at} of '{path}' cannot be loaded: {error}") from error
 
     def _file(self, name: str) -> io.RawIOBase:
         if name not in self._files:
             path = self._directory / name
             try:
-                self._files[name] = VerifiedFile(path) if checksums_path(path).exists() else open(path, "rb", buffering=0)  # noqa: SIM115
+                self._files[name] = VerifiedFile(path) if self._has_checksums(path) else open(path, "rb", buffering=0)  # noqa: SIM115
             except OSError as error:
                 raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
         return self._files[name]
+
+    def _has_checksums(self, path: Path) -> bool:
+        """Those that the manifest names; what torch has written since has none, whatever lies beside it.
+
+        Raises:
+            CorruptError: they are gone, or those of another save.
+        """
+        beside = checksums_path(path)
+        entry = self._named.get(beside.name)
+        if entry is None:
+            return self._is_sealed and beside.exists()
+        if beside.exists() and not _is_as_written(_content_of(beside), entry):
+            raise CorruptError(f"'{beside}' fails the CRC-32 of its manifest: '{path}' cannot be verified")
+        return True
+
+
+def _content_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
+
+
+def _is_as_written(content: bytes, entry: FileEntry) -> bool:
+    return (len(content), _native.crc32(content)) == (entry.bytes, entry.crc32)
+
+
+class _BadRecordError(Exception):
+    """Which record of an archive fails its CRC-32."""
+
+
+def _verify_archive(inside: _Slice, part: dcp_metadata.Part) -> None:
+    """By its own checksums, which torch does not look at. What has none, or is no archive, is torch's to judge.
+
+    Raises:
+        _BadRecordError: a record has changed.
+    """
+    with contextlib.suppress(zipfile.BadZipFile, EOFError, NotImplementedError, ValueError):
+        if part.length > _BATCH_BYTES or first_bad_record(inside.read(part.length)) is not None:
+            with zipfile.ZipFile(inside) as archive:
+                bad = archive.testzip() if any(each.CRC for each in archive.infolist()) else None
+            if bad is not None:
+                raise _BadRecordError(f"fails the CRC-32 of its record '{bad}'")
+    inside.seek(0)
 
 
 class _Slice(io.RawIOBase):
@@ -347,100 +413,3 @@ def view_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():
         return memoryview(b"")
     return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
-
-
-class _Joined:
-    """Several that have no name in common."""
-
-    def __init__(self, sources: Mapping[str, Source]) -> None:
-        self.entries: dict[str, Entry] = {}
-        self._owners: dict[str, Source] = {}
-        for label, source in sources.items():
-            for name, entry in source.entries.items():
-                if name in self.entries:
-                    raise CheckpointError(f"'{name}' is in '{label}' and in another file of the checkpoint: name one file")
-                self.entries[name], self._owners[name] = entry, source
-
-    def tensor(self, name: str) -> torch.Tensor:
-        return self._owners[name].tensor(name)
-
-    def tensors(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        found: dict[str, torch.Tensor] = {}
-        for owner, some in itertools.groupby(names, self._owners.__getitem__):
-            found |= owner.tensors([*some])
-        return found
-
-    def pieces(self, name: str) -> list[Piece]:
-        return self._owners[name].pieces(name)
-
-    def value(self, name: str) -> Any:
-        return self._owners[name].value(name)
-
-
-def open_source(path: Path, file: str = "", rank: int | None = None) -> Source:
-    """
-    Args:
-        path: a checkpoint, a file, or a directory of torch.distributed.checkpoint.
-        file: one of the checkpoint alone.
-        rank: whose own file is taken, beside what is the same on all ranks, and what is sharded.
-
-    Raises:
-        NotACheckpointError: there is nothing of the kind.
-        CheckpointError: it cannot be read in this way; says why.
-    """
-    if not path.is_dir():
-        return _of_file(path)
-    if not os.path.lexists(path / manifests.NAME):
-        if file:
-            if not os.path.lexists(path / file):
-                raise NotACheckpointError(f"'{path}' holds no file '{file}'")
-            return _of_file(path / file)
-        if not os.path.lexists(path / METADATA):
-            raise none_at(path, "no checkpoint")
-        return ShardedSource(path)
-    manifest = manifests.read(path)
-    if file:
-        entry = next((each for each in manifest.files if each.name == file), None)
-        if entry is None:
-            raise NotACheckpointError(f"'{path}' holds no file '{file}'")
-        return _of_file(place_of(path, entry))
-    own = [each for each in manifest.files if each.kind == RANK]
-    common = [each for each in manifest.files if each.kind == REPLICATED]
-    metadata = metadata_name(manifest)
-    if rank is not None:
-        own = [each for each in own if each.rank == rank]
-        if not own:
-            raise NotACheckpointError(f"'{path}' holds no file of rank {rank}")
-    elif _is_beside_others(manifest, own):
-        own = []
-    if len(own) > 1:
-        names = ", ".join(each.name for each in own[:4]) + (", ..." if len(own) > 4 else "")
-        how = f"name one, as in '{path}:{own[0].name}'"
-        how += ", or a rank by --rank" * (len({each.rank for each in own}) == len(own))
-        raise CheckpointError(f"'{path}' holds {len(own)} files of ranks, which are not put together ({names}): {how}")
-    sources: dict[str, Source] = {each.name: _of_file(place_of(path, each)) for each in [*common, *own]}
-    if metadata is not None:
-        sources[METADATA] = ShardedSource(path, metadata)
-    return next(iter(sources.values())) if len(sources) == 1 else _Joined(sources)
-
-
-def left_out(path: Path, file: str = "", rank: int | None = None) -> list[str]:
-    """Names of files that ranks have saved for themselves, and open_source() does not read."""
-    if file or not os.path.lexists(path / manifests.NAME):
-        return []
-    manifest = manifests.read(path)
-    own = [each for each in manifest.files if each.kind == RANK]
-    if rank is None:
-        return [each.name for each in own] if _is_beside_others(manifest, own) else []
-    return [each.name for each in own if each.rank != rank]
-
-
-def _is_beside_others(manifest: Manifest, own: Sequence[FileEntry]) -> bool:
-    """Whether what ranks have for themselves may be left out: there is something that is of all of them."""
-    is_common = any(each.kind == REPLICATED for each in manifest.files)
-    return len(own) > 1 and (is_common or metadata_name(manifest) is not None)
-
-
-def _of_file(path: Path) -> Source:
-    durable.refuse_irregular(path, "read")
-    return SafetensorsSource(path) if is_tensor_file(path) else ZipSource(path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from ckpt.directory.manifest import Manifest
@@ -65,15 +65,16 @@ class Keeping:
             is_whole: one that is not stays if it would be among them, and stands in for none of them.
         """
         sign = 1 if self.mode == MIN else -1
-        scores = [(dict(each.metrics).get(self.by), each) for each in manifests] if self.best is not None else []
-        ranking = sorted((sign * score, -each.sequence, each) for score, each in scores if score is not None)
+        known = {each.sequence: each for each in manifests} if self.best is not None else {}  # each once
+        scores = [(dict(each.metrics).get(self.by), each) for each in known.values()]
+        finite = [(sign * score, -each.sequence) for score, each in scores if score is not None and math.isfinite(score)]
         found: set[int] = set()
         whole = 0
-        for _, _, each in ranking:
+        for _, number in sorted(finite):
             if whole == self.best:
                 break
-            found.add(each.sequence)
-            whole += is_whole(each)
+            found.add(-number)
+            whole += is_whole(known[-number])
         return found
 
     def wants(self, manifest: Manifest, others: Sequence[Manifest]) -> bool:
@@ -86,15 +87,25 @@ class Keeping:
             return True
         return manifest.sequence in self.pinned or manifest.sequence in self.best_of([*others, manifest])
 
-    def reasons(self, manifests: Sequence[Manifest], is_whole: Callable[[Manifest], bool] = _is_whole) -> list[str]:
+    def reasons(
+        self,
+        manifests: Sequence[Manifest],
+        is_whole: Callable[[Manifest], bool] = _is_whole,
+        damaged: Container[int] = (),
+    ) -> list[str]:
         """Why each of them stays, in words; empty: nothing keeps it.
 
         Args:
             manifests: newest commit first.
             is_whole: see best_of().
+            damaged: sequences of those that stand in for none of the newest: one that is among them stays all the same.
         """
         best = self.best_of(manifests, is_whole)
-        return [self._reason(number, manifest, best) for number, manifest in enumerate(manifests)]
+        found, newer = [], 0
+        for manifest in manifests:
+            found.append(self._reason(newer, manifest, best))
+            newer += manifest.sequence not in damaged
+        return found
 
     def _reason(self, number: int, manifest: Manifest, best: set[int]) -> str:
         if self.newest is None or number < self.newest:

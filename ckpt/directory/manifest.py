@@ -98,6 +98,11 @@ def read(directory: Path) -> Manifest:
     Raises:
         NotACheckpointError: there is none, or it is not one; says why.
     """
+    return read_with_content(directory)[0]
+
+
+def read_with_content(directory: Path) -> tuple[Manifest, bytes]:
+    """The same, and what it was made of: a moment later another one may have its name."""
     path = directory / NAME
     try:
         if path.stat().st_size > _LARGEST_BYTES:
@@ -110,7 +115,7 @@ def read(directory: Path) -> Manifest:
     except OSError as error:
         raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
     try:
-        return parse(content)
+        return parse(content), content
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise NotACheckpointError(f"'{path}' cannot be read: {error}") from error
     except (KeyError, TypeError, ValueError) as error:

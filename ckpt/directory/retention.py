@@ -58,6 +58,7 @@ class Retention:
         self._warn_once = warn_once
         self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self.retired: list[Path] = []  # no steps any more, but still there
+        self.damaged: set[int] = set()  # sequences of those that a restore has found not to be what was saved
 
     def note_replaced(self, directory: Path, files: Iterable[str]) -> None:
         """What the manifest of a step names until now."""
@@ -96,7 +97,11 @@ class Retention:
         """What nothing keeps."""
         found = find_steps(self._directory).checkpoints
         paths = {manifest.sequence: path for path, manifest in found}
-        reasons = self.keeping.reasons([manifest for _, manifest in found], lambda each: _is_whole(paths[each.sequence], each))
+
+        def is_whole(each: Manifest) -> bool:
+            return each.sequence not in self.damaged and _is_whole(paths[each.sequence], each)
+
+        reasons = self.keeping.reasons([manifest for _, manifest in found], is_whole, self.damaged)
         return [each for each, reason in zip(found, reasons, strict=True) if not reason]
 
     def _sweep_one(self) -> None:

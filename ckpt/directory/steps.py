@@ -74,11 +74,11 @@ class StepDirectories:
         self._warned: set[str] = set()
         self._seen = -1  # the highest sequence number that a restore has come across
         self.token = ""  # of rank 0, once the directory is claimed: names what all ranks write together
-        # Files that give_final_name() has given their names: the names of others are not ours to remove. Of the finisher's
-        # thread, once there is a save.
+        # Files that give_final_name() has named: names of others are not ours to remove. Of the finisher's thread.
         self._placed: set[Path] = set()
         says = self._note_lost, self.warn_once, note
         self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, *says)
+        self.damaged = self._retention.damaged  # for who finds some
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 

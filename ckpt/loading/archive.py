@@ -158,6 +158,16 @@ class Archive(Records):
         """
         self._file.check(self._wanted(filled), reader_threads())
 
+    def claimed_crc32(self) -> int:
+        """The CRC-32 that the file has if its records are what its directory says. Reads only what lies between them.
+
+        If that is the one that a manifest has, so are the CRC-32s of all records, and of each that is read is told what of it
+        has changed.
+        """
+        if not self.checksummed:
+            return int(self._file.read([], whole=True, threads=reader_threads(), timeout_s=self._timeout_s) or 0)
+        return self._file.claimed_crc32(reader_threads(), self._timeout_s)
+
     @property
     def directory_crc32(self) -> int:
         """Of names, places, sizes and CRC-32s of all records: what tells two files of the same layout apart."""

@@ -160,6 +160,8 @@ def _load(
     if not archive.checksummed:
         logger.info("'%s' was written without checksums: nothing could be verified", target)
     if selection and has_skeletons():
+        if expected is not None:
+            compare(target, expected, archive.size, archive.claimed_crc32())
         return _load_part(archive, selection, map_location, weights_only)
     contents, crc = read_whole(archive, map_location)
     if expected is not None:

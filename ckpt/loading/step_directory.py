@@ -152,7 +152,10 @@ def _choose(directory: Path, manifest: Manifest, rank: int | None) -> list[FileE
     if rank is not None:
         if not 0 <= rank < manifest.world_size:
             raise CheckpointError(f"'{directory}' has no state of rank {rank}: it was saved by {manifest.world_size} ranks")
-        return common + [file for file in own if file.rank == rank]
+        mine = [file for file in own if file.rank == rank]
+        if own and not mine:
+            raise CheckpointError(f"'{directory}' has no state of rank {rank}, which had none for itself")
+        return common + mine
     if len(own) <= 1:
         return common + own
     several = f"'{directory}' holds states that {len(own)} ranks had for themselves"

@@ -47,6 +47,8 @@ class EventLog:
     Args:
         rank: of this process among those that save there. Rank 0 renames the file when it is large.
         behind: on a thread of its own, since saves do not depend on this directory: on a node they go on when home hangs.
+            Else what a save notes is written by its finisher's thread, which has made something durable there just before:
+            where that hangs, the save does, too.
     """
 
     def __init__(
@@ -67,7 +69,9 @@ class EventLog:
         self._lock = threading.RLock()  # a signal handler may save. Guards what follows
         self._waiting: collections.deque[bytes] | None = collections.deque(maxlen=_MOST_WAITING)
         self._closed = False
-        self._writer = LineWriter(self._write) if behind else None
+        self._behind = behind
+        self._writer = LineWriter(self._write)
+        self._writing = threading.RLock()  # held while a line is written: whoever may not wait for that hands his over
         self._lost = 0
         self._warned = False
 
@@ -81,50 +85,52 @@ class EventLog:
                 self._held = Directory(self._directory)
             except StorageError as error:
                 self._lose(error)
-            for line in waiting:
-                self._hand_over(line)
+        for line in waiting:
+            self._hand_over(line, self._behind)
 
-    def note(self, event: str, **fields: Any) -> None:
+    def note(self, event: str, *, in_passing: bool = False, **fields: Any) -> None:
         """Writes it, or loses it. Raises nothing.
 
         Args:
             event: "save", "commit", "drain", "restore", "delete", "verify" or "warning".
+            in_passing: the thread that calls may not wait for the file system.
             fields: numbers, texts, and None.
         """
         if self._closed or os.getpid() != self._owner:
             return
+        try:
+            said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._rank}
+            line = json.dumps({**said, **fields}, separators=(",", ":"), default=str).encode()
+        except Exception as error:  # of what a caller has put into it, which may be anything
+            return self._lose(error)
         with self._lock:
-            try:
-                said = {"schema": SCHEMA, "time": now(), "event": event, **self._registry.constants(), "rank": self._rank}
-                line = json.dumps({**said, **fields}, separators=(",", ":"), default=str).encode()
-            except Exception as error:  # of what a caller has put into it, which may be anything
-                return self._lose(error)
             if self._waiting is not None:
                 self._waiting.append(line)
-            else:
-                self._hand_over(line)
+                return
+        self._hand_over(line, self._behind or in_passing)
 
-    def _hand_over(self, line: bytes) -> None:
+    def _hand_over(self, line: bytes, behind: bool) -> None:
         if self._held is None:
             return
-        if self._writer is None:
+        if not behind:
             self._write(line)
         elif not self._writer.put(line):
             self._lose("they come faster than they can be written")
 
     def _write(self, line: bytes) -> None:
-        held, lost = self._held, self._lost
-        if held is None:
-            return
-        if lost:
-            line = line[:-1] + b',"lost":%d}' % lost
-        try:
-            append_line(held.reach / NAME, line, self._most_bytes, held.reach / OLDER)
-        except Exception as error:
-            self._lose(error)
-        else:
-            with self._lock:
-                self._lost -= lost
+        with self._writing:
+            held, lost = self._held, self._lost
+            if held is None:
+                return
+            if lost:
+                line = line[:-1] + b',"lost":%d}' % lost
+            try:
+                append_line(held.reach / NAME, line, self._most_bytes, held.reach / OLDER)
+            except Exception as error:
+                self._lose(error)
+            else:
+                with self._lock:
+                    self._lost -= lost
 
     def _lose(self, why: object) -> None:
         with self._lock:
@@ -138,17 +144,21 @@ class EventLog:
         """What comes later is not noted: the directory may belong to another job.
 
         Args:
-            timeout_s: how long to wait for what was noted before, where that is written behind.
+            timeout_s: how long to wait for what was noted before, and is written behind.
         """
         if os.getpid() != self._owner:
             return
         with self._lock:
             self._closed = True
-        written = self._writer is None or self._writer.close(timeout_s)
-        with self._lock:
-            held, self._held = self._held, None
-        if held is not None and written:  # else it ends with the line that hangs
-            held.close()
+        written = self._writer.close(timeout_s) and self._writing.acquire(timeout=timeout_s)
+        try:
+            with self._lock:
+                held, self._held = self._held, None
+            if held is not None and written:  # else it ends with the line that hangs
+                held.close()
+        finally:
+            if written:
+                self._writing.release()
 
 
 def is_wanted(events: bool | str, rank: int, *, by_default: bool) -> bool:

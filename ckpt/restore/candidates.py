@@ -106,6 +106,7 @@ class CandidateVote:
         self._timeout_s = timeout_s
         self._calls = 0
         self._asked = 0
+        self.rejected: set[int] = set()  # on rank 0: sequences of those that were found bad on any rank
 
     def begin(self) -> None:
         """To be called first, on all ranks: however the last one ended, they ask the same questions again."""
@@ -149,6 +150,7 @@ class CandidateVote:
                     times_gone[candidate] += 1
                     break
                 rejected[candidate] = objection.cause
+                self.rejected.add(candidate.sequence)
                 logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, candidate.where, objection.cause)
             else:
                 causes = {candidate.name: cause for candidate, cause in rejected.items()}

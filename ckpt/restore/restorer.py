@@ -129,6 +129,7 @@ class Restorer:
             return None
         finally:
             self._read = None
+            self._directories.damaged.update(self._vote.rejected)
             if self._nearby is not None:
                 self._nearby.end()
             if self._remote is not None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
 from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from ckpt.directory.step_names import stem_of
-from ckpt.errors import NotACheckpointError
+from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.upkeep.census import none_at
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
 from ckpt.upkeep.showing import look_at, tensors_in
 
-_OPAQUE = ("value", "call")  # of which no contents are known
+_OPAQUE = "value"  # of torch.distributed.checkpoint, of which no contents are known
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
     if file and not os.path.lexists(path / file):
         raise NotACheckpointError(f"'{path}' holds no file '{file}'")
     if not path.is_dir() or file:
-        return {leaf.path: leaf for leaf in read_contents(path / file if file else path).leaves}
+        return _by_path("", read_contents(path / file if file else path), path / file)
     found: dict[str, Contents] = {}
     for name, contents in tensors_in(look_at(path)).items():
         if not isinstance(contents, Contents):
@@ -58,9 +59,27 @@ def leaves_of(path: Path, file: str) -> dict[str, Leaf]:
         found[name] = contents
     if not found:
         raise none_at(path, "no file with tensors")
-    if len(found) == 1:
-        return {leaf.path: leaf for leaf in next(iter(found.values())).leaves}
-    return {f"{stem_of(name) or name}:{leaf.path}": leaf for name, contents in found.items() for leaf in contents.leaves}
+    leaves: dict[str, Leaf] = {}
+    for name, contents in found.items():
+        leaves |= _by_path("" if len(found) == 1 else f"{stem_of(name) or name}:", contents, path / name)
+    return leaves
+
+
+def _by_path(prefix: str, contents: Contents, path: Path) -> dict[str, Leaf]:
+    """Where several are called the same, as keys with dots are, or long ones, each has its number behind that."""
+    if contents.cut:
+        raise CheckpointError(f"'{path}' has more paths than anybody would look at: not all of it can be compared")
+    found: dict[str, Leaf] = {}
+    times: collections.Counter[str] = collections.Counter()
+    for leaf in contents.leaves:
+        name = called = f"{prefix}{leaf.path}"
+        times[called] += 1
+        if times[called] > 1:
+            name = f"{called} ({times[called]})"
+        while name in found:
+            name += "*"
+        found[name] = leaf
+    return found
 
 
 def compare(a: dict[str, Leaf], b: dict[str, Leaf]) -> Difference:
@@ -97,7 +116,7 @@ def _is_same(a: Leaf, b: Leaf) -> bool:
         return (a.dtype, a.shape) == (b.dtype, b.shape)
     if "tensor" in (a.kind, b.kind):
         return False
-    return a.kind in _OPAQUE or b.kind in _OPAQUE or (a.kind, a.text) == (b.kind, b.text)
+    return _OPAQUE in (a.kind, b.kind) or (a.kind, a.text, a.mark) == (b.kind, b.text, b.mark)
 
 
 def text_of(leaf: Leaf) -> str:

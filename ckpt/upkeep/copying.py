@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,10 +30,13 @@ from ckpt.storage.directory_lock import NAME as LOCK
 from ckpt.storage.exchange import replace_link
 from ckpt.storage.object_store import ObjectStore
 from ckpt.storage.streamed_file import StreamedFile
-from ckpt.upkeep.census import none_at
+from ckpt.upkeep.census import look, none_at
 from ckpt.upkeep.prepared import missing_files
-from ckpt.upkeep.rows import size_below
+from ckpt.upkeep.rows import DAMAGED, size_below
 from ckpt.upkeep.showing import place_of
+from ckpt.upkeep.verifying import GOOD, judge
+
+logger = logging.getLogger("ckpt")
 
 _CHUNK_BYTES = 4 << 20
 _NAMED = 3  # of files that are missing
@@ -76,8 +80,7 @@ class InDirectory:
     def __init__(self, path: Path, above: Path) -> None:
         self.path = path
         self.name = late_names.name_behind(path.name) or str(path.relative_to(above))
-        self.manifest = manifests.read(path)
-        self.content = (path / manifests.NAME).read_bytes()
+        self.manifest, self.content = manifests.read_with_content(path)
         self.bytes = size_below(path)[0]
 
     def fetch(self, file: FileEntry, target: Path, told: Told) -> None:
@@ -161,6 +164,9 @@ def find_origins(source: Path) -> list[Origin]:
     found = [path for path, _ in committed_deeper_in(source)] if source.is_dir() else []
     if not found:
         raise none_at(source, "no checkpoint of this library")
+    for row in look(source):
+        if row.state == DAMAGED and row.sequence is None:
+            logger.warning("'%s' is left out: %s", source / row.name, row.problem)
     return [InDirectory(path, source) for path in reversed(found)]
 
 
@@ -172,7 +178,9 @@ def find_in_store(url: str) -> list[Origin]:
         StorageError: the store cannot be read.
     """
     store = ObjectStore(url)
-    copies = Catalogue(store).find().copies
+    copies, damaged, _ = Catalogue(store).find()
+    for problem in damaged:
+        logger.warning("a checkpoint is left out: %s", problem)
     if not copies:
         raise NotACheckpointError(f"'{url}' holds no checkpoint of this library")
     return [InStore(store, copy.folder, copy.manifest) for copy in reversed(copies)]
@@ -182,12 +190,12 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
     """One after the other. The caller sees to it that nobody else saves there.
 
     Raises:
-        CheckpointError: another checkpoint has the name or the number there, one that is there has lost files, or there is no
-            room; nothing was copied.
+        CheckpointError: another checkpoint has the name or the number there, one that is there has lost files or is damaged, or
+            there is no room; nothing was copied.
         CorruptError, StorageError: of one of them; those before it are copied.
     """
     there = {manifest.sequence: (path, manifest) for path, manifest in committed_deeper_in(directory)}
-    wanted = [origin for origin in origins if not _is_there(origin, directory, there)]
+    wanted = [origin for origin in origins if not _is_there(origin, directory, there, told)]
     size = sum(origin.bytes for origin in wanted)
     if wanted and not free_space.has_room(directory, size):
         raise CheckpointError(f"the file system of '{directory}' has no room for {size} bytes: make some, or copy fewer")
@@ -196,12 +204,11 @@ def copy(origins: list[Origin], directory: Path, told: Told = lambda _: None) ->
         total = manifests.bytes_of(origin.manifest)
         if origin in wanted:
             _copy_one(origin, directory, target, told)
-        else:
-            told(total)
         yield Copied(origin.name, str(target), total, COPIED if origin in wanted else THERE)
 
 
-def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Manifest]]) -> bool:
+def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Manifest]], told: Told) -> bool:
+    """Whether the very same is: then all of it is read, and compared with the manifest."""
     target = directory / origin.name
     found = manifests.read_if_any(target)
     if found is not None and manifests.identity(found) == manifests.identity(origin.manifest):
@@ -210,6 +217,11 @@ def _is_there(origin: Origin, directory: Path, there: dict[int, tuple[Path, Mani
                 f"'{target}' is there, but {len(missing)} of its {len(found.files)} files are missing or cut off "
                 f"({', '.join(missing[:_NAMED])}): move it away, and copy again"
             )
+        for file in found.files:
+            state, problem = judge(target, file, found, fast=False)
+            if state != GOOD:
+                raise CheckpointError(f"'{target}' is there, but '{file.name}' {problem}: move it away, and copy again")
+            told(file.bytes)
         return True
     if os.path.lexists(target):
         raise CheckpointError(f"'{target}' is there, and is something else: move it away, or copy to another directory")

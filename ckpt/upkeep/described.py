@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ckpt.upkeep.marks import mark_of
 from ckpt.upkeep.pickles import Global, Made, Pairs, Stored, uncollected
 
 _MOST_VISITS = 1_000_000  # a small pickle can share containers so that its paths are without number
@@ -49,7 +50,8 @@ class Leaf(NamedTuple):
         kind: "tensor", or the name of a type.
         dtype, shape, bytes: of a tensor; its own elements, whatever its storage holds.
         record: of a tensor: where its bytes are, as "data/7"; else empty.
-        text: of a value.
+        text: of a value: a few characters.
+        mark: of a value of which these do not tell all: the same for the same value; else 0.
     """
 
     path: str
@@ -59,6 +61,7 @@ class Leaf(NamedTuple):
     bytes: int = 0
     record: str = ""
     text: str = ""
+    mark: int = 0
 
 
 def item_bytes(dtype: str) -> int:
@@ -128,7 +131,7 @@ class _Walk:
             return self._look_at_made(path, part)
         if isinstance(part, Global):
             self._note(part)
-        return Leaf(path, _kind(part), text=shown(part)), []
+        return Leaf(path, _kind(part), text=shown(part), mark=mark_of(part)), []
 
     def _look_at_made(self, path: str, part: Made) -> tuple[Leaf | None, list[tuple[Any, Any]]]:
         self._note(part.what)
@@ -140,7 +143,7 @@ class _Walk:
         below = [*part.items, *_parts_of_state(part.state)]
         if part.name in _HARMLESS and not part.items:
             self._note_all(part.args)
-            return Leaf(path, part.name, text=shown(part.args)), []
+            return Leaf(path, part.name, text=shown(part.args), mark=mark_of(part)), []
         numbered = [each if isinstance(each, _Field) else (number, each) for number, each in enumerate(below)]
         return Leaf(path, "call", text=part.name), [("()", part.args), *part.pairs.items(), *numbered]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
+from collections.abc import Collection
 from pathlib import Path
 
 from ckpt.directory import late_names
@@ -16,9 +18,12 @@ from ckpt.directory.root import missing_files
 from ckpt.directory.step_names import is_step_name
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.storage import durable
+from ckpt.upkeep.repairing import root_of
 from ckpt.upkeep.verifying import BAD, MISSING, Told, verify
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
+_STEP = re.compile(r"(?:^|/|step|checkpoint|iter)[-_=]?(\d+)(?:\.ckpt)?$", re.IGNORECASE)  # in the name of a bundle
+_NONE = -1  # for Keeping: no step, and no multiple but of 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +33,7 @@ class Choice:
         fate: "remove"; "keep"; "held": it would go, but is on its way to an object store, or `latest` names it; or it is
             damaged, and so is none of those that are kept.
         why: in words.
+        is_best: whether it is one of the best, for which others go.
     """
 
     path: Path
@@ -36,9 +42,42 @@ class Choice:
     bytes: int
     fate: str
     why: str
+    is_best: bool = False
 
 
-def choose(directory: Path, keeping: Keeping) -> list[Choice]:
+def decide(directory: Path, keeping: Keeping, told: Told = lambda _: None) -> list[Choice]:
+    """As choose(). Before anything may go, the newest that stays is read, and the best: what goes may be all that could stand
+    in for them. A best one that is damaged is none.
+
+    Raises:
+        CorruptError: the bytes of the newest are not those that were written.
+        NotACheckpointError, CheckpointError, StorageError: as of choose().
+    """
+    changed: set[Path] = set()
+    read: set[Path] = set()
+    while True:
+        choices = choose(directory, keeping, changed)
+        if all(choice.fate != REMOVED for choice in choices):
+            return choices
+        newest = next(choice.path for choice in choices if choice.fate == KEPT)
+        unread = [each for each in [newest, *(each.path for each in choices if each.is_best)] if each not in read]
+        if not unread:
+            return choices
+        for path in dict.fromkeys(unread):
+            read.add(path)
+            problems = [
+                f"{path / each.file}: {each.problem}" for each in verify(path, False, told) if each.state in (BAD, MISSING)
+            ]
+            if problems and path == newest:
+                raise CorruptError(
+                    f"the newest that would stay is damaged, so nothing was removed ({'; '.join(problems)}): bring a copy of "
+                    "it, or move it away"
+                )
+            if problems:
+                changed.add(path)
+
+
+def choose(directory: Path, keeping: Keeping, changed: Collection[Path] = ()) -> list[Choice]:
     """What would become of each checkpoint, newest first.
 
     Damaged ones, as far as names and sizes of files tell, and what is no checkpoint are nobody's to remove here. They are none
@@ -46,29 +85,45 @@ def choose(directory: Path, keeping: Keeping) -> list[Choice]:
 
     Args:
         keeping: which stay.
+        changed: those whose bytes are not what was written.
 
     Raises:
         NotACheckpointError: there is none.
         CheckpointError: none has the metric by which the best are chosen.
         StorageError: it cannot be read.
     """
+    root = root_of(directory)
     found = [(path, manifest) for path, manifest in committed_deeper_in(directory) if not _is_behind_link(path, directory)]
     if not found:
         raise NotACheckpointError(f"'{directory}' holds no checkpoint")
-    whole = [(path, manifest) for path, manifest in found if not missing_files(path, manifest)]
-    _refuse_unknown_metric([manifest for _, manifest in whole], keeping)
-    latest = read_latest(directory)
-    held = held_at(directory, [manifest for _, manifest in whole[keeping.newest :]])
-    reasons = keeping.reasons([manifest for _, manifest in whole])
-    fates = {path: _fate(manifest, held, reason) for (path, manifest), reason in zip(whole, reasons, strict=True)}
-    named = {path: late_names.name_behind(path.name) or str(path.relative_to(directory)) for path, _ in found}
+    names = {path: late_names.name_behind(path.name) or os.path.relpath(path, root) for path, _ in found}
+    steps = {path: _step_of(names[path], manifest) for path, manifest in found}
+    lost = {path: path not in changed and bool(missing_files(path, manifest)) for path, manifest in found}
+    whole = [(path, manifest) for path, manifest in found if not lost[path] and path not in changed]
+    counted = [dataclasses.replace(manifest, step=_NONE if (at := steps[path]) is None else at) for path, manifest in whole]
+    _refuse_unknown_metric(counted, keeping)
+    reasons = keeping.reasons(counted)
+    best = keeping.best_of(counted)
+    going = [manifest for manifest, reason in zip(counted, reasons, strict=True) if not reason]
+    held, latest = held_at(root, going), read_latest(root)
+    fates = {path: _fate(each, held, reason, keeping) for (path, _), each, reason in zip(whole, counted, reasons, strict=True)}
     choices = []
     for path, manifest in found:
-        fate, why = fates.get(path, (HELD, "it is damaged: files are missing, or cut off"))
-        if fate == REMOVED and named[path] == latest:
+        fate, why = fates.get(path, (HELD, "it is damaged: files are missing, or cut off" if lost[path] else "it is damaged"))
+        if fate == REMOVED and names[path] == latest:
             fate, why = HELD, "latest names it"
-        choices.append(Choice(path, manifest.step, manifest.sequence, manifests.bytes_of(manifest), fate, why))
+        step, size = steps[path], manifests.bytes_of(manifest)
+        is_best = path in fates and manifest.sequence in best
+        choices.append(Choice(path, manifest.step if step is None else step, manifest.sequence, size, fate, why, is_best))
     return choices
+
+
+def _step_of(name: str, manifest: Manifest) -> int | None:
+    """Of a bundle, if its framework has told no step, what its name says; None if that says none."""
+    if manifest.step or is_step_name(name):
+        return manifest.step
+    match = _STEP.search(name)
+    return None if match is None else int(match[1])
 
 
 def _refuse_unknown_metric(whole: list[Manifest], keeping: Keeping) -> None:
@@ -82,7 +137,7 @@ def _is_behind_link(path: Path, directory: Path) -> bool:
     return path.is_symlink() or (path.parent != directory and path.parent.is_symlink())
 
 
-def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
+def _fate(manifest: Manifest, held: set[int], reason: str, keeping: Keeping) -> tuple[str, str]:
     """Of one that is whole, and the reason.
 
     Args:
@@ -94,24 +149,9 @@ def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
         return HELD, "it is on its way to an object store, or a job has gone back to it"
     if manifest.others:
         return HELD, "files of others lie in it"
+    if keeping.every is not None and manifest.step == _NONE:
+        return HELD, f"neither its manifest nor its name says its step, which may be a multiple of {keeping.every}"
     return REMOVED, ""
-
-
-def refuse_changed(choices: list[Choice], told: Told = lambda _: None) -> None:
-    """Reads the newest that stays: what goes may be all that could stand in for it.
-
-    Raises:
-        CorruptError: its bytes are not those that were written.
-    """
-    newest = next((choice for choice in choices if choice.fate == KEPT), None)
-    if newest is None or all(choice.fate != REMOVED for choice in choices):
-        return
-    damaged = [each for each in verify(newest.path, False, told) if each.state in (BAD, MISSING)]
-    if damaged:
-        listed = "; ".join(f"{newest.path / each.file}: {each.problem}" for each in damaged)
-        raise CorruptError(
-            f"the newest that would stay is damaged, so nothing was removed ({listed}): bring a copy of it, or move it away"
-        )
 
 
 def remove(choice: Choice) -> None:

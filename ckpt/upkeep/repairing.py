@@ -68,7 +68,8 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
         raise NotACheckpointError(f"'{directory}' is no directory")
     if os.path.lexists(directory / nodes.NAME):
         raise CheckpointError(f"'{directory}' is that of a run on a node: its drain, and the next job there, look after it")
-    lock = DirectoryLock(_locked_by(directory), refusal=_IN_USE)
+    root = root_of(directory)
+    lock = DirectoryLock(root, refusal=_IN_USE)
     if not changing:
         lock.expect_free(0.0)
         yield
@@ -76,17 +77,18 @@ def alone_in(directory: Path, *, changing: bool) -> Iterator[None]:
     lock.acquire()
     try:
         with contextlib.ExitStack() as stack:
-            if publish_lock.is_home(directory):
-                durable.make_directory(directory / publish_lock.FOLDER, durable=True)
-                stack.enter_context(publish_lock.publishing(directory, "command"))
+            if publish_lock.is_home(root):
+                durable.make_directory(root / publish_lock.FOLDER, durable=True)
+                stack.enter_context(publish_lock.publishing(root, "command"))
             yield
     finally:
         lock.release()
 
 
-def _locked_by(directory: Path) -> Path:
-    """Where the job has its lock: above bundles whose names have a slash. Beside these a framework takes it for one."""
-    above = directory.parent
+def root_of(directory: Path) -> Path:
+    """Where the job has its lock, and `latest`: above bundles whose names have a slash. Beside these a framework takes such a
+    file for one."""
+    above = Path(os.path.abspath(directory)).parent
     inner = not os.path.lexists(directory / LOCK) and os.path.lexists(above / LOCK) and bool(committed_in(directory))
     return above if inner else directory
 
@@ -139,7 +141,7 @@ class _Plan:
     # ---- steps -------------------------------------------------------------------------------------------------------
 
     def _plan_step(self, path: Path) -> None:
-        prepared = self._prepared(path)
+        prepared = None if path.is_symlink() else self._prepared(path)  # where it leads, another job may be publishing
         if prepared is not None:
             self._add(FINALISE, path, f"step {prepared.manifest.step} is complete", lambda: _finalise(path, prepared))
         manifest = prepared.manifest if prepared is not None else manifests.read_if_any(path)
@@ -190,7 +192,7 @@ class _Plan:
 
     def _plan_bundle(self, path: Path) -> None:
         final = late_names.name_behind(path.name)
-        if path.name.startswith(".") and final is None:
+        if (path.name.startswith(".") and final is None) or _is_of_another_job(path):
             return
         if not self._plan_complete(path, path.name if final is None else final):
             if final is not None:
@@ -286,6 +288,13 @@ class _Plan:
             self._add(MEND, path, f"names {before}, and '{name}' is newer", lambda: _point(path, name, of_steps))
 
 
+def _is_of_another_job(path: Path) -> bool:
+    """Whether somebody has a lock of his own there, and saves now, or has saved steps: those are repaired by themselves."""
+    if not os.path.lexists(path / LOCK):
+        return False
+    return DirectoryLock(path).holder() is not None or any(map(is_step_name, names_in(path)))
+
+
 def _finalise(directory: Path, prepared: Prepared) -> None:
     """As publish() goes on behind the point where the crash came."""
     durable.rename_durably(prepared.aside, directory / manifests.NAME)
@@ -309,4 +318,6 @@ def _remove_directory(path: Path) -> None:
 
 
 def _point(latest: Path, name: str, of_steps: bool) -> None:
+    if manifests.read_if_any(latest.parent / name) is None:  # an action before this has failed
+        raise CheckpointError(f"'{name}' is no checkpoint yet")
     durable.replace_durably(latest, f"{name}\n".encode() if of_steps else name.encode(), "latest")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from ckpt.directory import late_names
 from ckpt.directory.step_names import is_step_name, step_name
 from ckpt.errors import NotACheckpointError
 from ckpt.upkeep.census import is_checkpoint, look
-from ckpt.upkeep.rows import COMMITTED
+from ckpt.upkeep.rows import COMMITTED, DAMAGED
+
+logger = logging.getLogger("ckpt")
 
 
 def resolve(text: str) -> tuple[Path, str]:
@@ -54,9 +57,13 @@ def _named_in(directory: str, name: str) -> Path | None:
 
 
 def _newest(directory: Path) -> Path | None:
-    """None if none is committed there."""
-    row = next((row for row in look(directory) if row.state == COMMITTED), None)
+    """None if none is committed there. What may be newer, and is damaged, is not passed over without a word."""
+    rows = look(directory)
+    row = next((row for row in rows if row.state == COMMITTED), None)
     if row is None:
         return None
+    for other in rows:
+        if other.state == DAMAGED and (other.sequence is None or other.sequence > (row.sequence or 0)):
+            logger.warning("'%s' is passed over, '%s' is taken: %s", directory / other.name, row.name, other.problem)
     path = directory / row.name
     return path if path.is_dir() else late_names.partial_of(directory, row.name)

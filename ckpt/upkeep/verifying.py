@@ -13,7 +13,7 @@ from ckpt import _native
 from ckpt.directory import late_names, receipts
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry, Manifest
-from ckpt.directory.sharded_files import METADATA
+from ckpt.directory.sharded_files import METADATA, metadata_name, needs_mending
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.upkeep import dcp_metadata
@@ -88,6 +88,22 @@ def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verd
         state, problem = judge(path, file, manifest, fast)
         told(file.bytes)
         yield Verdict(str(path), file.name, file.bytes, state, problem)
+    yield from _verify_copy(path, manifest)
+
+
+def _verify_copy(path: Path, manifest: Manifest) -> Iterator[Verdict]:
+    """Of metadata of a step that was saved again: readers of torch know only this name."""
+    name = metadata_name(manifest)
+    if name is None or name == METADATA:
+        return
+    try:
+        if needs_mending(path, manifest):
+            size = next(file.bytes for file in manifest.files if file.name == name)
+            yield Verdict(
+                str(path), METADATA, size, BAD, f"it is not '{name}', which the step has: `ckpt repair` makes it that"
+            )
+    except OSError as error:
+        yield Verdict(str(path), METADATA, 0, BAD, f"cannot be read: {error.strerror}")
 
 
 def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
@@ -167,7 +183,7 @@ def _verify_foreign(directory: Path, fast: bool, told: Told) -> Iterator[Verdict
         for part in stored.parts:
             parts[part.file].append((part.at, part.length, stored.key))
     for name, found in parts.items():
-        end = max(at + length for at, length, _ in found)
+        end = max((at + length for at, length, _ in found), default=0)
         state, problem, size = _judge_parts(directory / name, sorted(found), end, fast)
         told(size)
         yield Verdict(str(directory), name, size, state, problem)

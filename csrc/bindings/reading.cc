@@ -155,6 +155,11 @@ void bind_reading(py::module_& module) {
         py::gil_scoped_release release;
         file.check(wanted, threads);
       }, py::arg("in_memory"), py::arg("threads"))
+      .def("claimed_crc32", [](const RecordFile& file, int threads, double timeout_s) {
+        const ReadOptions options = reading(threads, timeout_s, kPieceBytes, py::none());
+        py::gil_scoped_release release;
+        return file.claimed_crc(options);
+      }, py::arg("threads"), py::arg("timeout_s"))
       .def_property_readonly("directory_crc32", &RecordFile::directory_crc)
       .def_property_readonly("bytes_read", [](const RecordFile& file) { return file.file().bytes_read(); });
   module.def("read_file_ranges", &read_file_ranges, py::arg("path"), py::arg("ranges"), py::kw_only(), py::arg("direct"),

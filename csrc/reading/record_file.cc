@@ -271,6 +271,19 @@ void RecordFile::check(const Wanted& in_memory, int threads) const {
   for (const Place& place : in_memory) check_record(entries_[place.entry], crcs[place.entry]);
 }
 
+uint32_t RecordFile::claimed_crc(const ReadOptions& options) const {
+  const std::vector<size_t> order = in_file_order(entries_);
+  const Gaps gaps(*file_, entries_, order);
+  const std::vector<uint32_t> crcs = read_ranges(file_, gaps.ranges, options);
+  uint32_t whole = 0;
+  for (size_t i = 0; i < order.size(); ++i) {
+    const ZipEntry& entry = entries_[order[i]];
+    whole = crc32_combine(whole, crcs[i], gaps.ranges[i].length);
+    whole = crc32_combine(whole, entry.crc, entry.size);
+  }
+  return crc32_combine(whole, crcs.back(), gaps.ranges.back().length);
+}
+
 uint32_t RecordFile::directory_crc() const {
   uint32_t crc = 0;
   for (const ZipEntry& entry : entries_) {

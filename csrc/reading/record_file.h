@@ -56,6 +56,9 @@ class RecordFile {
   // Checks the CRC-32s of records that are in memory of the host already, by so many threads.
   void check(const Wanted& in_memory, int threads) const;
 
+  // The CRC-32 that the file has if its records are what its directory says: of these no byte is read, but all between them.
+  uint32_t claimed_crc(const ReadOptions& options) const;
+
   // CRC-32 of what the directory says: the same for two files of the same records, whatever the bytes around these.
   uint32_t directory_crc() const;
 

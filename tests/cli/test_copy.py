@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from test_verify import flip, place_of
 
 import ckpt
 from ckpt.dcp import DcpCheckpointer
+from ckpt.directory import manifest as manifests
 
 
 def assert_arrived(directory: Path, *steps: int) -> None:
@@ -55,6 +57,16 @@ def test_damage_is_not_copied(shell: Shell, home: Path, tmp_path: Path) -> None:
     assert_arrived(tmp_path / "t", 1)
 
 
+def test_what_cannot_be_understood_is_not_left_out_in_silence(
+    shell: Shell, home: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (step_in(home, 2) / "manifest.json").write_text("{")
+    assert shell("copy", home, tmp_path / "t").code == 0
+    (said,) = caplog.messages
+    assert f"'{step_in(home, 2)}' is left out" in said
+    assert_arrived(tmp_path / "t", 1, 3)
+
+
 def test_what_has_lost_files_is_not_there(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
     target = tmp_path / "t"
     assert shell("copy", three_steps, target).code == 0
@@ -68,6 +80,41 @@ def test_what_has_lost_files_is_not_there(shell: Shell, three_steps: Path, tmp_p
     shutil.rmtree(step_in(target, 2))
     assert shell("copy", three_steps, target).code == 0
     assert_arrived(target, 1, 2, 3)
+
+
+def test_what_has_changed_since_is_not_there(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
+    """Its sizes are right."""
+    target = tmp_path / "t"
+    assert shell("copy", three_steps, target).code == 0
+    path = step_in(target, 2) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    shutil.rmtree(step_in(target, 3))
+    said = shell("copy", three_steps, target)
+    assert said.code == 5 and f"'{step_in(target, 2)}' is there, but 'state.pt' record" in said.out and "data/0" in said.out
+    assert not step_in(target, 3).exists()
+    shutil.rmtree(step_in(target, 2))
+    assert shell("copy", three_steps, target).code == 0
+    assert_arrived(target, 1, 2, 3)
+
+
+def test_a_copy_has_the_manifest_of_its_files(
+    shell: Shell, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also if the step is saved again just when it has been read."""
+    path, parse = step_in(home, 3) / manifests.NAME, manifests.parse
+    before = path.read_bytes()
+    (file,) = parse(before).files
+    newer = dataclasses.replace(parse(before), sequence=9, files=(dataclasses.replace(file, name="state-2.pt"),))
+
+    def saved_again(content: bytes) -> manifests.Manifest:
+        if content == before:
+            path.write_bytes(newer.to_json())
+        return parse(content)
+
+    monkeypatch.setattr(manifests, "parse", saved_again)
+    assert shell("copy", step_in(home, 3), tmp_path / "t").code == 0
+    monkeypatch.undo()
+    assert shell("verify", tmp_path / "t").code == 0 and manifests.read(step_in(tmp_path / "t", 3)).files == (file,)
 
 
 def test_what_would_be_confused_is_refused(shell: Shell, three_steps: Path, tmp_path: Path) -> None:

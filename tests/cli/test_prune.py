@@ -105,6 +105,59 @@ def test_nothing_goes_for_one_whose_bytes_have_changed(shell: Shell, home: Path)
     assert shell("prune", home, "--keep", "3", "--yes").code == 0, "nothing goes anyway"
 
 
+def test_a_best_one_whose_bytes_have_changed_is_none(shell: Shell, tmp_path: Path) -> None:
+    """The next best stays instead; it stays itself, for somebody may bring its bytes back."""
+    with ckpt.Checkpointer(tmp_path, keep=None, options=options()) as checkpointer:
+        for step, loss in enumerate((0.3, 0.1, 0.2, 0.4, 0.5)):
+            checkpointer.save(step, {"x": torch.full((3,), float(step))}, metrics={"loss": loss}).result()
+    for step in (1, 2):
+        path = step_in(tmp_path, step) / "state.pt"
+        flip(path, place_of(path, "data/0"))
+    words = ("prune", tmp_path, "--keep", "1", "--keep-best", "1", "--best-by", "loss")
+    assert [each["step"] for each in shell.json(*words)["checkpoints"] if each["fate"] == "remove"] == [3, 2, 0]
+    document = shell.json(*words, "--yes")
+    assert [(each["step"], each["fate"]) for each in document["checkpoints"]] == [
+        *((4, "keep"), (3, "remove"), (2, "held"), (1, "held"), (0, "keep")),
+    ]
+    assert names(tmp_path) == [0, 1, 2, 4]
+    path = step_in(tmp_path, 0) / "state.pt"
+    flip(path, place_of(path, "data/0"))
+    said = shell("prune", tmp_path, "--keep", "1", "--keep-best", "1", "--best-by", "loss", "--yes")
+    assert said.code == 0 and names(tmp_path) == [0, 1, 2, 4], "all that is left of the best"
+
+
+NAMED = {
+    **{"global_step1000": True, "global_step1500": False, "checkpoint-2000": True, "epoch=3-step=3000.ckpt": True},
+    **{"step_4500": False, "5000": True, "best": None, "epoch=2-loss=0.1000.ckpt": None, "run2-best7": None},
+}
+
+
+def test_multiples_of_bundles_are_told_by_their_names(shell: Shell, tmp_path: Path) -> None:
+    """A framework may not tell of steps. One whose step nobody knows stays."""
+    with ckpt.BundleCheckpointer(options=options()) as bundles:
+        for name in (*NAMED, "global_step9999"):
+            bundle = bundles.begin(tmp_path, name, move_latest=False)
+            bundle.save({"w": torch.zeros(2)}, tmp_path / name / "a.pt")
+            bundle.commit().result()
+    document = shell.json("prune", tmp_path, "--keep", "1", "--keep-every", "1000", "--yes")
+    fates = {Path(each["path"]).name: each["fate"] for each in document["checkpoints"]}
+    fate_of = {True: "keep", False: "remove", None: "held"}
+    assert fates == {"global_step9999": "keep", **{name: fate_of[is_multiple] for name, is_multiple in NAMED.items()}}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+        name for name, fate in fates.items() if fate != "remove"
+    }
+
+
+def test_only_what_would_go_takes_the_places_of_what_is_held(shell: Shell, tmp_path: Path) -> None:
+    """Three are held at most, and these stay for another reason."""
+    save_steps(tmp_path, 1, 10, 20, 30, 40)
+    place = tmp_path / FOLDER / "store"
+    place.mkdir(parents=True)
+    (place / NAME).write_text(json.dumps({"decided": [], "held": [], "every_steps": None, "all_others": True}))
+    document = shell.json("prune", tmp_path, "--keep", "1", "--keep-every", "10")
+    assert [each["fate"] for each in document["checkpoints"]] == ["keep"] * 4 + ["held"]
+
+
 def save_numbered(directory: Path, *numbers: int) -> None:
     """One job, that names them as accelerate does."""
     with ckpt.BundleCheckpointer(options=options()) as bundles:
@@ -114,7 +167,7 @@ def save_numbered(directory: Path, *numbers: int) -> None:
             bundle.commit().result()
 
 
-def test_bundles_whose_names_have_a_slash(shell: Shell, tmp_path: Path) -> None:
+def test_bundles_whose_names_have_a_slash(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two jobs; the lock lies above them."""
     save_numbered(tmp_path, 0, 1, 2)
     save_numbered(tmp_path, 3)
@@ -123,6 +176,13 @@ def test_bundles_whose_names_have_a_slash(shell: Shell, tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints"
     with in_use(tmp_path):
         assert shell("prune", folder, "--keep", "1", "--yes").code == shell("repair", folder, "--yes").code == 4
+        monkeypatch.chdir(folder)
+        assert shell("prune", ".", "--keep", "1", "--yes").code == shell("repair", ".", "--yes").code == 4
+    (tmp_path / "latest").write_text("checkpoints/checkpoint_0")
+    for at in (tmp_path, folder):
+        document = shell.json("prune", at, "--keep", "3")
+        assert [each["fate"] for each in document["checkpoints"]] == ["keep"] * 3 + ["held"], "latest names it"
+    (tmp_path / "latest").unlink()
     assert shell("copy", tmp_path, tmp_path / "copied").code == 0
     assert shell.json("list", tmp_path / "copied")["checkpoints"] == shell.json("list", tmp_path)["checkpoints"]
     assert shell("prune", folder, "--keep", "3", "--yes").code == 0

@@ -206,3 +206,37 @@ def test_what_cannot_be_done_is_told(shell: Shell, home: Path, native: Any) -> N
     assert list(document["failed"]) == [str(home / "latest")]
     native.clear_faults()
     assert shell("repair", home, "--yes").code == 0
+
+
+def test_latest_does_not_name_what_could_not_be_finalised(shell: Shell, home: Path, native: Any) -> None:
+    unname_manifest(step_in(home, 3))
+    (home / "latest").write_text("step-000000000002\n")
+    native.set_fault("rename", "step-000000000003/manifest.json", error=errno.EACCES)
+    document = shell.json("repair", home, "--yes", code=5)
+    assert {*document["failed"]} == {str(step_in(home, 3)), str(home / "latest")}
+    assert (home / "latest").read_text() == "step-000000000002\n"
+    native.clear_faults()
+    assert repair(shell, home) == ["finalise", "mend"]
+
+
+def test_nothing_is_finalised_through_a_link(shell: Shell, home: Path, tmp_path: Path) -> None:
+    """Where it leads, another job may be about to give the manifest its name."""
+    elsewhere = tmp_path / "elsewhere"
+    step_in(home, 3).rename(elsewhere)
+    aside = unname_manifest(elsewhere)
+    step_in(home, 3).symlink_to(elsewhere)
+    assert repair(shell, home) == ["mend"]
+    assert aside.exists() and not (elsewhere / "manifest.json").exists()
+    assert (home / "latest").read_text() == "step-000000000002\n"
+
+
+def test_what_another_job_saves_below_is_left_alone(shell: Shell, home: Path, tmp_path: Path) -> None:
+    """Above directories of several jobs nothing is mended in those: each has a lock of its own."""
+    aside, parent = unname_manifest(step_in(home, 3)), home.parent
+    begun = step_in(home, 2) / ".tmp-state.pt-00000000-1-000000000"
+    begun.touch()
+    with in_use(home):
+        assert shell.json("repair", parent)["actions"] == []
+    assert shell.json("repair", parent, "--yes")["actions"] == []
+    assert aside.exists() and begun.exists()
+    assert repair(shell, home) == ["remove", "finalise"] and not begun.exists()

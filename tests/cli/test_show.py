@@ -39,6 +39,19 @@ def test_ways_to_name_a_checkpoint(form: str, shell: Shell, three_steps: Path) -
     assert shell.json("show", form.format(home=three_steps))["manifest"]["step"] == 3
 
 
+@pytest.mark.parametrize("what", ["state.pt", "manifest.json"])
+def test_a_newer_one_that_is_damaged_is_not_passed_over_in_silence(
+    what: str, shell: Shell, home: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is taken for the newest may be exported."""
+    (step_in(home, 3) / what).write_text("{")
+    assert shell.json("show", home)["manifest"]["step"] == 2
+    (said,) = [text for text in caplog.messages if "is passed over" in text]
+    assert str(step_in(home, 3)) in said and "'step-000000000002' is taken" in said
+    caplog.clear()
+    assert shell("show", f"{home}:1").code == 0 and not caplog.messages
+
+
 def test_a_file_in_a_checkpoint(shell: Shell, three_steps: Path) -> None:
     document = shell.json("show", f"{step_in(three_steps, 1)}:state.pt", "--tensors", "model.w*")
     assert tensors(document, "state.pt") == {"model.weight": MODEL["model.weight"]}

@@ -36,6 +36,16 @@ def test_stale(shell: Shell, home: Path) -> None:
     assert "(stale)" in shell("status", home, "--stale", "30min").out
 
 
+def test_a_commit_that_is_to_come_by_this_clock_is_stale(shell: Shell, home: Path) -> None:
+    """A clock was ahead, and has gone back: nobody can tell how old it is, and it must not pass for new for years."""
+    path = step_in(home, 3) / "manifest.json"
+    said = json.loads(path.read_bytes())
+    del said["crc32"]
+    path.write_bytes(manifests.with_checksum({**said, "created": "2200-01-01T00:00:00.000+00:00"}))
+    assert "from now, by this clock" in shell("status", home).out
+    assert shell.json("status", home, "--stale", "30min", code=6)["stale"]
+
+
 def test_the_backlog_of_a_node(shell: Shell, tmp_path: Path) -> None:
     job = Job(tmp_path)
     for state, number in ((journals.COMMITTED, 1), (journals.COPYING, 2), (journals.FAILED, 3)):

@@ -92,6 +92,20 @@ def test_sharded_directories(shell: Shell, tmp_path: Path) -> None:
         assert shell("verify", tmp_path / directory, "--fast").code == 1
 
 
+def test_the_copy_of_metadata_that_torch_reads(shell: Shell, tmp_path: Path) -> None:
+    """Of a step that was saved again the manifest names another file."""
+    with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:
+        for value in (1.0, 2.0):
+            checkpointer.save(1, sharded={"w": torch.full((50,), value)}).result()
+    step = step_in(tmp_path, 1)
+    before = (step / ".metadata").read_bytes()
+    assert (step / ".metadata-2").read_bytes() == before and shell("verify", tmp_path).code == 0
+    flip(step / ".metadata", len(before) // 2)
+    document = shell.json("verify", tmp_path, code=1)
+    assert [file["file"] for file in document["files"] if file["state"] == "damaged"] == [".metadata"]
+    assert shell("repair", tmp_path, "--yes").code == 0 and shell("verify", tmp_path).code == 0
+
+
 def test_a_node_has_but_its_part(shell: Shell, tmp_path: Path) -> None:
     job = Job(tmp_path, nodes=2)
     job.save(1, common=300)

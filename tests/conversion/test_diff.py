@@ -11,6 +11,8 @@ import torch.distributed.checkpoint as dcp
 from command_line import Shell, step_in
 from test_verify import flip, place_of
 
+from ckpt.upkeep import described
+
 
 def saved(path: Path, **changes: Any) -> Path:
     torch.save({"w": torch.arange(6.0), "n": torch.arange(3), "nan": torch.tensor([float("nan")]), "lr": 0.1, **changes}, path)
@@ -36,6 +38,42 @@ def test_structure(shell: Shell, tmp_path: Path) -> None:
         }
     said = shell("diff", a, b)
     assert said.code == 1 and {"- gone", "+ new"} <= {*said.out.splitlines()}
+
+
+UNLIKE: list[tuple[Any, Any]] = [
+    ("x" * 100 + "a", "x" * 100 + "b"),
+    (b"x" * 100 + b"a", b"x" * 100 + b"b"),
+    (bytearray(b"1"), bytearray(b"2")),
+    (1 << 2000, 1 << 2000 | 1),
+    ({1, 2, 3}, {1, 2, 4}),
+    (frozenset({"a"}), frozenset({"b"})),
+    (torch.Size([1, 2]), torch.Size([1, 3])),
+    (complex(1, 2), complex(1, 3)),
+    ({frozenset({(1, "a")})}, {frozenset({(1, "b")})}),
+]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"), UNLIKE, ids=[f"{number}-{type(one).__name__}" for number, (one, _) in enumerate(UNLIKE)]
+)
+def test_also_what_is_not_shown_of_a_value_is_compared(one: Any, other: Any, shell: Shell, tmp_path: Path) -> None:
+    a, b = saved(tmp_path / "a.pt", v=one), saved(tmp_path / "b.pt", v=other)
+    (changed,) = shell.json("diff", a, b, code=1)["changed"]
+    assert changed["name"].partition(".")[0] == "v"
+    assert shell.json("diff", a, saved(tmp_path / "c.pt", v=one))["same"]
+
+
+def test_what_is_called_the_same_does_not_hide_each_other(shell: Shell, tmp_path: Path) -> None:
+    a = saved(tmp_path / "a.pt", **{"x.y": 1, "x": {"y": 2}, "z": {1: 1, "1": 2}})
+    b = saved(tmp_path / "b.pt", **{"x.y": 0, "x": {"y": 2}, "z": {1: 0, "1": 2}})
+    assert [each["name"] for each in shell.json("diff", a, b, code=1)["changed"]] == ["x.y", "z.1"]
+
+
+def test_of_what_nobody_would_look_at_nothing_is_said(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = saved(tmp_path / "a.pt", v=1), saved(tmp_path / "b.pt", v=2)
+    monkeypatch.setattr(described, "_MOST_VISITS", 3)
+    said = shell("diff", a, b)
+    assert said.code == 1 and "more paths than anybody would look at" in said.err
 
 
 def test_values(shell: Shell, tmp_path: Path) -> None:

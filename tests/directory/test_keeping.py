@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,52 @@ def test_what_lacks_files_is_not_the_best_in_the_place_of_another(tmp_path: Path
         (tmp_path / "step-000000000001" / "state.pt").unlink()
         assert save(checkpointer, {2: 0.2, 3: 0.3, 4: 0.4}) == [1, 2, 4]
         assert save(checkpointer, {5: 0.05, 6: 0.5}) == [5, 6]
+
+
+def damage(directory: Path, step: int) -> None:
+    path = directory / f"step-{step:012d}" / "state.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_a_restore_has_found_damaged_stands_in_for_no_other(tmp_path: Path) -> None:
+    """Neither of the newest, nor of the best: it may be the one that is left."""
+    with make(tmp_path, keep=2) as checkpointer:
+        save(checkpointer, {1: 0.5, 2: 0.1})
+    damage(tmp_path, 2)
+    with make(tmp_path, keep=2) as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 1
+        assert save(checkpointer, {3: 0.4}) == [1, 2, 3]
+        assert save(checkpointer, {4: 0.6}) == [3, 4]
+
+
+def test_a_best_one_that_is_damaged_is_not_the_best_in_the_place_of_another(tmp_path: Path) -> None:
+    how = {"keep": 1, "keep_best": 1, "best_by": "loss"}
+    with make(tmp_path, **how) as checkpointer:
+        save(checkpointer, {1: 0.1, 2: 0.5})
+    damage(tmp_path, 1)
+    with make(tmp_path, **how) as checkpointer:
+        with pytest.raises(ckpt.CorruptError):
+            checkpointer.restore(step=1)
+        checkpointer.restore()
+        assert save(checkpointer, {3: 0.4, 4: 0.6, 5: 0.7}) == [1, 3, 5]
+        assert save(checkpointer, {6: 0.05, 7: 0.7}) == [6, 7]
+
+
+def test_a_commit_that_is_told_of_twice_counts_once() -> None:
+    """As at home and on a node, where its files may be called otherwise."""
+    best, second, third = (Manifest(step, step, 1, (), metrics=(("loss", float(step)),)) for step in (1, 2, 3))
+    again = dataclasses.replace(best, others=("notes.txt",))
+    keeping = Keeping(1, None, 2, "loss")
+    assert keeping.best_of([best, again, second, third]) == {1, 2}
+    assert keeping.wants(second, [best, again, third, second]) and not keeping.wants(third, [best, again, third, second])
+
+
+def test_what_is_no_number_in_a_manifest_is_not_the_best() -> None:
+    odd = [Manifest(step, step, 1, (), metrics=(("loss", value),)) for step, value in enumerate((float("nan"), -math.inf, 2.0))]
+    assert Keeping(1, None, 1, "loss").best_of(odd) == {2}
 
 
 @pytest.mark.parametrize(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import shutil
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,51 @@ def test_a_file_of_another_save_is_not_taken_for_it(tmp_path: Path) -> None:
     shutil.copy(other / "state.pt", step / "state.pt")
     with pytest.raises(ckpt.CorruptError, match="CRC-32 of its manifest"):
         ckpt.load(step)
+    with pytest.raises(ckpt.CorruptError, match="CRC-32 of its manifest"):
+        ckpt.load(step, keys="model.weight")
+
+
+def test_files_of_ranks_that_were_exchanged_are_told_by_a_part_of_them(tmp_path: Path) -> None:
+    """Both are good, and of the same size."""
+    step = save_as_ranks(tmp_path / "run", [{"own": torch.full((9_000,), float(rank)), "rest": [rank]} for rank in (0, 1)])
+    assert_same({"own": torch.full((9_000,), 1.0)}, ckpt.load(step, rank=1, keys="own"))
+    first, second = step / "rank-00000.pt", step / "rank-00001.pt"
+    first.rename(step / "aside")
+    second.rename(first)
+    (step / "aside").rename(second)
+    for keys in (None, "own", "rest"):
+        with pytest.raises(ckpt.CorruptError, match=r"rank-00001.pt' fails the CRC-32 of its manifest"):
+            ckpt.load(step, rank=1, keys=keys)
+
+
+def test_of_a_part_only_what_is_read_is_verified(tmp_path: Path) -> None:
+    step = save(tmp_path, 1, {"first": torch.full((100_000,), 1.0), "second": torch.full((100_000,), 2.0)})
+    path = step / "state.pt"
+    content = bytearray(path.read_bytes())
+    content[content.index(torch.full((100,), 2.0).numpy().tobytes()) + 200_000] ^= 1
+    path.write_bytes(content)
+    assert_same({"first": torch.full((100_000,), 1.0)}, ckpt.load(step, keys="first"))
+    with pytest.raises(ckpt.CorruptError, match=r"data/1' of '.*state.pt'"):
+        ckpt.load(step, keys="second")
+
+
+def test_a_part_of_a_file_without_checksums_is_compared_as_a_whole(tmp_path: Path) -> None:
+    step = save(tmp_path, 1, {"first": torch.ones(9_000), "second": torch.zeros(9_000)})
+    path, manifest = step / "state.pt", manifests.read(step)
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"first": torch.ones(9_000), "second": torch.zeros(9_000)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    content = bytearray(path.read_bytes())
+    entry = manifests.FileEntry(path.name, len(content), zlib.crc32(content))
+    (step / manifests.NAME).write_bytes(dataclasses.replace(manifest, files=(entry,)).to_json())
+    assert_same({"second": torch.zeros(9_000)}, ckpt.load(step, keys="second"))
+    content[content.index(torch.ones(100).numpy().tobytes()) + 4_000] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ckpt.CorruptError, match="CRC-32 of its manifest"):
+        ckpt.load(step, keys="second")
 
 
 def test_of_several_ranks_one_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -130,6 +177,18 @@ def test_of_several_ranks_one_is_named(tmp_path: Path, caplog: pytest.LogCapture
         assert_same({**weights(7), "rank": rank}, ckpt.load(step.parent, rank=rank))
     with pytest.raises(ckpt.CheckpointError, match="no state of rank 2: it was saved by 2 ranks"):
         ckpt.load(step, rank=2)
+
+
+def test_a_rank_that_had_nothing_for_itself(tmp_path: Path) -> None:
+    for replicated in (None, weights(7)):
+        step = save_as_ranks(tmp_path / str(replicated is None), [{"rank": 0}, {"rank": 1}], replicated)
+        manifest = manifests.read(step)
+        left = tuple(file for file in manifest.files if (file.kind, file.rank) != (manifests.RANK, 1))
+        (step / manifests.NAME).write_bytes(dataclasses.replace(manifest, files=left).to_json())
+        with pytest.raises(ckpt.CheckpointError, match="no state of rank 1, which had none for itself"):
+            ckpt.load(step, rank=1)
+    step = save(tmp_path / "all", 1, replicated=weights(1))
+    assert_same(weights(1), ckpt.load(step, rank=0))
 
 
 def test_of_ranks_that_have_nothing_in_common_none_is_chosen_silently(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from support import options
 from test_node_saves import end_drains
 
 import ckpt
+from ckpt.directory import steps
 from ckpt.metrics import events as event_log
 from ckpt.metrics.events import NAME, OLDER, EventLog, read_events
 from ckpt.storage.log_file import append_line
@@ -190,6 +191,34 @@ def test_on_a_node_nobody_waits_for_a_home_that_hangs(tmp_path: Path, monkeypatc
         end_drains(tmp_path)
 
 
+def test_a_save_that_is_skipped_waits_for_no_directory_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training is to go on: that is what it is skipped for."""
+    hanging, publishing, publish = Hanging(monkeypatch), threading.Event(), steps.publish
+
+    def publish_when_it_answers(*details: Any, **more: Any) -> None:
+        publishing.set()
+        assert hanging.let_go.wait(DEADLINE_S)
+        publish(*details, **more)
+
+    monkeypatch.setattr(steps, "publish", publish_when_it_answers)
+    returned: list[ckpt.PendingSave] = []
+    try:
+        with job(tmp_path, when_busy="skip", max_in_flight=1) as checkpointer:
+            first = checkpointer.save(0, state(0))
+            assert publishing.wait(DEADLINE_S)
+            saving = threading.Thread(target=lambda: returned.append(checkpointer.save(1, state(1))), daemon=True)
+            saving.start()
+            saving.join(DEADLINE_S / 4)
+            in_time = [*returned]
+            hanging.let_go.set()
+            saving.join(DEADLINE_S)
+            assert len(in_time) == 1 and isinstance(in_time[0].exception(DEADLINE_S), ckpt.SkippedError)
+            first.result(DEADLINE_S)
+    finally:
+        hanging.let_go.set()
+    assert {(event["step"], event["outcome"]) for event in events_in(tmp_path, "save")} == {(0, "committed"), (1, "skipped")}
+
+
 def test_more_than_can_wait_is_lost_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging, log = Hanging(monkeypatch), EventLog(tmp_path, 0, behind=True)
     log.begin()
@@ -214,6 +243,22 @@ def test_an_end_waits_for_no_home_that_hangs(tmp_path: Path, monkeypatch: pytest
         if thread.name == "ckpt-events":
             thread.join(DEADLINE_S)
     assert [event["message"] for event in read_events(tmp_path)] == ["in time"], "still in the directory that it was in"
+
+
+def test_an_end_leaves_the_directory_to_the_line_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else its descriptor might be that of another one by then."""
+    hanging, log = Hanging(monkeypatch), EventLog(tmp_path, 0)
+    log.begin()
+    writing = threading.Thread(target=lambda: log.note("warning", message="in time"))
+    writing.start()
+    assert hanging.asked.wait(DEADLINE_S)
+    log.close(0.0)
+    taken = [os.open(tmp_path.parent, os.O_RDONLY) for _ in range(8)]
+    hanging.let_go.set()
+    writing.join(DEADLINE_S)
+    for descriptor in taken:
+        os.close(descriptor)
+    assert [event["message"] for event in read_events(tmp_path)] == ["in time"] and not (tmp_path.parent / NAME).exists()
 
 
 def test_it_begins_anew_when_it_is_large(tmp_path: Path) -> None:
