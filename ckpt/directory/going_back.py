@@ -2,17 +2,16 @@
 
 Drains are told of it by node.json, but that is not written before the first save. So home says it itself:
 
-    .remote/back-<sequence>-<token>/holds.json    see holds.py: whoever removes steps at home reads that
+    .remote/back-<sequence>/holds.json    see holds.py: whoever removes steps at home reads that
 
-Each rank that says so has a token of its own, and takes its own away at the end: others, of this job or another, may go on with
-the same step. What a job leaves that was killed, the next one removes when it claims home.
+All nodes of a job find the same commit, and so write the same. Rank 0 takes it away at the end. What a job leaves that was
+killed, the next one removes when it claims home.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
 from pathlib import Path
 
 from ckpt.directory import holds, publish_lock
@@ -38,8 +37,7 @@ class GoingBack:
         self._home = home
         self.leads = leads
         self._owner = os.getpid()
-        self._token = secrets.token_hex(4)
-        self.places: list[Path] = []  # that this rank has made
+        self.places: list[Path] = []  # that this rank has made or found
 
     def hold_step(self, step: int) -> None:
         """What home has of it now. To be called before a drain may bring something newer."""
@@ -57,7 +55,7 @@ class GoingBack:
 
     def _hold(self, sequence: int) -> None:
         """A failure is only logged."""
-        place = self._home / holds.FOLDER / f"{_PREFIX}{sequence:012d}-{self._token}"
+        place = self._home / holds.FOLDER / f"{_PREFIX}{sequence:012d}"
         if place in self.places or not publish_lock.is_home(self._home):
             return
         try:
@@ -72,7 +70,7 @@ class GoingBack:
     def release(self) -> None:
         """At the end."""
         places, self.places = self.places, []
-        for place in places if os.getpid() == self._owner else ():
+        for place in places if self.leads and os.getpid() == self._owner else ():
             remove(place)
 
 

@@ -7,11 +7,8 @@ from pathlib import Path
 import pytest
 
 from ckpt.directory import holds
-from ckpt.directory.going_back import GoingBack
 from ckpt.directory.holds import FOLDER, Holds, held_at
-from ckpt.directory.manifest import NAME, FileEntry, Manifest
-from ckpt.directory.run_file import write_run
-from ckpt.drain.remote_place import release_unused
+from ckpt.directory.manifest import FileEntry, Manifest
 
 
 def saved(*steps: int) -> list[Manifest]:
@@ -66,33 +63,3 @@ def test_what_cannot_be_understood_holds_nothing(place: Path, content: str) -> N
 def test_a_home_without_one(tmp_path: Path) -> None:
     assert held_at(tmp_path, saved(1)) == set()
     holds.write(tmp_path / "gone", Holds((1,)))
-
-
-def test_who_goes_back_to_a_step_does_not_let_go_of_it_for_others(tmp_path: Path) -> None:
-    """An evaluation, or another node, goes back to the same step, and ends first."""
-    (step,) = saved(3)
-    directory = tmp_path / "step-000000000003"
-    directory.mkdir()
-    (directory / NAME).write_bytes(step.to_json())
-    write_run(tmp_path, "run")
-    training, node, evaluation = (GoingBack(tmp_path, leads=leads) for leads in (True, False, True))
-    for each in (training, node, evaluation):
-        each.hold_step(3)
-    evaluation.pin(step.sequence)
-    for each in (evaluation, node):
-        assert held_at(tmp_path, [step]) == {step.sequence}
-        each.release()
-    assert held_at(tmp_path, [step]) == {step.sequence}
-    release_unused(tmp_path, None, training.places)
-    assert held_at(tmp_path, [step]) == {step.sequence}
-    training.release()
-    assert held_at(tmp_path, [step]) == set() and not [*(tmp_path / FOLDER).iterdir()]
-
-
-def test_what_a_killed_job_had_gone_back_to_goes_with_the_next_claim(tmp_path: Path) -> None:
-    (step,) = saved(3)
-    write_run(tmp_path, "run")
-    GoingBack(tmp_path, leads=True).pin(step.sequence)
-    assert held_at(tmp_path, [step]) == {step.sequence}
-    release_unused(tmp_path, None)
-    assert held_at(tmp_path, [step]) == set() and not [*(tmp_path / FOLDER).iterdir()]
