@@ -9,6 +9,7 @@ from pathlib import Path
 from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import committed_deeper_in, read_latest, remove_bundle
+from ckpt.directory.going_back import sequences_at
 from ckpt.directory.holds import held_at
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
@@ -59,7 +60,7 @@ def choose(directory: Path, keeping: Keeping) -> list[Choice]:
     _refuse_unknown_metric([manifest for _, manifest in whole], keeping)
     latest = read_latest(directory)
     held = held_at(directory, [manifest for _, manifest in whole[keeping.newest :]])
-    reasons = keeping.reasons([manifest for _, manifest in whole])
+    reasons = keeping.with_pinned(*sequences_at(directory, living=True)).reasons([manifest for _, manifest in whole])
     fates = {path: _fate(manifest, held, reason) for (path, manifest), reason in zip(whole, reasons, strict=True)}
     named = {path: late_names.name_behind(path.name) or str(path.relative_to(directory)) for path, _ in found}
     choices = []
@@ -91,7 +92,7 @@ def _fate(manifest: Manifest, held: set[int], reason: str) -> tuple[str, str]:
     if reason:
         return KEPT, reason
     if manifest.sequence in held:
-        return HELD, "it is on its way to an object store, or a job has gone back to it"
+        return HELD, "it is on its way to an object store"
     if manifest.others:
         return HELD, "files of others lie in it"
     return REMOVED, ""
