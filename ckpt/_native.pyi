@@ -135,6 +135,7 @@ class RecordFile:
 
 class RangeFile:
     size: int
+    bytes_read: int
     def __init__(self, path: bytes, direct: bool) -> None: ...
     def read_bytes(self, offset: int, length: int) -> bytes: ...
     def read(

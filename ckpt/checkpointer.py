@@ -436,18 +436,12 @@ class Checkpointer(SaveSession):
         with Progress(progress) as watch:
             request = self._request(targets, map_location, weights_only, merge, strict)._replace(one=one, progress=watch)
             found = self._restorer.restore(self.directory, request, fresh=fresh, exclusive=exclusive)
-        if one is not None:
-            self._pin(self._restorer.taken)
         return found
 
     def _choose_step(self, step: int | None, fresh: bool) -> OneStep | None:
         if step is not None and fresh:
             raise ValueError("restore() takes step= or fresh=, not both: the former asks for a step, the latter needs none")
         return None if step is None else OneStep(step, self.directory)
-
-    def _pin(self, sequence: int) -> None:
-        self._directories.pin(sequence)
-        self._levels.pin(sequence)
 
     def _tell_if_tiers_are_left_out(self) -> None:
         if self._nodes is None and self.rank == 0 and is_home(self.directory):

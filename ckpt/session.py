@@ -216,7 +216,8 @@ class SaveSession:
         stats, outcome, committed = PendingSave(task).stats, outcome_of(error), error is None
         slowest = task.slowest_rank if self.world_size > 1 else None
         details = (task.step, task.path, outcome, error, stats, task.sequence if committed else None, slowest)
-        record = SaveRecord(self.rank, self.world_size, *details)
+        all_ranks = task.all_ranks if committed and self.world_size > 1 else {}
+        record = SaveRecord(self.rank, self.world_size, *details, all_ranks)
         note_save(outcome, stats)
         if committed:
             note_commit(HOME, task.step)

@@ -105,6 +105,22 @@ def age_s(created: str) -> float | None:
         return None
 
 
+def cost(found: Mapping[str, float], world_size: int | None) -> str:
+    """What a checkpoint has cost, as its manifest says it; empty if it does not.
+
+    Args:
+        world_size: ranks that have saved it.
+    """
+    words = {"blocked_s": "training was held for", "flushed_s": "files were durable after"}
+    parts = [f"{text} {_exact(found[name])}" for name, text in words.items() if name in found]
+    most = f" (each of the one of {world_size} ranks that had most)" if world_size is not None and world_size > 1 else ""
+    return ", ".join(parts) + most if parts else ""
+
+
+def _exact(seconds: float) -> str:
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
+
+
 def metrics(found: Mapping[str, float]) -> str:
     """ "loss=0.25, epoch=3"."""
     return ", ".join(f"{name}={value:.6g}" for name, value in found.items())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Sequence
 from pathlib import Path
 
 from ckpt.cli.answer import OK, Answer, UsageError, count, plain, size
@@ -46,7 +48,7 @@ def run(chosen: argparse.Namespace) -> Answer:
     """
     Raises:
         CheckpointError: there is no such checkpoint, it is damaged, or it cannot be written so.
-        UsageError: the options do not go together.
+        UsageError: the options do not go together, or --strip takes nothing off.
     """
     if chosen.format == "pt" and chosen.shard_size is not None:
         raise UsageError("--shard-size is for safetensors and dcp: a torch file is one")
@@ -63,6 +65,7 @@ def run(chosen: argparse.Namespace) -> Answer:
         None if chosen.dtype is None else getattr(torch, chosen.dtype),
         chosen.strip,
     )
+    _expect_prefix(chosen.strip, wanted.names)
     total = sum(entry.nbytes for entry in wanted.tensors.values())
     with Progress("exported", total) as told:
         if chosen.format == "pt":
@@ -81,3 +84,16 @@ def run(chosen: argparse.Namespace) -> Answer:
         names = ", ".join(made.left_out[:8]) + (", ..." if len(made.left_out) > 8 else "")
         lines.append(f"{count(len(made.left_out), 'value')} left out, which safetensors cannot hold: {plain(names)}")
     return Answer(OK, document, lines)
+
+
+def _expect_prefix(prefix: str, names: Sequence[str]) -> None:
+    """Of what is to be written, something must begin with it: else it is mistyped, and nobody would notice."""
+    if any(name.startswith(prefix) for name in names):
+        return
+    beginnings: dict[str, None] = {}
+    for name in names:
+        parts = name.split(".")
+        beginnings |= dict.fromkeys(".".join(parts[:length]) + "." for length in range(1, len(parts)))
+    close = difflib.get_close_matches(prefix, beginnings, 1)
+    there = f"did you mean '{close[0]}'?" if close else f"the first names are {list(names[:8])}"
+    raise UsageError(f"--strip: no name that is to be written begins with '{prefix}': {plain(there)}")

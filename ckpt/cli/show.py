@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import fnmatch
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.cli.answer import BAD, OK, RED, YELLOW, Answer, count, metrics, paint, plain, size, table
+from ckpt.cli.answer import BAD, OK, RED, YELLOW, Answer, cost, count, metrics, paint, plain, size, table
 from ckpt.errors import CheckpointError, NotACheckpointError
 from ckpt.upkeep.contents import Contents, read_contents
 from ckpt.upkeep.described import Leaf
@@ -74,7 +75,7 @@ def _manifest(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if manifest is None:
         return None
     fields = {name: getattr(manifest, name) for name in ("step", "sequence", "world_size", "created", "bundle")}
-    return {**fields, "others": list(manifest.others), "metrics": dict(manifest.metrics)}
+    return {**fields, "others": list(manifest.others), "metrics": dict(manifest.metrics), "cost": dict(manifest.cost)}
 
 
 def _about(checkpoint: Checkpoint) -> list[str]:
@@ -84,10 +85,12 @@ def _about(checkpoint: Checkpoint) -> list[str]:
         return [f"{path}: no checkpoint of this library; {count(len(checkpoint.files), 'file')}, {total}"]
     when = f", committed {manifest.created[:19].replace('T', ' ')} UTC" if manifest.created else ""
     ranks = f"saved by {count(manifest.world_size, 'rank')}"
+    of = " of rank 0" if manifest.world_size > 1 else ""
     return [
         f"{path}: step {manifest.step}, commit {manifest.sequence}{when}",
         f"{ranks}; {count(len(manifest.files), 'file')}, {total}",
-        *[plain(f"metrics: {metrics(dict(manifest.metrics))}")] * bool(manifest.metrics),
+        *[cost(manifest.cost, manifest.world_size)] * bool(manifest.cost),
+        *[plain(f"metrics{of}: {metrics(dict(manifest.metrics))}")] * bool(manifest.metrics),
     ]
 
 
@@ -137,6 +140,8 @@ def _tensor_lines(contents: Contents, chosen: argparse.Namespace) -> list[str]:
         names = plain(", ".join(contents.foreign[:_MOST_NAMED])) + (", ..." if len(contents.foreign) > _MOST_NAMED else "")
         lines.append(paint(f"it refers to {names}: load it only if you trust it (weights_only=True refuses it)", YELLOW))
     leaves = _matching(contents.leaves, chosen.tensors)
+    if chosen.tensors is None:
+        leaves = _folded(leaves)
     if chosen.tree:
         return [*lines, *_tree_lines(leaves)]
     some = leaves if chosen.tensors is not None else leaves[:_FIRST]
@@ -147,6 +152,21 @@ def _tensor_lines(contents: Contents, chosen: argparse.Namespace) -> list[str]:
     return [*lines, "there are more paths than can be shown"] if contents.cut else lines
 
 
+def _folded(leaves: list[Leaf]) -> list[Leaf]:
+    """The same, but long lists of plain numbers, as states of generators have them, in one line each."""
+    folded: list[Leaf] = []
+    for (above, kind), found in itertools.groupby(leaves, lambda leaf: (leaf.path.rpartition(".")[0], leaf.kind)):
+        group = list(found)
+        if kind not in _NUMBERS or len(group) < _LONG or not all(leaf.path.rpartition(".")[2].isdecimal() for leaf in group):
+            folded += group
+            continue
+        first, last = group[0].path.rpartition(".")[2], group[-1].path.rpartition(".")[2]
+        shown = ", ".join(leaf.text for leaf in group[:_SHOWN])
+        path = above if above and first == "0" else f"{above}.{first}-{last}".lstrip(".")
+        folded.append(Leaf(path, f"{len(group)} {kind}s", text=f"{shown}, ..."))
+    return folded
+
+
 def _what(leaf: Leaf) -> tuple[str, str]:
     if leaf.kind != "tensor":
         return leaf.kind, leaf.text
@@ -154,6 +174,8 @@ def _what(leaf: Leaf) -> tuple[str, str]:
 
 
 _MOST_NAMED = 12  # of what a pickle refers to
+_NUMBERS = ("int", "float", "bool")
+_LONG, _SHOWN = 16, 4  # numbers in a list that is one line, and those of them that are in it
 
 
 class _Node(dict[str, "_Node"]):

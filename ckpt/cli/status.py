@@ -7,7 +7,7 @@ import dataclasses
 import time
 from pathlib import Path
 
-from ckpt.cli.answer import GREEN, NONE, OK, RED, STALE, YELLOW, Answer, age_s, count, duration, paint, plain, show, size
+from ckpt.cli.answer import GREEN, NONE, OK, RED, STALE, YELLOW, Answer, age_s, cost, count, duration, paint, plain, show, size
 from ckpt.quantities import parse_duration
 from ckpt.upkeep.standing import Backlog, Standing, look_at
 
@@ -19,7 +19,7 @@ _CLOCKS_S = 5.0  # by which clocks of several machines may differ without a word
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("directory", nargs="?", type=Path, default=Path("."), metavar="DIR", help="at home, or on a node")
-    text = "exit with 6 if the last commit is older, as in 30min, or a drain is stuck"
+    text = "exit with 6 if the last commit, or file, is older, as in 30min, or a drain is stuck"
     parser.add_argument("--stale", type=_duration, metavar="DURATION", help=text)
     parser.add_argument("--watch", action="store_true", help=f"say it every {_WATCH_S:g} s, until interrupted")
 
@@ -47,32 +47,51 @@ def run(chosen: argparse.Namespace) -> Answer | int:
 
 def _answer(chosen: argparse.Namespace) -> Answer:
     standing = look_at(chosen.directory)
-    age = age_s(standing.newest.created) if standing.newest is not None else None
+    there = standing.newest is not None or standing.files is not None
+    age = _age_s(standing)
     is_stale = chosen.stale is not None and (
         # One that is to come by this clock, which has gone back, or by that of the job, may be of any age.
         age is None or abs(age) > chosen.stale or any(backlog.stuck for backlog in standing.backlogs)
     )
-    code = STALE if is_stale and standing.newest is not None else OK if standing.newest is not None else NONE
+    code = STALE if is_stale and there else OK if there else NONE
     document = {
         **{"directory": str(chosen.directory), "stale": is_stale, "age_s": age},
         **{"holder": standing.holder, "committed": standing.committed, "damaged": standing.damaged},
         "newest": None if standing.newest is None else dataclasses.asdict(standing.newest),
+        "files": None if standing.files is None else dataclasses.asdict(standing.files),
         "in_flight": [dataclasses.asdict(row) for row in standing.in_flight],
         "backlogs": [dataclasses.asdict(backlog) for backlog in standing.backlogs],
     }
     return Answer(code, document, _lines(standing, age, is_stale))
 
 
+def _age_s(standing: Standing) -> float | None:
+    if standing.newest is not None:
+        return age_s(standing.newest.created)
+    return None if standing.files is None else time.time() - standing.files.written
+
+
+def _about(standing: Standing) -> list[str]:
+    newest, files = standing.newest, standing.files
+    if files is not None:
+        return [f"files: {files.count}, {size(files.bytes)}; each is a checkpoint by itself, and none is committed with others"]
+    assert newest is not None
+    return [*[cost(newest.cost, newest.world_size)] * bool(newest.cost), f"committed: {standing.committed}"]
+
+
 def _lines(standing: Standing, age: float | None, is_stale: bool) -> list[str]:
     lines = [f"job: {plain(standing.holder) if standing.holder else 'none saves here'}"]
-    newest = standing.newest
-    if newest is None:
-        lines.append(paint("last commit: none", YELLOW))
+    newest, files = standing.newest, standing.files
+    when = "" if age is None else f", {duration(max(age, 0.0))} ago"
+    if newest is None and files is None:
+        lines += [paint("last commit: none", YELLOW), "committed: 0"]
     else:
         when = "" if age is None else f", {duration(abs(age))} {'ago' if age >= -_CLOCKS_S else 'from now, by this clock'}"
-        text = f"last commit: {plain(newest.name)}, step {newest.step}, {size(newest.bytes)}{when}"
+        text = f"last file: {plain(files.newest)}, {size(files.newest_bytes)}{when}" if files is not None else ""
+        if newest is not None:
+            text = f"last commit: {plain(newest.name)}, step {newest.step}, {size(newest.bytes)}{when}"
         lines.append(paint(f"{text} (stale)", RED) if is_stale else paint(text, GREEN))
-    lines.append(f"committed: {standing.committed}")
+        lines += _about(standing)
     if standing.damaged:
         lines.append(paint(f"damaged: {plain(', '.join(standing.damaged))}", RED))
     what = "in flight" if standing.holder else "left by a crash, or by a job that cannot be seen from here"

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from ckpt.cli.answer import OK, Answer, count
 from ckpt.errors import NotACheckpointError
@@ -42,4 +43,15 @@ def run(chosen: argparse.Namespace) -> Answer:
     kinds = Counter(event["event"] for event in events)
     drawn = [count(kinds[kind], kind) for kind in ("save", "restore", "drain") if kinds[kind]]
     document = {"output": str(output), "events": dict(kinds), "trace_events": len(trace["traceEvents"])}
-    return Answer(OK, document, [f"{output}: {', '.join(drawn) or 'no saves'}"])
+    return Answer(OK, document, [f"{output}: {', '.join(drawn) or 'no saves'}", *_about_ranks(events)])
+
+
+def _about_ranks(events: list[dict[str, Any]]) -> list[str]:
+    """Whose figures these are, if ranks have kept none."""
+    saves = [event for event in events if event["event"] == "save"]
+    ranks = {rank for event in saves if isinstance(rank := event.get("rank"), int)}
+    most = max((number for event in saves if isinstance(number := event.get("world_size"), int)), default=1)
+    if not ranks or len(ranks) >= most:
+        return []
+    whose = f"rank {min(ranks)}" if len(ranks) == 1 else count(len(ranks), "rank")
+    return [f"sizes and times are those of {whose}, of {most}: Options(events='all') keeps them of all"]

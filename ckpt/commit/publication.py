@@ -22,6 +22,7 @@ before it began, because the others wait for word from it. Runs on the finisher'
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ class Publication:
     ) -> None:
         """
         Args:
-            task: is told number and slowest rank of its commit.
+            task: is told number, slowest rank and figures of all ranks of its commit.
             bypass: of a job that saves by way of its nodes.
         """
         self._task = task
@@ -89,7 +90,7 @@ class Publication:
         )
         said = first.hold(own, error, lambda answers: self._decide(answers, first.ask))
         self.sequence, self.dropped = said["sequence"], frozenset(said["dropped"])
-        self._task.sequence, self._task.slowest_rank = self.sequence, said["slowest"]
+        self._task.sequence, self._task.slowest_rank, self._task.all_ranks = self.sequence, said["slowest"], said["all_ranks"]
         if self._target.names_late:
             self._name_late(said)
         elif self._target.spread:
@@ -125,6 +126,8 @@ class Publication:
             prepared = self._target.describe(tuple(entry for _, entry in self._listed))
         except BaseException as caught:
             return failed_answer(self._call.what, caught), caught.with_traceback(None)
+        if not self._target.names_late:
+            self._task.named_at = time.monotonic()
         for file, entry in self._listed:
             # Once rank 0 has our word, the manifest may name it, whatever we hear of that.
             file.file.undecided = entry.temporary != ""
@@ -157,6 +160,7 @@ class Publication:
         self._doubt, self._is_empty = doubt, choice.is_empty
         elsewhere = {node: [dataclasses.asdict(file) for file in files] for node, files in choice.elsewhere.items()}
         more = {"sequence": sequence, "files": elsewhere, "dropped": choice.dropped, "slowest": self._slowest}
+        more |= {"all_ranks": {"bytes_total": manifests.bytes_of(manifest), **self._cost}}
         return Verdict(more=more | ({"manifest": manifest.to_json().decode()} if self._target.spread else {}))
 
     def _note_cost(self, answers: Answers) -> None:

@@ -54,6 +54,7 @@ class Chosen:
 
     Attributes:
         entries, tensors: all that is chosen, and what of it are tensors, by the names that they get.
+        names: of all that is chosen, as the checkpoint has them.
 
     Raises:
         CheckpointError: nothing matches one of the patterns, or two get the same name, or one gets none, or a dot at its begin.
@@ -67,9 +68,9 @@ class Chosen:
                 raise CheckpointError(
                     f"nothing in the checkpoint matches '{key}'; its first names are {list(source.entries)[:8]}"
                 )
-        names = [name for name in source.entries if not patterns or any(match(name) for match in patterns.values())]
-        self._names = {name.removeprefix(strip): name for name in names}
-        if len(self._names) < len(names):
+        self.names = [name for name in source.entries if not patterns or any(match(name) for match in patterns.values())]
+        self._names = {name.removeprefix(strip): name for name in self.names}
+        if len(self._names) < len(self.names):
             raise CheckpointError(f"without '{strip}' two names are the same: choose some by --keys")
         self.entries: dict[str, Entry] = {}
         for written, name in self._names.items():

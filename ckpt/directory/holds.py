@@ -1,8 +1,9 @@
-"""What must stay at home although newer checkpoints are there: it is on its way to an object store, or was gone back to.
+"""What must stay at home although newer checkpoints are there, because it is on its way to an object store.
 
     .remote/<place>/holds.json    what the drain that carries it says; <place> stands for one URL
 
-Whoever removes steps at home reads that. It keeps a few at most, so that a store that is away fills no disk of home.
+Whoever removes steps at home reads that. It keeps a few at most, so that a store that is away fills no disk of home. Beside
+these places lie those of what jobs have gone back to, in the same form: see going_back.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ logger = logging.getLogger("ckpt")
 
 FOLDER = ".remote"
 NAME = "holds.json"
+BACK = "back-"  # how names of places begin that are no drain's
 MOST_HELD = 3  # beyond what home keeps, for each place
 
 
@@ -86,5 +88,5 @@ def held_at(home: Path, manifests: Sequence[Manifest]) -> set[int]:
     """
     found: set[int] = set()
     for name in names_in(home / FOLDER):
-        found |= read(home / FOLDER / name).choose(manifests)
+        found |= set() if name.startswith(BACK) else read(home / FOLDER / name).choose(manifests)
     return found

@@ -26,7 +26,7 @@ class Keeping:
         every: steps that are multiples of it; None: none.
         best: so many, by the number `by` of their metrics; None: none.
         mode: "min": the lowest are the best; "max": the highest.
-        pinned: sequences that stay whatever else holds.
+        pinned: sequences that stay whatever else holds: what jobs have gone back to, as going_back.py knows.
 
     Raises:
         TypeError, ValueError: one of them cannot be.
@@ -55,8 +55,8 @@ class Keeping:
         if self.mode not in _MODES:
             raise ValueError(f"best_mode must be 'min' (the lowest is the best) or 'max', not {self.mode!r}")
 
-    def with_pinned(self, sequence: int) -> Keeping:
-        return dataclasses.replace(self, pinned=tuple(sorted({*self.pinned, sequence})))
+    def with_pinned(self, *sequences: int) -> Keeping:
+        return dataclasses.replace(self, pinned=tuple(sorted({*self.pinned, *sequences})))
 
     def best_of(self, manifests: Sequence[Manifest], is_whole: Callable[[Manifest], bool] = _is_whole) -> set[int]:
         """Sequences. Of equals the newer is better.

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import sharded_files, unpublished
+from ckpt.directory.going_back import GoingBack
 from ckpt.directory.holds import held_at
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.keeping import Keeping
@@ -35,6 +36,9 @@ class Retention:
         note_lost: called for each step directory that holds files, but has lost its manifest.
         warn_once: logs a warning, given a key, a text and what goes into that, unless it has logged one of this key.
         note: gets the events of what is removed.
+
+    Attributes:
+        back: what stays because a job has gone back to it.
     """
 
     def __init__(
@@ -51,7 +55,8 @@ class Retention:
         self._note = note
         self._directory = directory
         self._in_flight = in_flight
-        self.keeping = keeping
+        self._keeping = keeping
+        self.back = GoingBack(directory)
         self._shared = shared
         self._max_in_flight = max_in_flight
         self._note_lost = note_lost
@@ -77,11 +82,11 @@ class Retention:
         replaced = self._replaced.pop(directory.name, set()) | (set() if before is None else sharded_files.names_of(before))
         for name in replaced - sharded_files.names_of(manifest) - {*manifest.others}:
             durable.remove_file(directory / name)
-        if self.keeping.newest is None:
+        if self._keeping.newest is None:
             return
         largest = manifests.bytes_of(manifest)
         beyond = self._beyond()
-        held = held_at(self._directory, [old for _, old in beyond]) if beyond else set()
+        held = held_at(self._directory, [old for _, old in beyond]) | self.back.sequences() if beyond else set()
         for path, old in [each for each in beyond if each[1].sequence not in held]:
             with self.going_on(path):
                 if old.others and not path.is_symlink():
@@ -94,14 +99,14 @@ class Retention:
             self._sweep_one()  # before the outcome: the next save of any rank needs the space
 
     def _beyond(self) -> list[tuple[Path, Manifest]]:
-        """What nothing keeps."""
+        """What no rule keeps."""
         found = find_steps(self._directory).checkpoints
         paths = {manifest.sequence: path for path, manifest in found}
 
         def is_whole(each: Manifest) -> bool:
             return each.sequence not in self.damaged and _is_whole(paths[each.sequence], each)
 
-        reasons = self.keeping.reasons([manifest for _, manifest in found], is_whole, self.damaged)
+        reasons = self._keeping.reasons([manifest for _, manifest in found], is_whole, self.damaged)
         return [each for each, reason in zip(found, reasons, strict=True) if not reason]
 
     def _sweep_one(self) -> None:

@@ -51,6 +51,9 @@ class StepDirectories:
             writing just now, so it removes less.
         max_in_flight: how many steps may be on their way at once.
         note: gets events: what is removed, and what is said once.
+
+    Attributes:
+        back: what this job has gone back to, which stays.
     """
 
     def __init__(self, directory: Path, keeping: Keeping, shared: bool, max_in_flight: int, note: Note = ignore) -> None:
@@ -79,6 +82,7 @@ class StepDirectories:
         says = self._note_lost, self.warn_once, note
         self._retention = Retention(directory, self._in_flight, keeping, shared, max_in_flight, *says)
         self.damaged = self._retention.damaged  # for who finds some
+        self.back = self._retention.back
 
     # ---- looking ---------------------------------------------------------------------------------------------------
 
@@ -95,15 +99,6 @@ class StepDirectories:
     def note_seen(self, sequence: int) -> None:
         """A restore has come across commits up to this number, here or on their way here."""
         self._seen = max(self._seen, sequence)
-
-    @property
-    def keeping(self) -> Keeping:
-        return self._retention.keeping
-
-    def pin(self, sequence: int) -> None:
-        """That commit stays here as long as this job saves."""
-        with self._changing:
-            self._retention.keeping = self._retention.keeping.with_pinned(sequence)
 
     def highest(self) -> tuple[str, int]:
         """The name of the highest step, and the number of the last commit that are here; "" and 0 if there is none."""
@@ -169,6 +164,7 @@ class StepDirectories:
                 self._clean()
                 if publish_lock.is_home(self._directory):
                     self._root.reserve_numbers(self.highest()[1])
+                self.back.begin()
             except BaseException:
                 self._root.lock.release()
                 raise
@@ -223,6 +219,7 @@ class StepDirectories:
         """From now on nothing is published or removed: the directory may belong to another job."""
         with self._changing:
             self._released = True
+            self.back.release()
             self._root.release()
 
     def give_way(self, timeout_s: float, for_good: bool) -> bool:

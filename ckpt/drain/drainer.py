@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ckpt.directory.going_back import sequences_at
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
 from ckpt.directory.node_place import NodePlace
@@ -75,6 +76,8 @@ class Drainer:
         self._journals: dict[int, Journal] = {}
         self._newest_at_home = -1
         self._at_home: list[Manifest] = []
+        self._back: set[int] = set()  # what jobs have gone back to, as far as home has been asked
+        self._asks_back = False  # somebody has restored: home is to be asked, though nothing may be left to carry
         self._alone_since: float | None = None
         self._stranded = Stranded()
         self._server: Server | None = None
@@ -101,7 +104,7 @@ class Drainer:
             durable.make_directory(self._root / FOLDER, durable=True)
             self._retention.remove_retired()
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
-            self._restored = self._restore_time()
+            self._restored, self._asks_back = self._restore_time(), nodes.is_restored(self._root)
             self._try_again()
             if self._rebuild:
                 self._begin_lost_anew(Home(self._node))
@@ -213,11 +216,15 @@ class Drainer:
         before, self._restored = self._restored, self._restore_time()
         if before != self._restored:  # a job that was started again: whoever did that may have mended something
             self._try_again()
+            self._backoff.succeed()
+            self._asks_back = True
         generations = self._generations.find()
         home, opened = Home(self._node), list[int]()
         journals.follow(
             self._journals, generations, self._make_journal, lambda journal, _: self._forgo(journal, home, generations)
         )
+        if self._asks_back and not self._backoff.waits:
+            self._ask_back(home)
         if not self._backoff.waits and any(not journal.is_over or journal.blocked for journal in self._journals.values()):
             try:
                 self._settle(home)
@@ -260,7 +267,8 @@ class Drainer:
         return self._rules().wanted(newest_of_each(generations))
 
     def _rules(self) -> Rules:
-        return Rules(self._node, map(created_s, self._at_home), self._node.home_keeping, self._at_home)
+        keeping = self._node.home_keeping.with_pinned(*self._back)
+        return Rules(self._node, map(created_s, self._at_home), keeping, self._at_home)
 
     def _is_missed(self, home: Home, sequence: int) -> bool:
         """Whether other nodes deliver it, and this one has not."""
@@ -316,6 +324,7 @@ class Drainer:
             StorageError, InUseError: home cannot be asked now.
         """
         home.expect_ours()
+        self._look_back(home)
         checkpoints = find_steps(home.path).checkpoints
         self._newest_at_home = max((manifest.sequence for _, manifest in checkpoints), default=-1)
         self._at_home = [manifest for _, manifest in checkpoints]
@@ -329,6 +338,21 @@ class Drainer:
                 raise
             except CheckpointError as error:
                 self._give_up(journal, error)
+
+    def _ask_back(self, home: Home) -> None:
+        """As long as somebody restores, and once more."""
+        with contextlib.suppress(CheckpointError):
+            asks_again = nodes.is_restored(self._root)
+            home.expect_ours()
+            self._look_back(home)
+            self._asks_back = asks_again
+
+    def _look_back(self, home: Home) -> None:
+        """What a job has gone back to is to be at home, also if it was not wanted there before."""
+        before, self._back = self._back, sequences_at(home.path)
+        for journal in (self._journals[sequence] for sequence in self._back - before if sequence in self._journals):
+            if journal.state == SUPERSEDED and not home.is_committed(journal.name_at_home, journal.sequence):
+                journal.change(QUEUED, inbox="", by=0, ended=0.0)
 
     def _settle_one(self, home: Home, journal: Journal) -> None:
         def wants(manifest: Manifest) -> bool:

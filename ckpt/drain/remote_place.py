@@ -21,13 +21,13 @@ import hashlib
 import logging
 import secrets
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ckpt.directory import going_back, holds
+from ckpt.directory import holds
 from ckpt.directory import manifest as manifests
-from ckpt.directory.holds import FOLDER
+from ckpt.directory.holds import BACK, FOLDER
 from ckpt.directory.step_names import names_in
 from ckpt.drain.node import LOCK, began_at
 from ckpt.errors import InUseError, NotACheckpointError
@@ -95,21 +95,19 @@ def home_of(place: Path) -> Path:
     return place.parents[1]
 
 
-def release_unused(home: Path, used: Path | None, kept: Collection[Path] = ()) -> None:
-    """Home keeps nothing any more for places to which nobody carries, of a job that was killed, or of a URL that it had before;
-    nor what a job had gone back to that was killed.
+def release_unused(home: Path, used: Path | None) -> None:
+    """Home keeps nothing any more for places to which nobody carries, of a job that was killed, or of a URL that it had before.
 
     Args:
         used: the place of the job whose home it is; None: it has none.
-        kept: what else is of that job.
     """
     try:
-        others = [home / FOLDER / name for name in names_in(home / FOLDER)]
+        others = [home / FOLDER / name for name in names_in(home / FOLDER) if not name.startswith(BACK)]
         for place in others:
-            if place != used and place not in kept and (place / holds.NAME).exists():
+            if place != used and (place / holds.NAME).exists():
                 with contextlib.suppress(InUseError):
                     DirectoryLock(place, name=LOCK).expect_free(0.0)
-                    going_back.remove(place)
+                    durable.remove_quietly(place / holds.NAME)
     except OSError as error:
         logger.warning("what home keeps for an object store that is used no more stays there: %s", error)
 

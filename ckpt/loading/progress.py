@@ -1,15 +1,15 @@
-"""How far reading has come, for who asks: a thread looks at what the core has read so far, which costs the readers nothing."""
+"""How far reading has come, for who asks."""
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
+from ckpt.storage.watching import watched
+
 Told = Callable[[int, int], object]  # called with the bytes that have been read, and all that are to be
-_LOOK_S = 0.1
 
 
 class Progress:
@@ -57,26 +57,13 @@ class Progress:
         if self._told is None:
             yield
             return
-        with contextlib.nullcontext() if counter is None else self._watched(size, counter):
+        with contextlib.nullcontext() if counter is None else watched(counter, lambda more: self._tell_more(more, size)):
             yield
         self._done += size
         self._tell(self._done)
 
-    @contextlib.contextmanager
-    def _watched(self, size: int, counter: Callable[[], int]) -> Iterator[None]:
-        ended = threading.Event()
-        thread = threading.Thread(target=self._watch, args=(size, counter, ended), name="ckpt-progress", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-
-    def _watch(self, size: int, counter: Callable[[], int], ended: threading.Event) -> None:
-        before = counter()
-        while not ended.wait(_LOOK_S):
-            self._tell(self._done + min(counter() - before, size))
+    def _tell_more(self, more: int, size: int) -> None:
+        self._tell(self._done + min(more, size))
 
     def _tell(self, done: int) -> None:
         if self._told is not None:

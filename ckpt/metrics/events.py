@@ -203,12 +203,14 @@ def save_fields(record: SaveRecord, arena_used: int) -> dict[str, Any]:
         "arena_used": arena_used,
         "world_size": record.world_size,
         "slowest_rank": record.slowest_rank,
+        **({"all_ranks": dict(record.all_ranks)} if record.all_ranks else {}),
         "error": None if error is None else {"type": type(error).__name__, "message": str(error)},
     }
 
 
 def _durations(stats: SaveStats) -> dict[str, Any]:
-    names = ("blocked_s", "save_s", "fence_s", "arena_wait_s", "captured_s", "flushed_s", "durable_s")
+    waits = "blocked_s", "save_s", "fence_s", "arena_wait_s"
+    names = *waits, "captured_s", "written_s", "flushed_s", "named_s", "durable_s"
     found: dict[str, Any] = {name: _rounded(getattr(stats, name)) for name in names}
     if stats.started_at is not None and stats.tier_at:
         found["tiers_s"] = {name: _rounded(at - stats.started_at) for name, at in stats.tier_at.items()}

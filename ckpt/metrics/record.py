@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -26,6 +26,8 @@ class SaveRecord:
         stats: what it has cost this process.
         sequence: the number of its commit in its directory; None if it was not committed.
         slowest_rank: whose files took longest to be durable, of several ranks; None if that is not known.
+        all_ranks: of a committed save of several ranks: `bytes_total` of the checkpoint, and `blocked_s` and `flushed_s` of the
+            rank that had most of each, as far as that was known when it was published.
     """
 
     rank: int
@@ -37,6 +39,7 @@ class SaveRecord:
     stats: SaveStats
     sequence: int | None = None
     slowest_rank: int | None = None
+    all_ranks: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def outcome_of(error: BaseException | None) -> Outcome:

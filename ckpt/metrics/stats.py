@@ -33,8 +33,10 @@ class SaveStats:
             be pinned in part: then they have only that part of it.
         direct_io: whether the file was written past the page cache; None until it is known.
         tier_at: by the name of a tier, the instant of `time.monotonic()` at which it was committed there.
-        started_at, captured_at, flushed_at, durable_at: instants of `time.monotonic()`: save() was called; tensors might
-            change; data was fsynced; the checkpoint was published and fsynced. None until reached.
+        started_at, captured_at, written_at, flushed_at, named_at, durable_at: instants of `time.monotonic()`: save() was
+            called; tensors might change; all data was written, and fsync began; it had ended; the files of this process had
+            their names; the checkpoint was published and fsynced. None until reached; named_at of steps alone, whose files get
+            their names before they are published.
     """
 
     save_s: float = 0.0
@@ -56,7 +58,9 @@ class SaveStats:
     tier_at: Mapping[str, float] = dataclasses.field(default_factory=dict)
     started_at: float | None = None
     captured_at: float | None = None
+    written_at: float | None = None
     flushed_at: float | None = None
+    named_at: float | None = None
     durable_at: float | None = None
 
     @property
@@ -70,9 +74,19 @@ class SaveStats:
         return self._since_start(self.captured_at)
 
     @property
+    def written_s(self) -> float | None:
+        """Seconds from the call of save() until this process's data was written, and its fsync began; None until then."""
+        return self._since_start(self.written_at)
+
+    @property
     def flushed_s(self) -> float | None:
         """Seconds from the call of save() until this process's data was fsynced; None until then."""
         return self._since_start(self.flushed_at)
+
+    @property
+    def named_s(self) -> float | None:
+        """Seconds from the call of save() until this process's files had their names; None until then, and but for steps."""
+        return self._since_start(self.named_at)
 
     @property
     def durable_s(self) -> float | None:

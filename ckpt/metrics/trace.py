@@ -4,8 +4,8 @@ The format is the JSON of Chrome's trace events: an object with `traceEvents`. T
 a trace of torch.profiler can be laid beside it. Each rank is a process, with these threads:
 
     training         save(), and the fence behind it; restores
-    writers n        the files of one save: until they are durable, with the time until tensors may change in it
-    committer        what makes them a checkpoint
+    writers n        the files of one save: until they are durable, with the time until tensors may change in it, and fsync
+    committer        what makes them a checkpoint, with the renames of this rank's files in it
     drain to TIER n  checkpoints on their way from there
 
 An event says how long things took, not when each began: a fence is drawn where it ended, at the instant of capture. Fences of a
@@ -133,6 +133,10 @@ class _Process:
         self._slice(thread, f"write {event.get('step')}", began, flushed, sizes)
         if captured is not None:
             self._slice(thread, f"capture {event.get('step')}", began, min(captured, flushed), {})
+        written = _instant_of(event, "written_s", began)
+        if written is not None:  # events of before have none
+            begin = max(written, began if captured is None else captured)
+            self._slice(thread, f"fsync {event.get('step')}", min(begin, flushed), flushed, {})
 
     def _draw_commit(self, event: Event, began: float, flushed: float) -> None:
         """One after the other: what was durable before the last one had ended has waited for that."""
@@ -144,8 +148,11 @@ class _Process:
             return
         begin = min(max(flushed, self._commit_until), end)
         self._commit_until = end
-        told = {key: event.get(key) for key in ("sequence", "slowest_rank", "tiers_s")}
+        told = {key: event.get(key) for key in ("sequence", "slowest_rank", "all_ranks", "tiers_s") if key in event}
         self._slice((_COMMITTER, "committer"), f"commit {event.get('step')}", begin, end, told)
+        named = _instant_of(event, "named_s", began)
+        if named is not None:
+            self._slice((_COMMITTER, "committer"), f"rename {event.get('step')}", begin, min(max(named, begin), end), {})
         self._flow(began, begin)
 
     def _draw_drain(self, event: Event, at: float, details: Event) -> None:

@@ -85,7 +85,7 @@ class Nearby:
 
     Args:
         stream: of the keys; no other conversation of this job uses it.
-        back: sees to it that a step that is gone back to stays at home.
+        back: sees to it that a step that is gone back to stays at home: rank 0 until the job ends, others until it is chosen.
     """
 
     def __init__(self, coordinator: Coordinator, stream: str, own: OwnNode, timeout_s: float, back: GoingBack) -> None:
@@ -158,8 +158,8 @@ class Nearby:
             self._root = root = self._own.root()
             if root is None:
                 return
-            if step is not None and self._back.leads:
-                self._back.hold_step(step)
+            if step is not None and self._coordinator.rank == 0:
+                self._back.try_step(step)
             if not root.is_dir():
                 logger.warning("nothing of this run lies on this node, in '%s': the node is new, or its path is another", root)
                 return
@@ -168,8 +168,8 @@ class Nearby:
                 lock.acquire()
                 self._lock = lock
                 remove_fetched(root)
-                if step is not None:  # before its drain goes on, which does not know of it yet
-                    self._back.hold_step(step)
+                if step is not None:  # before its drain goes on: rank 0 may not have come so far
+                    self._back.try_step(step)
             if (root / nodes.NAME).exists():
                 self._node = nodes.read(root).place.number
                 if self._lock is not None:

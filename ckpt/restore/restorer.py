@@ -61,7 +61,6 @@ class Restorer:
         self._collective = collective and world_size > 1
         self._targets = TargetState()
         self._read: CandidateRead | None = None  # of the candidate that was named last
-        self.taken = -1  # the sequence of the checkpoint that was restored last
 
     def begin(self) -> None:
         """To be called first, on all ranks."""
@@ -95,6 +94,8 @@ class Restorer:
             self._read = None  # before there is memory for the next
             if one is not None:
                 one.expect(candidate)
+                if self._rank == 0:  # before any drain may find that nobody wants it
+                    self._directories.back.try_commit(candidate.sequence)
             if candidate.nearest and self._nearby is not None:
                 self._nearby.finalise(candidate)
             places = self._places_of(root, candidate)
@@ -102,6 +103,7 @@ class Restorer:
             return self._examine(self._read, candidate, places, figures)
 
         one = request.one
+        gone_back_to: int | None = None
         self._targets = TargetState()
         try:
             if self._nearby is not None:
@@ -120,7 +122,7 @@ class Restorer:
                 figures.load_s = time.monotonic() - began
                 figures.note_found(found.name, restored.step, found.sequence)
                 logger.info("'%s' is restored: %s", found.name, _told(restored.sources))
-                self.taken = found.sequence
+                gone_back_to = None if one is None or self._rank != 0 else found.sequence
                 return restored
             if refusal.causes:
                 raise self._nothing_good(root, refusal, one)
@@ -130,6 +132,7 @@ class Restorer:
         finally:
             self._read = None
             self._directories.damaged.update(self._vote.rejected)
+            self._directories.back.settle(gone_back_to)
             if self._nearby is not None:
                 self._nearby.end()
             if self._remote is not None:

@@ -129,7 +129,8 @@ class PendingSave:
         """What this save has cost so far."""
         task = self._task
         tiers = dict(task.tier_at)
-        stats = SaveStats(save_s=task.save_s, tier_at=tiers, started_at=task.started_at, durable_at=task.durable_at)
+        stats = SaveStats(save_s=task.save_s, tier_at=tiers, started_at=task.started_at)
+        stats = dataclasses.replace(stats, named_at=task.named_at, durable_at=task.durable_at)
         if not task.files or os.getpid() != task.owner:
             return stats
         native = [dict(file.job.stats) for file in task.files]
@@ -138,7 +139,7 @@ class PendingSave:
         found["arena_pinned"] = bool(from_devices) and all(each["arena_pinned"] for each in from_devices)
         found["arena_bytes"] = max(each["arena_bytes"] for each in native)
         found["device_mode"], found["device_mode_reason"] = lowest_mode(task.files)
-        for name in ("captured_at", "flushed_at"):
+        for name in ("captured_at", "written_at", "flushed_at"):
             instants = [each[name] for each in native]
             found[name] = max(instants) if all(instants) else None
         if all(file.job.finished for file in task.files):

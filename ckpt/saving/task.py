@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +38,9 @@ class SaveTask:
         tier_at: when it came to any of them.
         counts: whether its failure is one more in a row; not if the next ones will go another way.
         afterwards: runs once whoever waits has the outcome: gives space back.
-        started_at, durable_at: instants of `time.monotonic()`.
+        started_at, named_at, durable_at: instants of `time.monotonic()`, see SaveStats.
         save_s: seconds the caller has spent inside save().
-        sequence, slowest_rank: of its commit, once there is one: see SaveRecord.
+        sequence, slowest_rank, all_ranks: of its commit, once there is one: see SaveRecord.
         note: gets the events of this save.
     """
 
@@ -65,10 +65,12 @@ class SaveTask:
         self.tier_at: dict[str, float] = {}
         self.counts = True
         self.started_at = time.monotonic()
+        self.named_at: float | None = None
         self.durable_at: float | None = None
         self.save_s = 0.0
         self.sequence: int | None = None
         self.slowest_rank: int | None = None
+        self.all_ranks: Mapping[str, float] = {}
         self.note: Note = ignore
         self._told = threading.Lock()
         self._captured: concurrent.futures.Future[None] | None = None  # guarded by _told; once somebody wants to know

@@ -17,6 +17,7 @@ from ckpt.storage.temporary_names import temporary_path
 
 PIECE_BYTES = 4 << 20  # these two as a save has them, unless it is told otherwise
 THREADS = 4
+_ALIGNMENTS = sorted({512, 1024, 2048, 4096, mmap.PAGESIZE})
 
 
 class Trial(NamedTuple):
@@ -26,6 +27,7 @@ class Trial(NamedTuple):
         rate: bytes a second that were written, by THREADS threads and past the page cache if it takes that, and flushed; 0: it
             was not tried.
         why: what was refused, in words.
+        align: of direct I/O: addresses, lengths and offsets are multiples of it, bytes; 0: there is none.
     """
 
     locks: bool
@@ -33,6 +35,7 @@ class Trial(NamedTuple):
     renames: bool
     rate: float
     why: str
+    align: int = 0
 
 
 def try_out(directory: Path, size: int) -> Trial:
@@ -51,14 +54,14 @@ def try_out(directory: Path, size: int) -> Trial:
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot write to '{directory}': {error.strerror}", str(path)) from error
     try:
-        locks, direct = _locks(descriptor), _takes_direct(path)
-        rate = _rate(path, size, direct)
+        locks, align = _locks(descriptor), _direct_alignment(path)
+        rate = _rate(path, size, align > 0)
         try:
             durable.rename_durably(path, other)
             renames = True
         except StorageError as error:
             renames, why = False, str(error)
-        return Trial(locks, direct, renames, rate, why)
+        return Trial(locks, align > 0, renames, rate, why, align)
     except OSError as error:
         raise StorageError(error.errno or 0, f"cannot write to '{directory}': {error.strerror}", str(path)) from error
     finally:
@@ -75,15 +78,25 @@ def _locks(descriptor: int) -> bool:
     return True
 
 
-def _takes_direct(path: Path) -> bool:
-    """Opening alone says little: some file systems refuse the first write."""
+def _direct_alignment(path: Path) -> int:
+    """0: it takes none. Opening alone says little: some file systems refuse the first write."""
     with contextlib.suppress(OSError, ValueError):
         descriptor = os.open(path, os.O_WRONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
-            with mmap.mmap(-1, mmap.PAGESIZE) as page:
-                return os.pwrite(descriptor, page, 0) == mmap.PAGESIZE
+            return next((align for align in _ALIGNMENTS if _takes(descriptor, align)), 0)
         finally:
             os.close(descriptor)
+    return 0
+
+
+def _takes(descriptor: int, align: int) -> bool:
+    with (
+        contextlib.suppress(OSError),
+        mmap.mmap(-1, 2 * align) as memory,
+        memoryview(memory) as view,
+        view[align:] as block,
+    ):
+        return os.pwrite(descriptor, block, align) == align
     return False
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ckpt.coordinator import Coordinator
-from ckpt.directory.going_back import GoingBack
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.steps import StepDirectories
 from ckpt.drain.remote_place import place_of, release_unused
@@ -27,14 +26,12 @@ class Levels(NamedTuple):
     Attributes:
         nodes, nearby: of a tier of nodes: what saves need of it, and what restores do.
         store, copies: the same of an object store.
-        back: what was gone back to, where there are nodes whose drains tidy home.
     """
 
     nodes: NodeLevel | None = None
     nearby: Nearby | None = None
     store: StoreLevel | None = None
     copies: RemoteCopies | None = None
-    back: GoingBack | None = None
 
     def expect(self, task: SaveTask) -> None:
         """Of a save that is to come to all of them."""
@@ -45,8 +42,7 @@ class Levels(NamedTuple):
 
     def note_claimed(self, home: Path) -> None:
         """On rank 0, once: home is ours."""
-        used, kept = None if self.store is None else self.store.place, () if self.back is None else self.back.places
-        release_unused(home, used, kept)
+        release_unused(home, None if self.store is None else self.store.place)
 
     @property
     def may_refuse(self) -> bool:
@@ -62,13 +58,6 @@ class Levels(NamedTuple):
         if self.store is not None:
             self.store.begin()
 
-    def pin(self, sequence: int) -> None:
-        """That commit stays at home as long as this job saves."""
-        if self.nodes is not None:
-            self.nodes.pin(sequence)
-        if self.back is not None:
-            self.back.pin(sequence)
-
     def follow(self, task: SaveTask, sequence: int) -> None:
         """It has been published; what lies behind home sees to it when it is there."""
         if self.store is not None:
@@ -79,8 +68,6 @@ class Levels(NamedTuple):
         for level in (self.nodes, self.store):
             if level is not None:
                 level.close()
-        if self.back is not None:
-            self.back.release()
 
 
 def _wanted_behind(remote: Tier | None) -> dict[str, int | float] | None:
@@ -102,12 +89,12 @@ def make_levels(
     Raises:
         ValueError, StorageError: as of StoreLevel.
     """
-    nodes = nearby = store = copies = back = None
+    nodes = nearby = store = copies = None
     home, rank, world_size = directories.path, coordinator.rank, coordinator.world_size
     finder = None if tiers.node is None else NodeFinder(tiers.node, home)
     if tiers.node is not None and finder is not None:
-        back = GoingBack(home, leads=rank == 0)
-        nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s, back)
+        directories.back.has_drains = True
+        nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s, directories.back)
         nodes = NodeLevel(tiers.node, directories, rank, world_size, keeping, options, _wanted_behind(tiers.remote))
     if tiers.remote is not None:
         bucket = ObjectStore(tiers.remote.url, tiers.remote.options)
@@ -116,4 +103,4 @@ def make_levels(
         find_root = (lambda: None) if finder is None else finder.root
         copies = RemoteCopies(bucket, place, rank, find_root, scratch, options.timeout_s)
         store = StoreLevel(tiers.remote, directories, rank, world_size, options, copies)
-    return Levels(nodes, nearby, store, copies, back)
+    return Levels(nodes, nearby, store, copies)

@@ -309,15 +309,6 @@ class NodeLevel:
             pids=this_process(),
         )
 
-    def pin(self, sequence: int) -> None:
-        """That commit stays at home, which the drains tidy, as long as this job saves."""
-        self._keeping = self._keeping.with_pinned(sequence)
-        if self._storage is not None and self._place is not None and self.leads:
-            try:
-                self._describe(self._storage, self._place)
-            except CheckpointError as error:
-                logger.warning("home may remove the checkpoint that was gone back to, as keep= says: %s", error)
-
     def _gauges(self) -> Iterator[Reading]:
         return iter(()) if self._storage is None else backlog.gauges(self._storage.root, HOME)
 

@@ -37,7 +37,7 @@ from ckpt.upkeep.rows import (
     size_below,
 )
 
-_WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
+WEIGHTS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".distcp")
 _NAMED = 3  # of files that are missing
 
 
@@ -127,7 +127,7 @@ def _look_at(path: Path, is_node: bool) -> Row | None:
         return _without(path, name, kind, FOREIGN, f"holds files, but no {manifests.NAME}")
     if any(temporary_names.name_behind(each) is not None for each in names) or partial is not None:
         return _without(path, name, BUNDLE, INCOMPLETE, "not committed: being saved, or left by a crash")
-    if any(each.endswith(_WEIGHTS) for each in names):
+    if any(each.endswith(WEIGHTS) for each in names):
         return _without(path, name, kind, FOREIGN, f"holds files, but no {manifests.NAME}")
     return None
 

@@ -20,10 +20,11 @@ from ckpt.storage.fio import FioError, measure_with_fio
 from ckpt.storage.mounts import mount_of
 
 GOOD, NOTE, BAD = "good", "note", "bad"
-_OLDEST_TORCH = (2, 6)  # as in pyproject.toml
+_OLDEST_TORCH, _NEWEST_TORCH = (2, 6), (2, 15)  # that were tested: as TESTED in ckpt/torch_private.py has them
 _OPTIONAL = {"obstore": "object stores", "mpi4py": "jobs that talk by MPI", "tqdm": "progress bars of this command line"}
 _MEMLOCK_BYTES = 64 << 20  # less than that pins no arena
 DRIVER = "libcuda.so.1"
+_HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _NO_DEVICE = 100  # CUDA_ERROR_NO_DEVICE
 _DEVICE_S = 5.0
 _VERDICTS = {"passed": GOOD, "failed": BAD}
@@ -75,6 +76,9 @@ def _software() -> Iterator[Finding]:
         yield Finding("torch", BAD, "not installed", "install it: only drains and this command line do without")
     elif (int(numbers[1]), int(numbers[2])) < _OLDEST_TORCH:
         yield Finding("torch", BAD, torch, f"install {'.'.join(map(str, _OLDEST_TORCH))} or newer")
+    elif (int(numbers[1]), int(numbers[2])) > _NEWEST_TORCH:
+        remedy = f"newer than what was tested, up to {'.'.join(map(str, _NEWEST_TORCH))}: take that if anything is amiss"
+        yield Finding("torch", NOTE, torch, remedy)
     else:
         yield Finding("torch", GOOD, torch)
     for package, use in _OPTIONAL.items():
@@ -123,9 +127,12 @@ def _memlock() -> Finding:
 
 def _huge_pages() -> Iterator[Finding]:
     with contextlib.suppress(OSError):
-        text = Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(encoding="ascii")
+        text = _HUGE_PAGES.read_text(encoding="ascii")
         chosen = re.search(r"\[(\w+)\]", text)
-        yield Finding("huge pages", GOOD, f"transparent: {chosen[1] if chosen else text.strip()}")
+        remedy = f"write madvise to {_HUGE_PAGES}: small pages make staging memory dearer to pin, and to write from"
+        never = chosen is not None and chosen[1] == "never"
+        found = f"transparent: {chosen[1] if chosen else text.strip()}"
+        yield Finding("huge pages", NOTE if never else GOOD, found, remedy if never else "")
 
 
 def _directory(directory: Path, size: int) -> Iterator[Finding]:
@@ -147,7 +154,8 @@ def _directory(directory: Path, size: int) -> Iterator[Finding]:
         "rename and fsync", GOOD if found.renames else BAD, found.why or "yes", "" if found.renames else "take another"
     )
     remedy = "" if found.direct else "bytes go through the page cache, which costs memory bandwidth; a local disk would not"
-    yield Finding("direct I/O", GOOD if found.direct else NOTE, "yes" if found.direct else "no", remedy)
+    text = f"yes, in multiples of {found.align} bytes" if found.direct else "no"
+    yield Finding("direct I/O", GOOD if found.direct else NOTE, text, remedy)
     yield _rate(found, directory, min(size, usage.free // 2))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from ckpt.directory import late_names
 from ckpt.directory import manifest as manifests
 from ckpt.directory.bundles import committed_deeper_in, read_latest, remove_bundle
+from ckpt.directory.going_back import sequences_at
 from ckpt.directory.holds import held_at
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.manifest import Manifest
@@ -102,7 +103,7 @@ def choose(directory: Path, keeping: Keeping, changed: Collection[Path] = ()) ->
     whole = [(path, manifest) for path, manifest in found if not lost[path] and path not in changed]
     counted = [dataclasses.replace(manifest, step=_NONE if (at := steps[path]) is None else at) for path, manifest in whole]
     _refuse_unknown_metric(counted, keeping)
-    reasons = keeping.reasons(counted)
+    reasons = keeping.with_pinned(*sequences_at(root, living=True)).reasons(counted)
     best = keeping.best_of(counted)
     going = [manifest for manifest, reason in zip(counted, reasons, strict=True) if not reason]
     held, latest = held_at(root, going), read_latest(root)
@@ -146,7 +147,7 @@ def _fate(manifest: Manifest, held: set[int], reason: str, keeping: Keeping) -> 
     if reason:
         return KEPT, reason
     if manifest.sequence in held:
-        return HELD, "it is on its way to an object store, or a job has gone back to it"
+        return HELD, "it is on its way to an object store"
     if manifest.others:
         return HELD, "files of others lie in it"
     if keeping.every is not None and manifest.step == _NONE:

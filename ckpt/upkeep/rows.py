@@ -28,7 +28,8 @@ class Row:
         problem: what is wrong, in words; else empty.
         latest: whether `latest` names it.
         where: what has become of it on other tiers, by the name of the tier.
-        metrics: as they were given to save().
+        metrics: as they were given to save(), by rank 0.
+        cost: see Manifest; of all ranks.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Row:
     latest: bool = False
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
+    cost: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def row_of(name: str, kind: str, manifest: Manifest, state: str = COMMITTED, problem: str = "") -> Row:
@@ -59,6 +61,7 @@ def row_of(name: str, kind: str, manifest: Manifest, state: str = COMMITTED, pro
         files=len(manifest.files),
         problem=problem,
         metrics=dict(manifest.metrics),
+        cost=dict(manifest.cost),
     )
 
 

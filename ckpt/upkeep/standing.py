@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
@@ -11,8 +12,25 @@ from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.drain.backlog import Backlog, backlog_of
 from ckpt.storage.directory_lock import DirectoryLock
-from ckpt.upkeep.census import look
-from ckpt.upkeep.rows import COMMITTED, DAMAGED, INCOMPLETE, PREPARED, Row
+from ckpt.upkeep.census import WEIGHTS, look
+from ckpt.upkeep.rows import COMMITTED, DAMAGED, INCOMPLETE, PREPARED, Row, is_hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class PlainFiles:
+    """Checkpoints of one file each, as ckpt.save(), torch.save() and Lightning make them: there is no commit of these.
+
+    Attributes:
+        bytes: of all.
+        newest: name of the one that was written last.
+        written: when that was, Unix time.
+    """
+
+    count: int
+    bytes: int
+    newest: str
+    newest_bytes: int
+    written: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +41,7 @@ class Standing:
         newest: the last commit; None: there is none.
         in_flight: being saved just now, as far as that can be told; without a holder: what a crash has left.
         damaged: names.
+        files: where nothing is committed: see PlainFiles; None: there are none, either.
     """
 
     holder: str | None
@@ -31,6 +50,7 @@ class Standing:
     in_flight: list[Row]
     damaged: list[str]
     backlogs: list[Backlog]
+    files: PlainFiles | None = None
 
 
 def look_at(directory: Path) -> Standing:
@@ -48,7 +68,23 @@ def look_at(directory: Path) -> Standing:
         in_flight=[row for row in rows if row.state in (INCOMPLETE, PREPARED)],
         damaged=[row.name for row in rows if row.state == DAMAGED],
         backlogs=_backlogs(directory),
+        files=None if committed else _files_in(directory),
     )
+
+
+def _files_in(directory: Path) -> PlainFiles | None:
+    found = []
+    for name in sorted(names_in(directory)):
+        path = directory / name
+        if name.endswith(WEIGHTS) and not is_hidden(name) and not path.is_symlink():
+            with contextlib.suppress(OSError):  # it may just go
+                stat = path.stat()
+                if path.is_file():
+                    found.append((stat.st_mtime, name, stat.st_size))
+    if not found:
+        return None
+    written, newest, size = max(found)
+    return PlainFiles(len(found), sum(each[2] for each in found), newest, size, written)
 
 
 def _backlogs(directory: Path) -> list[Backlog]:

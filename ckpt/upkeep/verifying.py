@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import os
@@ -16,6 +17,7 @@ from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.sharded_files import METADATA, metadata_name, needs_mending
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
+from ckpt.storage.watching import watched
 from ckpt.upkeep import dcp_metadata
 from ckpt.upkeep.census import is_checkpoint, look, none_at
 from ckpt.upkeep.contents import read_contents
@@ -28,7 +30,34 @@ _THREADS = 8
 _TIMEOUT_S = 24 * 3600.0
 _LARGEST_PART = 1 << 33  # of a file of torch.distributed.checkpoint, which is read as a whole
 
-Told = Callable[[int], object]  # called with the bytes of each file, once it has been looked at
+_LARGE = 64 << 20  # bytes of a file that is told of while it is read: that takes a thread
+
+Told = Callable[[int], object]  # called with numbers of bytes that are done; of each file their sum is its size
+
+
+class _Count:
+    """Of the bytes of one file: all of them are told, once it has been looked at."""
+
+    def __init__(self, told: Told, size: int) -> None:
+        self._told = told
+        self._size = size
+        self._done = 0
+
+    def reach(self, done: int) -> None:
+        """So many of them are done."""
+        more = min(done, self._size) - self._done
+        if more > 0:
+            self._done += more
+            self._told(more)
+
+    def finish(self) -> None:
+        self.reach(self._size)
+
+    @contextlib.contextmanager
+    def reading(self, file: _native.RangeFile | _native.RecordFile) -> Iterator[None]:
+        """All of it is read meanwhile."""
+        with contextlib.nullcontext() if file.size < _LARGE else watched(lambda: file.bytes_read, self.reach):
+            yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,8 +114,9 @@ def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verd
         yield Verdict(str(path), manifests.NAME, 0, BAD, str(error))
         return
     for file in manifest.files:
-        state, problem = judge(path, file, manifest, fast)
-        told(file.bytes)
+        done = _Count(told, file.bytes)
+        state, problem = judge(path, file, manifest, fast, done)
+        done.finish()
         yield Verdict(str(path), file.name, file.bytes, state, problem)
     yield from _verify_copy(path, manifest)
 
@@ -106,7 +136,7 @@ def _verify_copy(path: Path, manifest: Manifest) -> Iterator[Verdict]:
         yield Verdict(str(path), METADATA, 0, BAD, f"cannot be read: {error.strerror}")
 
 
-def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
+def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool, done: _Count | None = None) -> tuple[str, str]:
     """State and problem of a file that a manifest names: see Verdict."""
     path = place_of(directory, file)
     try:
@@ -120,12 +150,18 @@ def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> t
     if fast:
         return GOOD, ""
     try:
-        found = _native.digest_file(os.fsencode(path), _THREADS, _TIMEOUT_S)[1]
+        found = _digest(path, done or _Count(lambda _: None, file.bytes))
     except (CheckpointError, OSError) as error:
         return BAD, str(error)
     if found == file.crc32:
         return GOOD, ""
     return BAD, _where(path) or f"has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
+
+
+def _digest(path: Path, done: _Count) -> int:
+    file = _native.RangeFile(os.fsencode(path), True)
+    with done.reading(file):
+        return file.read([(0, file.size, 0, -1)], threads=_THREADS, timeout_s=_TIMEOUT_S, keep=None)[0]
 
 
 def _is_elsewhere(directory: Path, file: FileEntry, manifest: Manifest) -> bool:
@@ -149,12 +185,15 @@ def _where(path: Path) -> str:
 
 def _verify_alone(path: Path, fast: bool, told: Told) -> Verdict:
     """A file that no manifest names: what it carries itself is all there is."""
-    size = 0
+    size, done = 0, _Count(told, 0)
     try:
         size = path.stat().st_size
+        done = _Count(told, size)
         contents = read_contents(path)
         if not fast and contents.checksummed and contents.format == "torch":
-            _native.verify_torch_file(os.fsencode(path), _THREADS)
+            file = _native.RecordFile(os.fsencode(path), True, _THREADS, _TIMEOUT_S)
+            with done.reading(file):
+                file.read([], whole=True, threads=_THREADS, timeout_s=_TIMEOUT_S)
     except CorruptError as error:
         return Verdict(str(path), path.name, size, BAD, str(error))
     except FileNotFoundError:
@@ -162,7 +201,7 @@ def _verify_alone(path: Path, fast: bool, told: Told) -> Verdict:
     except (StorageError, OSError) as error:
         return Verdict(str(path), path.name, size, BAD, str(error))
     finally:
-        told(size)
+        done.finish()
     if contents.checksummed or fast:
         return Verdict(str(path), path.name, size, GOOD)
     return Verdict(str(path), path.name, size, UNKNOWN, f"a file of this format ({contents.format}) has no checksums")
@@ -184,12 +223,20 @@ def _verify_foreign(directory: Path, fast: bool, told: Told) -> Iterator[Verdict
             parts[part.file].append((part.at, part.length, stored.key))
     for name, found in parts.items():
         end = max((at + length for at, length, _ in found), default=0)
-        state, problem, size = _judge_parts(directory / name, sorted(found), end, fast)
-        told(size)
+        done = _Count(told, _size_of(directory / name))
+        state, problem, size = _judge_parts(directory / name, sorted(found), end, fast, done)
+        done.finish()
         yield Verdict(str(directory), name, size, state, problem)
 
 
-def _judge_parts(path: Path, parts: list[tuple[int, int, str]], end: int, fast: bool) -> tuple[str, str, int]:
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def _judge_parts(path: Path, parts: list[tuple[int, int, str]], end: int, fast: bool, done: _Count) -> tuple[str, str, int]:
     try:
         size = path.stat().st_size
         if size < end:
@@ -201,6 +248,7 @@ def _judge_parts(path: Path, parts: list[tuple[int, int, str]], end: int, fast: 
                 problem = _judge_part(file, at, length)
                 if problem:
                     return problem[0], f"'{key}', at byte {at}: {problem[1]}", size
+                done.reach(at + length)
     except FileNotFoundError:
         return MISSING, "it is not there", 0
     except OSError as error:

@@ -198,6 +198,7 @@ py::dict stats_of(const Job& job) {
   dict["witness_s"] = stats.witness_s;
   dict["fence_s"] = stats.fence_s;
   dict["captured_at"] = stats.captured_at;
+  dict["written_at"] = stats.written_at;
   dict["flushed_at"] = stats.flushed_at;
   dict["direct_io"] = stats.direct_io;
   dict["bytes_from_devices"] = stats.bytes_from_devices;

@@ -119,6 +119,7 @@ void bind_range_file(py::module_& module) {
            }),
            py::arg("path"), py::arg("direct"))
       .def_property_readonly("size", &ReadableFile::size)
+      .def_property_readonly("bytes_read", &ReadableFile::bytes_read)
       .def("read_bytes", [](const ReadableFile& file, uint64_t offset, size_t length) {
         std::string bytes(length, '\0');
         {

@@ -467,6 +467,7 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     failed = job->failed();
     devices.swap(job->devices);
     if (job->probes && !failed) job->stats.probed_bytes = job->probes->bytes();
+    if (!failed) job->stats.written_at = monotonic_seconds();
   }
   if (job->probes) stager_.take_back_probes(std::exchange(job->probes->memory, nullptr));
   devices.clear();

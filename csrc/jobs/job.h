@@ -49,6 +49,7 @@ struct JobStats {
   double witness_s = 0;  // of submit(): spent on noting witnesses
   double fence_s = 0;       // the caller's time spent in fences while this job was uncaptured
   double captured_at = 0;   // CLOCK_MONOTONIC seconds; 0: not yet
+  double written_at = 0;    // all bytes handed to the file system; what follows is its flush
   double flushed_at = 0;    // data durable, under the temporary name
   bool direct_io = false;
   uint64_t bytes_from_devices = 0;

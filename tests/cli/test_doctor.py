@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from command_line import Shell
 
+from ckpt.torch_private import TESTED
 from ckpt.upkeep import machine
 
 
@@ -34,6 +36,20 @@ def test_what_is_bad_is_told_with_a_remedy(shell: Shell, tmp_path: Path, native:
     monkeypatch.setattr(machine, "_version", lambda package: "2.5.1" if package == "torch" else None)
     said = shell("doctor")
     assert said.code == 1 and "install 2.6 or newer" in said.out and "install it for object stores" in said.out
+
+
+def test_what_was_tested_and_what_the_file_system_wants(shell: Shell, tmp_path: Path, monkeypatch: Any) -> None:
+    oldest, newest = (".".join(map(str, each)) for each in (machine._OLDEST_TORCH, machine._NEWEST_TORCH))
+    assert f"{oldest} to {newest}" == TESTED
+    found = findings(shell.json("doctor", tmp_path, "--size", "1MiB"))
+    assert re.fullmatch(r"no|yes, in multiples of \d+ bytes", found["direct I/O"]["found"])
+    monkeypatch.setattr(machine, "_version", lambda package: "99.0.1" if package == "torch" else None)
+    newer = findings(shell.json("doctor"))["torch"]
+    assert newer["verdict"] == "note" and newer["found"] == "99.0.1" and f"up to {newest}" in newer["remedy"]
+    (tmp_path / "enabled").write_text("always madvise [never]\n")
+    monkeypatch.setattr(machine, "_HUGE_PAGES", tmp_path / "enabled")
+    huge = findings(shell.json("doctor"))["huge pages"]
+    assert huge["verdict"] == "note" and huge["found"] == "transparent: never" and "madvise" in huge["remedy"]
 
 
 def test_the_rate_stands_beside_that_of_fio(shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from command_line import Shell, step_in
 from safetensors.torch import save_file
 from test_load_safetensors import DAMAGED as HEADERS
 from test_load_safetensors import written
+
+from ckpt.directory import manifest as manifests
 
 HUGE = 100_000
 
@@ -32,6 +36,38 @@ def test_a_checkpoint_with_its_tensors(shell: Shell, three_steps: Path) -> None:
     assert document["files"]["state.pt"]["values"] == [{"name": "step", "type": "int", "value": "2"}]
     said = shell("show", step_in(three_steps, 2), "--tree")
     assert said.code == 0 and "  weight  float32  4x8  128 B" in said.out.splitlines()
+
+
+def test_long_lists_of_numbers_are_one_line(shell: Shell, tmp_path: Path) -> None:
+    rng = random.Random(0).getstate()
+    state = {"rng": {"python": rng}, "losses": [0.5] * 20, "few": [1, 2], "mixed": [torch.zeros(2), *range(30)]}
+    torch.save(state, tmp_path / "a.pt")
+    for words in ((), ("--tree",)):
+        lines = shell("show", tmp_path / "a.pt", *words).out.splitlines()
+        assert len(lines) < 20 and "... and" not in lines[-1]
+        (numbers,) = [line for line in lines if "625 ints" in line]
+        assert numbers.endswith(f"  {', '.join(map(str, rng[1][:4]))}, ...") and numbers.split()[0] in ("1", "rng.python.1")
+        assert any("20 floats  0.5, 0.5, 0.5, 0.5, ..." in line for line in lines)
+        assert any(re.search(r"1-30 +30 ints +0, 1, 2, 3, ...", line) for line in lines)
+    assert len(shell("show", tmp_path / "a.pt", "--tree", "--tensors", "losses*").out.splitlines()) == 22
+    assert len(shell("show", tmp_path / "a.pt", "--tensors", "losses*").out.splitlines()) == 22
+    values = shell.json("show", tmp_path / "a.pt", "--tree")["files"]["a.pt"]["values"]
+    assert len(values) == 627 + 20 + 2 + 30
+
+
+def test_what_it_has_cost_and_whose_that_is(shell: Shell, home: Path) -> None:
+    document = shell.json("show", step_in(home, 3))
+    cost = document["manifest"]["cost"]
+    assert cost.keys() == {"blocked_s", "flushed_s"}
+    assert "training was held for" in shell("show", step_in(home, 3)).out and "ranks" not in shell("show", step_in(home, 3)).out
+    path = step_in(home, 3) / "manifest.json"
+    said = json.loads(path.read_bytes())
+    del said["crc32"]
+    path.write_bytes(manifests.with_checksum({**said, "world_size": 2, "metrics": {"loss": 0.5}}))
+    shown = shell("show", step_in(home, 3)).out
+    assert "(each of the one of 2 ranks that had most)" in shown and "metrics of rank 0: loss=0.5" in shown
+    assert "(each of the one of 2 ranks that had most)" in shell("status", home).out
+    assert shell.json("status", home)["newest"]["cost"] == cost
 
 
 @pytest.mark.parametrize("form", ["{home}", "{home}:3", "{home}:step-000000000003"])

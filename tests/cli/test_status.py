@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from command_line import Shell, in_use, step_in
 from node_roots import Job
 
@@ -60,6 +62,21 @@ def test_the_backlog_of_a_node(shell: Shell, tmp_path: Path) -> None:
     assert not backlog["running"] and backlog["rate"] == 5000.0
     said = shell("status", job.roots[0])
     assert "no drain is running" in said.out and "no space at home" in said.out
+
+
+def test_files_that_are_checkpoints_by_themselves(shell: Shell, tmp_path: Path) -> None:
+    """As Lightning and torch.save write them: there is no commit of these."""
+    for age_s, name in ((7200, "epoch=0.ckpt"), (3600, "epoch=1.ckpt"), (60, "notes.txt"), (60, ".hidden.pt")):
+        torch.save({"w": torch.zeros(3)}, tmp_path / name)
+        os.utime(tmp_path / name, (time.time() - age_s,) * 2)
+    (tmp_path / "last.ckpt").symlink_to("epoch=1.ckpt")
+    said = shell("status", tmp_path)
+    assert said.code == 0 and "last file: epoch=1.ckpt" in said.out and "60 min ago" in said.out
+    assert "none" not in said.out.splitlines()[1] and "files: 2, " in said.out
+    document = shell.json("status", tmp_path)
+    assert document["newest"] is None and (document["files"]["count"], document["files"]["newest"]) == (2, "epoch=1.ckpt")
+    assert 3600 <= document["age_s"] < 7200
+    assert shell("status", tmp_path, "--stale", "30min").code == 6 and shell("status", tmp_path, "--stale", "5h").code == 0
 
 
 def test_watch_says_it_again_until_interrupted(shell: Shell, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,10 +14,12 @@ import torch.distributed.checkpoint as dcp
 from command_line import Shell, step_in
 from node_roots import Job
 from safetensors.torch import save_file
-from support import options
+from support import options, patience
 
 import ckpt
 from ckpt import dcp as sharding
+from ckpt._native import RangeFile
+from ckpt.upkeep import verifying
 
 
 def flip(path: Path, at: int) -> None:
@@ -37,6 +41,46 @@ def test_all_that_is_good(shell: Shell, three_steps: Path) -> None:
     assert document["good"] and document["states"] == {"good": 3}
     said = shell("verify", step_in(three_steps, 2), step_in(three_steps, 3))
     assert said.code == 0 and said.out.count(": good") == 2 and said.out.splitlines()[-1].startswith("2 files: 2 good; ")
+
+
+def test_bytes_are_told_while_a_file_is_read(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all of each file at its end, whatever was wrong with it."""
+    heard = threading.Event()
+
+    class Slow:
+        """A file that is not read to its end before something was told of it."""
+
+        def __init__(self, path: bytes, direct: bool) -> None:
+            self._file, self._looks = RangeFile(path, direct), 0
+            self.size = self._file.size
+
+        @property
+        def bytes_read(self) -> int:
+            self._looks += 1
+            return 0 if self._looks == 1 else 100
+
+        def read(self, *places: Any, **how: Any) -> list[int]:
+            assert heard.wait(patience(60))
+            return self._file.read(*places, **how)
+
+    def tell(count: int) -> None:
+        told.append(count)
+        if count == 100:
+            heard.set()
+
+    told: list[int] = []
+    flip(step_in(home, 2) / "state.pt", 200)
+    sizes = [(step_in(home, step) / "state.pt").stat().st_size for step in (1, 2)]
+    with monkeypatch.context() as patched:
+        patched.setattr(verifying._native, "RangeFile", Slow)
+        patched.setattr(verifying, "_LARGE", 1)
+        states = [each.state for step in (1, 2) for each in verifying.verify(step_in(home, step), False, tell)]
+    assert states == ["good", "damaged"] and sum(told) == sum(sizes) and told[0] == 100
+    for path in (step_in(home, 1) / "state.pt", step_in(home, 1) / "missing.pt"):
+        told.clear()
+        monkeypatch.setattr(verifying, "_LARGE", 1)
+        list(verifying.verify(path, False, tell))
+        assert sum(told) == (path.stat().st_size if path.exists() else 0)
 
 
 def test_a_flipped_bit_is_found_and_its_record_named(shell: Shell, home: Path) -> None:

@@ -242,6 +242,9 @@ def who_was_slowest(directory: Path, step: int) -> int:
     assert first["slowest_rank"] == second["slowest_rank"] == slowest and first["world_size"] == 2
     manifest = json.loads((directory / f"step-{step:012d}" / "manifest.json").read_text())
     assert manifest["cost"]["flushed_s"] == pytest.approx(max(first["flushed_s"], second["flushed_s"]), abs=1e-5)
+    total = sum(file["bytes"] for file in manifest["files"])
+    assert first["all_ranks"] == second["all_ranks"] == {"bytes_total": total, **manifest["cost"]}
+    assert first["bytes_total"] < total
     return slowest
 
 

@@ -105,6 +105,22 @@ def test_choices(shell: Shell, three_steps: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "n").exists()
 
 
+@pytest.mark.parametrize(
+    ("prefix", "more", "words"),
+    [
+        ("modle.", (), "did you mean 'model.'"),
+        ("model.weight.", (), "did you mean 'model.'"),
+        ("zzz", (), "first names are ['model.weight', 'model.bias', 'step']"),
+        ("model.", ("--keys", "step"), "first names are ['step']"),
+    ],
+)
+def test_a_prefix_that_no_name_has(prefix: str, more: tuple[str, ...], words: str, shell: Shell, home: Path) -> None:
+    """Else all names would keep what was to go, and nobody would be told."""
+    said = shell("export", f"{home}:2", "-o", home / "out", "--format", "pt", "--strip", prefix, *more)
+    assert said.code == 2 and f"begins with '{prefix}'" in said.err and words in said.err, said.err
+    assert not (home / "out").exists()
+
+
 DOTTED = [
     ({"model": {"module.w": 1, "module.b": 2}}, "model.module.", {"w": 1, "b": 2}),
     ({"model.w": 1, "model.b": 2, "other": 3}, "model.", {"w": 1, "b": 2, "other": 3}),

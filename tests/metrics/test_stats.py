@@ -63,4 +63,5 @@ def test_figures_of_a_real_save(tmp_path: Path) -> None:
     assert found["checkpoint/bytes"] == stats.bytes_total == (tmp_path / "x.pt").stat().st_size
     assert found["checkpoint/blocked_s"] == stats.save_s + stats.fence_s and found["checkpoint/durable_s"] == stats.durable_s
     assert stats.durable_s is not None and found["checkpoint/gb_per_s"] == stats.bytes_total / stats.durable_s / 1e9
-    assert 0 < (stats.captured_s or 0) <= (stats.flushed_s or 0) <= stats.durable_s
+    assert 0 < (stats.captured_s or 0) <= (stats.written_s or 0) <= (stats.flushed_s or 0) <= stats.durable_s
+    assert stats.named_s is None, "it has its name when it is published"

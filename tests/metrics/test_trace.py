@@ -95,6 +95,7 @@ def test_a_real_job(tmp_path: Path, shell: Shell) -> None:
     assert said["events"]["save"] == 6 and said["trace_events"] == len(trace["traceEvents"])
     for step in range(6):
         assert {f"save {step}", f"write {step}", f"capture {step}", f"commit {step}"} <= {*names(found)}
+        assert {f"fsync {step}", f"rename {step}"} <= {*names(found)}
     assert len(found["s"]) == 6 and names(found)[-1] == "restore 5"
     assert [event["name"] for event in found["i"]] == [f"delete {step}" for step in range(4)]
     assert all(before * US <= event["ts"] <= time.time() * US for event in found["X"])
@@ -105,6 +106,40 @@ def test_a_real_job(tmp_path: Path, shell: Shell) -> None:
     for event in events:
         if event["event"] == "save":
             assert drawn[f"write {event['step']}"] == pytest.approx(event["flushed_s"] * US, abs=2000)
+
+
+def end_of(event: dict[str, Any]) -> float:
+    return float(event["ts"] + event["dur"])
+
+
+def test_where_the_time_went(native: Any, tmp_path: Path, shell: Shell) -> None:
+    """To a flush that takes long, and to a rename that does: it is seen which."""
+    run, output = tmp_path / "run", tmp_path / "trace.json"
+    with ckpt.Checkpointer(run, coordinator="local", options=options()) as checkpointer:
+        for step, (call, name) in enumerate((("fdatasync", ".tmp-state"), ("rename", "/state.pt"))):
+            native.set_fault(call, name, delay_s=0.4)
+            checkpointer.save(step, {"parameter": torch.ones(1000)}).result(DEADLINE_S)
+            native.clear_faults()
+    shell.json("trace", run, "-o", output)
+    drawn = {event["name"]: event for event in check(json.loads(output.read_text()))["X"]}
+    for step, slow in enumerate(("fsync", "rename")):
+        fsync, write, rename, commit = (drawn[f"{name} {step}"] for name in ("fsync", "write", "rename", "commit"))
+        assert drawn[f"{slow} {step}"]["dur"] >= 0.4 * US
+        assert fsync["tid"] == write["tid"] and end_of(fsync) == pytest.approx(end_of(write), abs=5)
+        assert rename["tid"] == commit["tid"] and rename["ts"] == commit["ts"] and end_of(rename) <= end_of(commit) + 5
+
+
+def test_whose_figures_they_are(tmp_path: Path, shell: Shell) -> None:
+    at = 1_800_000_000.0
+    save = {"schema": 1, "time": "2027-01-15T08:00:09.000Z", "event": "save", "outcome": "committed", "step": 1, "began": at}
+    save |= {"flushed_s": 2.0, "durable_s": 3.0, "world_size": 2, "all_ranks": {"bytes_total": 7}}
+    events = tmp_path / "events.jsonl"
+    for ranks, words in (((0,), "those of rank 0, of 2"), ((1, 0), "")):
+        events.write_text("".join(json.dumps({**save, "rank": rank}) + "\n" for rank in ranks))
+        said = shell("trace", tmp_path, "-o", tmp_path / "trace.json").out
+        assert words in said and said.count("\n") == 1 + bool(words)
+    drawn = {event["name"]: event for event in check(json.loads((tmp_path / "trace.json").read_text()))["X"]}
+    assert drawn["commit 1"]["args"]["all_ranks"] == {"bytes_total": 7}
 
 
 def test_ranks_tiers_and_what_failed() -> None:
@@ -139,7 +174,7 @@ DEEP = "[" * 700 + "]" * 700
 def test_numbers_that_are_none(tmp_path: Path, shell: Shell) -> None:
     """Lines may have been written by anybody. What is drawn is JSON, all the same."""
     keys = ("rank", "step", "began", "ended", "save_s", "fence_s", "captured_s", "flushed_s", "durable_s", "total_s")
-    keys = (*keys, "arena_used", "backlog_bytes", "tiers_s", "bytes_total")
+    keys = (*keys, "arena_used", "backlog_bytes", "tiers_s", "bytes_total", "written_s", "named_s", "world_size", "all_ranks")
     lines = []
     for kind in ("save", "drain", "restore", "delete"):
         good = {"schema": 1, "time": "2027-01-15T08:00:09Z", "event": kind, "outcome": "committed", "rank": 0, "step": 1}
