@@ -184,12 +184,15 @@ def choose_kinds(
     kinds: bytearray,
 ) -> tuple[list[int], list[SavedStorage]]: ...
 def find_changed(records: list[SavedStorage]) -> tuple[torch.Tensor | None, bool]: ...
-def use_torch_names(*, storage_key: str | None, keys_last: bool, version: str | None, backward_hooks: str | None) -> None: ...
+def use_torch_names(
+    *, storage_key: str | None, keys_last: bool, one_object: bool, version: str | None, backward_hooks: str | None
+) -> None: ...
 def add_owned(
     found: dict[Any, list[Any]],
     groups: list[Any],
     state: dict[Any, Any],
     index: StorageIndex | None,
+    in_index: bool,  # what is found is noted there, if that takes owners
     tensor_type: type,
     values: Callable[[Any], list[Any]],
     wrappers: tuple[type, Callable[[Any], torch.Tensor]] | None = None,
@@ -202,7 +205,8 @@ def add_declared(
     wrappers: tuple[type, Callable[[Any], torch.Tensor]] | None = None,
 ) -> None: ...
 
-class StorageIndex: ...
+class StorageIndex:
+    takes_owners: bool
 
 def leak(object: Any) -> None: ...
 def crash_point(name: str) -> None: ...

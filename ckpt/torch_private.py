@@ -271,15 +271,16 @@ def key_of(storage: UntypedStorage) -> int:
 
 def inform_core() -> None:
     """Names for the core, which looks them up for each tensor."""
-    addresses, versions = _has_addresses(), _has_versions()
+    addresses, versions, last = _has_addresses(), _has_versions(), _storages_last()
     if not addresses:
-        less = "" if _storages_last() else ", and all is copied inside save(), because optimizers cannot be asked what they own"
+        less = "" if last else ", and all is copied inside save(), because optimizers cannot be asked what they own"
         warn_once(f"storages are told apart by the objects that stand for them{less}")
     if not versions:
         warn_once("version counters do not show changes behind a fence that was missed")
     _native.use_torch_names(
         storage_key="_cdata" if addresses else None,
-        keys_last=addresses or _storages_last(),
+        keys_last=addresses or last,
+        one_object=last,
         version="_version" if versions else None,
         backward_hooks="_backward_hooks",
     )

@@ -21,7 +21,7 @@ from ckpt.plan.views import ByteInterval, byte_interval
 
 # Gives those storages by their `_cdata`, each with the tensors in it that a step writes, or that were declared: then the first
 # in the list is None, and all of the storage is lazy. With the key ALL, or True instead, every storage is; with False none.
-# It is told what is saved, which helps to find them.
+# It is told what is saved, which helps to find them; and what a step writes of that it may note there instead.
 LazyStorages = Callable[[StorageIndex | None], Mapping[Any, list[Any]] | bool]
 ALL = None
 
@@ -47,16 +47,21 @@ def lazy_storages(declared: Any = None) -> LazyStorages:
 
 
 class _Found:
-    def __init__(self, found: dict[Any, list[Any]]) -> None:
-        self._found = found
-        self._complete = False
+    def __init__(self, declared: dict[Any, list[Any]]) -> None:
+        self._declared = declared
+        self._found: dict[Any, list[Any]] | None = None  # with what optimizers own; made once, if no index takes that
 
     def __call__(self, index: StorageIndex | None) -> dict[Any, list[Any]]:
-        if not self._complete:
-            self._complete = True
+        replayed = replayed_optimizers()
+        if index is not None and index.takes_owners and not replayed:
+            for optimizer in stepped_optimizers():
+                _add_optimizer(self._declared, optimizer, index, in_index=True)
+            return self._declared
+        if self._found is None:
+            self._found = {key: list(tensors) for key, tensors in self._declared.items()}
             for optimizer in stepped_optimizers():
                 _add_optimizer(self._found, optimizer, index)
-            for optimizer in replayed_optimizers():
+            for optimizer in replayed:
                 _leave_out(self._found, optimizer)
         return self._found
 
@@ -110,11 +115,13 @@ def _add_declared(found: dict[Any, list[Any]], declared: Any) -> None:
         )
 
 
-def _add_optimizer(found: dict[Any, list[Any]], optimizer: Optimizer, index: StorageIndex | None = None) -> None:
+def _add_optimizer(
+    found: dict[Any, list[Any]], optimizer: Optimizer, index: StorageIndex | None = None, in_index: bool = False
+) -> None:
     groups = [list(group["params"]) for group in optimizer.param_groups]
     state = optimizer.state if isinstance(optimizer.state, dict) else dict(optimizer.state)
     with torch.no_grad():  # see torch_private.wrappers()
-        _native.add_owned(found, groups, state, index, torch.Tensor, _values, torch_private.wrappers())
+        _native.add_owned(found, groups, state, index, in_index, torch.Tensor, _values, torch_private.wrappers())
 
 
 def _leave_out(found: dict[Any, list[Any]], optimizer: Optimizer) -> None:

@@ -1,67 +1,28 @@
 // The opcodes of pickle protocol 2, as Python's own pickler chooses them, and its memo. Knows bytes and addresses, not Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <string_view>
 #include <vector>
 
+#include "pickle/address_map.h"
+
 namespace lazyckpt {
-
-// Which objects were pickled before, by address. Open addressing: it is asked for every object.
-class Memo {
- public:
-  Memo() : slots_(1 << 12) {}
-
-  // The index that the object has in the pickle; -1 if it has none.
-  int64_t find(const void* object) const {
-    const Slot& slot = slots_[locate(object)];
-    return slot.object == nullptr ? -1 : int64_t{slot.index};
-  }
-
-  void add(const void* object, uint32_t index) {
-    if (++used_ * 2 > slots_.size()) grow();
-    slots_[locate(object)] = {object, index};
-  }
-
- private:
-  struct Slot {
-    const void* object = nullptr;
-    uint32_t index = 0;
-  };
-
-  size_t locate(const void* object) const {
-    const size_t mask = slots_.size() - 1;
-    size_t at = (reinterpret_cast<uintptr_t>(object) >> 4) * 0x9E3779B97F4A7C15u >> 20 & mask;
-    while (slots_[at].object != nullptr && slots_[at].object != object) at = (at + 1) & mask;
-    return at;
-  }
-
-  void grow() {
-    std::vector<Slot> old(slots_.size() * 4);
-    old.swap(slots_);
-    for (const Slot& slot : old) {
-      if (slot.object != nullptr) slots_[locate(slot.object)] = slot;
-    }
-  }
-
-  std::vector<Slot> slots_;
-  size_t used_ = 0;
-};
 
 class OpcodeWriter {
  public:
-  OpcodeWriter() { put("\x80\x02"); }
+  OpcodeWriter() : bytes_(size_t{1} << 14) { put("\x80\x02"); }
 
-  // The whole pickle.
-  std::string end() {
+  // The whole pickle, which lasts as long as this.
+  std::string_view end() {
     put('.');
-    return std::move(bytes_);
+    return {bytes_.data(), used_};
   }
 
-  void put(char opcode) { bytes_ += opcode; }
-  void put(std::string_view opcodes) { bytes_ += opcodes; }
+  void put(char opcode) { *take(1) = opcode; }
+  void put(std::string_view opcodes) { std::copy(opcodes.begin(), opcodes.end(), take(opcodes.size())); }
   void put_bool(bool value) { put(value ? '\x88' : '\x89'); }
 
   void put_int(long long value) {
@@ -103,7 +64,7 @@ class OpcodeWriter {
 
   // Numbers the object on top of the reader's stack; null: one that nothing can refer to again.
   void memoize(const void* object) {
-    if (object != nullptr) memo_.add(object, next_);
+    if (object != nullptr) memo_.set(object, next_);
     put_indexed('q', 'r', next_++);
   }
 
@@ -118,11 +79,17 @@ class OpcodeWriter {
   }
 
  private:
+  // Room for so many bytes more, at the end.
+  char* take(size_t bytes) {
+    if (bytes_.size() - used_ < bytes) bytes_.resize(std::max(bytes_.size() * 2, used_ + bytes));
+    char* const begin = bytes_.data() + used_;
+    used_ += bytes;
+    return begin;
+  }
+
   template <typename Number>
   void put_number(Number number) {  // little-endian, as all machines that we run on
-    char bytes[sizeof number];
-    std::memcpy(bytes, &number, sizeof number);
-    bytes_.append(bytes, sizeof number);
+    std::memcpy(take(sizeof number), &number, sizeof number);
   }
 
   void put_long(long long value) {
@@ -130,7 +97,7 @@ class OpcodeWriter {
     while (value >> (bytes * 8 - 9) == (value < 0 ? -1 : 0)) --bytes;
     put('\x8a');
     put(static_cast<char>(bytes));
-    bytes_.append(reinterpret_cast<const char*>(&value), bytes);
+    std::memcpy(take(bytes), &value, bytes);
   }
 
   void put_indexed(char short_opcode, char long_opcode, uint32_t index) {
@@ -142,8 +109,9 @@ class OpcodeWriter {
     }
   }
 
-  std::string bytes_;
-  Memo memo_;
+  std::vector<char> bytes_;  // its first used_ ones
+  size_t used_ = 0;
+  AddressMap memo_;
   uint32_t next_ = 0;  // the index of the next object
 };
 

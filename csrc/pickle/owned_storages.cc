@@ -1,8 +1,9 @@
 #include "pickle/owned_storages.h"
 
 #include <memory>
-#include <unordered_set>
 
+#include "pickle/address_map.h"
+#include "pickle/attribute.h"
 #include "pickle/objects.h"
 #include "pickle/saved_storage.h"
 
@@ -56,11 +57,12 @@ class Wrappers {
 // Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
 class StorageFinder {
  public:
-  // `declared`: all of the storages is lazy, which None before the tensors says.
-  StorageFinder(const py::dict& found, const StorageIndex* index, const py::object& tensor_type, const py::function& values,
+  // `declared`: all of the storages is lazy, which None before the tensors says. `in_index`: what is found is noted there.
+  StorageFinder(const py::dict& found, StorageIndex* index, bool in_index, const py::object& tensor_type, const py::function& values,
                 const py::object& wrappers, bool declared)
-      : found_(found), index_(index), tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values),
-        wrappers_(wrappers), declared_(declared) {}
+      : found_(found), index_(index), in_index_(in_index && index != nullptr && StorageIndex::takes_owners()),
+        tensor_type_(reinterpret_cast<PyTypeObject*>(tensor_type.ptr())), values_(values), wrappers_(wrappers),
+        declared_(declared) {}
 
   void add(PyObject* value) {
     if (PyObject_TypeCheck(value, tensor_type_) != 0) {
@@ -80,21 +82,21 @@ class StorageFinder {
 
  private:
   void add_items(PyObject* value) {
-    py::object items;
     if (PyDict_CheckExact(value)) {
-      items = owned(PyDict_Values(value));
-    } else if (PyList_Check(value) || PyTuple_Check(value)) {
-      items = owned(PySequence_List(value));
-    } else {
-      items = values_(py::handle(value));
+      PyObject *key = nullptr, *item = nullptr;
+      for (Py_ssize_t at = 0; PyDict_Next(value, &at, &key, &item) != 0;) add(py::reinterpret_borrow<py::object>(item).ptr());
+      return;
     }
+    const bool is_sequence = PyList_Check(value) || PyTuple_Check(value);
+    const py::object items = is_sequence ? owned(PySequence_List(value)) : values_(py::handle(value));
     for (const py::handle item : items) add(item.ptr());
   }
 
   void add_tensor(PyObject* tensor) {
     try {
       py::object storage = index_ == nullptr ? py::object() : index_->find(tensor);
-      if (!storage) storage = names().untyped_storage.call_on(tensor);
+      if (!storage) storage = storage_of_.of(tensor);
+      if (in_index_) return index_->note_owner(storage.ptr(), tensor);
       note(storage_key(storage.ptr()), tensor);
     } catch (const py::error_already_set& error) {  // sparse and the like have no storage of their own
       if (!error.matches(PyExc_RuntimeError)) throw;
@@ -115,7 +117,9 @@ class StorageFinder {
   }
 
   const py::dict& found_;
-  const StorageIndex* index_;
+  StorageIndex* index_;
+  const bool in_index_;
+  const Attribute storage_of_{names().untyped_storage.text(), Attribute::Kind::kMethod};
   PyTypeObject* tensor_type_;
   const py::function& values_;
   const Wrappers wrappers_;
@@ -129,38 +133,39 @@ class OwnedByOptimizer {
   OwnedByOptimizer(StorageFinder& finder, const py::dict& state, PyTypeObject* tensor_type)
       : finder_(finder), state_(state), tensor_type_(tensor_type) {
     PyObject *key = nullptr, *value = nullptr;
-    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value) != 0;) stateful_.insert(key);
+    for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value) != 0;) stateful_.set(key, 0);
   }
 
   void add_parameters(PyObject* parameters) {
     const py::list items = owned(PySequence_List(parameters));
     for (const py::handle item : items) {
-      if (learns(item.ptr()) && (stateful_.empty() || stateful_.count(item.ptr()) != 0)) finder_.add(item.ptr());
+      if (learns(item.ptr()) && (stateful_.size() == 0 || stateful_.find(item.ptr()) >= 0)) finder_.add(item.ptr());
     }
   }
 
   void add_state() {
-    const py::list items = owned(PyDict_Items(state_.ptr()));
-    for (const py::handle item : items) {
-      PyObject* key = PyTuple_GET_ITEM(item.ptr(), 0);
-      if (PyObject_TypeCheck(key, tensor_type_) == 0 || learns(key)) finder_.add(PyTuple_GET_ITEM(item.ptr(), 1));
+    PyObject *key = nullptr, *value = nullptr;
+    for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value) != 0;) {
+      const auto key_held = py::reinterpret_borrow<py::object>(key), value_held = py::reinterpret_borrow<py::object>(value);
+      if (PyObject_TypeCheck(key, tensor_type_) == 0 || learns(key)) finder_.add(value);
     }
   }
 
  private:
-  static bool learns(PyObject* tensor) { return names().requires_grad.of(tensor).ptr() == Py_True; }
+  bool learns(PyObject* tensor) const { return requires_grad_.of(tensor).ptr() == Py_True; }
 
   StorageFinder& finder_;
   const py::dict& state_;
   PyTypeObject* tensor_type_;
-  std::unordered_set<PyObject*> stateful_;
+  const Attribute requires_grad_{names().requires_grad.text()};
+  AddressMap stateful_{64};
 };
 
-void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, const StorageIndex* index,
+void add_owned(const py::dict& found, const py::list& groups, const py::dict& state, StorageIndex* index, bool in_index,
                const py::object& tensor_type, const py::function& values, const py::object& wrappers) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!torch_names().keys_last) return;  // that of a storage which is gone may be another's by now: then none is known to be lazy
-  StorageFinder finder(found, index, tensor_type, values, wrappers, false);
+  StorageFinder finder(found, index, in_index, tensor_type, values, wrappers, false);
   OwnedByOptimizer optimizer(finder, state, reinterpret_cast<PyTypeObject*>(tensor_type.ptr()));
   for (const py::handle parameters : groups) optimizer.add_parameters(parameters.ptr());
   optimizer.add_state();
@@ -170,14 +175,14 @@ void add_declared(const py::dict& found, const py::object& value, const py::obje
                   const py::object& wrappers) {
   if (!PyType_Check(tensor_type.ptr())) throw py::type_error("tensor_type must be a type");
   if (!torch_names().keys_last) return;
-  StorageFinder(found, nullptr, tensor_type, values, wrappers, true).add(value.ptr());
+  StorageFinder(found, nullptr, false, tensor_type, values, wrappers, true).add(value.ptr());
 }
 
 }  // namespace
 
 void bind_owned_storages(py::module_& module) {
   module.def("add_owned", &add_owned, py::arg("found"), py::arg("groups"), py::arg("state"), py::arg("index").none(true),
-             py::arg("tensor_type"), py::arg("values"), py::arg("wrappers") = py::none());
+             py::arg("in_index"), py::arg("tensor_type"), py::arg("values"), py::arg("wrappers") = py::none());
   module.def("add_declared", &add_declared, py::arg("found"), py::arg("value"), py::arg("tensor_type"), py::arg("values"),
              py::arg("wrappers") = py::none());
 }

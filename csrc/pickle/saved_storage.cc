@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "format/file_spec.h"
+#include "pickle/attribute.h"
 
 namespace py = pybind11;
 
@@ -34,9 +35,9 @@ PyObject* intern(const std::optional<std::string>& name) {
   return owned(PyUnicode_InternFromString(name->c_str())).release().ptr();
 }
 
-void use_torch_names(const std::optional<std::string>& key, bool keys_last, const std::optional<std::string>& version,
+void use_torch_names(const std::optional<std::string>& key, bool keys_last, bool one_object, const std::optional<std::string>& version,
                      const std::optional<std::string>& backward_hooks) {
-  known = {intern(key), intern(version), intern(backward_hooks), keys_last};
+  known = {intern(key), intern(version), intern(backward_hooks), keys_last, one_object};
 }
 
 // ---- The type ----------------------------------------------------------------------------------------------------
@@ -134,27 +135,36 @@ py::object make_list(Objects... objects) {
 
 // ---- Placing -----------------------------------------------------------------------------------------------------
 
-unsigned long long address_of(PyObject* storage) {
-  const py::object address = names().data_ptr.call_on(storage);
+unsigned long long to_address(const py::object& address) {
   const unsigned long long value = PyLong_AsUnsignedLongLong(address.ptr());
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   return value;
 }
 
-// The version counter; -1 where there is none.
-Py_ssize_t version_of(PyObject* tensor) {
-  if (is_none(tensor) || known.version == nullptr) return -1;
-  const py::object version = py::reinterpret_steal<py::object>(PyObject_GetAttr(tensor, known.version));
-  if (version) return to_size(version.ptr());
-  if (PyErr_ExceptionMatches(PyExc_Exception) == 0) throw py::error_already_set();
-  PyErr_Clear();  // inference tensors count none, and a subclass may answer as it likes
-  return -1;
-}
+// Tells the version counters of tensors.
+class Versions {
+ public:
+  // -1 where there is none.
+  Py_ssize_t of(PyObject* tensor) const {
+    if (is_none(tensor) || known.version == nullptr) return -1;
+    try {
+      return to_size(ask_.of(tensor).ptr());
+    } catch (py::error_already_set& error) {  // inference tensors count none, and a subclass may answer as it likes
+      if (!error.matches(PyExc_Exception)) throw;
+      return -1;
+    }
+  }
 
-bool has_changed(PyObject* tensor, Py_ssize_t noted) {
-  const Py_ssize_t version = noted < 0 ? noted : version_of(tensor);
-  return version >= 0 && version != noted;
-}
+  bool has_changed(PyObject* tensor, Py_ssize_t noted) const {
+    const Py_ssize_t version = noted < 0 ? noted : of(tensor);
+    return version >= 0 && version != noted;
+  }
+
+ private:
+  Attribute ask_{known.version};
+};
+
+Attribute method(const Name& name) { return Attribute(name.text(), Attribute::Kind::kMethod); }
 
 // Which records are lazy; asked for only if it matters. ckpt/plan/lazy_storages.py says what the answer looks like.
 class LazyRecords {
@@ -165,17 +175,52 @@ class LazyRecords {
   // If it is, its version counters are noted.
   bool take(SavedStorage& record, bool on_host) {
     if (!asked_) ask();
-    PyObject* known = owners_ ? find(owners_, storage_key(record.storage).ptr()) : nullptr;
-    if (known == nullptr) {
+    if (index_ == nullptr) {
       if (all_) note_counters(record, nullptr);
       return all_;
     }
-    if (!PyList_Check(known) || PyList_GET_SIZE(known) == 0) throw py::type_error("the tensors of a storage must be in a list");
-    const bool declared = all_ || PyList_GET_ITEM(known, 0) == Py_None;
-    py::object writers = py::reinterpret_borrow<py::object>(known);
-    if (!is_whole(record, known, declared)) {
+    const StorageIndex::Owners& owners = index_->owners_of(record.storage);
+    PyObject* listed = listed_.empty() ? nullptr : find(listed_, storage_key(record.storage).ptr());
+    if (listed == nullptr && owners.first && owners.more.empty() && covers(record, owners.first.ptr(), all_)) {
+      if (!all_ && on_host && may_be_shared(record)) return false;
+      note_counters(record, nullptr);
+      note_counter(record, owners.first.ptr());
+      return true;
+    }
+    return take_listed(record, on_host, listed, owners);
+  }
+
+ private:
+  void ask() {
+    asked_ = true;
+    kept_index_ = py::cast(StorageIndex(records_));
+    const py::object answer = ask_(kept_index_);
+    all_ = answer.ptr() == Py_True;
+    if (PyBool_Check(answer.ptr())) return;
+    index_ = kept_index_.cast<StorageIndex*>();
+    listed_ = answer.cast<py::dict>();
+    all_ = find(listed_, Py_None) != nullptr;
+  }
+
+  // As take(), in general: the storage may have several owners, or a part of it none, and what is listed may be declared.
+  bool take_listed(SavedStorage& record, bool on_host, PyObject* listed, const StorageIndex::Owners& owners) {
+    if (listed == nullptr && !owners.first) {
+      if (all_) note_counters(record, nullptr);
+      return all_;
+    }
+    if (listed != nullptr && (!PyList_Check(listed) || PyList_GET_SIZE(listed) == 0)) {
+      throw py::type_error("the tensors of a storage must be in a list");
+    }
+    py::list tensors = listed == nullptr ? py::list() : py::list(owned(PySequence_List(listed)));
+    if (owners.first) tensors.append(owners.first);
+    for (const py::object& tensor : owners.more) tensors.append(tensor);
+    const bool declared = all_ || PyList_GET_ITEM(tensors.ptr(), 0) == Py_None;
+    py::object writers = tensors;
+    const bool has_one = tensors.size() == 1 && PyList_GET_ITEM(tensors.ptr(), 0) != Py_None;
+    const bool is_whole = declared ? record.views == nullptr : has_one && covers(record, PyList_GET_ITEM(tensors.ptr(), 0), false);
+    if (!is_whole) {
       const auto views = py::reinterpret_borrow<py::object>(record.views == nullptr ? Py_None : record.views);
-      writers = find_writers_(writers, record.low, record.low + record.nbytes, views, declared);
+      writers = find_writers_(tensors, record.low, record.low + record.nbytes, views, declared);
       if (writers.is_none()) return false;  // other parts of the storage may be somebody else's
     }
     if (!declared && on_host && may_be_shared(record)) return false;
@@ -183,51 +228,39 @@ class LazyRecords {
     return true;
   }
 
- private:
-  void ask() {
-    asked_ = true;
-    const py::object answer = ask_(StorageIndex(records_));
-    all_ = answer.ptr() == Py_True;
-    if (PyBool_Check(answer.ptr())) return;
-    owners_ = answer.cast<py::dict>();
-    all_ = find(owners_, Py_None) != nullptr;
-  }
-
-  // Whether all that is known of the storage reaches into the record, and, if it was not declared, covers it.
-  static bool is_whole(const SavedStorage& record, PyObject* known, bool declared) {
+  // Whether the record is all of its storage, and what is known of that is of this owner, which covers it, or is declared.
+  bool covers(const SavedStorage& record, PyObject* owner, bool declared) const {
     if (record.views != nullptr) return false;
-    if (declared) return true;
-    PyObject* owner = PyList_GET_ITEM(known, 0);
-    return PyList_GET_SIZE(known) == 1 && (owner == record.tensor || to_size(names().nbytes.of(owner).ptr()) == record.nbytes);
+    return declared || owner == record.tensor || to_size(nbytes_.of(owner).ptr()) == record.nbytes;
   }
 
   // Whether other processes may see it. Of what neither torch has allocated nor knows to be shared, the mappings tell; that
   // takes long, so the storage is told for how long it holds: until it has other memory.
   bool may_be_shared(const SavedStorage& record) {
-    const Names& name = names();
-    if (is_true(name.is_shared.call_on(record.storage))) return true;
-    if (is_true(name.resizable.call_on(record.storage))) return false;
+    const Name& noted_at = names().private_at;
+    if (is_true(is_shared_storage_.of(record.storage))) return true;
+    if (is_true(is_resizable_.of(record.storage))) return false;
     const py::object address = owned(PyLong_FromUnsignedLongLong(record.address));
-    const auto noted = py::reinterpret_steal<py::object>(PyObject_GetAttr(record.storage, name.private_at.text()));
+    const auto noted = py::reinterpret_steal<py::object>(PyObject_GetAttr(record.storage, noted_at.text()));
     if (!noted) PyErr_Clear();
     if (noted && PyObject_RichCompareBool(noted.ptr(), address.ptr(), Py_EQ) == 1) return false;
-    const auto end = record.address + static_cast<unsigned long long>(to_size(name.nbytes.call_on(record.storage).ptr()));
+    const auto end = record.address + static_cast<unsigned long long>(to_size(names().nbytes.call_on(record.storage).ptr()));
     if (is_true(is_shared_(record.address, end))) return true;
-    if (PyObject_SetAttr(record.storage, name.private_at.text(), address.ptr()) != 0) PyErr_Clear();
+    if (PyObject_SetAttr(record.storage, noted_at.text(), address.ptr()) != 0) PyErr_Clear();
     return false;
   }
 
   // `writers` may be null, and hold None.
-  static void note_counters(SavedStorage& record, PyObject* writers) {
-    record.version = version_of(record.tensor);
+  void note_counters(SavedStorage& record, PyObject* writers) {
+    record.version = versions_.of(record.tensor);
     for (PyObject* tensors : {record.others, writers}) {
       if (is_none(tensors)) continue;
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tensors); ++i) note_counter(record, PyList_GET_ITEM(tensors, i));
     }
   }
 
-  static void note_counter(SavedStorage& record, PyObject* tensor) {
-    const Py_ssize_t version = tensor == record.tensor ? -1 : version_of(tensor);
+  void note_counter(SavedStorage& record, PyObject* tensor) {
+    const Py_ssize_t version = tensor == record.tensor ? -1 : versions_.of(tensor);
     if (version < 0) return;
     const py::object number = owned(PyLong_FromSsize_t(version));
     if (record.counted == nullptr) {
@@ -241,8 +274,13 @@ class LazyRecords {
 
   const py::function &ask_, &find_writers_, &is_shared_;
   const py::list& records_;
+  const Versions versions_;
+  const Attribute nbytes_{names().nbytes.text()}, is_shared_storage_ = method(names().is_shared),
+                  is_resizable_ = method(names().resizable);
   bool asked_ = false, all_ = false;
-  py::dict owners_;
+  py::object kept_index_;
+  const StorageIndex* index_ = nullptr;  // null: the answer was one for all
+  py::dict listed_;
 };
 
 // Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
@@ -258,7 +296,7 @@ py::tuple choose_kinds(const py::list& records, const py::function& lazy_storage
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
     SavedStorage& record = to_record(object);
-    if (record.address == 0) record.address = address_of(record.storage);
+    if (record.address == 0) record.address = to_address(names().data_ptr.call_on(record.storage));
     // A small one on the host is cheaper copied than padded; on a device each copy costs the caller a call of the driver.
     const bool on_host = devices.empty() || devices[i] < 0;
     char& kind = PyByteArray_AS_STRING(kinds.ptr())[i];
@@ -274,26 +312,28 @@ py::tuple choose_kinds(const py::list& records, const py::function& lazy_storage
 }
 
 // The tensor whose counter has moved, borrowed; null if none has.
-PyObject* find_counted(const SavedStorage& record) {
-  if (has_changed(record.tensor, record.version)) return record.tensor;
+PyObject* find_counted(const SavedStorage& record, const Versions& versions) {
+  if (versions.has_changed(record.tensor, record.version)) return record.tensor;
   for (Py_ssize_t i = 0; record.counted != nullptr && i < PyList_GET_SIZE(record.counted); i += 2) {
     PyObject* tensor = PyList_GET_ITEM(record.counted, i);
-    if (has_changed(tensor, to_size(PyList_GET_ITEM(record.counted, i + 1)))) return tensor;
+    if (versions.has_changed(tensor, to_size(PyList_GET_ITEM(record.counted, i + 1)))) return tensor;
   }
   return nullptr;
 }
 
 // (whose counter has moved, whether memory was taken away): for the first record that something has happened to.
 py::tuple find_changed(const py::list& records) {
+  const Versions versions;
+  const Attribute data_ptr = method(names().data_ptr), nbytes_of = method(names().nbytes);
   for (const py::handle each : records) {
-    if (PyObject* tensor = find_counted(to_record(each.ptr()))) {
+    if (PyObject* tensor = find_counted(to_record(each.ptr()), versions)) {
       return py::make_tuple(py::reinterpret_borrow<py::object>(tensor), false);
     }
   }
   for (const py::handle each : records) {
     const SavedStorage& record = to_record(each.ptr());
-    const bool there = address_of(record.storage) == record.address;
-    const Py_ssize_t nbytes = to_size(names().nbytes.call_on(record.storage).ptr());
+    const bool there = to_address(data_ptr.of(record.storage)) == record.address;
+    const Py_ssize_t nbytes = to_size(nbytes_of.of(record.storage).ptr());
     if (!there || nbytes < record.low + record.nbytes) return py::make_tuple(py::none(), true);
   }
   return py::make_tuple(py::none(), false);
@@ -303,17 +343,47 @@ py::tuple find_changed(const py::list& records) {
 
 const TorchNames& torch_names() { return known; }
 
-StorageIndex::StorageIndex(const py::list& records) {
-  storages_.reserve(records.size());
+size_t StorageIndex::slots_for(size_t count) {
+  size_t slots = 64;
+  while (slots < 4 * count) slots *= 2;
+  return slots;
+}
+
+StorageIndex::StorageIndex(const py::list& records) : by_tensor_(slots_for(records.size())), by_storage_(slots_for(records.size())) {
+  places_.reserve(records.size());
   for (const py::handle each : records) {
     const SavedStorage& record = to_record(each.ptr());
-    if (!is_none(record.tensor)) storages_.emplace(record.tensor, record.storage);
+    int64_t place = by_storage_.find(record.storage);
+    if (place < 0) {
+      place = static_cast<int64_t>(places_.size());
+      by_storage_.set(record.storage, static_cast<uint32_t>(place));
+      places_.push_back({record.storage, {}});
+    }
+    if (!is_none(record.tensor)) by_tensor_.set(record.tensor, static_cast<uint32_t>(place));
   }
 }
 
 py::object StorageIndex::find(PyObject* tensor) const {
-  const auto found = storages_.find(tensor);
-  return found == storages_.end() ? py::object() : py::reinterpret_borrow<py::object>(found->second);
+  const int64_t place = by_tensor_.find(tensor);
+  return place < 0 ? py::object() : py::reinterpret_borrow<py::object>(places_[static_cast<size_t>(place)].storage);
+}
+
+void StorageIndex::note_owner(PyObject* storage, PyObject* tensor) {
+  const int64_t place = by_storage_.find(storage);
+  if (place < 0) return;
+  Owners& owners = places_[static_cast<size_t>(place)].owners;
+  auto held = py::reinterpret_borrow<py::object>(tensor);
+  if (!owners.first) {
+    owners.first = std::move(held);
+  } else {
+    owners.more.push_back(std::move(held));
+  }
+}
+
+const StorageIndex::Owners& StorageIndex::owners_of(PyObject* storage) const {
+  static const Owners& none = *std::make_unique<Owners>().release();
+  const int64_t place = by_storage_.find(storage);
+  return place < 0 ? none : places_[static_cast<size_t>(place)].owners;
 }
 
 py::object storage_key(PyObject* storage) {
@@ -331,9 +401,11 @@ void bind_records(py::module_& module) {
   py::object type = owned(PyType_FromSpec(&saved_storage_spec));
   module.attr("SavedStorage") = type;
   record_type = reinterpret_cast<PyTypeObject*>(type.release().ptr());
-  py::class_<StorageIndex>(module, "StorageIndex");
+  py::class_<StorageIndex>(module, "StorageIndex").def_property_readonly_static("takes_owners", [](const py::object&) {
+    return StorageIndex::takes_owners();
+  });
   module.def("use_torch_names", &use_torch_names, py::kw_only(), py::arg("storage_key"), py::arg("keys_last"),
-             py::arg("version"), py::arg("backward_hooks"));
+             py::arg("one_object"), py::arg("version"), py::arg("backward_hooks"));
   module.def("choose_kinds", &choose_kinds, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
              py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"),
              py::arg("lazy_on_devices"), py::arg("kinds"));

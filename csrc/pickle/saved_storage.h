@@ -2,8 +2,9 @@
 // for each of them in the time of whoever saves. ckpt/plan/pickler.py says what all of it is for.
 #pragma once
 
-#include <unordered_map>
+#include <vector>
 
+#include "pickle/address_map.h"
 #include "pickle/objects.h"
 
 namespace lazyckpt {
@@ -33,7 +34,8 @@ bool is_record(PyTypeObject* type);
 // Attributes that torch does not promise to keep, as ckpt/torch_private.py has found them; null: without it.
 struct TorchNames {
   PyObject *storage_key = nullptr, *version = nullptr, *backward_hooks = nullptr;
-  bool keys_last = false;  // a storage has one key for all its life
+  bool keys_last = false;   // a storage has one key for all its life
+  bool one_object = false;  // and one object that stands for it
 };
 const TorchNames& torch_names();
 
@@ -44,15 +46,33 @@ pybind11::object storage_key(PyObject* storage);
 pybind11::object make_record(PyObject* storage, PyObject* key, PyObject* dtype, PyObject* tensor, Py_ssize_t nbytes, PyObject* type,
                              Py_ssize_t numel);
 
-// The storages of the tensors that are saved, by the tensor: an optimizer's state is, mostly, the very same objects, and to
-// find them here takes a tenth of asking torch.
+// The storages that are saved, and whose they are. An optimizer's state is, mostly, the very tensors that are saved, and to find
+// their storages here takes a tenth of asking torch.
 class StorageIndex {
  public:
   explicit StorageIndex(const pybind11::list& records);
-  pybind11::object find(PyObject* tensor) const;  // null if it is not among them
+
+  pybind11::object find(PyObject* tensor) const;  // null if it is not among those that are saved
+
+  // Where storages have one object: they need not be told apart by their keys, and the tensors of owners are noted here.
+  static bool takes_owners() { return torch_names().one_object; }
+  void note_owner(PyObject* storage, PyObject* tensor);  // nothing, if the storage is not saved
+
+  struct Owners {
+    pybind11::object first;  // null: none
+    std::vector<pybind11::object> more;
+  };
+  const Owners& owners_of(PyObject* storage) const;
 
  private:
-  std::unordered_map<PyObject*, PyObject*> storages_;  // borrowed from the records
+  struct Place {
+    PyObject* storage;  // borrowed from a record
+    Owners owners;
+  };
+
+  static size_t slots_for(size_t count);
+  AddressMap by_tensor_, by_storage_;  // to places_
+  std::vector<Place> places_;
 };
 
 void bind_records(pybind11::module_& module);

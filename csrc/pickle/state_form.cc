@@ -15,8 +15,7 @@ namespace lazyckpt {
 namespace {
 
 struct Names {
-  Name layout{"layout"}, dtype{"dtype"}, untyped_storage{"untyped_storage"}, nbytes{"nbytes"}, storage_offset{"storage_offset"},
-      requires_grad{"requires_grad"}, items{"items"}, global_offsets{"global_offsets"};
+  Name items{"items"}, global_offsets{"global_offsets"};
 };
 
 const Names& names() {
@@ -149,25 +148,24 @@ class FormReader {
   void add_wrapped(PyObject* tensor) {
     const py::object local = owned(PyObject_GetAttr(tensor, local_.ptr())), spec = owned(PyObject_GetAttr(tensor, spec_.ptr()));
     if (!is(Py_TYPE(local.ptr()), words_.tensor_type)) throw Unknown();  // the result of a collective under way, for one
-    form_.push_back(is_true(names().requires_grad.of(tensor)) ? 'G' : 'N');
+    form_.push_back(ask_.requires_grad(tensor) ? 'G' : 'N');
     add_tensor(local.ptr(), 'D');
     specs_.append(spec);
   }
 
   void add_tensor(PyObject* tensor, char kind) {
-    const Names& name = names();
-    if (!name.layout.of(tensor).is(words_.strided)) throw Unknown();
-    const py::object dtype = name.dtype.of(tensor);
+    if (!ask_.is_strided(tensor, words_.strided)) throw Unknown();
+    const py::object dtype = ask_.dtype(tensor);
     PyObject* known = find(words_.classes, dtype.ptr());
-    if (known == nullptr || !is_resolved(tensor, dtype.ptr()) || !shape_.look(words_.exchange, tensor)) throw Unknown();
+    if (known == nullptr || !ask_.is_resolved(tensor, dtype.ptr()) || !shape_.look(words_.exchange, tensor)) throw Unknown();
     const Py_ssize_t itemsize = to_size(PyTuple_GET_ITEM(known, 1));
-    const py::object storage = name.untyped_storage.call_on(tensor);
-    const Py_ssize_t all = to_size(name.nbytes.call_on(storage.ptr()).ptr());
-    const Py_ssize_t low = to_size(name.storage_offset.call_on(tensor).ptr()) * itemsize, bytes = shape_.span() * itemsize;
+    const py::object storage = ask_.storage(tensor);
+    const Py_ssize_t all = ask_.bytes_of_storage(storage.ptr());
+    const Py_ssize_t low = ask_.storage_offset(tensor) * itemsize, bytes = shape_.span() * itemsize;
     if (low < 0 || low + bytes > all) throw Unknown();  // memory that was taken away
 
     put(kind, reinterpret_cast<intptr_t>(dtype.ptr()));  // of which torch has one of each kind
-    put(is_true(name.requires_grad.of(tensor)) ? 'G' : 'N', static_cast<Py_ssize_t>(shape_.sizes.size()));
+    put(ask_.requires_grad(tensor) ? 'G' : 'N', static_cast<Py_ssize_t>(shape_.sizes.size()));
     put(static_cast<char>(shape_.device_type), shape_.device_id);
     put_numbers(shape_.sizes);
     put_numbers(shape_.strides);
@@ -215,6 +213,7 @@ class FormReader {
   py::object local_, spec_;
   std::unordered_map<PyTypeObject*, bool> known_;  // other types: whether they are values
   std::map<int32_t, py::object> device_tags_;      // by the number of a CUDA device
+  TensorQuestions ask_;
   TensorShape shape_;                              // of the tensor at hand
   std::string form_, kinds_;
   py::list tensors_, records_, partial_, specs_, values_;

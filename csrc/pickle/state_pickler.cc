@@ -3,9 +3,11 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "pickle/address_map.h"
 #include "pickle/objects.h"
 #include "pickle/opcodes.h"
 #include "pickle/saved_storage.h"
@@ -35,8 +37,7 @@ PyMethodDef filter_method = {"type_filter", filter_by_type, METH_O, nullptr};
 // ---- Names ---------------------------------------------------------------------------------------------------------
 
 struct Names {
-  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, layout{"layout"}, dtype{"dtype"}, untyped_storage{"untyped_storage"},
-      nbytes{"nbytes"}, storage_offset{"storage_offset"}, requires_grad{"requires_grad"}, storage{"storage"};
+  Name dict{"__dict__"}, reduce_ex{"__reduce_ex__"}, storage{"storage"};
 };
 
 const Names& names() {
@@ -51,10 +52,55 @@ struct Unsupported {};
 
 // What is new for each save.
 struct Tables {
-  py::dict records;      // storage -> record
+  py::dict records;      // storage -> record: of all of them whenever `reduce` is called, else perhaps of none
   py::list order;        // the records, as they are numbered
   py::dict remaps;       // storages that take the way through Python
   py::function reduce;   // that way: a tensor's (function, arguments), or NotImplemented
+};
+
+// Which storages have a record. Python's tables know them by a key that takes long to ask for, so that these learn of what was
+// added here when they are needed, which they mostly are not.
+class KnownStorages {
+ public:
+  explicit KnownStorages(const Tables& tables) : tables_(tables), has_remaps_(!tables.remaps.empty()) {}
+
+  bool has(PyObject* storage) const {
+    if (torch_names().one_object && !has_remaps_) return by_object_.find(storage) >= 0;
+    const py::object key = storage_key(storage);
+    return find(tables_.records, key.ptr()) != nullptr || find(tables_.remaps, key.ptr()) != nullptr;
+  }
+
+  void add(const py::object& record) {
+    if (PyList_Append(tables_.order.ptr(), record.ptr()) != 0) throw py::error_already_set();
+    if (torch_names().one_object && !has_remaps_) return note_added();
+    show_added();
+  }
+
+  // Before Python looks into its tables, and behind it.
+  void show_added() {
+    for (; shown_ < count(); ++shown_) {
+      PyObject* record = at(shown_);
+      const py::object key = storage_key(storage_of(record));
+      if (PyDict_SetItem(tables_.records.ptr(), key.ptr(), record) != 0) throw py::error_already_set();
+    }
+  }
+  void note_added() {
+    for (; noted_ < count(); ++noted_) by_object_.set(storage_of(at(noted_)), static_cast<uint32_t>(noted_));
+  }
+  void note_shown() {
+    note_added();
+    shown_ = count();
+  }
+
+ private:
+  Py_ssize_t count() const { return PyList_GET_SIZE(tables_.order.ptr()); }
+  PyObject* at(Py_ssize_t number) const { return PyList_GET_ITEM(tables_.order.ptr(), number); }
+  static PyObject* storage_of(PyObject* record) { return reinterpret_cast<const SavedStorage*>(record)->storage; }
+
+  const Tables& tables_;
+  const bool has_remaps_;
+  AddressMap by_object_{256};  // which the records keep
+  Py_ssize_t shown_ = 0, noted_ = 0;  // records [0, ...) of the order
 };
 
 constexpr size_t kBatch = 1000;  // items that pickle appends or sets by one opcode
@@ -62,11 +108,12 @@ constexpr size_t kBatch = 1000;  // items that pickle appends or sets by one opc
 // Writes what pickle.Pickler(protocol=2) writes for the same object, opcode for opcode.
 class StatePickler {
  public:
-  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables) {}
+  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables), storages_(tables) {}
 
-  std::string dump(PyObject* root) {
+  py::bytes dump(PyObject* root) {
     save(root);
-    return out_.end();
+    const std::string_view data = out_.end();
+    return {data.data(), data.size()};
   }
 
  private:
@@ -240,8 +287,7 @@ class StatePickler {
 
   void save_tensor(PyObject* tensor) {
     if (save_simple_tensor(tensor)) return;
-    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), tensor)));
-    const py::object reduced = keep_.back();
+    const py::object reduced = reduce(tensor);
     if (!PyTuple_CheckExact(reduced.ptr()) || PyTuple_GET_SIZE(reduced.ptr()) != 2) throw Unsupported();
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
@@ -249,29 +295,34 @@ class StatePickler {
     memoize(tensor);
   }
 
+  py::object reduce(PyObject* object) {
+    storages_.show_added();
+    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), object)));
+    storages_.note_shown();
+    return keep_.back();
+  }
+
   // A plain tensor that covers its storage and is the first to do so: nearly all that there are, and the reason for this file.
   // False for any other; then nothing has been written.
   bool save_simple_tensor(PyObject* tensor) {
-    const Names& name = names();
-    if (!name.layout.of(tensor).is(words_.strided)) return false;
-    const py::object dtype = name.dtype.of(tensor);
+    if (!ask_.is_strided(tensor, words_.strided)) return false;
+    const py::object dtype = ask_.dtype(tensor);
     PyObject* known = find(words_.classes, dtype.ptr());
-    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !is_bare(tensor, dtype.ptr())) return false;
+    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !ask_.is_bare(tensor, dtype.ptr())) return false;
     if (!shape_.look(words_.exchange, tensor)) return false;  // first: elsewhere a tensor need not have a storage
-    const py::object storage = name.untyped_storage.call_on(tensor), cdata = storage_key(storage.ptr());
-    if (find(tables_.records, cdata.ptr()) != nullptr || find(tables_.remaps, cdata.ptr()) != nullptr) return false;
-    const Py_ssize_t bytes = to_size(name.nbytes.call_on(storage.ptr()).ptr());
-    if (to_size(name.storage_offset.call_on(tensor).ptr()) != 0) return false;
-    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1))) return false;
+    const py::object storage = ask_.storage(tensor);
+    if (storages_.has(storage.ptr())) return false;
+    const Py_ssize_t bytes = ask_.bytes_of_storage(storage.ptr());
+    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1)) || ask_.storage_offset(tensor) != 0) return false;
 
-    const py::object record = add_record(storage, cdata, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
+    const py::object record = add_record(storage, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
     save_global(words_.rebuild_tensor.ptr());
     out_.begin_tuple(6);
     put_record(record);
     out_.put_int(0);
     put_numbers(shape_.sizes);
     put_numbers(shape_.strides);
-    out_.put_bool(is_true(name.requires_grad.of(tensor)));
+    out_.put_bool(ask_.requires_grad(tensor));
     save_empty_ordered_dict(nullptr);
     out_.end_tuple(6, nullptr);
     out_.put('R');
@@ -280,10 +331,8 @@ class StatePickler {
   }
 
   // For the tensor in shape_.
-  py::object add_record(const py::object& storage, const py::object& cdata, const py::object& dtype, PyObject* tensor,
-                        Py_ssize_t bytes, PyObject* type) {
-    const py::object number = owned(PyLong_FromSsize_t(PyList_GET_SIZE(tables_.order.ptr())));
-    const py::object key = owned(PyObject_Str(number.ptr()));
+  py::object add_record(const py::object& storage, const py::object& dtype, PyObject* tensor, Py_ssize_t bytes, PyObject* type) {
+    const py::object key = words_.key_text(PyList_GET_SIZE(tables_.order.ptr()));
     py::object made = make_record(storage.ptr(), key.ptr(), dtype.ptr(), tensor, bytes, type, shape_.numel);
     SavedStorage& record = *reinterpret_cast<SavedStorage*>(made.ptr());
     record.address = shape_.address;
@@ -293,10 +342,7 @@ class StatePickler {
       // A text for each, as torch.save has it: whether two lie on one device must not show in which objects are shared.
       Py_SETREF(record.location, py::str(tag).release().ptr());
     }
-    if (PyDict_SetItem(tables_.records.ptr(), cdata.ptr(), made.ptr()) != 0 ||
-        PyList_Append(tables_.order.ptr(), made.ptr()) != 0) {
-      throw py::error_already_set();
-    }
+    storages_.add(made);
     return made;
   }
 
@@ -322,8 +368,7 @@ class StatePickler {
   }
 
   void save_parameter(PyObject* parameter) {
-    keep_.push_back(owned(PyObject_CallOneArg(tables_.reduce.ptr(), parameter)));
-    const py::object reduced = keep_.back();
+    const py::object reduced = reduce(parameter);
     if (!PyTuple_CheckExact(reduced.ptr())) throw Unsupported();  // NotImplemented: it has attributes
     save_global(PyTuple_GET_ITEM(reduced.ptr(), 0));
     save(PyTuple_GET_ITEM(reduced.ptr(), 1));
@@ -334,6 +379,8 @@ class StatePickler {
   const Vocabulary& words_;
   const Tables& tables_;
   OpcodeWriter out_;
+  KnownStorages storages_;
+  TensorQuestions ask_;
   TensorShape shape_;  // of the tensor at hand
   std::map<int32_t, std::string> device_tags_;  // by the number of a CUDA device
   std::vector<py::object> keep_;  // all that has a number, so that no later object has its address
@@ -343,7 +390,7 @@ py::object dump(const Vocabulary& vocabulary, const py::object& root, py::dict r
                 py::function reduce) {
   const Tables tables{std::move(records), std::move(order), std::move(remaps), std::move(reduce)};
   try {
-    return py::bytes(StatePickler(vocabulary, tables).dump(root.ptr()));
+    return StatePickler(vocabulary, tables).dump(root.ptr());
   } catch (const Unsupported&) {
     return py::none();
   }
@@ -362,7 +409,7 @@ void bind_pickling(py::module_& module) {
              const DlExchange* exchange = probe.is_none() ? nullptr : find_dl_exchange(tensor_type, probe);
              return Vocabulary{std::move(globals),        std::move(classes),      std::move(tensor_type),
                                std::move(parameter_type), std::move(ordered_dict), std::move(dtype_type),
-                               std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange};
+                               std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange, {}};
            }),
            py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("tensor_type"), py::arg("parameter_type"),
            py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"), py::arg("rebuild_tensor"),
