@@ -67,7 +67,7 @@ def _software() -> Iterator[Finding]:
     yield Finding(
         "lazyckpt",
         GOOD,
-        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {_native.crc32_kernel()}; Python {python}",
+        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {_native.crc32_kernels()[0]}; Python {python}",
     )
     torch = _version("torch")
     numbers = re.match(r"(\d+)\.(\d+)", torch or "")
