@@ -55,7 +55,8 @@ class Bench:
         pending.result()
         values = {"rate_GBps": self.nbytes / (clock() - started) / 1e9}
         stats = pending.stats
-        values |= {"save_s": stats.save_s, "direct_io": float(bool(stats.direct_io)), "bytes_from_tensors": stats.bytes_from_tensors}
+        values |= {"save_s": stats.save_s, "direct_io": float(bool(stats.direct_io))}
+        values |= {"bytes_from_tensors": stats.bytes_from_tensors}
         if not keep_file:
             self.path.unlink()
         return values
