@@ -9,7 +9,7 @@
             train_one_iteration()
             checkpointer.save(step, {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
 
-save() returns in milliseconds. The bytes leave in the background, straight from the tensors, until the next optimizer step,
+save() returns in milliseconds. The bytes leave in the background, a few MiB at a time, until the next optimizer step,
 which waits just for what has not left yet. Files are ordinary torch files.
 
 For one file, `ckpt.save(obj, path)`, `ckpt.load(path)` and `ckpt.load_into(path, target)`. Errors are described in

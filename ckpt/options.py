@@ -16,7 +16,7 @@ class Options:
     """How saves are made. Sizes are bytes or texts such as "4GiB".
 
     Attributes:
-        arena_bytes: size of the staging memory, bytes; default "auto". Holds what cannot leave straight from its tensor: small
+        arena_bytes: size of the staging memory, bytes; default "auto". Holds what writers cannot take from its tensor: small
             and ragged pieces, everything captured inside save(), what the fence finds unwritten, and all that lies on CUDA
             devices. "auto": 512 MiB, and as much as a save has on devices, as soon as one has more; at most 0.4 of the memory
             that is available when the first save begins, divided among the ranks of the node. `SaveStats.arena_bytes` tells
@@ -24,14 +24,15 @@ class Options:
             which `SaveStats.arena_wait_s` reports, and a warning tells if training waits long for it. At least "1MiB".
         chunk_bytes: unit of a write, bytes, a power of two from "64KiB"; default "4MiB". Smaller: shorter waits for writes
             in progress at a fence. Larger: fewer system calls. Cut down to a quarter of the arena.
-        writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy.
+        writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy. Each has memory
+            for one chunk of its own, beside the arena.
         eager_bytes: tensors in host memory of at most this many bytes are copied inside save(), lazy or not; default "64KiB".
             Each larger lazy one costs up to a page of padding in the file. Of tensors that are fetched from devices
             (device_lazy), a lazy one is never copied inside save(), whatever its size, and costs no padding.
         direct_io: write past the page cache where the file system can; default True. False: through the page cache, which
             costs a copy and memory bandwidth, and leaves the file cached.
         record_alignment: alignment of every record in the file, bytes, a power of two up to 32768; default None: large lazy
-            tensors are placed for zero-copy direct I/O, all others at 64. With a number the file is laid out exactly as
+            tensors are placed for direct I/O, all others at 64. With a number the file is laid out exactly as
             `torch.save` does (byte for byte, but for the serialization id), and written through the page cache.
         replicated_writers: who writes what is given to `Checkpointer.save(replicated=)` in a job of several ranks: "all"
             (default): each rank its share of the one file, on a file system that all of them see; "rank0": rank 0 alone.

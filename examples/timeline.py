@@ -86,7 +86,7 @@ def _training(r: Record) -> Iterable[tuple[float, float, str]]:
 
 
 def _flushing(r: Record) -> Iterable[tuple[float, float, str]]:
-    straight = r.get("bytes_zero_copy", 0) > 0  # from the tensors to the disk: the flush begins with the capture
+    straight = r.get("bytes_from_tensors", 0) > 0  # from the tensors to the disk: the flush begins with the capture
     yield r["started_at"] if straight else r["captured_at"], r["flushed_at"], FLUSH
     yield r["flushed_at"], _committed_at(r), COMMIT
 

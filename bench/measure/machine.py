@@ -45,7 +45,7 @@ def describe_machine(directory: Path) -> dict[str, Any]:
         "file_system": file_system(directory),
         "load_average_1min": os.getloadavg()[0],
         "torch_threads": torch.get_num_threads(),
-        "crc32_kernel": _native.crc32_kernel(),
+        "crc32_kernel": _native.crc32_kernels()[0],
     }
 
 

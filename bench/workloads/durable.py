@@ -55,7 +55,8 @@ class Bench:
         pending.result()
         values = {"rate_GBps": self.nbytes / (clock() - started) / 1e9}
         stats = pending.stats
-        values |= {"save_s": stats.save_s, "direct_io": float(bool(stats.direct_io)), "zero_copy_bytes": stats.bytes_zero_copy}
+        values |= {"save_s": stats.save_s, "direct_io": float(bool(stats.direct_io))}
+        values |= {"bytes_from_tensors": stats.bytes_from_tensors}
         if not keep_file:
             self.path.unlink()
         return values
@@ -144,7 +145,7 @@ def add_durable(report: Report, bench: Bench, samples: Samples, limits: list[str
     for name, column in samples.items():
         extra: dict[str, Any] = detail if name == best else {}
         if name.startswith("ckpt"):
-            extra = {"direct_io": column[-1].values["direct_io"], "zero_copy_bytes": column[-1].values["zero_copy_bytes"]}
+            extra = {"direct_io": column[-1].values["direct_io"], "bytes_from_tensors": column[-1].values["bytes_from_tensors"]}
         report.add("durable", name, "GB/s", column, nbytes=bench.nbytes, how=how_measured(name), **extra)
     ours, add_ratio = samples["ckpt"], partial(report.add_ratio, "durable", nbytes=bench.nbytes)
     chosen = f"{best} had the best median of the {len(limits)} best in the screening"

@@ -193,7 +193,7 @@ def save_fields(record: SaveRecord, arena_used: int) -> dict[str, Any]:
         "began": None if stats.started_at is None else round(time.time() - (time.monotonic() - stats.started_at), 6),
         **_durations(stats),
         "bytes_total": stats.bytes_total,
-        "bytes_zero_copy": stats.bytes_zero_copy,
+        "bytes_from_tensors": stats.bytes_from_tensors,
         "bytes_copied_in_save": stats.bytes_copied_in_save,
         "bytes_copied_at_fence": stats.bytes_copied_at_fence,
         "bytes_from_devices": stats.bytes_from_devices,

@@ -35,8 +35,8 @@ def note_save(outcome: Outcome, stats: SaveStats, registry: Registry = PROCESS) 
 
 def _sources(stats: SaveStats) -> dict[str, int]:
     """From where the bytes of its files were written; they add up to these."""
-    rest = stats.bytes_total - stats.bytes_zero_copy - stats.bytes_from_devices
-    return {"tensor": stats.bytes_zero_copy, "device": stats.bytes_from_devices, "arena": max(0, rest)}
+    rest = stats.bytes_total - stats.bytes_from_tensors - stats.bytes_from_devices
+    return {"tensor": stats.bytes_from_tensors, "device": stats.bytes_from_devices, "arena": max(0, rest)}
 
 
 def landed_on(stats: SaveStats) -> str:

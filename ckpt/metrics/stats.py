@@ -19,7 +19,7 @@ class SaveStats:
         fence_s: seconds training was held at fences for this save.
         arena_wait_s: of both, seconds spent waiting for room in the arena: back-pressure.
         bytes_total: size of the files that this process writes, bytes.
-        bytes_zero_copy: bytes written straight from tensor memory.
+        bytes_from_tensors: bytes that writers took from tensor memory: copied neither inside save() nor by a fence.
         bytes_copied_in_save: bytes copied to the arena inside save().
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
@@ -44,7 +44,7 @@ class SaveStats:
     fence_s: float = 0.0
     arena_wait_s: float = 0.0
     bytes_total: int = 0
-    bytes_zero_copy: int = 0
+    bytes_from_tensors: int = 0
     bytes_copied_in_save: int = 0
     bytes_copied_at_fence: int = 0
     bytes_from_devices: int = 0

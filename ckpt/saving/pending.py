@@ -22,7 +22,7 @@ _LOOK_S = 0.01  # how often who waits looks by himself
 
 _SUMS = (
     "bytes_total",
-    "bytes_zero_copy",
+    "bytes_from_tensors",
     "bytes_copied_in_save",
     "bytes_copied_at_fence",
     "bytes_from_devices",

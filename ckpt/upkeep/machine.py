@@ -64,11 +64,11 @@ def _version(package: str) -> str | None:
 
 def _software() -> Iterator[Finding]:
     build = "with fault hooks, for tests" if hasattr(_native, "set_fault") else "release"
-    python = sys.version.split()[0]
+    kernel, python = _native.crc32_kernels()[0], sys.version.split()[0]
     yield Finding(
         "lazyckpt",
         GOOD,
-        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {_native.crc32_kernel()}; Python {python}",
+        f"{_version('lazyckpt') or 'not installed as a package'}, {build}; CRC-32 by {kernel}; Python {python}",
     )
     torch = _version("torch")
     numbers = re.match(r"(\d+)\.(\d+)", torch or "")

@@ -1,7 +1,9 @@
 #include "base/crc32.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
+#include <stdexcept>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -105,100 +107,214 @@ __attribute__((target("sse4.1"))) inline uint32_t reduce128(__m128i sum) {
   return update_table(0, bytes, sizeof bytes);
 }
 
-__attribute__((target("pclmul,sse4.1"))) uint32_t update_pclmul(uint32_t crc, const uint8_t* p, size_t length) {
-  if (length < 128) return update_table(crc, p, length);
-  const auto load = [](const uint8_t* at) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(at)); };
-  const __m128i by64 = _mm_set_epi64x(static_cast<long long>(fold_high(512)), static_cast<long long>(fold_low(512)));
-  const __m128i by16 = _mm_set_epi64x(static_cast<long long>(fold_high(128)), static_cast<long long>(fold_low(128)));
-  __m128i s0 = _mm_xor_si128(load(p), _mm_cvtsi32_si128(static_cast<int>(crc)));
-  __m128i s1 = load(p + 16), s2 = load(p + 32), s3 = load(p + 48);
-  p += 64;
-  length -= 64;
-  for (; length >= 64; p += 64, length -= 64) {
-    s0 = fold128(s0, load(p), by64);
-    s1 = fold128(s1, load(p + 16), by64);
-    s2 = fold128(s2, load(p + 32), by64);
-    s3 = fold128(s3, load(p + 48), by64);
-  }
-  s0 = fold128(fold128(fold128(s0, s1, by16), s2, by16), s3, by16);
-  return update_table(reduce128(s0), p, length);
+// All kernels below may copy the bytes that they read, past the cache: what writes them to a disk reads them from memory, and the
+// cache belongs to who trains. Then `to` is a multiple of 64.
+inline void end_copy(uint8_t* to, const uint8_t* p, size_t left) {
+  std::memcpy(to, p, left);
+  _mm_sfence();
 }
 
-#define LAZYCKPT_VPCLMUL __attribute__((target("vpclmulqdq,avx512f,avx512vl,avx512dq,pclmul,sse4.1")))
+template <bool kCopies>
+__attribute__((target("pclmul,sse4.1"))) inline __m128i take128(const uint8_t* p, [[maybe_unused]] uint8_t* to) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  if constexpr (kCopies) _mm_stream_si128(reinterpret_cast<__m128i*>(to), bytes);
+  return bytes;
+}
 
-LAZYCKPT_VPCLMUL inline __m512i fold512(__m512i sum, __m512i data, __m512i constants) {
+template <bool kCopies>
+__attribute__((target("pclmul,sse4.1"))) uint32_t fold_pclmul(uint32_t crc, const uint8_t* p, uint8_t* to, size_t length) {
+  const __m128i by64 = _mm_set_epi64x(static_cast<long long>(fold_high(512)), static_cast<long long>(fold_low(512)));
+  const __m128i by16 = _mm_set_epi64x(static_cast<long long>(fold_high(128)), static_cast<long long>(fold_low(128)));
+  __m128i s0 = _mm_xor_si128(take128<kCopies>(p, to), _mm_cvtsi32_si128(static_cast<int>(crc)));
+  __m128i s1 = take128<kCopies>(p + 16, to + 16), s2 = take128<kCopies>(p + 32, to + 32);
+  __m128i s3 = take128<kCopies>(p + 48, to + 48);
+  size_t at = 64;
+  for (; length - at >= 64; at += 64) {
+    s0 = fold128(s0, take128<kCopies>(p + at, to + at), by64);
+    s1 = fold128(s1, take128<kCopies>(p + at + 16, to + at + 16), by64);
+    s2 = fold128(s2, take128<kCopies>(p + at + 32, to + at + 32), by64);
+    s3 = fold128(s3, take128<kCopies>(p + at + 48, to + at + 48), by64);
+  }
+  if constexpr (kCopies) end_copy(to + at, p + at, length - at);
+  s0 = fold128(fold128(fold128(s0, s1, by16), s2, by16), s3, by16);
+  return update_table(reduce128(s0), p + at, length - at);
+}
+
+#define LAZYCKPT_VPCLMUL256 __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
+
+LAZYCKPT_VPCLMUL256 inline __m256i fold256(__m256i sum, __m256i data, __m256i constants) {
+  const __m256i low = _mm256_clmulepi64_epi128(sum, constants, 0x00);
+  const __m256i high = _mm256_clmulepi64_epi128(sum, constants, 0x11);
+  return _mm256_xor_si256(_mm256_xor_si256(low, high), data);
+}
+
+LAZYCKPT_VPCLMUL256 inline __m256i pair256(uint64_t high, uint64_t low) {
+  const auto h = static_cast<long long>(high), l = static_cast<long long>(low);
+  return _mm256_set_epi64x(h, l, h, l);
+}
+
+template <bool kCopies>
+LAZYCKPT_VPCLMUL256 inline __m256i take256(const uint8_t* p, [[maybe_unused]] uint8_t* to) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  if constexpr (kCopies) _mm256_stream_si256(reinterpret_cast<__m256i*>(to), bytes);
+  return bytes;
+}
+
+template <bool kCopies>
+LAZYCKPT_VPCLMUL256 uint32_t fold_vpclmul256(uint32_t crc, const uint8_t* p, uint8_t* to, size_t length) {
+  const __m256i by128 = pair256(fold_high(1024), fold_low(1024));
+  const __m256i by32 = pair256(fold_high(256), fold_low(256));
+  __m256i s0 = _mm256_xor_si256(take256<kCopies>(p, to), _mm256_zextsi128_si256(_mm_cvtsi32_si128(static_cast<int>(crc))));
+  __m256i s1 = take256<kCopies>(p + 32, to + 32), s2 = take256<kCopies>(p + 64, to + 64);
+  __m256i s3 = take256<kCopies>(p + 96, to + 96);
+  size_t at = 128;
+  for (; length - at >= 128; at += 128) {
+    s0 = fold256(s0, take256<kCopies>(p + at, to + at), by128);
+    s1 = fold256(s1, take256<kCopies>(p + at + 32, to + at + 32), by128);
+    s2 = fold256(s2, take256<kCopies>(p + at + 64, to + at + 64), by128);
+    s3 = fold256(s3, take256<kCopies>(p + at + 96, to + at + 96), by128);
+  }
+  if constexpr (kCopies) end_copy(to + at, p + at, length - at);
+  s0 = fold256(fold256(fold256(s0, s1, by32), s2, by32), s3, by32);
+  uint8_t sum[32];
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum), s0);
+  return update_table(update_table(0, sum, sizeof sum), p + at, length - at);
+}
+
+#define LAZYCKPT_VPCLMUL512 __attribute__((target("vpclmulqdq,avx512f,avx512vl,avx512dq,pclmul,sse4.1")))
+
+LAZYCKPT_VPCLMUL512 inline __m512i fold512(__m512i sum, __m512i data, __m512i constants) {
   const __m512i low = _mm512_clmulepi64_epi128(sum, constants, 0x00);
   const __m512i high = _mm512_clmulepi64_epi128(sum, constants, 0x11);
   return _mm512_ternarylogic_epi64(low, high, data, 0x96);  // three-way xor
 }
 
-LAZYCKPT_VPCLMUL inline __m512i pair512(uint64_t high, uint64_t low) {
+LAZYCKPT_VPCLMUL512 inline __m512i pair512(uint64_t high, uint64_t low) {
   const auto h = static_cast<long long>(high), l = static_cast<long long>(low);
   return _mm512_set_epi64(h, l, h, l, h, l, h, l);
 }
 
-LAZYCKPT_VPCLMUL uint32_t update_vpclmul(uint32_t crc, const uint8_t* p, size_t length) {
-  if (length < 512) return update_pclmul(crc, p, length);
+template <bool kCopies>
+LAZYCKPT_VPCLMUL512 inline __m512i take512(const uint8_t* p, [[maybe_unused]] uint8_t* to) {
+  const __m512i bytes = _mm512_loadu_si512(p);
+  if constexpr (kCopies) _mm512_stream_si512(reinterpret_cast<__m512i*>(to), bytes);
+  return bytes;
+}
+
+template <bool kCopies>
+LAZYCKPT_VPCLMUL512 uint32_t fold_vpclmul512(uint32_t crc, const uint8_t* p, uint8_t* to, size_t length) {
   const __m512i by256 = pair512(fold_high(2048), fold_low(2048));
   const __m512i by64 = pair512(fold_high(512), fold_low(512));
-  __m512i s0 = _mm512_xor_si512(_mm512_loadu_si512(p),
-                                _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
-  __m512i s1 = _mm512_loadu_si512(p + 64), s2 = _mm512_loadu_si512(p + 128), s3 = _mm512_loadu_si512(p + 192);
-  p += 256;
-  length -= 256;
-  for (; length >= 256; p += 256, length -= 256) {
-    s0 = fold512(s0, _mm512_loadu_si512(p), by256);
-    s1 = fold512(s1, _mm512_loadu_si512(p + 64), by256);
-    s2 = fold512(s2, _mm512_loadu_si512(p + 128), by256);
-    s3 = fold512(s3, _mm512_loadu_si512(p + 192), by256);
+  __m512i s0 = _mm512_xor_si512(take512<kCopies>(p, to), _mm512_zextsi128_si512(_mm_cvtsi32_si128(static_cast<int>(crc))));
+  __m512i s1 = take512<kCopies>(p + 64, to + 64), s2 = take512<kCopies>(p + 128, to + 128);
+  __m512i s3 = take512<kCopies>(p + 192, to + 192);
+  size_t at = 256;
+  for (; length - at >= 256; at += 256) {
+    s0 = fold512(s0, take512<kCopies>(p + at, to + at), by256);
+    s1 = fold512(s1, take512<kCopies>(p + at + 64, to + at + 64), by256);
+    s2 = fold512(s2, take512<kCopies>(p + at + 128, to + at + 128), by256);
+    s3 = fold512(s3, take512<kCopies>(p + at + 192, to + at + 192), by256);
   }
+  if constexpr (kCopies) end_copy(to + at, p + at, length - at);
   s0 = fold512(fold512(fold512(s0, s1, by64), s2, by64), s3, by64);
   uint8_t sum[64];
   _mm512_storeu_si512(sum, s0);
-  return update_table(update_table(0, sum, sizeof sum), p, length);
+  return update_table(update_table(0, sum, sizeof sum), p + at, length - at);
 }
 
 #endif  // LAZYCKPT_X86
 
 // ---- Choice ------------------------------------------------------------------------------------------------------
 
+using Fold = uint32_t (*)(uint32_t, const uint8_t*, uint8_t*, size_t);
+
 struct Kernel {
   const char* name;
-  uint32_t (*update)(uint32_t, const uint8_t*, size_t);
+  size_t shortest;  // below that many bytes the table is as quick
+  Fold sum, copy;
 };
 
-Kernel choose() {
+uint32_t table_sum(uint32_t crc, const uint8_t* p, uint8_t*, size_t length) { return update_table(crc, p, length); }
+
+uint32_t table_copy(uint32_t crc, const uint8_t* p, uint8_t* to, size_t length) {
+  std::memcpy(to, p, length);
+  return update_table(crc, p, length);
+}
+
+// What this processor can do, the best first.
+std::vector<Kernel> find_kernels() {
+  std::vector<Kernel> found;
 #if LAZYCKPT_X86
   __builtin_cpu_init();
   const bool pclmul = __builtin_cpu_supports("pclmul") && __builtin_cpu_supports("sse4.1");
-  if (pclmul && __builtin_cpu_supports("vpclmulqdq") && __builtin_cpu_supports("avx512f") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    return {"vpclmulqdq", update_vpclmul};
+  const bool vpclmul = pclmul && __builtin_cpu_supports("vpclmulqdq");
+  if (vpclmul && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512dq")) {
+    found.push_back({"vpclmulqdq-512", 512, fold_vpclmul512<false>, fold_vpclmul512<true>});
   }
-  if (pclmul) return {"pclmulqdq", update_pclmul};
+  if (vpclmul && __builtin_cpu_supports("avx2")) {
+    found.push_back({"vpclmulqdq-256", 256, fold_vpclmul256<false>, fold_vpclmul256<true>});
+  }
+  if (pclmul) found.push_back({"pclmulqdq", 128, fold_pclmul<false>, fold_pclmul<true>});
 #endif
-  return {"table", update_table};
+  found.push_back({"table", 0, table_sum, table_copy});
+  return found;
 }
 
-const Kernel& kernel() {
-  static const Kernel chosen = choose();
-  return chosen;
+const std::vector<Kernel>& kernels() {
+  static const std::vector<Kernel> found = find_kernels();
+  return found;
+}
+
+// By the kernel `first`, or what comes behind it where there are too few bytes.
+const Kernel& kernel_for(size_t first, size_t length) {
+  size_t index = first;
+  while (length < kernels()[index].shortest) ++index;
+  return kernels()[index];
+}
+
+uint32_t sum_by(size_t first, uint32_t crc, const void* bytes, size_t length) {
+  return ~kernel_for(first, length).sum(~crc, static_cast<const uint8_t*>(bytes), nullptr, length);
+}
+
+uint32_t copy_by(size_t first, uint32_t crc, void* to, const void* bytes, size_t length) {
+  constexpr size_t kLine = 64;
+  auto* target = static_cast<uint8_t*>(to);
+  const auto* source = static_cast<const uint8_t*>(bytes);
+  const size_t head = std::min(length, (kLine - reinterpret_cast<uintptr_t>(to) % kLine) % kLine);
+  const uint32_t begun = table_copy(~crc, source, target, head);
+  return ~kernel_for(first, length - head).copy(begun, source + head, target + head, length - head);
+}
+
+size_t index_of(const std::string& kernel) {
+  for (size_t i = 0; i < kernels().size(); ++i) {
+    if (kernels()[i].name == kernel) return i;
+  }
+  throw std::invalid_argument("this processor has no CRC-32 kernel '" + kernel + "'");
 }
 
 }  // namespace
 
-uint32_t crc32(uint32_t crc, const void* bytes, size_t length) {
-  return ~kernel().update(~crc, static_cast<const uint8_t*>(bytes), length);
+uint32_t crc32(uint32_t crc, const void* bytes, size_t length) { return sum_by(0, crc, bytes, length); }
+
+uint32_t crc32_copy(uint32_t crc, void* to, const void* bytes, size_t length) { return copy_by(0, crc, to, bytes, length); }
+
+uint32_t crc32_with(const std::string& kernel, uint32_t crc, const void* bytes, size_t length) {
+  return sum_by(index_of(kernel), crc, bytes, length);
 }
 
-uint32_t crc32_table(uint32_t crc, const void* bytes, size_t length) {
-  return ~update_table(~crc, static_cast<const uint8_t*>(bytes), length);
+uint32_t crc32_copy_with(const std::string& kernel, uint32_t crc, void* to, const void* bytes, size_t length) {
+  return copy_by(index_of(kernel), crc, to, bytes, length);
 }
 
 uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t length_b) {
   return multiply_mod(crc_a, power_mod(8 * length_b)) ^ crc_b;
 }
 
-const char* crc32_kernel() { return kernel().name; }
+std::vector<std::string> crc32_kernels() {
+  std::vector<std::string> names;
+  for (const Kernel& kernel : kernels()) names.emplace_back(kernel.name);
+  return names;
+}
 
 }  // namespace lazyckpt

@@ -191,7 +191,7 @@ py::dict stats_of(const Job& job) {
   const JobStats stats = locked(job, [&] { return job.stats; });
   py::dict dict;
   dict["bytes_total"] = stats.bytes_total;
-  dict["bytes_zero_copy"] = stats.bytes_zero_copy;
+  dict["bytes_from_tensors"] = stats.bytes_from_tensors;
   dict["bytes_copied_in_save"] = stats.bytes_copied_in_save;
   dict["bytes_copied_at_fence"] = stats.bytes_copied_at_fence;
   dict["arena_wait_s"] = stats.arena_wait_s;

@@ -3,6 +3,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
@@ -36,12 +38,17 @@ void bind_files(py::module_& module) {
     const py::buffer_info view = buffer.request();
     return crc32(crc, view.ptr, static_cast<size_t>(view.size * view.itemsize));
   }, py::arg("bytes"), py::arg("crc") = 0);
-  module.def("crc32_table", [](const py::buffer& buffer, uint32_t crc) {
+  module.def("crc32_with", [](const std::string& kernel, const py::buffer& buffer, uint32_t crc,
+                              const std::optional<py::buffer>& to) {
     const py::buffer_info view = buffer.request();
-    return crc32_table(crc, view.ptr, static_cast<size_t>(view.size * view.itemsize));
-  }, py::arg("bytes"), py::arg("crc") = 0);
+    const auto length = static_cast<size_t>(view.size * view.itemsize);
+    if (!to) return crc32_with(kernel, crc, view.ptr, length);
+    const py::buffer_info target = to->request(true);
+    if (static_cast<size_t>(target.size * target.itemsize) < length) throw std::invalid_argument("there is no room in `to`");
+    return crc32_copy_with(kernel, crc, target.ptr, view.ptr, length);
+  }, py::arg("kernel"), py::arg("bytes"), py::arg("crc") = 0, py::arg("to") = py::none());
   module.def("crc32_combine", &crc32_combine);
-  module.def("crc32_kernel", &crc32_kernel);
+  module.def("crc32_kernels", &crc32_kernels);
 }
 
 void bind_leak(py::module_& module) {

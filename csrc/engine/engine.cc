@@ -407,13 +407,20 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
   if (!job.look_at_probes(index)) return;
   if (job.checks.sum) add_word_sums(job, chunk);
-  if (job.spec.packed) bring_together(chunk, job.file->limits(), memory);
-  if (job.checks.verify) {
-    if (const uint32_t record = find_changed_since(chunk); record != kStructure) throw changed_error(job, record);
+  const std::vector<Piece> before = job.checks.verify ? chunk.pieces : std::vector<Piece>();
+  const uint64_t from_tensors = chunk.written ? tensor_bytes(chunk) : 0;
+  const bool gathered = is_gathered(chunk, job.file->limits());
+  if (gathered) {
+    gather_and_checksum(chunk, job.file->limits(), memory);
   } else {
     checksum_pieces(chunk, true);
+  }
+  if (job.checks.verify) {
+    if (const uint32_t record = find_changed_since(chunk, before); record != kStructure) throw changed_error(job, record);
+  } else {
     job.look_at_witnesses(index);  // here, too: a write may be undone before the other look
   }
+  if (gathered) account_captured(job, chunk);
   job.crcs.add(job.chunks, index);
   if (chunk.first_field < chunk.end_field) {
     if (!job.crcs.wait_for(index)) return;
@@ -427,13 +434,21 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   }
   if (!job.checks.verify) {
     job.look_at_witnesses(index);
-  } else if (chunk.lazy_bytes > 0) {  // direct I/O read the memory after the checksum did
+  } else if (chunk.lazy_bytes > 0) {  // the write read the memory after the checksum did
     if (const uint32_t record = find_changed(chunk); record != kStructure) throw changed_error(job, record);
   }
   fault::crash_point("chunk-written");
-  const uint64_t zero_copy = chunk.written ? zero_copy_bytes(chunk) : 0;
   Lock lock(monitor_->mutex);
-  account_written(job, chunk, zero_copy);
+  account_written(job, chunk, from_tensors);
+}
+
+// The writer has all of it: the tensors may change.
+void Engine::account_captured(Job& job, Chunk& chunk) {
+  Lock lock(monitor_->mutex);
+  if (job.failed() || std::exchange(chunk.lazy_bytes, 0) == 0) return;
+  --job.uncaptured;
+  job.note_captured();
+  monitor_->changed.notify_all();
 }
 
 void Engine::add_word_sums(Job& job, const Chunk& chunk) {
@@ -447,11 +462,11 @@ void Engine::add_word_sums(Job& job, const Chunk& chunk) {
   }
 }
 
-void Engine::account_written(Job& job, Chunk& chunk, uint64_t zero_copy) {
+void Engine::account_written(Job& job, Chunk& chunk, uint64_t from_tensors) {
   chunk.state = ChunkState::kDone;
   chunk.release_memory();
   ++job.done;
-  job.stats.bytes_zero_copy += zero_copy;
+  job.stats.bytes_from_tensors += from_tensors;
   if (job.failed() || chunk.lazy_bytes == 0) return;
   chunk.lazy_bytes = 0;
   --job.uncaptured;

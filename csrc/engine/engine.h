@@ -1,7 +1,7 @@
 // The engine: writer threads that carry chunks from memory to files, and the fence that makes what has not left yet safe.
 //
 //     submit()   caller   cut into chunks; copy small and ragged pieces to the arena; publish the chunks
-//     write      writers  claim chunks in file order: CRC-32, fill in CRC fields, one pwritev each
+//     write      writers  claim chunks in file order: CRC-32 and a copy in one pass, fill in CRC fields, one pwritev each
 //     fence()    caller   copy unclaimed lazy bytes to the arena, last chunk first; wait for the claimed ones
 //     finish     writers  truncate to size, fdatasync, close: the job is durable under its temporary name
 //
@@ -107,7 +107,8 @@ class Engine {
   bool try_claim(Claim& claim);  // requires the lock
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index, WriterMemory& memory);
-  void account_written(Job& job, Chunk& chunk, uint64_t zero_copy_bytes);  // requires the lock
+  void account_captured(Job& job, Chunk& chunk);
+  void account_written(Job& job, Chunk& chunk, uint64_t from_tensors);  // requires the lock
   void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);
 

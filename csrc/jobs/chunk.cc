@@ -303,21 +303,36 @@ void Chunk::release_memory() {
   std::vector<std::byte>().swap(host_bytes);
 }
 
-uint64_t zero_copy_bytes(const Chunk& chunk) {
+uint64_t tensor_bytes(const Chunk& chunk) {
   uint64_t bytes = 0;
   for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
   return bytes;
 }
 
-void bring_together(Chunk& chunk, const IoLimits& limits, WriterMemory& memory) {
-  const auto address = reinterpret_cast<uintptr_t>(chunk.segments.front().source);
-  if (!limits.direct() || (chunk.segments.size() == 1 && address % limits.memory_align == 0)) return;
+bool is_gathered(const Chunk& chunk, const IoLimits& limits) {
+  if (!chunk.written || !limits.direct()) return false;
+  const auto fits = [&](const Segment& segment) {
+    return segment.kind == Source::kCopy && segment.length % limits.memory_align == 0 &&
+           reinterpret_cast<uintptr_t>(segment.source) % limits.memory_align == 0;
+  };
+  return !std::all_of(chunk.segments.begin(), chunk.segments.end(), fits);
+}
+
+void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& memory) {
   std::byte* const to = memory.get(chunk.length, limits.memory_align);
   std::byte* at = to;
-  for (const Segment& segment : chunk.segments) {
-    std::memcpy(at, segment.source, segment.length);
-    at += segment.length;
+  for (Piece& piece : chunk.pieces) {
+    if (piece.record != kStructure) piece.crc = 0;
   }
+  for_each_run(chunk, [&](Piece& piece, const std::byte* bytes, size_t length) {
+    if (piece.record != kStructure) {
+      piece.crc = crc32_copy(piece.crc, at, bytes, length);
+    } else {
+      std::memcpy(at, bytes, length);
+    }
+    at += length;
+  });
+  std::memset(at, 0, chunk.length - chunk.content);
   chunk.segments = {{to, chunk.length, Source::kCopy, kStructure}};
 }
 
@@ -362,9 +377,7 @@ uint32_t find_changed(const Chunk& chunk) {
   return changed;
 }
 
-uint32_t find_changed_since(Chunk& chunk) {
-  const std::vector<Piece> before = chunk.pieces;
-  checksum_pieces(chunk, true);
+uint32_t find_changed_since(const Chunk& chunk, const std::vector<Piece>& before) {
   for (size_t i = 0; i < before.size(); ++i) {
     const Piece& now = chunk.pieces[i];
     if (now.record != kStructure && now.seen && now.crc != before[i].crc) return now.record;
@@ -413,8 +426,9 @@ void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint3
       const uint64_t at = field.offset + byte;  // a field may straddle two chunks: each fills in its part
       if (at < chunk.offset || at >= chunk.offset + chunk.length) continue;
       while (at >= segment_at + chunk.segments[segment].length) segment_at += chunk.segments[segment++].length;
-      const std::byte* place = chunk.segments[segment].source + (at - segment_at);
-      chunk.bounce.begin()[place - chunk.bounce.begin()] = static_cast<std::byte>(record_crcs[field.record] >> (8 * byte));
+      // Of the arena, or of the writer: structure never lies in the caller's memory.
+      auto* place = const_cast<std::byte*>(chunk.segments[segment].source + (at - segment_at));
+      *place = static_cast<std::byte>(record_crcs[field.record] >> (8 * byte));
     }
   }
 }

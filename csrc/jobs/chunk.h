@@ -121,12 +121,17 @@ void complete_bounce(Chunk& chunk, const FileSpec& spec);
 // Copies the lazy segments into `span` and lets them point there.
 void stage_lazy(Chunk& chunk, Span span);
 
-// If direct I/O cannot take the segments of a packed file from where they are: copies them to `memory`, one behind the other, and
-// lets the chunk leave from there.
-void bring_together(Chunk& chunk, const IoLimits& limits, WriterMemory& memory);
+// Whether a writer copies the chunk to memory of its own, and writes it from there: where it goes past the page cache, and bytes
+// lie in the caller's tensors, or, in a packed file, where direct I/O cannot take them from. The copy costs little, since the
+// checksum reads them anyway; then they are captured, without room in the arena and before the disk has them, and the disk takes
+// them from huge pages: from small ones each request is cut into many.
+bool is_gathered(const Chunk& chunk, const IoLimits& limits);
 
-// Bytes that are not in the arena.
-uint64_t zero_copy_bytes(const Chunk& chunk);
+// Does that, and finds what checksum_pieces() of records does, in one pass.
+void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& memory);
+
+// Bytes that lie in the caller's memory.
+uint64_t tensor_bytes(const Chunk& chunk);
 
 // CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
 void checksum_pieces(Chunk& chunk, bool of_records);
@@ -135,8 +140,8 @@ void checksum_pieces(Chunk& chunk, bool of_records);
 // kStructure if there is none.
 uint32_t find_changed(const Chunk& chunk);
 
-// As checksum_pieces() of records; then the first record whose checksum, as far as there was one, is not the one of before.
-uint32_t find_changed_since(Chunk& chunk);
+// The first record whose checksum, as far as there was one, is not the one of before; kStructure if there is none.
+uint32_t find_changed_since(const Chunk& chunk, const std::vector<Piece>& before);
 
 // Writes the CRC-32 fields that lie in the chunk; `record_crcs` must be final for their records.
 void fill_crc_fields(Chunk& chunk, const FileSpec& spec, const std::vector<uint32_t>& record_crcs);

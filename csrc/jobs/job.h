@@ -42,7 +42,7 @@ struct CaptureChecks {
 
 struct JobStats {
   uint64_t bytes_total = 0;
-  uint64_t bytes_zero_copy = 0;        // written straight from the caller's memory
+  uint64_t bytes_from_tensors = 0;     // that left the caller's memory by the hand of a writer: neither copied before, nor at a fence
   uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), structure and padding included
   uint64_t bytes_copied_at_fence = 0;
   double arena_wait_s = 0;  // the caller's time spent waiting for room in the arena: back-pressure

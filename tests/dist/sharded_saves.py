@@ -57,7 +57,7 @@ def _save_case(directory: Path, name: str, case: Any) -> None:
         after = sharded_states.tensors_of(sharded_states.in_full(case.state()))
         pairs = zip(sharded_states.tensors_of(expected), after, strict=True)
         assert any(not torch.equal(before, now) for before, now in pairs if before.is_floating_point() and before.itemsize > 1)
-    say(case=name, total=stats.bytes_total, in_save=stats.bytes_copied_in_save, zero_copy=stats.bytes_zero_copy,
+    say(case=name, total=stats.bytes_total, in_save=stats.bytes_copied_in_save, zero_copy=stats.bytes_from_tensors,
         at_fence=stats.bytes_copied_at_fence)  # fmt: skip
 
 

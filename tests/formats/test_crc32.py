@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,7 +18,28 @@ from ckpt import _native
 EDGES = sorted({size + off for size in (16, 64, 128, 256, 512, 1024, 4096, 65536) for off in (-17, -1, 0, 1, 17)} - {-1})
 BYTES = random.Random(1).randbytes(1 << 20)
 Crc = Callable[..., int]
-KERNELS: dict[str, Crc] = {"chosen": _native.crc32, "table": _native.crc32_table}
+
+
+def copying(kernel: str) -> Crc:
+    """The sum, of what must have been copied as it is, and nothing beside it."""
+
+    def crc32(content: Any, seed: int = 0) -> int:
+        length, begin = len(content), next(BEGINNINGS)
+        target = bytearray(b"\xa5" * (begin + length + 64))
+        found = _native.crc32_with(kernel, content, seed, memoryview(target)[begin:])
+        assert target[begin : begin + length] == content
+        assert set(target[:begin]) | set(target[begin + length :]) == {0xA5}
+        return found
+
+    return crc32
+
+
+BEGINNINGS = itertools.cycle([0, *range(1, 65, 7), 64, 32, 16])
+KERNELS: dict[str, Crc] = {
+    "chosen": _native.crc32,
+    **{kernel: partial(_native.crc32_with, kernel) for kernel in _native.crc32_kernels()},
+    **{f"{kernel}, copying": copying(kernel) for kernel in _native.crc32_kernels()},
+}
 each_kernel = pytest.mark.parametrize("crc32", KERNELS.values(), ids=KERNELS)
 
 
@@ -94,13 +118,20 @@ def test_combine_over_lengths_beyond_32_bits() -> None:
 
 def test_uses_carry_less_multiplication_where_the_processor_has_it() -> None:
     flags = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    if {"vpclmulqdq", "avx512f", "avx512vl", "avx512dq", "pclmulqdq", "sse4_1"} <= flags:
-        expected = "vpclmulqdq"
-    elif {"pclmulqdq", "sse4_1"} <= flags:
-        expected = "pclmulqdq"
-    else:
-        expected = "table"
-    assert _native.crc32_kernel() == expected
+    needs = {
+        "vpclmulqdq-512": {"vpclmulqdq", "avx512f", "avx512vl", "avx512dq", "pclmulqdq", "sse4_1"},
+        "vpclmulqdq-256": {"vpclmulqdq", "avx2", "pclmulqdq", "sse4_1"},
+        "pclmulqdq": {"pclmulqdq", "sse4_1"},
+        "table": set(),
+    }
+    assert _native.crc32_kernels() == [kernel for kernel, needed in needs.items() if needed <= flags]
+
+
+def test_kernels_that_are_not_there_and_memory_that_is_too_small() -> None:
+    with pytest.raises(ValueError, match="no CRC-32 kernel 'abacus'"):
+        _native.crc32_with("abacus", b"bytes")
+    with pytest.raises(ValueError, match="no room"):
+        _native.crc32_with("table", b"bytes", to=bytearray(4))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

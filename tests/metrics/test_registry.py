@@ -116,7 +116,7 @@ def test_a_forked_child_begins_with_nothing_though_the_lock_was_held() -> None:
 def test_the_bytes_of_a_save_add_up() -> None:
     registry = Registry()
     instants = {"started_at": 1.0, "flushed_at": 2.0, "durable_at": 4.0}
-    stats = SaveStats(bytes_total=1000, bytes_zero_copy=600, bytes_from_devices=150, **instants)  # type: ignore[arg-type]
+    stats = SaveStats(bytes_total=1000, bytes_from_tensors=600, bytes_from_devices=150, **instants)  # type: ignore[arg-type]
     note_save("committed", stats, registry)
     found = {sample.attributes["source"]: sample.value for sample in registry.collect("ckpt.io")[0].samples}
     assert found == {"tensor": 600, "device": 150, "arena": 250}

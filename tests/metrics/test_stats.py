@@ -13,7 +13,7 @@ from ckpt.metrics import figures
 
 MIB = 1 << 20
 GOOD = SaveStats(
-    save_s=0.003, fence_s=0.001, bytes_total=100 * MIB, bytes_zero_copy=100 * MIB, direct_io=True,
+    save_s=0.003, fence_s=0.001, bytes_total=100 * MIB, bytes_from_tensors=100 * MIB, direct_io=True,
     started_at=10.0, captured_at=10.1, flushed_at=10.4, durable_at=10.5,
 )  # fmt: skip
 

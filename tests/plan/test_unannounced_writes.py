@@ -115,7 +115,7 @@ def test_the_fence_itself_finds_it(native: Any, tmp_path: Path) -> None:
         pending = checkpointer.save(2, training.state())
         swap_averages_in(training.written)
         training.optimizer.step()
-        assert pending.captured and pending.stats.bytes_zero_copy == 0
+        assert pending.captured and pending.stats.bytes_from_tensors == 0
         native.clear_faults()
         assert isinstance(pending.exception(DEADLINE_S), CaptureError)
         assert checkpointer.steps() == [1]
@@ -153,7 +153,7 @@ def test_tensors_of_any_size_have_witnesses(elements: int, native: Any, tmp_path
     pending = ckpt.save({"x": tensor}, tmp_path / "x.pt", lazy=True, options=how)
     tensor.data.zero_()
     clear_faults()
-    if pending.stats.bytes_zero_copy == 0 and pending.exception(DEADLINE_S) is None:  # all of it was small enough to be copied
+    if pending.stats.bytes_from_tensors == 0 and pending.exception(DEADLINE_S) is None:  # small enough to be copied
         assert_same({"x": torch.ones(elements)}, ckpt.load(tmp_path / "x.pt"))
     else:
         assert isinstance(pending.exception(DEADLINE_S), CaptureError)

@@ -216,7 +216,7 @@ def test_writes_at_random_moments(case: str, native: Any, tmp_path: Path) -> Non
         pending = ckpt.save(state, tmp_path / "x.pt", lazy=declared, options=how)
         chunks = choose.randrange(8)
         while chunks and not pending.captured:
-            chunks -= inspection.files_of(pending)[0].job.stats["bytes_zero_copy"] > 0
+            chunks -= inspection.files_of(pending)[0].job.stats["bytes_from_tensors"] > 0
         write()
         error = pending.exception(DEADLINE_S)
         if error is None:
