@@ -120,7 +120,9 @@ def test_any_alignment(limits: tuple[int, int], when: str, native: Any, direct: 
 
 
 @pytest.mark.parametrize("limits", [(4, 512), (16, 512)], ids=str)
-def test_a_fence_stages_pieces_of_any_length_where_records_begin_anywhere(limits: tuple[int, int], native: Any, direct: Path) -> None:
+def test_a_fence_stages_pieces_of_any_length_where_records_begin_anywhere(
+    limits: tuple[int, int], native: Any, direct: Path
+) -> None:
     """In a file of safetensors. A device that takes memory from anywhere still wants whole blocks."""
     native.override_io_limits(*limits)
     state = {f"t{number:02}": torch.randn(700_000 + 9 * number) for number in range(12)}
