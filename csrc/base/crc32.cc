@@ -137,7 +137,7 @@ __attribute__((target("pclmul,sse4.1"))) uint32_t fold_pclmul(uint32_t crc, cons
   }
   if constexpr (kCopies) end_copy(to + at, p + at, length - at);
   s0 = fold128(fold128(fold128(s0, s1, by16), s2, by16), s3, by16);
-  return update_table(reduce128(s0), p + at, length - at);
+  return update_table(reduce128(s0), (kCopies ? to : p) + at, length - at);
 }
 
 #define LAZYCKPT_VPCLMUL256 __attribute__((target("vpclmulqdq,avx2,pclmul,sse4.1")))
@@ -178,7 +178,7 @@ LAZYCKPT_VPCLMUL256 uint32_t fold_vpclmul256(uint32_t crc, const uint8_t* p, uin
   s0 = fold256(fold256(fold256(s0, s1, by32), s2, by32), s3, by32);
   uint8_t sum[32];
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(sum), s0);
-  return update_table(update_table(0, sum, sizeof sum), p + at, length - at);
+  return update_table(update_table(0, sum, sizeof sum), (kCopies ? to : p) + at, length - at);
 }
 
 #define LAZYCKPT_VPCLMUL512 __attribute__((target("vpclmulqdq,avx512f,avx512vl,avx512dq,pclmul,sse4.1")))
@@ -219,7 +219,7 @@ LAZYCKPT_VPCLMUL512 uint32_t fold_vpclmul512(uint32_t crc, const uint8_t* p, uin
   s0 = fold512(fold512(fold512(s0, s1, by64), s2, by64), s3, by64);
   uint8_t sum[64];
   _mm512_storeu_si512(sum, s0);
-  return update_table(update_table(0, sum, sizeof sum), p + at, length - at);
+  return update_table(update_table(0, sum, sizeof sum), (kCopies ? to : p) + at, length - at);
 }
 
 #endif  // LAZYCKPT_X86
@@ -238,7 +238,7 @@ uint32_t table_sum(uint32_t crc, const uint8_t* p, uint8_t*, size_t length) { re
 
 uint32_t table_copy(uint32_t crc, const uint8_t* p, uint8_t* to, size_t length) {
   std::memcpy(to, p, length);
-  return update_table(crc, p, length);
+  return update_table(crc, to, length);  // what is there, should somebody write to `p` meanwhile
 }
 
 // What this processor can do, the best first.

@@ -420,7 +420,7 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   } else {
     job.look_at_witnesses(index);  // here, too: a write may be undone before the other look
   }
-  if (gathered) account_captured(job, chunk);
+  if (gathered && chunk.lazy_bytes > 0 && !account_captured(job, chunk)) return;
   job.crcs.add(job.chunks, index);
   if (chunk.first_field < chunk.end_field) {
     if (!job.crcs.wait_for(index)) return;
@@ -442,13 +442,15 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   account_written(job, chunk, from_tensors);
 }
 
-// The writer has all of it: the tensors may change.
-void Engine::account_captured(Job& job, Chunk& chunk) {
+// The writer has all of it: the tensors may change, and may be gone. False if the job has failed meanwhile.
+bool Engine::account_captured(Job& job, Chunk& chunk) {
   Lock lock(monitor_->mutex);
-  if (job.failed() || std::exchange(chunk.lazy_bytes, 0) == 0) return;
+  chunk.lazy_bytes = 0;
+  if (job.failed()) return false;
   --job.uncaptured;
   job.note_captured();
   monitor_->changed.notify_all();
+  return true;
 }
 
 void Engine::add_word_sums(Job& job, const Chunk& chunk) {

@@ -107,7 +107,7 @@ class Engine {
   bool try_claim(Claim& claim);  // requires the lock
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index, WriterMemory& memory);
-  void account_captured(Job& job, Chunk& chunk);
+  bool account_captured(Job& job, Chunk& chunk);
   void account_written(Job& job, Chunk& chunk, uint64_t from_tensors);  // requires the lock
   void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);

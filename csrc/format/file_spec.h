@@ -17,8 +17,8 @@ namespace lazyckpt {
 // Python gives each record; see is_kind_of_record().
 enum class Source : uint8_t {
   kCopy,   // may change as soon as submit() returns: copied to the arena before
-  kLazy,   // may change after the next fence: written in place until then, copied to the arena by the fence
-  kOwned,  // never changes: written in place at any time
+  kLazy,   // may change after the next fence: left in place until then, copied to the arena by the fence
+  kOwned,  // never changes: left in place until a writer comes
   // In the memory of a device, from where nothing is written in place:
   kDeviceCopy,  // may change behind what its stream has been given by submit(): copied on that stream
   kDeviceLazy,  // may change behind the next fence: copied on a stream of ours

@@ -312,7 +312,7 @@ uint64_t tensor_bytes(const Chunk& chunk) {
 bool is_gathered(const Chunk& chunk, const IoLimits& limits) {
   if (!chunk.written || !limits.direct()) return false;
   const auto fits = [&](const Segment& segment) {
-    return segment.kind == Source::kCopy && segment.length % limits.memory_align == 0 &&
+    return segment.kind == Source::kCopy && segment.length % block_bytes(limits) == 0 &&
            reinterpret_cast<uintptr_t>(segment.source) % limits.memory_align == 0;
   };
   return !std::all_of(chunk.segments.begin(), chunk.segments.end(), fits);

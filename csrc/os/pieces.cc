@@ -3,6 +3,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cassert>
+#include <cstdint>
 #include <cstring>
 #include <new>
 
@@ -20,16 +22,27 @@ AlignedBytes allocate(size_t bytes, size_t align) {
 }  // namespace
 
 std::byte* WriterMemory::get(size_t bytes, size_t align) {
-  if (bytes > size_ || align > align_) {
-    bytes_ = nullptr;
-    size_ = align_ = 0;
-    const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
-    bytes_ = allocate(wanted, std::max(align, kHugePage));
-    ::madvise(bytes_.get(), wanted, MADV_HUGEPAGE);  // a wish
-    size_ = wanted;
-    align_ = std::max(align, kHugePage);
-  }
-  return bytes_.get();
+  assert(align <= kHugePage);
+  if (bytes <= size_) return bytes_;
+  unmap();
+  const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  void* mapped = ::mmap(nullptr, wanted + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (mapped == MAP_FAILED) throw std::bad_alloc();
+  mapped_ = mapped;
+  mapped_bytes_ = wanted + kHugePage;
+  const auto address = reinterpret_cast<uintptr_t>(mapped);
+  bytes_ = static_cast<std::byte*>(mapped) + (kHugePage - address % kHugePage) % kHugePage;
+  size_ = wanted;
+  ::madvise(mapped_, mapped_bytes_, MADV_DONTFORK);
+  ::madvise(bytes_, wanted, MADV_HUGEPAGE);  // a wish
+  return bytes_;
+}
+
+void WriterMemory::unmap() {
+  if (mapped_ != nullptr) ::munmap(mapped_, mapped_bytes_);
+  mapped_ = nullptr;
+  bytes_ = nullptr;
+  size_ = mapped_bytes_ = 0;
 }
 
 size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {

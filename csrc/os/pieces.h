@@ -16,14 +16,25 @@ struct FreeBytes {
 using AlignedBytes = std::unique_ptr<std::byte, FreeBytes>;
 
 // Of one writer, as large as it has ever needed; not touched before. In huge pages where there are some: direct I/O from memory
-// whose pages lie apart is cut into more and smaller requests, and was a third slower on a virtual disk.
+// whose pages lie apart is cut into more and smaller requests, and was a third slower on a virtual disk. A forked child does not
+// get it: else the next write to it would copy it, to small pages, for good.
 class WriterMemory {
  public:
+  WriterMemory() = default;
+  WriterMemory(const WriterMemory&) = delete;
+  WriterMemory& operator=(const WriterMemory&) = delete;
+  ~WriterMemory() { unmap(); }
+
+  // `align` is at most that of a huge page.
   std::byte* get(size_t bytes, size_t align);
 
  private:
-  AlignedBytes bytes_;
-  size_t size_ = 0, align_ = 0;
+  void unmap();
+
+  void* mapped_ = nullptr;
+  size_t mapped_bytes_ = 0;
+  std::byte* bytes_ = nullptr;
+  size_t size_ = 0;
 };
 
 // Drops the first `bytes` from the front of `pieces[first..]`; returns the new first.

@@ -51,6 +51,7 @@ class Attribute {
     if (type->tp_getattro != PyObject_GenericGetAttr) return found;
     const auto has = pybind11::reinterpret_steal<pybind11::object>(PyObject_GetAttr(found.type.ptr(), name_));
     if (!has) {
+      if (PyErr_ExceptionMatches(PyExc_AttributeError) == 0) throw pybind11::error_already_set();
       PyErr_Clear();
       return found;
     }

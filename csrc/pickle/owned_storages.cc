@@ -1,6 +1,7 @@
 #include "pickle/owned_storages.h"
 
 #include <memory>
+#include <stdexcept>
 
 #include "pickle/address_map.h"
 #include "pickle/attribute.h"
@@ -54,6 +55,11 @@ class Wrappers {
   py::object local_;
 };
 
+// Python may have run while a dict was walked; then something of it may have been passed over, which must not leave lazily for that.
+void refuse_other_size(PyObject* dict, Py_ssize_t size) {
+  if (PyDict_GET_SIZE(dict) != size) throw std::runtime_error("a dictionary of the optimizer's state changed while it was saved");
+}
+
 // Adds the storages of all tensors in dicts, lists and tuples, however deep. For objects of other kinds it asks `values`.
 class StorageFinder {
  public:
@@ -84,7 +90,11 @@ class StorageFinder {
   void add_items(PyObject* value) {
     if (PyDict_CheckExact(value)) {
       PyObject *key = nullptr, *item = nullptr;
-      for (Py_ssize_t at = 0; PyDict_Next(value, &at, &key, &item) != 0;) add(py::reinterpret_borrow<py::object>(item).ptr());
+      const Py_ssize_t size = PyDict_GET_SIZE(value);
+      for (Py_ssize_t at = 0; PyDict_Next(value, &at, &key, &item) != 0;) {
+        add(py::reinterpret_borrow<py::object>(item).ptr());
+        refuse_other_size(value, size);
+      }
       return;
     }
     const bool is_sequence = PyList_Check(value) || PyTuple_Check(value);
@@ -145,9 +155,11 @@ class OwnedByOptimizer {
 
   void add_state() {
     PyObject *key = nullptr, *value = nullptr;
+    const Py_ssize_t size = PyDict_GET_SIZE(state_.ptr());
     for (Py_ssize_t at = 0; PyDict_Next(state_.ptr(), &at, &key, &value) != 0;) {
       const auto key_held = py::reinterpret_borrow<py::object>(key), value_held = py::reinterpret_borrow<py::object>(value);
       if (PyObject_TypeCheck(key, tensor_type_) == 0 || learns(key)) finder_.add(value);
+      refuse_other_size(state_.ptr(), size);
     }
   }
 

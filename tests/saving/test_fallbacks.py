@@ -119,6 +119,24 @@ def test_any_alignment(limits: tuple[int, int], when: str, native: Any, direct: 
     assert stats.bytes_copied_at_fence > 0 if when == "fence" else stats.bytes_from_tensors > 3 * MIB
 
 
+@pytest.mark.parametrize("limits", [(4, 512), (16, 512)], ids=str)
+def test_a_fence_stages_pieces_of_any_length_where_records_begin_anywhere(
+    limits: tuple[int, int], native: Any, direct: Path
+) -> None:
+    """In a file of safetensors. A device that takes memory from anywhere still wants whole blocks."""
+    native.override_io_limits(*limits)
+    state = {f"t{number:02}": torch.randn(700_000 + 9 * number) for number in range(12)}
+    expected = {name: tensor.clone() for name, tensor in state.items()}
+    native.set_fault("pwritev", count=4, delay_s=0.3)
+    pending = ckpt.save(state, direct / "x.safetensors", lazy=True, options=options())
+    ckpt.fence()
+    for tensor in state.values():
+        tensor.zero_()
+    pending.result(DEADLINE_S)
+    assert pending.stats.bytes_copied_at_fence > 0 and pending.stats.direct_io is True
+    assert_same(expected, ckpt.load(direct / "x.safetensors"))
+
+
 @pytest.mark.parametrize("limits", [(4096, 65536), (65536, 512), (1 << 20, 1 << 20)], ids=str)
 def test_an_alignment_larger_than_any_record_can_have(
     limits: tuple[int, int], native: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
