@@ -197,6 +197,45 @@ def test_a_drain_brings_it_home_and_leaves_it_there(tmp_path: Path) -> None:
     job.assert_home_is_right()
 
 
+def test_a_drain_brings_again_what_home_has_tidied(tmp_path: Path) -> None:
+    """And leaves it on the node until it is there. What is at home is not touched. It may begin after the restore."""
+
+    def go_back(*sequences: int) -> None:
+        for sequence in sequences:
+            back.try_commit(sequence)
+        drain_well(job.roots[0])
+
+    job, back = Job(tmp_path, keep=3, home_keep=1), GoingBack(tmp_path / "home")
+    for step in (1, 2, 3):
+        job.save(step)
+        drain_well(job.roots[0])
+    assert job.steps_at_home() == [3] and [job.state(sequence) for sequence in (1, 2, 3)] == ["committed"] * 3
+    job.save(4)
+    there, noted = (job.home / "step-000000000003").stat().st_ino, job.journal(3)
+    go_back(1, 3)
+    assert job.steps_at_home() == [1, 3, 4] and job.steps_on() == [2, 3, 4]
+    assert (job.home / "step-000000000003").stat().st_ino == there and job.journal(3) == noted
+    go_back(2)
+    assert job.steps_at_home() == [1, 2, 3, 4] and (job.home / "latest").read_text().strip() == "step-000000000004"
+    back.release()
+    job.assert_home_is_right()
+
+
+def test_what_lies_on_the_node_no_more_is_not_brought(tmp_path: Path) -> None:
+    """Nor tried: it was retired there, or saved again."""
+    job, back = Job(tmp_path, keep=1, home_keep=1), GoingBack(tmp_path / "home")
+    for step in (1, 2, 2):
+        job.save(step)
+        drain_well(job.roots[0])
+    assert job.steps_on() == [2] and job.steps_at_home() == [2]
+    before = [job.journal(sequence) for sequence in (1, 2, 3)]
+    back.try_commit(1)
+    back.try_commit(2)
+    drain_well(job.roots[0])
+    assert [job.journal(sequence) for sequence in (1, 2, 3)] == before
+    back.release()
+
+
 def test_a_job_of_before_has_told_its_drain(tmp_path: Path) -> None:
     """By node.json alone."""
     job = Job(tmp_path, keep=10, home_keep=1, home_keeps_too={"pinned": [2]})
