@@ -149,8 +149,8 @@ class GoingBack:
             self._lock = lock
         durable.make_directory(self._home / publish_lock.FOLDER, durable=True)
         with publish_lock.publishing(self._home, "Checkpointer"):  # a drain that removes just now has not seen it
-            holds.write(self._place, Holds(wanted, wanted))
-        self._written = wanted
+            if holds.write(self._place, Holds(wanted, wanted)):  # else it is tried again, whenever anything is told
+                self._written = wanted
 
     def _take_back(self) -> None:
         lock, self._lock, self._written = self._lock, None, ()

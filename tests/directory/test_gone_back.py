@@ -173,6 +173,24 @@ def test_without_locks_it_counts_until_a_job_comes(home: Path, monkeypatch: pyte
         own.release()
 
 
+def test_what_could_not_be_noted_is_noted_next_time(home: Path) -> None:
+    """The disk was full. What was noted before counts meanwhile."""
+    back, first, second = GoingBack(home), sequence_of(home, 2), sequence_of(home, 3)
+    back.try_commit(first)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def refuse(path: Path, content: bytes) -> None:
+            raise ckpt.StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        patched.setattr("ckpt.storage.durable.replace_quickly", refuse)
+        back.try_commit(second)
+        assert sequences_at(home) == {first}
+    back.begin()
+    assert sequences_at(home) == {first, second}
+    back.release()
+    assert places(home) == []
+
+
 def test_a_drain_brings_it_home_and_leaves_it_there(tmp_path: Path) -> None:
     """Also what was not wanted there before. What node.json says of it does not matter."""
     job = Job(tmp_path, keep=10, home_keep=1)
