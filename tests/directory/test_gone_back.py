@@ -191,6 +191,55 @@ def test_what_could_not_be_noted_is_noted_next_time(home: Path) -> None:
     assert places(home) == []
 
 
+def test_nothing_is_left_where_removed_files_stay_as_long_as_they_are_open(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: the directory is not empty until the lock is closed."""
+    rmdir = Path.rmdir
+
+    def refuse(path: Path) -> None:
+        if any(os.readlink(f"/proc/self/fd/{each}").startswith(f"{path}/") for each in open_descriptors()):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    back = GoingBack(home)
+    back.try_commit(sequence_of(home, 2))
+    assert len(places(home)) == 1
+    back.release()
+    assert places(home) == []
+
+
+def open_descriptors() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+
+
+def test_an_empty_place_goes_with_the_next_job(home: Path) -> None:
+    empty = home / ".remote" / "back-0123456789abcdef"
+    empty.mkdir(parents=True)
+    with make(home, keep=None, tiers=[]) as training:
+        training.restore()
+        save(training, 6)
+    assert places(home) == []
+
+
+def test_a_job_that_begins_just_then_takes_the_place_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no lock in it yet."""
+    acquire, back = DirectoryLock.acquire, GoingBack(home)
+
+    def begin_first(lock: DirectoryLock, timeout_s: float = 0.0) -> None:
+        if (home / ".remote") in lock._path.parents and not taken:
+            taken.extend(places(home))
+            GoingBack(home).begin()
+            assert places(home) == []
+        acquire(lock, timeout_s)
+
+    taken: list[Path] = []
+    monkeypatch.setattr(DirectoryLock, "acquire", begin_first)
+    back.try_commit(sequence_of(home, 2))
+    assert places(home) == taken and sequences_at(home) == {sequence_of(home, 2)}
+    back.release()
+    assert places(home) == []
+
+
 def test_a_drain_brings_it_home_and_leaves_it_there(tmp_path: Path) -> None:
     """Also what was not wanted there before. What node.json says of it does not matter."""
     job = Job(tmp_path, keep=10, home_keep=1)
