@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 import signal
 import threading
 from pathlib import Path
@@ -16,7 +15,6 @@ from object_server import Fault, ObjectServer, Proxy, Request
 from remote_jobs import MiB, RemoteJob, read, sent_files
 
 from ckpt.directory import holds
-from ckpt.directory.going_back import GoingBack
 from ckpt.directory.holds import MOST_HELD, Holds, held_at
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.keeping import Keeping
@@ -287,26 +285,6 @@ def test_what_is_old_goes_manifest_first(proxied_job: RemoteJob, proxy: Proxy) -
     removed = [key for request in proxy.requests for key in request.removed]
     assert removed[0].endswith(f"{first}/manifest.json")
     assert {path.rpartition("/")[2] for path in removed} == {"manifest.json", *job.content[1]}
-
-
-def test_what_a_job_has_gone_back_to_stays(job: RemoteJob) -> None:
-    """In the store alone: it is not at home any more."""
-    job.describe(keep=1)
-    job.save(1)
-    job.drain_well()
-    shutil.rmtree(job.home / step_name(1))
-    back = GoingBack(job.home)
-    back.has_drains = True
-    back.try_commit(1)
-    for step in (2, 3):
-        job.save(step)
-        job.drain_well()
-        assert job.sequences() == [step, 1]
-    back.release()
-    job.save(4)
-    job.drain_well()
-    assert job.sequences() == [4]
-    job.assert_store_is_tidy()
 
 
 def test_what_was_given_up_is_removed(job: RemoteJob) -> None:
