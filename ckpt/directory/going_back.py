@@ -15,6 +15,7 @@ there: then it counts until a job claims home.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import secrets
@@ -24,7 +25,7 @@ from ckpt.directory import holds, publish_lock
 from ckpt.directory import manifest as manifests
 from ckpt.directory.holds import BACK, FOLDER, Holds
 from ckpt.directory.step_names import names_in, step_name
-from ckpt.errors import CheckpointError
+from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
 from ckpt.storage.directory_lock import DirectoryLock
 
@@ -116,6 +117,8 @@ class GoingBack:
                 is_another = name.startswith(BACK) and place != self._place
                 if is_another and (place / holds.NAME).exists() and not _is_locked(place):
                     _remove(place)
+                elif is_another:
+                    durable.remove_if_empty(place)
         except (CheckpointError, OSError) as error:
             logger.warning("what jobs had gone back to that are gone stays in '%s': %s", self._home, error)
         self._write()
@@ -141,22 +144,34 @@ class GoingBack:
 
     def _tell(self, wanted: tuple[int, ...]) -> None:
         if self._lock is None:
-            durable.make_directory(self._place, durable=False)
-            lock = DirectoryLock(self._place, name=LOCK)
-            lock.acquire()
-            if not lock.held:
-                durable.remove_quietly(self._place / LOCK)
-            self._lock = lock
+            self._lock = self._make_place()
         durable.make_directory(self._home / publish_lock.FOLDER, durable=True)
         with publish_lock.publishing(self._home, "Checkpointer"):  # a drain that removes just now has not seen it
-            holds.write(self._place, Holds(wanted, wanted))
-        self._written = wanted
+            durable.make_directory(self._place, durable=False)  # without locks it may have been taken for one that was left
+            if holds.write(self._place, Holds(wanted, wanted)):  # else it is tried again, whenever anything is told
+                self._written = wanted
+
+    def _make_place(self) -> DirectoryLock:
+        lock = DirectoryLock(self._place, name=LOCK)
+        try:
+            durable.make_directory(self._place, durable=False)
+            lock.acquire()
+        except StorageError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            # A job that began just then has taken it for one that was left.
+            durable.make_directory(self._place, durable=False)
+            lock.acquire()
+        if not lock.held:
+            durable.remove_quietly(self._place / LOCK)
+        return lock
 
     def _take_back(self) -> None:
         lock, self._lock, self._written = self._lock, None, ()
         if lock is not None:
+            durable.remove_quietly(self._place / holds.NAME)
+            lock.release()  # before its file goes: NFS keeps what is open in the directory, under another name
             _remove(self._place)
-            lock.release()
 
 
 def _first(sequence: int, others: tuple[int, ...]) -> tuple[int, ...]:

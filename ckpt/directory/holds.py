@@ -59,13 +59,15 @@ class Holds:
         return on_its_way | set(wanted[: MOST_HELD - len(on_its_way)])
 
 
-def write(place: Path, holds: Holds) -> None:
-    """A failure is only logged: what is removed too early is not carried, and nothing else comes of it."""
+def write(place: Path, holds: Holds) -> bool:
+    """Whether it is written. A failure is only logged: what was written before counts on."""
     try:
         content = json.dumps(dataclasses.asdict(holds)).encode()
         durable.replace_quickly(place / NAME, content)
     except StorageError as error:
         logger.warning("what is to stay at home cannot be noted: %s", error)
+        return False
+    return True
 
 
 def read(place: Path) -> Holds:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ckpt.directory import manifest as manifests
 from ckpt.directory.going_back import sequences_at
 from ckpt.directory.listing import find_steps
 from ckpt.directory.manifest import Manifest
@@ -77,7 +78,7 @@ class Drainer:
         self._newest_at_home = -1
         self._at_home: list[Manifest] = []
         self._back: set[int] = set()  # what jobs have gone back to, as far as home has been asked
-        self._asks_back = False  # somebody has restored: home is to be asked, though nothing may be left to carry
+        self._asks_back = True  # somebody may have restored: home is to be asked, though nothing may be left to carry
         self._alone_since: float | None = None
         self._stranded = Stranded()
         self._server: Server | None = None
@@ -104,7 +105,7 @@ class Drainer:
             durable.make_directory(self._root / FOLDER, durable=True)
             self._retention.remove_retired()
             self._journals = {journal.sequence: journal for journal in journals.read_all(self._root)}
-            self._restored, self._asks_back = self._restore_time(), nodes.is_restored(self._root)
+            self._restored = self._restore_time()
             self._try_again()
             if self._rebuild:
                 self._begin_lost_anew(Home(self._node))
@@ -137,7 +138,7 @@ class Drainer:
     def _begin_lost_anew(self, home: Home) -> None:
         """What was there, or was not wanted there any more. Which of it is wanted now, others decide, as ever."""
         for journal in self._journals.values():
-            if journal.state in (COMMITTED, SUPERSEDED) and not home.is_committed(journal.name_at_home, journal.sequence):
+            if self._was_left(home, journal):
                 journal.change(QUEUED, inbox="", by=0, ended=0.0)
 
     def _take_lock(self, once: bool) -> None:
@@ -348,11 +349,19 @@ class Drainer:
             self._asks_back = asks_again
 
     def _look_back(self, home: Home) -> None:
-        """What a job has gone back to is to be at home, also if it was not wanted there before."""
+        """What a job has gone back to is to be at home, also if it was not wanted there before, or was tidied there."""
         before, self._back = self._back, sequences_at(home.path)
         for journal in (self._journals[sequence] for sequence in self._back - before if sequence in self._journals):
-            if journal.state == SUPERSEDED and not home.is_committed(journal.name_at_home, journal.sequence):
+            if self._is_here(journal) and self._was_left(home, journal):
                 journal.change(QUEUED, inbox="", by=0, ended=0.0)
+
+    def _is_here(self, journal: Journal) -> bool:
+        return manifests.is_at(self._root / step_name(journal.step), journal.sequence)
+
+    @staticmethod
+    def _was_left(home: Home, journal: Journal) -> bool:
+        """Whether it is not at home, and nobody is to bring it there."""
+        return journal.state in (COMMITTED, SUPERSEDED) and not home.is_committed(journal.name_at_home, journal.sequence)
 
     def _settle_one(self, home: Home, journal: Journal) -> None:
         def wants(manifest: Manifest) -> bool:

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory.manifest import FileEntry
@@ -195,18 +195,24 @@ class Upload:
 
 
 def tidy_store(
-    store: ObjectStore, catalogue: Catalogue, keep: int | None, on_their_way: set[str], warn_once: Callable[[str], None]
+    store: ObjectStore,
+    catalogue: Catalogue,
+    keep: int | None,
+    back: Container[int],
+    on_their_way: set[str],
+    warn_once: Callable[[str], None],
 ) -> Listing:
     """Removes checkpoints beyond `keep`, and what was given up. The place is ours. What cannot be removed is told once.
 
     Args:
+        back: sequences that jobs have gone back to: these stay, beside `keep`.
         on_their_way: folders that are being filled.
 
     Raises:
         ObjectStoreError: the store cannot be listed.
     """
     listing = catalogue.find()
-    beyond = [copy.folder for copy in listing.copies[keep:]] if keep is not None else []
+    beyond = [copy.folder for copy in listing.copies[keep:] if copy.sequence not in back] if keep is not None else []
     newest = listing.copies[0].sequence if listing.copies else -1
     bare = [
         folder

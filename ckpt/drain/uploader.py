@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ckpt.directory import holds
+from ckpt.directory.going_back import sequences_at
 from ckpt.directory.holds import MOST_HELD, Holds
 from ckpt.drain import journal as journals
 from ckpt.drain import node as nodes
@@ -288,9 +289,10 @@ class Uploader:
         self._warned.clear()
         try:
             on_their_way = {each.inbox for each in self._journals.values() if each.waits}
-            left = tidy_store(self._store, self._catalogue, self._remote.keep, on_their_way, self._warn_once)
+            back = sequences_at(self._remote.home)
+            left = tidy_store(self._store, self._catalogue, self._remote.keep, back, on_their_way, self._warn_once)
             self._times = {copy.sequence: created_s(copy.manifest) for copy in left.copies} or self._times
-        except ObjectStoreError as error:
+        except StorageError as error:  # of the store, or of home, which says what has to stay
             self._warn_once(f"removing what is old from '{self._remote.url}' failed, all checkpoints are good: {error}")
 
     def _failed(self, error: Exception, journal: Journal) -> None:

@@ -90,10 +90,10 @@ def make_levels(
         ValueError, StorageError: as of StoreLevel.
     """
     nodes = nearby = store = copies = None
+    directories.back.has_drains = tiers.node is not None or tiers.remote is not None
     home, rank, world_size = directories.path, coordinator.rank, coordinator.world_size
     finder = None if tiers.node is None else NodeFinder(tiers.node, home)
     if tiers.node is not None and finder is not None:
-        directories.back.has_drains = True
         nearby = Nearby(coordinator, f"{stream}-nearby", finder, options.timeout_s, directories.back)
         nodes = NodeLevel(tiers.node, directories, rank, world_size, keeping, options, _wanted_behind(tiers.remote))
     if tiers.remote is not None:

@@ -23,7 +23,7 @@ from ckpt.upkeep.census import is_checkpoint, look, none_at
 from ckpt.upkeep.contents import read_contents
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, size_below
 from ckpt.upkeep.showing import place_of
-from ckpt.upkeep.zip_check import first_bad_record
+from ckpt.upkeep.zip_check import first_bad_record, has_checksums
 
 GOOD, BAD, MISSING, UNKNOWN, ELSEWHERE = "good", "damaged", "missing", "not verifiable", "on another node"
 _THREADS = 8
@@ -243,17 +243,20 @@ def _judge_parts(path: Path, parts: list[tuple[int, int, str]], end: int, fast: 
             return BAD, f"has {size} bytes where {METADATA} speaks of {end}", size
         if fast:
             return GOOD, "", size
+        verdict = GOOD, ""
         with open(path, "rb") as file:
             for at, length, key in parts:
                 problem = _judge_part(file, at, length)
-                if problem:
-                    return problem[0], f"'{key}', at byte {at}: {problem[1]}", size
+                if problem and verdict[0] == GOOD:
+                    verdict = problem[0], f"'{key}', at byte {at}: {problem[1]}"
+                if problem and problem[0] == BAD:
+                    return BAD, f"'{key}', at byte {at}: {problem[1]}", size
                 done.reach(at + length)
     except FileNotFoundError:
         return MISSING, "it is not there", 0
     except OSError as error:
         return BAD, f"cannot be read: {error.strerror}", 0
-    return GOOD, "", size
+    return *verdict, size
 
 
 def _judge_part(file: io.BufferedReader, at: int, length: int) -> tuple[str, str] | None:
@@ -261,8 +264,11 @@ def _judge_part(file: io.BufferedReader, at: int, length: int) -> tuple[str, str
     if length > _LARGEST_PART:
         return UNKNOWN, f"its {length} bytes are more than can be verified at once"
     file.seek(at)
+    content = file.read(length)
     try:
-        record = first_bad_record(file.read(length))
+        record = first_bad_record(content)
+        if record is not None and not has_checksums(content):
+            return UNKNOWN, "it has no checksums"
     except (zipfile.BadZipFile, EOFError, NotImplementedError, ValueError) as error:
         return BAD, f"its archive is damaged: {error}"
     return None if record is None else (BAD, f"its record '{record}' fails its CRC-32")

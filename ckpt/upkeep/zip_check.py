@@ -33,6 +33,16 @@ def first_bad_record(content: bytes | bytearray) -> str | None:
         return archive.testzip()
 
 
+def has_checksums(content: bytes | bytearray) -> bool:
+    """Whether any of its records has one: torch leaves out those of all, or of none (`torch.serialization.set_crc32_options`).
+
+    Raises:
+        zipfile.BadZipFile, NotImplementedError, ValueError: it is no such archive.
+    """
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        return any(entry.CRC for entry in archive.infolist())
+
+
 def _is_good(content: memoryview) -> bool:
     """False: it is not, or that cannot be told here."""
     at = len(content) - _END.size

@@ -136,6 +136,30 @@ def test_sharded_directories(shell: Shell, tmp_path: Path) -> None:
         assert shell("verify", tmp_path / directory, "--fast").code == 1
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_sharded_directory_without_checksums(shell: Shell, tmp_path: Path) -> None:
+    """Torch can leave them out. What carries some in the same file is looked at all the same."""
+    state = {name: torch.arange(5000.0) for name in "abc"}
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        dcp.save(state, checkpoint_id=tmp_path / "bare", no_dist=True)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    dcp.save(state, checkpoint_id=tmp_path / "usual", no_dist=True)
+    document = shell.json("verify", tmp_path / "bare")
+    assert document["states"] == {"not verifiable": 1} and "has no checksums" in document["files"][0]["problem"]
+    bare, usual = (next((tmp_path / name).glob("*.distcp")) for name in ("bare", "usual"))
+    content, third = bare.read_bytes(), len(bare.read_bytes()) // 3
+    assert usual.stat().st_size == len(content) == 3 * third, "one archive for each tensor"
+    bare.write_bytes(content[:third] + usual.read_bytes()[third:])
+    assert shell.json("verify", tmp_path / "bare")["states"] == {"not verifiable": 1}
+    flip(bare, len(content) - third // 2)
+    assert "data/0' fails" in shell.json("verify", tmp_path / "bare", code=1)["files"][0]["problem"]
+    bare.write_bytes(content[:-22] + bytes(22))
+    assert "archive is damaged" in shell.json("verify", tmp_path / "bare", code=1)["files"][0]["problem"]
+
+
 def test_the_copy_of_metadata_that_torch_reads(shell: Shell, tmp_path: Path) -> None:
     """Of a step that was saved again the manifest names another file."""
     with ckpt.Checkpointer(tmp_path, options=options()) as checkpointer:

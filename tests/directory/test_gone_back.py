@@ -173,6 +173,73 @@ def test_without_locks_it_counts_until_a_job_comes(home: Path, monkeypatch: pyte
         own.release()
 
 
+def test_what_could_not_be_noted_is_noted_next_time(home: Path) -> None:
+    """The disk was full. What was noted before counts meanwhile."""
+    back, first, second = GoingBack(home), sequence_of(home, 2), sequence_of(home, 3)
+    back.try_commit(first)
+    with pytest.MonkeyPatch.context() as patched:
+
+        def refuse(path: Path, content: bytes) -> None:
+            raise ckpt.StorageError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+        patched.setattr("ckpt.storage.durable.replace_quickly", refuse)
+        back.try_commit(second)
+        assert sequences_at(home) == {first}
+    back.begin()
+    assert sequences_at(home) == {first, second}
+    back.release()
+    assert places(home) == []
+
+
+def test_nothing_is_left_where_removed_files_stay_as_long_as_they_are_open(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS: the directory is not empty until the lock is closed."""
+    rmdir = Path.rmdir
+
+    def refuse(path: Path) -> None:
+        if any(os.readlink(f"/proc/self/fd/{each}").startswith(f"{path}/") for each in open_descriptors()):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", refuse)
+    back = GoingBack(home)
+    back.try_commit(sequence_of(home, 2))
+    assert len(places(home)) == 1
+    back.release()
+    assert places(home) == []
+
+
+def open_descriptors() -> list[str]:
+    return [name for name in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{name}")]
+
+
+def test_an_empty_place_goes_with_the_next_job(home: Path) -> None:
+    empty = home / ".remote" / "back-0123456789abcdef"
+    empty.mkdir(parents=True)
+    with make(home, keep=None, tiers=[]) as training:
+        training.restore()
+        save(training, 6)
+    assert places(home) == []
+
+
+def test_a_job_that_begins_just_then_takes_the_place_away(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no lock in it yet."""
+    acquire, back = DirectoryLock.acquire, GoingBack(home)
+
+    def begin_first(lock: DirectoryLock, timeout_s: float = 0.0) -> None:
+        if (home / ".remote") in lock._path.parents and not taken:
+            taken.extend(places(home))
+            GoingBack(home).begin()
+            assert places(home) == []
+        acquire(lock, timeout_s)
+
+    taken: list[Path] = []
+    monkeypatch.setattr(DirectoryLock, "acquire", begin_first)
+    back.try_commit(sequence_of(home, 2))
+    assert places(home) == taken and sequences_at(home) == {sequence_of(home, 2)}
+    back.release()
+    assert places(home) == []
+
+
 def test_a_drain_brings_it_home_and_leaves_it_there(tmp_path: Path) -> None:
     """Also what was not wanted there before. What node.json says of it does not matter."""
     job = Job(tmp_path, keep=10, home_keep=1)
@@ -195,6 +262,45 @@ def test_a_drain_brings_it_home_and_leaves_it_there(tmp_path: Path) -> None:
     drain_well(job.roots[0])
     assert job.steps_at_home() == [7]
     job.assert_home_is_right()
+
+
+def test_a_drain_brings_again_what_home_has_tidied(tmp_path: Path) -> None:
+    """And leaves it on the node until it is there. What is at home is not touched. It may begin after the restore."""
+
+    def go_back(*sequences: int) -> None:
+        for sequence in sequences:
+            back.try_commit(sequence)
+        drain_well(job.roots[0])
+
+    job, back = Job(tmp_path, keep=3, home_keep=1), GoingBack(tmp_path / "home")
+    for step in (1, 2, 3):
+        job.save(step)
+        drain_well(job.roots[0])
+    assert job.steps_at_home() == [3] and [job.state(sequence) for sequence in (1, 2, 3)] == ["committed"] * 3
+    job.save(4)
+    there, noted = (job.home / "step-000000000003").stat().st_ino, job.journal(3)
+    go_back(1, 3)
+    assert job.steps_at_home() == [1, 3, 4] and job.steps_on() == [2, 3, 4]
+    assert (job.home / "step-000000000003").stat().st_ino == there and job.journal(3) == noted
+    go_back(2)
+    assert job.steps_at_home() == [1, 2, 3, 4] and (job.home / "latest").read_text().strip() == "step-000000000004"
+    back.release()
+    job.assert_home_is_right()
+
+
+def test_what_lies_on_the_node_no_more_is_not_brought(tmp_path: Path) -> None:
+    """Nor tried: it was retired there, or saved again."""
+    job, back = Job(tmp_path, keep=1, home_keep=1), GoingBack(tmp_path / "home")
+    for step in (1, 2, 2):
+        job.save(step)
+        drain_well(job.roots[0])
+    assert job.steps_on() == [2] and job.steps_at_home() == [2]
+    before = [job.journal(sequence) for sequence in (1, 2, 3)]
+    back.try_commit(1)
+    back.try_commit(2)
+    drain_well(job.roots[0])
+    assert [job.journal(sequence) for sequence in (1, 2, 3)] == before
+    back.release()
 
 
 def test_a_job_of_before_has_told_its_drain(tmp_path: Path) -> None:

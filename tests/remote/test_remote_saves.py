@@ -22,6 +22,8 @@ import ckpt
 from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.errors import CheckpointError, CorruptError, FailedSavesError, NotACheckpointError, StorageError, SupersededError
+from ckpt.remote.layout import Catalogue
+from ckpt.storage.object_store import ObjectStore
 
 DEADLINE_S = patience(60.0)
 SECRET = {"access_key_id": "test-key", "secret_access_key": "never-written-down"}
@@ -166,6 +168,19 @@ def test_home_is_lost_and_the_store_has_all(place: Place) -> None:
         found = checkpointer.restore()
         assert found is not None and found.step == 3 and set(found.sources.values()) == {"home"}
     assert not [*place.base.glob("fetched-*")]
+
+
+def test_a_step_that_is_in_the_store_alone_stays_for_who_has_gone_back_to_it(place: Place) -> None:
+    """Beside the one that the store keeps. No node has a part in it."""
+    save_steps(place, 1, 2)
+    tier = ckpt.Tier.remote(place.url, options=place.options, every=1, keep=1)
+    catalogue = Catalogue(ObjectStore(place.url, place.options))
+    with ckpt.Checkpointer(place.base / "new", keep=1, options=options(), tiers=[tier]) as checkpointer:
+        for step in (3, 4):
+            found = checkpointer.restore(step=1)
+            assert found is not None and set(found.sources.values()) == {"object store"}
+            checkpointer.save(step, state(step)).on_tier("object").result(DEADLINE_S)
+            wait_for(lambda step=step: [copy.manifest.step for copy in catalogue.find().copies] == [step, 1])
 
 
 def test_into_memory_that_is_there(place: Place) -> None:

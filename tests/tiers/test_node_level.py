@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from node_roots import drain_well
+from node_roots import drain_well, wait_for
 from support import DEADLINE_S, options
 from test_node_saves import end_drains
 
@@ -198,6 +198,21 @@ def test_what_was_gone_back_to_stays_while_newer_ones_come_home(home: Path, monk
         assert found is not None and found.state["value"] == 2 and there() == [2, 3, 5]
         assert made.save(6, state(6)).result(DEADLINE_S) and there() == [2, 5, 6]
     assert not [*home.glob(".remote/*")], "from now on it goes as any other"
+
+
+def test_what_was_gone_back_to_on_the_node_comes_home_again(home: Path) -> None:
+    """Home has had it, and has tidied it since. The node removes it later, and the job goes back once more."""
+    with ckpt.Checkpointer(home, keep=1, options=options(), tiers=[ckpt.Tier.node(node(home), keep=3)]) as made:
+        for step in (2, 3, 4):
+            made.save(step, state(step)).result(DEADLINE_S)
+    with ckpt.Checkpointer(home, keep=1, options=options(), tiers=[ckpt.Tier.node(node(home), keep=3)]) as made:
+        assert [path.name[-1] for path in home.glob("step-*")] == ["4"]
+        for newer in ((5, 6, 7), (8,)):
+            found = made.restore(step=2)
+            assert found is not None and found.state["value"] == 2
+            for step in newer:
+                made.save(step, state(step)).result(DEADLINE_S)
+        wait_for(lambda: sorted(path.name[-1] for path in home.glob("step-*/")) == ["2", "8"])
 
 
 def test_failures_at_home_do_not_end_training(home: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,7 +8,7 @@ import zipfile
 import torch
 
 from ckpt.upkeep import zip_check
-from ckpt.upkeep.zip_check import first_bad_record
+from ckpt.upkeep.zip_check import first_bad_record, has_checksums
 
 
 def archive() -> bytes:
@@ -47,3 +47,17 @@ def test_each_record_is_looked_at() -> None:
             changed[at] ^= 1
             assert first_bad_record(changed) == entry.filename
             assert not zip_check._is_good(memoryview(changed[:-1]))
+
+
+def test_whether_there_are_checksums() -> None:
+    """A record of nothing has 0 in any case."""
+    empty, bare = io.BytesIO(), bytearray(archive())
+    with zipfile.ZipFile(empty, "w") as made:
+        made.writestr("nothing", b"")
+        made.writestr("something", b"123")
+    assert has_checksums(archive()) and has_checksums(empty.getvalue())
+    at = bare.find(b"PK\x01\x02")
+    while at >= 0:
+        bare[at + 16 : at + 20] = bytes(4)
+        at = bare.find(b"PK\x01\x02", at + 4)
+    assert not has_checksums(bare) and first_bad_record(bare) is not None
