@@ -147,7 +147,9 @@ def address_of(session: str, environment: Mapping[str, str] = os.environ) -> str
 
 def listen_at(address: str) -> socket.socket | None:
     """None: another process does, or it cannot be done here."""
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener = _new_socket()
+    if listener is None:
+        return None
     try:
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -159,12 +161,14 @@ def listen_at(address: str) -> socket.socket | None:
 
 
 def connect_to(address: str, patience_s: float) -> Wire | None:
-    """None: nobody listens there, or not a process of the same user.
+    """None: nobody listens there, or not a process of the same user, or it cannot be done here.
 
     Raises:
         Silent: who listens does not take it.
     """
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    connection = _new_socket()
+    if connection is None:
+        return None
     try:
         connection.settimeout(patience_s)
         connection.connect(address)
@@ -177,6 +181,14 @@ def connect_to(address: str, patience_s: float) -> Wire | None:
         pass
     connection.close()
     return None
+
+
+def _new_socket() -> socket.socket | None:
+    """None: there are no such sockets in this sandbox, or no more descriptors just now."""
+    try:
+        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError:
+        return None
 
 
 def is_of_same_user(connection: socket.socket) -> bool:
