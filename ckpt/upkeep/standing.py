@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 
 from ckpt.directory.holds import FOLDER
-from ckpt.directory.step_names import names_in
+from ckpt.directory.step_names import is_step_name, names_in
 from ckpt.drain import node as nodes
 from ckpt.drain import remote_place
 from ckpt.drain.backlog import Backlog, backlog_of
@@ -73,6 +73,8 @@ def look_at(directory: Path) -> Standing:
 
 
 def _files_in(directory: Path) -> PlainFiles | None:
+    if is_step_name(directory.absolute().name):
+        return None  # of a step that is no checkpoint, or none any more
     found = []
     for name in sorted(names_in(directory)):
         path = directory / name

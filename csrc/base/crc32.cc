@@ -261,16 +261,15 @@ std::vector<Kernel> find_kernels() {
   return found;
 }
 
-const std::vector<Kernel>& kernels() {
-  static const std::vector<Kernel> found = find_kernels();
-  return found;
-}
+// Found when the library is loaded. At first use a thread might be about to find them while another one forks: the child would wait
+// for it for ever.
+const std::vector<Kernel> kKernels = find_kernels();
 
 // By the kernel `first`, or what comes behind it where there are too few bytes.
 const Kernel& kernel_for(size_t first, size_t length) {
   size_t index = first;
-  while (length < kernels()[index].shortest) ++index;
-  return kernels()[index];
+  while (length < kKernels[index].shortest) ++index;
+  return kKernels[index];
 }
 
 uint32_t sum_by(size_t first, uint32_t crc, const void* bytes, size_t length) {
@@ -287,8 +286,8 @@ uint32_t copy_by(size_t first, uint32_t crc, void* to, const void* bytes, size_t
 }
 
 size_t index_of(const std::string& kernel) {
-  for (size_t i = 0; i < kernels().size(); ++i) {
-    if (kernels()[i].name == kernel) return i;
+  for (size_t i = 0; i < kKernels.size(); ++i) {
+    if (kKernels[i].name == kernel) return i;
   }
   throw std::invalid_argument("this processor has no CRC-32 kernel '" + kernel + "'");
 }
@@ -313,7 +312,7 @@ uint32_t crc32_combine(uint32_t crc_a, uint32_t crc_b, uint64_t length_b) {
 
 std::vector<std::string> crc32_kernels() {
   std::vector<std::string> names;
-  for (const Kernel& kernel : kernels()) names.emplace_back(kernel.name);
+  for (const Kernel& kernel : kKernels) names.emplace_back(kernel.name);
   return names;
 }
 

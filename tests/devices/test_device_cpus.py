@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,8 +42,9 @@ def places(prefix: str) -> list[set[int]]:
     """Where threads of such a name may run."""
     found = []
     for task in Path("/proc/self/task").iterdir():
-        if (task / "comm").read_text().startswith(prefix):
-            found.append(os.sched_getaffinity(int(task.name)))
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it may just end
+            if (task / "comm").read_text().startswith(prefix):
+                found.append(os.sched_getaffinity(int(task.name)))
     return found
 
 

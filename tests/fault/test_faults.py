@@ -194,6 +194,7 @@ def test_an_interrupted_call_is_made_again(call: str, tmp_path: Path, native: An
         checkpointer.save(2, make_state(2)).result(30)
         assert assert_run_is_good(checkpointer) == 2
         assert checkpointer.steps() == [2]
+        wait_until(lambda: inspection.places_taken(checkpointer) == 0)  # its space is given back
         assert leftovers(tmp_path) == []
 
 

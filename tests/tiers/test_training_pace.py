@@ -130,6 +130,10 @@ def test_the_drain_follows_it(training: Training, tmp_path: Path) -> None:
     rate.note(1000, 1.0)
     training.iterate(0.0, *[1.0] * 5)
     rate.wait(1)
+    assert rate.rate == 250.0, "it begins slowly"
+    for _ in range(5 * 8):
+        training.iterate(1.0)
+        rate.wait(1)
     assert rate.rate is None
     training.draining = True
     training.iterate(1.2)
