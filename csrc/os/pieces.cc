@@ -12,6 +12,7 @@ namespace lazyckpt {
 namespace {
 
 constexpr size_t kHugePage = size_t{2} << 20;
+constexpr size_t kSmallPage = size_t{4} << 10;
 
 AlignedBytes allocate(size_t bytes, size_t align) {
   void* memory = nullptr;
@@ -25,7 +26,8 @@ std::byte* WriterMemory::get(size_t bytes, size_t align) {
   assert(align <= kHugePage);
   if (bytes <= size_) return bytes_;
   unmap();
-  const size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  const size_t unit = bytes < kHugePage ? kSmallPage : kHugePage;  // small chunks are no reason to take large pages
+  const size_t wanted = (bytes + unit - 1) / unit * unit;
   void* mapped = ::mmap(nullptr, wanted + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mapped == MAP_FAILED) throw std::bad_alloc();
   mapped_ = mapped;
@@ -34,7 +36,7 @@ std::byte* WriterMemory::get(size_t bytes, size_t align) {
   bytes_ = static_cast<std::byte*>(mapped) + (kHugePage - address % kHugePage) % kHugePage;
   size_ = wanted;
   ::madvise(mapped_, mapped_bytes_, MADV_DONTFORK);
-  ::madvise(bytes_, wanted, MADV_HUGEPAGE);  // a wish
+  if (unit == kHugePage) ::madvise(bytes_, wanted, MADV_HUGEPAGE);  // a wish
   return bytes_;
 }
 
