@@ -123,8 +123,8 @@ class GroupedCoordinator(Coordinator):
 
     def _join_node(self) -> None:
         """When rank 0 has heard of all ranks."""
-        if self._address is None or (self.rank == 0 and self._listener is None):
-            return  # rank 0 is no member, whose words would go through another rank: where no name is given, it goes alone
+        if self._address is None:
+            return
         wire = None
         end = Deadline(_LOOKING_S)
         while self._listener is None and wire is None and not end.over:

@@ -63,7 +63,7 @@ class _Batch:
     answers: dict[int, bytes] = dataclasses.field(default_factory=dict)
     claimed: bool = False
     sent: bool = False
-    failure: CheckpointError | None = None
+    failure: BaseException | None = None
 
     @property
     def is_over(self) -> bool:
@@ -89,7 +89,6 @@ class LeaderWay:
     def __init__(self, carrier: Carrier, listener: socket.socket) -> None:
         self._carrier = carrier
         self._listener = listener
-        self._warned = False  # that members cannot connect
         self._changed = threading.Condition()
         # Guarded by that:
         self._batches: dict[str, _Batch] = {}  # those that are not claimed
@@ -109,7 +108,7 @@ class LeaderWay:
         failure, mine = self._pass_on(key, self._carrier.rank, payload, deadline)
         if failure is None:
             return
-        if mine and not isinstance(failure, StorageError):
+        if mine:
             raise failure
         send_alone(self._carrier, key, payload, deadline, unsure=not isinstance(failure, StorageError))
 
@@ -143,38 +142,29 @@ class LeaderWay:
 
     # ---- answers ---------------------------------------------------------------------------------------------------
 
-    def _pass_on(self, key: str, rank: int, payload: bytes, deadline: Deadline) -> tuple[CheckpointError | None, bool]:
+    def _pass_on(self, key: str, rank: int, payload: bytes, deadline: Deadline) -> tuple[BaseException | None, bool]:
         """Sends an answer together with others.
 
         Returns:
             Why it is not certain to have been sent, if it is not; and whether it is this thread that has tried to.
         """
-        failure: CheckpointError | None = unposted_error(key, rank, "its sending was interrupted")
-        mine: _Batch | None = None
-        try:
-            with self._changed:
-                batch = self._batches.get(key)
-                if batch is None:
-                    batch = self._batches[key] = _Batch(time.monotonic() + min(HOLD_S, deadline.timeout_s / _HOLD_SHARE))
-                batch.answers[rank] = payload
-                while not batch.claimed and not self._is_due(key, batch):
-                    self._changed.wait(max(0.0, batch.due - time.monotonic()))
-                if batch.claimed:
-                    while not batch.is_over and not deadline.over:
-                        self._changed.wait(deadline.left_s)
-                    late = unposted_error(key, rank, "the message of its node has not been sent in time")
-                    return (batch.failure if batch.is_over else late), False
-                mine = batch  # before the claim: whatever interrupts this from now on, the others hear of it
-                batch.claimed = True
-                del self._batches[key]
-                self._note_passed(key, batch)
-            failure = self._send(key, batch, deadline)
-            return failure, True
-        finally:
-            if mine is not None:
-                with self._changed:
-                    mine.failure, mine.sent = failure, failure is None
-                    self._changed.notify_all()
+        with self._changed:
+            batch = self._batches.get(key)
+            if batch is None:
+                batch = self._batches[key] = _Batch(time.monotonic() + min(HOLD_S, deadline.timeout_s / _HOLD_SHARE))
+            batch.answers[rank] = payload
+            while not batch.claimed and not self._is_due(key, batch):
+                self._changed.wait(max(0.0, batch.due - time.monotonic()))
+            if batch.claimed:
+                while not batch.is_over and not deadline.over:
+                    self._changed.wait(deadline.left_s)
+                late = unposted_error(key, rank, "the message of its node has not been sent in time")
+                return (batch.failure if batch.is_over else late), False
+            batch.claimed = True
+            del self._batches[key]
+            self._note_passed(key, batch)
+        self._send(key, batch, deadline)
+        return batch.failure, True
 
     def _is_due(self, key: str, batch: _Batch) -> bool:
         """Needs the lock."""
@@ -189,14 +179,21 @@ class LeaderWay:
             if len(self._passed) > _MOST_OVER:
                 del self._passed[next(iter(self._passed))]
 
-    def _send(self, key: str, batch: _Batch, deadline: Deadline) -> CheckpointError | None:
+    def _send(self, key: str, batch: _Batch, deadline: Deadline) -> None:
+        failure: BaseException | None = None
         try:
             durable.crash_point("node-gathered")
             self._carrier.send(key, batch.answers, deadline)
             durable.crash_point("node-posted")
         except CheckpointError as error:
-            return error.with_traceback(None)
-        return None
+            failure = error.with_traceback(None)
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            with self._changed:
+                batch.failure, batch.sent = failure, failure is None
+                self._changed.notify_all()
 
     def _ranks(self) -> set[int]:
         """Of this node, whose answers rank 0 waits for. Needs the lock."""
@@ -206,32 +203,31 @@ class LeaderWay:
     # ---- words -----------------------------------------------------------------------------------------------------
 
     def _hear(self, key: str, rank: int, deadline: Deadline) -> bytes:
-        mine = False
+        with self._changed:
+            while True:
+                if (word := self._words.get(key)) is not None:
+                    self._note_read(key, rank)
+                    return word.text
+                deadline.check()
+                if key not in self._sought:
+                    break
+                if deadline.over:
+                    raise silent_error(key, rank, deadline.timeout_s)
+                self._changed.wait(deadline.left_s)
+            self._sought.add(key)
         try:
-            with self._changed:
-                while True:
-                    if (word := self._words.get(key)) is not None:
-                        self._note_read(key, rank)
-                        return word.text
-                    deadline.check()
-                    if key not in self._sought:
-                        break
-                    if deadline.over:
-                        raise silent_error(key, rank, deadline.timeout_s)
-                    self._changed.wait(deadline.left_s)
-                mine = True  # before the others see it: whatever interrupts this from now on, one of them listens then
-                self._sought.add(key)
             text = self._carrier.listen(key, deadline)
-            durable.crash_point("node-heard")
+        except BaseException:
             with self._changed:
-                self._keep(key, text)
-                self._note_read(key, rank)
-            return text
-        finally:
-            if mine:
-                with self._changed:
-                    self._sought.discard(key)
-                    self._changed.notify_all()
+                self._sought.discard(key)
+                self._changed.notify_all()
+            raise
+        durable.crash_point("node-heard")
+        with self._changed:
+            self._sought.discard(key)
+            self._keep(key, text)
+            self._note_read(key, rank)
+        return text
 
     def _keep(self, key: str, text: bytes) -> None:
         """For the others of this node. Needs the lock."""
@@ -271,9 +267,7 @@ class LeaderWay:
             except OSError as error:
                 if self._ending.is_set():
                     return
-                if not self._warned:
-                    logger.warning("the leader of a node could not take a connection, and goes on trying: %s", error)
-                    self._warned = True
+                logger.warning("the leader of a node could not take a connection: %s", error)
                 time.sleep(PULSE_S)
             if pulse.over:
                 pulse = Deadline(PULSE_S)

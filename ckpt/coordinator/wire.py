@@ -147,9 +147,7 @@ def address_of(session: str, environment: Mapping[str, str] = os.environ) -> str
 
 def listen_at(address: str) -> socket.socket | None:
     """None: another process does, or it cannot be done here."""
-    listener = _new_socket()
-    if listener is None:
-        return None
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(address)
         listener.listen(_BACKLOG)
@@ -161,14 +159,12 @@ def listen_at(address: str) -> socket.socket | None:
 
 
 def connect_to(address: str, patience_s: float) -> Wire | None:
-    """None: nobody listens there, or not a process of the same user, or it cannot be done here.
+    """None: nobody listens there, or not a process of the same user.
 
     Raises:
         Silent: who listens does not take it.
     """
-    connection = _new_socket()
-    if connection is None:
-        return None
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         connection.settimeout(patience_s)
         connection.connect(address)
@@ -181,14 +177,6 @@ def connect_to(address: str, patience_s: float) -> Wire | None:
         pass
     connection.close()
     return None
-
-
-def _new_socket() -> socket.socket | None:
-    """None: there are no such sockets in this sandbox, or no more descriptors just now."""
-    try:
-        return socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    except OSError:
-        return None
 
 
 def is_of_same_user(connection: socket.socket) -> bool:
