@@ -32,14 +32,9 @@ class Interrupt:
 
 
 class Deadline:
-    """A moment on the monotonic clock.
-
-    Attributes:
-        timeout_s: how far away it was at first, seconds.
-    """
+    """A moment on the monotonic clock."""
 
     def __init__(self, timeout_s: float) -> None:
-        self.timeout_s = timeout_s
         self._at = time.monotonic() + timeout_s
 
     @property
