@@ -79,6 +79,18 @@ def test_direct_io_where_there_is_some(direct: Path, caplog: pytest.LogCaptureFi
     assert caplog.records == []
 
 
+def test_a_change_during_a_direct_write_does_not_reach_the_file(native: Any, direct: Path) -> None:
+    """The writer has its own copy by then, and writes that."""
+    native.set_fault("pwritev", delay_s=DEADLINE_S)
+    weight = random_bytes(3 * MIB)
+    expected = weight.clone()
+    pending = save([weight], direct / "x.pt", writers=1, chunk_bytes="4MiB", arena_bytes="32MiB", verify_capture=True)
+    wait_until(lambda: inspection.files_of(pending)[0].job.captured, DEADLINE_S, "the capture")
+    as_bytes(weight).zero_()
+    native.clear_faults()
+    assert check(pending, [expected]).direct_io is True
+
+
 def test_a_memory_file_system(in_memory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     inspection.forget_notices()
     state = some_state()
