@@ -227,9 +227,8 @@ class Uploader:
         held = tuple(each.sequence for each in waiting)
         remote = self._remote
         wanted = Holds(decided, held, remote.every_steps, all_others=remote.every_s is not None)
-        if wanted != self._held:
+        if wanted != self._held and holds.write(self._place, wanted):  # else it is tried again at the next look
             self._held = wanted
-            holds.write(self._place, wanted)
 
     # ---- the store -------------------------------------------------------------------------------------------------
 
