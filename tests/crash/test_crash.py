@@ -204,7 +204,7 @@ def test_killed_again_and_again_at_the_same_point(nursery: Nursery, reference: R
 # ---- any moment ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kills", [40, pytest.param(1500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [24, pytest.param(1500, marks=pytest.mark.slow)])
 def test_killed_at_any_moment(kills: int, nursery: Nursery, reference: Reference, tmp_path: Path) -> None:
     """One run, killed and resumed over and over in the same directory, and more often where a busy machine slows it down."""
     moments = random.Random(20240607)

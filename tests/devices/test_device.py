@@ -68,7 +68,7 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES, seed=st.integers(0, 1 << 32))
 @example(Case((MIB,) * 3, (LAZY,), (0, 1), 256 * KIB, 65536, 1, 0, 0, 2, 2, 0.001, 0.001, 64, True, False, False), 1)
 @example(

@@ -127,7 +127,7 @@ def test_what_a_killed_one_has_noted_is_checked_as_a_whole(tmp_path: Path) -> No
     end_well(job, 3)
 
 
-@pytest.mark.parametrize("kills", [30, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [15, pytest.param(500, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("nodes", [1, 2])
 def test_killed_at_any_moment(nodes: int, kills: int, tmp_path: Path) -> None:
     """Some end before; so there are more rounds than kills. How long one takes depends on what else the machine does."""

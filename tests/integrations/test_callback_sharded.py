@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from choice import mostly_slow
 from nursery import Nursery, sharding_nurseries
 from torch.distributed.checkpoint import FileSystemReader
 
@@ -75,8 +76,11 @@ def test_killed_and_resumed_by_way_of_a_node(how: str, jobs: Jobs, tmp_path: Pat
         assert each["found"] == STEPS and each["resumed"] == through["digests"][str(STEPS)]
 
 
-@pytest.mark.parametrize("saved", ["fsdp", "fsdp1", "recomputed"])
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 4)])
+RESHARDED = [(before, after, saved) for saved in ("fsdp", "fsdp1", "recomputed") for before, after in ((2, 1), (1, 2), (2, 4))]
+MANY_RESHARDED = [(2, 1, "fsdp"), (1, 2, "fsdp"), (2, 4, "fsdp"), (1, 2, "fsdp1"), (2, 1, "recomputed")]
+
+
+@pytest.mark.parametrize(("before", "after", "saved"), mostly_slow(RESHARDED, run=MANY_RESHARDED))
 def test_resumed_on_another_number_of_ranks(before: int, after: int, saved: str, jobs: Jobs) -> None:
     """And with another way of sharding."""
     (through, *_) = jobs.run("saved", saved, before, steps=4)

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import pytest
 from background import Result, side_by_side
+from choice import in_turn, mostly_slow
 from dist import sharded_states
 from nursery import Ended, Nursery, sharding_nurseries
 from places import TESTS
@@ -189,7 +190,11 @@ def begun(
         yield stack.enter_context(side_by_side(request, bodies, lanes, tmp_path_factory))
 
 
-@pytest.mark.parametrize(("way", "point", "victim"), KILLS)
+MANY_KILLS = [("ours", *each) for each in in_turn(ALL_RANKS)] + [("parts", *each) for each in in_turn(OF_PARTS)]
+MANY_KILLS += [kill for kill in KILLS if kill[1] not in (*ALL_RANKS, *OF_PARTS)]
+
+
+@pytest.mark.parametrize(("way", "point", "victim"), mostly_slow(KILLS, run=MANY_KILLS))
 def test_killed_while_an_id_is_saved_again(
     way: str, point: str, victim: int, begun: Result, request: pytest.FixtureRequest
 ) -> None:

@@ -20,6 +20,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("deepspeed") is None:
     pytest.skip("deepspeed is not installed", allow_module_level=True)
 
+from choice import in_turn, mostly_slow
 from dist.deepspeed_nursery import DeepSpeedNursery, free_port, training_program
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
 
@@ -149,7 +150,11 @@ def check_found(life: Life, reference: list[dict[str, Any]]) -> None:
         assert {str(step): digest for step, digest in found.items()}.items() <= expected["digests"].items()
 
 
-@pytest.mark.parametrize(("point", "rank"), TAG_POINTS)
+# Of each kind that commits anew some; the points are those of any other save, where all are run: tests/commit/test_commit.py.
+MANY_TAG_POINTS = [*in_turn([*TRAINING, *EVERY_RANK]), *((point, 0) for point in RANK_0_ONLY)]
+
+
+@pytest.mark.parametrize(("point", "rank"), mostly_slow(TAG_POINTS, run=MANY_TAG_POINTS))
 def test_killed_at_a_crash_point(
     point: str, rank: int, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from choice import in_turn, mostly_slow
 from support import clear_faults
 
 if importlib.util.find_spec("transformers") is None:
@@ -87,9 +88,11 @@ class Slim(GPT2LMHeadModel):
         Path(save_directory, "model.safetensors").unlink(missing_ok=True)
 
 
-@pytest.mark.parametrize("behind", [True, False])
-@pytest.mark.parametrize("own", [RemovesModel, RemovesArguments, RenamesModel, RemovesOptimizer, RemovesRandomNumbers, Slim])
-def test_what_an_override_does_with_files_of_the_trainer_holds(own: Any, behind: bool, tmp_path: Path) -> None:
+OWN = [RemovesModel, RemovesArguments, RenamesModel, RemovesOptimizer, RemovesRandomNumbers, Slim]
+
+
+@pytest.mark.parametrize(("own", "behind"), mostly_slow([(own, side) for own in OWN for side in (0, 1)], run=in_turn(OWN)))
+def test_what_an_override_does_with_files_of_the_trainer_holds(own: Any, behind: int, tmp_path: Path) -> None:
     """Whether it comes before the mixin or behind it: the names are those that are left with the Trainer alone."""
     model = Slim(network().config) if own is Slim else None
     kind = Trainer if own is Slim else own

@@ -21,7 +21,7 @@ import ckpt
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.torch_private import find_loader
 
-FUZZED = int(os.environ.get("LAZYCKPT_FUZZ_FILES", "3000"))
+FUZZED = int(os.environ.get("LAZYCKPT_FUZZ_FILES", "1500"))
 STATE = {"a": torch.arange(1000.0), "b": torch.ones(7)}
 
 

@@ -118,7 +118,7 @@ def test_ctrl_c_ends_a_load_and_leaves_nothing(tmp_path: Path) -> None:
 def test_loads_leave_nothing_behind(sized_file: Path) -> None:
     ckpt.load(sized_file)
     before = resources()
-    for _ in range(20):
+    for _ in range(8):
         ckpt.load(sized_file)
         ckpt.load(sized_file, keys="1")
     assert_no_leak(before, memory_bytes=32 << 20)

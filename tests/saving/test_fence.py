@@ -69,7 +69,7 @@ CASES = st.builds(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(case=CASES)
 @example(Case((3 * MIB,) * 3, (True,), MIB, 1 << 16, 1, {}, None, 0.004, 3, 0.0))
 @example(Case((5 * MIB, 0, 7), (True,), MIB, 1 << 22, 4, {}, (512, 4096), 0.004, 1, 0.0))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as td
+from choice import in_turn, mostly_slow
 from nursery import Child, Ended, Nursery, sharding_nurseries
 from support import stop, wait_until
 from test_commit import ALL_RANKS, IMPATIENT, RANK_0_ONLY
@@ -201,7 +202,10 @@ def test_a_rank_that_hangs_for_a_while(victim: int, start: Start, run: Run, tmp_
 # ---- killed ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("point", "victim"), [(p, v) for p in ALL_RANKS for v in (0, 1)] + [(p, 0) for p in POINTS])
+KILLS = [(p, v) for p in ALL_RANKS for v in (0, 1)] + [(p, 0) for p in POINTS]
+
+
+@pytest.mark.parametrize(("point", "victim"), mostly_slow(KILLS, run=[*in_turn(ALL_RANKS), *((p, 0) for p in POINTS)]))
 def test_killed_at_a_crash_point(point: str, victim: int, run: Run, tmp_path: Path) -> None:
     """The step before stands, or the step itself, whole, on all ranks; and the next job finds nothing in its way."""
     first = ended_well(run(steps=2))
