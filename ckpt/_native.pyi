@@ -182,7 +182,9 @@ def choose_kinds(
     devices: list[int],
     lazy_on_devices: bool,
     kinds: bytearray,
-) -> tuple[list[int], list[SavedStorage]]: ...
+) -> tuple[list[int], list[int], list[SavedStorage]]: ...  # (addresses, sizes, the lazy ones)
+def find_elsewhere(records: list[SavedStorage]) -> list[int]: ...  # the numbers of those that are not in host memory
+def are_whole(records: list[SavedStorage]) -> bool: ...  # all of them
 def find_changed(records: list[SavedStorage]) -> tuple[torch.Tensor | None, bool]: ...
 def use_torch_names(
     *, storage_key: str | None, keys_last: bool, one_object: bool, version: str | None, backward_hooks: str | None
