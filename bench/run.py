@@ -10,6 +10,7 @@
     python -m bench.run --workload rivals                 beside every other way of saving that runs here; not part of "all"
     python -m bench.run --workload frequency              a save every 10 to every iteration; not part of "all"
     python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
+    python -m bench.run --workload small                  1 MiB, beside torch.save and its fsyncs; not part of "all"
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
     python -m bench.run --workload safetensors            safetensors files beside save_file and load_file; not part of "all"
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
@@ -49,6 +50,7 @@ from bench.workloads.metrics import measure_metrics
 from bench.workloads.restore import measure_restore
 from bench.workloads.rivals import measure_rivals
 from bench.workloads.sizes import measure_sizes
+from bench.workloads.small import measure_small
 from bench.workloads.stall import measure_overhead, measure_stall
 
 
@@ -116,6 +118,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "rivals": measure_rivals,
     "frequency": measure_frequency,
     "sizes": measure_sizes,
+    "small": measure_small,
     "restore": measure_restore,
     "metrics": measure_metrics,
     "safetensors": measure_safetensors,

@@ -17,11 +17,11 @@ class Options:
 
     Attributes:
         arena_bytes: size of the staging memory, bytes; default "auto". Holds what writers cannot take from its tensor: small
-            and ragged pieces, everything captured inside save(), what the fence finds unwritten, and all that lies on CUDA
-            devices. "auto": 512 MiB, and as much as a save has on devices, as soon as one has more; at most 0.4 of the memory
-            that is available when the first save begins, divided among the ranks of the node. `SaveStats.arena_bytes` tells
-            what it is. A size is exact. A state larger than the arena works; save() and the fence then wait for the disk,
-            which `SaveStats.arena_wait_s` reports, and a warning tells if training waits long for it. At least "1MiB".
+            ones, everything captured inside save(), what the fence finds unwritten, and all that lies on CUDA devices.
+            "auto": 512 MiB, and as much as a save has on devices, as soon as one has more; at most 0.4 of the memory that is
+            available when the first save begins, divided among the ranks of the node. `SaveStats.arena_bytes` tells what it
+            is. A size is exact. A state larger than the arena works; save() and the fence then wait for the disk, which
+            `SaveStats.arena_wait_s` reports, and a warning tells if training waits long for it. At least "1MiB".
         chunk_bytes: unit of a write, bytes, a power of two from "64KiB"; default "4MiB". Smaller: shorter waits for writes
             in progress at a fence. Larger: fewer system calls. Cut down to a quarter of the arena.
         writers: writer threads; default 4. They spend their time in the kernel; more keep a faster disk busy. Each has memory

@@ -48,7 +48,8 @@ class Found(NamedTuple):
 def find_steps(directory: Path) -> Found:
     """What is there. A living job may publish and remove steps meanwhile: what it says is true for one moment, all the same."""
     for pause in _PAUSES_S:
-        time.sleep(pause)
+        if pause:  # else it would only let other threads go first
+            time.sleep(pause)
         found, missed = _look_once(directory)
         if not missed:
             break

@@ -63,6 +63,7 @@ class Retention:
         self._warn_once = warn_once
         self._replaced: dict[str, set[str]] = {}  # step directory -> names of files that its manifest named before
         self.retired: list[Path] = []  # no steps any more, but still there
+        self._unsynced = False  # their old names may come back after a crash
         self.damaged: set[int] = set()  # sequences of those that a restore has found not to be what was saved
 
     def note_replaced(self, directory: Path, files: Iterable[str]) -> None:
@@ -96,7 +97,7 @@ class Retention:
                 self._note("delete", step=old.step, sequence=old.sequence, bytes=manifests.bytes_of(old))
             largest = max(largest, manifests.bytes_of(old))
         while self.retired and not free_space.has_room(self._directory, self._max_in_flight * largest):
-            self._sweep_one()  # before the outcome: the next save of any rank needs the space
+            self.sweep_one()  # before the outcome: the next save of any rank needs the space
 
     def _beyond(self) -> list[tuple[Path, Manifest]]:
         """What no rule keeps."""
@@ -109,9 +110,17 @@ class Retention:
         reasons = self._keeping.reasons([manifest for _, manifest in found], is_whole, self.damaged)
         return [each for each, reason in zip(found, reasons, strict=True) if not reason]
 
-    def _sweep_one(self) -> None:
+    def sweep_one(self, meanwhile: contextlib.AbstractContextManager[None] | None = None) -> None:
+        """Gives the space of one retired step back, once its name is gone for good: half a step must not come back under it.
+
+        Args:
+            meanwhile: held while that is done.
+        """
         path = self.retired.pop()
-        with self.going_on(path):
+        with self.going_on(path), meanwhile or contextlib.nullcontext():
+            if self._unsynced:
+                durable.sync_directory(self._directory)
+                self._unsynced = False
             durable.remove_tree(path)
 
     @contextlib.contextmanager
@@ -134,7 +143,7 @@ class Retention:
                 with self.going_on(path):
                     self._clean(path)
             while self.retired:
-                self._sweep_one()
+                self.sweep_one()
         except (CheckpointError, OSError) as error:
             logger.warning("removing what a crash left in '%s' failed: %s", self._directory, error)
 
@@ -156,8 +165,9 @@ class Retention:
         """Steps whose removal failed half-way."""
         for path, behind in temporaries_in(self._directory):
             if is_step_name(behind) and (path.is_dir() or path.is_symlink()):
-                with self.going_on(path):
-                    durable.remove_tree(path)
+                self._unsynced = True  # who has renamed it may have been killed behind that
+                self.retired.append(path)
+                self.sweep_one()
 
     def _remove_if_leftover(self, path: Path) -> None:
         if unpublished.is_leftover(names_in(path)):
@@ -198,7 +208,7 @@ class Retention:
                 self._warn_once(f"link {directory}", text, directory, os.path.realpath(directory))
             retired = durable.retire_directory(directory)
         self.retired.append(retired)
-        durable.sync_directory(self._directory)
+        self._unsynced = True
         durable.crash_point("removal-begun")
 
 

@@ -8,9 +8,10 @@ What lies below, and when it is a checkpoint: see steps.py and bundles.py.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from ckpt.directory import numbering
@@ -142,6 +143,22 @@ class Root:
     def point_latest(self, content: str) -> None:
         """Durably. Raises StorageError."""
         durable.replace_durably(self.reach / LATEST, content.encode(), "latest")
+
+    @contextlib.contextmanager
+    def latest_aside(self) -> Iterator[Path]:
+        """Where to write what `latest` is going to be; removed if it does not become that."""
+        aside = temporary_names.temporary_path(self.reach / LATEST)
+        try:
+            yield aside
+        except BaseException:
+            durable.remove_quietly(aside)
+            raise
+
+    def move_latest(self, aside: Path) -> None:
+        """Durably, as point_latest() does. Raises StorageError."""
+        durable.crash_point("latest-written")
+        durable.rename_durably(aside, self.reach / LATEST)
+        durable.crash_point("latest-renamed")
 
 
 def temporaries_in(directory: Path) -> list[tuple[Path, str]]:

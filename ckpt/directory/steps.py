@@ -361,7 +361,9 @@ class StepDirectories:
     # ---- the finisher's side --------------------------------------------------------------------------------------
 
     def give_final_name(self, temporary: Path, target: Path, beside: Mapping[Path, bytes] | None = None) -> None:
-        """Gives a written file its name, durably. No manifest names it yet: it belongs to no checkpoint.
+        """Gives a written file its name. No manifest names it yet: it belongs to no checkpoint.
+
+        Where ranks write together it is durable then; else once publish() has made it so, with all else that a manifest needs.
 
         Args:
             beside: small files that belong to it, and what is to be in them.
@@ -379,7 +381,7 @@ class StepDirectories:
             for path, content in (beside or {}).items():
                 self._placed.add(path)
                 durable.write_small_file(path, content)
-            durable.rename_durably(temporary, target)
+            (durable.rename_durably if self._shared else durable.give_name)(temporary, target)
         except BaseException:
             for path in (target, *(beside or {})):
                 self.remove_unpublished(path)
@@ -418,8 +420,9 @@ class StepDirectories:
             CorruptError: see publishing.py.
         """
         self._refuse_another_directory()
+        details = self._root, directory, manifest, self.token, self._retention.note_replaced
         with self._still_ours():
-            publish(self._root, directory, manifest, self.token, self._retention.note_replaced, local=local)
+            publish(*details, local=local, unsynced=not self._shared)
 
     def _refuse_another_directory(self) -> None:
         """Else a step would go to a directory that nobody has locked, beside the checkpoints so far.
@@ -490,8 +493,6 @@ class StepDirectories:
     def sweep(self) -> None:
         """Gives the space of steps back that tidy() has taken away. A file system needs long for that: nobody is to wait."""
         while self._retention.retired:
-            path = self._retention.retired.pop()
-            with self._retention.going_on(path), self._still_ours():
-                durable.remove_tree(path)
+            self._retention.sweep_one(self._still_ours())
         with self._lock:
             self._lock.notify_all()

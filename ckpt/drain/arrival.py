@@ -153,9 +153,7 @@ class Arrival:
             self._leave_alone_what_others_write()
             self._retention.tidy(self._directory, there, None)
             while self._retention.retired:
-                path = self._retention.retired.pop()
-                with self._retention.going_on(path):
-                    durable.remove_tree(path)
+                self._retention.sweep_one()
         except (CheckpointError, OSError) as error:
             logger.warning("tidying '%s' failed, the checkpoint is good: %s", self._home, error)
 

@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import operator
 import pickle
 from collections import OrderedDict
 from types import FunctionType, NoneType
@@ -62,7 +61,6 @@ _TWO_DTYPES = (
     "cannot save tensors or storages that view the same data as different types, if one of them is not a plain strided tensor "
     "or is made anew by each pickling (torch.save cannot either); save a clone of one of them"
 )
-_is_whole = operator.attrgetter("whole")
 
 
 class _UnstableError(Exception):
@@ -246,7 +244,7 @@ def _see(record: SavedStorage, interval: ByteInterval) -> None:
 def find_remaps(table: StorageTable) -> dict[int, _Remap]:
     """What a second pass must do differently; empty if nothing."""
     remaps: dict[int, _Remap] = {}
-    if not table.conflicts and all(map(_is_whole, table.order)):
+    if not table.conflicts and _native.are_whole(table.order):
         return remaps  # as nearly always
     for cdata, record in table.records.items():
         untyped = cdata in table.conflicts

@@ -19,7 +19,7 @@ from ckpt.plan.shared_memory import SharedMemory
 
 COPY, LAZY, OWNED = _native.COPY, _native.LAZY, _native.OWNED  # the kinds of records: see _native.pyi
 
-_nbytes, _location = (operator.attrgetter(name) for name in ("nbytes", "location"))
+_location = operator.attrgetter("location")
 
 
 class Archives(NamedTuple):
@@ -89,8 +89,8 @@ def structure_of(obj: Any) -> SavePlan:
         as make_plan().
     """
     data, records = pickle_object(obj)
-    plan = SavePlan(data, records, list(map(_nbytes, records)), bytearray(len(records)))
-    plan.addresses, _ = _native.choose_kinds(
+    plan = SavePlan(data, records, [], bytearray(len(records)))
+    plan.addresses, plan.sizes, _ = _native.choose_kinds(
         records, lambda _: False, find_writers, lambda _, __: False, 0, [], False, plan.kinds
     )
     return plan
@@ -127,10 +127,9 @@ def place(plan: SavePlan, lazy: LazyStorages, eager_bytes: int, device_lazy: boo
     records = plan.records
     plan.devices = _find_devices(plan, eager_bytes, device_lazy)
     shared = SharedMemory()
-    plan.addresses, plan.lazy = _native.choose_kinds(
+    plan.addresses, plan.sizes, plan.lazy = _native.choose_kinds(
         records, lazy, find_writers, shared.has, eager_bytes, plan.devices, plan.device_mode == "lazy", plan.kinds
     )
-    plan.sizes = list(map(_nbytes, records))
     return plan
 
 
@@ -140,10 +139,7 @@ def _find_devices(plan: SavePlan, eager_bytes: int, device_lazy: bool | str) -> 
     Notes in the plan how the others leave.
     """
     records = plan.records
-    if torch_devices.in_use.in_host_memory:
-        elsewhere = list(range(len(records)))
-    else:
-        elsewhere = [index for index, location in enumerate(map(_location, records)) if location != "cpu"]
+    elsewhere = list(range(len(records))) if torch_devices.in_use.in_host_memory else _native.find_elsewhere(records)
     devices = [HOST] * len(records) if elsewhere else []
     for index in elsewhere:
         if records[index].nbytes and device_lazy:

@@ -10,7 +10,7 @@ import contextlib
 import errno
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from ckpt import _native
@@ -274,6 +274,15 @@ def replace_durably(path: Path, content: bytes, crash_name: str, temporary: Path
             remove_quietly(temporary)
         raise
     crash_point(f"{crash_name}-renamed")
+
+
+def make_durable(files: Mapping[Path, bytes], directories: Iterable[Path]) -> None:
+    """write_small_file() of each file and sync_directory() of each directory. All are written before the first is waited for.
+
+    A file system that keeps a journal writes it once then, rather than once for each.
+    """
+    small = [(os.fsencode(path), content) for path, content in files.items()]
+    _native.make_durable(small, [os.fsencode(path) for path in directories])
 
 
 def write_small_file(path: Path, content: bytes) -> None:

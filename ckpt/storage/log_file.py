@@ -42,14 +42,13 @@ def append_line(path: Path, line: bytes, most_bytes: int | None, older: Path) ->
         StorageError: nothing was written, or a part; the next line begins behind that all the same.
     """
     try:
-        descriptor = _open_to_append(path)
+        descriptor, size = _open_to_append(path)
         try:
-            size = os.fstat(descriptor).st_size
             if most_bytes is not None and size > most_bytes:
                 os.rename(path, older)
                 os.close(descriptor)
                 descriptor = -1
-                descriptor, size = _open_to_append(path), 0
+                descriptor, size = _open_to_append(path)
             torn = size > 0 and os.pread(descriptor, 1, size - 1) != b"\n"
             content = b"\n" * torn + line + b"\n"
             if os.write(descriptor, content) != len(content):
@@ -77,14 +76,15 @@ def replace_unsynced(path: Path, content: bytes) -> None:
         raise StorageError(error.errno or 0, f"cannot write '{path}': {error.strerror}", str(path)) from error
 
 
-def _open_to_append(path: Path) -> int:
-    """A FIFO, which would let this wait for a reader, is none."""
+def _open_to_append(path: Path) -> tuple[int, int]:
+    """(descriptor, bytes that are there.) A FIFO, which would let this wait for a reader, is none."""
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
         os.close(descriptor)
         raise OSError(errno.EINVAL, "it is no regular file")
-    return descriptor
+    return descriptor, found.st_size
 
 
 def last_line(path: Path) -> str:

@@ -193,6 +193,7 @@ py::dict stats_of(const Job& job) {
   dict["bytes_total"] = stats.bytes_total;
   dict["bytes_from_tensors"] = stats.bytes_from_tensors;
   dict["bytes_copied_in_save"] = stats.bytes_copied_in_save;
+  dict["bytes_of_structure"] = stats.bytes_of_structure;
   dict["bytes_copied_at_fence"] = stats.bytes_copied_at_fence;
   dict["arena_wait_s"] = stats.arena_wait_s;
   dict["witness_s"] = stats.witness_s;

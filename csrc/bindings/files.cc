@@ -7,6 +7,7 @@
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/crc32.h"
 #include "base/fault.h"
@@ -24,6 +25,14 @@ void bind_files(py::module_& module) {
     py::gil_scoped_release release;
     write_small_file(path, content);
   });
+  module.def("make_durable", [](const std::vector<std::pair<std::string, py::bytes>>& files,
+                                const std::vector<std::string>& directories) {
+    std::vector<std::pair<std::string, std::string>> contents;
+    contents.reserve(files.size());
+    for (const auto& [path, bytes] : files) contents.emplace_back(path, bytes);
+    py::gil_scoped_release release;
+    make_durable(contents, directories);
+  }, py::arg("files"), py::arg("directories"));
   module.def("write_end", [](const std::string& path, uint64_t offset, const py::bytes& bytes) {
     const std::string content = bytes;
     py::gil_scoped_release release;

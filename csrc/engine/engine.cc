@@ -235,18 +235,14 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     }
     if (job.failed()) return;
     job.stats.bytes_copied_in_save += chunk.bounce_bytes - chunk.device_lazy_bytes;
-    lock.unlock();
-    if (chunk.has_device_bytes()) {
-      copy_host_bytes(chunk, job.spec);
-      if (!job.checks.verify || checksum_on_devices(shared, index, deadline, interrupt)) stager_.copy_eager(shared, index);
-    } else {
-      if (room > 0) fill_bounce(chunk, job.spec);
-      if (job.checks.verify) checksum_pieces(chunk, true);
-    }
-    lock.lock();
-    if (job.failed()) {
-      if (chunk.flying == 0) chunk.release_memory();
-      return;
+    if (room > 0 || chunk.has_device_bytes() || job.checks.verify) {
+      lock.unlock();
+      copy_aside(shared, index, deadline, interrupt);
+      lock.lock();
+      if (job.failed()) {
+        if (chunk.flying == 0) chunk.release_memory();
+        return;
+      }
     }
     chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
     ++job.published;
@@ -254,6 +250,18 @@ void Engine::publish_chunks(Lock& lock, const std::shared_ptr<Job>& shared, doub
     monitor_->changed.notify_all();
     next_call = monotonic_seconds() + kPublishIntervalS;
   }
+}
+
+// What of a chunk must leave the caller's memory inside submit(); with the checksums of what may stay, if they are wanted.
+void Engine::copy_aside(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt) {
+  Chunk& chunk = job->chunks[index];
+  if (chunk.has_device_bytes()) {
+    copy_host_bytes(chunk, job->spec);
+    if (!job->checks.verify || checksum_on_devices(job, index, deadline, interrupt)) stager_.copy_eager(job, index);
+    return;
+  }
+  if (chunk.bounce_bytes > 0) fill_bounce(chunk, job->spec);
+  if (job->checks.verify) checksum_pieces(chunk, true);
 }
 
 // Not through the arena, which may be full of bytes that leave only after this job: for debugging this may cost memory. False

@@ -1,6 +1,6 @@
 // The engine: writer threads that carry chunks from memory to files, and the fence that makes what has not left yet safe.
 //
-//     submit()   caller   cut into chunks; copy small and ragged pieces to the arena; publish the chunks
+//     submit()   caller   cut into chunks; copy small and eager bytes to the arena; publish the chunks
 //     write      writers  claim chunks in file order: CRC-32 and a copy in one pass, fill in CRC fields, one pwritev each
 //     fence()    caller   copy unclaimed lazy bytes to the arena, last chunk first; wait for the claimed ones
 //     finish     writers  truncate to size, fdatasync, close: the job is durable under its temporary name
@@ -116,6 +116,7 @@ class Engine {
   void begin_on_devices(Lock& lock, Job& job, const Streams& streams);
   void prepare_arena(Lock& lock, Job& job, double deadline, const Interrupt& interrupt);
   void publish_chunks(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt);
+  void copy_aside(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt);
   bool checksum_on_devices(const std::shared_ptr<Job>& job, size_t index, double deadline, const Interrupt& interrupt);
   void await_landing(Lock& lock, const std::vector<std::shared_ptr<Flight>>& flights, const Interrupt& interrupt);
   void capture(Lock& lock, const std::shared_ptr<Job>& job, double deadline, const Interrupt& interrupt,

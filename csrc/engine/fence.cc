@@ -67,7 +67,8 @@ void Engine::capture(Lock& lock, const std::shared_ptr<Job>& shared, double dead
       return free && chunk.lazy_bytes > 0;
     };
     if (!uncaptured()) continue;
-    Span span = allocate(lock, job, chunk.lazy_bytes, false, deadline, interrupt, uncaptured);
+    const size_t room = is_staged_whole(chunk, job.file->limits()) ? chunk.length : chunk.lazy_bytes;
+    Span span = allocate(lock, job, room, false, deadline, interrupt, uncaptured);
     if (span.valid() && uncaptured()) stage(lock, job, chunk, std::move(span));
   }
   in_time = in_time && wait(lock, deadline, interrupt, [&] { return job.captured() || job.failed(); });
@@ -79,7 +80,13 @@ void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
   if (chunk.state == ChunkState::kPending) chunk.state = ChunkState::kStaging;
   ++job.active;
   lock.unlock();
-  stage_lazy(chunk, std::move(span));
+  const bool whole = is_staged_whole(chunk, job.file->limits());
+  const uint64_t copied = whole ? tensor_bytes(chunk) : chunk.lazy_bytes;
+  if (whole) {
+    stage_whole(chunk, std::move(span));
+  } else {
+    stage_lazy(chunk, std::move(span));
+  }
   lock.lock();
   --job.active;
   chunk.staging = false;
@@ -88,7 +95,8 @@ void Engine::stage(Lock& lock, Job& job, Chunk& chunk, Span span) {
     if (chunk.flying == 0) chunk.release_memory();
   } else {
     chunk.state = chunk.arrived() ? ChunkState::kPending : ChunkState::kArriving;
-    job.stats.bytes_copied_at_fence += std::exchange(chunk.lazy_bytes, 0);
+    job.stats.bytes_copied_at_fence += copied;
+    chunk.lazy_bytes = 0;
     --job.uncaptured;
     job.note_captured();
   }

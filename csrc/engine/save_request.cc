@@ -21,19 +21,20 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
   const bool shared = !request.share.whole();
   auto target = std::make_unique<WritableFile>(request.path, request.file.direct, shared, request.expected_limits,
                                                request.with_directory, request.like, request.directory);
-  ZipLayout layout;
+  const auto layout = std::make_shared<ZipLayout>();
   FileSpec spec;
   std::vector<ByteRange> archives;
   try {
-    spec = lay_out(request, target->limits(), layout, archives);
+    spec = lay_out(request, target->limits(), *layout, archives);
+    spec.kept = layout;
   } catch (...) {
     target->discard();
     throw;
   }
   auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams);
-  if (request.sequence) job->payloads = layout.payload_offsets;
+  if (request.sequence) job->payloads = layout->payload_offsets;
   job->archives = std::move(archives);
-  if (shared) job->layout = std::make_unique<ZipLayout>(std::move(layout));
+  if (shared) job->layout = layout;
   return job;
 }
 

@@ -217,6 +217,7 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   job->chunks.clear();
   job->spec.extents = {};
   job->spec.crc_fields = {};
+  job->spec.kept = nullptr;
   if (!job->failed()) job->stats.flushed_at = monotonic_seconds();
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
   stager_.remove(job);

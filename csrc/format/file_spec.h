@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <vector>
 
 #include "base/device.h"
@@ -60,9 +61,9 @@ struct FileSpec {
   size_t record_count = 0;
   uint64_t size = 0;
   Share share;
-  // Records lie where the format wants them, mostly not where direct I/O could take them: what is lazy or owned leaves from its
-  // place all the same, and a writer brings it together in memory of its own, where it must.
-  bool packed = false;
+  // Keeps what extents of structure point to, if that lasts, and is this file's alone: then writers may take it from there. None:
+  // it goes away behind submit(), and is copied.
+  std::shared_ptr<const void> kept;
   // Bytes: of each part of the file that is so long (the last may be shorter) the CRC-32 is wanted, too. 0: of parts as they come.
   uint64_t sums_every = 0;
 };

@@ -4,7 +4,6 @@ namespace lazyckpt {
 
 FileSpec describe_packed(const std::vector<NamedBytes>& head, const std::vector<StorageBytes>& tensors) {
   FileSpec spec;
-  spec.packed = true;
   spec.extents.reserve(head.size() + tensors.size());
   const auto add = [&](const std::byte* bytes, uint64_t length, Source kind, int device) {
     const auto record = static_cast<uint32_t>(spec.record_count++);

@@ -26,7 +26,7 @@ struct ZipRecord {
   const std::byte* contents = nullptr;
 };
 
-// `length` bytes of ZipLayout::structure, from `begin`, that belong at `offset` in the file.
+// `length` bytes of ZipLayout::structure, from `begin`, that belong at `offset` in the file. Parts of padding may share theirs.
 struct StructurePart {
   uint64_t offset = 0;
   size_t begin = 0;
@@ -51,7 +51,8 @@ ZipLayout lay_out_zip(const std::string& archive, const std::vector<ZipRecord>& 
 ZipLayout lay_out_zips(const std::string& archive, const std::vector<ZipRecord>& records, const std::vector<size_t>& counts,
                        std::vector<ByteRange>& places);
 
-// The file as extents: the structure, and the payloads, which are given in order and without their offsets. Points into `layout`.
+// The file as extents: the structure, and the payloads, which are given in order and without their offsets. Points into `layout`;
+// set FileSpec::kept where that is to outlive submit().
 FileSpec to_spec(const ZipLayout& layout, std::vector<Extent> payloads);
 
 }  // namespace lazyckpt

@@ -14,16 +14,8 @@ uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 
 
 uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
 
-// The part of the extent, inside [begin, end), that direct I/O can take from where it lies; empty if there is none.
-ByteRange direct_part(const Extent& extent, uint64_t begin, uint64_t end, const IoLimits& limits) {
-  if (extent.kind == Source::kCopy || on_device(extent.kind)) return {};
-  const size_t block = block_bytes(limits);
-  const ByteRange whole{round_up(std::max(extent.offset, begin), block),
-                    round_down(std::min(end_of(extent), end), block)};
-  if (whole.begin >= whole.end) return {};
-  const auto address = reinterpret_cast<uintptr_t>(extent.source) + (whole.begin - extent.offset);
-  return address % limits.memory_align == 0 ? whole : ByteRange{};
-}
+// Whether its bytes may stay where they are until a writer comes, or a fence.
+bool stays(const Extent& extent) { return extent.kind == Source::kLazy || extent.kind == Source::kOwned; }
 
 void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind, uint32_t record = kStructure) {
   if (length == 0) return;
@@ -70,9 +62,20 @@ void split_pieces(Chunk& chunk, uint64_t every) {
   chunk.pieces = std::move(split);
 }
 
+// Extents [first_extent, end_extent) are set. Whether structure may stay, too: it does where a writer copies the chunk anyway.
+bool leaves_structure(const Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
+  if (spec.kept == nullptr || !limits.direct()) return false;
+  const auto first = spec.extents.begin() + static_cast<std::ptrdiff_t>(chunk.first_extent);
+  const auto end = spec.extents.begin() + static_cast<std::ptrdiff_t>(chunk.end_extent);
+  return std::any_of(first, end, stays) && std::none_of(first, end, [](const Extent& each) { return on_device(each.kind); });
+}
+
 // Extents [first_extent, end_extent) are set; finds segments and pieces.
 void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
-  const IoLimits placed = spec.packed ? IoLimits{} : limits;
+  const bool structure_stays = leaves_structure(chunk, spec, limits);
+  const size_t extents = chunk.end_extent - chunk.first_extent;
+  chunk.segments.reserve(2 * extents + 1);
+  chunk.pieces.reserve(extents + 1);
   const uint64_t begin = chunk.offset, content_end = begin + chunk.content;
   uint64_t segment_at = begin, piece_at = begin;
   for (size_t i = chunk.first_extent; i < chunk.end_extent; ++i) {
@@ -82,14 +85,15 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     add_piece(chunk, extent.record, to - from, extent.kind);
     add_device_bytes(chunk, extent, to - from);
     piece_at = to;
-    const ByteRange direct = direct_part(extent, begin, content_end, placed);
-    if (direct.begin >= direct.end) continue;
-    add_segment(chunk, nullptr, direct.begin - segment_at, Source::kCopy);
-    add_segment(chunk, extent.source + (direct.begin - extent.offset), direct.end - direct.begin, extent.kind, extent.record);
-    segment_at = direct.end;
+    const bool is_structure = extent.record == kStructure;
+    if (!(is_structure ? structure_stays : stays(extent))) continue;
+    add_segment(chunk, nullptr, from - segment_at, Source::kCopy);
+    add_segment(chunk, extent.source + (from - extent.offset), to - from, is_structure ? Source::kOwned : extent.kind, extent.record);
+    segment_at = to;
   }
   add_piece(chunk, kStructure, content_end - piece_at);
-  add_segment(chunk, nullptr, begin + chunk.length - segment_at, Source::kCopy);
+  // With what fills up the last block, unless a writer fills that up.
+  add_segment(chunk, nullptr, (structure_stays ? content_end : begin + chunk.length) - segment_at, Source::kCopy);
 }
 
 // Calls visit(piece, bytes, length) for every run of memory of every piece, in file order.
@@ -164,6 +168,7 @@ void add_read_chunks(std::vector<Chunk>& chunks, const FileSpec& spec, ByteRange
 std::vector<Chunk> cut_into_chunks(const FileSpec& spec, const IoLimits& limits, size_t chunk_bytes) {
   std::vector<Chunk> chunks;
   const ByteRange range = written_range(spec, chunk_bytes);
+  chunks.reserve(static_cast<size_t>((range.end - range.begin) / chunk_bytes) + 2);
   if (!spec.share.whole()) add_read_chunks(chunks, spec, range, chunk_bytes);
   const uint64_t padded_end = round_up(range.end, block_bytes(limits));
   size_t extent = 0, field = 0;
@@ -305,7 +310,13 @@ void Chunk::release_memory() {
 
 uint64_t tensor_bytes(const Chunk& chunk) {
   uint64_t bytes = 0;
-  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy ? 0 : segment.length;
+  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy || segment.is_structure() ? 0 : segment.length;
+  return bytes;
+}
+
+uint64_t structure_bytes(const Chunk& chunk) {
+  uint64_t bytes = 0;
+  for (const Segment& segment : chunk.segments) bytes += segment.is_structure() ? segment.length : 0;
   return bytes;
 }
 
@@ -334,6 +345,23 @@ void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& mem
   });
   std::memset(at, 0, chunk.length - chunk.content);
   chunk.segments = {{to, chunk.length, Source::kCopy, kStructure}};
+}
+
+bool is_staged_whole(const Chunk& chunk, const IoLimits& limits) {
+  return chunk.written && limits.direct() && !chunk.has_device_bytes() && chunk.lazy_bytes > chunk.length / 4 * 3;
+}
+
+void stage_whole(Chunk& chunk, Span span) {
+  std::byte* to = span.begin();
+  for (const Segment& segment : chunk.segments) {
+    std::memcpy(to, segment.source, segment.length);
+    to += segment.length;
+  }
+  std::byte* const end = span.begin() + chunk.length;
+  std::memset(to, 0, static_cast<size_t>(end - to));
+  chunk.segments = {{span.begin(), chunk.length, Source::kCopy, kStructure}};
+  chunk.staged = std::move(span);
+  chunk.bounce.reset();
 }
 
 void stage_lazy(Chunk& chunk, Span span) {

@@ -20,6 +20,8 @@ struct Segment {
   size_t length = 0;
   Source kind = Source::kCopy;
   uint32_t record = kStructure;  // whose bytes these are; of a kCopy segment, which may hold several, it says nothing
+
+  bool is_structure() const { return kind == Source::kOwned && record == kStructure; }  // and lies where FileSpec::kept keeps it
 };
 
 // A run of bytes of one record (or of the structure), for the checksums.
@@ -121,17 +123,23 @@ void complete_bounce(Chunk& chunk, const FileSpec& spec);
 // Copies the lazy segments into `span` and lets them point there.
 void stage_lazy(Chunk& chunk, Span span);
 
+// Whether a fence rather copies all of the chunk, for which `span` must have chunk.length bytes: then a writer can write it from
+// there. Else it copies it once more, to bring it together.
+bool is_staged_whole(const Chunk& chunk, const IoLimits& limits);
+void stage_whole(Chunk& chunk, Span span);
+
 // Whether a writer copies the chunk to memory of its own, and writes it from there: where it goes past the page cache, and bytes
-// lie in the caller's tensors, or, in a packed file, where direct I/O cannot take them from. The copy costs little, since the
-// checksum reads them anyway; then they are captured, without room in the arena and before the disk has them, and the disk takes
-// them from huge pages: from small ones each request is cut into many.
+// lie where direct I/O cannot take them from, or in the caller's tensors. The copy costs little, since the checksum reads them
+// anyway; then they are captured, without room in the arena and before the disk has them, and the disk takes them from huge pages:
+// from small ones each request is cut into many. So a tensor may begin and end anywhere.
 bool is_gathered(const Chunk& chunk, const IoLimits& limits);
 
 // Does that, and finds what checksum_pieces() of records does, in one pass.
 void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& memory);
 
-// Bytes that lie in the caller's memory.
+// Bytes that lie in the caller's memory; and bytes of structure that lie where they were laid out.
 uint64_t tensor_bytes(const Chunk& chunk);
+uint64_t structure_bytes(const Chunk& chunk);
 
 // CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
 void checksum_pieces(Chunk& chunk, bool of_records);

@@ -91,6 +91,7 @@ Job::Job(std::shared_ptr<Monitor> shared, std::unique_ptr<WritableFile> target, 
   for (const Chunk& chunk : chunks) {
     uncaptured += (chunk.lazy_bytes > 0 ? 1 : 0) + chunk.device_shares.size();
     stats.bytes_from_devices += chunk.device_lazy_bytes + chunk.device_copy_bytes;
+    stats.bytes_of_structure += structure_bytes(chunk);
   }
   for (const Extent& extent : spec.extents) {
     if (!on_device(extent.kind) || has_device(extent.device)) continue;

@@ -43,8 +43,9 @@ struct CaptureChecks {
 struct JobStats {
   uint64_t bytes_total = 0;
   uint64_t bytes_from_tensors = 0;     // that left the caller's memory by the hand of a writer: neither copied before, nor at a fence
-  uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), structure and padding included
-  uint64_t bytes_copied_at_fence = 0;
+  uint64_t bytes_copied_in_save = 0;   // copied to the arena by submit(), with structure and padding, but for what is left:
+  uint64_t bytes_of_structure = 0;     // that writers take from where it was laid out
+  uint64_t bytes_copied_at_fence = 0;  // of tensors
   double arena_wait_s = 0;  // the caller's time spent waiting for room in the arena: back-pressure
   double witness_s = 0;  // of submit(): spent on noting witnesses
   double fence_s = 0;       // the caller's time spent in fences while this job was uncaptured
@@ -124,7 +125,7 @@ struct Job {
   std::vector<uint32_t> field_records;  // their records: the checksums that this job finds
   std::vector<ByteRange> archives;  // of a file of several: where each lies. Of who has submitted it
   std::vector<uint64_t> payloads;   // and where each record does
-  std::unique_ptr<ZipLayout> layout;  // kept where the file is shared: its directory is written later
+  std::shared_ptr<const ZipLayout> layout;  // kept where the file is shared: its directory is written later
   const CaptureChecks checks;
   const double timeout_s;  // the longest that a fence waits for it
   CrcChain crcs;

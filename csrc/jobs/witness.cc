@@ -35,30 +35,33 @@ Witnesses::Witnesses(const std::vector<Chunk>& chunks) {
   ends_.reserve(chunks.size());
   for (const Chunk& chunk : chunks) {
     for (const Segment& segment : chunk.segments) {
-      if (is_lazy(segment)) note_run(segment, places, random);
+      if (is_lazy(segment)) choose_in(segment, places, random);
     }
     ends_.push_back(witnesses_.size());
   }
+  for (Witness& witness : witnesses_) std::memcpy(witness.noted.data(), witness.source, witness.length);
 }
 
 // One in each of as many equal parts, and one at the beginning, where most writers begin.
-void Witnesses::note_run(const Segment& run, size_t places, uint64_t& random) {
-  if (run.length >= kLongRun) note(run.source, kBytes, run.record);
+void Witnesses::choose_in(const Segment& run, size_t places, uint64_t& random) {
+  if (run.length >= kLongRun) choose(run.source, kBytes, run.record);
   const size_t lines = std::max<size_t>(run.length / kBytes, 1);
   places = std::min(places, lines);
   for (size_t place = 0; place < places; ++place) {
     const size_t first = lines * place / places, end = lines * (place + 1) / places;
     const size_t line = first + next_random(random) % (end - first);
-    note(run.source + line * kBytes, std::min(kBytes, run.length - line * kBytes), run.record);
+    choose(run.source + line * kBytes, std::min(kBytes, run.length - line * kBytes), run.record);
   }
 }
 
-void Witnesses::note(const std::byte* source, size_t length, uint32_t record) {
+// They lie far apart in memory that nobody has looked at for long: all of them are on their way before the first is waited for.
+void Witnesses::choose(const std::byte* source, size_t length, uint32_t record) {
+  __builtin_prefetch(source);
+  __builtin_prefetch(source + length - 1);
   Witness& witness = witnesses_.emplace_back();
   witness.source = source;
   witness.record = record;
   witness.length = static_cast<uint8_t>(length);
-  std::memcpy(witness.noted.data(), source, length);
 }
 
 uint32_t Witnesses::find_changed(size_t chunk) const {

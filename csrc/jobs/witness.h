@@ -33,8 +33,8 @@ class Witnesses {
     std::array<std::byte, kBytes> noted;
   };
 
-  void note(const std::byte* source, size_t length, uint32_t record);
-  void note_run(const Segment& run, size_t places, uint64_t& random);
+  void choose(const std::byte* source, size_t length, uint32_t record);
+  void choose_in(const Segment& run, size_t places, uint64_t& random);
   uint32_t find_changed_in(size_t begin, size_t end) const;
 
   std::vector<Witness> witnesses_;

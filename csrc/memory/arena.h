@@ -1,5 +1,5 @@
 // The arena: one block of memory of exact size, which may grow, the only large allocation of the engine. Bytes that cannot leave straight
-// from their tensor (ragged ends, small records, what the fence captures) stay in spans of it until they are on disk.
+// from their tensor (small records, what save() or the fence captures) stay in spans of it until they are on disk.
 #pragma once
 
 #include <atomic>

@@ -410,12 +410,22 @@ size_t ReadableFile::read_blocks(void* to, size_t bytes, uint64_t offset) const 
 
 // ---- Publishing --------------------------------------------------------------------------------------------------
 
-void write_small_file(const std::string& path, const std::string& bytes) {
-  Descriptor fd(open_file(path, O_WRONLY | O_CREAT | O_TRUNC));
-  if (!fd.valid()) fail_to_make("open", path, errno);
-  write_all(fd.get(), path, bytes);
-  if (invoke("fsync", path, [&] { return ::fsync(fd.get()); }) != 0) fail("fsync", path, errno);
-  close_file(fd, path);
+void write_small_file(const std::string& path, const std::string& bytes) { make_durable({{path, bytes}}, {}); }
+
+void make_durable(const std::vector<std::pair<std::string, std::string>>& files, const std::vector<std::string>& directories) {
+  std::vector<Descriptor> opened;
+  opened.reserve(files.size());
+  for (const auto& [path, bytes] : files) {
+    opened.emplace_back(open_file(path, O_WRONLY | O_CREAT | O_TRUNC));
+    if (!opened.back().valid()) fail_to_make("open", path, errno);
+    write_all(opened.back().get(), path, bytes);
+  }
+  for (size_t i = 0; i < files.size(); ++i) {
+    const int fd = opened[i].get();
+    if (invoke("fsync", files[i].first, [fd] { return ::fsync(fd); }) != 0) fail("fsync", files[i].first, errno);
+    close_file(opened[i], files[i].first);
+  }
+  for (const std::string& directory : directories) sync_directory(directory);
 }
 
 void write_end(const std::string& path, uint64_t offset, const std::string& bytes) {

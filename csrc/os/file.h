@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/fault.h"
@@ -124,6 +125,9 @@ class ReadableFile {
 
 // The steps of a publish. Paths are in the encoding of the file system.
 void write_small_file(const std::string& path, const std::string& bytes);  // create or replace content, fsync, close
+// That of each (path, bytes), and sync_directory() of each directory. All are written before the first is synced: what a journal
+// holds of them is mostly written with that, and the others are hardly waited for.
+void make_durable(const std::vector<std::pair<std::string, std::string>>& files, const std::vector<std::string>& directories);
 void write_end(const std::string& path, uint64_t offset, const std::string& bytes);  // of a shared file; cut, fdatasync
 // At most `most_bytes` from the beginning of a file that a kernel or a user keeps small; empty if there is none.
 std::string read_some(const std::string& path, size_t most_bytes);

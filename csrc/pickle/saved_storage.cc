@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <structmember.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <optional>
@@ -283,7 +284,7 @@ class LazyRecords {
   py::dict listed_;
 };
 
-// Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, the lazy ones).
+// Finds the address of each record, and marks as lazy what may leave lazily. Returns (addresses, sizes, the lazy ones).
 py::tuple choose_kinds(const py::list& records, const py::function& lazy_storages, const py::function& find_writers,
                        const py::function& is_shared, Py_ssize_t eager_bytes, const std::vector<int>& devices,
                        bool lazy_on_devices, const py::bytearray& kinds) {
@@ -291,7 +292,7 @@ py::tuple choose_kinds(const py::list& records, const py::function& lazy_storage
   if (PyByteArray_GET_SIZE(kinds.ptr()) != static_cast<Py_ssize_t>(count) || (!devices.empty() && devices.size() != count)) {
     throw py::value_error("kinds and devices must have one entry for each record");
   }
-  py::list addresses(count), lazy;
+  py::list addresses(count), sizes(count), lazy;
   LazyRecords laziness(lazy_storages, find_writers, is_shared, records);
   for (size_t i = 0; i < count; ++i) {
     PyObject* object = PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i));
@@ -307,8 +308,25 @@ py::tuple choose_kinds(const py::list& records, const py::function& lazy_storage
     }
     const unsigned long long begin = record.nbytes > 0 ? record.address + static_cast<unsigned long long>(record.low) : 0;
     PyList_SET_ITEM(addresses.ptr(), static_cast<Py_ssize_t>(i), owned(PyLong_FromUnsignedLongLong(begin)).release().ptr());
+    PyList_SET_ITEM(sizes.ptr(), static_cast<Py_ssize_t>(i), owned(PyLong_FromSsize_t(record.nbytes)).release().ptr());
   }
-  return py::make_tuple(std::move(addresses), std::move(lazy));
+  return py::make_tuple(std::move(addresses), std::move(sizes), std::move(lazy));
+}
+
+// The numbers of those that are not in the memory of the host.
+py::list find_elsewhere(const py::list& records) {
+  py::list found;
+  PyObject* const cpu = names().cpu.text();
+  for (size_t i = 0; i < records.size(); ++i) {
+    PyObject* location = to_record(PyList_GET_ITEM(records.ptr(), static_cast<Py_ssize_t>(i))).location;
+    if (location != cpu && (location == nullptr || PyObject_RichCompareBool(location, cpu, Py_EQ) != 1)) found.append(i);
+  }
+  return found;
+}
+
+bool are_whole(const py::list& records) {
+  const auto is_whole = [](const py::handle& each) { return to_record(each.ptr()).whole != 0; };
+  return std::all_of(records.begin(), records.end(), is_whole);
 }
 
 // The tensor whose counter has moved, borrowed; null if none has.
@@ -409,6 +427,8 @@ void bind_records(py::module_& module) {
   module.def("choose_kinds", &choose_kinds, py::arg("records"), py::arg("lazy_storages"), py::arg("find_writers"),
              py::arg("is_shared"), py::arg("eager_bytes"), py::arg("devices"),
              py::arg("lazy_on_devices"), py::arg("kinds"));
+  module.def("find_elsewhere", &find_elsewhere, py::arg("records"));
+  module.def("are_whole", &are_whole, py::arg("records"));
   module.def("find_changed", &find_changed, py::arg("records"));
 }
 

@@ -101,7 +101,7 @@ struct Sample {
 
 class SampleMaker {
  public:
-  SampleMaker(Random& random, size_t block) : random_(random), block_(block) {}
+  SampleMaker(Random& random, size_t block) : random_(random), block_(block), keeps_structure_(random.one_in(2)) {}
 
   Sample make() {
     const size_t records = random_.up_to(12);
@@ -110,7 +110,7 @@ class SampleMaker {
     add_structure(random_.up_to(3000));
     sample_.spec.record_count = records;
     sample_.spec.size = sample_.expected.size();
-    sample_.spec.packed = random_.one_in(3);
+    if (keeps_structure_) sample_.spec.kept = std::shared_ptr<const void>(std::shared_ptr<const void>(), &noise());
     return std::move(sample_);
   }
 
@@ -128,7 +128,8 @@ class SampleMaker {
     if (length == 0) return;
     const size_t offset = sample_.expected.size();
     const size_t misalign = random_.one_in(3) ? random_.up_to(4095) : offset % 4096;
-    sample_.memory.emplace_back(kind, Buffer(length, misalign));
+    const bool is_kept = record == kStructure && keeps_structure_;
+    sample_.memory.emplace_back(is_kept ? Source::kOwned : kind, Buffer(length, misalign));
     Buffer& buffer = sample_.memory.back().second;
     buffer.fill(random_);
     sample_.spec.extents.push_back({buffer.begin(), length, offset, kind, record});
@@ -167,6 +168,7 @@ class SampleMaker {
 
   Random& random_;
   const size_t block_;
+  const bool keeps_structure_;  // where it lies, as FileSpec::kept says
   Sample sample_;
 };
 

@@ -139,6 +139,7 @@ void write_share(Engine& engine, Random& random, const SharedFile& file, Rank& r
   }
   auto target = make_file(random, rank.path, file.direct, !share.whole());
   FileSpec spec = describe(torch_file(file, rank.memory), target->limits(), share, rank.layout);
+  if (random.one_in(2)) spec.kept = std::shared_ptr<const void>(std::shared_ptr<const void>(), &rank.layout);
   rank.job = engine.submit(std::move(target), std::move(spec), {random.one_in(4)}, kPatienceS, {});
   act_on(file, rank, Source::kCopy, &Buffer::spoil);
   act_on(file, rank, Source::kCopy, &Buffer::release);

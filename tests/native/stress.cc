@@ -262,6 +262,7 @@ std::string write_torch_file(Random& random, const std::string& path) {
   auto target = std::make_unique<WritableFile>(path, true);
   ZipLayout layout;
   FileSpec spec = describe(file, target->limits(), {}, layout);
+  if (random.one_in(2)) spec.kept = std::shared_ptr<const void>(std::shared_ptr<const void>(), &layout);
   Engine engine({size_t{1} << 18, size_t{1} << 16, 1});
   const auto job = engine.submit(std::move(target), std::move(spec), {}, kPatienceS, {});
   expect(wait_until_finished(*job) && !look_at(*job).failed, path + " could not be written");

@@ -159,6 +159,26 @@ def test_tensors_of_any_size_have_witnesses(elements: int, native: Any, tmp_path
         assert isinstance(pending.exception(DEADLINE_S), CaptureError)
 
 
+@pytest.mark.parametrize("edge", [slice(0, 3), slice(-3, None)], ids=["first bytes", "last bytes"])
+@pytest.mark.parametrize("fenced", [False, True])
+def test_a_write_to_the_edge_of_a_tensor(edge: slice, fenced: bool, native: Any, tmp_path: Path) -> None:
+    """It fills no block of the disk, and is as lazy as all else of the tensor: a fence has to come before."""
+    native.set_fault("fallocate", delay_s=DEADLINE_S)
+    tensor = torch.randint(0, 256, (MIB + 17,), dtype=torch.uint8)
+    expected = tensor.clone()
+    pending = ckpt.save([tensor], tmp_path / "x.pt", lazy=True, options=options(verify_capture=True))
+    if fenced:
+        ckpt.fence()
+    tensor.numpy()[edge] ^= 0xFF
+    clear_faults()
+    if fenced:
+        assert_same([expected], ckpt.load(pending.result(DEADLINE_S)))
+        assert pending.stats.bytes_copied_at_fence == tensor.nbytes
+    else:
+        assert isinstance(pending.exception(DEADLINE_S), CaptureError)
+        assert not list(tmp_path.glob("*.pt"))
+
+
 def test_bytes_that_change_and_come_back_before_they_are_read(native: Any, tmp_path: Path) -> None:
     native.set_fault("fallocate", delay_s=DEADLINE_S)
     tensor = torch.ones(MIB)

@@ -42,6 +42,7 @@ def check(pending: ckpt.PendingSave, expected: Any) -> ckpt.SaveStats:
     stats = pending.stats
     assert stats.bytes_total == path.stat().st_size
     written = stats.bytes_from_tensors + stats.bytes_copied_in_save + stats.bytes_copied_at_fence
+    written += inspection.files_of(pending)[0].job.stats["bytes_of_structure"]  # that writers took from where it was laid out
     assert stats.bytes_total <= written < stats.bytes_total + 32768  # up to the end of the last block
     return stats
 
@@ -77,6 +78,32 @@ def test_direct_io_where_there_is_some(direct: Path, caplog: pytest.LogCaptureFi
     stats = check(save(state, direct / "x.pt"), state)
     assert stats.direct_io is True and stats.bytes_from_tensors > 5 * MIB
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("fenced", [False, True])
+def test_of_large_tensors_nothing_is_copied_inside_save(direct: Path, native: Any, fenced: bool) -> None:
+    """Wherever they begin and end: neither their edges, nor the headers and the padding around them."""
+    block = random_bytes(8 * MIB)
+    large = [block[at : at + size] for at, size in ((3, 3 * MIB + 17), (4 * MIB + 1, 70_001), (5 * MIB, MIB))]
+    small = [random_bytes(size) for size in (5, 0, 3000)]
+    state = [large[0], small[0], large[1], *small[1:], large[2]]
+    expected = [tensor.clone() for tensor in state]
+    native.set_fault("fallocate", delay_s=DEADLINE_S if fenced else 0.0)
+    pending = save(state, direct / "x.pt")
+    if fenced:
+        ckpt.fence()
+        for tensor in state:
+            as_bytes(tensor).zero_()
+    native.clear_faults()
+    stats, lazy = check(pending, expected), sum(tensor.nbytes for tensor in large)
+    assert stats.direct_io is True
+    assert (stats.bytes_from_tensors, stats.bytes_copied_at_fence) == ((0, lazy) if fenced else (lazy, 0))
+    with zipfile.ZipFile(direct / "x.pt") as archive:
+        records = {info.filename.partition("/")[2]: info.file_size for info in archive.infolist()}
+    rest = sum(records.values()) - lazy
+    assert sum(tensor.nbytes for tensor in small) < rest < 8192 and stats.bytes_copied_in_save == rest
+    structure = inspection.files_of(pending)[0].job.stats["bytes_of_structure"]
+    assert stats.bytes_total == lazy + rest + structure
 
 
 def test_a_change_during_a_direct_write_does_not_reach_the_file(native: Any, direct: Path) -> None:
