@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -43,13 +44,16 @@ def publish(
         StorageError: a system call failed; what was committed before still stands, and the step too, if only 4 or 5 failed.
         CorruptError: a file is not there, or has another size.
     """
+    place = os.fspath(directory)  # making a Path of each of thousands of files takes longer than looking at it
     for file in filter(local, manifest.files):  # whatever may have gone wrong before: no manifest names what is not there
-        if not has_size(directory / file.name, file.bytes):
+        if not has_size(f"{place}/{file.name}", file.bytes):
             raise CorruptError(f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written")
     root.sync()
     if (before := manifests.read_if_any(directory)) is not None:
         note_replaced(directory, sharded_files.names_of(before))
+    content = manifest.to_json()
     with unpublished.aside(directory, token) as aside:
-        durable.replace_durably(directory / manifests.NAME, manifest.to_json(), "manifest", aside)
+        durable.replace_durably(directory / manifests.NAME, content, "manifest", aside)
+    manifests.note_written(content, manifest)  # it is read again at once, to see what is kept
     if newest:
         root.point_latest(f"{directory.name}\n")

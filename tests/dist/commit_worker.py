@@ -58,12 +58,14 @@ def tiers_of(request: dict[str, Any]) -> list[ckpt.Tier]:
 class Rank:
     """
     Args:
-        request: directory, rank, world, steps, keep; `at`: the step to resume from; crash_point and crash_skip; `patience`: leave after so many failures,
+        request: directory, rank, world, steps, keep; `environment`: variables beside rank and world; `at`: the step to
+            resume from; crash_point and crash_skip; `patience`: leave after so many failures,
             without another word to the others; `plan`: for each step, by its number as a text, what this rank does differently.
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(request["rank"]), str(request["world"])
+        os.environ.update(request["environment"])
         self.request = request
         if request["coordinator"] == "torch":
             where = f"tcp://127.0.0.1:{request['port']}"
@@ -143,7 +145,7 @@ class Rank:
 
 def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "at": None, "node": None, "tier": {}, "remote": {}}
+    defaults |= {"environment": {}, "coordinator": "file", "wait": True, "patience": 1000, "at": None, "node": None, "tier": {}, "remote": {}}
     Rank(defaults | request).run()
 
 

@@ -1,8 +1,8 @@
 """One rank of a job that puts a coordinator through its paces; test_coordinator.py starts it and reads what it reports.
 
     coordinator_worker.py IMPLEMENTATION DIRECTORY SCENARIO...      one rank of MPI
-    coordinator_worker.py --jobs JOB...                             jobs one after the other, each a JSON list:
-                                                                    [implementation, ranks, directory, port, scenarios]
+    coordinator_worker.py --jobs JOB...                             jobs side by side, each a JSON list:
+                                                                    [implementation, ranks, nodes, directory, port, scenarios]
 
 In the second form every rank is forked from a process that has imported torch, which takes longer than most of the rest.
 Every scenario is run by all ranks, in the same order, and appends a line to DIRECTORY/<rank>.jsonl. A rank that fails one ends:
@@ -30,16 +30,15 @@ from unittest import mock
 
 import psutil
 import torch
+from dist.coordinator_calls import SHORT_S, TIMEOUT_S, expect_missing, meet, payload_of
+from dist.coordinator_nodes import DYING, OF_NODES, messages
 from dist.exchange import exchange
 from support import patience, wait_until
 
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.coordinator.waiting import Pace
-from ckpt.errors import ClosedError, PeerError
+from ckpt.errors import ClosedError
 
-TIMEOUT_S = patience(20.0)  # for what takes milliseconds
-SHORT_S = 0.5  # for what must fail
-SLACK_S = patience(1.3)  # by how much a deadline may be missed on a machine that is busy with other tests
 PROMPT_S = patience(0.5)  # for what must end at once
 ROUNDS = 1000
 DEADLINE_S = patience(75.0)
@@ -47,36 +46,13 @@ DEADLINE_S = patience(75.0)
 DIRECTORY = Path()
 
 
-def payload_of(rank: int, key: str) -> bytes:
-    return f"{key} of rank {rank} ".encode() * 8
-
-
-def meet(c: Coordinator, key: str) -> None:
-    """One exchange that must succeed."""
-    assert exchange(c, key, payload_of(c.rank, key), TIMEOUT_S) == [payload_of(rank, key) for rank in range(c.world_size)]
-
-
-def expect_missing(ranks: tuple[int, ...], call: Callable[[], object], timeout_s: float = SHORT_S) -> PeerError:
-    """The call must raise a PeerError that names these ranks, in time."""
-    started = time.monotonic()
-    try:
-        call()
-    except PeerError as error:
-        elapsed = time.monotonic() - started
-        assert error.ranks == ranks, error
-        assert all(str(rank) in str(error) for rank in ranks)
-        assert elapsed < timeout_s + SLACK_S, f"{elapsed:.2f} s instead of {timeout_s} s"
-        return error
-    raise AssertionError(f"nobody missed ranks {ranks}")
-
-
 def expect_given_up(c: Coordinator, call: Callable[[], object], after_s: float = 0.0) -> None:
     """The call must end with ClosedError as soon as this rank is interrupted: after so many seconds, if it is not yet."""
     interrupted = threading.Event()
 
     def interrupt() -> None:
+        interrupted.set()  # before: the wait may end while the first call is still at it
         c.interrupt()
-        interrupted.set()
         c.interrupt()
 
     timer = threading.Timer(after_s, interrupt)
@@ -425,11 +401,12 @@ def killed(c: Coordinator) -> None:
 SCENARIOS: dict[str, Callable[[Coordinator], None]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(order, large, at_exit, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
+        *(order, large, at_exit, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero, messages),
         *(close, interrupted, interrupted_others, interrupted_alone, killed),
     )
 }
 NEED_TWO = {"apart", "missing", "silent", "idle", "stopped", "stopped_zero", "interrupted", "interrupted_others", "killed"}
+NEED_NODES = {"messages"}  # known ones: MPI has no use for them
 NEED_NEW = {"interrupted", "interrupted_others", "interrupted_alone", "killed"}  # a coordinator: the one before is closed
 
 
@@ -457,23 +434,32 @@ def main(which: str, names: list[str]) -> None:
         report_started = time.monotonic()
         if name in NEED_NEW:
             c = start(which)
+        if c.rank == DYING.get(name):
+            report(name)
         try:
-            SCENARIOS[name](c)
+            (SCENARIOS | OF_NODES)[name](c)
         except BaseException:
             report(name, traceback.format_exc())
             break
         report(name)
-    if "killed" in names:
+    if {"killed", *DYING} & {*names}:
         os._exit(0)  # the ends of MPI and gloo wait for the dead
 
 
-def start_job(which: str, size: int, directory: str, port: int, names: list[str]) -> list[int]:
+def place_of(rank: int, size: int, nodes: int) -> dict[str, str]:
+    """What torchrun says to a rank of its node; the nodes have as many ranks each."""
+    ranks = size // nodes
+    return {"LOCAL_RANK": str(rank % ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": str(rank // ranks)}
+
+
+def start_job(which: str, size: int, nodes: int, directory: str, port: int, names: list[str]) -> list[int]:
     """Forks the ranks of a job."""
     children = []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= place_of(rank, size, nodes)
             run_rank(which, directory, names)
         children.append(pid)
     return children

@@ -1,0 +1,68 @@
+"""Where ranks cannot reach each other on their node."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed
+from support import patience
+from test_coordinator import close_together, exchange_together, make_together, without_ranks
+
+from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.shared_directory import FileCoordinator
+from ckpt.coordinator.torch_store import StoreCoordinator
+from ckpt.coordinator.ways import AloneWay
+
+TIMEOUT_S = patience(10.0)
+RANKS = 3
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in os.environ.keys() - without_ranks().keys():
+        monkeypatch.delenv(name)
+
+
+def refuse(call: str, who: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a sandbox does: the names of sockets, or all sockets but those of a network."""
+    real = getattr(socket.socket, call)
+
+    def refusing(self: socket.socket, *args: Any, **options: Any) -> Any:
+        accepted = "fileno" in options
+        of_node = self.family == socket.AF_UNIX if call == "bind" else args[:1] == (socket.AF_UNIX,) and not accepted
+        if of_node and who():
+            raise PermissionError(errno.EACCES, "refused")
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(socket.socket, call, refusing)
+
+
+@pytest.mark.parametrize("over", ["file", "torch"])
+@pytest.mark.parametrize("refused", [{0}, {*range(RANKS)}], ids=["rank 0", "all"])
+@pytest.mark.parametrize("call", ["bind", "__init__"])
+def test_without_sockets_all_go_on(
+    call: str, refused: set[int], over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks_nothing: Any
+) -> None:
+    """Rank 0 says its words itself, whoever leads the others."""
+    own = threading.local()
+    refuse(call, lambda: getattr(own, "rank", 0) in refused, monkeypatch)
+    store = torch.distributed.HashStore()
+
+    def make(rank: int) -> Coordinator:
+        own.rank = rank
+        if over == "torch":
+            return StoreCoordinator(store, rank, RANKS, timeout_s=TIMEOUT_S)
+        return FileCoordinator(tmp_path, rank, RANKS, timeout_s=TIMEOUT_S)
+
+    made = make_together([lambda rank=rank: make(rank) for rank in range(RANKS)])
+    assert isinstance(made[0]._way, AloneWay)  # type: ignore[attr-defined]
+    for number in range(3):
+        assert exchange_together(made, f"a/{number}", TIMEOUT_S) == [[b"0", b"1", b"2"]] * RANKS
+    close_together(made)
