@@ -68,8 +68,8 @@ class GroupedCoordinator(Coordinator):
             return self._way.hear(key, timeout_s)
         word = given(payload, key)
         if self.world_size > 1:
-            self._way.spoken(key, word)
             self._speak(key, word, timeout_s)
+            self._way.spoken(key, word)
         return word
 
     def interrupt(self) -> None:

@@ -1,4 +1,4 @@
-"""Where ranks cannot reach each other on their node."""
+"""Where the ranks of a node cannot reach each other, or rank 0 cannot reach anybody else."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ from support import patience
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.leader import LeaderWay
 from ckpt.coordinator.shared_directory import FileCoordinator
 from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.coordinator.ways import AloneWay
+from ckpt.errors import PeerError, StorageError
 
 TIMEOUT_S = patience(10.0)
 RANKS = 3
@@ -65,4 +67,22 @@ def test_without_sockets_all_go_on(
     assert isinstance(made[0]._way, AloneWay)  # type: ignore[attr-defined]
     for number in range(3):
         assert exchange_together(made, f"a/{number}", TIMEOUT_S) == [[b"0", b"1", b"2"]] * RANKS
+    close_together(made)
+
+
+def test_a_word_that_rank_0_cannot_say_is_heard_by_nobody(tmp_path: Path, leaks_nothing: Any) -> None:
+    """Nor on its own node, where no file is needed: rank 0 says that it has failed, and all ranks must know the same."""
+    made = make_together(
+        [lambda rank=rank: FileCoordinator(tmp_path, rank, RANKS, timeout_s=TIMEOUT_S) for rank in range(RANKS)]
+    )
+    assert isinstance(made[0]._way, LeaderWay)  # type: ignore[attr-defined]
+    (words,) = tmp_path.rglob("words")
+    away = words.rename(words.with_name("away"))
+    with pytest.raises(StorageError):
+        made[0].broadcast("a/1", b"word", TIMEOUT_S)
+    for member in made[1:]:
+        with pytest.raises(PeerError):
+            member.broadcast("a/1", None, 0.1)
+    away.rename(words)
+    assert exchange_together(made, "a/2", TIMEOUT_S) == [[b"0", b"1", b"2"]] * RANKS
     close_together(made)
