@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 sys.path += [path for path in map(str, places.FOLDERS) if path not in sys.path]
 
 from object_server import bucket, proxy, seaweed, server  # noqa: F401  fixtures, of tests that need an object store
+
+# No test asks a name server. The server of torch's store looks up the name of whoever connects, and serves nobody meanwhile.
+# For an IPv4 client that is a question to DNS: where the answer is lost, all ranks of the job would stand still for seconds.
+os.environ["RES_OPTIONS"] = "attempts:0"
 
 # A shell starts what goes to its background with Ctrl-C ignored, and children would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -38,7 +38,7 @@ from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.errors import CheckpointError, PeerError
 
 WORKER = TESTS / "dist" / "coordinator_worker.py"
-DEADLINE_S = patience(85.0)
+DEADLINE_S = 85.0  # for all jobs of an implementation, on an idle machine
 Shape = tuple[int, int]  # ranks, and nodes on which as many of them are each
 BY_NODE = ("file", "torch")
 GROUPS: list[tuple[str, Shape]] = [
@@ -52,6 +52,8 @@ Line = dict[str, Any]
 
 
 PAIR = (2, 1)
+NOTHING = ""  # where a rank has reported nothing
+TAIL = 4000  # characters of what it said
 STALE_ID = b"2.0123456789abcdef"  # of a rank of a run that has ended
 
 
@@ -96,7 +98,7 @@ def run_jobs(which: str, shapes: list[Shape], root: Path, names: list[str] | Non
     for size, nodes in shapes:
         directory = place_for(root, (size, nodes))
         directory.mkdir(exist_ok=True)
-        for old in directory.glob("*.jsonl"):
+        for old in [*directory.glob("*.jsonl"), *directory.glob("*.txt")]:
             old.unlink()
         jobs.append([which, size, nodes, str(directory), free_port(), names or scenarios(which, (size, nodes))])
     if which == "mpi":
@@ -115,11 +117,12 @@ def place_for(root: Path, shape: Shape) -> Path:
 
 def run_program(command: list[str], root: Path) -> None:
     """Whatever it started is gone at the end, also what is stopped."""
+    deadline_s = patience(DEADLINE_S)
     with open(root / "output.txt", "a", encoding="utf-8") as output:
-        env = without_ranks() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+        env = without_ranks() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "JOB_S": f"{0.8 * deadline_s}"}
         program = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
         try:
-            program.wait(DEADLINE_S)
+            program.wait(deadline_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
@@ -131,7 +134,8 @@ def read_reports(directory: Path, size: int) -> list[dict[str, Line]]:
     for rank in range(size):
         path = directory / f"{rank}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        reports.append({line["scenario"]: line for line in lines})
+        said = path.with_suffix(".txt").read_text(errors="replace")[-TAIL:] if path.with_suffix(".txt").exists() else ""
+        reports.append({line["scenario"]: line for line in lines} | {NOTHING: {"error": f"no report; it said last:\n{said}"}})
     return reports
 
 
@@ -181,7 +185,7 @@ def others(root: Path, pool: ThreadPoolExecutor, jobs: Jobs) -> dict[str, Future
 
 
 def assert_went_well(reports: list[dict[str, Line]], name: str) -> None:
-    failed = {rank: lines.get(name, {"error": "no report"})["error"] for rank, lines in enumerate(reports)}
+    failed = {rank: lines.get(name, lines[NOTHING])["error"] for rank, lines in enumerate(reports)}
     assert not any(failed.values()), "\n".join(f"rank {rank}: {error}" for rank, error in failed.items() if error)
 
 

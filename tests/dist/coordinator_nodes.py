@@ -19,6 +19,7 @@ from support import patience, wait_until
 
 from ckpt import _native
 from ckpt.coordinator import Coordinator
+from ckpt.coordinator.member import MemberWay
 
 LEADER, MEMBER = 2, 3  # of the node that has not rank 0
 PATIENT_S = 6.0  # long enough for a member to notice that its leader is stopped, and to go alone
@@ -41,6 +42,8 @@ def messages(c: Coordinator) -> None:
         return bytes(listen(its_key, deadline))
 
     with all_held(), mock.patch.multiple(c, send=counted_send, listen=counted_listen):
+        if isinstance(way := c._way, MemberWay):  # type: ignore[attr-defined]
+            way._rest = None  # its leader was stopped before, or held up
         meet(c, "messages/0")
         meet(c, key)
         meet(c, "messages/2")
@@ -52,8 +55,11 @@ def messages(c: Coordinator) -> None:
 
 
 def all_held() -> contextlib.AbstractContextManager[Any]:
-    """A leader waits for the answers of all ranks of its node, however slow this machine is just now."""
-    return mock.patch.multiple("ckpt.coordinator.leader", HOLD_S=TIMEOUT_S, _HOLD_SHARE=1)
+    """A leader waits for the answers of all ranks of its node, and they for it, however slow this machine is just now."""
+    held = contextlib.ExitStack()
+    held.enter_context(mock.patch.multiple("ckpt.coordinator.leader", HOLD_S=TIMEOUT_S, _HOLD_SHARE=1))
+    held.enter_context(mock.patch.multiple("ckpt.coordinator.member", SILENCE_S=TIMEOUT_S, _SILENCE_SHARE=1))
+    return held
 
 
 def stopped_leader(c: Coordinator) -> None:
