@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def shares_with(file: str) -> str:
     """Of files that have the same here one process runs all: what their nurseries import takes a core a quarter of a minute."""
-    return "deepspeed" if "/test_deepspeed_" in file else file
+    return "deepspeed" if "/test_deepspeed_" in file else file.replace("/test_commit_by_node.", "/test_commit.")
 
 
 @pytest.hookimpl(optionalhook=True)

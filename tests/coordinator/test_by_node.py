@@ -4,35 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import resource
 import socket
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
-from dist.coordinator_nodes import OF_NODES
-from support import patience, wait_until
-from test_coordinator import (
-    BY_NODE,
-    WORKER,
-    assert_went_well,
-    close_together,
-    exchange_together,
-    free_port,
-    make_together,
-    read_reports,
-    run_program,
-    without_ranks,
-)
+from support import assert_no_leak, patience, resources, wait_until
+from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator import leader, member
 from ckpt.coordinator.answers import frames, join_answers, pack_answers, whole_messages
@@ -81,6 +66,14 @@ class Network:
 
     def post_deadline(self, timeout_s: float) -> Deadline:
         return PostDeadline(timeout_s, self.interrupt)
+
+
+@pytest.fixture(scope="module")
+def leaks_nothing() -> Iterator[None]:
+    """One look behind all tests: it takes longer than most of them."""
+    before = resources()
+    yield
+    assert_no_leak(before)
 
 
 class Node:
@@ -362,35 +355,6 @@ def test_words_that_nobody_asks_for_are_not_kept_for_ever(node: Node) -> None:
         assert node.leader.hear(f"a/{number}", TIMEOUT_S) == b"word"
     assert len(node.leader._words) < 10
     assert node.members[3].hear("a/0", TIMEOUT_S) == b"word", "it is fetched again"
-
-
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-LOST_LEADERS = [(which, name) for which in BY_NODE for name in OF_NODES]
-Reports = dict[str, list[dict[str, Any]]]
-
-
-def lose_leaders(which: str, root: Path) -> Reports:
-    """What the ranks of a job for each scenario report, by its name; side by side, because most of the time they wait."""
-    jobs = []
-    for name in OF_NODES:
-        (root / name).mkdir(parents=True)
-        jobs.append([which, 4, 2, str(root / name), free_port(), [name]])
-    run_program([sys.executable, str(WORKER), "--jobs", *map(json.dumps, jobs)], root)
-    return {name: read_reports(root / name, 4) for name in OF_NODES}
-
-
-@pytest.fixture(scope="module")
-def lost() -> Iterator[dict[str, Future[Reports]]]:
-    with tempfile.TemporaryDirectory(prefix="leaders-") as place, ThreadPoolExecutor(1) as pool:
-        yield {which: pool.submit(lose_leaders, which, Path(place) / which) for which in BY_NODE}
-
-
-@pytest.mark.usefixtures("native")
-@pytest.mark.parametrize(("which", "name"), LOST_LEADERS)
-def test_a_node_whose_leader_is_lost(lost: dict[str, Future[Reports]], which: str, name: str) -> None:
-    """Its member goes alone, and rank 0 misses the leader alone."""
-    assert_went_well(lost[which].result()[name], name)
 
 
 # ---- messages --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch.distributed
+from dist.coordinator_nodes import OF_NODES
 from dist.coordinator_worker import NEED_NODES, NEED_TWO, SCENARIOS
 from dist.exchange import exchange
 from places import PYTHONPATH, TESTS
@@ -177,6 +179,7 @@ def jobs(root: Path, pool: ThreadPoolExecutor) -> Jobs:
 def others(root: Path, pool: ThreadPoolExecutor, jobs: Jobs) -> dict[str, Future[Any]]:
     """The jobs of single tests, behind those."""
     programs: dict[str, Callable[[Path], Any]] = {"crash": crash_and_run_again, "restart": restart_under_torchrun}
+    programs |= {f"lost {which}": functools.partial(lose_leaders, which) for which in BY_NODE}
     futures = {}
     for name, program in programs.items():
         (root / name).mkdir()
@@ -218,6 +221,24 @@ def test_what_a_crashed_run_left_is_ignored_and_removed(others: dict[str, Future
     for name in ("order", "close"):
         assert_went_well(reports, name)
     assert not (place_for(root / "crash", PAIR) / FOLDER).exists()
+
+
+def lose_leaders(which: str, place: Path) -> dict[str, list[dict[str, Line]]]:
+    """What the ranks of a job for each scenario report, by its name; side by side, because most of the time they wait."""
+    jobs = []
+    for name in OF_NODES:
+        (place / name).mkdir()
+        jobs.append([which, 4, 2, str(place / name), free_port(), [name]])
+    run_program([sys.executable, str(WORKER), "--jobs", *map(json.dumps, jobs)], place)
+    return {name: read_reports(place / name, 4) for name in OF_NODES}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", OF_NODES)
+@pytest.mark.parametrize("which", BY_NODE)
+def test_a_node_whose_leader_is_lost(others: dict[str, Future[Any]], which: str, name: str) -> None:
+    """Its member goes alone, and rank 0 misses the leader alone."""
+    assert_went_well(others[f"lost {which}"].result()[name], name)
 
 
 def restart_under_torchrun(place: Path) -> None:

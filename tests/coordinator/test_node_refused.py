@@ -6,13 +6,13 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed
-from support import patience
+from support import assert_no_leak, patience, resources
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator.base import Coordinator
@@ -24,6 +24,14 @@ from ckpt.errors import PeerError, StorageError
 
 TIMEOUT_S = patience(10.0)
 RANKS = 3
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaks_nothing() -> Iterator[None]:
+    """One look behind all tests: it takes longer than each of them."""
+    before = resources()
+    yield
+    assert_no_leak(before)
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +58,7 @@ def refuse(call: str, who: Callable[[], bool], monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("refused", [{0}, {*range(RANKS)}], ids=["rank 0", "all"])
 @pytest.mark.parametrize("call", ["bind", "__init__"])
 def test_without_sockets_all_go_on(
-    call: str, refused: set[int], over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaks_nothing: Any
+    call: str, refused: set[int], over: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 0 says its words itself, whoever leads the others."""
     own = threading.local()
@@ -70,7 +78,7 @@ def test_without_sockets_all_go_on(
     close_together(made)
 
 
-def test_a_word_that_rank_0_cannot_say_is_heard_by_nobody(tmp_path: Path, leaks_nothing: Any) -> None:
+def test_a_word_that_rank_0_cannot_say_is_heard_by_nobody(tmp_path: Path) -> None:
     """Nor on its own node, where no file is needed: rank 0 says that it has failed, and all ranks must know the same."""
     made = make_together(
         [lambda rank=rank: FileCoordinator(tmp_path, rank, RANKS, timeout_s=TIMEOUT_S) for rank in range(RANKS)]

@@ -41,9 +41,8 @@ def messages(c: Coordinator) -> None:
         heard.extend([c.rank] if its_key == key else [])
         return bytes(listen(its_key, deadline))
 
+    connect(c, "messages/connected")
     with all_held(), mock.patch.multiple(c, send=counted_send, listen=counted_listen):
-        if isinstance(way := c._way, MemberWay):  # type: ignore[attr-defined]
-            way._rest = None  # its leader was stopped before, or held up
         meet(c, "messages/0")
         meet(c, key)
         meet(c, "messages/2")
@@ -54,11 +53,26 @@ def messages(c: Coordinator) -> None:
     assert [rank for _, own in said for rank in own if rank > 0] == [node[0] for node in nodes[1:]], "who leads listens, once"
 
 
+def connect(c: Coordinator, key: str) -> None:
+    """Leaders have their members, also where one was stopped before, or held up."""
+    with patient_members():
+        if isinstance(way := c._way, MemberWay):  # type: ignore[attr-defined]
+            way._rest = None
+        meet(c, key)
+
+
+def patient_members() -> contextlib.AbstractContextManager[Any]:
+    return mock.patch.multiple("ckpt.coordinator.member", SILENCE_S=TIMEOUT_S, _SILENCE_SHARE=1)
+
+
 def all_held() -> contextlib.AbstractContextManager[Any]:
-    """A leader waits for the answers of all ranks of its node, and they for it, however slow this machine is just now."""
+    """A leader waits for the answers of all ranks of its node, and they for it, however slow this machine is just now.
+
+    For ranks that are connected: it would wait for what it has sent before one came.
+    """
     held = contextlib.ExitStack()
     held.enter_context(mock.patch.multiple("ckpt.coordinator.leader", HOLD_S=TIMEOUT_S, _HOLD_SHARE=1))
-    held.enter_context(mock.patch.multiple("ckpt.coordinator.member", SILENCE_S=TIMEOUT_S, _SILENCE_SHARE=1))
+    held.enter_context(patient_members())
     return held
 
 
@@ -115,12 +129,13 @@ def killed_leader(c: Coordinator) -> None:
 
 def killed_at(c: Coordinator, point: str) -> None:
     """The leader dies while it does what it does for its node; if it had sent all answers, nobody is missed yet."""
-    meet(c, f"{point}/1")
-    if c.rank == LEADER:
-        with contextlib.nullcontext() if NODE_POINTS[point] else all_held():
+    connect(c, f"{point}/0")
+    with contextlib.nullcontext() if NODE_POINTS[point] else all_held():  # before its member can post the next answer
+        meet(c, f"{point}/1")
+        if c.rank == LEADER:
             _native.set_crash_point(point, 0)
             exchange(c, f"{point}/2", payload_of(LEADER, f"{point}/2"), TIMEOUT_S)
-        raise AssertionError("it lives")
+            raise AssertionError("it lives")
     if NODE_POINTS[point]:
         meet_without(c, NODE_POINTS[point], f"{point}/2")
     else:
