@@ -93,6 +93,7 @@ def stopped_leader(c: Coordinator) -> None:
         expect_missing((LEADER,), lambda: exchange(c, "stopped-leader/2", b"", SHORT_S))
     for number in range(3, 8):
         meet(c, f"stopped-leader/{number}")
+    c.close()  # rank 0 takes the store with it
 
 
 def meet_without(c: Coordinator, dead: tuple[int, ...], key: str) -> None:
@@ -153,10 +154,11 @@ def forked_leader(c: Coordinator) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     started = time.monotonic()
     if c.rank == 0:
-        expect_missing((LEADER,), lambda: c.gather("forked-leader/2", b"", SHORT_S))
+        expect_missing((LEADER,), lambda: c.gather("forked-leader/2", b"", MISSING_S), MISSING_S)
     else:
         c.gather("forked-leader/2", b"", 60.0)
         assert time.monotonic() - started < patience(1.5), "it has waited for a leader that is dead"
+    c.broadcast("forked-leader/2", b"" if c.rank == 0 else None, TIMEOUT_S)
     part_without(c, (LEADER,), "forked-leader/3")
 
 
