@@ -6,7 +6,8 @@ What is in it, of one rank:
     lane        takes room in the arena for each chunk, in file order, and copies it from the device: one link for each GPU
     writers     claim chunks in file order; each goes through the link of its node, then to one server of the file system
     fence       device: until the last chunk has been copied. Host: copies what no writer has claimed, last chunk first
-    committer   when all is written: fsync, an answer to rank 0, its publication, its verdict; saves in their order
+    committer   when all is written: fsync, an answer to rank 0, its publication, its verdict; saves in their order. By node
+                the ranks of one meet first, and make one message of their answers
     drain       with a tier of nodes: writers write to the disk of the node, and this carries home what is committed: drain.py
 
 and all ranks share the servers of the file system, and rank 0's coordinator, which serves one request after the other. A
@@ -104,7 +105,9 @@ class Saving:
         most_chunks: larger chunks are simulated where a rank would have more; None: the real ones.
         plan_s: in save(), before it returns.
         fsync_s: to make a rank's file durable once all is written.
-        gather_s, verdict_s: for each rank, at rank 0's coordinator.
+        by_node: whether the ranks of a node make one message together; else each makes its own.
+        gather_s, verdict_s: for each message, at rank 0's coordinator.
+        node_s: by node, what the ranks of one take among themselves, for both ways together.
         publish_s: manifest, renames and fsyncs of rank 0.
         drain_rate: bytes a second that the drain of a node copies, if nothing else holds it up.
         receipt_s: to read what one node has said of its delivery at home.
@@ -117,8 +120,10 @@ class Saving:
     most_chunks: int | None = None
     plan_s: float = 0.0
     fsync_s: float = 0.0
+    by_node: bool = False
     gather_s: float = 0.0
     verdict_s: float = 0.0
+    node_s: float = 0.0
     publish_s: float = 0.0
     drain_rate: float = INFINITE
     receipt_s: float = 0.0
@@ -267,18 +272,37 @@ class Committee:
     """Rank 0: hears all ranks, publishes, tells all; one save after the other."""
 
     def __init__(self, env: simpy.Environment, saving: Saving, cluster: Cluster) -> None:
-        self._env, self._saving, self._shown = env, saving, cluster.shown_ranks
+        self._env, self._saving = env, saving
+        self._speakers = cluster.shown_nodes if saving.by_node else cluster.shown_ranks
+        self._per_speaker = cluster.gpus_per_node if saving.by_node else 1
+        self._here: dict[tuple[int, int], int] = {}  # number of the save and of the node: ranks that have come
+        self._told: dict[tuple[int, int], simpy.Event] = {}
         self._stands_for = cluster.ranks / cluster.shown_ranks
         self.coordinator = Server(env, 1.0)  # requests are given in seconds
         self._answers: dict[int, int] = {}
         self._published: dict[int, simpy.Event] = {}
 
-    def agree(self, number: int) -> Steps:
-        """Of one rank, for its save of that number."""
+    def agree(self, number: int, node: int) -> Steps:
+        """Of one rank on a node, for its save of that number. By node, who comes last speaks for all of them."""
+        if self._per_speaker == 1:
+            yield from self._speak(number)
+            return
+        group = number, node
+        told = self._told.setdefault(group, self._env.event())
+        self._here[group] = self._here.get(group, 0) + 1
+        if self._here[group] < self._per_speaker:
+            yield told
+            return
+        yield self._env.timeout(self._saving.node_s / 2)
+        yield from self._speak(number)
+        yield self._env.timeout(self._saving.node_s / 2)
+        told.succeed()
+
+    def _speak(self, number: int) -> Steps:
         published = self._published.setdefault(number, self._env.event())
         yield from self.coordinator.serve(self._saving.gather_s * self._stands_for)
         self._answers[number] = self._answers.get(number, 0) + 1
-        if self._answers[number] == self._shown:
+        if self._answers[number] == self._speakers:
             yield self._env.timeout(self._saving.publish_s)
             published.succeed()
         yield published

@@ -31,7 +31,7 @@ SOURCES = {
     "arena": "64 GB of each node for checkpoints, shared evenly by its GPUs: DataStates-LLM, HPDC'24",
     "node_link": "25 GB/s: assumption (two network cards of 100 Gbit/s); what one node reached is not published",
     "jitter": "0.1: spread of the durable rate on one machine, bench/results, workload durable",
-    "gather_s, verdict_s": "bench/results, workload coordination, torch store: measured with 64 to 16,384 simulated clients",
+    "gather_s, verdict_s, node_s": "bench/results, workload coordination, torch store, by node; 64 to 16,384 ranks",
     "plan_s": "7 ms: bench/results, workload stall, save_s",
     "publish_s, fsync_s": "20 ms and 10 ms: assumption, some ten metadata operations of 2 ms",
     "node_disk": "4 GB/s: assumption, the two NVMe disks of a node of Polaris at 2 GB/s each; only with a tier of nodes",
@@ -75,35 +75,51 @@ PUBLISHED = (
 )
 
 
-def measured_commit(ranks: int, results: Path = RESULTS) -> tuple[float, float]:
-    """(gather, verdict): seconds for each rank, of the measurement whose number of ranks is nearest.
+MEASURED_PER_NODE = 8  # ranks
+
+
+def measured_commit(ranks: int, by_node: bool = False, results: Path = RESULTS) -> dict[str, float]:
+    """What a message costs rank 0's coordinator: of the newest measurement whose number of ranks is nearest; see Saving.
 
     Raises:
         ValueError: there are no such results.
     """
-    found: dict[int, dict[str, float]] = {}
+    found: dict[str, dict[int, dict[str, float]]] = {}
     for path in sorted(results.glob("*.jsonl")):
         for line in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            if line["workload"] == "coordination" and line["case"].startswith("torch, "):
-                size = int(line["case"].split()[1])
-                found.setdefault(size, {})[line["quantity"]] = line["median"]
-    if not found:
+            if line["workload"] == "coordination":
+                way, _, size = line["case"].removesuffix(" ranks").rpartition(", ")
+                found.setdefault(way, {}).setdefault(int(size), {})[line["quantity"]] = line["median"]
+    way, per_message = ("torch by node", MEASURED_PER_NODE) if by_node else ("torch", 1)
+    if way not in found:
         raise ValueError(f"no results of the workload 'coordination' in {results}; measure with bench.run")
-    size = min(found, key=lambda size: abs(math.log(size / ranks)))
-    gathered, agreed = found[size]["gathered_s"], found[size]["agreed_s"]
-    return gathered / size, (agreed - gathered) / size
+    size = min(found[way], key=lambda size: abs(math.log(size / ranks)))
+    gathered, agreed = found[way][size]["gathered_s"], found[way][size]["agreed_s"]
+    messages = size / per_message
+    node_s = found["one node, torch"][MEASURED_PER_NODE]["agreed_s"] if by_node else 0.0
+    return {"gather_s": gathered / messages, "verdict_s": (agreed - gathered) / messages, "node_s": node_s}
+
+
+def flat(saving: Saving, cluster: Cluster) -> Saving:
+    """The same, but each rank makes a message of its own."""
+    return dataclasses.replace(saving, by_node=False, **measured_commit(cluster.ranks))
 
 
 def saving_for(cluster: Cluster) -> Saving:
-    gather_s, verdict_s = measured_commit(cluster.ranks)
+    """By node, once that has been measured; else flat."""
+    by_node = cluster.gpus_per_node > 1
+    try:
+        costs = measured_commit(cluster.ranks, by_node)
+    except ValueError:
+        by_node, costs = False, measured_commit(cluster.ranks)
     return Saving(
         arena_bytes=ARENA_PER_NODE // cluster.gpus_per_node,
         most_chunks=CHUNKS,
         plan_s=PLAN_S,
         fsync_s=FSYNC_S,
         publish_s=PUBLISH_S,
-        gather_s=gather_s,
-        verdict_s=verdict_s,
+        by_node=by_node,
+        **costs,
         drain_rate=DRAIN_RATE,
         receipt_s=RECEIPT_S,
     )

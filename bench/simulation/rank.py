@@ -104,6 +104,7 @@ class Arena:
 class Node:
     """What the ranks of a node share. Without a tier of nodes there is neither disk nor drain."""
 
+    number: int
     link: Server
     disk: Server | None = None
     drain: Drain | None = None
@@ -238,7 +239,7 @@ class Rank:
             yield file.written
             yield self._env.timeout(self._world.saving.fsync_s)
             file.save.flushed_at = self._env.now
-            yield from self._world.committee.agree(file.number)
+            yield from self._world.committee.agree(file.number, self._node.number)
             file.save.durable_at = self._env.now
             file.durable.succeed()
             if self._node.drain is not None:
@@ -265,7 +266,7 @@ def simulate(cluster: Cluster, job: Job, saving: Saving, seed: int = 0) -> Outco
     committee = Committee(env, saving, cluster)
     world = World(env, cluster, job, saving, file_system, Meeting(env, cluster.shown_ranks), committee)
     home = Home(env, cluster, saving)
-    nodes = [make_node(world, home) for _ in range(cluster.shown_nodes)]
+    nodes = [make_node(world, home, number) for number in range(cluster.shown_nodes)]
     ranks = [Rank(world, node) for node in nodes for _ in range(cluster.gpus_per_node)]
     env.run(simpy.AllOf(env, [process for rank in ranks for process in rank.processes]))
     if cluster.node_disk is not None and len(ranks[0].saves) - 1 not in home.arrived:
@@ -289,9 +290,9 @@ def simulate(cluster: Cluster, job: Job, saving: Saving, seed: int = 0) -> Outco
     )
 
 
-def make_node(world: World, home: Home) -> Node:
+def make_node(world: World, home: Home, number: int) -> Node:
     env, cluster = world.env, world.cluster
-    node = Node(Server(env, cluster.node_link))
+    node = Node(number, Server(env, cluster.node_link))
     if cluster.node_disk is not None:
         node.disk = Server(env, cluster.node_disk)
         node.drain = Drain(env, world.saving, node.disk, node.link, world.file_system, home, cluster.gpus_per_node)

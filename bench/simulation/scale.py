@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from bench.measure.report import Report
 from bench.measure.sampling import note
 from bench.simulation.model import INFINITE, Cluster, Job, Outcome, Saving
-from bench.simulation.published import ARENA_PER_NODE, NODE_DISK, POLARIS, PUBLISHED, add_line, saving_for
+from bench.simulation.published import ARENA_PER_NODE, NODE_DISK, POLARIS, PUBLISHED, add_line, flat, saving_for
 from bench.simulation.rank import simulate
 
 BIGGEST = PUBLISHED[-1]
@@ -35,6 +35,7 @@ SHORTEST_S, LONGEST_S = 1e-3, 1e4
 PRECISION = 1.05
 
 SAVE_CALL, ALL = "save() itself", "all together"
+FLAT_COMMIT = "commit, flat"  # in place of by node: to compare with
 LEVELS = (SAVE_CALL, "D2H link", "node disk", "node link", "file system", "commit")
 TIER = ", by way of the nodes"
 
@@ -76,7 +77,8 @@ class Study(NamedTuple):
     """What was found for a case.
 
     Attributes:
-        critical_s: for each level alone, and for all together: the shortest interval that costs less than FREE.
+        critical_s: for each level alone, for the commit if it were flat, and for all together: the shortest interval that costs
+            less than FREE.
         lost: for each interval in seconds, the share of the training's time.
         by_arena: for each size of the arena in GB, the same at ARENA_INTERVAL_S.
         age_at_home: with a tier of nodes, for each interval, how old the newest checkpoint at home gets, seconds (median).
@@ -103,7 +105,8 @@ def cases(sizes: Sequence[int]) -> list[Case]:
 def alone(level: str, cluster: Cluster, saving: Saving) -> tuple[Cluster, Saving]:
     """All other levels made free. A tier of nodes stays one: what it spares the training is the file system."""
     rates = {"d2h": "D2H link", "node_link": "node link", "file_system": "file system"}
-    costs = {"plan_s": SAVE_CALL, "fsync_s": "commit", "gather_s": "commit", "verdict_s": "commit", "publish_s": "commit"}
+    costs = {"plan_s": SAVE_CALL, "fsync_s": "commit", "publish_s": "commit"}
+    costs |= dict.fromkeys(("gather_s", "verdict_s", "node_s"), "commit")
     free_rates: dict[str, Any] = {name: INFINITE for name, owner in rates.items() if owner != level}
     free_costs: dict[str, Any] = {name: 0.0 for name, owner in costs.items() if owner != level}
     if cluster.node_disk is not None and level != "node disk":
@@ -152,6 +155,7 @@ def study(report: Report, case: Case) -> Study:
     name = f"{case.growth}: {case.gpus} GPUs, file system {case.way}"
     note(name)
     critical_s = {level: critical_interval(case, *alone(level, cluster, saving)) for level in LEVELS}
+    critical_s[FLAT_COMMIT] = critical_interval(case, *alone("commit", cluster, flat(saving, cluster)))
     critical_s[ALL] = critical_interval(case, cluster, saving)
     lost, by_arena, age_at_home = {}, {}, {}
     parameters = {"cluster": dataclasses.asdict(cluster), "saving": dataclasses.asdict(saving)}
@@ -179,9 +183,9 @@ def study(report: Report, case: Case) -> Study:
 
 def critical_rows(studies: Sequence[Study]) -> list[tuple[str, ...]]:
     """The shortest interval that costs less than 1 %."""
-    rows = [("checkpoint", "GPUs", "file system", *(f"{level}, s" for level in LEVELS), f"{ALL}, s", "limit")]
+    rows = [("checkpoint", "GPUs", "file system", *(f"{level}, s" for level in (*LEVELS, FLAT_COMMIT, ALL)), "limit")]
     for found in studies:
-        cells = (f"{found.critical_s[level]:.3g}" for level in (*LEVELS, ALL))
+        cells = (f"{found.critical_s[level]:.3g}" for level in (*LEVELS, FLAT_COMMIT, ALL))
         limit = max(LEVELS, key=lambda level: found.critical_s[level])
         rows.append((found.case.growth, f"{found.case.gpus:,}", found.case.way, *cells, limit))
     return rows

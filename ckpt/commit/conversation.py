@@ -6,6 +6,7 @@ and `skipped` (it is no failure but a save that was not wanted), and whatever el
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -59,7 +60,7 @@ class RankConversation:
         except Exception as error:
             return Failure(f"rank 0 could not hear the others: {error}", (0,)), []
         try:
-            answers: dict[int, dict[str, Any]] = {rank: json.loads(payload) for rank, payload in payloads.items()}
+            answers = _unpack(payloads)
             failed = {rank: answer for rank, answer in answers.items() if answer["failure"] is not None}
         except (ValueError, KeyError, TypeError) as error:
             return Failure(f"rank 0 did not understand the others: {error!r}", (0,)), []
@@ -141,6 +142,19 @@ def answer_for(what: str, error: BaseException | None) -> dict[str, Any]:
 
 def _pack(said: Mapping[str, Any]) -> bytes:
     return json.dumps(said).encode()
+
+
+def _unpack(payloads: Mapping[int, bytes]) -> dict[int, dict[str, Any]]:
+    """All at once where that gives one answer for each rank: thousands of calls take three times as long.
+
+    Raises:
+        ValueError: a rank has sent something else.
+    """
+    with contextlib.suppress(ValueError):
+        answers = json.loads(b"[" + b",".join(payloads.values()) + b"]")
+        if len(answers) == len(payloads):
+            return dict(zip(payloads, answers, strict=True))
+    return {rank: json.loads(payload) for rank, payload in payloads.items()}
 
 
 def _list_failures(failed: Mapping[int, Mapping[str, Any]]) -> str:

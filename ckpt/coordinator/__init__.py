@@ -14,9 +14,10 @@ import sys
 from pathlib import Path
 
 from ckpt.coordinator.base import Coordinator
+from ckpt.coordinator.launchers import world_of
 from ckpt.coordinator.local import LocalCoordinator
 from ckpt.coordinator.mpi import MPICoordinator
-from ckpt.coordinator.shared_directory import FileCoordinator, world_of
+from ckpt.coordinator.shared_directory import FileCoordinator
 from ckpt.coordinator.torch_store import StoreCoordinator, has_store
 from ckpt.errors import CheckpointError
 

@@ -2,7 +2,7 @@
 
     .coordination/hello/<rank>              a fresh random id of that rank
     .coordination/session                   the name of a session, and the ids of the ranks that rank 0 has seen
-    .coordination/s-<random>/posts/<key>@<rank>
+    .coordination/s-<random>/posts/<key>@<rank>.<number>        the answers that this rank has sent, of its whole node perhaps
     .coordination/s-<random>/words/<key>
     .coordination/s-<random>/reserve/<rank>     room for messages on a full disk: removed when one needs it
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import os
 import secrets
 import threading
@@ -27,9 +28,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from urllib.parse import quote
 
-from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
-from ckpt.coordinator.closing import OrderlyClose
-from ckpt.coordinator.key_cleanup import OPENING, KeyCleanup
+from ckpt.coordinator.answers import pack_answers, unpack_answers
+from ckpt.coordinator.base import VERDICT_S, missing_error, silent_error, unposted_error
+from ckpt.coordinator.grouped import OTHER_VERSION, PROTOCOL, GroupedCoordinator
+from ckpt.coordinator.key_cleanup import OPENING
+from ckpt.coordinator.launchers import VARIABLES, names_of, world_of
 from ckpt.coordinator.waiting import Deadline, Pace
 from ckpt.errors import CheckpointError, StorageError
 from ckpt.storage import durable
@@ -38,36 +41,16 @@ from ckpt.storage.directory_lock import DirectoryLock
 FOLDER = ".coordination"
 HELLO_S = 300.0  # for all ranks to come
 _PACE_S = (0.001, 0.05)  # first and longest sleep between looks
-_ID_BYTES = 16
+_ID = f"{PROTOCOL}."  # how the ids of this protocol begin
+_ID_BYTES = len(_ID) + 16
 _HEADER_BYTES = 32  # of the file `session`: its name, filled up with spaces; then the ids, from rank 0 on
 _LONGEST_NAME = 150  # bytes; the file system takes 255, and temporary names are longer
 RESERVE_BYTES = 64 << 10
 _GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-VARIABLES = (
-    ("RANK", "WORLD_SIZE"),
-    # Not SLURM_NTASKS: sbatch sets that for its script too, of which there is one process. Only srun sets the other.
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
-    ("PMI_RANK", "PMI_SIZE"),
-)
 
 
-def world_of(environment: Mapping[str, str]) -> tuple[int, int] | None:
-    """Rank and world size that a launcher has put into the environment."""
-    names = _names_of(environment)
-    return None if names is None else (int(environment[names[0]]), int(environment[names[1]]))
-
-
-def _names_of(environment: Mapping[str, str]) -> tuple[str, str] | None:
-    """The variables by which a launcher says them."""
-    for rank, size in VARIABLES:
-        if environment.get(rank, "").isdigit() and environment.get(size, "").isdigit():
-            return rank, size
-    return None
-
-
-class FileCoordinator(Coordinator):
+class FileCoordinator(GroupedCoordinator):
     """See the module.
 
     Args:
@@ -89,51 +72,30 @@ class FileCoordinator(Coordinator):
         origin = ""
         if rank is None or world_size is None:
             rank, world_size, origin = _known_world()
-        self.rank, self.world_size = rank, world_size
+        super().__init__(rank, world_size, f"the coordinator over '{directory}'")
         self._root = directory / FOLDER
         self._session = self._root / "none"
         self._reserve = _Reserve(self._session)
-        self._cleanup = KeyCleanup()
-        self._closing = OrderlyClose(f"the coordinator over '{directory}'")
+        self._numbers = itertools.count()  # of the messages of this rank
         if world_size > 1:
             durable.make_directory(directory, durable=True)  # checkpoints may go into it
             durable.make_directory(self._root / "hello", durable=False)
-            (self._open if rank == 0 else self._enter)(timeout_s, origin)
+            try:
+                (self._open if rank == 0 else self._enter)(timeout_s, origin)
+            except BaseException:
+                self._leave_node()
+                raise
             self._reserve = _Reserve(self._session / "reserve" / str(rank))
             self._reserve.lay_by()
-
-    def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        self._closing.check()
-        if self.rank != 0:
-            self._post(key, payload)
-            return None
-        answers = {0: payload} | self._collect(key, timeout_s)
-        missing = [rank for rank in range(self.world_size) if rank not in answers]
-        self._forget(key, missing)
-        if missing:
-            raise missing_error(key, missing, answers, timeout_s)
-        return [answers[rank] for rank in range(self.world_size)]
-
-    def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-        self._closing.check()
-        if self.rank != 0:
-            return self._hear(key, timeout_s)
-        word = given(payload, key)
-        if self.world_size > 1:
-            dropped = self._cleanup.spoke(key)
-            self._put(self._word_path(key), word)
-            for old in dropped:
-                durable.remove_quietly(self._word_path(old))
-        return word
-
-    def interrupt(self) -> None:
-        self._closing.interrupt.say()
+            self._join_node()
 
     def close(self) -> None:
         everybody_read = self.world_size > 1 and self.rank == 0 and self._cleanup.all_read
         spent = self._closing.close(self, self._cleanup)
         if spent is None or self.world_size == 1:
             return
+        self.interrupt()  # what is being done for other ranks of the node; they do it themselves now
+        self._leave_node()
         self._reserve.remove()
         if self.rank != 0:
             return
@@ -158,10 +120,10 @@ class FileCoordinator(Coordinator):
         else:
             self._reserve.renew()
 
-    def _post(self, key: str, payload: bytes) -> None:
-        path = self._session / "posts" / f"{_name(key)}@{self.rank}"
+    def send(self, key: str, answers: Mapping[int, bytes], deadline: Deadline) -> None:
+        path = self._session / "posts" / f"{_name(key)}@{self.rank}.{next(self._numbers)}"
         try:
-            self._put(path, payload)
+            self._put(path, pack_answers(answers))
         except StorageError as error:
             if error.errno in _GONE:
                 why = "it has removed the session: closed, or started anew without this rank"
@@ -170,23 +132,20 @@ class FileCoordinator(Coordinator):
                 raise unposted_error(key, self.rank, str(error)) from error
             raise
 
-    def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
-        """Reads and removes answers as they come; rank 0's own is not among them."""
+    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
+        """Reads and removes messages as they come."""
         answers: dict[int, bytes] = {}
-        if self.world_size == 1:
-            return answers
-        pace, stem = Pace(self._closing.deadline_for(key, timeout_s), *_PACE_S), _name(key)
+        pace, stem = Pace(deadline, *_PACE_S), _name(key)
         while True:
             before = len(answers)
-            for path, rank in self._posts({stem}):
-                if rank not in answers and (payload := _get(path)) is not None:
-                    answers[rank] = payload
+            for path, _ in self._posts({stem}):
+                if (message := _get(path)) is not None:
+                    answers |= unpack_answers(message)
                     durable.remove_quietly(path)
             if len(answers) == self.world_size - 1 or not pace.rest(found=len(answers) > before):
                 return answers
 
     def _forget(self, key: str, missing: list[int]) -> None:
-        """Removes what nobody will ask for, now that `key` is gathered."""
         spent = self._cleanup.heard(key, missing)
         for word in spent.words:
             durable.remove_quietly(self._word_path(word))
@@ -194,19 +153,33 @@ class FileCoordinator(Coordinator):
             for path, _ in self._posts({_name(box) for box in spent.boxes}):
                 durable.remove_quietly(path)
 
-    def _hear(self, key: str, timeout_s: float) -> bytes:
-        pace, path = Pace(self._closing.deadline_for(key, timeout_s), *_PACE_S), self._word_path(key)
+    def _speak(self, key: str, word: bytes, timeout_s: float) -> None:
+        dropped = self._cleanup.spoke(key)
+        self._put(self._word_path(key), word)
+        for old in dropped:
+            durable.remove_quietly(self._word_path(old))
+
+    def listen(self, key: str, deadline: Deadline) -> bytes:
+        pace, path = Pace(deadline, *_PACE_S), self._word_path(key)
         while (word := _get(path)) is None:
             if not pace.rest():
-                raise silent_error(key, self.rank, timeout_s)
+                raise silent_error(key, self.rank, deadline.timeout_s)
         return word
 
+    def _note_posted(self) -> None:
+        """There has been room for it: a rank for which its leader sends needs its own reserve if the leader dies."""
+        self._reserve.renew()
+
+    def _wake(self) -> None:
+        """Nothing waits without looking."""
+
     def _posts(self, stems: set[str]) -> Iterator[tuple[Path, int]]:
-        """The answers to some keys that are there now: one listing, whatever the number of ranks."""
+        """The messages for some keys that are there now, and who has sent them: one listing, whatever the number of ranks."""
         folder = self._session / "posts"
         for name in os.listdir(folder):
-            stem, _, rank = name.rpartition("@")
-            if stem in stems and rank.isdigit():
+            stem, _, sender = name.rpartition("@")
+            rank, _, number = sender.partition(".")
+            if stem in stems and rank.isdigit() and number.isdigit():
                 yield folder / name, int(rank)
 
     def _word_path(self, key: str) -> Path:
@@ -217,7 +190,7 @@ class FileCoordinator(Coordinator):
     def _enter(self, timeout_s: float, origin: str) -> None:
         """Says hello, waits for a session that names us, and enters it."""
         deadline = Deadline(timeout_s)
-        own = secrets.token_hex(_ID_BYTES // 2).encode()
+        own = (_ID + secrets.token_hex(8)).encode()
         hello = self._root / "hello" / str(self.rank)
         durable.replace_quickly(hello, own)
         pace = Pace(deadline, *_PACE_S)
@@ -227,20 +200,22 @@ class FileCoordinator(Coordinator):
                 why = f"nobody opened a session in '{self._root}'{origin}"
                 raise silent_error("hello", self.rank, timeout_s, why)
         self._session = self._root / session
-        self._post(OPENING, own)
-        self._hear(OPENING, deadline.left_s + VERDICT_S)
+        self._claim_node(session)
+        self.gather(OPENING, own, timeout_s)
+        self.listen(OPENING, Deadline(deadline.left_s + VERDICT_S))
 
     def _open(self, timeout_s: float, origin: str) -> None:
         """Makes a session, names in it whoever has said hello, and waits until all have entered."""
         for name in os.listdir(self._root):
             if name.startswith("s-"):
                 _remove_if_dead(self._root / name)
-        self._session = self._root / f"s-{secrets.token_hex(_ID_BYTES // 2)}"
+        self._session = self._root / f"s-{secrets.token_hex(8)}"
         durable.make_directory(self._session, durable=False)
         self._alive = DirectoryLock(self._session)
         self._alive.acquire()
         for folder in ("posts", "words", "reserve"):
             durable.make_directory(self._session / folder, durable=False)
+        self._claim_node(self._session.name)
         entered = self._await_all(Deadline(timeout_s))
         missing = [rank for rank in range(1, self.world_size) if rank not in entered]
         durable.remove_quietly(self._root / "session")
@@ -248,7 +223,8 @@ class FileCoordinator(Coordinator):
             self._alive.release()
             with contextlib.suppress(OSError):
                 durable.remove_tree(self._session)
-            raise missing_error(f"hello in {self._root}", missing, {}, timeout_s, origin)
+            advice = OTHER_VERSION if _are_of_other_versions(self._root / "hello") else ""
+            raise missing_error(f"hello in {self._root}", missing, {}, timeout_s, origin + advice)
         for name in os.listdir(self._root / "hello"):
             durable.remove_quietly(self._root / "hello" / name)
         self.broadcast(OPENING, b"", timeout_s)
@@ -262,7 +238,8 @@ class FileCoordinator(Coordinator):
             if hellos.look() and len(hellos.ids) == self.world_size - 1:
                 durable.replace_quickly(self._root / "session", hellos.session_file(self._session.name))
             for path, rank in self._posts({_name(OPENING)}):
-                if _get(path) == hellos.ids.get(rank):  # else it is of a process that a new one has replaced
+                own = unpack_answers(_get(path) or b"").get(rank)
+                if own is not None and own == hellos.ids.get(rank):  # else it is of a process that a new one has replaced
                     entered.add(rank)
                 durable.remove_quietly(path)
             if len(entered) == self.world_size - 1 or not pace.rest(found=len(entered) > before):
@@ -330,7 +307,7 @@ class _Hellos:
                 if not 0 < rank < self._world_size or self._inodes.get(rank) == entry.inode():
                     continue
                 own = _get(Path(entry.path))
-                if own is not None and len(own) == _ID_BYTES:
+                if own is not None and _is_id(own):
                     self._inodes[rank] = entry.inode()
                     changed |= self.ids.get(rank) != own
                     self.ids[rank] = own
@@ -355,9 +332,20 @@ def _session_naming(path: Path, rank: int, own: bytes) -> str | None:
     return header.decode().strip() if named == own else None
 
 
+def _is_id(content: bytes) -> bool:
+    """Of a rank with this protocol."""
+    return len(content) == _ID_BYTES and content.startswith(_ID.encode())
+
+
+def _are_of_other_versions(hello: Path) -> bool:
+    """Whether ranks with another protocol have been here, in this run or in one that crashed."""
+    found = [_get(hello / name) for name in os.listdir(hello)]
+    return any(own is not None and not _is_id(own) for own in found)
+
+
 def _known_world() -> tuple[int, int, str]:
     """Rank, world size, and what to say of them where ranks are missing."""
-    world, names = world_of(os.environ), _names_of(os.environ)
+    world, names = world_of(os.environ), names_of(os.environ)
     if world is None or names is None:
         pairs = ", ".join(f"{rank}/{size}" for rank, size in VARIABLES)
         raise CheckpointError(

@@ -1,14 +1,14 @@
 """A coordinator over the key-value store of torch.distributed: no collectives, no process groups.
 
-Messages to rank 0 are appended to one value, the box of the key, and counted; who makes the count full sets a third key. So
-rank 0 waits for one key, reads one value and deletes three, however many ranks there are. A broadcast is one key that all
-wait for.
+Messages to rank 0 are appended to one value, the box of the key, and the answers in them counted; who makes the count full
+sets a third key. So rank 0 waits for one key, reads one value and deletes three, however many ranks there are. A broadcast is
+one key that all wait for; see grouped.py for who "all" are.
 
 Where the store lies is torch's choice: in the process of rank 0, or in torchrun's agent. An agent keeps its store over
 restarts of its workers, with whatever they left in it. So the ranks greet first: each puts down a fresh random id, and rank 0
 welcomes every id that it sees, under a key named by that id, with the name of its session; that is a prefix of all other keys.
 
-    greeting        frames (rank, id) from everybody
+    greeting-2      frames (rank, id) from everybody; the number is that of the protocol
     welcome/<id>    the name of the session, for the one who has this id
     <session>/<key>/box, count, full, word, word/1, ...
 """
@@ -16,35 +16,38 @@ welcomes every id that it sees, under a key named by that id, with the name of i
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import secrets
 import socket
 import struct
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from ckpt import torch_private
-from ckpt.coordinator.base import VERDICT_S, Coordinator, given, missing_error, silent_error, unposted_error
-from ckpt.coordinator.closing import LINGER_S, OrderlyClose
-from ckpt.coordinator.key_cleanup import OPENING, KeyCleanup
+from ckpt.coordinator.answers import PART_BYTES, frames, frames_of, join_answers, pack_answers, parts_of, whole_messages
+from ckpt.coordinator.base import VERDICT_S, missing_error, silent_error, unposted_error
+from ckpt.coordinator.closing import LINGER_S
+from ckpt.coordinator.grouped import OTHER_VERSION, PROTOCOL, GroupedCoordinator
+from ckpt.coordinator.key_cleanup import OPENING
 from ckpt.coordinator.store_connections import Hung, Lost, StoreConnections, Work, as_timedelta, connector
-from ckpt.coordinator.waiting import Deadline, PostDeadline
-from ckpt.errors import CheckpointError, ClosedError
+from ckpt.coordinator.waiting import Deadline
+from ckpt.errors import CheckpointError, ClosedError, PeerError
 
 _T = TypeVar("_T")
-PART_BYTES = 4 << 20  # the store's server takes values of at most 8 MiB
 GREETING_S = 300.0  # for all ranks to come
 _LOOK_S = (0.01, 0.5)  # how often rank 0 looks for new greetings, at first and later
 DELETING_S = 5.0
 READING_S = 5.0  # for reading what has arrived at the deadline
 _BATCH = 1024  # keys in one request: the server parses a request anew with each packet of it
-_FRAME = struct.Struct("<IIII")  # rank, part, parts, length; then so many bytes
+_GREETING = f"greeting-{PROTOCOL}"
+_OLD_GREETING = "greeting"  # of earlier versions
 _PARTS = struct.Struct("<I")  # how many more keys a word has
 
 
-class StoreCoordinator(Coordinator):
+class StoreCoordinator(GroupedCoordinator):
     """See the module.
 
     Args:
@@ -64,42 +67,27 @@ class StoreCoordinator(Coordinator):
     ) -> None:
         if store is None or rank is None or world_size is None:
             store, rank, world_size = default_store()
-        self.rank, self.world_size = rank, world_size
+        super().__init__(rank, world_size, "the coordinator over the torch store")
         self._extended = bool(store.has_extended_api())
         self._connections = StoreConnections(connector(store))
-        self._cleanup = KeyCleanup()
-        self._closing = OrderlyClose("the coordinator over the torch store")
         self._parts: dict[str, int] = {}  # words in more than one part; each key is touched by one thread at a time
+        self._numbers = itertools.count()  # of the messages of this rank
         self._session = ""
         if world_size > 1:
             try:
                 self._greet(timeout_s)
             except BaseException:
+                self._leave_node()
                 self._connections.close()
                 raise
-
-    def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        self._closing.check()
-        return self._gather(key, payload, timeout_s)
-
-    def broadcast(self, key: str, payload: bytes | None, timeout_s: float) -> bytes:
-        self._closing.check()
-        if self.rank != 0:
-            return self._hear(key, timeout_s)
-        word = given(payload, key)
-        if self.world_size > 1:
-            self._speak(key, word, timeout_s)
-        return word
-
-    def interrupt(self) -> None:
-        self._closing.interrupt.say()
-        self._connections.wake()
 
     def close(self) -> None:
         self._connections.end_by(Deadline(LINGER_S))
         spent = self._closing.close(self, self._cleanup)
         if spent is None:
             return
+        self.interrupt()  # what is being done for other ranks of the node; they do it themselves now
+        self._leave_node()
         doomed = [name for key in spent.words for name in self._word_names(key)]
         doomed += [name for key in spent.boxes for name in self._box_names(key)]
         if doomed:
@@ -108,73 +96,69 @@ class StoreCoordinator(Coordinator):
 
     # ---- to rank 0 -------------------------------------------------------------------------------------------------
 
-    def _gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
-        if self.rank != 0:
-            try:
-                self._connections.call(lambda store: self._post(store, key, payload), self._post_deadline(timeout_s))
-            except (Hung, Lost) as error:
-                raise unposted_error(key, self.rank, str(error)) from error
-            return None
-        answers = {0: payload}
-        if self.world_size > 1:
-            answers |= self._collect(key, timeout_s)
-        missing = [rank for rank in range(self.world_size) if rank not in answers]
-        self._forget(key, missing)
-        if missing:
-            raise missing_error(key, missing, answers, timeout_s)
-        return [answers[rank] for rank in range(self.world_size)]
+    def send(self, key: str, answers: Mapping[int, bytes], deadline: Deadline) -> None:
+        number = self.rank << 32 | next(self._numbers)
+        message = frames(number, pack_answers(answers))
+        try:
+            self._connections.call(lambda store: self._post(store, key, message, len(answers)), deadline)
+        except (Hung, Lost) as error:
+            raise unposted_error(key, self.rank, str(error)) from error
 
-    def _post(self, store: Any, key: str, payload: bytes) -> None:
+    def _post(self, store: Any, key: str, message: list[bytes], answers: int) -> None:
+        """Counts an answer again that has come before, so the count may be full before all have come: see _collect()."""
         box, count, full = self._box_names(key)[:3]
-        parts = [payload[place : place + PART_BYTES] for place in range(0, len(payload), PART_BYTES)] or [b""]
-        for part, piece in enumerate(parts):
-            frame = _FRAME.pack(self.rank, part, len(parts), len(piece)) + piece
+        for part, frame in enumerate(message):
             if self._extended:
                 store.append(box, frame)
             else:
                 store.set(f"{box}/{self.rank}/{part}", frame)
-        if store.add(count, 1) == self.world_size - 1:
+        if store.add(count, answers) >= self.world_size - 1:
             store.set(full, b"1")
 
-    def _collect(self, key: str, timeout_s: float) -> dict[int, bytes]:
-        deadline = self._closing.deadline_for(key, timeout_s)
+    def _collect(self, key: str, deadline: Deadline) -> dict[int, bytes]:
         box, _, full = self._box_names(key)[:3]
 
         def wait(store: Any) -> None:
             store.wait([full], as_timedelta(deadline.left_s))
 
+        def read(store: Any) -> dict[int, bytes]:
+            return self._read_box(store, box)
+
+        def read_again(store: Any) -> dict[int, bytes]:
+            """Whoever comes behind this look makes the count full anew."""
+            store.delete_key(full)
+            return self._read_box(store, box)
+
         try:
-            self._wait_for(wait, deadline)
-        except Lost as error:
-            raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
-        reading = self._closing.deadline_for(key, max(READING_S, deadline.left_s))
-        try:
-            return self._connections.call(lambda store: self._read_box(store, box), reading)
+            while True:
+                self._wait_for(wait, deadline)
+                for look in (read, read_again):
+                    reading = self.wait_deadline(key, max(READING_S, deadline.left_s))
+                    answers = self._connections.call(look, reading)
+                    if len(answers) == self.world_size - 1 or deadline.over:
+                        return answers
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot gather '{key}': {error}") from error
 
     def _read_box(self, store: Any, box: str) -> dict[int, bytes]:
         if self._extended:
-            return whole_answers(store.get(box)) if store.check([box]) else {}
-        frames = b""
+            return join_answers(whole_messages(store.get(box))) if store.check([box]) else {}
+        found = b""
         for rank in range(1, self.world_size):
             part, parts = 0, 1
             while part < parts and store.check([name := f"{box}/{rank}/{part}"]):
                 frame = store.get(name)
-                parts = _FRAME.unpack_from(frame)[2]
-                frames += frame
+                parts = parts_of(frame)
+                found += frame
                 part += 1
-        return whole_answers(frames)
+        return join_answers(whole_messages(found))
 
     def _forget(self, key: str, missing: list[int]) -> None:
-        """Deletes what was gathered under `key`, and what nobody will ask for now that it is."""
-        if self.world_size == 1:
-            return
         spent = self._cleanup.heard(key, missing)
         doomed = [name for box in (key, *spent.boxes) for name in self._box_names(box)]
         doomed += [name for word in spent.words for name in self._word_names(word)]
         with contextlib.suppress(ClosedError):
-            self._delete(doomed, self._closing.deadline_for(key, DELETING_S))
+            self._delete(doomed, self.wait_deadline(key, DELETING_S))
 
     def _delete(self, names: list[str], deadline: Deadline) -> None:
         """Does not fail: what was agreed stands, and whoever needs the store next hears of it."""
@@ -198,12 +182,11 @@ class StoreCoordinator(Coordinator):
             delete_all(store, dropped)
 
         try:
-            self._connections.call(say, self._post_deadline(timeout_s))
+            self._connections.call(say, self.post_deadline(timeout_s))
         except (Hung, Lost) as error:
             raise CheckpointError(f"rank 0 cannot broadcast '{key}': {error}") from error
 
-    def _hear(self, key: str, timeout_s: float) -> bytes:
-        deadline = self._closing.deadline_for(key, timeout_s)
+    def listen(self, key: str, deadline: Deadline) -> bytes:
         name = f"{self._session}/{key}/word"
 
         def get(store: Any) -> bytes:
@@ -215,13 +198,16 @@ class StoreCoordinator(Coordinator):
         try:
             word = self._wait_for(get, deadline)
         except Lost as error:
-            raise silent_error(key, self.rank, timeout_s, str(error)) from error
+            raise silent_error(key, self.rank, deadline.timeout_s, str(error)) from error
         if word is None:
-            raise silent_error(key, self.rank, timeout_s)
+            raise silent_error(key, self.rank, deadline.timeout_s)
         return word
 
-    def _post_deadline(self, timeout_s: float) -> Deadline:
-        return PostDeadline(timeout_s, self._closing.interrupt)
+    def _note_posted(self) -> None:
+        """Nothing depends on it."""
+
+    def _wake(self) -> None:
+        self._connections.wake()
 
     def _wait_for(self, work: Work[_T], deadline: Deadline) -> _T | None:
         """What it returns, or None at the deadline; a store that hangs is like a key that is not there."""
@@ -253,19 +239,23 @@ class StoreCoordinator(Coordinator):
         deadline = Deadline(timeout_s)
         if self.rank == 0:
             self._session = secrets.token_hex(8)
+            self._find_node()
             self._welcome_all(deadline)
-            answers = self._gather(OPENING, b"", deadline.left_s)
-            assert answers is not None
+            try:
+                self.gather(OPENING, b"", deadline.left_s)
+            except PeerError as error:
+                raise missing_error(OPENING, error.ranks, {}, timeout_s, self._look_for_other_versions()) from None
             self._speak(OPENING, b"", timeout_s)
+            self._join_node()
             return
         own = secrets.token_hex(8)
-        frame = _FRAME.pack(self.rank, 0, 1, len(own)) + own.encode()
+        (frame,) = frames(self.rank, own.encode())
 
         def greet(store: Any) -> str:
             if self._extended:
-                store.append("greeting", frame)
+                store.append(_GREETING, frame)
             else:
-                store.set(f"greeting/{self.rank}", frame)
+                store.set(f"{_GREETING}/{self.rank}", frame)
             store.set_timeout(as_timedelta(deadline.left_s))
             session = store.get(f"welcome/{own}").decode()
             store.delete_key(f"welcome/{own}")
@@ -278,8 +268,22 @@ class StoreCoordinator(Coordinator):
         if session is None:
             raise silent_error("greeting", self.rank, timeout_s)
         self._session = session
-        self._gather(OPENING, b"", deadline.left_s)
-        self._hear(OPENING, deadline.left_s + VERDICT_S)
+        self._find_node()
+        self.gather(OPENING, b"", deadline.left_s)
+        self.listen(OPENING, Deadline(deadline.left_s + VERDICT_S))
+        self._join_node()
+
+    def _find_node(self) -> None:
+        """Not with a store that cannot append: its box has a place for one message of each rank."""
+        if self._extended:
+            self._claim_node(self._session)
+
+    def _look_for_other_versions(self) -> str:
+        """What to say of them, if there are any."""
+        with contextlib.suppress(Hung, Lost):
+            if self._connections.call(lambda store: bool(store.check([_OLD_GREETING])), Deadline(READING_S)):
+                return OTHER_VERSION
+        return ""
 
     def _welcome_all(self, deadline: Deadline) -> None:
         """Welcomes every id, old ones of dead processes too, until all ranks have answered or the time is up."""
@@ -302,7 +306,7 @@ class StoreCoordinator(Coordinator):
             raise CheckpointError(f"rank 0 cannot greet the other ranks: {error}") from error
         latest = {rank: own for own, rank in welcomed.items()}
         stale = [f"welcome/{own}" for own, rank in welcomed.items() if latest[rank] != own]
-        greetings = ["greeting"] if self._extended else [f"greeting/{rank}" for rank in latest]
+        greetings = [_GREETING] if self._extended else [f"{_GREETING}/{rank}" for rank in latest]
         self._delete([*greetings, *stale], Deadline(DELETING_S))
 
 
@@ -375,33 +379,10 @@ def delete_all(store: Any, names: list[str]) -> None:
 
 def read_greetings(store: Any, extended: bool, world_size: int) -> dict[str, int]:
     """Ids of ranks, in order of arrival."""
-    names = ["greeting"] if extended else [f"greeting/{rank}" for rank in range(1, world_size)]
+    names = [_GREETING] if extended else [f"{_GREETING}/{rank}" for rank in range(1, world_size)]
     greetings = {}
     for name in names:
         if store.check([name]):
             for rank, _, _, own in frames_of(store.get(name)):
                 greetings[own.decode()] = rank
     return greetings
-
-
-def frames_of(box: bytes) -> Iterator[tuple[int, int, int, bytes]]:
-    """(rank, part, parts, piece) in order of arrival."""
-    place = 0
-    while place < len(box):
-        rank, part, parts, length = _FRAME.unpack_from(box, place)
-        place += _FRAME.size
-        yield rank, part, parts, box[place : place + length]
-        place += length
-
-
-def whole_answers(box: bytes) -> dict[int, bytes]:
-    """The payloads of the ranks all of whose frames have arrived."""
-    pieces: dict[int, list[bytes]] = {}
-    answers = {}
-    for rank, part, parts, piece in frames_of(box):
-        if part == 0:
-            pieces[rank] = []
-        pieces[rank].append(piece)
-        if part + 1 == parts:
-            answers[rank] = b"".join(pieces.pop(rank))
-    return answers

@@ -32,9 +32,14 @@ class Interrupt:
 
 
 class Deadline:
-    """A moment on the monotonic clock."""
+    """A moment on the monotonic clock.
+
+    Attributes:
+        timeout_s: how far away it was at first, seconds.
+    """
 
     def __init__(self, timeout_s: float) -> None:
+        self.timeout_s = timeout_s
         self._at = time.monotonic() + timeout_s
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -50,14 +51,17 @@ def publish(
     """
     if (before := manifests.read_if_any(directory)) is not None:
         note_replaced(directory, sharded_files.names_of(before))
+    content = manifest.to_json()
+    place = os.fspath(directory)  # making a Path of each of thousands of files takes longer than looking at it
     with unpublished.aside(directory, token) as aside, root.latest_aside() if newest else contextlib.nullcontext() as latest:
-        files = {aside: manifest.to_json()} | ({} if latest is None else {latest: f"{directory.name}\n".encode()})
+        files = {aside: content} | ({} if latest is None else {latest: f"{directory.name}\n".encode()})
         durable.make_durable(files, [root.reach, *([directory] if unsynced else [])])
         durable.crash_point("manifest-written")
         for file in filter(local, manifest.files):  # whatever may have gone wrong before: no manifest names what is not there
-            if not has_size(directory / file.name, file.bytes):
+            if not has_size(f"{place}/{file.name}", file.bytes):
                 raise CorruptError(f"'{directory / file.name}' does not have the {file.bytes} bytes that its rank has written")
         durable.rename_durably(aside, directory / manifests.NAME)
         durable.crash_point("manifest-renamed")
+        manifests.note_written(content, manifest)  # it is read again at once, to see what is kept
         if latest is not None:
             root.move_latest(latest)

@@ -171,10 +171,10 @@ def temporaries_in(directory: Path) -> list[tuple[Path, str]]:
     return [(path, behind) for path, behind in found if behind is not None]
 
 
-def has_size(path: Path, size: int) -> bool:
+def has_size(path: str | os.PathLike[str], size: int) -> bool:
     """False, too, if it is not there, or cannot be looked at."""
     try:
-        return path.stat().st_size == size
+        return os.stat(path).st_size == size
     except OSError:
         return False
 

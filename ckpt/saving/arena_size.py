@@ -8,13 +8,12 @@ from pathlib import Path
 
 import psutil
 
+from ckpt.coordinator import launchers
 from ckpt.options import FIRST_ARENA_BYTES
 
 _SHARE = 0.4  # of the memory that is available, for the arenas of all ranks of this node
 _SLACK = 1 / 16  # chunks are filled in part, and structure stands between tensors
 _MORE = 64 << 20
-# How launchers tell how many processes of the job a node has: torchrun, Open MPI, MPICH, Slurm.
-_LOCAL_RANKS = ("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE")
 
 
 def most_arena_bytes(environment: Mapping[str, str] = os.environ) -> int:
@@ -29,11 +28,7 @@ def needed_arena_bytes(device_bytes: int) -> int:
 
 def local_ranks(environment: Mapping[str, str] = os.environ) -> int:
     """Processes of this job on this node, as the launcher tells; 1 if it does not."""
-    for name in _LOCAL_RANKS:
-        text = environment.get(name, "")
-        if text.isdigit() and int(text) > 0:
-            return int(text)
-    return 1
+    return launchers.local_ranks(environment) or 1
 
 
 def available_bytes(root: Path = Path("/")) -> int:

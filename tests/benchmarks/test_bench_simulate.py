@@ -242,11 +242,21 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 def test_the_commit_costs_what_was_measured(tmp_path: Path) -> None:
-    gather_s, verdict_s = studies.measured_commit(16384)
-    assert gather_s + verdict_s == pytest.approx(2.28 / 16384, rel=0.01)
+    costs = studies.measured_commit(16384)
+    assert costs["gather_s"] + costs["verdict_s"] == pytest.approx(2.28 / 16384, rel=0.01) and costs["node_s"] == 0.0
     assert studies.measured_commit(1) == studies.measured_commit(64)
     with pytest.raises(ValueError, match="coordination"):
-        studies.measured_commit(64, tmp_path)
+        studies.measured_commit(64, results=tmp_path)
+
+
+def test_by_node_a_message_serves_all_its_ranks() -> None:
+    """The other ranks of a node wait for theirs, and rank 0 for the nodes alone."""
+    cluster = dataclasses.replace(FREE, nodes=10, gpus_per_node=8)
+    costs = {"gather_s": 0.01, "verdict_s": 0.02}
+    for by_node, messages, node_s in ((False, 80, 0.0), (True, 10, 0.5)):
+        saving = dataclasses.replace(ROOMY, by_node=by_node, node_s=node_s, **costs)
+        saves = simulate(cluster, Job(GB, 0.5, 0.0, iterations=1), saving).saves
+        assert max(save.durable_at for (save,) in saves) - saves[0][0].flushed_at == pytest.approx(messages * 0.03 + node_s)
 
 
 def test_each_level_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +324,7 @@ def test_the_published_setting_and_what_lies_beyond(
     assert len(further) == len(scale.INTERVALS_S) + len(scale.ARENAS_GB)
     for line in further:
         assert line["detail"]["arena_peak_bytes"] <= max(scale.ARENAS_GB) * GB
-        assert set(line["detail"]["critical_interval_s"]) == {*scale.LEVELS, scale.ALL}
+        assert set(line["detail"]["critical_interval_s"]) == {*scale.LEVELS, scale.FLAT_COMMIT, scale.ALL}
     losses = [line["detail"]["steady_loss"] for line in further if "every" in line["case"]]
     assert losses[0] > 1.0 > scale.FREE > losses[-1], "ten times a second is too much, every 1,000 s is not"
     for name in ("published.png", "scale.png"):

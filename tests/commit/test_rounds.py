@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import queue
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -176,3 +177,33 @@ def test_rank_0_asks_while_it_acts() -> None:
     told = pair.hold(act=act)
     assert heard == ["", "differs of rank 1"]
     assert all(isinstance(said, PeerError) and "they differ" in str(said) for said in told), told
+
+
+# ---- what rank 0 does not understand -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("payload", [b"", b"{", b"{},{}", b'"a', b"\xff", b"7", b"[]", b"null", b'{"what": "step 1"}'])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_an_answer_that_is_none_fails_the_save(payload: bytes, rank: int) -> None:
+    """And does not shift those of others."""
+    own = answer_for("step 1", None)
+    good = json.dumps(own).encode()
+
+    class Said(Rank):
+        def gather(self, key: str, _: bytes, timeout_s: float) -> list[bytes] | None:
+            return [payload, good] if rank == 0 else [good, payload]
+
+    failure, answers = RankConversation(Said(0, queue.Queue(), queue.Queue()), "stream", 1.0).collect("key", own)
+    assert failure is not None and "did not understand the others" in failure.text and answers == []
+
+
+def test_answers_are_those_of_their_ranks() -> None:
+    class Said(Rank):
+        world_size = 3
+
+        def gather(self, key: str, payload: bytes, timeout_s: float) -> list[bytes] | None:
+            return [payload, *(json.dumps({**json.loads(payload), "rank": rank}).encode() for rank in (1, 2))]
+
+    own = answer_for("step 1", None) | {"rank": 0}
+    failure, answers = RankConversation(Said(0, queue.Queue(), queue.Queue()), "stream", 1.0).collect("key", own)
+    assert failure is None and [answer["rank"] for answer in answers] == [0, 1, 2]

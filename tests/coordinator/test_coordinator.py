@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -23,7 +24,8 @@ from typing import Any
 
 import pytest
 import torch.distributed
-from dist.coordinator_worker import NEED_TWO, SCENARIOS
+from dist.coordinator_nodes import OF_NODES
+from dist.coordinator_worker import NEED_NODES, NEED_TWO, SCENARIOS
 from dist.exchange import exchange
 from places import PYTHONPATH, TESTS
 from support import patience
@@ -31,17 +33,30 @@ from support import patience
 from ckpt.coordinator import _best, make_coordinator
 from ckpt.coordinator.base import Coordinator
 from ckpt.coordinator.key_cleanup import MOST_LATE, MOST_UNREAD, KeyCleanup
+from ckpt.coordinator.launchers import world_of
 from ckpt.coordinator.local import LocalCoordinator
-from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator, world_of
+from ckpt.coordinator.shared_directory import FOLDER, FileCoordinator
 from ckpt.coordinator.torch_store import StoreCoordinator
 from ckpt.errors import CheckpointError, PeerError
 
 WORKER = TESTS / "dist" / "coordinator_worker.py"
-DEADLINE_S = patience(85.0)
-GROUPS = [("local", 1), *((which, size) for size in (4, 2, 1) for which in ("file", "mpi", "torch"))]
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_", "OMPI_", "PMI", "PMIX", "PRTE")
+DEADLINE_S = 85.0  # for all jobs of an implementation, on an idle machine
+Shape = tuple[int, int]  # ranks, and nodes on which as many of them are each
+BY_NODE = ("file", "torch")
+GROUPS: list[tuple[str, Shape]] = [
+    ("local", (1, 1)),
+    *((which, shape) for shape in ((4, 4), (4, 2), (2, 1), (1, 1)) for which in BY_NODE),
+    *(("mpi", (size, 1)) for size in (4, 2, 1)),
+]
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_", "GROUP_RANK", "SLURM_", "OMPI_", "PMI", "PMIX", "PRTE")
 
 Line = dict[str, Any]
+
+
+PAIR = (2, 1)
+NOTHING = ""  # where a rank has reported nothing
+TAIL = 4000  # characters of what it said
+STALE_ID = b"2.0123456789abcdef"  # of a rank of a run that has ended
 
 
 def without_ranks() -> dict[str, str]:
@@ -60,9 +75,10 @@ def mpirun() -> str | None:
     return shutil.which("mpirun", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
-def scenarios(which: str, size: int) -> list[str]:
+def scenarios(which: str, shape: Shape) -> list[str]:
     """Those that make sense for so many ranks; what closes the coordinator comes last, as the table has it."""
-    names = [name for name in SCENARIOS if size > 1 or name not in NEED_TWO]
+    names = [name for name in SCENARIOS if shape[0] > 1 or name not in {*NEED_TWO, *NEED_NODES}]
+    names = [name for name in names if which in BY_NODE or name not in NEED_NODES]
     return [name for name in names if name != "training" or which == "torch"]
 
 
@@ -75,32 +91,40 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def run_jobs(which: str, sizes: list[int], root: Path, names: list[str] | None = None) -> dict[int, list[dict[str, Line]]]:
+Reports = dict[Shape, list[dict[str, Line]]]
+
+
+def run_jobs(which: str, shapes: list[Shape], root: Path, names: list[str] | None = None) -> Reports:
     """What each rank reports, by scenario, for jobs of so many ranks: at once, but those of MPI one after the other."""
     jobs = []
-    for size in sizes:
-        directory = root / str(size)
+    for size, nodes in shapes:
+        directory = place_for(root, (size, nodes))
         directory.mkdir(exist_ok=True)
-        for old in directory.glob("*.jsonl"):
+        for old in [*directory.glob("*.jsonl"), *directory.glob("*.txt")]:
             old.unlink()
-        jobs.append([which, size, str(directory), free_port(), names or scenarios(which, size)])
+        jobs.append([which, size, nodes, str(directory), free_port(), names or scenarios(which, (size, nodes))])
     if which == "mpi":
         # Open MPI ends the whole job when a rank dies, unless it is told not to.
         options = [str(mpirun()), "--allow-run-as-root", "--oversubscribe", "--enable-recovery"]
-        for _, size, place, _, chosen in jobs:
+        for _, size, _, place, _, chosen in jobs:
             run_program([*options, "-n", str(size), sys.executable, str(WORKER), which, str(place), *chosen], root)
     else:
         run_program([sys.executable, str(WORKER), "--jobs", *map(json.dumps, jobs)], root)
-    return {size: read_reports(root / str(size), size) for size in sizes}
+    return {shape: read_reports(place_for(root, shape), shape[0]) for shape in shapes}
+
+
+def place_for(root: Path, shape: Shape) -> Path:
+    return root / "x".join(map(str, shape))
 
 
 def run_program(command: list[str], root: Path) -> None:
     """Whatever it started is gone at the end, also what is stopped."""
+    deadline_s = patience(DEADLINE_S)
     with open(root / "output.txt", "a", encoding="utf-8") as output:
-        env = without_ranks() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH}
+        env = without_ranks() | {"OMP_NUM_THREADS": "1", "PYTHONPATH": PYTHONPATH, "JOB_S": f"{0.8 * deadline_s}"}
         program = subprocess.Popen(command, env=env, stdout=output, stderr=output, start_new_session=True)
         try:
-            program.wait(DEADLINE_S)
+            program.wait(deadline_s)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(program.pid, signal.SIGKILL)
@@ -112,7 +136,8 @@ def read_reports(directory: Path, size: int) -> list[dict[str, Line]]:
     for rank in range(size):
         path = directory / f"{rank}.jsonl"
         lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-        reports.append({line["scenario"]: line for line in lines})
+        said = path.with_suffix(".txt").read_text(errors="replace")[-TAIL:] if path.with_suffix(".txt").exists() else ""
+        reports.append({line["scenario"]: line for line in lines} | {NOTHING: {"error": f"no report; it said last:\n{said}"}})
     return reports
 
 
@@ -125,7 +150,7 @@ def root() -> Iterator[Path]:
         yield Path(made)
 
 
-Jobs = dict[tuple[str, int], "Future[dict[int, list[dict[str, Line]]]]"]
+Jobs = dict[tuple[str, Shape], "Future[Reports]"]
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +168,10 @@ def jobs(root: Path, pool: ThreadPoolExecutor) -> Jobs:
         (root / which).mkdir()
         if which == "mpi" and why_no_mpi():
             continue
-        sizes = [size for name, size in GROUPS if name == which]
-        for some in [[size] for size in sizes] if which == "mpi" else [sizes]:
+        shapes = [shape for name, shape in GROUPS if name == which]
+        for some in [[shape] for shape in shapes] if which == "mpi" else [shapes]:
             future = pool.submit(run_jobs, which, some, root / which)
-            futures |= {(which, size): future for size in some}
+            futures |= {(which, shape): future for shape in some}
     return futures
 
 
@@ -154,6 +179,7 @@ def jobs(root: Path, pool: ThreadPoolExecutor) -> Jobs:
 def others(root: Path, pool: ThreadPoolExecutor, jobs: Jobs) -> dict[str, Future[Any]]:
     """The jobs of single tests, behind those."""
     programs: dict[str, Callable[[Path], Any]] = {"crash": crash_and_run_again, "restart": restart_under_torchrun}
+    programs |= {f"lost {which}": functools.partial(lose_leaders, which) for which in BY_NODE}
     futures = {}
     for name, program in programs.items():
         (root / name).mkdir()
@@ -162,37 +188,57 @@ def others(root: Path, pool: ThreadPoolExecutor, jobs: Jobs) -> dict[str, Future
 
 
 def assert_went_well(reports: list[dict[str, Line]], name: str) -> None:
-    failed = {rank: lines.get(name, {"error": "no report"})["error"] for rank, lines in enumerate(reports)}
+    failed = {rank: lines.get(name, lines[NOTHING])["error"] for rank, lines in enumerate(reports)}
     assert not any(failed.values()), "\n".join(f"rank {rank}: {error}" for rank, error in failed.items() if error)
 
 
 @pytest.mark.usefixtures("others")  # so that those run meanwhile
 @pytest.mark.parametrize(
-    ("which", "size", "name"), [(which, size, name) for which, size in GROUPS for name in scenarios(which, size)]
+    ("which", "shape", "name"),
+    [(which, shape, name) for which, shape in GROUPS for name in scenarios(which, shape)],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) else value,
 )
-def test_conforms(jobs: Jobs, which: str, size: int, name: str) -> None:
+def test_conforms(jobs: Jobs, which: str, shape: Shape, name: str) -> None:
     if which == "mpi" and why_no_mpi():
         pytest.skip(why_no_mpi())
-    assert_went_well(jobs[which, size].result()[size], name)
+    assert_went_well(jobs[which, shape].result()[shape], name)
 
 
 def crash_and_run_again(place: Path) -> list[dict[str, Line]]:
     """A run that is killed, then one with the same directory and the same keys; returns the reports of the second."""
-    assert_went_well(run_jobs("file", [2], place, ["order", "killed"])[2], "killed")
-    folder = place / "2" / FOLDER
+    assert_went_well(run_jobs("file", [PAIR], place, ["order", "killed"])[PAIR], "killed")
+    folder = place_for(place, PAIR) / FOLDER
     assert any(path.name.startswith("s-") for path in folder.iterdir()), "the first run left nothing: this proves nothing"
     (folder / "hello").mkdir(exist_ok=True)
     for rank in (1, 2, 7):
-        (folder / "hello" / str(rank)).write_bytes(b"0123456789abcdef")
-    (folder / "session").write_bytes(b"s-gone".ljust(32) + b"0123456789abcdef" * 8)
-    return run_jobs("file", [2], place, ["order", "close"])[2]
+        (folder / "hello" / str(rank)).write_bytes(STALE_ID)
+    (folder / "session").write_bytes(b"s-gone".ljust(32) + STALE_ID * 8)
+    return run_jobs("file", [PAIR], place, ["order", "close"])[PAIR]
 
 
 def test_what_a_crashed_run_left_is_ignored_and_removed(others: dict[str, Future[Any]], root: Path) -> None:
     reports = others["crash"].result()
     for name in ("order", "close"):
         assert_went_well(reports, name)
-    assert not (root / "crash" / "2" / FOLDER).exists()
+    assert not (place_for(root / "crash", PAIR) / FOLDER).exists()
+
+
+def lose_leaders(which: str, place: Path) -> dict[str, list[dict[str, Line]]]:
+    """What the ranks of a job for each scenario report, by its name; side by side, because most of the time they wait."""
+    jobs = []
+    for name in OF_NODES:
+        (place / name).mkdir()
+        jobs.append([which, 4, 2, str(place / name), free_port(), [name]])
+    run_program([sys.executable, str(WORKER), "--jobs", *map(json.dumps, jobs)], place)
+    return {name: read_reports(place / name, 4) for name in OF_NODES}
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("name", OF_NODES)
+@pytest.mark.parametrize("which", BY_NODE)
+def test_a_node_whose_leader_is_lost(others: dict[str, Future[Any]], which: str, name: str) -> None:
+    """Its member goes alone, and rank 0 misses the leader alone."""
+    assert_went_well(others[f"lost {which}"].result()[name], name)
 
 
 def restart_under_torchrun(place: Path) -> None:
@@ -285,7 +331,7 @@ def test_a_hello_that_is_replaced_gets_a_new_session_file(tmp_path: Path) -> Non
     """Rank 0 waits with a stale hello of rank 1 before it; the real one comes later."""
     hello = tmp_path / FOLDER / "hello"
     hello.mkdir(parents=True)
-    (hello / "1").write_bytes(b"f" * 16)
+    (hello / "1").write_bytes(STALE_ID)
     with ThreadPoolExecutor(1) as pool:
         zero = pool.submit(FileCoordinator, tmp_path, 0, 2, 10.0)
         deadline = time.monotonic() + 10

@@ -14,7 +14,8 @@ from support import patience
 from test_coordinator import close_together, exchange_together, make_together, without_ranks
 
 from ckpt.coordinator.base import Coordinator
-from ckpt.coordinator.shared_directory import FOLDER, RESERVE_BYTES, FileCoordinator, world_of
+from ckpt.coordinator.launchers import world_of
+from ckpt.coordinator.shared_directory import FOLDER, RESERVE_BYTES, FileCoordinator
 from ckpt.errors import PeerError, StorageError
 
 __all__ = ["small_disk"]
@@ -35,6 +36,17 @@ def reserves(place: Path) -> dict[str, int]:
 # ---- a disk that is full -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["alone", "by node"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether rank 0 speaks for rank 1, too."""
+    for name in os.environ.keys() - without_ranks().keys():
+        monkeypatch.delenv(name)
+    if request.param == "alone":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    return str(request.param)
+
+
+@pytest.mark.usefixtures("way")
 def test_messages_on_a_full_disk(small_disk: Path) -> None:
     ranks = make_ranks(small_disk)
     assert set(reserves(small_disk)) == {"0", "1"}
@@ -54,6 +66,7 @@ def test_messages_on_a_full_disk(small_disk: Path) -> None:
     assert not (small_disk / FOLDER).exists()
 
 
+@pytest.mark.usefixtures("way")
 def test_a_reserve_that_cannot_be_written_is_done_without(small_disk: Path) -> None:
     (small_disk / FOLDER).mkdir()
     ballast = fill(small_disk, RESERVE_BYTES)
@@ -66,21 +79,23 @@ def test_a_reserve_that_cannot_be_written_is_done_without(small_disk: Path) -> N
 
 
 @pytest.fixture
-def ranks(tmp_path: Path) -> Iterator[list[Coordinator]]:
+def ranks(tmp_path: Path, way: str) -> Iterator[list[Coordinator]]:
     made = make_ranks(tmp_path)
     yield made
     close_together(made)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT])
-def test_the_reserve_is_given_up_once(error: int, ranks: list[Coordinator], tmp_path: Path, native: Any) -> None:
+def test_the_reserve_is_given_up_once(error: int, ranks: list[Coordinator], way: str, tmp_path: Path, native: Any) -> None:
+    """That of who sends."""
+    left = {"0"} if way == "alone" else {"1"}
     native.set_fault("fsync", "/posts/", count=1, error=error)
     native.set_fault("open", "/reserve/", error=error)  # not to be had again
     ranks[1].gather("one/1", b"one", TIMEOUT_S)
-    assert set(reserves(tmp_path)) == {"0"}
+    assert set(reserves(tmp_path)) == left
     native.clear_faults()
     assert ranks[0].gather("one/1", b"zero", TIMEOUT_S) == [b"zero", b"one"]
-    assert set(reserves(tmp_path)) == {"0"}
+    assert set(reserves(tmp_path)) == left
     ranks[1].gather("one/2", b"one", TIMEOUT_S)
     assert set(reserves(tmp_path)) == {"0", "1"}
     assert ranks[0].gather("one/2", b"zero", TIMEOUT_S) == [b"zero", b"one"]

@@ -72,6 +72,15 @@ def server() -> Iterator[tuple[int, int]]:
         program.communicate()
 
 
+@pytest.fixture(params=["alone", "by node"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether rank 0 speaks for rank 1, too."""
+    for name in os.environ.keys() - without_ranks().keys():
+        monkeypatch.delenv(name)
+    if request.param == "alone":
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+
+
 Outcome = Future[tuple["BaseException | None", float]]
 
 
@@ -104,6 +113,7 @@ def assert_ended(future: Outcome, kind: type[CheckpointError] | None, within_s: 
     assert kind is not ClosedError or GIVEN_UP in str(error)
 
 
+@pytest.mark.usefixtures("way")
 def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(waiting, "POST_S", POST_S)
     pid, port = server
@@ -139,6 +149,8 @@ def test_a_store_whose_server_is_stopped(server: tuple[int, int], monkeypatch: p
             os.kill(pid, signal.SIGCONT)
 
 
+@pytest.mark.parametrize("way", ["alone"], indirect=True)  # else there is one that waits for nothing, and stays
+@pytest.mark.usefixtures("way")
 def test_the_threads_of_waits_that_were_given_up_end(server: tuple[int, int]) -> None:
     """Also where the server is stopped: one that came back while the interpreter ends would abort the process."""
     pid, port = server
@@ -164,6 +176,7 @@ def test_the_threads_of_waits_that_were_given_up_end(server: tuple[int, int]) ->
         zero.close()
 
 
+@pytest.mark.usefixtures("way")
 def test_what_is_posted_in_time_after_a_stop_arrives(server: tuple[int, int]) -> None:
     """The server goes on before the time of a post is over."""
     pid, port = server

@@ -11,20 +11,18 @@ It reports on its standard output, one line each, each in one write:
 
 from __future__ import annotations
 
+import contextlib
 import os
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import nursery
-from crash_child import Trainer, digest
 import torch
+from crash_child import Trainer, digest
 from support import patience
 
-
 import ckpt
-from ckpt import _native
+from ckpt import _native, torch_private
 
 COMMIT_TIMEOUT_S = patience(20.0)  # where nobody is missed
 SHORT_S = 1.0  # where somebody is
@@ -58,12 +56,14 @@ def tiers_of(request: dict[str, Any]) -> list[ckpt.Tier]:
 class Rank:
     """
     Args:
-        request: directory, rank, world, steps, keep; `at`: the step to resume from; crash_point and crash_skip; `patience`: leave after so many failures,
-            without another word to the others; `plan`: for each step, by its number as a text, what this rank does differently.
+        request: directory, rank, world, steps, keep; `environment`: variables beside rank and world; `at`: the step to
+            resume from; crash_point and crash_skip; `patience`: leave after so many failures, without another word to the
+            others; `plan`: for each step, by its number as a text, what this rank does differently.
     """
 
     def __init__(self, request: dict[str, Any]) -> None:
         os.environ["RANK"], os.environ["WORLD_SIZE"] = str(request["rank"]), str(request["world"])
+        os.environ.update(request["environment"])
         self.request = request
         if request["coordinator"] == "torch":
             where = f"tcp://127.0.0.1:{request['port']}"
@@ -100,11 +100,22 @@ class Rank:
             self.trainer.advance()
             self.save(self.trainer.step, **self.request["plan"].get(str(self.trainer.step), {}))
             if self.failures >= self.request["patience"]:
-                return
+                return self.leave()
         try:
             self.checkpointer.close()
         except ckpt.CheckpointError as error:
             say(f"closed {type(error).__name__}")
+
+    def leave(self) -> None:
+        """Rank 0 may have the store in its process: it stays until the others have heard its last word. One of them is dead."""
+        if self.request["coordinator"] != "torch":
+            return
+        store = torch_private.default_store()
+        with contextlib.suppress(RuntimeError):  # rank 0 is dead, and the store with it
+            left = store.add("left", 1)
+            while self.checkpointer.rank == 0 and left < self.checkpointer.world_size - 1:
+                time.sleep(0.01)
+                left = store.add("left", 0)
 
     def save(self, step: int, fault: Any = None, sleep_s: float = 0, differ: Any = None, as_step: int | None = None,
              unpicklable: bool = False, twice: bool = False, lazy: Any = None) -> None:  # fmt: skip
@@ -143,7 +154,8 @@ class Rank:
 
 def run(request: dict[str, Any]) -> None:
     defaults = {"keep": None, "steps": 3, "crash_point": "", "crash_skip": 0, "plan": {}, "options": {}}
-    defaults |= {"coordinator": "file", "wait": True, "patience": 1000, "at": None, "node": None, "tier": {}, "remote": {}}
+    defaults |= {"coordinator": "file", "environment": {}, "wait": True, "patience": 1000}
+    defaults |= {"at": None, "node": None, "tier": {}, "remote": {}}
     Rank(defaults | request).run()
 
 

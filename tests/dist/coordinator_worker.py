@@ -1,12 +1,13 @@
 """One rank of a job that puts a coordinator through its paces; test_coordinator.py starts it and reads what it reports.
 
     coordinator_worker.py IMPLEMENTATION DIRECTORY SCENARIO...      one rank of MPI
-    coordinator_worker.py --jobs JOB...                             jobs one after the other, each a JSON list:
-                                                                    [implementation, ranks, directory, port, scenarios]
+    coordinator_worker.py --jobs JOB...                             jobs side by side, each a JSON list:
+                                                                    [implementation, ranks, nodes, directory, port, scenarios]
 
 In the second form every rank is forked from a process that has imported torch, which takes longer than most of the rest.
-Every scenario is run by all ranks, in the same order, and appends a line to DIRECTORY/<rank>.jsonl. A rank that fails one ends:
-the others then miss it in the next, and say so.
+Every scenario is run by all ranks, in the same order, and appends a line to DIRECTORY/<rank>.jsonl. A rank that fails one ends,
+and its job with it, in the second form: the others may be stopped, or wait for it for minutes. They say in DIRECTORY/<rank>.txt
+where they stand; so do all that are left after JOB_S seconds, which the environment says.
 """
 
 from __future__ import annotations
@@ -30,69 +31,20 @@ from unittest import mock
 
 import psutil
 import torch
+from dist.coordinator_calls import SHORT_S, TIMEOUT_S, expect_given_up, expect_missing, meet, payload_of
+from dist.coordinator_nodes import DYING, OF_NODES, messages
 from dist.exchange import exchange
 from support import patience, wait_until
 
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.coordinator.waiting import Pace
-from ckpt.errors import ClosedError, PeerError
+from ckpt.errors import ClosedError
 
-TIMEOUT_S = patience(20.0)  # for what takes milliseconds
-SHORT_S = 0.5  # for what must fail
-SLACK_S = patience(1.3)  # by how much a deadline may be missed on a machine that is busy with other tests
-PROMPT_S = patience(0.5)  # for what must end at once
 ROUNDS = 1000
-DEADLINE_S = patience(75.0)
+JOB_S = float(os.environ["JOB_S"]) if "JOB_S" in os.environ else patience(75.0)
+FAILED = 1  # exit status of a rank
 
 DIRECTORY = Path()
-
-
-def payload_of(rank: int, key: str) -> bytes:
-    return f"{key} of rank {rank} ".encode() * 8
-
-
-def meet(c: Coordinator, key: str) -> None:
-    """One exchange that must succeed."""
-    assert exchange(c, key, payload_of(c.rank, key), TIMEOUT_S) == [payload_of(rank, key) for rank in range(c.world_size)]
-
-
-def expect_missing(ranks: tuple[int, ...], call: Callable[[], object], timeout_s: float = SHORT_S) -> PeerError:
-    """The call must raise a PeerError that names these ranks, in time."""
-    started = time.monotonic()
-    try:
-        call()
-    except PeerError as error:
-        elapsed = time.monotonic() - started
-        assert error.ranks == ranks, error
-        assert all(str(rank) in str(error) for rank in ranks)
-        assert elapsed < timeout_s + SLACK_S, f"{elapsed:.2f} s instead of {timeout_s} s"
-        return error
-    raise AssertionError(f"nobody missed ranks {ranks}")
-
-
-def expect_given_up(c: Coordinator, call: Callable[[], object], after_s: float = 0.0) -> None:
-    """The call must end with ClosedError as soon as this rank is interrupted: after so many seconds, if it is not yet."""
-    interrupted = threading.Event()
-
-    def interrupt() -> None:
-        c.interrupt()
-        interrupted.set()
-        c.interrupt()
-
-    timer = threading.Timer(after_s, interrupt)
-    started = time.monotonic()
-    timer.start()
-    try:
-        call()
-    except ClosedError as error:
-        elapsed = time.monotonic() - started
-        assert "was given up: this process is closing its checkpoints" in str(error)
-        assert elapsed < after_s + PROMPT_S, f"{elapsed:.2f} s instead of {after_s} s"
-        assert after_s == 0 or interrupted.is_set()
-        return
-    finally:
-        timer.join()
-    raise AssertionError("it was not given up")
 
 
 def footprint(c: Coordinator) -> int:
@@ -307,10 +259,7 @@ def stopped(c: Coordinator) -> None:
         while psutil.Process(pids[last]).status() != psutil.STATUS_STOPPED:
             time.sleep(0.002)
     try:
-        if c.rank == last:
-            expect_missing((last,), lambda: exchange(c, "stopped/1", b"", SHORT_S))
-        else:
-            expect_missing((last,), lambda: exchange(c, "stopped/1", b"", SHORT_S))
+        expect_missing((last,), lambda: exchange(c, "stopped/1", b"", SHORT_S))
     finally:
         if c.rank == 0:
             os.kill(pids[last], signal.SIGCONT)
@@ -321,11 +270,13 @@ def stopped(c: Coordinator) -> None:
 def stopped_zero(c: Coordinator) -> None:
     """Rank 0 is stopped, and with it whatever it serves: the deadlines of the others hold."""
     pids = [int(pid) for pid in exchange(c, "stopped-zero/pids", b"%d" % os.getpid(), TIMEOUT_S)]
+    c.gather("stopped-zero/1", b"", TIMEOUT_S)
     if c.rank == 0:
-        c.gather("stopped-zero/1", b"", TIMEOUT_S)
+        # It reads an answer perhaps before who gave it knows that it has been sent; a rank of its node hears that from it.
+        wait_until(lambda: len([*DIRECTORY.glob("posted-*")]) == c.world_size - 1, TIMEOUT_S, "the others")
         os.kill(os.getpid(), signal.SIGSTOP)
     else:
-        c.gather("stopped-zero/1", b"", TIMEOUT_S)
+        (DIRECTORY / f"posted-{c.rank}").touch()
         while psutil.Process(pids[0]).status() != psutil.STATUS_STOPPED:
             time.sleep(0.002)
         try:
@@ -425,11 +376,12 @@ def killed(c: Coordinator) -> None:
 SCENARIOS: dict[str, Callable[[Coordinator], None]] = {
     scenario.__name__: scenario
     for scenario in (
-        *(order, large, at_exit, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero),
+        *(order, large, at_exit, apart, many, missing, silent, threads, training, idle, stopped, stopped_zero, messages),
         *(close, interrupted, interrupted_others, interrupted_alone, killed),
     )
 }
 NEED_TWO = {"apart", "missing", "silent", "idle", "stopped", "stopped_zero", "interrupted", "interrupted_others", "killed"}
+NEED_NODES = {"messages"}  # known ones: MPI has no use for them
 NEED_NEW = {"interrupted", "interrupted_others", "interrupted_alone", "killed"}  # a coordinator: the one before is closed
 
 
@@ -448,32 +400,43 @@ def start(which: str) -> Coordinator:
     return make_coordinator(which, directory=DIRECTORY)
 
 
-def main(which: str, names: list[str]) -> None:
+def main(which: str, names: list[str]) -> bool:
+    """Whether all went well."""
     global report_started, RANK
-    c = start(which)
-    RANK = c.rank
-    assert c.name == which
+    c: Coordinator | None = None
     for name in names:
         report_started = time.monotonic()
-        if name in NEED_NEW:
-            c = start(which)
         try:
-            SCENARIOS[name](c)
+            if c is None or name in NEED_NEW:
+                c = start(which)
+                RANK = c.rank
+                assert c.name == which
+            if c.rank == DYING.get(name):
+                report(name)
+            (SCENARIOS | OF_NODES)[name](c)
         except BaseException:
             report(name, traceback.format_exc())
-            break
+            return False
         report(name)
-    if "killed" in names:
-        os._exit(0)  # the ends of MPI and gloo wait for the dead
+    return True
 
 
-def start_job(which: str, size: int, directory: str, port: int, names: list[str]) -> list[int]:
+def place_of(rank: int, size: int, nodes: int) -> dict[str, str]:
+    """What torchrun says to a rank of its node; the nodes have as many ranks each."""
+    ranks = size // nodes
+    return {"LOCAL_RANK": str(rank % ranks), "LOCAL_WORLD_SIZE": str(ranks), "GROUP_RANK": str(rank // ranks)}
+
+
+def start_job(which: str, size: int, nodes: int, directory: str, port: int, names: list[str]) -> list[int]:
     """Forks the ranks of a job."""
+    global RANK
     children = []
     for rank in range(size):
         pid = os.fork()
         if pid == 0:
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            os.environ |= place_of(rank, size, nodes)
+            RANK = rank
             run_rank(which, directory, names)
         children.append(pid)
     return children
@@ -482,19 +445,35 @@ def start_job(which: str, size: int, directory: str, port: int, names: list[str]
 def run_rank(which: str, directory: str, names: list[str]) -> None:
     """Does not return."""
     global DIRECTORY
-    faulthandler.dump_traceback_later(DEADLINE_S, exit=True)
     DIRECTORY = Path(directory)
-    main(which, names)
+    with open(DIRECTORY / f"{RANK}.txt", "ab", buffering=0) as said:
+        os.dup2(said.fileno(), 1)
+        os.dup2(said.fileno(), 2)
+    faulthandler.dump_traceback_later(JOB_S, exit=True)
+    faulthandler.register(signal.SIGTERM, chain=True)
+    well = main(which, names)
+    if not well or {"killed", *DYING} & {*names}:
+        os._exit(0 if well else FAILED)  # the ends of MPI and gloo wait for the dead
     sys.exit()
 
 
+def run_jobs(jobs: list[list[Any]]) -> None:
+    ranks = {pid: job for job, request in enumerate(jobs) for pid in start_job(*request)}
+    while ranks:
+        pid, status = os.wait()
+        job = ranks.pop(pid)
+        if os.waitstatus_to_exitcode(status) == FAILED:
+            for other in [other for other, its in ranks.items() if its == job]:
+                os.kill(other, signal.SIGTERM)
+                os.kill(other, signal.SIGCONT)
+
+
 report_started = 0.0
-RANK = -1
+RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", -1))
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[1] == "--jobs":
-        for pid in [pid for job in sys.argv[2:] for pid in start_job(*json.loads(job))]:
-            os.waitpid(pid, 0)
+        run_jobs([json.loads(job) for job in sys.argv[2:]])
     else:
         run_rank(sys.argv[1], sys.argv[2], sys.argv[3:])
