@@ -11,7 +11,9 @@ import torch
 
 # Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
 _LARGE = 256 * 1024
-_ALIGNMENT = 64  # of every storage, as torch's allocator has it
+# Of every storage, at least. Torch's own begin at a multiple of 64, and so do the records of a torch file. The tensors of a
+# safetensors file begin where its header ends, which is padded to this; as its library maps them, they lie no better in memory.
+_ALIGNMENT = 8
 _HUGE_PAGE = 2 << 20
 
 

@@ -59,6 +59,45 @@ def test_every_dtype(tmp_path: Path) -> None:
     assert all(torch.equal(loaded[name].view(torch.uint8), each.view(torch.uint8)) for name, each in tensors.items())
 
 
+@pytest.mark.parametrize("beyond", range(0, 64, 8))
+def test_large_tensors_lie_as_in_the_file_wherever_its_header_ends(tmp_path: Path, beyond: int) -> None:
+    """So they are read straight to their places, and none is askew for its dtype."""
+    content = {
+        f"of {nbytes} bytes": (torch.arange(nbytes, dtype=torch.int32) % 251).to(torch.uint8).view(torch.int64)
+        for nbytes in ((256 << 10) - 8, 256 << 10, (256 << 10) + 8, (1 << 20) + 520, (4 << 20) - 8, (4 << 20) + 520)
+    }
+    path = tmp_path / "a.safetensors"
+    for padding in range(0, 64, 8):  # of which one makes its header end where it shall
+        safetensors.save_file(content, path, {"padding": " " * padding})
+        begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+        if begin % 64 == beyond:
+            break
+    else:
+        raise AssertionError("the header is padded otherwise than it was")
+    with safetensors.safe_open(path, "pt") as file:
+        names = list(file.offset_keys())
+    loaded = ckpt.load(path)
+    assert_same(content, {name: loaded[name] for name in content})
+    for name in names:
+        address, nbytes = loaded[name].data_ptr(), loaded[name].nbytes
+        assert address % 8 == 0 and (nbytes < 256 << 10 or (address - begin) % 4096 == 0), name
+        begin += nbytes
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_a_header_without_padding(tmp_path: Path, lost: int) -> None:
+    """Of other writers: their tensors lie askew in the file, and not in memory."""
+    content = saved(tmp_path, {"a": torch.randn(300_000), "b": torch.arange(9, dtype=torch.float64)}).read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = content[8:end].rstrip() + b" " * (8 - lost)
+    header += b" " * (-(len(header) + lost) % 8)
+    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + content[end:])
+    assert (8 + len(header)) % 8 == 8 - lost
+    loaded = ckpt.load(tmp_path / "b.safetensors")
+    assert_same(ckpt.load(tmp_path / "a.safetensors"), loaded)
+    assert all(each.data_ptr() % 8 == 0 for each in loaded.values())
+
+
 def test_what_is_loaded_can_be_changed_and_saved(tmp_path: Path) -> None:
     loaded = ckpt.load(saved(tmp_path))
     for each in loaded.values():
@@ -316,6 +355,29 @@ def test_a_bundle_refuses_what_does_not_fit(tmp_path: Path) -> None:
         bundle.save({"step": 5}, tmp_path / "step" / "model.safetensors")
         bundle.commit().result(30)
     assert not (tmp_path / "latest").exists()
+
+
+def test_damage_is_found_at_the_edges_of_all_reads(tmp_path: Path) -> None:
+    large = {"large": torch.arange(1_300_000, dtype=torch.int64), "small": torch.arange(40_000)}
+    with ckpt.BundleCheckpointer(options=options()) as checkpointer:
+        bundle = checkpointer.begin(tmp_path, "step")
+        bundle.save(large, tmp_path / "step" / "model.safetensors", metadata={"padding": ""})
+        path = bundle.commit().result(30) / "model.safetensors"
+    begin = 8 + int.from_bytes(path.read_bytes()[:8], "little")
+    assert_same(large, dict(sorted(ckpt.load(path).items())))
+    first, last = -(-begin // 512) * 512, (begin + large["large"].nbytes) // 512 * 512  # what is read straight to its place
+    edges = {begin, first, first + (4 << 20), first + (8 << 20), last, begin + large["large"].nbytes, path.stat().st_size}
+    for at in sorted({edge + step for edge in edges for step in (-1, 0)} - {begin - 1, path.stat().st_size}):
+        with path.open("r+b") as file:
+            right = file.seek(at) and file.read(1)
+            file.seek(at)
+            file.write(bytes([right[0] ^ 16]))
+        with pytest.raises(CorruptError, match=r"manifest\.json beside it"):
+            ckpt.load(path)
+        with path.open("r+b") as file:
+            file.seek(at)
+            file.write(right)
+    assert_same(large, dict(sorted(ckpt.load(path).items())))
 
 
 @pytest.mark.parametrize("where", ["header", "tensor"])
