@@ -14,7 +14,7 @@ import torch
 from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
-from ckpt.loading.host_memory import allocate, bytes_of
+from ckpt.loading.host_memory import ALIGNMENT, allocate, bytes_of
 
 TIMEOUT_S = 1800.0
 _NONE: Mapping[str, int] = MappingProxyType({})  # of the records is on a device
@@ -39,8 +39,10 @@ class Records(abc.ABC):
     Attributes:
         path: for errors.
         records: by their names.
+        alignment: bytes: an address in the host's memory that suits what they hold.
     """
 
+    alignment = ALIGNMENT
     path: Path
     records: Mapping[str, RecordEntry]
 
@@ -59,7 +61,7 @@ class Records(abc.ABC):
         return {
             name: torch_devices.allocate(self.records[name].size, devices[name])
             if name in devices
-            else allocate(self.records[name].size, self.records[name].offset)
+            else allocate(self.records[name].size, self.records[name].offset, alignment=self.alignment)
             for name in names
         }
 

@@ -11,14 +11,13 @@ import torch
 
 # Storages from this size get pages of their own: they lie as in the file, and are first touched by the threads that read.
 _LARGE = 256 * 1024
-# Of every storage, at least. Torch's own begin at a multiple of 64, and so do the records of a torch file. The tensors of a
-# safetensors file begin where its header ends, which is padded to this; as its library maps them, they lie no better in memory.
-_ALIGNMENT = 8
+ALIGNMENT = 64  # bytes: of storages, as torch's allocator has it
 _HUGE_PAGE = 2 << 20
 
 
-def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStorage:
-    """Memory whose address is congruent to `offset` modulo a page, if there are `large` bytes of it; not touched yet.
+def allocate(nbytes: int, offset: int, large: int = _LARGE, alignment: int = ALIGNMENT) -> torch.UntypedStorage:
+    """Memory whose address is congruent to `offset` modulo a page, if that is a multiple of `alignment`, and there are `large`
+    bytes of it; not touched yet.
 
     In huge pages if torch is told to have such for its own (THP_MEM_ALLOC_ENABLE=1), and not of our own accord: where the host
     of a virtual machine takes free ones back, the first touch of one costs several times as much as those of 512 small ones.
@@ -28,7 +27,7 @@ def allocate(nbytes: int, offset: int, large: int = _LARGE) -> torch.UntypedStor
     if nbytes < large:
         return fixed(torch.UntypedStorage(nbytes))
     lead = offset % mmap.PAGESIZE
-    if lead % _ALIGNMENT:
+    if lead % alignment:
         lead = 0
     try:
         pages = mmap.mmap(-1, lead + nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -64,6 +64,8 @@ class TensorFiles(Records):
         StorageError: something cannot be read.
     """
 
+    alignment = 8  # as headers are padded; no dtype of the format asks for more
+
     def __init__(self, path: Path, timeout_s: float) -> None:
         durable.refuse_irregular(path, "load")
         self.path = path

@@ -296,7 +296,8 @@ def _is_of_another_job(path: Path) -> bool:
 
 
 def _finalise(directory: Path, prepared: Prepared) -> None:
-    """As publish() goes on behind the point where the crash came."""
+    """As publish() goes on behind the point where the crash came, which may have been before the mark was durable."""
+    durable.sync_tree(prepared.aside)
     durable.rename_durably(prepared.aside, directory / manifests.NAME)
     durable.crash_point("manifest-renamed")
     durable.sync_directory(directory.parent)
