@@ -13,6 +13,7 @@ from typing import Any
 import crash_child
 import pytest
 import torch
+from choice import mostly_slow
 from drain_points import (
     DRAIN_FILES,
     DRAIN_POINTS,
@@ -182,8 +183,11 @@ def test_the_list_of_crash_points_is_complete() -> None:
     assert found == {*POINTS, *DISTRIBUTED_POINTS, *NODE_POINTS, *COPY_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *of_tiers}
 
 
-@pytest.mark.parametrize("mode", ["steps", "again", "keep one"])
-@pytest.mark.parametrize("point", POINTS)
+MODES = ["steps", "again", "keep one"]
+MANY_MODES = [(point, mode) for number, point in enumerate(POINTS) for mode in ("steps", MODES[1 + number % 2])]
+
+
+@pytest.mark.parametrize(("point", "mode"), mostly_slow([(p, mode) for p in POINTS for mode in MODES], run=MANY_MODES))
 def test_killed_at_a_crash_point(point: str, mode: str, nursery: Nursery, reference: Reference, tmp_path: Path) -> None:
     keep, again, per_save = 1 if mode == "keep one" else 2, mode == "again", POINTS[point]
     for skip in (0, per_save // 2, 2 * per_save, 5 * per_save - 1):

@@ -167,7 +167,10 @@ def test_killed_at_a_crash_point(
     job.end(reference, at_least=life.durable)
 
 
-@pytest.mark.parametrize("point", [*EVERY_RANK[2:], *RANK_0_ONLY])
+AGAIN_POINTS = [(point,) for point in (*EVERY_RANK[2:], *RANK_0_ONLY)]
+
+
+@pytest.mark.parametrize(("point",), mostly_slow(AGAIN_POINTS, run=AGAIN_POINTS[::2]))
 def test_killed_while_a_tag_is_saved_again(
     point: str, nurseries: list[Nursery], references: References, tmp_path: Path
 ) -> None:
