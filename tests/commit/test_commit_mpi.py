@@ -20,6 +20,7 @@ from typing import Any
 
 import psutil
 import pytest
+from choice import mostly_slow
 from dist import commit_worker
 from nursery import Ended
 from places import PYTHONPATH
@@ -179,7 +180,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Training:
 
 @pytest.mark.parametrize(
     ("point", "victim", "passed", "committed_then"),
-    [*KILLS, *(pytest.param(*kill, marks=pytest.mark.slow) for kill in MORE_KILLS)],
+    mostly_slow([*KILLS, *MORE_KILLS], run=KILLS),
 )
 def test_a_rank_is_killed_and_mpirun_ends_the_job(
     point: str, victim: int, passed: int, committed_then: str, training: Training

@@ -19,6 +19,7 @@ if not (torch.distributed.is_available() and torch.distributed.is_gloo_available
 if importlib.util.find_spec("accelerate") is None:
     pytest.skip("accelerate is not installed", allow_module_level=True)
 
+from choice import mostly_slow
 from dist.accelerate_nursery import AccelerateNursery, training_program
 from dist.deepspeed_nursery import free_port
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
@@ -139,7 +140,7 @@ SOME = {(1, "data-durable", 0), (2, "prepared", 1), (2, "manifest-renamed", 0), 
 
 @pytest.mark.parametrize(
     ("ranks", "point", "rank"),
-    [pytest.param(*case, marks=() if case in SOME else pytest.mark.slow) for case in CASES],
+    mostly_slow(CASES, run=SOME),
 )
 def test_killed_at_a_crash_point(
     ranks: int, point: str, rank: int, nurseries: list[Nursery], references: References, tmp_path: Path

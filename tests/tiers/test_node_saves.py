@@ -16,6 +16,7 @@ import psutil
 import pytest
 import test_commit
 import torch
+from choice import mostly_slow
 from drain_points import RUN_POINTS, SPREAD_POINTS
 from node_roots import drain_once
 from nursery import Child, Ended, Nursery, nurseries_of_ranks
@@ -159,9 +160,7 @@ POINTS += [(point, 0) for point in ("published", *RUN_POINTS)] + [(point, 1) for
 FEW = [("manifest-renamed", 1), ("spread", 1)]
 
 
-@pytest.mark.parametrize(
-    ("point", "rank"), [pytest.param(*each, marks=[] if each in FEW else pytest.mark.slow) for each in POINTS]
-)
+@pytest.mark.parametrize(("point", "rank"), mostly_slow(POINTS, run=FEW))
 def test_a_rank_is_killed(make: Make, point: str, rank: int) -> None:
     """What had landed is found again, with what the drains have brought home meanwhile."""
     job = make(0, 1)
