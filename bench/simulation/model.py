@@ -108,6 +108,7 @@ class Saving:
         by_node: whether the ranks of a node make one message together; else each makes its own.
         gather_s, verdict_s: for each message, at rank 0's coordinator.
         node_s: by node, what the ranks of one take among themselves, for both ways together.
+        decide_s: for each rank, what rank 0 takes to look at its answer and to write it down.
         publish_s: manifest, renames and fsyncs of rank 0.
         drain_rate: bytes a second that the drain of a node copies, if nothing else holds it up.
         receipt_s: to read what one node has said of its delivery at home.
@@ -124,6 +125,7 @@ class Saving:
     gather_s: float = 0.0
     verdict_s: float = 0.0
     node_s: float = 0.0
+    decide_s: float = 0.0
     publish_s: float = 0.0
     drain_rate: float = INFINITE
     receipt_s: float = 0.0
@@ -278,6 +280,7 @@ class Committee:
         self._here: dict[tuple[int, int], int] = {}  # number of the save and of the node: ranks that have come
         self._told: dict[tuple[int, int], simpy.Event] = {}
         self._stands_for = cluster.ranks / cluster.shown_ranks
+        self._alone_s = saving.decide_s * cluster.ranks + saving.publish_s
         self.coordinator = Server(env, 1.0)  # requests are given in seconds
         self._answers: dict[int, int] = {}
         self._published: dict[int, simpy.Event] = {}
@@ -303,7 +306,7 @@ class Committee:
         yield from self.coordinator.serve(self._saving.gather_s * self._stands_for)
         self._answers[number] = self._answers.get(number, 0) + 1
         if self._answers[number] == self._speakers:
-            yield self._env.timeout(self._saving.publish_s)
+            yield self._env.timeout(self._alone_s)
             published.succeed()
         yield published
         yield from self.coordinator.serve(self._saving.verdict_s * self._stands_for)

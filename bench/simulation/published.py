@@ -32,6 +32,7 @@ SOURCES = {
     "node_link": "25 GB/s: assumption (two network cards of 100 Gbit/s); what one node reached is not published",
     "jitter": "0.1: spread of the durable rate on one machine, bench/results, workload durable",
     "gather_s, verdict_s, node_s": "bench/results, workload coordination, torch store, by node; 64 to 16,384 ranks",
+    "decide_s": "bench/results, workload coordination, rank 0 decides; 1,024 to 16,384 ranks",
     "plan_s": "7 ms: bench/results, workload stall, save_s",
     "publish_s, fsync_s": "20 ms and 10 ms: assumption, some ten metadata operations of 2 ms",
     "node_disk": "4 GB/s: assumption, the two NVMe disks of a node of Polaris at 2 GB/s each; only with a tier of nodes",
@@ -79,7 +80,8 @@ MEASURED_PER_NODE = 8  # ranks
 
 
 def measured_commit(ranks: int, by_node: bool = False, results: Path = RESULTS) -> dict[str, float]:
-    """What a message costs rank 0's coordinator: of the newest measurement whose number of ranks is nearest; see Saving.
+    """What a message costs rank 0's coordinator, and a rank's answer rank 0: of the newest measurement whose number of ranks is
+    nearest; see Saving.
 
     Raises:
         ValueError: there are no such results.
@@ -93,11 +95,23 @@ def measured_commit(ranks: int, by_node: bool = False, results: Path = RESULTS) 
     way, per_message = ("torch by node", MEASURED_PER_NODE) if by_node else ("torch", 1)
     if way not in found:
         raise ValueError(f"no results of the workload 'coordination' in {results}; measure with bench.run")
-    size = min(found[way], key=lambda size: abs(math.log(size / ranks)))
-    gathered, agreed = found[way][size]["gathered_s"], found[way][size]["agreed_s"]
+
+    def nearest(way: str) -> tuple[int, dict[str, float]]:
+        size = min(found[way], key=lambda size: abs(math.log(size / ranks)))
+        return size, found[way][size]
+
+    size, seconds = nearest(way)
+    gathered, agreed = seconds["gathered_s"], seconds["agreed_s"]
     messages = size / per_message
     node_s = found["one node, torch"][MEASURED_PER_NODE]["agreed_s"] if by_node else 0.0
-    return {"gather_s": gathered / messages, "verdict_s": (agreed - gathered) / messages, "node_s": node_s}
+    decided, alone = nearest("rank 0 decides")
+    decide_s = alone["decided_s"] / decided
+    return {
+        "gather_s": gathered / messages,
+        "verdict_s": (agreed - gathered) / messages,
+        "node_s": node_s,
+        "decide_s": decide_s,
+    }
 
 
 def flat(saving: Saving, cluster: Cluster) -> Saving:

@@ -106,7 +106,7 @@ def alone(level: str, cluster: Cluster, saving: Saving) -> tuple[Cluster, Saving
     """All other levels made free. A tier of nodes stays one: what it spares the training is the file system."""
     rates = {"d2h": "D2H link", "node_link": "node link", "file_system": "file system"}
     costs = {"plan_s": SAVE_CALL, "fsync_s": "commit", "publish_s": "commit"}
-    costs |= dict.fromkeys(("gather_s", "verdict_s", "node_s"), "commit")
+    costs |= dict.fromkeys(("gather_s", "verdict_s", "node_s", "decide_s"), "commit")
     free_rates: dict[str, Any] = {name: INFINITE for name, owner in rates.items() if owner != level}
     free_costs: dict[str, Any] = {name: 0.0 for name, owner in costs.items() if owner != level}
     if cluster.node_disk is not None and level != "node disk":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -182,17 +183,23 @@ def test_the_same_seed_gives_the_same_run() -> None:
 # ---- what makes large runs affordable --------------------------------------------------------------------------------
 
 
-def polaris(nodes: int, simulated: int | None, most_chunks: int | None) -> Outcome:
+COSTS = {"by_node": True, "gather_s": 1e-4, "verdict_s": 1e-4, "node_s": 4e-3, "decide_s": 3e-5}
+
+
+def polaris(nodes: int, simulated: int | None, most_chunks: int | None, seed: int = 0) -> Outcome:
+    """With a commit that costs the same whatever was measured last."""
     cluster = dataclasses.replace(studies.POLARIS, nodes=nodes, simulated_nodes=simulated, file_system=40 * GB, servers=32)
-    saving = dataclasses.replace(studies.saving_for(cluster), most_chunks=most_chunks)
-    return simulate(cluster, Job(4 * GB, 1.0, 1.0, iterations=6), saving)
+    saving = dataclasses.replace(studies.saving_for(cluster), most_chunks=most_chunks, **COSTS)
+    return simulate(cluster, Job(4 * GB, 1.0, 1.0, iterations=6), saving, seed)
 
 
 def test_few_nodes_stand_for_many_alike() -> None:
-    all_of_them, few = (polaris(32, simulated, 64) for simulated in (None, 4))
-    assert len(few.saves) == 16 and len(all_of_them.saves) == 128
-    assert few.trained_s == pytest.approx(all_of_them.trained_s, rel=0.05)
-    assert few.overhead > 1.0, "else they would agree about nothing"
+    """But for where their stripes happen to lie, which the median of three seeds leaves out."""
+    all_of_them, few = ([polaris(32, simulated, 64, seed) for seed in range(3)] for simulated in (None, 4))
+    assert {len(each.saves) for each in few} == {16} and {len(each.saves) for each in all_of_them} == {128}
+    trained = [statistics.median(each.trained_s for each in runs) for runs in (few, all_of_them)]
+    assert trained[0] == pytest.approx(trained[1], rel=0.05)
+    assert min(each.overhead for each in few) > 1.0, "else they would agree about nothing"
 
 
 def test_the_grain_hardly_matters() -> None:
@@ -241,22 +248,45 @@ def test_defaults_are_those_of_the_library() -> None:
 # ---- the studies -----------------------------------------------------------------------------------------------------
 
 
+def measured(case: str, quantity: str) -> dict[str, Any]:
+    return {"workload": "coordination", "case": case, "quantity": quantity, "median": 0.0}
+
+
 def test_the_commit_costs_what_was_measured(tmp_path: Path) -> None:
-    costs = studies.measured_commit(16384)
-    assert costs["gather_s"] + costs["verdict_s"] == pytest.approx(2.28 / 16384, rel=0.01) and costs["node_s"] == 0.0
-    assert studies.measured_commit(1) == studies.measured_commit(64)
+    """The newest of each case: by message, and by rank."""
+    seconds = {
+        ("torch, 64 ranks", "gathered_s"): 0.5, ("torch, 64 ranks", "agreed_s"): 0.6,
+        ("torch, 16384 ranks", "gathered_s"): 1.0, ("torch, 16384 ranks", "agreed_s"): 3.0,
+        ("torch by node, 16384 ranks", "gathered_s"): 0.25, ("torch by node, 16384 ranks", "agreed_s"): 0.5,
+        ("one node, torch, 8 ranks", "agreed_s"): 0.004,
+        ("rank 0 decides, 16384 ranks", "decided_s"): 0.5,
+    }  # fmt: skip
     with pytest.raises(ValueError, match="coordination"):
         studies.measured_commit(64, results=tmp_path)
+    for day, times in ((1, 9.0), (2, 1.0)):
+        lines = [measured(*of) | {"median": found * times} for of, found in seconds.items()]
+        (tmp_path / f"2026-01-0{day}.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    flat, by_node, few = (studies.measured_commit(*how, results=tmp_path) for how in ((16384,), (20000, True), (1,)))
+    assert flat == {"gather_s": 1 / 16384, "verdict_s": 2 / 16384, "node_s": 0.0, "decide_s": 0.5 / 16384}
+    assert by_node == {"gather_s": 0.25 / 2048, "verdict_s": 0.25 / 2048, "node_s": 0.004, "decide_s": 0.5 / 16384}
+    assert few["gather_s"] == 0.5 / 64
+
+
+def test_there_are_measurements_of_the_commit() -> None:
+    for by_node in (False, True):
+        assert min(studies.measured_commit(16384, by_node).values()) >= 0.0
+        assert studies.measured_commit(1, by_node)["gather_s"] > studies.measured_commit(16384, by_node)["decide_s"] > 0.0
 
 
 def test_by_node_a_message_serves_all_its_ranks() -> None:
     """The other ranks of a node wait for theirs, and rank 0 for the nodes alone."""
     cluster = dataclasses.replace(FREE, nodes=10, gpus_per_node=8)
-    costs = {"gather_s": 0.01, "verdict_s": 0.02}
-    for by_node, messages, node_s in ((False, 80, 0.0), (True, 10, 0.5)):
+    costs = {"gather_s": 0.01, "verdict_s": 0.02, "decide_s": 0.003}
+    for by_node, messages, node_s in ((False, 80, 0.0), (True, 10, 0.5)):  # and 80 answers either way
         saving = dataclasses.replace(ROOMY, by_node=by_node, node_s=node_s, **costs)
         saves = simulate(cluster, Job(GB, 0.5, 0.0, iterations=1), saving).saves
-        assert max(save.durable_at for (save,) in saves) - saves[0][0].flushed_at == pytest.approx(messages * 0.03 + node_s)
+        took_s = max(save.durable_at for (save,) in saves) - saves[0][0].flushed_at
+        assert took_s == pytest.approx(messages * 0.03 + 80 * 0.003 + node_s)
 
 
 def test_each_level_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,7 +295,9 @@ def test_each_level_alone_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     case = scale.Case(16384, scale.GROWS, "10 TB/s")
     assert scale.critical_interval(case, *scale.alone("file system", *by_way_of_nodes(case))) == scale.SHORTEST_S
     assert scale.critical_interval(case, *scale.alone("node disk", *by_way_of_nodes(case))) == pytest.approx(13.3, rel=0.12)
-    expected = {"D2H link": 0.5325, "node link": 2.13, "file system": 21.8, "commit": 2.28, scale.SAVE_CALL: 0.7}
+    costs = studies.measured_commit(case.gpus, by_node=True)
+    commit_s = case.gpus / 4 * (costs["gather_s"] + costs["verdict_s"]) + case.gpus * costs["decide_s"]
+    expected = {"D2H link": 0.5325, "node link": 2.13, "file system": 21.8, "commit": commit_s, scale.SAVE_CALL: 0.7}
     for level, seconds in expected.items():
         found = scale.critical_interval(case, *scale.alone(level, case.cluster(), case.saving()))
         assert found == pytest.approx(seconds, rel=0.12), level

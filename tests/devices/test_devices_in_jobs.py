@@ -160,7 +160,12 @@ def test_the_callback_saves_what_each_step_has_left(
         assert pending is not None
         return pending
 
+    def cached() -> int:
+        return sum(pending.stats.device_cached_bytes for pair in saves for pending in pair)
+
     saves = [job.all(train) for _ in range(5)]
+    while cache and not cached() and len(saves) < 50:  # a fence that comes late finds nothing left to do
+        saves.append(job.all(train))
     job.all(lambda number: job.members[number].train())
     assert all(pending.captured for pair in saves for pending in pair)
     for step, pair in enumerate(saves, start=1):
@@ -169,8 +174,7 @@ def test_the_callback_saves_what_each_step_has_left(
         assert bytes_of(shared) == {step}
         assert [bytes_of(each["buffers/model"]) for each in own] == [{step}] * job.ranks if job.ranks > 1 else True
         assert sum(pending.stats.bytes_from_devices for pending in pair) > 2_000_000
-    cached = sum(pending.stats.device_cached_bytes for pair in saves for pending in pair)
-    assert (cached > 0) == bool(cache)
+    assert (cached() > 0) == bool(cache)
     training.synchronize()
     job.all(lambda number: callbacks[number].close())
 

@@ -219,7 +219,8 @@ def test_the_memory_of_a_device_is_limited(face: Face) -> None:
     face.do("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     used = total.value - free.value  # by tests of before, too
     assert used >= 1000
-    face.fake.set_memory(total=9_000 + used, others=5_000)
+    left = face.fake.lost[0]  # which is among both
+    face.fake.set_memory(total=9_000 + used, others=5_000 + left)
     face.do("cuMemGetInfo_v2", ctypes.byref(free), ctypes.byref(total))
     assert (free.value, total.value) == (4000, 9_000 + used)
     assert face.code("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(4001)) == 2

@@ -147,7 +147,7 @@ def test_memory_beside_it_is_bounded(training: Training, tmp_path: Path, monkeyp
     path = torch_saved(layers(), tmp_path / "state.pt")
     made: list[int] = []
     allocate = archive.allocate
-    monkeypatch.setattr(archive, "allocate", lambda nbytes, *how: made.append(nbytes) or allocate(nbytes, *how))
+    monkeypatch.setattr(archive, "allocate", lambda nbytes, *at, **how: made.append(nbytes) or allocate(nbytes, *at, **how))
     ckpt.load(path, map_location="cuda:0")
     assert max(made) < 1 << 20, "the pickle"
     assert 0 < training.cuda.count("cuMemHostRegister") <= 2 * archive.reader_threads()
