@@ -149,7 +149,7 @@ def test_waiting_with_a_timeout(native: Any, tmp_path: Path) -> None:
 def test_captured_comes_before_durable(native: Any, tmp_path: Path) -> None:
     native.set_fault("pwritev", delay_s=DEADLINE_S)
     native.set_fault("fdatasync", delay_s=DEADLINE_S)
-    tensor = torch.ones(100_000)
+    tensor = torch.ones(1_000_000)  # more than the writers hold
     pending = ckpt.save([tensor], tmp_path / "x.pt", lazy=True, options=options())
     assert not pending.captured and not pending.done() and "in flight" in repr(pending)
     with pytest.raises(DeadlineError, match="not yet captured"):

@@ -46,7 +46,7 @@ def held(path: Path) -> int:
 def test_the_fence_captures_what_slow_writers_have_not_taken(writers: int, tmp_path: Path, native: Any) -> None:
     tensors = make_tensors()
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
-    native.set_fault("pwritev", delay_s=0.01)
+    native.set_fault("pwritev", delay_s=0.1)
     pending = ckpt.save(tensors, tmp_path / "a.pt", lazy=True, options=tiny(writers=writers))
     assert not pending.captured
     ckpt.fence()

@@ -295,7 +295,7 @@ def test_sparse_tensors_may_be_declared_and_are_not_lazy(native: Any, tmp_path: 
 
 
 def test_declared_tensors_are_lazy_and_the_rest_is_not(native: Any, tmp_path: Path) -> None:
-    native.set_fault("pwritev", delay_s=0.02)
+    native.set_fault("pwritev", delay_s=DEADLINE_S)
     state = {"declared": torch.randn(200_000), "other": torch.randn(200_000), "small": torch.randn(8)}
     expected = {name: tensor.clone() for name, tensor in state.items()}
     pending = ckpt.save(state, tmp_path / "x.pt", lazy=[state["declared"], state["small"]], options=options())

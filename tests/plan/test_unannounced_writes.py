@@ -221,10 +221,10 @@ def race(rounds: int, seed: int, tmp_path: Path, native: Any, *, threads: bool) 
     kept = [tensor.detach().clone() for tensor in training.written]
     expected = training.copy(tmp_path)
     for number in range(rounds):
-        how = options(
-            chunk_bytes=choose.choice(["64KiB", "256KiB", "1MiB"]), writers=choose.choice([1, 2, 4]), arena_bytes="8MiB"
-        )
-        native.set_fault("pwritev", delay_s=choose.choice([0.0, 0.0, 0.0005, 0.002]))
+        held = number % 7 == 0  # then the write comes in time, also where this thread is slow
+        sizes, writers = (["64KiB"], [1]) if held else (["64KiB", "256KiB", "1MiB"], [1, 2, 4])
+        how = options(chunk_bytes=choose.choice(sizes), writers=choose.choice(writers), arena_bytes="8MiB")
+        native.set_fault("pwritev", delay_s=DEADLINE_S if held else choose.choice([0.0, 0.0, 0.0005, 0.002]))
         write = choose.choice(list(WRITERS.values()))
         pending = ckpt.save(training.state(), tmp_path / "x.pt", options=how)
         delay_s = choose.choice([0.0, choose.uniform(0, 0.004), choose.uniform(0, 0.03)])
@@ -235,11 +235,15 @@ def race(rounds: int, seed: int, tmp_path: Path, native: Any, *, threads: bool) 
                 time.sleep(choose.uniform(0, 0.01))
                 other.join()  # a fence beside a write would be the program's own race
                 ckpt.fence()
+            if held:
+                other.join()
+                clear_faults()
             found[outcome(pending, expected)] += 1
             other.join()
         else:
             time.sleep(delay_s)
             write(training.written)
+            clear_faults()
             if choose.random() < 0.5:
                 ckpt.fence()
             found[outcome(pending, expected)] += 1
