@@ -128,7 +128,7 @@ def test_files_that_come_one_by_one_count_together(training: Training, tmp_path:
 @pytest.fixture
 def slow_disk(native: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(notices, "noted_fences", [])
-    native.set_fault("write", delay_s=0.05)
+    native.set_fault("pwritev", delay_s=0.02)
     yield
     native.clear_faults()
 

@@ -147,12 +147,13 @@ def test_any_alignment(limits: tuple[int, int], when: str, native: Any, direct: 
     state = [random_bytes(2 * MIB + 13), *(block[at : at + MIB].random_(0, 256) for at in (1, 512 + MIB, 2 * MIB + 4096))]
     expected = [tensor.clone() for tensor in state]
     if when == "fence":
-        native.set_fault("pwritev", delay_s=0.01)
+        native.set_fault("pwritev", delay_s=DEADLINE_S)
     pending = save(state, direct / "x.pt")
     if when == "fence":
         ckpt.fence()
         for tensor in state:
             as_bytes(tensor).zero_()
+        native.clear_faults("pwritev")
     stats = check(pending, expected)
     assert stats.direct_io is True
     assert stats.bytes_copied_at_fence > 0 if when == "fence" else stats.bytes_from_tensors > 3 * MIB
