@@ -70,10 +70,12 @@ def test_a_save_that_fails(tmp_path: Path) -> None:
     assert kept.records[1].error is failed and kept.records[1].stats.durable_at is None
 
 
-def test_a_save_that_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_save_that_is_skipped(tmp_path: Path, native: Any) -> None:
     kept = Kept()
     with job(tmp_path, kept, options=ckpt.Options(when_busy="skip", max_in_flight=1)) as checkpointer:
+        native.set_fault("pwritev", delay_s=DEADLINE_S)
         pending = [checkpointer.save(step, {"weight": torch.zeros(4_000_000)}) for step in range(30)]
+        native.clear_faults()
         outcomes = [
             "skipped" if isinstance(each.exception(DEADLINE_S), ckpt.errors.SkippedError) else "committed" for each in pending
         ]
