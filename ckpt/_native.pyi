@@ -278,9 +278,14 @@ class StatePickler:
         rebuild_tensor: Any,
         location_tag: Callable[[torch.UntypedStorage], str],
         probe: torch.Tensor | None,
+        calls: tuple[Any, ...] | None,
+        refused: list[torch.Tensor],
+        dtypes: dict[torch.dtype, torch.Tensor],
     ) -> None: ...
     @property
     def exchanges(self) -> bool: ...
+    @property
+    def calls_directly(self) -> bool: ...
     def dump(
         self, root: Any, *, records: dict[Any, Any], order: list[Any], remaps: dict[int, Any], reduce: Callable[[Any], Any]
     ) -> bytes | None: ...

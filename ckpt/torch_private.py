@@ -11,10 +11,11 @@ import functools
 import inspect
 import logging
 import operator
+import os
 import pickle
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -287,6 +288,71 @@ def inform_core() -> None:
 
 
 inform_core()
+
+
+# ---- what a tensor is, without its methods ----------------------------------------------------------------------------
+
+# Functions of torch's libraries: those of its stable C interface, and C++ ones by the names that a compiler gives them.
+_SYMBOLS = {
+    **{each: f"aoti_torch_get_{each}" for each in ("layout", "dtype", "storage_offset", "storage_size")},
+    "is_neg": "_ZN2at6native6is_negERKNS_6TensorE",
+    "is_conj": "_ZN2at6native7is_conjERKNS_6TensorE",
+    "requires_grad": "_ZNK3c1010TensorImpl13requires_gradEv",
+}
+_LIBRARIES = ("libtorch_cpu.so", "libc10.so")
+# Of a tensor, whose answers these are.
+_ASKED = ("layout", "dtype", "storage_offset", "is_neg", "is_conj", "is_nested", "requires_grad", "_backward_hooks")
+
+
+class DirectCalls(NamedTuple):
+    """What the core is to try before it relies on any of it, see csrc/pickle/torch_calls.h.
+
+    Attributes:
+        asked: libraries, symbols, tensors with what their methods say of them, and these methods by class and name.
+        refused: tensors of which nothing but methods tells that their memory is not all that they are.
+        of_dtypes: a tensor of each dtype.
+    """
+
+    asked: tuple[Any, ...]
+    refused: list[torch.Tensor]
+    of_dtypes: dict[torch.dtype, torch.Tensor]
+
+
+def direct_calls(dtypes: Iterable[torch.dtype]) -> DirectCalls | None:
+    """None if this torch is not as it would have to be: then tensors are asked by their methods, which takes twice as long."""
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse and nested tensors are new
+            return _try_direct_calls(dtypes)
+    except Exception:
+        return None
+
+
+def _try_direct_calls(dtypes: Iterable[torch.dtype]) -> DirectCalls:
+    folder = os.path.join(os.path.dirname(torch.__file__), "lib")
+    libraries = [os.path.join(folder, name) for name in _LIBRARIES]
+    plain, learns = torch.zeros(3, device="cpu"), torch.zeros(3, device="cpu", requires_grad=True)
+    hooked = torch.zeros(3, device="cpu", requires_grad=True)
+    hooked.register_hook(lambda gradient: gradient)
+    complex_one = torch.zeros(4, dtype=torch.complex64, device="cpu")
+    kept = torch.nn.Parameter(plain)
+    kept.grad = torch.ones_like(plain)  # whose Python object torch alone keeps
+    sparse, nested = torch.eye(2, device="cpu").to_sparse(), torch.nested.nested_tensor([plain, plain[1:]])
+    probes = [plain, plain[1:], learns, learns * 2, learns.detach(), kept, kept.grad, sparse, torch.empty((0, 3), device="cpu")]
+    probes += [complex_one, complex_one[1:].conj(), complex_one.conj().imag, complex_one.real]
+    of_dtypes = {dtype: torch.empty(1, dtype=dtype, device="cpu") for dtype in dtypes}
+    if not nested.is_nested or any(tensor.is_nested or tensor.dtype is not dtype for dtype, tensor in of_dtypes.items()):
+        raise TypeError("somebody answers in the place of torch")
+    answers = [_answers_of(tensor) for tensor in [*probes, *of_dtypes.values()]]
+    methods = [(kind, name) for kind in (torch.Tensor, torch.nn.Parameter) for name in _ASKED] + [(UntypedStorage, "nbytes")]
+    asked = (libraries, _SYMBOLS, plain, plain._cdata, hooked, hooked._backward_hooks, answers, methods)
+    return DirectCalls(asked, [sparse, torch.eye(2, device="cpu").to_sparse_csr(), nested], of_dtypes)
+
+
+def _answers_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    strided = tensor.layout is torch.strided
+    place = (tensor.storage_offset(), tensor.untyped_storage().nbytes()) if strided else (0, 0)
+    return (tensor, tensor._cdata, strided, *place, tensor.is_neg(), tensor.is_conj(), tensor.requires_grad)
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch.storage import TypedStorage, UntypedStorage
 from ckpt import _native
 from ckpt._native import SavedStorage
 from ckpt.plan.views import ByteInterval, VirtualStorages, byte_interval
-from ckpt.torch_private import NEWER_DTYPES, STORAGE_CLASSES, has_hooks, key_of, parts_of, rebuilding, warn_once
+from ckpt.torch_private import NEWER_DTYPES, STORAGE_CLASSES, direct_calls, has_hooks, key_of, parts_of, rebuilding, warn_once
 
 _PROTOCOL = 2  # the only one that weights_only loading accepts in full
 rebuild = rebuilding()
@@ -266,11 +266,13 @@ def _opcodes_of(named: Any) -> bytes:
     return data[data.index(b"c") : data.rindex(b"\n") + 1]
 
 
-def make_state_pickler(exchange: bool = True) -> _native.StatePickler:
+def make_state_pickler(exchange: bool = True, calls: bool = True) -> _native.StatePickler:
     """
     Args:
         exchange: ask tensors by the exchange API of DLPack where this torch has it.
+        calls: ask them by functions of torch's libraries, too, where these are as expected.
     """
+    direct = direct_calls(CLASSES) if exchange and calls else None
     named = [*(rebuild or ()), OrderedDict, UntypedStorage, *CLASSES]
     named += [storage_class for storage_class, _ in CLASSES.values() if storage_class is not None]
     return _native.StatePickler(
@@ -287,6 +289,9 @@ def make_state_pickler(exchange: bool = True) -> _native.StatePickler:
         probe=torch.empty_strided((2, 1, 3), (9, 7, 2), device="cpu")
         if exchange
         else None,  # whether it tells strides as they are
+        calls=direct and direct.asked,
+        refused=direct.refused if direct else [],
+        dtypes=direct.of_dtypes if direct else {},
     )
 
 

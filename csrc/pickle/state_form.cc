@@ -2,6 +2,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <unordered_map>
 
@@ -31,7 +32,7 @@ enum class Kind { kDict, kList, kTensor, kWrapped, kValue };
 class FormReader {
  public:
   FormReader(const Vocabulary& words, const py::object& wrapper, const py::function& is_value)
-      : words_(words), is_value_(is_value), key_("0") {
+      : words_(words), is_value_(is_value), key_("0"), ask_(words) {
     if (wrapper.is_none()) return;
     const auto parts = wrapper.cast<py::tuple>();
     if (parts.size() != 3 || !PyType_Check(PyTuple_GET_ITEM(parts.ptr(), 0))) throw py::type_error("wrapper is a type and two names");
@@ -148,23 +149,22 @@ class FormReader {
   void add_wrapped(PyObject* tensor) {
     const py::object local = owned(PyObject_GetAttr(tensor, local_.ptr())), spec = owned(PyObject_GetAttr(tensor, spec_.ptr()));
     if (!is(Py_TYPE(local.ptr()), words_.tensor_type)) throw Unknown();  // the result of a collective under way, for one
-    form_.push_back(ask_.requires_grad(tensor) ? 'G' : 'N');
+    form_.push_back(ask_.requires_grad_of_any(tensor) ? 'G' : 'N');
     add_tensor(local.ptr(), 'D');
     specs_.append(spec);
   }
 
   void add_tensor(PyObject* tensor, char kind) {
-    if (!ask_.is_strided(tensor, words_.strided)) throw Unknown();
-    const py::object dtype = ask_.dtype(tensor);
-    PyObject* known = find(words_.classes, dtype.ptr());
-    if (known == nullptr || !ask_.is_resolved(tensor, dtype.ptr()) || !shape_.look(words_.exchange, tensor)) throw Unknown();
-    const Py_ssize_t itemsize = to_size(PyTuple_GET_ITEM(known, 1));
+    if (!ask_.is_strided(tensor)) throw Unknown();
+    const std::optional<KnownDtype> dtype = ask_.dtype(tensor);
+    if (!dtype || !ask_.is_resolved(tensor, dtype->dtype) || !shape_.look(words_.exchange, tensor)) throw Unknown();
+    const Py_ssize_t itemsize = dtype->itemsize;
     const py::object storage = ask_.storage(tensor);
-    const Py_ssize_t all = ask_.bytes_of_storage(storage.ptr());
+    const Py_ssize_t all = ask_.bytes_of_storage(tensor, storage.ptr());
     const Py_ssize_t low = ask_.storage_offset(tensor) * itemsize, bytes = shape_.span() * itemsize;
     if (low < 0 || low + bytes > all) throw Unknown();  // memory that was taken away
 
-    put(kind, reinterpret_cast<intptr_t>(dtype.ptr()));  // of which torch has one of each kind
+    put(kind, reinterpret_cast<intptr_t>(dtype->dtype));  // of which torch has one of each kind
     put(ask_.requires_grad(tensor) ? 'G' : 'N', static_cast<Py_ssize_t>(shape_.sizes.size()));
     put(static_cast<char>(shape_.device_type), shape_.device_id);
     put_numbers(shape_.sizes);
@@ -172,11 +172,11 @@ class FormReader {
     kinds_.push_back(kind);
     tensors_.append(py::handle(tensor));
     if (bytes != all) partial_.append(records_.size());
-    records_.append(make(storage, dtype, tensor, low, bytes));
+    records_.append(make(storage, dtype->dtype, tensor, low, bytes));
   }
 
-  py::object make(const py::object& storage, const py::object& dtype, PyObject* tensor, Py_ssize_t low, Py_ssize_t bytes) {
-    py::object made = make_record(storage.ptr(), key_.ptr(), dtype.ptr(), tensor, bytes, nullptr, 0);
+  py::object make(const py::object& storage, PyObject* dtype, PyObject* tensor, Py_ssize_t low, Py_ssize_t bytes) {
+    py::object made = make_record(storage.ptr(), key_.ptr(), dtype, tensor, bytes, nullptr, 0);
     SavedStorage& record = *reinterpret_cast<SavedStorage*>(made.ptr());
     record.low = low;
     if (bytes > 0 && shape_.address != 0) record.address = shape_.address - static_cast<unsigned long long>(low);

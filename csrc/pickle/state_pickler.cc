@@ -2,6 +2,7 @@
 
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -108,7 +109,7 @@ constexpr size_t kBatch = 1000;  // items that pickle appends or sets by one opc
 // Writes what pickle.Pickler(protocol=2) writes for the same object, opcode for opcode.
 class StatePickler {
  public:
-  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables), storages_(tables) {}
+  StatePickler(const Vocabulary& vocabulary, const Tables& tables) : words_(vocabulary), tables_(tables), storages_(tables), ask_(vocabulary) {}
 
   py::bytes dump(PyObject* root) {
     save(root);
@@ -305,17 +306,16 @@ class StatePickler {
   // A plain tensor that covers its storage and is the first to do so: nearly all that there are, and the reason for this file.
   // False for any other; then nothing has been written.
   bool save_simple_tensor(PyObject* tensor) {
-    if (!ask_.is_strided(tensor, words_.strided)) return false;
-    const py::object dtype = ask_.dtype(tensor);
-    PyObject* known = find(words_.classes, dtype.ptr());
-    if (known == nullptr || PyTuple_GET_ITEM(known, 0) == Py_None || !ask_.is_bare(tensor, dtype.ptr())) return false;
+    if (!ask_.is_strided(tensor)) return false;
+    const std::optional<KnownDtype> dtype = ask_.dtype(tensor);
+    if (!dtype || dtype->type == nullptr || !ask_.is_bare(tensor, dtype->dtype)) return false;
     if (!shape_.look(words_.exchange, tensor)) return false;  // first: elsewhere a tensor need not have a storage
     const py::object storage = ask_.storage(tensor);
     if (storages_.has(storage.ptr())) return false;
-    const Py_ssize_t bytes = ask_.bytes_of_storage(storage.ptr());
-    if (bytes != shape_.numel * to_size(PyTuple_GET_ITEM(known, 1)) || ask_.storage_offset(tensor) != 0) return false;
+    const int64_t bytes = ask_.bytes_of_storage(tensor, storage.ptr());
+    if (bytes != shape_.numel * dtype->itemsize || ask_.storage_offset(tensor) != 0) return false;
 
-    const py::object record = add_record(storage, dtype, tensor, bytes, PyTuple_GET_ITEM(known, 0));
+    const py::object record = add_record(storage, *dtype, tensor, bytes);
     save_global(words_.rebuild_tensor.ptr());
     out_.begin_tuple(6);
     put_record(record);
@@ -331,9 +331,9 @@ class StatePickler {
   }
 
   // For the tensor in shape_.
-  py::object add_record(const py::object& storage, const py::object& dtype, PyObject* tensor, Py_ssize_t bytes, PyObject* type) {
+  py::object add_record(const py::object& storage, const KnownDtype& dtype, PyObject* tensor, Py_ssize_t bytes) {
     const py::object key = words_.key_text(PyList_GET_SIZE(tables_.order.ptr()));
-    py::object made = make_record(storage.ptr(), key.ptr(), dtype.ptr(), tensor, bytes, type, shape_.numel);
+    py::object made = make_record(storage.ptr(), key.ptr(), dtype.dtype, tensor, bytes, dtype.type, shape_.numel);
     SavedStorage& record = *reinterpret_cast<SavedStorage*>(made.ptr());
     record.address = shape_.address;
     if (shape_.device_type == kDlCuda) {
@@ -405,15 +405,20 @@ void bind_pickling(py::module_& module) {
   py::class_<Vocabulary>(module, "StatePickler")
       .def(py::init([](py::dict globals, py::dict classes, py::object tensor_type, py::object parameter_type,
                        py::object ordered_dict, py::object dtype_type, py::object strided, py::object rebuild_tensor,
-                       py::object location_tag, const py::object& probe) {
+                       py::object location_tag, const py::object& probe, const py::object& calls, const py::list& refused,
+                       const py::dict& dtypes) {
              const DlExchange* exchange = probe.is_none() ? nullptr : find_dl_exchange(tensor_type, probe);
-             return Vocabulary{std::move(globals),        std::move(classes),      std::move(tensor_type),
-                               std::move(parameter_type), std::move(ordered_dict), std::move(dtype_type),
-                               std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange, {}};
+             Vocabulary words{std::move(globals),        std::move(classes),      std::move(tensor_type),
+                              std::move(parameter_type), std::move(ordered_dict), std::move(dtype_type),
+                              std::move(strided),        std::move(rebuild_tensor), std::move(location_tag), exchange, {}, {}, {}};
+             if (!calls.is_none()) words.use_calls(calls, refused, dtypes);
+             return words;
            }),
            py::kw_only(), py::arg("globals"), py::arg("classes"), py::arg("tensor_type"), py::arg("parameter_type"),
            py::arg("ordered_dict"), py::arg("dtype_type"), py::arg("strided"), py::arg("rebuild_tensor"),
-           py::arg("location_tag"), py::arg("probe"))
+           py::arg("location_tag"), py::arg("probe"), py::arg("calls"),
+           py::arg("refused"), py::arg("dtypes"))
+      .def_property_readonly("calls_directly", [](const Vocabulary& words) { return words.calls.has_value(); })
       .def_property_readonly("exchanges", [](const Vocabulary& words) { return words.exchange != nullptr; })
       .def("dump", &dump, py::arg("root"), py::kw_only(), py::arg("records"), py::arg("order"), py::arg("remaps"),
            py::arg("reduce"))

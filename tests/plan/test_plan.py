@@ -214,13 +214,16 @@ def test_planning_needs_time_in_proportion_to_the_tensors() -> None:
 # ---- the native pickler, beside Python's own -------------------------------------------------------------------------
 
 
-@pytest.fixture(params=[True, False], ids=["dlpack", "methods"])
+@pytest.fixture(params=["calls", "dlpack", "methods"])
 def pickler(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors are asked by the exchange API of DLPack, and by their methods, as in a torch that has none."""
-    made = torch_pickler.make_state_pickler(exchange=request.param)
-    if request.param and not made.exchanges:
+    """Tensors are asked by functions of torch's libraries, by the exchange API of DLPack, and by methods, as in other torch."""
+    calls, exchange = request.param == "calls", request.param != "methods"
+    made = torch_pickler.make_state_pickler(exchange=exchange, calls=calls)
+    if exchange and not made.exchanges:
         pytest.skip(f"torch {torch.__version__} has no exchange API that tells strides as they are")
-    assert made.exchanges == request.param
+    if calls and not made.calls_directly:
+        pytest.skip(f"the libraries of torch {torch.__version__} do not answer as those that were tested")
+    assert (made.exchanges, made.calls_directly) == (exchange, calls)
     monkeypatch.setattr(torch_pickler, "state_pickler", made)
 
 
