@@ -164,7 +164,7 @@ template <typename Done>
 bool wait_for(const Job& job, double timeout_s, Done done) {
   py::gil_scoped_release release;
   std::unique_lock<std::mutex> lock(job.monitor->mutex);
-  return job.monitor->changed.wait_for(lock, std::chrono::duration<double>(timeout_s), done);
+  return job.monitor->settled.wait_for(lock, std::chrono::duration<double>(timeout_s), done);
 }
 
 py::object exception_of(const Job& job) {

@@ -221,6 +221,7 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   if (!job->failed()) job->stats.flushed_at = monotonic_seconds();
   jobs_.erase(std::find(jobs_.begin(), jobs_.end(), job));
   stager_.remove(job);
+  monitor_->settled.notify_all();
 }
 
 }  // namespace lazyckpt

@@ -143,7 +143,9 @@ bool Job::has_device(int device) const {
 }
 
 void Job::note_captured() {
-  if (captured() && !failed() && stats.captured_at == 0) stats.captured_at = monotonic_seconds();
+  if (!captured() || failed() || stats.captured_at != 0) return;
+  stats.captured_at = monotonic_seconds();
+  monitor->settled.notify_all();
 }
 
 void Job::fail(const Error& first_error) {
@@ -159,6 +161,7 @@ void Job::fail(const Error& first_error) {
   }
   crcs.give_up();
   monitor->changed.notify_all();
+  monitor->settled.notify_all();
 }
 
 // ---- Errors ------------------------------------------------------------------------------------------------------

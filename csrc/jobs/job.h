@@ -29,6 +29,9 @@ namespace lazyckpt {
 struct Monitor {
   std::mutex mutex;
   std::condition_variable changed;  // any state below has moved
+  // A job is captured, released, finished, or has failed. Who waits for that alone is not woken for each chunk: on a machine whose
+  // cores are all busy, each time takes one of them from the training.
+  std::condition_variable settled;
 };
 
 double monotonic_seconds();
@@ -159,7 +162,7 @@ struct Job {
   // submit(). False if the job fails meanwhile.
   bool look_at_probes(size_t chunk);
 
-  // All of these require the lock.
+  // All of these require the lock. Of failed(), captured(), released() and finished(), monitor->settled tells when they become true.
   bool failed() const { return error.has_value(); }
   bool has_device(int device) const;
   // What the fences of the caller promise: work enqueued behind them may write to device memory, although copies from it may

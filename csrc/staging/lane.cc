@@ -101,6 +101,7 @@ bool Lane::land(Lock& lock) {
   }
   if (over.empty()) return false;
   monitor->changed.notify_all();
+  monitor->settled.notify_all();
   lock.unlock();
   looked_at.clear();
   over.clear();  // events go without the lock

@@ -77,7 +77,7 @@ inline void end_weather() {
 inline bool wait_until_finished(Job& job) {
   std::unique_lock<std::mutex> lock(job.monitor->mutex);
   const auto patience = std::chrono::duration<double>(kPatienceS);
-  return job.monitor->changed.wait_for(lock, patience, [&] { return job.finished(); });
+  return job.monitor->settled.wait_for(lock, patience, [&] { return job.finished(); });
 }
 
 struct Outcome {
