@@ -106,7 +106,8 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
-                                 const std::optional<Archives>& archives, bool alike, bool packed) {
+                                 const std::optional<Archives>& archives, bool alike, bool packed,
+                                 const std::shared_ptr<Baseline>& baseline, bool reuse, bool share_blocks) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
@@ -117,6 +118,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
   request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
+  request.reuse = {reuse, share_blocks, baseline};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -209,7 +211,17 @@ py::dict stats_of(const Job& job) {
   dict["arena_bytes"] = stats.arena_bytes;
   dict["probed_bytes"] = stats.probed_bytes;
   dict["changed_device"] = stats.changed_device;
+  dict["reused_bytes"] = stats.reused_bytes;
+  dict["reuse_refused"] = stats.reuse_refused;
   return dict;
+}
+
+// To be called once a checkpoint names the file: for the next save of it. None if that could share nothing, or if the job did not
+// end well; and the second time.
+std::shared_ptr<Baseline> take_baseline(Job& job) {
+  std::shared_ptr<Baseline> taken;
+  locked(job, [&] { taken.swap(job.baseline); });
+  return taken != nullptr && taken->settle() ? taken : nullptr;
 }
 
 // (sum, bytes that are in it) of each record.
@@ -263,6 +275,7 @@ std::vector<uint32_t> checksums_of(const Job& job) {
 }  // namespace
 
 void bind_job(py::module_& module) {
+  py::class_<Baseline, std::shared_ptr<Baseline>>(module, "Baseline");
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
       .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
@@ -282,6 +295,7 @@ void bind_job(py::module_& module) {
         const ZipLayout& layout = shared_layout(job);
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
+      .def("take_baseline", take_baseline)
       .def_property_readonly("word_sums", word_sums_of)
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
@@ -335,7 +349,8 @@ void bind_engine(py::module_& module) {
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
-           py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false)
+           py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
+           py::arg("baseline") = nullptr, py::arg("reuse") = false, py::arg("share_blocks") = true)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;
