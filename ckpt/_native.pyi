@@ -8,7 +8,8 @@ COPY: int  # they may change as soon as submit() has returned
 LAZY: int  # they may change behind the next fence
 OWNED: int  # they never change
 
-class Baseline: ...  # what is in a finished file, and the file itself, held open
+class Baseline:  # what is in a finished file, and the file itself, held open
+    def let_go(self) -> None: ...  # nothing can be had of it any more
 
 class Job:
     captured: bool
@@ -29,6 +30,7 @@ class Job:
     limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int
     def take_baseline(self) -> Baseline | None: ...  # once; None if nobody can share blocks with the file
+    def drop_baseline(self) -> None: ...
     word_sums: list[tuple[int, int]]  # of each record of a device, and the bytes that are in it, if they were wanted
     def directory(self, record_crcs: Sequence[int]) -> tuple[int, bytes]: ...
     def wait_captured(self, timeout_s: float) -> bool: ...

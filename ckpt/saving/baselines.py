@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckpt.options import Options
@@ -79,14 +79,23 @@ class Baselines:
                 left[file.lineage.key] = Offer(True, baseline, True, age, step or 0)
         with self._lock:
             self._refused |= refused
-            if number > self._number:
-                self._number, self._left = number, left
+            if number > self._number and self._wanted:
+                self._number, self._left, left = number, left, self._left
+        _let_go(left)
 
     def clear(self) -> None:
         """Lets go of all files."""
         with self._lock:
-            self._left = {}
             self._wanted = False
+            left, self._left = self._left, {}
+        _let_go(left)
+
+
+def _let_go(left: Mapping[str, Offer]) -> None:
+    """Saves that are on their way keep what they need; nobody else does, whatever he keeps of saves that have ended."""
+    for offer in left.values():
+        if offer.baseline is not None:
+            offer.baseline.let_go()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -243,7 +243,7 @@ class FileInFlight:
     def drop_baseline(self) -> None:
         """Of a file that is not published: nothing may be taken from it."""
         if self.job is not None:
-            self.job.take_baseline()
+            self.job.drop_baseline()
 
     def forget_structure(self) -> None:
         self.pickle, self.sizes, self.samples, self.contents = b"", (), b"", None

@@ -99,6 +99,18 @@ TorchZipSequence to_sequence(const Archives& archives, std::vector<StorageBytes>
   return sequence;
 }
 
+// Python's hold on a baseline. It is let go of by a call: the last descriptor of a file that has been removed gives its blocks back,
+// which may take long, and must not happen with the GIL, nor wait for whoever still keeps this object.
+struct HeldBaseline {
+  std::shared_ptr<Baseline> baseline;
+
+  void let_go() {
+    std::shared_ptr<Baseline> taken = std::move(baseline);
+    py::gil_scoped_release release;
+    taken.reset();
+  }
+};
+
 std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool direct, const std::string& archive,
                                  const Blobs& head, const std::vector<uintptr_t>& addresses,
                                  const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
@@ -107,7 +119,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
                                  const std::optional<Archives>& archives, bool alike, bool packed,
-                                 const std::shared_ptr<Baseline>& baseline, bool reuse, bool share_blocks) {
+                                 const HeldBaseline* baseline, bool reuse, bool share_blocks) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
@@ -118,7 +130,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
   request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
-  request.reuse = {reuse, share_blocks, baseline};
+  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -218,10 +230,19 @@ py::dict stats_of(const Job& job) {
 
 // To be called once a checkpoint names the file: for the next save of it. None if that could share nothing, or if the job did not
 // end well; and the second time.
-std::shared_ptr<Baseline> take_baseline(Job& job) {
+std::unique_ptr<HeldBaseline> take_baseline(Job& job) {
+  py::gil_scoped_release release;
   std::shared_ptr<Baseline> taken;
   locked(job, [&] { taken.swap(job.baseline); });
-  return taken != nullptr && taken->settle() ? taken : nullptr;
+  if (taken == nullptr || !taken->settle()) return nullptr;
+  return std::make_unique<HeldBaseline>(HeldBaseline{std::move(taken)});
+}
+
+// Of a file that no checkpoint names.
+void drop_baseline(Job& job) {
+  py::gil_scoped_release release;
+  std::shared_ptr<Baseline> taken;
+  locked(job, [&] { taken.swap(job.baseline); });
 }
 
 // (sum, bytes that are in it) of each record.
@@ -275,7 +296,7 @@ std::vector<uint32_t> checksums_of(const Job& job) {
 }  // namespace
 
 void bind_job(py::module_& module) {
-  py::class_<Baseline, std::shared_ptr<Baseline>>(module, "Baseline");
+  py::class_<HeldBaseline>(module, "Baseline").def("let_go", &HeldBaseline::let_go);
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
       .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
@@ -296,6 +317,7 @@ void bind_job(py::module_& module) {
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
       .def("take_baseline", take_baseline)
+      .def("drop_baseline", drop_baseline)
       .def_property_readonly("word_sums", word_sums_of)
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
@@ -350,7 +372,7 @@ void bind_engine(py::module_& module) {
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
            py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
-           py::arg("baseline") = nullptr, py::arg("reuse") = false, py::arg("share_blocks") = true)
+           py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

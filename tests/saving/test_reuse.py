@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import os
 import random
@@ -16,7 +15,7 @@ import pytest
 import torch
 from mounting import MIB, free_bytes, mounted
 from reuse_runs import Run, shared_bytes, sharing, sync  # noqa: F401  sharing is a fixture
-from support import DEADLINE_S, Resources, as_bytes, assert_same, options
+from support import DEADLINE_S, as_bytes, assert_same, options
 
 import ckpt
 from ckpt.dcp import DcpCheckpointer
@@ -118,7 +117,7 @@ def test_everything_is_written_anew_now_and_then(sharing: Path) -> None:  # noqa
         assert [each.get("shared_step") for each in shared] == [3, None, 5]
 
 
-def test_nothing_is_reused_if_that_is_not_wanted(sharing: Path, leaks_nothing: Resources) -> None:  # noqa: F811
+def test_nothing_is_reused_if_that_is_not_wanted(sharing: Path) -> None:  # noqa: F811
     with Run(sharing, reuse=False) as run:
         assert [run.save() for _ in range(4)] == [0] * 4
         assert shared_bytes(run.file(3)) == 0
@@ -207,16 +206,26 @@ def test_sharded_states(sharing: Path) -> None:  # noqa: F811
     assert reused[:2] == [0, 0] and min(reused[2:]) > 3 * MIB
 
 
-def test_files_are_held_open_as_long_as_they_serve(sharing: Path, leaks_nothing: Resources) -> None:  # noqa: F811
+def test_files_are_held_open_as_long_as_they_serve(sharing: Path) -> None:  # noqa: F811
+    """And no longer, whoever keeps what save() has returned."""
     kept: list[Any] = []
     with Run(sharing, keep=1) as run:
-        for _ in range(5):
+        counts = []
+        for _ in range(7):
             kept.append(run.begin())
             kept[-1].result(DEADLINE_S)
-        gc.collect()
+            counts.append(len(open_files(sharing)))
+        assert open_files(sharing) == [run.file(6)] and counts == [1] * 7
+    assert open_files(sharing) == []
 
 
-def test_elsewhere_nothing_is_kept(tmp_path: Path, leaks_nothing: Resources) -> None:
+def open_files(place: Path) -> list[Path]:
+    links = [Path("/proc/self/fd") / name for name in os.listdir("/proc/self/fd")]
+    found = [Path(os.readlink(link)) for link in links if os.path.lexists(link)]
+    return [path for path in found if path.is_relative_to(place) and ".pt" in path.name]
+
+
+def test_elsewhere_nothing_is_kept(tmp_path: Path) -> None:
     """Of a directory whose file system is not known to share blocks."""
     with Run(tmp_path) as run:
         assert [run.save() for _ in range(4)] == [0] * 4
