@@ -174,7 +174,8 @@ def test_bytes_that_leave_behind_save(sharing: Path) -> None:  # noqa: F811
         assert sum(each.stats.reused_bytes for each in pending) > MIB
 
 
-def test_bundles(sharing: Path) -> None:  # noqa: F811
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_bundles(sharing: Path, suffix: str) -> None:  # noqa: F811
     states = [{"frozen": torch.randn(MIB // 2), "learning": torch.randn(MIB // 3)} for _ in range(2)]
     with ckpt.BundleCheckpointer(options=options()) as checkpointer:
         reused = []
@@ -182,12 +183,12 @@ def test_bundles(sharing: Path) -> None:  # noqa: F811
             bundle = checkpointer.begin(sharing / "root", f"step{step}", step=step)
             for number, state in enumerate(states):
                 state["learning"].add_(1)
-                bundle.save(state, bundle.directory / f"part-{number}-{step}.pt")
+                bundle.save(state, bundle.directory / f"part-{number}-{step}{suffix}")
             pending = bundle.commit()
             pending.result(DEADLINE_S)
             reused.append(pending.stats.reused_bytes)
             for number, state in enumerate(states):
-                assert_same(state, torch.load(sharing / "root" / f"step{step}" / f"part-{number}-{step}.pt"))
+                assert_same(state, ckpt.load(sharing / "root" / f"step{step}" / f"part-{number}-{step}{suffix}"))
     assert reused[:2] == [0, 0] and min(reused[2:]) > 3 * MIB
 
 
