@@ -168,7 +168,7 @@ wheel: $(PYTHON_STAMP)
 # The whole core without its Python bindings, and a program that stresses it.
 STRESS_SOURCES := $(filter-out csrc/bindings/% csrc/pickle/%,$(sort $(wildcard csrc/*/*.cc))) $(sort $(wildcard tests/native/*.cc))
 STRESS_FLAGS   := -std=c++17 -g -O1 -fno-omit-frame-pointer -fno-sanitize-recover=all -pthread \
-                  -Wall -Wextra -Werror -DLAZYCKPT_FAULT_HOOKS=1 -Icsrc -MMD -MP
+                  -Wall -Wextra -Werror -DLAZYCKPT_FAULT_HOOKS=1 -Icsrc -isystem csrc/third_party/xxhash -MMD -MP
 comma := ,
 
 # $(1): name, $(2): argument of -fsanitize

@@ -8,6 +8,9 @@ COPY: int  # they may change as soon as submit() has returned
 LAZY: int  # they may change behind the next fence
 OWNED: int  # they never change
 
+class Baseline:  # what is in a finished file, and the file itself, held open
+    def let_go(self) -> None: ...  # nothing can be had of it any more
+
 class Job:
     captured: bool
     released: bool
@@ -26,6 +29,8 @@ class Job:
     layout_crc32: int
     limits: tuple[int, int] | None  # of direct I/O: of addresses and lengths, of offsets, in bytes; None before the file exists
     record_count: int
+    def take_baseline(self) -> Baseline | None: ...  # once; None if nobody can share blocks with the file
+    def drop_baseline(self) -> None: ...
     word_sums: list[tuple[int, int]]  # of each record of a device, and the bytes that are in it, if they were wanted
     def directory(self, record_crcs: Sequence[int]) -> tuple[int, bytes]: ...
     def wait_captured(self, timeout_s: float) -> bool: ...
@@ -84,6 +89,9 @@ class Engine:
         archives: tuple[Sequence[bytes], Sequence[int], Sequence[int]] | None = None,
         alike: bool = False,
         packed: bool = False,  # head and storages, one behind the other, and nothing else
+        baseline: Baseline | None = None,  # of the file before
+        reuse: bool = False,  # compare it with that, and keep what the next one needs
+        share_blocks: bool = True,  # with the file before
     ) -> Job: ...
     def fence(self, streams: Mapping[int, int] = {}) -> None: ...
     def order(self, streams: Mapping[int, int]) -> None: ...

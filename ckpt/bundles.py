@@ -101,6 +101,8 @@ class Bundle:
             made = format_of(target, metadata)
             file = self._file_at(target) if self._landing is None else self._file_on_node(target, self._landing)
             file.made = made
+            # Names may say the step: of one bundle after the other, files come in the same order.
+            self._owner._baselines.follow(file, self._root, str(len(self._task.planned)))
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()

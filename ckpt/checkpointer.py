@@ -286,6 +286,8 @@ class Checkpointer(SaveSession):
         targets, limits = directories.begin(call.directory.name, [self._files.stem(kind) for kind in written], route.number)
         names = dict(zip(written, targets, strict=True))
         saved = tuple(self._files.make(kind, names.get(kind), call, route, limits) for kind, _ in contents)
+        for each in saved:
+            self._baselines.follow(each.file, route.directory.parent, each.kind)
 
         def publish(error: BaseException | None) -> Path:
             failed = True

@@ -115,6 +115,7 @@ class DcpCheckpointer(SaveSession):
             with self._lock:
                 target, limits = place.take_name(self.rank), self._limits.get(call.directory.parent)
             file = FileInFlight(target, limits=limits, with_directory=True, number=call.number, made=self._format)
+            self._baselines.follow(file, call.directory.parent, SHARDED)
             saved = dataclasses.replace(call, files=(SavedFile(file, SHARDED),))
 
             def publish(error: BaseException | None) -> Path:

@@ -66,6 +66,12 @@ class Options:
             carries. For jobs whose network card shares that link with the GPU. What a fence waits for is not held back.
         metadata_compat: "2.14": the `.metadata` of `Checkpointer.save(sharded=)` can be read by torch before 2.15, too; default
             None: as the running torch writes it, and torch 2.15 notes something that older ones cannot read.
+        reuse: do not write what a file has in common with that of the save before, but let both share its blocks, where the
+            file system can (XFS, btrfs); default True. Each file stays whole by itself. Pieces at the same place are compared,
+            by their CRC-32 and a hash of 128 bits, so nothing need be declared; sharing begins at the third save that has them.
+            For all saves but those of `ckpt.save()`. `SaveStats.reused_bytes` tells what it was good for.
+        refresh_every: with `reuse`, every so-many-th save writes everything anew; default 20. So no more checkpoints than that
+            share a block, which a disk might lose. 0: never.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back
@@ -104,6 +110,8 @@ class Options:
     device_batches: bool = False
     device_rate: int | str = 0
     metadata_compat: str | None = None
+    reuse: bool = True
+    refresh_every: int = 20
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -128,7 +136,8 @@ class Options:
         self._need_int("max_failed_saves", 0, None)
         is_lazy = self.device_lazy == AUTO or isinstance(self.device_lazy, bool)
         self._need(is_lazy, "device_lazy", "must be 'auto', True or False")
-        for name in ("direct_io", "verify_capture", "device_batches"):
+        self._need_int("refresh_every", 0, None)
+        for name in ("direct_io", "verify_capture", "device_batches", "reuse"):
             self._need(isinstance(getattr(self, name), bool), name, "must be True or False")
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)

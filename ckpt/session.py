@@ -21,6 +21,7 @@ from ckpt.metrics.record import MetricsSink, SaveRecord, Sinks, outcome_of
 from ckpt.metrics.registry import PROCESS
 from ckpt.options import Options
 from ckpt.saving import runtime
+from ckpt.saving.baselines import Baselines
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import log_failure
 from ckpt.saving.task import SaveTask, wait_all
@@ -66,6 +67,7 @@ class SaveSession:
         # One that is not our own is not interrupted: that would end it for all.
         self._finisher = self._runtime.finisher(*((coordinator.interrupt, coordinator.close) if owned else ()))
         weakref.finalize(self, self._finisher.retire).atexit = False
+        self._baselines = Baselines(options)
         self._owner = os.getpid()
         self._closed = False
         self._saves = 0  # that were asked for, whatever came of them: all ranks count their calls
@@ -130,6 +132,7 @@ class SaveSession:
             self._drain(self.options.drain_timeout_s)
         finally:
             self._finisher.close(0.0)  # what has not come by now is given up
+            self._baselines.clear()
             runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()
@@ -204,12 +207,20 @@ class SaveSession:
     def _note_done(self, number: int, task: SaveTask, error: BaseException | None) -> None:
         """The outcome of save `number`. Of saves that tiers carry on, another thread may tell."""
         try:
+            self._keep_for_the_next(number, task, error)
             with self._noting:
                 self._count(number, task, error)
                 record = self._tell(task, error)
             self._write_down(task, record)
         except Exception:  # who waits for the outcome must get it
             logger.exception("what the save to '%s' has cost could not be noted", task.path)
+
+    def _keep_for_the_next(self, number: int, task: SaveTask, error: BaseException | None) -> None:
+        """What it has written, once that is a checkpoint; of a save that is none, or may be none, nothing."""
+        if error is None:
+            self._baselines.note_committed(number, task.step, task.files)
+        for file in task.files:
+            file.drop_baseline()
 
     def _tell(self, task: SaveTask, error: BaseException | None) -> SaveRecord:
         """All who keep numbers, just before the outcome is known to those who wait for it."""

@@ -100,7 +100,13 @@ def _file_lines(files: list[FileRow]) -> list[str]:
         for row in files
     ]
     lines = table(["file", "size", "kind", "rank", "CRC-32", ""], cells, right=(1, 3))
-    return [lines[0], *(paint(line, RED) if row.problem else line for line, row in zip(lines[1:], files, strict=True))]
+    shared = [
+        f"{plain(row.name)}: {size(row.shared_bytes)} were not written, but shared with step {row.shared_step}"
+        for row in files
+        if row.shared_bytes
+    ]
+    marked = (paint(line, RED) if row.problem else line for line, row in zip(lines[1:], files, strict=True))
+    return [lines[0], *marked, *shared]
 
 
 # ---- tensors ---------------------------------------------------------------------------------------------------------

@@ -57,7 +57,8 @@ class BundleTarget:
         if not self._is_inside(file):
             return ()
         job = file.file.job
-        return (FileEntry(file.file.target.name, job.size, job.crc32, file.kind, self.rank, file.file.temporary.name),)
+        details = (file.file.target.name, job.size, job.crc32, file.kind, self.rank, file.file.temporary.name)
+        return (FileEntry(*details, **file.file.shared()),)
 
     def _is_inside(self, file: SavedFile) -> bool:
         return file.file.target.parent == self.call.directory

@@ -49,7 +49,7 @@ class DirectoryTarget:
         self._placed.add(own.target)
         beside = checksums_path(own.target).name
         return (
-            FileEntry(own.target.name, own.job.size, own.job.crc32, SHARDED, self._rank),
+            FileEntry(own.target.name, own.job.size, own.job.crc32, SHARDED, self._rank, **own.shared()),
             FileEntry(beside, len(content), _native.crc32(content), SHARDED_CHECKSUMS, self._rank),
         )
 

@@ -25,6 +25,7 @@ class WrittenShare:
         read: of a record that ends there and began before: what was read of it, for its checksum, and others have written. Its
             number, bytes and CRC-32; 0 bytes if there is none.
         written: the same of what was written of the last record.
+        reused, step: so many bytes are not written, but in blocks that are shared with the checkpoint of that step.
     """
 
     begin: int
@@ -35,6 +36,8 @@ class WrittenShare:
     inode: int
     read: Sequence[int]
     written: Sequence[int]
+    reused: int = 0
+    step: int = 0
 
 
 def share_of(file: FileInFlight) -> WrittenShare:
@@ -53,7 +56,9 @@ def share_of(file: FileInFlight) -> WrittenShare:
             f"'{file.temporary}' is gone: rank 0 has given this save up already, or does not see the same directory",
             str(file.temporary),
         ) from error
-    return WrittenShare(begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, *file.job.edges)
+    read, written = file.job.edges
+    details = (begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, read, written)
+    return WrittenShare(*details, file.reused_bytes, file.offer.step if file.reused_bytes else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,9 +66,17 @@ class StepTarget:
         data = self._give_name(file, crc32, self._rank, {path: content})
         return data, _entry(path, content, SHARDED_CHECKSUMS, self._rank)
 
-    def _give_name(self, file: SavedFile, crc32: int, rank: int = 0, beside: Mapping[Path, bytes] | None = None) -> FileEntry:
+    def _give_name(
+        self,
+        file: SavedFile,
+        crc32: int,
+        rank: int = 0,
+        beside: Mapping[Path, bytes] | None = None,
+        shared: Mapping[str, Any] | None = None,
+    ) -> FileEntry:
         self._directories.give_final_name(file.file.temporary, file.file.target, beside)
-        return FileEntry(file.file.target.name, file.file.job.size, crc32, file.kind, rank)
+        shared = file.file.shared() if shared is None else shared
+        return FileEntry(file.file.target.name, file.file.job.size, crc32, file.kind, rank, **shared)
 
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
         layout = None
@@ -157,7 +165,9 @@ class StepTarget:
         for number, file in enumerate(self._shared()):
             durable.crash_point("shares-written")
             crc32 = join_shares(file.file, [answer.shares[number] for answer in answers])
-            joined.append(self._give_name(file, crc32))
+            said = [answer.shares[number] for answer in answers]
+            shared = {"shared_bytes": sum(each.reused for each in said), "shared_step": max(each.step for each in said)}
+            joined.append(self._give_name(file, crc32, shared=shared))
         return tuple(joined)
 
     def take_sequence(self) -> int:

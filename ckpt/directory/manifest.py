@@ -36,6 +36,7 @@ class FileEntry:
     Its kind is "rank" (what `rank` gave for itself), "replicated" (what was the same on all ranks), or one of a sharded state,
     see sharded_files.py. `temporary`: the name that it had when the manifest was written, if that was before it got its own; a
     crash may have left it under this. `called`: the name that it gets at home, if it has another one on its node.
+    `shared_bytes`: so many of it were not written when it was saved, but shared with the checkpoint of `shared_step`.
     """
 
     name: str
@@ -45,6 +46,8 @@ class FileEntry:
     rank: int = 0
     temporary: str = ""
     called: str = ""
+    shared_bytes: int = 0
+    shared_step: int = 0
 
     def to_message(self) -> dict[str, Any]:
         """For parse_files(); without what is empty. Of thousands of files `dataclasses.asdict` would take most of a commit."""
@@ -59,6 +62,8 @@ class FileEntry:
             said["temporary"] = self.temporary
         if self.called:
             said["called"] = self.called
+        if self.shared_bytes:
+            said |= {"shared_bytes": self.shared_bytes, "shared_step": self.shared_step}
         return said
 
 
@@ -308,7 +313,8 @@ def _parse_file(file: Any) -> FileEntry:
         raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
     for other in filter(None, (temporary, called)):
         _plain_name(other)
-    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary, called)
+    shared = tuple(_count(file, key) if key in file else 0 for key in ("shared_bytes", "shared_step"))
+    return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary, called, *shared)
 
 
 def is_plain_name(name: Any) -> bool:

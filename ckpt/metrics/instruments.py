@@ -45,6 +45,10 @@ _ROWS = (
     ),
     Instrument("ckpt.save.size", HISTOGRAM, "By", "ckpt_save_size_bytes", "What this process has written for a save."),
     Instrument(
+        *("ckpt.save.reused", COUNTER, "By", "ckpt_save_reused_bytes"),
+        "Bytes of committed saves that were not written: the checkpoint before has them.",
+    ),
+    Instrument(
         *("ckpt.io", COUNTER, "By", "ckpt_io_bytes"),
         "Bytes of committed saves, and of restores; those written by where they came from.",
         ("direction", "source", "tier"),

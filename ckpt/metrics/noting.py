@@ -28,15 +28,22 @@ def note_save(outcome: Outcome, stats: SaveStats, registry: Registry = PROCESS) 
         if seconds_or_none is not None:
             registry.observe("ckpt.save.duration", seconds_or_none, phase=phase)
     registry.observe("ckpt.save.size", stats.bytes_total)
+    if stats.reused_bytes:
+        registry.add("ckpt.save.reused", stats.reused_bytes)
     for source, count in _sources(stats).items():
         if count:
             registry.add("ckpt.io", count, direction="write", source=source, tier=landed_on(stats))
 
 
 def _sources(stats: SaveStats) -> dict[str, int]:
-    """From where the bytes of its files were written; they add up to these."""
-    rest = stats.bytes_total - stats.bytes_from_tensors - stats.bytes_from_devices
-    return {"tensor": stats.bytes_from_tensors, "device": stats.bytes_from_devices, "arena": max(0, rest)}
+    """From where the bytes of its files were written; they add up to these, without those that were not written."""
+    rest = max(0, stats.bytes_total - stats.bytes_from_tensors - stats.bytes_from_devices)
+    found = {"tensor": stats.bytes_from_tensors, "device": stats.bytes_from_devices, "arena": rest}
+    left = stats.reused_bytes
+    for source, count in found.items():  # most of what is reused is large, and was left in its tensor
+        found[source] = max(0, count - left)
+        left = max(0, left - count)
+    return found
 
 
 def landed_on(stats: SaveStats) -> str:

@@ -24,6 +24,7 @@ class SaveStats:
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
+        reused_bytes: bytes of the files that were not written: the checkpoint before has them (`Options.reuse`).
         device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
             host inside save()); None where there were none, or `Options.device_lazy` is False.
         device_mode_reason: why not lazily.
@@ -49,6 +50,7 @@ class SaveStats:
     bytes_copied_at_fence: int = 0
     bytes_from_devices: int = 0
     device_cached_bytes: int = 0
+    reused_bytes: int = 0
     device_mode: str | None = None
     device_mode_reason: str = ""
     probed_bytes: int = 0
@@ -100,7 +102,8 @@ class SaveStats:
         held = f"training was held for {_seconds(self.blocked_s)}"
         if self.fence_s:
             held += f" ({_seconds(self.save_s)} in save(), {_seconds(self.fence_s)} at fences)"
-        return "; ".join([f"{_size(self.bytes_total)} {self._reached()}", held, *self._hints()])
+        reused = f" ({_size(self.reused_bytes)} of it reused)" if self.reused_bytes else ""
+        return "; ".join([f"{_size(self.bytes_total)}{reused} {self._reached()}", held, *self._hints()])
 
     def _reached(self) -> str:
         if self.durable_s is not None:

@@ -14,6 +14,7 @@ from ckpt.devices import HOST
 from ckpt.errors import CaptureError
 from ckpt.formats.format import FileFormat
 from ckpt.plan.change_detector import ChangeDetector
+from ckpt.saving.baselines import Lineage, Offer
 from ckpt.saving.device_sums import DeviceSums
 from ckpt.storage import durable
 from ckpt.storage.temporary_names import shared_path, temporary_path
@@ -69,6 +70,8 @@ class FileInFlight:
         self.token = write_share.token if write_share is not None else token
         self.temporary = temporary_path(target) if write_share is None else shared_path(target, write_share.token)
         self.job: Any = None
+        self.lineage: Lineage | None = None  # the saves of this file before, if this one may share blocks with them
+        self.offer = Offer()  # what it got of that
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
         self.given_up = False  # by rank 0, if it is shared: nobody will publish it
@@ -227,6 +230,21 @@ class FileInFlight:
         """For the next file there. None if this one was not created here."""
         return None if self.job is None else self.job.limits
 
+    @property
+    def reused_bytes(self) -> int:
+        """That this process has not written: they are in blocks that the file shares with that of the save before."""
+        return 0 if self.job is None else int(self.job.stats["reused_bytes"])
+
+    def shared(self) -> dict[str, Any]:
+        """These, and the step of that save, as a manifest has them."""
+        reused = self.reused_bytes
+        return {"shared_bytes": reused, "shared_step": self.offer.step if reused else 0}
+
+    def drop_baseline(self) -> None:
+        """Of a file that is not published: nothing may be taken from it."""
+        if self.job is not None:
+            self.job.drop_baseline()
+
     def forget_structure(self) -> None:
         self.pickle, self.sizes, self.samples, self.contents = b"", (), b"", None
 
@@ -235,5 +253,6 @@ class FileInFlight:
 
         Then every rank removes it: one that comes late may have made it anew.
         """
+        self.drop_baseline()
         if not self.undecided and (self.write_share is None or self.write_share.index == 0 or self.given_up):
             durable.remove_quietly(self.reach(self.temporary))

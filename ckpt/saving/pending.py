@@ -28,6 +28,7 @@ _SUMS = (
     "bytes_from_devices",
     "device_cached_bytes",
     "probed_bytes",
+    "reused_bytes",
     "arena_wait_s",
     "fence_s",
     "witness_s",

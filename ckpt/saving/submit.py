@@ -25,6 +25,7 @@ from ckpt.plan.save_plan import OWNED, SavePlan, addresses_on_host
 from ckpt.plan.shards import find_shards, path_of_shard
 from ckpt.plan.unpicklable import explain
 from ckpt.saving.background import Publish, SaveFinisher
+from ckpt.saving.baselines import Offer
 from ckpt.saving.device_sums import DeviceSums
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.runtime import Runtime, orphan
@@ -224,6 +225,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
         names_to_the_end=options.verify_capture or bool(file.devices),
         on_sealed=unwatch,
     )
+    file.offer = Offer() if file.lineage is None else file.lineage.offer()
     watch(file, runtime)
     try:
         file.job = runtime.submit(
@@ -252,6 +254,9 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             archives=content.archives,
             alike=write_share is None and file.token is not None,
             packed=content.packed,
+            baseline=file.offer.baseline,
+            reuse=file.offer.wanted,
+            share_blocks=file.offer.shares,
         )
     except BaseException as error:
         unwatch(file)

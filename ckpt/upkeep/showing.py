@@ -19,7 +19,7 @@ _WITH_TENSORS = (".pt", ".pth", ".bin", ".ckpt", ".safetensors", ".pkl")
 
 @dataclasses.dataclass(frozen=True)
 class FileRow:
-    """`problem`: "missing", or that its size is another one than the manifest's; else empty."""
+    """`problem`: "missing", or that its size is another one than the manifest's; else empty. `shared_bytes`: see FileEntry."""
 
     name: str
     bytes: int
@@ -27,6 +27,8 @@ class FileRow:
     rank: int | None = None
     crc32: str = ""
     problem: str = ""
+    shared_bytes: int = 0
+    shared_step: int | None = None
 
 
 @dataclasses.dataclass
@@ -56,7 +58,8 @@ def look_at(directory: Path) -> Checkpoint:
 def _named(directory: Path, file: FileEntry) -> FileRow:
     path = place_of(directory, file)
     there = "" if has_size(path, file.bytes) else "has another size" if path.exists() else "missing"
-    return FileRow(file.name, file.bytes, file.kind, file.rank, f"{file.crc32:08x}", there)
+    shared = (file.shared_bytes, file.shared_step if file.shared_bytes else None)
+    return FileRow(file.name, file.bytes, file.kind, file.rank, f"{file.crc32:08x}", there, *shared)
 
 
 def place_of(directory: Path, file: FileEntry) -> Path:

@@ -116,6 +116,8 @@ def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verd
     for file in manifest.files:
         done = _Count(told, file.bytes)
         state, problem = judge(path, file, manifest, fast, done)
+        if state == BAD and file.shared_bytes:
+            problem += f"; {file.shared_bytes} bytes of it are shared with step {file.shared_step}: look at that, too"
         done.finish()
         yield Verdict(str(path), file.name, file.bytes, state, problem)
     yield from _verify_copy(path, manifest)

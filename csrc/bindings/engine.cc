@@ -99,6 +99,18 @@ TorchZipSequence to_sequence(const Archives& archives, std::vector<StorageBytes>
   return sequence;
 }
 
+// Python's hold on a baseline. It is let go of by a call: the last descriptor of a file that has been removed gives its blocks back,
+// which may take long, and must not happen with the GIL, nor wait for whoever still keeps this object.
+struct HeldBaseline {
+  std::shared_ptr<Baseline> baseline;
+
+  void let_go() {
+    std::shared_ptr<Baseline> taken = std::move(baseline);
+    py::gil_scoped_release release;
+    taken.reset();
+  }
+};
+
 std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool direct, const std::string& archive,
                                  const Blobs& head, const std::vector<uintptr_t>& addresses,
                                  const std::vector<uint64_t>& sizes, const py::bytes& kinds, const Blobs& tail,
@@ -106,7 +118,8 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  uint32_t share_index, uint32_t share_count, const std::vector<int>& devices,
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
-                                 const std::optional<Archives>& archives, bool alike, bool packed) {
+                                 const std::optional<Archives>& archives, bool alike, bool packed,
+                                 const HeldBaseline* baseline, bool reuse, bool share_blocks) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
@@ -117,6 +130,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
   request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
+  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -209,7 +223,26 @@ py::dict stats_of(const Job& job) {
   dict["arena_bytes"] = stats.arena_bytes;
   dict["probed_bytes"] = stats.probed_bytes;
   dict["changed_device"] = stats.changed_device;
+  dict["reused_bytes"] = stats.reused_bytes;
+  dict["reuse_refused"] = stats.reuse_refused;
   return dict;
+}
+
+// To be called once a checkpoint names the file: for the next save of it. None if that could share nothing, or if the job did not
+// end well; and the second time.
+std::unique_ptr<HeldBaseline> take_baseline(Job& job) {
+  py::gil_scoped_release release;
+  std::shared_ptr<Baseline> taken;
+  locked(job, [&] { taken.swap(job.baseline); });
+  if (taken == nullptr || !taken->settle()) return nullptr;
+  return std::make_unique<HeldBaseline>(HeldBaseline{std::move(taken)});
+}
+
+// Of a file that no checkpoint names.
+void drop_baseline(Job& job) {
+  py::gil_scoped_release release;
+  std::shared_ptr<Baseline> taken;
+  locked(job, [&] { taken.swap(job.baseline); });
 }
 
 // (sum, bytes that are in it) of each record.
@@ -263,6 +296,7 @@ std::vector<uint32_t> checksums_of(const Job& job) {
 }  // namespace
 
 void bind_job(py::module_& module) {
+  py::class_<HeldBaseline>(module, "Baseline").def("let_go", &HeldBaseline::let_go);
   py::class_<Job, std::shared_ptr<Job>>(module, "Job")
       .def_property_readonly("captured", [](const Job& job) { return locked(job, [&] { return job.captured(); }); })
       .def_property_readonly("released", [](const Job& job) { return locked(job, [&] { return job.released(); }); })
@@ -282,6 +316,8 @@ void bind_job(py::module_& module) {
         const ZipLayout& layout = shared_layout(job);
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
+      .def("take_baseline", take_baseline)
+      .def("drop_baseline", drop_baseline)
       .def_property_readonly("word_sums", word_sums_of)
       .def_property_readonly("limits", limits_of)
       .def_property_readonly("record_count", [](const Job& job) { return job.spec.record_count; })
@@ -335,7 +371,8 @@ void bind_engine(py::module_& module) {
            py::arg("devices") = std::vector<int>(), py::arg("streams") = Streams(),
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
-           py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false)
+           py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
+           py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true)
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

@@ -132,7 +132,8 @@ bool Engine::wait(Lock& lock, double deadline, const Interrupt& interrupt, const
 // ---- The caller's side -------------------------------------------------------------------------------------------
 
 std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks,
-                                    double timeout_s, const Interrupt& interrupt, const Streams& streams) {
+                                    double timeout_s, const Interrupt& interrupt, const Streams& streams,
+                                    const ReuseRequest& reuse) {
   const double deadline = monotonic_seconds() + timeout_s;
   Lock lock(monitor_->mutex);
   try {
@@ -146,6 +147,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
   const bool has_device_bytes = !job->devices.empty();
   job->stats.arena_bytes = arena_.size();
+  if (reuse.wanted) job->reuse = std::make_unique<Reuse>(reuse, job->spec, job->file->limits(), job->chunks.size());
   lock.lock();
   try {
     if (has_device_bytes) begin_on_devices(lock, *job, streams);

@@ -61,7 +61,7 @@ class Engine {
   // Returns once everything that may change before the fence has been copied. Waits for room in the arena at most until
   // the deadline. A failure in the background is the job's; one on the caller's side is thrown, and fails the job too.
   std::shared_ptr<Job> submit(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks, double timeout_s,
-                              const Interrupt& interrupt, const Streams& streams = {});
+                              const Interrupt& interrupt, const Streams& streams = {}, const ReuseRequest& reuse = {});
 
   // Returns once every job submitted so far is captured or has failed; a job that cannot be captured within the timeout
   // that it was submitted with is failed, which makes it safe to change its tensors too. Copies from devices are only known
@@ -108,7 +108,7 @@ class Engine {
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index, WriterMemory& memory);
   bool account_captured(Job& job, Chunk& chunk);
-  void account_written(Job& job, Chunk& chunk, uint64_t from_tensors);  // requires the lock
+  void account_written(Job& job, Chunk& chunk, uint64_t from_tensors, uint64_t reused);  // requires the lock
   void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);
 

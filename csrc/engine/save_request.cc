@@ -31,7 +31,8 @@ std::shared_ptr<Job> submit(Engine& engine, const SaveRequest& request, const In
     target->discard();
     throw;
   }
-  auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams);
+  auto job = engine.submit(std::move(target), std::move(spec), request.checks, request.timeout_s, interrupt, request.streams,
+                           request.reuse);
   if (request.sequence) job->payloads = layout->payload_offsets;
   job->archives = std::move(archives);
   if (shared) job->layout = layout;

@@ -20,6 +20,7 @@ struct SaveRequest {
   bool packed = false;  // the head and the storages of `file`, one behind the other, and nothing else
   Share share;          // of several processes that write it together
   CaptureChecks checks;
+  ReuseRequest reuse;
   double timeout_s = 0;
   Streams streams = {};  // of each device with bytes in the file
 

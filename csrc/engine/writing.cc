@@ -14,20 +14,6 @@ namespace {
 
 constexpr size_t kTouchStep = size_t{16} << 20;
 
-std::vector<iovec> to_iovecs(const Chunk& chunk) {
-  std::vector<iovec> pieces;
-  pieces.reserve(chunk.segments.size());
-  for (const Segment& segment : chunk.segments) {
-    auto* base = const_cast<std::byte*>(segment.source);  // iovec has no const; a write only reads
-    if (!pieces.empty() && static_cast<std::byte*>(pieces.back().iov_base) + pieces.back().iov_len == base) {
-      pieces.back().iov_len += segment.length;
-    } else {
-      pieces.push_back({base, segment.length});
-    }
-  }
-  return pieces;
-}
-
 }  // namespace
 
 void Engine::touch_arena() {
@@ -105,7 +91,9 @@ void Engine::prepare(Job& job) {
   if (given_up()) return;
   job.file->create();
   if (given_up()) return;
-  job.file->preallocate(job.range.begin, job.range.end);
+  if (job.reuse) job.reuse->begin(*job.file);
+  const std::vector<ByteRange> reserved = job.reuse ? job.reuse->likely_written(job.range) : std::vector<ByteRange>{job.range};
+  for (const ByteRange& range : reserved) job.file->preallocate(range.begin, range.end);
   fault::crash_point("preallocated");
   Lock lock(monitor_->mutex);
   job.phase = Phase::kWriting;
@@ -137,10 +125,7 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   }
   checksum_pieces(chunk, false);
   for (const Piece& piece : chunk.pieces) chunk.crc = crc32_combine(chunk.crc, piece.crc, piece.length);
-  if (chunk.written) {
-    std::vector<iovec> pieces = to_iovecs(chunk);
-    job.file->write_at(pieces, chunk.offset);
-  }
+  const uint64_t reused = chunk.written ? write_out(*job.file, chunk, job.reuse.get(), index) : 0;
   if (!job.checks.verify) {
     job.look_at_witnesses(index);
   } else if (chunk.lazy_bytes > 0) {  // the write read the memory after the checksum did
@@ -148,7 +133,7 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   }
   fault::crash_point("chunk-written");
   Lock lock(monitor_->mutex);
-  account_written(job, chunk, from_tensors);
+  account_written(job, chunk, from_tensors, reused);
 }
 
 // The writer has all of it: the tensors may change, and may be gone. False if the job has failed meanwhile.
@@ -173,11 +158,12 @@ void Engine::add_word_sums(Job& job, const Chunk& chunk) {
   }
 }
 
-void Engine::account_written(Job& job, Chunk& chunk, uint64_t from_tensors) {
+void Engine::account_written(Job& job, Chunk& chunk, uint64_t from_tensors, uint64_t reused) {
   chunk.state = ChunkState::kDone;
   chunk.release_memory();
   ++job.done;
   job.stats.bytes_from_tensors += from_tensors;
+  job.stats.reused_bytes += reused;
   if (job.failed() || chunk.lazy_bytes == 0) return;
   chunk.lazy_bytes = 0;
   --job.uncaptured;
@@ -208,11 +194,15 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
     }
   }
   const Checksums checksums = job->sum_up();
+  const std::unique_ptr<Reuse> reuse = std::move(job->reuse);
+  std::shared_ptr<Baseline> baseline = reuse && !failed ? reuse->end(!job->spec.share.whole()) : nullptr;
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) chunk.release_memory();  // of chunks that were claimed when their job failed
   job->stats.direct_io = job->file->wrote_direct();
   job->checksums = checksums;
+  if (!job->failed()) job->baseline = std::move(baseline);
+  job->stats.reuse_refused = reuse && reuse->was_refused();
   job->phase = Phase::kFinished;
   job->chunks.clear();
   job->spec.extents = {};

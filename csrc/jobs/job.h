@@ -18,6 +18,7 @@
 #include "format/zip_layout.h"
 #include "jobs/chunk.h"
 #include "jobs/device_probes.h"
+#include "jobs/reuse.h"
 #include "jobs/witness.h"
 #include "jobs/word_sum.h"
 #include "memory/spans.h"
@@ -63,6 +64,8 @@ struct JobStats {
   uint64_t arena_bytes = 0;   // size of the arena when the job began
   uint64_t probed_bytes = 0;  // of devices, that were looked at in save(), and are the same in the file
   int changed_device = kHost;  // on which there were others
+  uint64_t reused_bytes = 0;   // not written: the file shares them with the one before
+  bool reuse_refused = false;  // its file system cannot do that
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
@@ -136,6 +139,7 @@ struct Job {
   std::vector<Chunk> chunks;  // a chunk belongs to whoever moved its state to kStaging or kWriting
   std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
   std::optional<DeviceProbes> probes;
+  std::unique_ptr<Reuse> reuse;  // until it is finished, if that is wanted
 
   // Guarded by monitor->mutex:
   Phase phase = Phase::kNew;
@@ -152,6 +156,7 @@ struct Job {
   bool waited_for_room = false;  // its chunks are more than the arena holds just now
   std::optional<Error> error;  // the first one
   Checksums checksums;  // once finished
+  std::shared_ptr<Baseline> baseline;  // for the next one, once finished; whoever publishes it takes it
   JobStats stats;
 
   void note_witnesses();

@@ -1,5 +1,5 @@
-// All storage system calls of the project stand in file.cc: durability is decided in one place, and a fault hook stands
-// before each of them. Every failure is an Error that names the call, the path, the offset and the remedy.
+// All storage system calls of the project stand in file.cc, and those that share blocks in clone.cc: durability is decided in one
+// place, and a fault hook stands before each of them. Every failure is an Error that names the call, the path, the offset and the remedy.
 #pragma once
 
 #include <sys/uio.h>
@@ -69,6 +69,9 @@ class WritableFile {
   // Writes the whole of `pieces` at `offset`; continues short writes. With direct limits, addresses, lengths and offset
   // obey them. Consumes `pieces`.
   void write_at(std::vector<iovec>& pieces, uint64_t offset);
+
+  // Of the file, until it is finished or discarded; -1 before it is created.
+  int descriptor() const { return fd_.get(); }
 
   // Cuts the file to `bytes` (whole aligned blocks were written) unless it is shared, makes data and size durable, closes.
   void finish(uint64_t bytes);

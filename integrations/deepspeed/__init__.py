@@ -31,6 +31,8 @@ All are optional; an unknown key is an error that lists the valid ones. `true` i
     device_batches          true, false           false       many small copies from a GPU in one call of its driver
     device_rate             size a second         0           most that leaves each GPU in the background; 0: no limit
     metadata_compat         "2.14"                null        no effect here: these files have no `.metadata`
+    reuse                   true, false           true        write only what has changed, on XFS and btrfs
+    refresh_every           saves                 20          then everything is written anew
     max_in_flight           saves                 2           that may be on their way at once
     when_busy               "wait", "skip"        "wait"      what save_checkpoint() does if so many are
     verify_capture          true, false           false       checksum all that leaves in the background twice, to find faults

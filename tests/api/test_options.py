@@ -72,6 +72,8 @@ BAD: dict[str, list[Any]] = {
     "chunk_bytes": [0, 1, 65535, 65537, "96KiB", "3MiB", 1 << 15],
     "writers": [0, -1, 257, 1.5, "4", None, True],
     "record_alignment": [0, -64, 63, 65536, 96, 64.0, "64", True],
+    "reuse": ["auto", None, 1],
+    "refresh_every": [-1, 2.0, None, "20", True],
     "max_in_flight": [0, -1, 1025, 2.0, None],
     "when_busy": ["", "drop", "WAIT", None, True],
     "max_failed_saves": [-1, 1.5, None, "3"],

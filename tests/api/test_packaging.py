@@ -261,10 +261,11 @@ def test_wheel_holds_the_modules_and_nothing_else(wheel_from_sdist: Path) -> Non
     with zipfile.ZipFile(wheel_from_sdist) as wheel:
         names = {name for name in wheel.namelist() if ".dist-info/" not in name}
         licenses = [name for name in wheel.namelist() if name.endswith("/licenses/LICENSE")]
+        of_others = [name for name in wheel.namelist() if name.endswith("/third_party/xxhash/LICENSE")]
     assert {name for name in names if name.endswith(".py")} == modules_in_tree()
     others = {name for name in names if not name.endswith((".py", ".pyi", "/py.typed"))}
     assert [bool(re.fullmatch(r"ckpt/_native\.[\w-]+\.so", name)) for name in others] == [True]
-    assert "ckpt/py.typed" in names and len(licenses) == 1
+    assert "ckpt/py.typed" in names and len(licenses) == 1 and len(of_others) == 1
 
 
 def test_metadata_says_what_pip_needs_to_know(wheel_from_sdist: Path, installed: Installed) -> None:

@@ -70,6 +70,24 @@ def test_what_it_has_cost_and_whose_that_is(shell: Shell, home: Path) -> None:
     assert shell.json("status", home)["newest"]["cost"] == cost
 
 
+def test_what_was_shared_is_told(shell: Shell, home: Path) -> None:
+    path = step_in(home, 3) / "manifest.json"
+    said = json.loads(path.read_bytes())
+    del said["crc32"]
+    said["files"][0] |= {"shared_bytes": 3 << 20, "shared_step": 2}
+    path.write_bytes(manifests.with_checksum(said))
+    assert "state.pt: 3.0 MiB were not written, but shared with step 2" in shell("show", step_in(home, 3)).out
+    row = shell.json("show", step_in(home, 3))["files"]["state.pt"]
+    assert (row["shared_bytes"], row["shared_step"]) == (3 << 20, 2)
+    assert "shared with" not in shell("show", step_in(home, 2)).out
+    assert shell("verify", step_in(home, 3)).code == 0
+    with (step_in(home, 3) / "state.pt").open("r+b") as file:
+        file.seek(300)
+        file.write(b"other bytes")
+    bad = shell("verify", step_in(home, 3))
+    assert bad.code == 1 and "shared with step 2: look at that, too" in bad.out
+
+
 @pytest.mark.parametrize("form", ["{home}", "{home}:3", "{home}:step-000000000003"])
 def test_ways_to_name_a_checkpoint(form: str, shell: Shell, three_steps: Path) -> None:
     assert shell.json("show", form.format(home=three_steps))["manifest"]["step"] == 3

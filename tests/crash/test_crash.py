@@ -49,6 +49,7 @@ POINTS = {
 }
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
 NODE_POINTS = ["node-gathered", "node-posted", "node-heard"]  # tests/commit/test_commit_by_node.py
+REUSE_POINTS = ["blocks-shared"]  # tests/saving/test_reuse_processes.py
 COPY_POINTS = ["copied", "copy-complete"]  # tests/cli/test_copy.py
 BUNDLE_POINTS = [
     *("placed", "all-placed"),  # tests/integrations/test_deepspeed_crash.py
@@ -180,7 +181,16 @@ def test_the_list_of_crash_points_is_complete() -> None:
     found -= small_files
     found |= {point.format(crash_name=name) for point in small_files for name in SMALL_FILES}
     of_tiers = {*DRAIN_POINTS, *FAILURE_POINTS, *RUN_POINTS, *SPREAD_POINTS, *UPLOAD_POINTS}
-    assert found == {*POINTS, *DISTRIBUTED_POINTS, *NODE_POINTS, *COPY_POINTS, *BUNDLE_POINTS, *SHARDED_POINTS, *of_tiers}
+    assert found == {
+        *POINTS,
+        *DISTRIBUTED_POINTS,
+        *NODE_POINTS,
+        *COPY_POINTS,
+        *REUSE_POINTS,
+        *BUNDLE_POINTS,
+        *SHARDED_POINTS,
+        *of_tiers,
+    }
 
 
 MODES = ["steps", "again", "keep one"]

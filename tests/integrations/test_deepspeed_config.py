@@ -44,6 +44,8 @@ OTHER: dict[str, Any] = {  # for each field a value that is not its default
     "replicated_readers": "all",
     "max_in_flight": 5,
     "when_busy": "skip",
+    "reuse": False,
+    "refresh_every": 7,
     "verify_capture": True,
     "max_failed_saves": 0,
     "timeout_s": 12.5,

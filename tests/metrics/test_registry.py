@@ -126,6 +126,15 @@ def test_the_bytes_of_a_save_add_up() -> None:
     assert value(registry, "ckpt.save.size") is not None and value(registry, "ckpt.io", source="tensor") == 600
 
 
+def test_what_was_not_written_is_counted_apart() -> None:
+    registry = Registry()
+    stats = SaveStats(bytes_total=1000, bytes_from_tensors=600, bytes_from_devices=150, reused_bytes=700)
+    note_save("committed", stats, registry)
+    found = {sample.attributes["source"]: sample.value for sample in registry.collect("ckpt.io")[0].samples}
+    assert found == {"device": 50, "arena": 250}
+    assert value(registry, "ckpt.save.reused") == 700
+
+
 def test_where_a_save_has_landed() -> None:
     assert landed_on(SaveStats(durable_at=5.0)) == "home"
     assert landed_on(SaveStats(durable_at=5.0, tier_at={"node": 3.0})) == "node"

@@ -1,0 +1,178 @@
+#include "jobs/reuse.h"
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "base/fault.h"
+
+namespace lazyckpt {
+namespace {
+
+constexpr uint64_t kLeastRecord = uint64_t{1} << 20;  // smaller ones are written: their blocks hold other bytes, too
+constexpr uint64_t kLeastPiece = uint64_t{64} << 10;  // that is compared; of less, a call costs more than the write
+constexpr uint64_t kLeastShared = uint64_t{32} << 10;
+
+// Calls visit(bytes, length) for each run of memory of bytes [begin, end) of the file, which lie in the chunk.
+template <typename Visit>
+void for_each_run(const Chunk& chunk, uint64_t begin, uint64_t end, Visit visit) {
+  uint64_t at = chunk.offset;
+  for (const Segment& segment : chunk.segments) {
+    const uint64_t from = std::max(begin, at), until = std::min(end, at + segment.length);
+    if (from < until) visit(segment.source + (from - at), static_cast<size_t>(until - from));
+    at += segment.length;
+    if (at >= end) return;
+  }
+}
+
+Digest digest_of(const Chunk& chunk, uint64_t begin, uint64_t end) {
+  XXH3_state_t state;
+  XXH3_INITSTATE(&state);
+  XXH3_128bits_reset(&state);
+  for_each_run(chunk, begin, end, [&](const std::byte* bytes, size_t length) { XXH3_128bits_update(&state, bytes, length); });
+  const XXH128_hash_t found = XXH3_128bits_digest(&state);
+  return {found.low64, found.high64};
+}
+
+void write_range(WritableFile& file, const Chunk& chunk, uint64_t begin, uint64_t end) {
+  if (begin >= end) return;
+  std::vector<iovec> pieces;
+  pieces.reserve(chunk.segments.size());
+  for_each_run(chunk, begin, end, [&](const std::byte* bytes, size_t length) {
+    auto* base = const_cast<std::byte*>(bytes);  // iovec has no const; a write only reads
+    if (!pieces.empty() && static_cast<std::byte*>(pieces.back().iov_base) + pieces.back().iov_len == base) {
+      pieces.back().iov_len += length;
+    } else {
+      pieces.push_back({base, length});
+    }
+  });
+  file.write_at(pieces, begin);
+}
+
+std::vector<bool> find_large(const FileSpec& spec) {
+  std::vector<uint64_t> bytes(spec.record_count, 0);
+  for (const Extent& extent : spec.extents) {
+    if (extent.record != kStructure) bytes[extent.record] += extent.length;
+  }
+  std::vector<bool> large;
+  large.reserve(bytes.size());
+  for (const uint64_t each : bytes) large.push_back(each >= kLeastRecord);
+  return large;
+}
+
+}  // namespace
+
+Reuse::Reuse(const ReuseRequest& request, const FileSpec& spec, const IoLimits& limits, size_t chunks)
+    : baseline_(request.baseline),
+      may_share_(request.shares && request.baseline != nullptr),
+      block_bytes_(std::max<uint64_t>(block_bytes(limits), request.baseline ? request.baseline->source().block_bytes() : 1)),
+      is_large_(find_large(spec)),
+      marks_(chunks) {}
+
+bool Reuse::is_compared(const Piece& piece) const {
+  return piece.record != kStructure && piece.length >= kLeastPiece && is_large_[piece.record];
+}
+
+// Those of a range: what lies in a block with other bytes is not shared.
+ByteRange Reuse::whole_blocks(ByteRange range) const {
+  const uint64_t begin = (range.begin + block_bytes_ - 1) / block_bytes_ * block_bytes_;
+  const uint64_t end = range.end / block_bytes_ * block_bytes_;
+  return end < begin + kLeastShared ? ByteRange{begin, begin} : ByteRange{begin, end};
+}
+
+std::vector<ByteRange> Reuse::likely_written(ByteRange range) const {
+  std::vector<ByteRange> written;
+  uint64_t at = range.begin;
+  if (may_share_ && own_) {
+    for (const Mark& mark : baseline_->marks()) {
+      const ByteRange same = whole_blocks({mark.offset, mark.offset + mark.length});
+      if (!mark.has_digest || same.begin < at || same.end > range.end || same.begin == same.end) continue;
+      if (at < same.begin) written.push_back({at, same.begin});
+      at = same.end;
+    }
+  }
+  if (at < range.end) written.push_back({at, range.end});
+  return written;
+}
+
+// The digest is computed only where the CRC-32s agree: what has changed costs nothing. Where the file before has none yet, this
+// one gets it, and the next one may share.
+std::vector<ByteRange> Reuse::find_same(const Chunk& chunk, size_t index) {
+  std::vector<ByteRange> same;
+  if (!own_) return same;
+  uint64_t at = chunk.offset;
+  for (const Piece& piece : chunk.pieces) {
+    const uint64_t begin = std::exchange(at, at + piece.length);
+    if (!is_compared(piece)) continue;
+    Mark mark{begin, piece.length, piece.crc};
+    const Mark* before = baseline_ == nullptr ? nullptr : baseline_->find(begin, piece.length);
+    if (before != nullptr && before->crc == piece.crc) {
+      mark.digest = digest_of(chunk, begin, at);
+      mark.has_digest = true;
+      if (may_share_ && before->has_digest && before->digest == mark.digest) {
+        if (!same.empty() && same.back().end == begin) {
+          same.back().end = at;
+        } else {
+          same.push_back({begin, at});
+        }
+      }
+    }
+    marks_[index].push_back(mark);
+  }
+  return same;
+}
+
+// The file before is looked at on both sides of the call: what somebody writes into it must not come into this one, and the
+// kernel keeps its time from going back. Whatever is said here, the caller can write the bytes.
+bool Reuse::share(WritableFile& file, ByteRange range) {
+  if (range.begin == range.end || ended_) return false;
+  const CloneSource& source = baseline_->source();
+  if (!source.unchanged()) {
+    ended_ = true;
+    return false;
+  }
+  if (const int error = source.clone_into(file.descriptor(), range.begin, range.end - range.begin); error != 0) {
+    if (is_refusal(error)) ended_ = refused_ = true;
+    return false;
+  }
+  if (!source.unchanged()) {
+    ended_ = true;
+    return false;
+  }
+  fault::crash_point("blocks-shared");
+  return true;
+}
+
+uint64_t Reuse::write(WritableFile& file, const Chunk& chunk, size_t index) {
+  uint64_t at = chunk.offset, shared = 0;
+  for (const ByteRange& same : find_same(chunk, index)) {
+    const ByteRange range = whole_blocks(same);
+    if (!share(file, range)) continue;
+    write_range(file, chunk, at, range.begin);
+    at = range.end;
+    shared += range.end - range.begin;
+  }
+  write_range(file, chunk, at, chunk.offset + chunk.length);
+  return shared;
+}
+
+void Reuse::begin(const WritableFile& file) { own_ = CloneSource::open(file.descriptor(), file.path()); }
+
+std::shared_ptr<Baseline> Reuse::end(bool joined) {
+  std::vector<Mark> all;
+  for (const std::vector<Mark>& marks : marks_) all.insert(all.end(), marks.begin(), marks.end());
+  marks_.clear();
+  std::optional<CloneSource> own = std::exchange(own_, std::nullopt);
+  if (!own || refused_ || all.empty()) return nullptr;
+  return std::make_shared<Baseline>(std::move(*own), std::move(all), joined);
+}
+
+uint64_t write_out(WritableFile& file, const Chunk& chunk, Reuse* reuse, size_t index) {
+  if (reuse != nullptr) return reuse->write(file, chunk, index);
+  write_range(file, chunk, chunk.offset, chunk.offset + chunk.length);
+  return 0;
+}
+
+}  // namespace lazyckpt
