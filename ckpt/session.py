@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import os
@@ -14,7 +15,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from ckpt.coordinator import Coordinator
-from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError
+from ckpt.errors import CheckpointError, ClosedError, DeadlineError, FailedSavesError, ForkedError, SkippedError, StorageError
 from ckpt.metrics.events import CLOSE_S, EventLog, Note, ignore, is_wanted, save_fields
 from ckpt.metrics.noting import HOME, note_commit, note_free, note_save
 from ckpt.metrics.record import MetricsSink, SaveRecord, Sinks, outcome_of
@@ -208,6 +209,9 @@ class SaveSession:
         """The outcome of save `number`. Of saves that tiers carry on, another thread may tell."""
         try:
             self._keep_for_the_next(number, task, error)
+        except Exception:
+            logger.exception("what the next save could use of that to '%s' could not be kept", task.path)
+        try:
             with self._noting:
                 self._count(number, task, error)
                 record = self._tell(task, error)
@@ -219,6 +223,8 @@ class SaveSession:
         """What it has written, once that is a checkpoint; of a save that is none, or may be none, nothing."""
         if error is None:
             self._baselines.note_committed(number, task.step, task.files)
+        elif isinstance(error, StorageError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._baselines.give_up()  # who has removed the checkpoint before, for its room, is to get it
         for file in task.files:
             file.drop_baseline()
 

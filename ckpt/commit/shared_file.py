@@ -58,7 +58,7 @@ def share_of(file: FileInFlight) -> WrittenShare:
         ) from error
     read, written = file.job.edges
     details = (begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, read, written)
-    return WrittenShare(*details, file.reused_bytes, file.offer.step if file.reused_bytes else 0)
+    return WrittenShare(*details, file.reused_bytes, file.offer.step or 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,8 +46,8 @@ class FileEntry:
     rank: int = 0
     temporary: str = ""
     called: str = ""
-    shared_bytes: int = 0
-    shared_step: int = 0
+    shared_bytes: int = dataclasses.field(default=0, compare=False)  # each node that has the file may share otherwise
+    shared_step: int = dataclasses.field(default=0, compare=False)
 
     def to_message(self) -> dict[str, Any]:
         """For parse_files(); without what is empty. Of thousands of files `dataclasses.asdict` would take most of a commit."""

@@ -199,7 +199,10 @@ class Arrival:
         return free_name(stem, taken)
 
     def _at_home(self, plan: _Plan) -> Manifest:
-        files = tuple(dataclasses.replace(entry, name=plan.names[entry.name], temporary="") for entry in self._manifest.files)
+        files = tuple(
+            dataclasses.replace(entry, name=plan.names[entry.name], temporary="", shared_bytes=0, shared_step=0)
+            for entry in self._manifest.files
+        )
         return dataclasses.replace(self._manifest, files=files, others=tuple(plan.others))
 
     # ---- files -----------------------------------------------------------------------------------------------------

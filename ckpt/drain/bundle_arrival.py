@@ -110,8 +110,9 @@ class BundleArrival:
             durable.link_or_rename(source, target)
 
     def _at_home(self, temporaries: dict[str, str]) -> Manifest:
+        own = {"called": "", "shared_bytes": 0, "shared_step": 0}
         files = tuple(
-            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], called="")
+            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], **own)
             for entry in self._manifest.files
         )
         return dataclasses.replace(self._manifest, files=files, bundle="")

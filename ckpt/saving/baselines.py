@@ -25,14 +25,14 @@ class Offer:
         baseline: of the file before; None: there is none.
         shares: blocks with that; False: all is written.
         age: how many saves in a row have shared blocks, each with the one before; that one counted.
-        step: of the checkpoint before.
+        step: of the checkpoint before, if it has one.
     """
 
     wanted: bool = False
     baseline: Any = None
     shares: bool = False
     age: int = 0
-    step: int = 0
+    step: int | None = None
 
 
 class Baselines:
@@ -41,7 +41,7 @@ class Baselines:
     def __init__(self, options: Options) -> None:
         self._wanted = options.reuse
         self._refresh_every = options.refresh_every
-        self._lock = threading.Lock()  # guards what follows
+        self._lock = threading.RLock()  # guards what follows; a handler of a signal may save, too
         self._number = -1  # of the save that has left these
         self._left: dict[str, Offer] = {}
         self._refused: set[str] = set()  # directories whose file system shares no blocks
@@ -76,19 +76,24 @@ class Baselines:
             baseline = file.job.take_baseline()
             if baseline is not None:
                 age = file.offer.age + 1 if file.reused_bytes else 0
-                left[file.lineage.key] = Offer(True, baseline, True, age, step or 0)
+                left[file.lineage.key] = Offer(True, baseline, True, age, step)
         with self._lock:
             self._refused |= refused
             if number > self._number and self._wanted:
                 self._number, self._left, left = number, left, self._left
         _let_go(left)
 
-    def clear(self) -> None:
-        """Lets go of all files."""
+    def give_up(self) -> None:
+        """Lets go of all files: what of them has been removed takes room on the disk until then."""
         with self._lock:
-            self._wanted = False
             left, self._left = self._left, {}
         _let_go(left)
+
+    def clear(self) -> None:
+        """The same, for good."""
+        with self._lock:
+            self._wanted = False
+        self.give_up()
 
 
 def _let_go(left: Mapping[str, Offer]) -> None:

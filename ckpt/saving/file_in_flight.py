@@ -236,9 +236,9 @@ class FileInFlight:
         return 0 if self.job is None else int(self.job.stats["reused_bytes"])
 
     def shared(self) -> dict[str, Any]:
-        """These, and the step of that save, as a manifest has them."""
-        reused = self.reused_bytes
-        return {"shared_bytes": reused, "shared_step": self.offer.step if reused else 0}
+        """These, and the step of that save, as a manifest has them; nothing where saves have no steps."""
+        reused, step = self.reused_bytes, self.offer.step
+        return {} if step is None or not reused else {"shared_bytes": reused, "shared_step": step}
 
     def drop_baseline(self) -> None:
         """Of a file that is not published: nothing may be taken from it."""

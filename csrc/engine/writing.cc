@@ -14,6 +14,15 @@ namespace {
 
 constexpr size_t kTouchStep = size_t{16} << 20;
 
+// Without memory for it there is none, and the job ends as it would have.
+std::shared_ptr<Baseline> end_reuse(Reuse& reuse, const Job& job) {
+  try {
+    return reuse.end(!job.spec.share.whole());
+  } catch (const std::exception&) {
+    return nullptr;
+  }
+}
+
 }  // namespace
 
 void Engine::touch_arena() {
@@ -195,7 +204,7 @@ void Engine::finish(const std::shared_ptr<Job>& job) {
   }
   const Checksums checksums = job->sum_up();
   const std::unique_ptr<Reuse> reuse = std::move(job->reuse);
-  std::shared_ptr<Baseline> baseline = reuse && !failed ? reuse->end(!job->spec.share.whole()) : nullptr;
+  std::shared_ptr<Baseline> baseline = reuse && !failed ? end_reuse(*reuse, *job) : nullptr;
   Lock lock(monitor_->mutex);
   if (job->failed()) job->file->discard();  // perhaps only just: see Job::fail
   for (Chunk& chunk : job->chunks) chunk.release_memory();  // of chunks that were claimed when their job failed

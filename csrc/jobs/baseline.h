@@ -32,7 +32,8 @@ class Baseline {
   Baseline(CloneSource source, std::vector<Mark> marks, bool joined);
 
   // When all of the file is there and a checkpoint names it: from then on nobody may change it. False if somebody has, or if it
-  // cannot be told: then it is of no use.
+  // cannot be told: then it is of no use. Of a joined file the others' writes until then cannot be told from those of strangers,
+  // who do not know its hidden name.
   bool settle();
 
   const CloneSource& source() const { return source_; }

@@ -155,7 +155,15 @@ uint64_t Reuse::write(WritableFile& file, const Chunk& chunk, size_t index) {
     shared += range.end - range.begin;
   }
   write_range(file, chunk, at, chunk.offset + chunk.length);
+  if (chunk.lazy_bytes > 0) look_again(chunk, index);
   return shared;
+}
+
+// The write has read the tensors themselves, after the digests were made of them. What is others now may be others in the file.
+void Reuse::look_again(const Chunk& chunk, size_t index) {
+  for (Mark& mark : marks_[index]) {
+    if (mark.has_digest && !(digest_of(chunk, mark.offset, mark.offset + mark.length) == mark.digest)) mark.has_digest = false;
+  }
 }
 
 void Reuse::begin(const WritableFile& file) { own_ = CloneSource::open(file.descriptor(), file.path()); }

@@ -48,6 +48,7 @@ class Reuse {
   std::vector<ByteRange> find_same(const Chunk& chunk, size_t index);
   ByteRange whole_blocks(ByteRange range) const;
   bool share(WritableFile& file, ByteRange range);
+  void look_again(const Chunk& chunk, size_t index);
 
   const std::shared_ptr<const Baseline> baseline_;
   const bool may_share_;

@@ -3,11 +3,15 @@
 #include <fcntl.h>
 #include <linux/fs.h>
 #include <linux/magic.h>
+#include <pthread.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
 
 #include <cerrno>
+#include <memory>
+#include <mutex>
+#include <set>
 #include <utility>
 
 #include "base/fault.h"
@@ -25,9 +29,43 @@ constexpr long BTRFS_SUPER_MAGIC = 0x9123683E;
 // A larger block leaves little of a piece to share.
 constexpr long kLargestBlock = 65536;
 
+// Never destroyed: threads may come back behind static destructors.
+struct Registry {
+  std::mutex mutex;
+  std::set<Descriptor*> all;
+};
+
+Registry& registry() {
+  static Registry* const kept = std::make_unique<Registry>().release();
+  static const int made = ::pthread_atfork([] { kept->mutex.lock(); }, [] { kept->mutex.unlock(); }, [] {
+    for (Descriptor* each : kept->all) *each = Descriptor();
+    kept->mutex.unlock();
+  });
+  static_cast<void>(made);
+  return *kept;
+}
+
 bool shares_blocks(long type) { return type == XFS_SUPER_MAGIC || type == BTRFS_SUPER_MAGIC; }
 
 }  // namespace
+
+class CloneSource::Held {
+ public:
+  explicit Held(Descriptor opened) : fd(std::move(opened)) {
+    std::lock_guard<std::mutex> lock(registry().mutex);
+    registry().all.insert(&fd);
+  }
+  ~Held() {
+    {
+      std::lock_guard<std::mutex> lock(registry().mutex);
+      registry().all.erase(&fd);
+    }  // the file is closed without it: that may take long
+  }
+  Held(const Held&) = delete;
+  Held& operator=(const Held&) = delete;
+
+  Descriptor fd;
+};
 
 std::optional<CloneSource> CloneSource::open(int fd, const std::string& path) {
   struct statfs system {};
@@ -38,8 +76,9 @@ std::optional<CloneSource> CloneSource::open(int fd, const std::string& path) {
   // A description of its own: the writer's may only write. By the first one, since the path may name another file by now.
   const std::string self = "/proc/self/fd/" + std::to_string(fd);
   if (fault::consult("open", path).error != 0) return std::nullopt;
-  source.fd_ = Descriptor(::open(self.c_str(), O_RDONLY | O_CLOEXEC));
-  if (!source.fd_.valid()) return std::nullopt;
+  Descriptor opened(::open(self.c_str(), O_RDONLY | O_CLOEXEC));
+  if (!opened.valid()) return std::nullopt;
+  source.held_ = std::make_shared<Held>(std::move(opened));
   source.path_ = path;
   source.block_bytes_ = static_cast<uint32_t>(block);
   return source;
@@ -47,7 +86,7 @@ std::optional<CloneSource> CloneSource::open(int fd, const std::string& path) {
 
 std::optional<CloneSource::Stamp> CloneSource::look() const {
   struct stat found {};
-  if (fault::consult("fstat", path_).error != 0 || ::fstat(fd_.get(), &found) != 0) return std::nullopt;
+  if (fault::consult("fstat", path_).error != 0 || ::fstat(held_->fd.get(), &found) != 0) return std::nullopt;
   return Stamp{static_cast<int64_t>(found.st_size), found.st_mtim};
 }
 
@@ -65,7 +104,7 @@ bool CloneSource::unchanged() const {
 
 int CloneSource::clone_into(int to, uint64_t offset, uint64_t bytes) const {
   file_clone_range range{};
-  range.src_fd = fd_.get();
+  range.src_fd = held_->fd.get();
   range.src_offset = range.dest_offset = offset;
   range.src_length = bytes;
   for (;;) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <ctime>
+#include <memory>
 #include <optional>
 #include <string>
 
@@ -37,8 +38,11 @@ class CloneSource {
   };
   std::optional<Stamp> look() const;
 
+  // Forked children let go of theirs: a worker that lives as long as the training would keep the blocks of what is removed.
+  class Held;
+
   std::string path_;
-  Descriptor fd_;
+  std::shared_ptr<Held> held_;
   uint32_t block_bytes_ = 0;
   Stamp noted_;
 };

@@ -72,10 +72,10 @@ class TensorQuestions {
   }
 
  private:
-  // Without making the dict that it would have them in.
+  // Without making the dict that it would have them in. Where Python cannot tell, for want of memory, there may be some.
   static bool has_attributes(PyObject* tensor) {
     PyObject** const dict = _PyObject_GetDictPtr(tensor);
-    return dict != nullptr && *dict != nullptr && PyDict_GET_SIZE(*dict) > 0;
+    return dict == nullptr || (*dict != nullptr && PyDict_GET_SIZE(*dict) > 0);
   }
 
   // One is mostly that of the tensor before.

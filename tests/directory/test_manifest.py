@@ -49,6 +49,14 @@ def test_what_is_known_is_what_would_be_read(manifest: Manifest) -> None:
     assert manifests._parse(content) == manifest
 
 
+def test_what_a_file_shares_is_read_and_makes_no_other_file_of_it() -> None:
+    """Each node that writes what is replicated may share otherwise."""
+    sharing = dataclasses.replace(FILES[1], shared_bytes=4096, shared_step=2)
+    (found,) = manifests.parse(Manifest(3, 7, 2, (sharing,), CREATED).to_json()).files
+    assert (found.shared_bytes, found.shared_step) == (4096, 2)
+    assert found == FILES[1] and {found} == {FILES[1]}
+
+
 @pytest.mark.parametrize("changes", [{"created": ""}, {"moves_latest": False}])
 def test_what_is_not_written_as_a_whole_is_read_again(changes: dict[str, Any]) -> None:
     """A manifest that leaves its time open gets one, and a step has no word of `latest`."""

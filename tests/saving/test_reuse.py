@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from mounting import MIB, free_bytes, mounted
-from reuse_runs import Run, shared_bytes, sharing, sync  # noqa: F401  sharing is a fixture
+from reuse_runs import KINDS, Run, shared_bytes, sharing, sync  # noqa: F401  sharing is a fixture
 from support import DEADLINE_S, as_bytes, assert_same, options
 
 import ckpt
@@ -24,6 +24,7 @@ from ckpt.errors import StorageError
 FROZEN = 4 * MIB
 
 
+@pytest.mark.parametrize("sharing", KINDS, indirect=True)
 @pytest.mark.parametrize("direct_io", [True, False])
 def test_generation_after_generation(sharing: Path, direct_io: bool) -> None:  # noqa: F811
     """What is frozen is written twice, and never again; the loss of any checkpoint does no harm to the others."""
@@ -39,6 +40,7 @@ def test_generation_after_generation(sharing: Path, direct_io: bool) -> None:  #
         shutil.rmtree(run.file(order.pop()).parent)
 
 
+@pytest.mark.parametrize("sharing", KINDS, indirect=True)
 def test_it_takes_no_room_for_what_is_shared(sharing: Path) -> None:  # noqa: F811
     with Run(sharing, frozen=16) as run:
         for _ in range(3):
@@ -218,6 +220,30 @@ def test_files_are_held_open_as_long_as_they_serve(sharing: Path) -> None:  # no
             counts.append(len(open_files(sharing)))
         assert open_files(sharing) == [run.file(6)] and counts == [1] * 7
     assert open_files(sharing) == []
+
+
+def test_a_forked_child_holds_none(sharing: Path) -> None:  # noqa: F811
+    """As a worker that lives as long as the training: it would keep the room of what is removed."""
+    with Run(sharing) as run:
+        run.save()
+        assert len(open_files(sharing)) == 1
+        child = os.fork()
+        if child == 0:
+            os._exit(len(open_files(sharing)))
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert [run.save() > 0 for _ in range(3)] == [False, True, True]
+
+
+def test_who_removes_a_checkpoint_for_its_room_gets_it(sharing: Path, native: Any) -> None:  # noqa: F811
+    with Run(sharing, max_failed_saves=0) as run:
+        for _ in range(3):
+            run.save()
+        native.set_fault("pwritev", error=errno.ENOSPC)
+        assert isinstance(run.begin().exception(DEADLINE_S), ckpt.errors.StorageError)
+        native.clear_faults()
+        assert open_files(sharing) == []
+        assert [run.save() > 0 for _ in range(3)] == [False, False, True]
+        run.check(0, 1, 2, 4, 5, 6)
 
 
 def open_files(place: Path) -> list[Path]:

@@ -16,7 +16,7 @@ import mounting
 import pytest
 import torch
 from mounting import MIB, mounted
-from reuse_runs import Run, shared_bytes, sharing  # noqa: F401  sharing is a fixture
+from reuse_runs import KINDS, Run, shared_bytes, sharing  # noqa: F401  sharing is a fixture
 from support import DEADLINE_S, options, wait_until
 
 import ckpt
@@ -63,6 +63,7 @@ def remove(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [overwrite, overwrite_in_memory, truncate, extend, punch], ids=lambda each: each.__name__)
+@pytest.mark.parametrize("sharing", KINDS, indirect=True)
 @pytest.mark.parametrize("direct_io", [True, False])
 def test_nothing_is_taken_from_a_file_that_was_changed(sharing: Path, change: Callable[[Path], None], direct_io: bool) -> None:  # noqa: F811
     with Run(sharing, direct_io=direct_io) as run:
