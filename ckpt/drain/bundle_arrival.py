@@ -110,10 +110,10 @@ class BundleArrival:
             durable.link_or_rename(source, target)
 
     def _at_home(self, temporaries: dict[str, str]) -> Manifest:
-        own = {"called": "", "shared_bytes": 0, "shared_step": 0}
+        alone = [dataclasses.replace(entry, shared_bytes=0, shared_step=0) for entry in self._manifest.files]
         files = tuple(
-            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], **own)
-            for entry in self._manifest.files
+            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], called="")
+            for entry in alone
         )
         return dataclasses.replace(self._manifest, files=files, bundle="")
 
