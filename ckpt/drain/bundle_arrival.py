@@ -112,8 +112,7 @@ class BundleArrival:
     def _at_home(self, temporaries: dict[str, str]) -> Manifest:
         alone = [dataclasses.replace(entry, shared_bytes=0, shared_step=0) for entry in self._manifest.files]
         files = tuple(
-            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], called="")
-            for entry in alone
+            dataclasses.replace(entry, name=_called(entry), temporary=temporaries[entry.name], called="") for entry in alone
         )
         return dataclasses.replace(self._manifest, files=files, bundle="")
 
