@@ -58,7 +58,8 @@ def share_of(file: FileInFlight) -> WrittenShare:
         ) from error
     read, written = file.job.edges
     details = (begin, end, file.job.crc32, _pack(records), _pack(crcs), inode, read, written)
-    return WrittenShare(*details, file.reused_bytes, file.offer.step or 0)
+    reused = file.reused_bytes
+    return WrittenShare(*details, reused, (file.offer.step or 0) if reused else 0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -164,8 +164,8 @@ class StepTarget:
         joined = []
         for number, file in enumerate(self._shared()):
             durable.crash_point("shares-written")
-            crc32 = join_shares(file.file, [answer.shares[number] for answer in answers])
             said = [answer.shares[number] for answer in answers]
+            crc32 = join_shares(file.file, said)
             shared = {"shared_bytes": sum(each.reused for each in said), "shared_step": max(each.step for each in said)}
             joined.append(self._give_name(file, crc32, shared=shared))
         return tuple(joined)

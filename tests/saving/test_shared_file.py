@@ -6,15 +6,17 @@ import os
 import zipfile
 import zlib
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from support import DEADLINE_S, assert_same
 
 from ckpt import _native
-from ckpt.commit.shared_file import Disagreement, WrittenShare, find_disagreement
+from ckpt.commit.shared_file import Disagreement, WrittenShare, find_disagreement, share_of
 from ckpt.plan.save_plan import LAZY, make_plan
+from ckpt.saving.baselines import Offer
 
 CHUNK = 1 << 16
 
@@ -217,3 +219,13 @@ def test_shares_are_equal_and_of_whole_chunks(engine: Any, tmp_path: Path) -> No
 def test_an_impossible_share(engine: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="share_index"):
         Writers(engine, tmp_path / "a.pt", 2).submit({}, 2)
+
+
+@pytest.mark.parametrize(("reused", "step", "told"), [(0, 4, (0, 0)), (4096, 4, (4096, 4)), (4096, None, (4096, 0))])
+def test_who_shares_no_block_names_no_step(reused: int, step: int | None, told: tuple[int, int], tmp_path: Path) -> None:
+    """Another rank's share may have blocks of an older checkpoint: that is the one to be named."""
+    temporary = tmp_path / "file"
+    temporary.touch()
+    job = SimpleNamespace(checksums=([], []), written=(0, 1), crc32=0, edges=((0, 0, 0), (0, 0, 0)))
+    written = share_of(cast(Any, SimpleNamespace(job=job, temporary=temporary, reused_bytes=reused, offer=Offer(step=step))))
+    assert (written.reused, written.step) == told
