@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
+from ckpt.collector import without_collector
 from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, DeviceError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
@@ -91,7 +91,7 @@ def _begin(
     options: Options,
     ready: Callable[[], None] | None,
 ) -> None:
-    with _without_collector():
+    with without_collector():
         storages = lazy_storages(lazy)
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
@@ -140,7 +140,7 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
     task.planned += (file,)
     try:
         with beginning():
-            with _without_collector():
+            with without_collector():
                 storages = lazy_storages(lazy)
                 plan = _plan(file, obj, storages, options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
@@ -152,18 +152,6 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
         _try_out(task, options)
     finally:
         task.save_s += time.monotonic() - began
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """With the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
@@ -202,7 +190,7 @@ def _submit_or_copy(
             if not refused.in_other_context or not file.devices:
                 raise
             reason = str(refused)
-    with _without_collector():
+    with without_collector():
         plan = _plan(file, obj, storages, dataclasses.replace(options, device_lazy=False))
     _submit(runtime, file, obj, plan, options)
     file.device_mode, file.device_mode_reason = "host", reason
