@@ -45,8 +45,8 @@ class FrozenHint:
     """What one save was told not to change.
 
     Args:
-        declared: a tensor; a module, of which the parameters are meant that require no gradient; or an iterable of these. Of a
-            mapping its values.
+        declared: a tensor; a module, of which the parameters are meant; or an iterable of these. Of a mapping its values. What
+            requires a gradient is never meant, nor what other processes can write to.
 
     Raises:
         TypeError: it is something else.
@@ -55,7 +55,7 @@ class FrozenHint:
     def __init__(self, declared: Any) -> None:
         self._tensors: dict[int, torch.Tensor] = {}
         for tensor in map(_local_part, _tensors_in(declared)):
-            if tensor.layout is torch.strided and not tensor.is_inference() and _owns_memory(tensor):
+            if tensor.layout is torch.strided and not tensor.is_inference() and _has_memory_of_its_own(tensor):
                 self._tensors.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
 
     @property
@@ -102,19 +102,21 @@ def _is_dense(tensor: torch.Tensor) -> bool:
     return True
 
 
-def _owns_memory(tensor: torch.Tensor) -> bool:
-    """Not so other wrappers, whose parts lie elsewhere."""
+def _has_memory_of_its_own(tensor: torch.Tensor) -> bool:
+    """Not so other wrappers, whose parts lie elsewhere, and what is shared with other processes."""
     try:
-        return tensor.untyped_storage().data_ptr() != 0
+        storage = tensor.untyped_storage()
+        return storage.data_ptr() != 0 and not (storage.device.type == "cpu" and storage.is_shared())
     except (RuntimeError, NotImplementedError):
         return False
 
 
 def _tensors_in(declared: Any) -> Iterable[torch.Tensor]:
     if isinstance(declared, torch.Tensor):
-        yield declared
+        if not declared.requires_grad:
+            yield declared
     elif isinstance(declared, torch.nn.Module):
-        yield from (parameter for parameter in declared.parameters() if not parameter.requires_grad)
+        yield from _tensors_in(declared.parameters())  # not the buffers, which a forward may write to
     elif isinstance(declared, Iterable) and not isinstance(declared, (str, bytes)):
         for item in declared.values() if isinstance(declared, Mapping) else declared:
             yield from _tensors_in(item)

@@ -131,6 +131,11 @@ Mark Reuse::look_at(const Piece& piece, const Chunk& chunk, uint64_t begin, cons
   return mark;
 }
 
+bool Reuse::is_of_same_memory(const Mark& mark, const Mark& before) const {
+  const Place place = find_place(spec_, mark.offset, mark.end());
+  return place.source != nullptr && place.source == before.memory.source && place.device == before.memory.device;
+}
+
 // Of what is not read the edges are, since they lie in blocks with other bytes. Of what is read, only those can be wrong in some
 // file before this one that have not been read since.
 void Reuse::check_frozen(const Piece& piece, const Chunk& chunk, const Mark& mark, const Mark& before) const {
@@ -138,7 +143,7 @@ void Reuse::check_frozen(const Piece& piece, const Chunk& chunk, const Mark& mar
   if (piece.kept) {
     const Memory& known = before.memory;
     same = crc_of(chunk, mark.offset, known.whole.begin) == known.front_crc && crc_of(chunk, known.whole.end, mark.end()) == known.back_crc;
-  } else if (piece.must_be_kept || (is_frozen_[piece.record] && before.has_digest && before.unread > 0)) {
+  } else if (piece.must_be_kept || (is_frozen_[piece.record] && before.unread > 0 && is_of_same_memory(mark, before))) {
     same = mark.has_digest && mark.digest == before.digest;
   }
   if (!same) throw FrozenChanged{piece.record};

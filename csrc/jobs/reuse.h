@@ -61,6 +61,7 @@ class Reuse {
 
   Mark look_at(const Piece& piece, const Chunk& chunk, uint64_t begin, const Mark* before) const;
   void check_frozen(const Piece& piece, const Chunk& chunk, const Mark& mark, const Mark& before) const;
+  bool is_of_same_memory(const Mark& mark, const Mark& before) const;
   Memory note_memory(const Chunk& chunk, uint64_t begin, uint64_t end) const;
   std::vector<Same> find_same(const Chunk& chunk, size_t index);
   ByteRange whole_blocks(ByteRange range, uint64_t block) const;

@@ -32,7 +32,11 @@ def sharing(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
 
 
 class Run:
-    """Saves and checks. `frozen` and `learning` are of some MiB each; the latter changes with every step."""
+    """Saves and checks. `frozen` and `learning` are of some MiB each; the latter changes with every step.
+
+    Attributes:
+        hint: the saves are told that it does not change.
+    """
 
     def __init__(self, place: Path, *, keep: int | None = None, frozen: int = 4, **changes: Any) -> None:
         self.directory = place / "run"
@@ -45,6 +49,8 @@ class Run:
             "step": 0,
         }
         self.saved: dict[int, Any] = {}
+        self.hint: Any = None
+        self.unread = 0  # bytes, of the last save
         self.step = -1
 
     def __enter__(self) -> Run:
@@ -59,13 +65,14 @@ class Run:
         self.state["learning"].mul_(1.01).add_(0.5)
         self.state["step"] = self.step
         self.saved[self.step] = {key: value.clone() if torch.is_tensor(value) else value for key, value in self.state.items()}
-        return self.checkpointer.save(self.step, self.state)
+        return self.checkpointer.save(self.step, self.state, frozen=self.hint)
 
     def save(self) -> int:
         """Until it is durable, and right in the file. How many bytes were reused."""
         pending = self.begin()
         pending.result(DEADLINE_S)
         self.check(self.step)
+        self.unread = pending.stats.unread_bytes
         return pending.stats.reused_bytes
 
     def file(self, step: int) -> Path:
