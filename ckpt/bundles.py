@@ -50,6 +50,7 @@ from ckpt.tiers.tier import Tier, node_tier
 logger = logging.getLogger("ckpt")
 
 Result = TypeVar("Result")
+Metadata = Mapping[str, str] | None
 _MOST_LIMITS = 4  # roots of which it is remembered what direct I/O demands there
 
 
@@ -81,13 +82,7 @@ class Bundle:
         return self._landing is not None
 
     def save(
-        self,
-        obj: Any,
-        path: str | os.PathLike[str],
-        *,
-        lazy: Any = None,
-        metadata: Mapping[str, str] | None = None,
-        frozen: Any = None,
+        self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, metadata: Metadata = None, frozen: Any = None
     ) -> None:
         """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
 
@@ -105,9 +100,8 @@ class Bundle:
             return
         try:
             target = Path(os.path.abspath(os.fspath(path)))
-            made = format_of(target, metadata)
             file = self._file_at(target) if self._landing is None else self._file_on_node(target, self._landing)
-            file.made = made
+            file.made = format_of(target, metadata)
             # Names may say the step: of one bundle after the other, files come in the same order.
             self._owner._baselines.follow(file, self._root, str(len(self._task.planned)), hint_of(frozen))
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
@@ -143,10 +137,7 @@ class Bundle:
         return self._held[directory]
 
     def include(self, path: str | os.PathLike[str]) -> None:
-        """Makes what somebody else has written there, a file or a directory, durable before the bundle is published.
-
-        Of a bundle that was begun with by_nodes=False, or has no tier: else commit() says that it cannot be saved.
-        """
+        """Makes what somebody else has written there durable before the bundle is published; not of one that goes by nodes."""
         if self._landing is not None:
             self.fail(CheckpointError(f"'{path}' lies at home already, and the bundle goes by way of the disks of nodes"))
         self._others.include(Path(path))

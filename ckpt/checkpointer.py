@@ -192,9 +192,8 @@ class Checkpointer(SaveSession):
                 the manifest, for keep_best of this job, of those that resume it, and of `ckpt prune`; so give it what is
                 averaged over the ranks. What is no finite number is left out.
             frozen: what does not change, as the base of a LoRA: tensors, modules (their parameters that require no gradient),
-                or an iterable of these. Where files share blocks (`Options.reuse`) it is not even read then, but in every
-                `Options.refresh_every`-th save. What torch has written to since is read all the same, so that `frozen=model`
-                may be given for good. Who writes in other ways (`.data`, numpy) to what is given here must not give it.
+                iterables of these. Where files share blocks (`Options.reuse`) it is not read but by each `refresh_every`-th
+                save. What torch writes to is read again: `frozen=model` is always right. Not for who writes by `.data`, numpy.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,

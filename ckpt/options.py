@@ -70,8 +70,8 @@ class Options:
             file system can (XFS, btrfs); default True. Each file stays whole by itself. Pieces at the same place are compared,
             by their CRC-32 and a hash of 128 bits, so nothing need be declared; sharing begins at the third save that has them.
             For all saves but those of `ckpt.save()`. `SaveStats.reused_bytes` tells what it was good for.
-        refresh_every: with `reuse`, every so-many-th save writes everything anew; default 20. So no more checkpoints than that
-            share a block, which a disk might lose. 0: never.
+        refresh_every: with `reuse`, every so-many-th save reads and writes everything; default 20. So no more checkpoints than
+            that share a block, which a disk might lose. 0: never.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back

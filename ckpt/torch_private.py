@@ -270,10 +270,11 @@ def key_of(storage: UntypedStorage) -> int:
     return int(storage._cdata) if _has_addresses() else id(storage)
 
 
-def weak_storage(storage: UntypedStorage) -> Any:
-    """With expired(): whether it is gone. As long as this is kept no other one gets its key. None: nobody can tell."""
-    made = find("multiprocessing.reductions.StorageWeakRef")
-    return made(storage) if made is not None and _has_addresses() and _has_versions() else None
+def look_at(tensor: torch.Tensor) -> tuple[Any, int] | None:
+    """Its storage, with expired(), until which no other gets its key; the version of the tensor. None: nobody can tell."""
+    weak = find("multiprocessing.reductions.StorageWeakRef")
+    known = weak is not None and _has_addresses() and _has_versions()
+    return (weak(tensor.untyped_storage()), tensor._version) if known else None
 
 
 def inform_core() -> None:

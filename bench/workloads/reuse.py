@@ -1,4 +1,5 @@
-"""What a save costs of which a part is as it was: written anew, or shared with the checkpoint before (`Options.reuse`).
+"""What a save costs of which a part is as it was: written anew, or shared with the checkpoint before (`Options.reuse`), and not
+even read where save() is told what does not change (`frozen=`).
 
 The file system must share blocks. Where that of the directory does not, root gets an XFS of its own, in an image.
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 import ckpt
-from bench.measure.report import Report
+from bench.measure.report import Bar, Report
 from bench.measure.sampling import GIB, MIB, Samples, Settings, Side, Values, clock, column, interleave
 
 KEEP = 2
@@ -30,12 +31,13 @@ HOW_BLOCKED = "SaveStats: seconds in save() and at fences"
 class Run:
     """Of one checkpointer, on a state of which all learns, or a part."""
 
-    def __init__(self, directory: Path, nbytes: int, learning: float, *, reuse: bool) -> None:
+    def __init__(self, directory: Path, nbytes: int, learning: float, *, reuse: bool, told: bool = False) -> None:
         self.checkpointer = ckpt.Checkpointer(directory, keep=KEEP, options=ckpt.Options(reuse=reuse, refresh_every=0))
         count = max(1, nbytes // 4 // PIECES)
         own = max(1, int(count * learning))
         self.learning = [torch.randn(own) for _ in range(PIECES)]
         self.state = {"learning": self.learning, "frozen": [torch.randn(count - own) for _ in range(PIECES)]}
+        self._frozen = self.state["frozen"] if told else None
         self._steps = 0
 
     def save(self) -> Values:
@@ -43,7 +45,7 @@ class Run:
             tensor.add_(1.0)
         self._steps += 1
         started = clock()
-        pending = self.checkpointer.save(self._steps, self.state, lazy=True)
+        pending = self.checkpointer.save(self._steps, self.state, lazy=True, frozen=self._frozen)
         pending.result()
         seconds, stats = clock() - started, pending.stats
         written = float(stats.bytes_total - stats.reused_bytes)
@@ -87,9 +89,12 @@ def measure_reuse(settings: Settings, report: Report) -> None:
     nbytes = settings.sized(GIB)
     with settings.workspace() as directory, sharing_place(directory, max(GIB, 16 * nbytes)) as place:
         for case, learning in (("an adapter learns", 1 / PART_THAT_LEARNS), ("all learns", 1.0)):
+            ways = {"frozen=": (True, True), "reuse": (True, False), "no reuse": (False, False)}
+            if learning == 1.0:
+                del ways["frozen="]
             runs = {
-                f"{case}, {name}": Run(place / f"{case}-{name}".replace(" ", "-"), nbytes, learning, reuse=reuse)
-                for name, reuse in (("reuse", True), ("no reuse", False))
+                f"{case}, {name}": Run(place / f"{case}-{name}".replace(" ", "-"), nbytes, learning, reuse=reuse, told=told)
+                for name, (reuse, told) in ways.items()
             }
             sides = [Side(name, run.save) for name, run in runs.items()]
             with contextlib.ExitStack() as ends:
@@ -104,5 +109,8 @@ def add_reuse(report: Report, case: str, samples: Samples, nbytes: int) -> None:
         report.add("reuse", name, "s", column(found, "durable_s"), nbytes=nbytes, how=HOW)
         report.add("reuse", name, "s", column(found, "blocked_s"), nbytes=nbytes, how=HOW_BLOCKED)
         report.add("reuse", name, "bytes", column(found, "written_bytes"), nbytes=nbytes, how=HOW_BYTES)
-    with_reuse, without = (column(found, "durable_s") for found in samples.values())
-    report.add_ratio("reuse", f"{case}: reuse / no reuse", with_reuse, without, how="times of both", nbytes=nbytes)
+    durable = {name.rpartition(", ")[2]: column(found, "durable_s") for name, found in samples.items()}
+    without = durable.pop("no reuse")
+    for name, found in durable.items():
+        bar = Bar("<=", 1 / 20) if name == "frozen=" else Bar("<=", 1.02) if case == "all learns" else None
+        report.add_ratio("reuse", f"{case}: {name} / no reuse", found, without, how="times of both", nbytes=nbytes, bar=bar)

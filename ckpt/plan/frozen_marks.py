@@ -26,11 +26,11 @@ class FrozenMark:
 
     __slots__ = ("_seen", "_weak", "key")
 
-    def __init__(self, tensor: torch.Tensor, weak: Any) -> None:
+    def __init__(self, tensor: torch.Tensor, weak: Any, version: int) -> None:
         storage = tensor.untyped_storage()
         self.key = torch_private.key_of(storage)
         self._weak = weak
-        self._seen = storage.data_ptr(), storage.nbytes(), tensor._version
+        self._seen = storage.data_ptr(), storage.nbytes(), version
 
     def is_same(self, later: FrozenMark) -> bool:
         """Whether it is the same memory at a later save, whoever has written to that."""
@@ -71,8 +71,8 @@ class FrozenHint:
             return None  # others may write to the rest of it
         if not _is_dense(tensor):
             return None
-        weak = torch_private.weak_storage(storage)
-        return None if weak is None else FrozenMark(tensor, weak)
+        seen = torch_private.look_at(tensor)
+        return None if seen is None else FrozenMark(tensor, *seen)
 
 
 def hint_of(declared: Any) -> FrozenHint | None:

@@ -17,7 +17,8 @@ def test_what_is_written_and_what_is_not(tmp_path: Path) -> None:
         report = Report({}, 0.016)
         reuse.measure_reuse(Settings(place / "files", 0.016, rounds=2, rest_s=0), report)
     written = {line["case"]: line["value"] for line in report.lines if line["quantity"] == "written_bytes"}
-    assert written["an adapter learns, reuse"] < written["an adapter learns, no reuse"] / 10
+    for name in ("reuse", "frozen="):
+        assert written[f"an adapter learns, {name}"] < written["an adapter learns, no reuse"] / 10
     for name in ("no reuse", "reuse"):
         assert written[f"all learns, {name}"] > 16 * MIB
     times = {line["case"] for line in report.lines if line["quantity"] == "durable_s"}
