@@ -1,13 +1,14 @@
 """What a save is told not to change (`frozen=`), and whether it is known to be as it was at an earlier save.
 
 Nothing of it is read for that. Memory is the same if it is the same storage, alive ever since, at the same address and of the
-same size; and nobody has written to it by an operation of torch if the version counter of the tensor that was declared stands
+same size; and nobody has written to it by an operation of torch if the same tensor was declared, and its version counter stands
 as it stood. Who writes otherwise (through `.data`, numpy, a kernel of his own) is found by what the core looks at: see
 csrc/jobs/frozen.h.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,11 +25,12 @@ class FrozenMark:
         key: of the storage, see torch_private.key_of().
     """
 
-    __slots__ = ("_seen", "_weak", "key")
+    __slots__ = ("_seen", "_tensor", "_weak", "key")
 
     def __init__(self, tensor: torch.Tensor, weak: Any, version: int) -> None:
         storage = tensor.untyped_storage()
         self.key = torch_private.key_of(storage)
+        self._tensor = weakref.ref(tensor)
         self._weak = weak
         self._seen = storage.data_ptr(), storage.nbytes(), version
 
@@ -37,8 +39,12 @@ class FrozenMark:
         return self.key == later.key and not self._weak.expired()
 
     def holds(self, later: FrozenMark) -> bool:
-        """The same, and that nobody is known to have written to it in between."""
-        return self.is_same(later) and self._seen == later._seen
+        """The same, and that nobody is known to have written to it in between.
+
+        The tensor must be the same object: another one of that storage may have a version counter of its own, as `.data` has.
+        """
+        tensor = self._tensor()
+        return self.is_same(later) and tensor is not None and tensor is later._tensor() and self._seen == later._seen
 
 
 class FrozenHint:

@@ -94,11 +94,15 @@ class Baselines:
         _let_go(left)
 
     def note_failed(self, files: Iterable[FileInFlight]) -> None:
-        """What one of them has found to have changed is not believed to be frozen again."""
+        """Where one of them has found a change, nothing that was declared to be frozen is believed again; and of a file with
+        which blocks could not be shared that were not to be read, nothing is taken any more.
+        """
         for file in files:
-            if (mark := file.changed_frozen()) is not None:
+            if file.stat("frozen_changed"):
                 with self._lock:
-                    self._distrusted.append(mark)
+                    self._distrusted += file.frozen_marks.values()
+            if file.stat("unread_refused"):
+                self.give_up()
 
     def trusts(self, mark: FrozenMark) -> bool:
         """For a save that begins now."""

@@ -206,20 +206,17 @@ class FileInFlight:
         """The names of tensors that were declared not to change, and did: they are saved as they are."""
         return [self._name_of(record) for record in self.job.doubted]
 
-    def changed_frozen(self) -> FrozenMark | None:
-        """What was declared not to change, and was found to have changed too late to be saved."""
-        if self.job is None or not self.job.stats["frozen_changed"]:
-            return None
-        error = self.job.error
-        return self.frozen_marks.get(error.record) if isinstance(error, CaptureError) else None
+    def stat(self, name: str) -> Any:
+        """What its job says of itself; None if it was not begun."""
+        return None if self.job is None else self.job.stats[name]
 
     def _frozen_error(self, name: str) -> CaptureError:
         since = self.offer.read_step
         older = "older checkpoints" if since is None else f"the checkpoints after step {since}"
         return CaptureError(
             f"{name} was declared frozen, and has changed in a way that torch does not tell of; nothing was published of the "
-            f"save to '{self.target}', and {older} may hold an older value of it. From now on it is read in each save; take it "
-            "out of frozen=, or write to it by operations of torch (not through .data or numpy)"
+            f"save to '{self.target}', and {older} may hold an older value of it. From now on all that frozen= names is read "
+            "in each save; take out of it what changes, or write to that by operations of torch (not through .data or numpy)"
         )
 
     def _error_of(self, record: int) -> CaptureError:
@@ -258,7 +255,7 @@ class FileInFlight:
     @property
     def reused_bytes(self) -> int:
         """That this process has not written: they are in blocks that the file shares with that of the save before."""
-        return 0 if self.job is None else int(self.job.stats["reused_bytes"])
+        return int(self.stat("reused_bytes") or 0)
 
     def shared(self) -> dict[str, Any]:
         """These, and the step of that save, as a manifest has them; nothing where saves have no steps."""

@@ -228,6 +228,7 @@ py::dict stats_of(const Job& job) {
   dict["reuse_refused"] = stats.reuse_refused;
   dict["unread_bytes"] = stats.unread_bytes;
   dict["frozen_changed"] = stats.frozen_changed;
+  dict["unread_refused"] = stats.unread_refused;
   return dict;
 }
 

@@ -110,7 +110,7 @@ void Engine::prepare(Job& job) {
 
 void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   Chunk& chunk = job.chunks[index];
-  const uint64_t unread = chunk.shares ? job.reuse->share_unread(*job.file, chunk) : 0;
+  const uint64_t unread = chunk.shares ? share_unread(job, chunk) : 0;
   if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
   if (!job.look_at_probes(index)) return;
   if (job.checks.sum) add_word_sums(job, chunk);
@@ -145,6 +145,18 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   Lock lock(monitor_->mutex);
   job.stats.unread_bytes += unread;
   account_written(job, chunk, from_tensors, reused);
+}
+
+uint64_t Engine::share_unread(Job& job, Chunk& chunk) {
+  try {
+    return job.reuse->share_unread(*job.file, chunk);
+  } catch (const UnreadRefused&) {
+    Lock lock(monitor_->mutex);
+    job.stats.unread_refused = true;
+    const std::string& path = job.file->path();
+    throw Error(ErrorKind::kStorage, "'" + path + "' could not share blocks of tensors that were declared frozen, and they are on a device, "
+                "or gone: the file system has refused it, or somebody has written to the file before. The next save reads and writes all", 0, path);
+  }
 }
 
 // But for what is shared: returns how many bytes that is.

@@ -309,6 +309,7 @@ void Chunk::release_memory() {
   staged.reset();
   eager_span.reset();
   std::vector<std::byte>().swap(host_bytes);
+  read_late.clear();
 }
 
 uint64_t tensor_bytes(const Chunk& chunk) {

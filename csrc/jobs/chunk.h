@@ -77,6 +77,7 @@ struct Chunk {
   std::vector<DeviceCopy> device_copies;  // constant once published; eager ones go to `eager_span`, where there is one
   std::vector<std::byte> host_bytes;  // the host's kCopy bytes, until the chunk is written
   Span eager_span;                    // the eager device bytes of a chunk that has lazy ones, too
+  std::vector<std::vector<std::byte>> read_late;  // what was not to be read, until the chunk is written
   size_t flying = 0;                  // batches of copies that are enqueued and have not been seen to end
   bool staging = false;               // the fence copies its host bytes while its device bytes arrive
   Span staged;  // holds what the fence copied

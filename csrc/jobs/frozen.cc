@@ -6,6 +6,7 @@
 
 #include "base/crc32.h"
 #include "base/error.h"
+#include "os/pieces.h"
 
 namespace lazyckpt {
 namespace {
@@ -158,14 +159,20 @@ void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline) {
   }
 }
 
-void read_after_all(Chunk& chunk, Piece& piece, uint64_t begin) {
+bool read_after_all(Chunk& chunk, Piece& piece, uint64_t begin) {
   uint64_t at = chunk.offset;
   for (Segment& segment : chunk.segments) {
-    if (at >= begin && at < begin + piece.length && segment.kind == Source::kShared) segment.kind = Source::kOwned;
+    if (at >= begin && at < begin + piece.length && segment.kind == Source::kShared) {
+      chunk.read_late.emplace_back(segment.length);
+      if (!read_own_memory(chunk.read_late.back().data(), segment.source, segment.length)) return false;
+      segment.source = chunk.read_late.back().data();
+      segment.kind = Source::kOwned;
+    }
     at += segment.length;
   }
   piece.kept = false;
   piece.must_be_kept = true;
+  return true;
 }
 
 Place find_place(const FileSpec& spec, uint64_t begin, uint64_t end) {

@@ -18,6 +18,9 @@ struct FrozenChanged {
   uint32_t record;
 };
 
+// Bytes that were not to be read cannot be shared, and not be read after all.
+struct UnreadRefused {};
+
 // Lets all of these records that the file before has, in whole blocks, be kShared; `chunk_bytes` is what the file will be cut into.
 // Of memory of the host a few bytes of each piece are looked at first. Returns the records of which they are others now: these are
 // read as if nothing had been said of them.
@@ -27,8 +30,9 @@ std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_
 // Of chunks that were cut from that: their pieces get the checksums of the file before.
 void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline);
 
-// Lets the bytes of a piece, which is at `begin` in the file, be read after all.
-void read_after_all(Chunk& chunk, Piece& piece, uint64_t begin);
+// Reads the bytes of a piece, which is at `begin` in the file, after all. False if they cannot be read: that is late, and its memory
+// may be gone by now.
+bool read_after_all(Chunk& chunk, Piece& piece, uint64_t begin);
 
 // Where the bytes [begin, end) of the file are, if they lie in one run of the memory of one record; null else.
 struct Place {

@@ -68,6 +68,7 @@ struct JobStats {
   bool reuse_refused = false;  // its file system cannot do that
   uint64_t unread_bytes = 0;   // of those that are reused: not even looked at
   bool frozen_changed = false;  // the error is that of a record which was declared not to change
+  bool unread_refused = false;  // the error is that of bytes that could not be shared, and not be read after all
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.

@@ -222,11 +222,8 @@ uint64_t Reuse::share_unread(WritableFile& file, Chunk& chunk) {
     const Memory& memory = baseline_->find(begin, piece.length)->memory;
     if (share(file, memory.whole)) {
       unread += memory.whole.end - memory.whole.begin;
-    } else if (memory.device == kHost) {
-      read_after_all(chunk, piece, begin);
-    } else {
-      throw Error(ErrorKind::kStorage, "'" + file.path() + "' could not share the blocks of tensors that were declared frozen: the file "
-                  "system has refused it, or somebody has written to the file before; the next save reads and writes all of them");
+    } else if (memory.device != kHost || !read_after_all(chunk, piece, begin)) {
+      throw UnreadRefused();
     }
   }
   return unread;

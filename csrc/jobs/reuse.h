@@ -37,7 +37,7 @@ class Reuse {
   std::vector<ByteRange> likely_written(ByteRange range) const;
 
   // For who holds a chunk, before anything of it is read: shares what is not to be. What the file before cannot share is read after
-  // all. Throws Error if it lies on a device. Returns how many bytes of the chunk are not read.
+  // all. Throws UnreadRefused if it lies on a device. Returns how many bytes of the chunk are not read.
   uint64_t share_unread(WritableFile& file, Chunk& chunk);
 
   // Then, once its records have their checksums: notes what is in its pieces, and writes what the file before does not have, or

@@ -1,9 +1,12 @@
 #include "os/pieces.h"
 
 #include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cassert>
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -45,6 +48,19 @@ void WriterMemory::unmap() {
   mapped_ = nullptr;
   bytes_ = nullptr;
   size_ = mapped_bytes_ = 0;
+}
+
+bool read_own_memory(void* to, const void* from, size_t bytes) {
+  auto* target = static_cast<std::byte*>(to);
+  const auto* source = static_cast<const std::byte*>(from);
+  for (size_t done = 0; done < bytes;) {
+    const iovec local{target + done, bytes - done};
+    const iovec remote{const_cast<std::byte*>(source + done), bytes - done};  // iovec has no const; it is only read
+    const ssize_t got = ::process_vm_readv(::getpid(), &local, 1, &remote, 1, 0);
+    if (got <= 0 && errno != EINTR) return false;
+    done += got > 0 ? static_cast<size_t>(got) : 0;
+  }
+  return true;
 }
 
 size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes) {

@@ -37,6 +37,9 @@ class WriterMemory {
   size_t size_ = 0;
 };
 
+// Of this process, by a system call: memory that is gone is an error and no signal. False if not all could be read.
+bool read_own_memory(void* to, const void* from, size_t bytes);
+
 // Drops the first `bytes` from the front of `pieces[first..]`; returns the new first.
 size_t consume(std::vector<iovec>& pieces, size_t first, size_t bytes);
 

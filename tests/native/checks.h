@@ -27,6 +27,7 @@ inline std::atomic<int> durable{0}, failed{0}, cancelled{0}, interrupted_fences{
 inline std::atomic<int> joined{0}, torn{0};  // files that several ranks wrote together; those that one of them failed
 inline std::atomic<uint64_t> bytes_verified{0}, bytes_cached{0};  // of them, through the caches of devices
 inline std::atomic<int> archives_read{0};  // out of files of several
+inline std::atomic<uint64_t> bytes_unread{0};  // of files that share blocks with others
 inline std::atomic<uint64_t> bytes_loaded{0};  // to hosts and devices
 
 inline void mismatch(const std::string& what) {

@@ -1,7 +1,7 @@
 // Drives the core without Python, for the sanitizers: many threads submit, fence and close at random, storage is slow,
 // short, full or gone, and every file that becomes durable is compared with an independent copy of what it should hold;
 // of files of several archives each is read by itself; several ranks write one file together; and bytes come from devices and
-// go to them, which a fake driver plays (libfake_cuda.so, beside the program).
+// go to them, which a fake driver plays (libfake_cuda.so, beside the program). Of a directory on XFS or btrfs files share blocks.
 //
 //     stress [seconds] [seed] [directory]
 //
@@ -29,6 +29,7 @@
 #include "devices.h"
 #include "engine/engine.h"
 #include "format/torch_zip.h"
+#include "generations.h"
 #include "loads.h"
 #include "os/file.h"
 #include "reading/record_file.h"
@@ -341,16 +342,17 @@ int main(int argc, char** argv) {
   while (std::chrono::steady_clock::now() < end && mismatches == 0) {
     Round(random.up_to(~uint64_t{0}), directory).run();
     write_together(random, directory);
+    save_generations(random, directory);
     carry_from_devices(random, directory, library_beside(argv[0]));
     load_to_devices(random, directory, library_beside(argv[0]));
     if (rounds % 3 == 0) fuzz(random, directory);
     if (rounds % 5 == 0) call_off(random, directory);
   }
   std::printf("%d rounds: %d files durable and right (%.1f MiB, %.1f through caches), %d failed, %d called off, %d fences interrupted; "
-              "%d damaged files, %d found; %d written together, %d with a share that failed; %d archives read; %.1f MiB loaded; %d mismatches\n",
+              "%d damaged files, %d found; %d written together, %d with a share that failed; %d archives read; %.1f MiB loaded; %.1f MiB shared unread; %d mismatches\n",
               rounds.load(), durable.load(), static_cast<double>(bytes_verified) / 1048576,
               static_cast<double>(bytes_cached) / 1048576, failed.load(), cancelled.load(), interrupted_fences.load(), fuzzed.load(), found_damaged.load(), joined.load(),
-              torn.load(), archives_read.load(), static_cast<double>(bytes_loaded) / 1048576, mismatches.load());
+              torn.load(), archives_read.load(), static_cast<double>(bytes_loaded) / 1048576, static_cast<double>(bytes_unread) / 1048576, mismatches.load());
   if (mismatches == 0) {
     ::unlink((directory + "/fuzzed").c_str());
     if (::rmdir(directory.c_str()) != 0) mismatch("files were left behind in " + directory);

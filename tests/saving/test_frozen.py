@@ -19,7 +19,7 @@ from support import DEADLINE_S, assert_same, options
 
 import ckpt
 from ckpt.dcp import DcpCheckpointer
-from ckpt.errors import CaptureError
+from ckpt.errors import CaptureError, StorageError
 from ckpt.plan.frozen_marks import FrozenHint
 
 FROZEN = 6 * MIB
@@ -158,6 +158,32 @@ def test_a_single_element_is_found_when_all_is_read_again(run: Run) -> None:
     assert run.save() > MOST, "as without the hint"
 
 
+def test_all_that_has_changed_is_distrusted_at_once(run: Run) -> None:
+    """And not one tensor after the other, in as many failed saves."""
+    run.state["also"] = torch.randn(FROZEN // 4)
+    run.hint = [run.state["frozen"], run.state["also"]]
+    for _ in range(3):
+        run.save()
+    assert run.unread > 2 * MOST
+    for tensor in run.hint:
+        tensor.numpy()[FROZEN // 8 + 54_321] = 7e7
+    errors = 0
+    for _ in range(REFRESH + 2):
+        errors += isinstance(run.begin().exception(DEADLINE_S), CaptureError)
+        del run.saved[run.step]
+    assert errors == 1
+    run.save()
+
+
+def test_another_counter_tells_nothing(run: Run) -> None:
+    """`.data` has one of its own, which no step moves."""
+    tensor = run.state["frozen"]
+    for _ in range(4):
+        run.hint = tensor.data
+        run.save()
+        assert run.unread == 0
+
+
 def test_memory_that_is_used_again_is_other_memory(run: Run) -> None:
     memory = bytearray(FROZEN)
     run.state["frozen"] = run.hint = torch.frombuffer(memory, dtype=torch.float32)
@@ -273,6 +299,27 @@ def test_and_must_be_what_it_was(place: Path, native: Any, direct_io: bool) -> N
         del run.saved[run.step]
         run.save()
         run.check(*run.saved)
+
+
+def test_memory_that_is_taken_away_meanwhile_fails_the_save_alone(place: Path, native: Any) -> None:
+    """As FSDP does it with what it has gathered; the process lives, and the next save reads and writes all."""
+    with Run(place, frozen=40, max_failed_saves=0) as run:  # so much goes back to the kernel at once
+        run.hint = run.state["frozen"]
+        for _ in range(3):
+            run.save()
+        kept = run.state["frozen"].clone()
+        native.set_fault("fallocate", delay_s=0.5)
+        native.set_fault("FICLONERANGE", error=errno.EIO)
+        pending = run.begin()
+        ckpt.fence()
+        run.state["frozen"].untyped_storage().resize_(0)
+        error = pending.exception(DEADLINE_S)
+        native.clear_faults()
+        del run.saved[run.step]
+        assert isinstance(error, StorageError) and "declared frozen" in str(error) and "or gone" in str(error)
+        run.state["frozen"] = run.hint = kept
+        run.save()
+        assert run.unread == 0
 
 
 def test_memory_that_is_let_go_of_is_kept_until_it_is_written(run: Run, native: Any) -> None:
