@@ -15,6 +15,7 @@ import torch
 
 from ckpt import torch_private
 from ckpt._native import SavedStorage
+from ckpt.state_dicts import SupposedlyFrozen
 
 
 class FrozenMark:
@@ -22,13 +23,14 @@ class FrozenMark:
 
     Attributes:
         key: of the storage, see torch_private.key_of().
+        supposed: nobody has said that it does not change.
     """
 
-    __slots__ = ("_seen", "_weak", "key")
+    __slots__ = ("_seen", "_weak", "key", "supposed")
 
-    def __init__(self, tensor: torch.Tensor, weak: Any) -> None:
+    def __init__(self, tensor: torch.Tensor, weak: Any, supposed: bool) -> None:
         storage = tensor.untyped_storage()
-        self.key = torch_private.key_of(storage)
+        self.key, self.supposed = torch_private.key_of(storage), supposed
         self._weak = weak
         self._seen = storage.data_ptr(), storage.nbytes(), tensor._version
 
@@ -46,33 +48,33 @@ class FrozenHint:
 
     Args:
         declared: a tensor; a module, of which the parameters are meant that require no gradient; or an iterable of these. Of a
-            mapping its values.
+            mapping its values. Or what is supposedly frozen: that is believed less, and read inside save() if it is read.
 
     Raises:
         TypeError: it is something else.
     """
 
     def __init__(self, declared: Any) -> None:
-        self._tensors: dict[int, torch.Tensor] = {}
-        for tensor in map(_local_part, _tensors_in(declared)):
-            if tensor.layout is torch.strided and not tensor.is_inference() and _owns_memory(tensor):
-                self._tensors.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
+        supposed: list[SupposedlyFrozen] = []
+        self._declared = _by_storage(_tensors_in(declared, supposed))
+        self._supposed = _by_storage(tensor for each in supposed for tensor in each.tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Those of which something can be known."""
-        return [*self._tensors.values()]
+        """Those that are declared, and of which something can be known."""
+        return [*self._declared.values()]
 
     def mark_of(self, record: SavedStorage) -> FrozenMark | None:
         """None: nothing is said of all of it, or nothing could be told of it later."""
         storage = record.storage
-        tensor = self._tensors.get(torch_private.key_of(storage))
+        key = torch_private.key_of(storage)
+        tensor = self._declared.get(key, self._supposed.get(key))
         if tensor is None or record.low != 0 or not record.nbytes == storage.nbytes() == tensor.nbytes:
             return None  # others may write to the rest of it
         if not _is_dense(tensor):
             return None
         weak = torch_private.weak_storage(storage)
-        return None if weak is None else FrozenMark(tensor, weak)
+        return None if weak is None else FrozenMark(tensor, weak, key not in self._declared)
 
 
 def hint_of(declared: Any) -> FrozenHint | None:
@@ -81,6 +83,15 @@ def hint_of(declared: Any) -> FrozenHint | None:
         TypeError: see FrozenHint.
     """
     return None if declared is None else FrozenHint(declared)
+
+
+def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Those of which something can be known."""
+    found: dict[int, torch.Tensor] = {}
+    for tensor in map(_local_part, tensors):
+        if tensor.layout is torch.strided and not tensor.is_inference() and _owns_memory(tensor):
+            found.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
+    return found
 
 
 def _local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -110,13 +121,16 @@ def _owns_memory(tensor: torch.Tensor) -> bool:
         return False
 
 
-def _tensors_in(declared: Any) -> Iterable[torch.Tensor]:
+def _tensors_in(declared: Any, supposed: list[SupposedlyFrozen]) -> Iterable[torch.Tensor]:
+    """What is declared; what is supposed goes to the list."""
     if isinstance(declared, torch.Tensor):
         yield declared
+    elif isinstance(declared, SupposedlyFrozen):
+        supposed.append(declared)
     elif isinstance(declared, torch.nn.Module):
         yield from (parameter for parameter in declared.parameters() if not parameter.requires_grad)
     elif isinstance(declared, Iterable) and not isinstance(declared, (str, bytes)):
         for item in declared.values() if isinstance(declared, Mapping) else declared:
-            yield from _tensors_in(item)
+            yield from _tensors_in(item, supposed)
     else:
         raise TypeError(f"frozen= takes tensors, modules or an iterable of these, not {type(declared).__name__}")

@@ -51,6 +51,7 @@ class Baselines:
         self._left: dict[str, Offer] = {}
         self._refused: set[str] = set()  # directories whose file system shares no blocks
         self._distrusted: list[FrozenMark] = []  # memory that was declared not to change, and has changed
+        self._supposes = True  # that what nobody has declared may be frozen all the same
 
     def follow(self, file: FileInFlight, root: object, role: str, hint: FrozenHint | None = None) -> None:
         """
@@ -99,10 +100,18 @@ class Baselines:
             if (mark := file.changed_frozen()) is not None:
                 with self._lock:
                     self._distrusted.append(mark)
+                    self._supposes = self._supposes and not mark.supposed
+
+    def suppose_nothing(self) -> None:
+        """From now on only what is declared is believed to be frozen."""
+        with self._lock:
+            self._supposes = False
 
     def trusts(self, mark: FrozenMark) -> bool:
         """For a save that begins now."""
         with self._lock:
+            if mark.supposed and not self._supposes:
+                return False
             return not any(known.is_same(mark) for known in self._distrusted)
 
     def give_up(self) -> None:
