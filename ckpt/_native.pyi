@@ -92,6 +92,7 @@ class Engine:
         packed: bool = False,  # head and storages, one behind the other, and nothing else
         baseline: Baseline | None = None,  # of the file before
         frozen: Sequence[int] = (),  # records that are the same in it, as far as can be told without reading them
+        supposed: Sequence[int] = (),  # those of them of which nobody has said it: believed less, see csrc/jobs/frozen.h
         reuse: bool = False,  # compare it with that, and keep what the next one needs
         share_blocks: bool = True,  # with the file before
     ) -> Job: ...

@@ -16,6 +16,7 @@ import torch
 
 from ckpt import torch_private
 from ckpt._native import SavedStorage
+from ckpt.state_dicts import SupposedlyFrozen
 
 
 class FrozenMark:
@@ -23,13 +24,14 @@ class FrozenMark:
 
     Attributes:
         key: of the storage, see torch_private.key_of().
+        supposed: nobody has said that it does not change.
     """
 
-    __slots__ = ("_seen", "_tensor", "_weak", "key")
+    __slots__ = ("_seen", "_tensor", "_weak", "key", "supposed")
 
-    def __init__(self, tensor: torch.Tensor, weak: Any, version: int) -> None:
+    def __init__(self, tensor: torch.Tensor, weak: Any, version: int, supposed: bool) -> None:
         storage = tensor.untyped_storage()
-        self.key = torch_private.key_of(storage)
+        self.key, self.supposed = torch_private.key_of(storage), supposed
         self._tensor = weakref.ref(tensor)
         self._weak = weak
         self._seen = storage.data_ptr(), storage.nbytes(), version
@@ -52,33 +54,34 @@ class FrozenHint:
 
     Args:
         declared: a tensor; a module, of which the parameters are meant; or an iterable of these. Of a mapping its values. What
-            requires a gradient is never meant, nor what other processes can write to.
+            requires a gradient is never meant, nor what other processes can write to. Or what is supposedly frozen: that is
+            believed less, and read inside save() if it is read.
 
     Raises:
         TypeError: it is something else.
     """
 
     def __init__(self, declared: Any) -> None:
-        self._tensors: dict[int, torch.Tensor] = {}
-        for tensor in map(_local_part, _tensors_in(declared)):
-            if tensor.layout is torch.strided and not tensor.is_inference() and _has_memory_of_its_own(tensor):
-                self._tensors.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
+        supposed: list[SupposedlyFrozen] = []
+        self._declared = _by_storage(_tensors_in(declared, supposed))
+        self._supposed = _by_storage(tensor for each in supposed for tensor in each.tensors)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
-        """Those of which something can be known."""
-        return [*self._tensors.values()]
+        """Those that are declared, and of which something can be known."""
+        return [*self._declared.values()]
 
     def mark_of(self, record: SavedStorage) -> FrozenMark | None:
         """None: nothing is said of all of it, or nothing could be told of it later."""
         storage = record.storage
-        tensor = self._tensors.get(torch_private.key_of(storage))
+        key = torch_private.key_of(storage)
+        tensor = self._declared.get(key, self._supposed.get(key))
         if tensor is None or record.low != 0 or not record.nbytes == storage.nbytes() == tensor.nbytes:
             return None  # others may write to the rest of it
         if not _is_dense(tensor):
             return None
         seen = torch_private.look_at(tensor)
-        return None if seen is None else FrozenMark(tensor, *seen)
+        return None if seen is None else FrozenMark(tensor, *seen, key not in self._declared)
 
 
 def hint_of(declared: Any) -> FrozenHint | None:
@@ -87,6 +90,15 @@ def hint_of(declared: Any) -> FrozenHint | None:
         TypeError: see FrozenHint.
     """
     return None if declared is None else FrozenHint(declared)
+
+
+def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    """Those of which something can be known."""
+    found: dict[int, torch.Tensor] = {}
+    for tensor in map(_local_part, tensors):
+        if tensor.layout is torch.strided and not tensor.is_inference() and _has_memory_of_its_own(tensor):
+            found.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
+    return found
 
 
 def _local_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -117,14 +129,17 @@ def _has_memory_of_its_own(tensor: torch.Tensor) -> bool:
         return False
 
 
-def _tensors_in(declared: Any) -> Iterable[torch.Tensor]:
+def _tensors_in(declared: Any, supposed: list[SupposedlyFrozen]) -> Iterable[torch.Tensor]:
+    """What is declared; what is supposed goes to the list."""
     if isinstance(declared, torch.Tensor):
         if not declared.requires_grad:
             yield declared
+    elif isinstance(declared, SupposedlyFrozen):
+        supposed.append(declared)
     elif isinstance(declared, torch.nn.Module):
-        yield from _tensors_in(declared.parameters())  # not the buffers, which a forward may write to
+        yield from _tensors_in(declared.parameters(), supposed)  # not the buffers, which a forward may write to
     elif isinstance(declared, Iterable) and not isinstance(declared, (str, bytes)):
         for item in declared.values() if isinstance(declared, Mapping) else declared:
-            yield from _tensors_in(item)
+            yield from _tensors_in(item, supposed)
     else:
         raise TypeError(f"frozen= takes tensors, modules or an iterable of these, not {type(declared).__name__}")

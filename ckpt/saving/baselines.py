@@ -51,6 +51,7 @@ class Baselines:
         self._left: dict[str, Offer] = {}
         self._refused: set[str] = set()  # directories whose file system shares no blocks
         self._distrusted: list[FrozenMark] = []  # memory that was declared not to change, and has changed
+        self._supposes = True  # that what nobody has declared may be frozen all the same
 
     def follow(self, file: FileInFlight, root: object, role: str, hint: FrozenHint | None = None) -> None:
         """
@@ -101,12 +102,20 @@ class Baselines:
             if file.stat("frozen_changed"):
                 with self._lock:
                     self._distrusted += file.frozen_marks.values()
+                    self._supposes = False
             if file.stat("unread_refused"):
                 self.give_up()
+
+    def suppose_nothing(self) -> None:
+        """From now on only what is declared is believed to be frozen."""
+        with self._lock:
+            self._supposes = False
 
     def trusts(self, mark: FrozenMark) -> bool:
         """For a save that begins now."""
         with self._lock:
+            if mark.supposed and not self._supposes:
+                return False
             return not any(known.is_same(mark) for known in self._distrusted)
 
     def give_up(self) -> None:

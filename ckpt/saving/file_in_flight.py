@@ -204,24 +204,32 @@ class FileInFlight:
 
     def doubted(self) -> list[str]:
         """The names of tensors that were declared not to change, and did: they are saved as they are."""
-        return [self._name_of(record) for record in self.job.doubted]
+        return [self._name_of(record) for record in self.job.doubted if not self.frozen_marks[record].supposed]
+
+    def doubted_marks(self) -> list[FrozenMark]:
+        """Of them, and of those that were only supposed not to change."""
+        return [self.frozen_marks[record] for record in self.job.doubted]
 
     def stat(self, name: str) -> Any:
         """What its job says of itself; None if it was not begun."""
         return None if self.job is None else self.job.stats[name]
 
-    def _frozen_error(self, name: str) -> CaptureError:
-        since = self.offer.read_step
+    def _frozen_error(self, record: int) -> CaptureError:
+        name, since = self._name_of(record), self.offer.read_step
         older = "older checkpoints" if since is None else f"the checkpoints after step {since}"
+        mark = self.frozen_marks.get(record)
+        supposed = mark is not None and mark.supposed
+        believed = "requires no gradient, was taken for frozen," if supposed else "was declared frozen,"
+        remedy = "write to it by operations of torch (not through .data or numpy)"
         return CaptureError(
-            f"{name} was declared frozen, and has changed in a way that torch does not tell of; nothing was published of the "
-            f"save to '{self.target}', and {older} may hold an older value of it. From now on all that frozen= names is read "
-            "in each save; take out of it what changes, or write to that by operations of torch (not through .data or numpy)"
+            f"{name} {believed} and has changed in a way that torch does not tell of; nothing was published of the save to "
+            f"'{self.target}', and {older} may hold an older value of it. From now on all that was taken for frozen is read in "
+            "each save; " + (remedy if supposed else f"take out of frozen= what changes, or {remedy}")
         )
 
     def _error_of(self, record: int) -> CaptureError:
         if self.job.stats["frozen_changed"]:
-            return self._frozen_error(self._name_of(record))
+            return self._frozen_error(record)
         name, device = self._name_of(record), self.job.stats["changed_device"]
         if device == HOST:
             return self._capture_error(name)

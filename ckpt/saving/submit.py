@@ -251,6 +251,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             reuse=file.offer.wanted,
             share_blocks=file.offer.shares,
             frozen=frozen,
+            supposed=[number for number in frozen if file.frozen_marks[number].supposed],
         )
     except BaseException as error:
         unwatch(file)
@@ -260,6 +261,8 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     file.wants_sums = with_proof
     for name in file.doubted():
         logger.warning("%s was declared frozen, and has changed: it is saved as it is (the save to '%s')", name, file.target)
+    if file.lineage is not None and any(mark.supposed for mark in file.doubted_marks()):
+        file.lineage.owner.suppose_nothing()  # who writes behind torch's back to one that is frozen may do so to others
 
 
 def _frozen_tensors(files: Iterable[FileInFlight]) -> list[torch.Tensor]:

@@ -120,7 +120,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
                                  const std::optional<Archives>& archives, bool alike, bool packed,
                                  const HeldBaseline* baseline, bool reuse, bool share_blocks,
-                                 const std::vector<uint32_t>& frozen) {
+                                 const std::vector<uint32_t>& frozen, const std::vector<uint32_t>& supposed) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
@@ -131,7 +131,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
   request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
-  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline, frozen};
+  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline, frozen, supposed};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -378,7 +378,7 @@ void bind_engine(py::module_& module) {
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
            py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
            py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true,
-           py::arg("frozen") = std::vector<uint32_t>())
+           py::arg("frozen") = std::vector<uint32_t>(), py::arg("supposed") = std::vector<uint32_t>())
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

@@ -147,7 +147,7 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   ReuseRequest request = reuse;
   std::vector<uint32_t> doubted;
   if (reuse.shares && reuse.baseline != nullptr && !reuse.frozen.empty()) {
-    doubted = leave_out_frozen(spec, reuse.frozen, *reuse.baseline, file->limits(), chunk_bytes_);
+    doubted = leave_out_frozen(spec, reuse.frozen, reuse.supposed, *reuse.baseline, file->limits(), chunk_bytes_);
     const auto is_doubted = [&](uint32_t record) { return std::find(doubted.begin(), doubted.end(), record) != doubted.end(); };
     request.frozen.erase(std::remove_if(request.frozen.begin(), request.frozen.end(), is_doubted), request.frozen.end());
   }

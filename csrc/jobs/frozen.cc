@@ -80,6 +80,17 @@ Marks find_marks(const FileSpec& spec, size_t index, const Baseline& baseline, c
   return found;
 }
 
+// Whether they are all that would be compared of it: what is between them is too short for that.
+bool are_complete(const Marks& marks, const Extent& extent, ByteRange range) {
+  uint64_t at = std::max(extent.offset, range.begin);
+  const uint64_t end = std::min(end_of(extent), range.end);
+  for (const Mark* mark : marks) {
+    if (mark->offset >= at + kLeastPiece) return false;
+    at = mark->end();
+  }
+  return !marks.empty() && end < at + kLeastPiece;
+}
+
 void add(std::vector<Extent>& extents, const Extent& whole, uint64_t begin, uint64_t end, Source kind) {
   if (begin >= end) return;
   Extent part = whole;
@@ -90,30 +101,45 @@ void add(std::vector<Extent>& extents, const Extent& whole, uint64_t begin, uint
   extents.push_back(part);
 }
 
-bool has(const std::vector<uint32_t>& records, uint32_t record) {
-  return std::find(records.begin(), records.end(), record) != records.end();
+std::vector<bool> is_among(const std::vector<uint32_t>& records, size_t count) {
+  std::vector<bool> among(count, false);
+  for (const uint32_t record : records) among.at(record) = true;
+  return among;
+}
+
+bool looks_the_same(const Extent& extent, const Marks& marks) {
+  const auto same = [](const Mark* mark) { return looks_the_same(*mark, mark->memory.source); };
+  return extent.device != kHost || std::all_of(marks.begin(), marks.end(), same);
 }
 
 }  // namespace
 
-std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_t>& records, const Baseline& baseline,
-                                       const IoLimits& limits, size_t chunk_bytes) {
+std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_t>& records,
+                                       const std::vector<uint32_t>& supposed, const Baseline& baseline, const IoLimits& limits,
+                                       size_t chunk_bytes) {
   std::vector<uint32_t> doubted;
   std::vector<std::pair<size_t, Marks>> found;  // of which extent
-  std::vector<bool> frozen(spec.record_count, false);
-  for (const uint32_t record : records) frozen.at(record) = true;
+  const std::vector<bool> frozen = is_among(records, spec.record_count), is_supposed = is_among(supposed, spec.record_count);
+  const ByteRange range = written_range(spec, chunk_bytes);
   for (size_t i = 0; i < spec.extents.size(); ++i) {
     const Extent& extent = spec.extents[i];
     if (extent.record == kStructure || !frozen[extent.record]) continue;
     found.emplace_back(i, find_marks(spec, i, baseline, limits, chunk_bytes));
+    Marks& marks = found.back().second;
+    if (is_supposed[extent.record] && (extent.device != kHost || !are_complete(marks, extent, range))) marks.clear();
     if (extent.device != kHost) continue;
-    for (const Mark* mark : found.back().second) prefetch(*mark, mark->memory.source);
+    for (const Mark* mark : marks) prefetch(*mark, mark->memory.source);
   }
+  bool supposes = true;
+  std::vector<bool> is_left_out = frozen;
   for (const auto& [index, marks] : found) {
     const Extent& extent = spec.extents[index];
-    const auto same = [](const Mark* mark) { return looks_the_same(*mark, mark->memory.source); };
-    if (extent.device == kHost && !std::all_of(marks.begin(), marks.end(), same)) doubted.push_back(extent.record);
+    if (looks_the_same(extent, marks)) continue;
+    doubted.push_back(extent.record);
+    is_left_out[extent.record] = false;
+    supposes = supposes && !is_supposed[extent.record];
   }
+  if (!supposes) doubted.insert(doubted.end(), supposed.begin(), supposed.end());
   std::vector<Extent> extents;
   extents.reserve(spec.extents.size() + 2 * found.size());
   auto next = found.begin();
@@ -122,7 +148,8 @@ std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_
     uint64_t at = extent.offset;
     if (next != found.end() && next->first == i) {
       const Marks& marks = (next++)->second;
-      for (const Mark* mark : has(doubted, extent.record) ? Marks() : marks) {
+      const bool believed = is_left_out[extent.record] && (supposes || !is_supposed[extent.record]);
+      for (const Mark* mark : believed ? marks : Marks()) {
         add(extents, extent, at, mark->memory.whole.begin, extent.kind);
         add(extents, extent, mark->memory.whole.begin, mark->memory.whole.end, Source::kShared);
         at = mark->memory.whole.end;

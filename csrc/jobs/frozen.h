@@ -13,6 +13,8 @@
 
 namespace lazyckpt {
 
+constexpr uint64_t kLeastPiece = uint64_t{64} << 10;  // that is compared; of less, a call costs more than the write
+
 // Bytes of some record have changed that were declared not to.
 struct FrozenChanged {
   uint32_t record;
@@ -24,8 +26,11 @@ struct UnreadRefused {};
 // Lets all of these records that the file before has, in whole blocks, be kShared; `chunk_bytes` is what the file will be cut into.
 // Of memory of the host a few bytes of each piece are looked at first. Returns the records of which they are others now: these are
 // read as if nothing had been said of them.
-std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_t>& records, const Baseline& baseline,
-                                       const IoLimits& limits, size_t chunk_bytes);
+//
+// Of `supposed`, which are among the records, nobody has said that they do not change. They are left out only if they lie on the
+// host, have been compared as a whole and found the same, and none of them looks otherwise now: who writes to one does to others.
+std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_t>& records, const std::vector<uint32_t>& supposed,
+                                       const Baseline& baseline, const IoLimits& limits, size_t chunk_bytes);
 
 // Of chunks that were cut from that: their pieces get the checksums of the file before.
 void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline);

@@ -16,7 +16,6 @@ namespace lazyckpt {
 namespace {
 
 constexpr uint64_t kLeastRecord = uint64_t{1} << 20;  // smaller ones are written: their blocks hold other bytes, too
-constexpr uint64_t kLeastPiece = uint64_t{64} << 10;  // that is compared; of less, a call costs more than the write
 constexpr uint64_t kLeastShared = uint64_t{32} << 10;
 
 // Calls visit(bytes, length) for each run of memory of bytes [begin, end) of the file, which lie in the chunk.

@@ -25,6 +25,7 @@ struct ReuseRequest {
   std::shared_ptr<const Baseline> baseline = {};  // of the file before; none of the first
   // Declared not to change, and as far as can be told without a look at them the same as in the file before. See frozen.h.
   std::vector<uint32_t> frozen = {};
+  std::vector<uint32_t> supposed = {};  // those of them of which nobody has said it
 };
 
 // Of one job.

@@ -104,7 +104,17 @@ def distributed_type(accelerator: Any) -> str:
 
 def engines_of(accelerator: Any) -> list[Any]:
     """Those of DeepSpeed that save_state() saves."""
+    return models_of(accelerator)
+
+
+def models_of(accelerator: Any) -> list[Any]:
+    """Those that were prepared."""
     return list(getattr(accelerator, "_models", ()))
+
+
+def optimizers_of(accelerator: Any) -> list[Any]:
+    """See models_of()."""
+    return list(getattr(accelerator, "_optimizers", ()))
 
 
 def without_offload(accelerator: Any) -> Callable[[], None]:

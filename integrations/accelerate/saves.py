@@ -129,6 +129,7 @@ class StateSaves:
         session = self._session_for(accelerator)
         step = int(accelerator.step) if place.number is None else place.number
         bundle = session.begin(place.root, place.name, step=step, named_last=named_last)
+        bundle.suppose_frozen(private.models_of(accelerator), private.optimizers_of(accelerator))
         try:
             with writing_to(bundle):
                 yield bundle

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import ckpt
+from ckpt.state_dicts import supposedly_frozen
 
 from .config import options_from, tiers_from, waits_from
 from .lazy_tensors import lazy_tensors
@@ -95,10 +96,12 @@ class LazyCheckpointEngine:
         if self._bundle is None:
             raise ckpt.CheckpointError(f"save('{path}') without create(): DeepSpeed begins a checkpoint with create()")
         lazy: Any = False
+        module = getattr(self._engine(), "module", None)
+        module = module if isinstance(module, torch.nn.Module) else None
         if self._is_lazy:
-            module = getattr(self._engine(), "module", None)
-            lazy = lazy_tensors(state_dict, module if isinstance(module, torch.nn.Module) else None, self._client_keys)
-        self._bundle.save(state_dict, path, lazy=lazy)
+            lazy = lazy_tensors(state_dict, module, self._client_keys)
+        frozen = None if module is None else supposedly_frozen([module], _learning(module))
+        self._bundle.save(state_dict, path, lazy=lazy, frozen=frozen)
 
     def commit(self, info: Any) -> bool:
         """Waits until the checkpoint is durable. DeepSpeed calls it for save_16bit_model() only."""
@@ -233,6 +236,11 @@ def collecting() -> Iterator[list[ckpt.PendingSave]]:
         yield begun
     finally:
         _collected.reset(token)
+
+
+def _learning(module: torch.nn.Module) -> list[torch.Tensor]:
+    """DeepSpeed's optimizers own all of these, or flat copies of them, and no others."""
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def ours_of(engine: Any) -> LazyCheckpointEngine | None:

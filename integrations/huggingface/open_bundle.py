@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import ckpt
 from ckpt.errors import UnsupportedError
+from ckpt.state_dicts import supposedly_frozen
 
 _open: contextvars.ContextVar[OpenBundle | None] = contextvars.ContextVar("_open", default=None)
 
@@ -23,6 +26,9 @@ class OpenBundle:
         sharded: gives what saves sharded states for the same ranks.
         since: in a directory that is somebody else's, too: when it was begun, by the clock of `time.time()`. None: all that
             lies in the directory is of the bundle.
+
+    Attributes:
+        frozen: as of Bundle.save(), for all that is saved from now on.
     """
 
     def __init__(self, bundle: Any, sharded: Callable[[], Any], since: float | None = None) -> None:
@@ -30,6 +36,7 @@ class OpenBundle:
         self._sharded = sharded
         self._since = since
         self._saved: set[Path] = set()  # files of it that were handed to the bundle
+        self.frozen: Any = None
 
     @property
     def directory(self) -> Path:
@@ -50,7 +57,13 @@ class OpenBundle:
     def save(self, obj: Any, path: Any, **more: Any) -> None:
         """As of Bundle.save(): what goes wrong is told by the whole bundle."""
         self._saved.add(Path(os.path.abspath(path)))
-        self._bundle.save(obj, path, **more)
+        self._bundle.save(obj, path, frozen=self.frozen, **more)
+
+    def suppose_frozen(self, models: Iterable[Any], optimizers: Iterable[Any]) -> None:
+        """What does not learn in a training of these is not read, once it has been found unchanged."""
+        modules = [model for model in models if isinstance(model, torch.nn.Module)]
+        groups = [group for optimizer in optimizers for group in getattr(optimizer, "param_groups", ())]
+        self.frozen = supposedly_frozen(modules, (parameter for group in groups for parameter in group["params"]))
 
     def save_sharded(self, state: Any, path: Any) -> bool:
         """A directory of torch.distributed.checkpoint in it. All ranks call it. False, on all of them: it is not of the kind

@@ -47,7 +47,9 @@ class CheckpointCallback:
     `torch.load(file)["model"]` is the state dict of the bare model.
 
     Parameters and state of the optimizers leave in the background until the next step of an optimizer. Everything else is
-    copied inside save(): buffers, `extra`, and parameters that belong to none of the optimizers.
+    copied inside save(): buffers, `extra`, and parameters that belong to none of the optimizers. Where files share blocks
+    (`Options.reuse`), parameters of `model` that require no gradient are not even read once they have been found unchanged, but
+    in every `Options.refresh_every`-th save, as `frozen` says.
 
     Args:
         directory: of the checkpoints, as for `ckpt.Checkpointer`.
@@ -76,6 +78,10 @@ class CheckpointCallback:
         tiers: disks of the nodes before `directory`, an object store behind it, see `ckpt.Tier`; default none.
         lazy: more that changes only in an optimizer's step, as for `ckpt.save`; for example `model`, if it has many frozen
             parameters, which belong to no optimizer and would be copied at every save although nothing changes them.
+        frozen: what does not change while this trains, as for `ckpt.Checkpointer.save`: tensors, modules (their parameters that
+            require no gradient), or an iterable of these; `model`, for the base of a LoRA. False: nothing. Default None: what
+            seems to be frozen of `model`, see `ckpt.state_dicts.supposedly_frozen`; who writes to one of these by operations of
+            torch, or exchanges it, may do so.
         merge_data: called when another number of ranks resumes, with what `data` gave on each of the old ranks, in their order
             (dicts by name if `data` was one); returns what this rank is to load. Without it a warning is logged, and positions
             are taken up only if they were equal on all ranks.
@@ -113,6 +119,7 @@ class CheckpointCallback:
         metrics: Iterable[MetricsSink] = (),
         tiers: Sequence[ckpt.Tier] = (),
         lazy: Any = None,
+        frozen: Any = None,
         merge_data: Callable[[list[Any]], Any] | None = None,
         preemption: bool | Duration = False,
         wait_before_return: bool = False,
@@ -142,6 +149,7 @@ class CheckpointCallback:
         )
         self._state = NamedParts(parts, positions, self._checkpointer, merge_data)
         self._lazy = [*self._state.optimizers(), *([] if lazy is None else [lazy])]
+        self._frozen = frozen
         self._agreed = 0
         several = self._checkpointer.world_size > 1
         tells = self._checkpointer.rank == 0
@@ -196,13 +204,27 @@ class CheckpointCallback:
         self._check_remaining()
         began_at = when_to_save.now()
         replicated, state, sharded = self._state.capture()
-        pending = self._checkpointer.save(step, state, replicated=replicated, sharded=sharded, lazy=self._lazy, metrics=metrics)
+        pending = self._checkpointer.save(
+            step,
+            state,
+            replicated=replicated,
+            sharded=sharded,
+            lazy=self._lazy,
+            metrics=metrics,
+            frozen=self._what_is_frozen(),
+        )
         self._step = step
         self._unseen.append(pending)
         if self._waits:
             pending.result()
         self._interval.note_save(step, pending, when_to_save.now() - began_at)
         return pending
+
+    def _what_is_frozen(self) -> Any:
+        """Anew at each save: who unfreezes a layer need not say so."""
+        if self._frozen is None:
+            return self._state.supposedly_frozen()
+        return None if self._frozen is False else self._frozen
 
     def _check_remaining(self) -> None:
         """Who removes old checkpoints himself may have removed the last one before it was known that the next one fails."""

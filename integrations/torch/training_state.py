@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 import ckpt
+from ckpt.state_dicts import SupposedlyFrozen, supposedly_frozen
 
 from . import state_parts
 from .random_state import rng_state, set_rng_state
@@ -81,6 +82,12 @@ class NamedParts(TrainingState):
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Those among the parts. Their parameters and states change only in their steps, so these may leave lazily."""
         return [part for part in self._parts.values() if isinstance(part, torch.optim.Optimizer)]
+
+    def supposedly_frozen(self) -> SupposedlyFrozen:
+        """Of what was given as "model"."""
+        models = [part for name, part in self._parts.items() if name.partition("/")[0] == "model"]
+        groups = [group for optimizer in self.optimizers() for group in optimizer.param_groups]
+        return supposedly_frozen(models, (parameter for group in groups for parameter in group["params"]))
 
     def capture(self) -> tuple[State, State, State | None]:
         replicated: State = {}

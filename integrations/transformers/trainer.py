@@ -169,6 +169,7 @@ class LazyCheckpointMixin(_Base):
         root = self._get_output_dir(trial=trial)
         best = self.state.best_model_checkpoint
         save = self._checkpoints.begin(self.args, root, f"checkpoint-{step}", step=step, best=best, may_skip=may_skip)
+        save.bundle.suppose_frozen([self.model], [self.optimizer])
         try:
             with save.writing(), self._moving(save), save.following_deepspeed(self.is_deepspeed_enabled):
                 stock()

@@ -68,7 +68,7 @@ PUBLIC_NAMES = {
     "ckpt.optimizers": {"load_state"},
     "ckpt.options": {"Options"},
     "ckpt.quantities": {"parse_duration", "parse_size"},
-    "ckpt.state_dicts": {"is_plain"},
+    "ckpt.state_dicts": {"SupposedlyFrozen", "is_plain", "supposedly_frozen"},
 }
 
 
