@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -197,6 +198,26 @@ def run_here(names: list[str], settings: Settings, report: Report) -> list[str]:
     return failed
 
 
+def run_child(command: list[str]) -> int:
+    """If this process is asked to end meanwhile, the child is, too, and ends what it has started.
+
+    Raises:
+        subprocess.TimeoutExpired: it has taken CHILD_TIMEOUT_S.
+    """
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        return child.wait(CHILD_TIMEOUT_S)
+    finally:
+        if child.poll() is None:
+            child.terminate()
+            child.wait()
+
+
+def end_when_asked(*_: object) -> None:
+    """Of SIGTERM: by way of all `finally`, which end the ranks of a workload and remove its files."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[str]:
     """Runs each workload in a process of its own, so that none inherits another's memory; returns those that failed."""
     failed = []
@@ -204,8 +225,7 @@ def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[st
         with tempfile.TemporaryDirectory() as directory:
             out = Path(directory) / "lines"
             command = [sys.executable, "-m", "bench.run", *arguments, "--workload", name, "--one-process", "--out", str(out)]
-            done = subprocess.run(command, stdout=subprocess.DEVNULL, timeout=CHILD_TIMEOUT_S)
-            if done.returncode != 0:
+            if run_child(command) != 0:
                 failed.append(name)
             if out.exists():
                 lines: list[dict[str, Any]] = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
@@ -215,6 +235,7 @@ def run_apart(names: list[str], report: Report, arguments: list[str]) -> list[st
 
 def main(arguments: list[str]) -> int:
     asked = parse(arguments)
+    signal.signal(signal.SIGTERM, end_when_asked)
     names = asked.workload or list(WORKLOADS)
     report = Report(describe_run(asked.directory, asked.scale), asked.scale, asked.out)
     load = os.getloadavg()[0]

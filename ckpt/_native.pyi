@@ -31,6 +31,7 @@ class Job:
     record_count: int
     def take_baseline(self) -> Baseline | None: ...  # once; None if nobody can share blocks with the file
     def drop_baseline(self) -> None: ...
+    doubted: list[int]  # of `frozen`, those that look otherwise than in the file before: they were read
     word_sums: list[tuple[int, int]]  # of each record of a device, and the bytes that are in it, if they were wanted
     def directory(self, record_crcs: Sequence[int]) -> tuple[int, bytes]: ...
     def wait_captured(self, timeout_s: float) -> bool: ...
@@ -90,6 +91,7 @@ class Engine:
         alike: bool = False,
         packed: bool = False,  # head and storages, one behind the other, and nothing else
         baseline: Baseline | None = None,  # of the file before
+        frozen: Sequence[int] = (),  # records that are the same in it, as far as can be told without reading them
         reuse: bool = False,  # compare it with that, and keep what the next one needs
         share_blocks: bool = True,  # with the file before
     ) -> Job: ...

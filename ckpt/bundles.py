@@ -30,6 +30,7 @@ from ckpt.errors import CheckpointError, ClosedError, DeadlineError, SkippedErro
 from ckpt.formats.by_suffix import format_of
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
+from ckpt.plan.frozen_marks import hint_of
 from ckpt.restore.bundle_finder import BundleFinder
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.near_bundles import NearBundles
@@ -80,7 +81,13 @@ class Bundle:
         return self._landing is not None
 
     def save(
-        self, obj: Any, path: str | os.PathLike[str], *, lazy: Any = None, metadata: Mapping[str, str] | None = None
+        self,
+        obj: Any,
+        path: str | os.PathLike[str],
+        *,
+        lazy: Any = None,
+        metadata: Mapping[str, str] | None = None,
+        frozen: Any = None,
     ) -> None:
         """Adds a file; like `ckpt.save`, it returns when all but the lazy tensors is captured, and copies none of those.
 
@@ -90,7 +97,7 @@ class Bundle:
             path: where; a file that lies elsewhere than directly in the bundle's directory gets its name with the others, but
                 is not part of the checkpoint. Several ranks may write one file: that of the lowest rank is taken, and theirs
                 must have the same structure. By way of nodes, all of them lie directly in the directory.
-            lazy, metadata: as in `ckpt.save`.
+            lazy, metadata: as in `ckpt.save`; frozen: as in `Checkpointer.save()`.
         """
         if self._committed:
             raise ClosedError(f"the bundle '{self.directory}' was committed already")
@@ -102,7 +109,7 @@ class Bundle:
             file = self._file_at(target) if self._landing is None else self._file_on_node(target, self._landing)
             file.made = made
             # Names may say the step: of one bundle after the other, files come in the same order.
-            self._owner._baselines.follow(file, self._root, str(len(self._task.planned)))
+            self._owner._baselines.follow(file, self._root, str(len(self._task.planned)), hint_of(frozen))
             add_file(self._owner._runtime, self._task, file, obj, lazy=lazy, options=self._owner.options)
             if self._owner.world_size == 1:  # nobody to compare it with
                 file.forget_structure()

@@ -36,6 +36,7 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.loading.progress import Progress, Told
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
+from ckpt.plan.frozen_marks import FrozenHint, hint_of
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.one_step import OneStep
 from ckpt.restore.request import Restored, RestoreRequest
@@ -166,6 +167,7 @@ class Checkpointer(SaveSession):
         sharded: Any = None,
         lazy: Any = None,
         metrics: Mapping[str, Any] | None = None,
+        frozen: Any = None,
     ) -> PendingSave:
         """Saves checkpoint `step`, in the background. Saving a step again replaces it once the new one is durable.
 
@@ -189,6 +191,10 @@ class Checkpointer(SaveSession):
             metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element. Those of rank 0 stand in
                 the manifest, for keep_best of this job, of those that resume it, and of `ckpt prune`; so give it what is
                 averaged over the ranks. What is no finite number is left out.
+            frozen: what does not change, as the base of a LoRA: tensors, modules (their parameters that require no gradient),
+                or an iterable of these. Where files share blocks (`Options.reuse`) it is not even read then, but in every
+                `Options.refresh_every`-th save. What torch has written to since is read all the same, so that `frozen=model`
+                may be given for good. Who writes in other ways (`.data`, numpy) to what is given here must not give it.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
@@ -219,7 +225,7 @@ class Checkpointer(SaveSession):
             self._enter_nodes(call)
             call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))  # an error reaches all by now
             self._check_failures()
-            self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy)
+            self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy, hint_of(frozen))
         except BaseException as error:
             self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError, SkippedError)):
@@ -280,14 +286,16 @@ class Checkpointer(SaveSession):
             )
         return given
 
-    def _begin(self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any) -> None:
+    def _begin(
+        self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any, hint: FrozenHint | None
+    ) -> None:
         call, directories = dataclasses.replace(call, directory=route.directory), route.directories
         written = self._files.written([kind for kind, _ in contents], route)
         targets, limits = directories.begin(call.directory.name, [self._files.stem(kind) for kind in written], route.number)
         names = dict(zip(written, targets, strict=True))
         saved = tuple(self._files.make(kind, names.get(kind), call, route, limits) for kind, _ in contents)
         for each in saved:
-            self._baselines.follow(each.file, route.directory.parent, each.kind)
+            self._baselines.follow(each.file, route.directory.parent, each.kind, hint)
 
         def publish(error: BaseException | None) -> Path:
             failed = True

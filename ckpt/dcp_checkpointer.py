@@ -26,6 +26,7 @@ from ckpt.directory.manifest import SHARDED
 from ckpt.errors import CheckpointError, DeadlineError, PeerError, StorageError, UnsupportedError
 from ckpt.formats.dcp_file import DcpFile
 from ckpt.options import Options
+from ckpt.plan.frozen_marks import FrozenHint, hint_of
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
@@ -69,7 +70,9 @@ class DcpCheckpointer(SaveSession):
         self._limits: dict[Path, tuple[int, int]] = {}  # what direct I/O was found to demand below these directories
         weakref.finalize(self, _release_all, self._directories).atexit = False  # then the kernel does it, after the drain
 
-    def save(self, directory: str | os.PathLike[str], state: Mapping[str, Any], *, lazy: Any = None) -> PendingSave:
+    def save(
+        self, directory: str | os.PathLike[str], state: Mapping[str, Any], *, lazy: Any = None, frozen: Any = None
+    ) -> PendingSave:
         """Saves a state dict to `directory`, in the background.
 
         The ranks tell each other in a round trip that they have planned it, and what of it must be the same: nothing is begun
@@ -79,6 +82,7 @@ class DcpCheckpointer(SaveSession):
             state: as `sharded=` of Checkpointer.save(). Of what is the same on all ranks, tensors that are no DTensors too, one
                 rank's is saved; their bytes are not compared.
             lazy: as in `ckpt.save`.
+            frozen: as in Checkpointer.save().
 
         Raises:
             UnsupportedError: the state of a rank is not of this kind, or ranks have other keys or values; on all of them.
@@ -95,7 +99,7 @@ class DcpCheckpointer(SaveSession):
         try:
             state = _with_state_dicts(state)
             agreement.has_states = True
-            self._begin(task, call, state, lazy, agreement)
+            self._begin(task, call, state, lazy, agreement, hint_of(frozen))
         except BaseException as error:
             if not agreement.reached:
                 if (explained := agreement.explain(error)) is error:
@@ -108,14 +112,16 @@ class DcpCheckpointer(SaveSession):
         self._remember(task)
         return PendingSave(task)
 
-    def _begin(self, task: SaveTask, call: SaveCall, state: Any, lazy: Any, agreement: _Agreement) -> None:
+    def _begin(
+        self, task: SaveTask, call: SaveCall, state: Any, lazy: Any, agreement: _Agreement, hint: FrozenHint | None
+    ) -> None:
         place = self._enter(call.directory)
         try:
             place.claim()
             with self._lock:
                 target, limits = place.take_name(self.rank), self._limits.get(call.directory.parent)
             file = FileInFlight(target, limits=limits, with_directory=True, number=call.number, made=self._format)
-            self._baselines.follow(file, call.directory.parent, SHARDED)
+            self._baselines.follow(file, call.directory.parent, SHARDED, hint)
             saved = dataclasses.replace(call, files=(SavedFile(file, SHARDED),))
 
             def publish(error: BaseException | None) -> Path:

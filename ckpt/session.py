@@ -225,6 +225,8 @@ class SaveSession:
             self._baselines.note_committed(number, task.step, task.files)
         elif isinstance(error, StorageError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             self._baselines.give_up()  # who has removed the checkpoint before, for its room, is to get it
+        if error is not None:
+            self._baselines.note_failed(task.files)
         for file in task.files:
             file.drop_baseline()
 

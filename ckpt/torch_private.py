@@ -270,6 +270,12 @@ def key_of(storage: UntypedStorage) -> int:
     return int(storage._cdata) if _has_addresses() else id(storage)
 
 
+def weak_storage(storage: UntypedStorage) -> Any:
+    """With expired(): whether it is gone. As long as this is kept no other one gets its key. None: nobody can tell."""
+    made = find("multiprocessing.reductions.StorageWeakRef")
+    return made(storage) if made is not None and _has_addresses() and _has_versions() else None
+
+
 def inform_core() -> None:
     """Names for the core, which looks them up for each tensor."""
     addresses, versions, last = _has_addresses(), _has_versions(), _storages_last()
@@ -485,10 +491,7 @@ def dcp_names() -> DcpNames:
 
 
 def hide_from_compiler(hook: Callable[..., Any]) -> None:
-    """Lets torch.compile call it and not look inside, as torch.compiler.disable() does, which would import the compiler.
-
-    Without the name the compiler looks, finds what it cannot compile, warns, and calls it all the same.
-    """
+    """Lets torch.compile call it and not look inside, as compiler.disable() does, which imports the compiler. Else it warns."""
     hook._torchdynamo_disable = True  # type: ignore[attr-defined]
 
 

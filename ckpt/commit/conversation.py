@@ -13,6 +13,7 @@ import logging
 from collections.abc import Mapping
 from typing import Any
 
+from ckpt.collector import without_collector
 from ckpt.coordinator import Coordinator
 from ckpt.errors import CheckpointError, PeerError, SkippedError
 
@@ -60,7 +61,8 @@ class RankConversation:
         except Exception as error:
             return Failure(f"rank 0 could not hear the others: {error}", (0,)), []
         try:
-            answers = _unpack(payloads)
+            with without_collector():
+                answers = _unpack(payloads)
             failed = {rank: answer for rank, answer in answers.items() if answer["failure"] is not None}
         except (ValueError, KeyError, TypeError) as error:
             return Failure(f"rank 0 did not understand the others: {error!r}", (0,)), []

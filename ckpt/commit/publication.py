@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt.collector import without_collector
 from ckpt.commit.bypass import BypassVote
 from ckpt.commit.conversation import Failure, RankConversation, answer_for, failed_answer, good_answer
 from ckpt.commit.rounds import Answers, Ask, Round, Verdict
@@ -140,7 +141,9 @@ class Publication:
     def _decide(self, answers: Answers, ask: Ask) -> Verdict:
         """On rank 0."""
         try:
-            choice = self._target.choose([Prepared.parse(answer) for answer in answers], ask)
+            with without_collector():
+                prepared = [Prepared.parse(answer) for answer in answers]
+            choice = self._target.choose(prepared, ask)
             if isinstance(choice, Failure):
                 return Verdict(choice)
             sequence = self._target.take_sequence()

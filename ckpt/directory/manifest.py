@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt.collector import without_collector
 from ckpt.errors import NotACheckpointError
 
 NAME = "manifest.json"
@@ -90,6 +91,10 @@ class Manifest:
     cost: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> bytes:
+        with without_collector():
+            return with_checksum(self._document())
+
+    def _document(self) -> dict[str, Any]:
         document: dict[str, Any] = {
             "format": FORMAT,
             "step": self.step,
@@ -107,7 +112,7 @@ class Manifest:
             document["metrics"] = dict(self.metrics)
         if self.cost:
             document["cost"] = dict(self.cost)
-        return with_checksum(document)
+        return document
 
 
 def now() -> str:
@@ -196,8 +201,11 @@ def with_checksum(document: Mapping[str, Any]) -> bytes:
 
 def _in_lines(value: Any) -> str:
     """json.dumps(indent=1) would go through Python for each value: ten times slower."""
+    text = json.dumps(value)
     if not isinstance(value, list) or not value:
-        return json.dumps(value)
+        return text
+    if text.count("}, {") == len(value) - 1 and all(isinstance(item, dict) for item in value):  # each ends one item
+        return "[\n  " + text[1:-1].replace("}, {", "},\n  {") + "\n ]"
     return "[\n" + ",\n".join(f"  {json.dumps(item)}" for item in value) + "\n ]"
 
 
@@ -311,9 +319,11 @@ def _parse_file(file: Any) -> FileEntry:
     kind = file["kind"]
     if kind not in _KINDS:
         raise ValueError(f"the file '{name}' is of an unknown kind {kind!r}")
-    for other in filter(None, (temporary, called)):
-        _plain_name(other)
-    shared = tuple(_count(file, key) if key in file else 0 for key in ("shared_bytes", "shared_step"))
+    if temporary:
+        _plain_name(temporary)
+    if called:
+        _plain_name(called)
+    shared = (_count(file, "shared_bytes"), _count(file, "shared_step")) if "shared_bytes" in file else (0, 0)
     return FileEntry(name, _count(file, "bytes"), _count(file, "crc32"), kind, _count(file, "rank"), temporary, called, *shared)
 
 
@@ -339,7 +349,7 @@ def parse_files(entries: Any) -> tuple[FileEntry, ...]:
 
 def _count(fields: Any, key: str) -> int:
     value = fields[key]
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+    if type(value) is not int or value < 0:
         raise ValueError(f"{key} is {value!r}, not a count")
     return value
 

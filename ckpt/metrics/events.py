@@ -198,6 +198,7 @@ def save_fields(record: SaveRecord, arena_used: int) -> dict[str, Any]:
         "bytes_copied_at_fence": stats.bytes_copied_at_fence,
         "bytes_from_devices": stats.bytes_from_devices,
         "reused_bytes": stats.reused_bytes,
+        "unread_bytes": stats.unread_bytes,
         "direct_io": stats.direct_io,
         "device_mode": stats.device_mode,
         "arena_bytes": stats.arena_bytes,

@@ -37,9 +37,9 @@ def note_save(outcome: Outcome, stats: SaveStats, registry: Registry = PROCESS) 
 
 def _sources(stats: SaveStats) -> dict[str, int]:
     """From where the bytes of its files were written; they add up to these, without those that were not written."""
-    rest = max(0, stats.bytes_total - stats.bytes_from_tensors - stats.bytes_from_devices)
+    rest = max(0, stats.bytes_total - stats.unread_bytes - stats.bytes_from_tensors - stats.bytes_from_devices)
     found = {"tensor": stats.bytes_from_tensors, "device": stats.bytes_from_devices, "arena": rest}
-    left = stats.reused_bytes
+    left = stats.reused_bytes - stats.unread_bytes
     for source, count in found.items():  # most of what is reused is large, and was left in its tensor
         found[source] = max(0, count - left)
         left = max(0, left - count)

@@ -25,6 +25,7 @@ class SaveStats:
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
         reused_bytes: bytes of the files that were not written: the checkpoint before has them (`Options.reuse`).
+        unread_bytes: of these, bytes that were not read either: save() was told that they do not change (`frozen=`).
         device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
             host inside save()); None where there were none, or `Options.device_lazy` is False.
         device_mode_reason: why not lazily.
@@ -51,6 +52,7 @@ class SaveStats:
     bytes_from_devices: int = 0
     device_cached_bytes: int = 0
     reused_bytes: int = 0
+    unread_bytes: int = 0
     device_mode: str | None = None
     device_mode_reason: str = ""
     probed_bytes: int = 0

@@ -26,7 +26,7 @@ LazyStorages = Callable[[StorageIndex | None], Mapping[Any, list[Any]] | bool]
 ALL = None
 
 
-def lazy_storages(declared: Any = None) -> LazyStorages:
+def lazy_storages(declared: Any = None, frozen: Iterable[torch.Tensor] = ()) -> LazyStorages:
     """What gives them. It looks through the optimizers when it is first asked: for a state of small tensors it never is.
 
     While a step of an optimizer runs, nothing is lazy, whatever is declared.
@@ -34,6 +34,7 @@ def lazy_storages(declared: Any = None) -> LazyStorages:
     Args:
         declared: True (all), False (none, whatever optimizers own), or a tensor, module, optimizer, or an iterable of these. Of
             an optimizer that a graph steps its name says nothing; its tensors must be declared themselves, or by a module.
+        frozen: tensors that are declared not to change at all.
 
     Raises:
         TypeError: `declared` is something else.
@@ -41,6 +42,8 @@ def lazy_storages(declared: Any = None) -> LazyStorages:
     found: dict[Any, list[Any]] = {ALL: []} if declared is True else {}
     if declared is not None and not isinstance(declared, bool):
         _add_declared(found, declared)
+    for tensor in frozen:
+        _add_tensors(found, tensor)
     if declared is False or step_is_running():
         return lambda _: False
     return _Found(found)

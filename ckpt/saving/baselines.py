@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ckpt.options import Options
+from ckpt.plan.frozen_marks import FrozenHint, FrozenMark
 
 if TYPE_CHECKING:
     from ckpt.saving.file_in_flight import FileInFlight
@@ -26,6 +27,8 @@ class Offer:
         shares: blocks with that; False: all is written.
         age: how many saves in a row have shared blocks, each with the one before; that one counted.
         step: of the checkpoint before, if it has one.
+        frozen: what was declared not to change when that was saved, by storage.
+        read_step: of the newest checkpoint of which all was read.
     """
 
     wanted: bool = False
@@ -33,6 +36,8 @@ class Offer:
     shares: bool = False
     age: int = 0
     step: int | None = None
+    frozen: Mapping[int, FrozenMark] = dataclasses.field(default_factory=dict)
+    read_step: int | None = None
 
 
 class Baselines:
@@ -45,13 +50,16 @@ class Baselines:
         self._number = -1  # of the save that has left these
         self._left: dict[str, Offer] = {}
         self._refused: set[str] = set()  # directories whose file system shares no blocks
+        self._distrusted: list[FrozenMark] = []  # memory that was declared not to change, and has changed
 
-    def follow(self, file: FileInFlight, root: object, role: str) -> None:
+    def follow(self, file: FileInFlight, root: object, role: str, hint: FrozenHint | None = None) -> None:
         """
         Args:
             root: the directory in which its checkpoint lies.
             role: the same in each save: by that the file before is found.
+            hint: what the save is told not to change.
         """
+        file.hint = hint
         if self._wanted:
             file.lineage = Lineage(self, str(root), role)
 
@@ -76,12 +84,26 @@ class Baselines:
             baseline = file.job.take_baseline()
             if baseline is not None:
                 age = file.offer.age + 1 if file.reused_bytes else 0
-                left[file.lineage.key] = Offer(True, baseline, True, age, step)
+                frozen = {mark.key: mark for mark in file.frozen_marks.values()}
+                read_step = file.offer.read_step if file.job.stats["unread_bytes"] else step
+                left[file.lineage.key] = Offer(True, baseline, True, age, step, frozen, read_step)
         with self._lock:
             self._refused |= refused
             if number > self._number and self._wanted:
                 self._number, self._left, left = number, left, self._left
         _let_go(left)
+
+    def note_failed(self, files: Iterable[FileInFlight]) -> None:
+        """What one of them has found to have changed is not believed to be frozen again."""
+        for file in files:
+            if (mark := file.changed_frozen()) is not None:
+                with self._lock:
+                    self._distrusted.append(mark)
+
+    def trusts(self, mark: FrozenMark) -> bool:
+        """For a save that begins now."""
+        with self._lock:
+            return not any(known.is_same(mark) for known in self._distrusted)
 
     def give_up(self) -> None:
         """Lets go of all files: what of them has been removed takes room on the disk until then."""

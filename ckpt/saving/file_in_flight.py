@@ -14,6 +14,7 @@ from ckpt.devices import HOST
 from ckpt.errors import CaptureError
 from ckpt.formats.format import FileFormat
 from ckpt.plan.change_detector import ChangeDetector
+from ckpt.plan.frozen_marks import FrozenHint, FrozenMark
 from ckpt.saving.baselines import Lineage, Offer
 from ckpt.saving.device_sums import DeviceSums
 from ckpt.storage import durable
@@ -72,6 +73,8 @@ class FileInFlight:
         self.job: Any = None
         self.lineage: Lineage | None = None  # the saves of this file before, if this one may share blocks with them
         self.offer = Offer()  # what it got of that
+        self.hint: FrozenHint | None = None  # what the save is told not to change
+        self.frozen_marks: dict[int, FrozenMark] = {}  # of what of that it holds, by the core's numbers of the records
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
         self.given_up = False  # by rank 0, if it is shared: nobody will publish it
@@ -199,7 +202,29 @@ class FileInFlight:
             return self._error_of(error.record)
         return error
 
+    def doubted(self) -> list[str]:
+        """The names of tensors that were declared not to change, and did: they are saved as they are."""
+        return [self._name_of(record) for record in self.job.doubted]
+
+    def changed_frozen(self) -> FrozenMark | None:
+        """What was declared not to change, and was found to have changed too late to be saved."""
+        if self.job is None or not self.job.stats["frozen_changed"]:
+            return None
+        error = self.job.error
+        return self.frozen_marks.get(error.record) if isinstance(error, CaptureError) else None
+
+    def _frozen_error(self, name: str) -> CaptureError:
+        since = self.offer.read_step
+        older = "older checkpoints" if since is None else f"the checkpoints after step {since}"
+        return CaptureError(
+            f"{name} was declared frozen, and has changed in a way that torch does not tell of; nothing was published of the "
+            f"save to '{self.target}', and {older} may hold an older value of it. From now on it is read in each save; take it "
+            "out of frozen=, or write to it by operations of torch (not through .data or numpy)"
+        )
+
     def _error_of(self, record: int) -> CaptureError:
+        if self.job.stats["frozen_changed"]:
+            return self._frozen_error(self._name_of(record))
         name, device = self._name_of(record), self.job.stats["changed_device"]
         if device == HOST:
             return self._capture_error(name)

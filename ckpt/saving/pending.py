@@ -29,6 +29,7 @@ _SUMS = (
     "device_cached_bytes",
     "probed_bytes",
     "reused_bytes",
+    "unread_bytes",
     "arena_wait_s",
     "fence_s",
     "witness_s",

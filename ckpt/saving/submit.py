@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
+
+import torch
 
 from ckpt import _native, device_modes
 from ckpt import devices as torch_devices
+from ckpt._native import SavedStorage
+from ckpt.collector import without_collector
 from ckpt.devices import HOST
 from ckpt.errors import CheckpointError, DeviceError, SkippedError
 from ckpt.fence import beginning, unwatch, watch
@@ -91,8 +94,8 @@ def _begin(
     options: Options,
     ready: Callable[[], None] | None,
 ) -> None:
-    with _without_collector():
-        storages = lazy_storages(lazy)
+    with without_collector():
+        storages = lazy_storages(lazy, _frozen_tensors(file for file, _, _ in contents))
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
     for (file, obj, _), plan in zip(contents, plans, strict=True):
@@ -140,8 +143,8 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
     task.planned += (file,)
     try:
         with beginning():
-            with _without_collector():
-                storages = lazy_storages(lazy)
+            with without_collector():
+                storages = lazy_storages(lazy, _frozen_tensors([file]))
                 plan = _plan(file, obj, storages, options)
             file.pickle, file.sizes = plan.pickle, plan.sizes
             task.device_bytes += plan.device_bytes()
@@ -152,18 +155,6 @@ def add_file(runtime: Runtime, task: SaveTask, file: FileInFlight, obj: Any, *, 
         _try_out(task, options)
     finally:
         task.save_s += time.monotonic() - began
-
-
-@contextlib.contextmanager
-def _without_collector() -> Iterator[None]:
-    """With the cyclic collector off: thousands of fresh containers would wake it, and none of them is garbage."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _plan(file: FileInFlight, obj: Any, lazy: LazyStorages | None, options: Options) -> SavePlan:
@@ -202,7 +193,7 @@ def _submit_or_copy(
             if not refused.in_other_context or not file.devices:
                 raise
             reason = str(refused)
-    with _without_collector():
+    with without_collector():
         plan = _plan(file, obj, storages, dataclasses.replace(options, device_lazy=False))
     _submit(runtime, file, obj, plan, options)
     file.device_mode, file.device_mode_reason = "host", reason
@@ -217,15 +208,17 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
     file.device_mode, file.device_mode_reason = plan.device_mode, plan.device_mode_reason
     with_proof = bool(file.devices) and device_modes.wants_proof(file.devices, options.device_lazy)
     file.wants_direct = options.direct_io and content.alignment is None  # uniform records lie at no block boundary
+    file.offer = Offer() if file.lineage is None else file.lineage.offer()
+    frozen = [] if with_proof or options.verify_capture else _mark_frozen(file, records, len(content.head))
+    unread = [records[number - len(content.head)].storage for number in frozen]  # what cannot be shared is read at last
     file.hold(
         ChangeDetector(obj if plan.named is None else plan.named, plan.lazy),
         records,
         first_record=len(content.head),
-        until_durable=(content, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED]),
-        names_to_the_end=options.verify_capture or bool(file.devices),
+        until_durable=(content, [records[index].storage for index, kind in enumerate(plan.kinds) if kind == OWNED], unread),
+        names_to_the_end=options.verify_capture or bool(file.devices or frozen),
         on_sealed=unwatch,
     )
-    file.offer = Offer() if file.lineage is None else file.lineage.offer()
     watch(file, runtime)
     try:
         file.job = runtime.submit(
@@ -257,6 +250,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             baseline=file.offer.baseline,
             reuse=file.offer.wanted,
             share_blocks=file.offer.shares,
+            frozen=frozen,
         )
     except BaseException as error:
         unwatch(file)
@@ -264,6 +258,27 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             orphan(file.memory)
         raise
     file.wants_sums = with_proof
+    for name in file.doubted():
+        logger.warning("%s was declared frozen, and has changed: it is saved as it is (the save to '%s')", name, file.target)
+
+
+def _frozen_tensors(files: Iterable[FileInFlight]) -> list[torch.Tensor]:
+    return [tensor for file in files if file.hint is not None for tensor in file.hint.tensors]
+
+
+def _mark_frozen(file: FileInFlight, records: Sequence[SavedStorage], first_record: int) -> list[int]:
+    """Of the records that are declared not to change, notes how they are; returns those of which nothing is known to have
+    changed since the checkpoint before, by the core's numbers.
+    """
+    if file.hint is None or file.lineage is None or not file.offer.wanted:
+        return []
+    marks = ((number, file.hint.mark_of(record)) for number, record in enumerate(records, first_record))
+    trusts = file.lineage.owner.trusts
+    file.frozen_marks = {number: mark for number, mark in marks if mark is not None and trusts(mark)}
+    if file.offer.baseline is None:
+        return []
+    before = file.offer.frozen
+    return [number for number, mark in file.frozen_marks.items() if mark.key in before and before[mark.key].holds(mark)]
 
 
 def _start_sums(file: FileInFlight, plan: SavePlan) -> None:

@@ -119,7 +119,8 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  const Streams& streams, const std::optional<std::pair<uint32_t, uint32_t>>& expected,
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
                                  const std::optional<Archives>& archives, bool alike, bool packed,
-                                 const HeldBaseline* baseline, bool reuse, bool share_blocks) {
+                                 const HeldBaseline* baseline, bool reuse, bool share_blocks,
+                                 const std::vector<uint32_t>& frozen) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
@@ -130,7 +131,7 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
   request.packed = packed;
   request.share = {share_index, share_count};
   request.checks = {verify, probe, sum};
-  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline};
+  request.reuse = {reuse, share_blocks, baseline == nullptr ? nullptr : baseline->baseline, frozen};
   request.timeout_s = timeout_s;
   request.streams = streams;
   request.path = path;
@@ -225,6 +226,8 @@ py::dict stats_of(const Job& job) {
   dict["changed_device"] = stats.changed_device;
   dict["reused_bytes"] = stats.reused_bytes;
   dict["reuse_refused"] = stats.reuse_refused;
+  dict["unread_bytes"] = stats.unread_bytes;
+  dict["frozen_changed"] = stats.frozen_changed;
   return dict;
 }
 
@@ -317,6 +320,7 @@ void bind_job(py::module_& module) {
         return py::make_tuple(layout.directory_offset, py::bytes(fill_directory(layout, record_crcs)));
       }, py::arg("record_crcs"))
       .def("take_baseline", take_baseline)
+      .def_readonly("doubted", &Job::doubted)
       .def("drop_baseline", drop_baseline)
       .def_property_readonly("word_sums", word_sums_of)
       .def_property_readonly("limits", limits_of)
@@ -372,7 +376,8 @@ void bind_engine(py::module_& module) {
            py::arg("expected_limits") = py::none(), py::arg("with_directory") = false,
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
            py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
-           py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true)
+           py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true,
+           py::arg("frozen") = std::vector<uint32_t>())
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

@@ -144,10 +144,18 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
     throw;
   }
   lock.unlock();
+  ReuseRequest request = reuse;
+  std::vector<uint32_t> doubted;
+  if (reuse.shares && reuse.baseline != nullptr && !reuse.frozen.empty()) {
+    doubted = leave_out_frozen(spec, reuse.frozen, *reuse.baseline, file->limits(), chunk_bytes_);
+    const auto is_doubted = [&](uint32_t record) { return std::find(doubted.begin(), doubted.end(), record) != doubted.end(); };
+    request.frozen.erase(std::remove_if(request.frozen.begin(), request.frozen.end(), is_doubted), request.frozen.end());
+  }
   const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
+  job->doubted = std::move(doubted);
   const bool has_device_bytes = !job->devices.empty();
   job->stats.arena_bytes = arena_.size();
-  if (reuse.wanted) job->reuse = std::make_unique<Reuse>(reuse, job->spec, job->file->limits(), job->chunks.size());
+  if (reuse.wanted) job->reuse = std::make_unique<Reuse>(request, job->spec, job->file->limits(), job->chunks);
   lock.lock();
   try {
     if (has_device_bytes) begin_on_devices(lock, *job, streams);

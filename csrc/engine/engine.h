@@ -108,6 +108,7 @@ class Engine {
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index, WriterMemory& memory);
   bool account_captured(Job& job, Chunk& chunk);
+  uint64_t write_all(Job& job, const Chunk& chunk, size_t index);
   void account_written(Job& job, Chunk& chunk, uint64_t from_tensors, uint64_t reused);  // requires the lock
   void add_word_sums(Job& job, const Chunk& chunk);
   void finish(const std::shared_ptr<Job>& job);

@@ -110,6 +110,7 @@ void Engine::prepare(Job& job) {
 
 void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   Chunk& chunk = job.chunks[index];
+  const uint64_t unread = chunk.shares ? job.reuse->share_unread(*job.file, chunk) : 0;
   if (chunk.has_device_bytes()) complete_bounce(chunk, job.spec);
   if (!job.look_at_probes(index)) return;
   if (job.checks.sum) add_word_sums(job, chunk);
@@ -134,7 +135,7 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   }
   checksum_pieces(chunk, false);
   for (const Piece& piece : chunk.pieces) chunk.crc = crc32_combine(chunk.crc, piece.crc, piece.length);
-  const uint64_t reused = chunk.written ? write_out(*job.file, chunk, job.reuse.get(), index) : 0;
+  const uint64_t reused = chunk.written ? write_all(job, chunk, index) : 0;
   if (!job.checks.verify) {
     job.look_at_witnesses(index);
   } else if (chunk.lazy_bytes > 0) {  // the write read the memory after the checksum did
@@ -142,7 +143,19 @@ void Engine::write_chunk(Job& job, size_t index, WriterMemory& memory) {
   }
   fault::crash_point("chunk-written");
   Lock lock(monitor_->mutex);
+  job.stats.unread_bytes += unread;
   account_written(job, chunk, from_tensors, reused);
+}
+
+// But for what is shared: returns how many bytes that is.
+uint64_t Engine::write_all(Job& job, const Chunk& chunk, size_t index) {
+  try {
+    return write_out(*job.file, chunk, job.reuse.get(), index);
+  } catch (const FrozenChanged& changed) {
+    Lock lock(monitor_->mutex);
+    job.stats.frozen_changed = true;
+    throw changed_error(job, changed.record);
+  }
 }
 
 // The writer has all of it: the tensors may change, and may be gone. False if the job has failed meanwhile.

@@ -23,6 +23,8 @@ enum class Source : uint8_t {
   // In the memory of a device, from where nothing is written in place:
   kDeviceCopy,  // may change behind what its stream has been given by submit(): copied on that stream
   kDeviceLazy,  // may change behind the next fence: copied on a stream of ours
+  // Of a record of either: these bytes are in the file before, at the same place, and are not read. See leave_out_frozen().
+  kShared,
 };
 
 inline bool is_kind_of_record(Source kind) {

@@ -14,13 +14,16 @@ uint64_t round_up(uint64_t value, uint64_t to) { return round_down(value + to - 
 
 uint64_t end_of(const Extent& extent) { return extent.offset + extent.length; }
 
-// Whether its bytes may stay where they are until a writer comes, or a fence.
-bool stays(const Extent& extent) { return extent.kind == Source::kLazy || extent.kind == Source::kOwned; }
+// Whether its bytes may stay where they are until a writer comes, or a fence, or for good.
+bool stays(const Extent& extent) {
+  return extent.kind == Source::kLazy || extent.kind == Source::kOwned || extent.kind == Source::kShared;
+}
 
 void add_segment(Chunk& chunk, const std::byte* source, uint64_t length, Source kind, uint32_t record = kStructure) {
   if (length == 0) return;
   if (kind == Source::kCopy) chunk.bounce_bytes += length;
   if (kind == Source::kLazy) chunk.lazy_bytes += length;
+  if (kind == Source::kShared) chunk.shares = true;
   chunk.segments.push_back({source, static_cast<size_t>(length), kind, record});
 }
 
@@ -96,7 +99,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
   add_segment(chunk, nullptr, (structure_stays ? content_end : begin + chunk.length) - segment_at, Source::kCopy);
 }
 
-// Calls visit(piece, bytes, length) for every run of memory of every piece, in file order.
+// Calls visit(piece, bytes, length) for every run of memory of every piece, in file order; of what is not read without bytes.
 template <typename ChunkRef, typename Visit>
 void for_each_run(ChunkRef& chunk, Visit visit) {
   size_t segment = 0, used = 0;
@@ -105,7 +108,7 @@ void for_each_run(ChunkRef& chunk, Visit visit) {
     while (left > 0) {
       const Segment& from = chunk.segments[segment];
       const size_t run = std::min(left, from.length - used);
-      visit(piece, from.source + used, run);
+      visit(piece, from.kind == Source::kShared ? nullptr : from.source + used, run);
       left -= run;
       used += run;
       if (used == from.length) {
@@ -310,7 +313,10 @@ void Chunk::release_memory() {
 
 uint64_t tensor_bytes(const Chunk& chunk) {
   uint64_t bytes = 0;
-  for (const Segment& segment : chunk.segments) bytes += segment.kind == Source::kCopy || segment.is_structure() ? 0 : segment.length;
+  for (const Segment& segment : chunk.segments) {
+    const bool elsewhere = segment.kind == Source::kCopy || segment.kind == Source::kShared;
+    bytes += elsewhere || segment.is_structure() ? 0 : segment.length;
+  }
   return bytes;
 }
 
@@ -321,7 +327,9 @@ uint64_t structure_bytes(const Chunk& chunk) {
 }
 
 bool is_gathered(const Chunk& chunk, const IoLimits& limits) {
-  if (!chunk.written || !limits.direct()) return false;
+  if (!chunk.written) return false;
+  if (chunk.shares) return true;
+  if (!limits.direct()) return false;
   const auto fits = [&](const Segment& segment) {
     return segment.kind == Source::kCopy && segment.length % block_bytes(limits) == 0 &&
            reinterpret_cast<uintptr_t>(segment.source) % limits.memory_align == 0;
@@ -333,12 +341,12 @@ void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& mem
   std::byte* const to = memory.get(chunk.length, limits.memory_align);
   std::byte* at = to;
   for (Piece& piece : chunk.pieces) {
-    if (piece.record != kStructure) piece.crc = 0;
+    if (piece.record != kStructure && !piece.kept) piece.crc = 0;
   }
   for_each_run(chunk, [&](Piece& piece, const std::byte* bytes, size_t length) {
-    if (piece.record != kStructure) {
+    if (piece.record != kStructure && !piece.kept) {
       piece.crc = crc32_copy(piece.crc, at, bytes, length);
-    } else {
+    } else if (bytes != nullptr) {
       std::memcpy(at, bytes, length);
     }
     at += length;
@@ -348,7 +356,8 @@ void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& mem
 }
 
 bool is_staged_whole(const Chunk& chunk, const IoLimits& limits) {
-  return chunk.written && limits.direct() && !chunk.has_device_bytes() && chunk.lazy_bytes > chunk.length / 4 * 3;
+  const bool apart = chunk.shares || chunk.has_device_bytes();
+  return chunk.written && limits.direct() && !apart && chunk.lazy_bytes > chunk.length / 4 * 3;
 }
 
 void stage_whole(Chunk& chunk, Span span) {
@@ -377,11 +386,12 @@ void stage_lazy(Chunk& chunk, Span span) {
 }
 
 void checksum_pieces(Chunk& chunk, bool of_records) {
+  const auto wanted = [&](const Piece& piece) { return (piece.record != kStructure) == of_records && !piece.kept; };
   for (Piece& piece : chunk.pieces) {
-    if ((piece.record != kStructure) == of_records) piece.crc = 0;
+    if (wanted(piece)) piece.crc = 0;
   }
   for_each_run(chunk, [&](Piece& piece, const std::byte* bytes, size_t length) {
-    if ((piece.record != kStructure) == of_records) piece.crc = crc32(piece.crc, bytes, length);
+    if (wanted(piece)) piece.crc = crc32(piece.crc, bytes, length);
   });
 }
 

@@ -30,6 +30,8 @@ struct Piece {
   size_t length = 0;
   uint32_t crc = 0;
   bool seen = true;  // submit() can look at it: not so eager bytes of devices, which are on their way then
+  bool kept = false;  // `crc` is that of the file before, of which most of it is taken without being read
+  bool must_be_kept = false;  // that was not possible: it is read, and must have the bytes of the file before
 };
 
 // Device memory that goes to `at` bytes into a span.
@@ -59,6 +61,7 @@ enum class ChunkState : uint8_t {
 struct Chunk {
   uint64_t offset = 0;  // in the file; a multiple of the chunk size, if it is written
   bool written = true;  // by this process; else it is only read, for the checksum of a record that ends in our share
+  bool shares = false;  // it has bytes that are not read
   size_t length = 0;    // bytes to write: whole blocks
   size_t content = 0;   // bytes of the file proper; less than `length` only at the very end
   size_t first_extent = 0, end_extent = 0;
@@ -128,10 +131,11 @@ void stage_lazy(Chunk& chunk, Span span);
 bool is_staged_whole(const Chunk& chunk, const IoLimits& limits);
 void stage_whole(Chunk& chunk, Span span);
 
-// Whether a writer copies the chunk to memory of its own, and writes it from there: where it goes past the page cache, and bytes
-// lie where direct I/O cannot take them from, or in the caller's tensors. The copy costs little, since the checksum reads them
-// anyway; then they are captured, without room in the arena and before the disk has them, and the disk takes them from huge pages:
-// from small ones each request is cut into many. So a tensor may begin and end anywhere.
+// Whether a writer copies the chunk to memory of its own, and writes it from there: where it has bytes that are not read, for which
+// it leaves room; and where it goes past the page cache, and bytes lie where direct I/O cannot take them from, or in the caller's
+// tensors. The copy costs little, since the checksum reads them anyway; then they are captured, without room in the arena and before
+// the disk has them, and the disk takes them from huge pages: from small ones each request is cut into many. So a tensor may begin
+// and end anywhere.
 bool is_gathered(const Chunk& chunk, const IoLimits& limits);
 
 // Does that, and finds what checksum_pieces() of records does, in one pass.
@@ -141,7 +145,7 @@ void gather_and_checksum(Chunk& chunk, const IoLimits& limits, WriterMemory& mem
 uint64_t tensor_bytes(const Chunk& chunk);
 uint64_t structure_bytes(const Chunk& chunk);
 
-// CRC-32 of each piece that belongs to a record (`of_records`), or of each that does not.
+// CRC-32 of each piece that belongs to a record (`of_records`) and is not kept, or of each that belongs to none.
 void checksum_pieces(Chunk& chunk, bool of_records);
 
 // The record of the first record piece whose bytes no longer have the checksum that checksum_pieces() found;

@@ -66,6 +66,8 @@ struct JobStats {
   int changed_device = kHost;  // on which there were others
   uint64_t reused_bytes = 0;   // not written: the file shares them with the one before
   bool reuse_refused = false;  // its file system cannot do that
+  uint64_t unread_bytes = 0;   // of those that are reused: not even looked at
+  bool frozen_changed = false;  // the error is that of a record which was declared not to change
 };
 
 // The CRC-32s of the records and of the file, joined from the chunks' as they come, strictly in file order.
@@ -140,6 +142,7 @@ struct Job {
   std::optional<Witnesses> witnesses;  // of all lazy bytes on the host, unless `verify` looks at each of them anyway
   std::optional<DeviceProbes> probes;
   std::unique_ptr<Reuse> reuse;  // until it is finished, if that is wanted
+  std::vector<uint32_t> doubted;  // records that were declared not to change and look otherwise. Of who has submitted it
 
   // Guarded by monitor->mutex:
   Phase phase = Phase::kNew;

@@ -4,9 +4,13 @@
 #include <xxhash.h>
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
+#include "base/crc32.h"
+#include "base/error.h"
 #include "base/fault.h"
+#include "base/random.h"
 
 namespace lazyckpt {
 namespace {
@@ -34,6 +38,12 @@ Digest digest_of(const Chunk& chunk, uint64_t begin, uint64_t end) {
   for_each_run(chunk, begin, end, [&](const std::byte* bytes, size_t length) { XXH3_128bits_update(&state, bytes, length); });
   const XXH128_hash_t found = XXH3_128bits_digest(&state);
   return {found.low64, found.high64};
+}
+
+uint32_t crc_of(const Chunk& chunk, uint64_t begin, uint64_t end) {
+  uint32_t crc = 0;
+  if (begin < end) for_each_run(chunk, begin, end, [&](const std::byte* bytes, size_t length) { crc = crc32(crc, bytes, length); });
+  return crc;
 }
 
 void write_range(WritableFile& file, const Chunk& chunk, uint64_t begin, uint64_t end) {
@@ -64,21 +74,27 @@ std::vector<bool> find_large(const FileSpec& spec) {
 
 }  // namespace
 
-Reuse::Reuse(const ReuseRequest& request, const FileSpec& spec, const IoLimits& limits, size_t chunks)
+Reuse::Reuse(const ReuseRequest& request, const FileSpec& spec, const IoLimits& limits, std::vector<Chunk>& chunks)
     : baseline_(request.baseline),
       may_share_(request.shares && request.baseline != nullptr),
-      block_bytes_(std::max<uint64_t>(block_bytes(limits), request.baseline ? request.baseline->source().block_bytes() : 1)),
+      spec_(spec),
+      least_block_bytes_(block_bytes(limits)),
+      block_bytes_(std::max<uint64_t>(least_block_bytes_, request.baseline ? request.baseline->source().block_bytes() : 1)),
       is_large_(find_large(spec)),
-      marks_(chunks) {}
+      is_frozen_(spec.record_count, false),
+      marks_(chunks.size()) {
+  for (const uint32_t record : request.frozen) is_frozen_.at(record) = true;
+  if (baseline_ != nullptr) keep_checksums(chunks, *baseline_);
+}
 
 bool Reuse::is_compared(const Piece& piece) const {
   return piece.record != kStructure && piece.length >= kLeastPiece && is_large_[piece.record];
 }
 
 // Those of a range: what lies in a block with other bytes is not shared.
-ByteRange Reuse::whole_blocks(ByteRange range) const {
-  const uint64_t begin = (range.begin + block_bytes_ - 1) / block_bytes_ * block_bytes_;
-  const uint64_t end = range.end / block_bytes_ * block_bytes_;
+ByteRange Reuse::whole_blocks(ByteRange range, uint64_t block) const {
+  const uint64_t begin = (range.begin + block - 1) / block * block;
+  const uint64_t end = range.end / block * block;
   return end < begin + kLeastShared ? ByteRange{begin, begin} : ByteRange{begin, end};
 }
 
@@ -87,7 +103,7 @@ std::vector<ByteRange> Reuse::likely_written(ByteRange range) const {
   uint64_t at = range.begin;
   if (may_share_ && own_) {
     for (const Mark& mark : baseline_->marks()) {
-      const ByteRange same = whole_blocks({mark.offset, mark.offset + mark.length});
+      const ByteRange same = whole_blocks({mark.offset, mark.end()}, block_bytes_);
       if (!mark.has_digest || same.begin < at || same.end > range.end || same.begin == same.end) continue;
       if (at < same.begin) written.push_back({at, same.begin});
       at = same.end;
@@ -99,27 +115,75 @@ std::vector<ByteRange> Reuse::likely_written(ByteRange range) const {
 
 // The digest is computed only where the CRC-32s agree: what has changed costs nothing. Where the file before has none yet, this
 // one gets it, and the next one may share.
-std::vector<ByteRange> Reuse::find_same(const Chunk& chunk, size_t index) {
-  std::vector<ByteRange> same;
-  if (!own_) return same;
+Mark Reuse::look_at(const Piece& piece, const Chunk& chunk, uint64_t begin, const Mark* before) const {
+  const uint64_t end = begin + piece.length;
+  Mark mark{begin, piece.length, piece.crc};
+  if (before == nullptr) return mark;
+  if (piece.kept) {
+    mark = *before;
+    ++mark.unread;
+  } else if (before->crc == piece.crc) {
+    mark.digest = digest_of(chunk, begin, end);
+    mark.has_digest = true;
+    mark.memory = note_memory(chunk, begin, end);
+  }
+  check_frozen(piece, chunk, mark, *before);
+  return mark;
+}
+
+// Of what is not read the edges are, since they lie in blocks with other bytes. Of what is read, only those can be wrong in some
+// file before this one that have not been read since.
+void Reuse::check_frozen(const Piece& piece, const Chunk& chunk, const Mark& mark, const Mark& before) const {
+  bool same = true;
+  if (piece.kept) {
+    const Memory& known = before.memory;
+    same = crc_of(chunk, mark.offset, known.whole.begin) == known.front_crc && crc_of(chunk, known.whole.end, mark.end()) == known.back_crc;
+  } else if (piece.must_be_kept || (is_frozen_[piece.record] && before.has_digest && before.unread > 0)) {
+    same = mark.has_digest && mark.digest == before.digest;
+  }
+  if (!same) throw FrozenChanged{piece.record};
+}
+
+Memory Reuse::note_memory(const Chunk& chunk, uint64_t begin, uint64_t end) const {
+  Memory memory;
+  if (end - begin < Memory::kSampleBytes) return memory;
+  const Place place = find_place(spec_, begin, end);
+  memory.source = place.source;
+  memory.device = place.device;
+  memory.whole = whole_blocks({begin, end}, std::max<uint64_t>(least_block_bytes_, own_ ? own_->block_bytes() : 1));
+  memory.front_crc = crc_of(chunk, begin, memory.whole.begin);
+  memory.back_crc = crc_of(chunk, memory.whole.end, end);
+  // Nobody's writes shall happen to miss the same places of all pieces.
+  uint64_t random = begin ^ reinterpret_cast<uintptr_t>(place.source);
+  memory.sample_at = next_random(random) % (end - begin - Memory::kSampleBytes + 1);
+  std::byte* to = memory.sample.data();
+  const uint64_t from = begin + memory.sample_at;
+  for_each_run(chunk, from, from + Memory::kSampleBytes, [&](const std::byte* bytes, size_t length) {
+    std::memcpy(to, bytes, length);
+    to += length;
+  });
+  return memory;
+}
+
+std::vector<Reuse::Same> Reuse::find_same(const Chunk& chunk, size_t index) {
+  std::vector<Same> same;
   uint64_t at = chunk.offset;
   for (const Piece& piece : chunk.pieces) {
     const uint64_t begin = std::exchange(at, at + piece.length);
-    if (!is_compared(piece)) continue;
-    Mark mark{begin, piece.length, piece.crc};
+    const bool is_known = piece.kept || piece.must_be_kept;
+    if (!is_known && (!own_ || !is_compared(piece))) continue;
     const Mark* before = baseline_ == nullptr ? nullptr : baseline_->find(begin, piece.length);
-    if (before != nullptr && before->crc == piece.crc) {
-      mark.digest = digest_of(chunk, begin, at);
-      mark.has_digest = true;
-      if (may_share_ && before->has_digest && before->digest == mark.digest) {
-        if (!same.empty() && same.back().end == begin) {
-          same.back().end = at;
-        } else {
-          same.push_back({begin, at});
-        }
+    const Mark mark = look_at(piece, chunk, begin, before);
+    if (piece.kept) {
+      same.push_back({mark.memory.whole, true});
+    } else if (may_share_ && mark.has_digest && before->has_digest && before->digest == mark.digest) {
+      if (!same.empty() && !same.back().is_shared && same.back().range.end == begin) {
+        same.back().range.end = at;
+      } else {
+        same.push_back({{begin, at}, false});
       }
     }
-    marks_[index].push_back(mark);
+    if (own_) marks_[index].push_back(mark);
   }
   return same;
 }
@@ -145,11 +209,29 @@ bool Reuse::share(WritableFile& file, ByteRange range) {
   return true;
 }
 
+uint64_t Reuse::share_unread(WritableFile& file, Chunk& chunk) {
+  uint64_t at = chunk.offset, unread = 0;
+  for (Piece& piece : chunk.pieces) {
+    const uint64_t begin = std::exchange(at, at + piece.length);
+    if (!piece.kept) continue;
+    const Memory& memory = baseline_->find(begin, piece.length)->memory;
+    if (share(file, memory.whole)) {
+      unread += memory.whole.end - memory.whole.begin;
+    } else if (memory.device == kHost) {
+      read_after_all(chunk, piece, begin);
+    } else {
+      throw Error(ErrorKind::kStorage, "'" + file.path() + "' could not share the blocks of tensors that were declared frozen: the file "
+                  "system has refused it, or somebody has written to the file before; the next save reads and writes all of them");
+    }
+  }
+  return unread;
+}
+
 uint64_t Reuse::write(WritableFile& file, const Chunk& chunk, size_t index) {
   uint64_t at = chunk.offset, shared = 0;
-  for (const ByteRange& same : find_same(chunk, index)) {
-    const ByteRange range = whole_blocks(same);
-    if (!share(file, range)) continue;
+  for (const Same& same : find_same(chunk, index)) {
+    const ByteRange range = same.is_shared ? same.range : whole_blocks(same.range, block_bytes_);
+    if (!same.is_shared && !share(file, range)) continue;
     write_range(file, chunk, at, range.begin);
     at = range.end;
     shared += range.end - range.begin;

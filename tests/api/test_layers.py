@@ -10,7 +10,7 @@ from test_tidy import PUBLIC_MODULES
 # Packages and modules of ckpt/ from the bottom up: each may import only from lower layers, and from itself.
 PACKAGE_LAYERS = (
     {"fence_hooks"},
-    {"devices", "errors", "optimizers", "quantities", "safetensors_layout", "torch_private"},
+    {"collector", "devices", "errors", "optimizers", "quantities", "safetensors_layout", "torch_private"},
     {"device_check", "fence", "options", "safetensors_header", "state_dicts", "storage"},
     {"device_modes", "metrics"},
     {"coordinator", "directory", "plan"},

@@ -268,7 +268,8 @@ def test_tested_versions_are_told_alike() -> None:
 # ---- what a process that only copies needs ---------------------------------------------------------------------------
 
 WITHOUT_TORCH = {
-    *("drain", "cli", "directory", "metrics", "remote", "storage", "upkeep", "errors", "quantities", "safetensors_layout"),
+    *("drain", "cli", "directory", "metrics", "remote", "storage", "upkeep"),
+    *("collector", "errors", "quantities", "safetensors_layout"),
 }
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,9 +16,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from places import ROOT
-from support import patience
+from support import patience, wait_until
 
 TINY = ["--scale=0.002", "--rest-s=0", "--iteration-s=0.02"]
 DEADLINE_S = patience(120.0)
@@ -283,3 +286,37 @@ def test_our_colour_is_the_same_in_every_picture() -> None:
     assert [name for name, colour in colours.items() if colour == OUR_COLOUR] == ["ckpt, own files", "ckpt"]
     assert OUR_COLOUR not in COLOURS
     assert len({colour_of(name) for name in ("ckpt", "ckpt, buffered", "safetensors")}) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("workload", ["deepspeed", "sharded"])
+def test_a_program_that_is_asked_to_end_ends_its_ranks(workload: str, apart: bool, tmp_path: Path) -> None:
+    """And removes what it has written; also where each workload has a process of its own."""
+    if workload == "deepspeed" and importlib.util.find_spec(workload) is None:
+        pytest.skip(f"{workload} is not installed")
+    files = tmp_path / "files"
+    more = ["--workload=metrics"] if apart else []
+    command = [sys.executable, "-m", "bench.run", *TINY, f"--directory={files}", f"--workload={workload}", *more]
+    program = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def others() -> list[psutil.Process]:
+        return psutil.Process(program.pid).children(recursive=True)
+
+    def there_are_ranks() -> bool:
+        """Two processes of the same command: where they are forked, they are of that of their parent."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            commands = [tuple(each.cmdline()) for each in others()]
+            return any(commands.count(each) >= 2 for each in commands if "-m" in each)
+        return False
+
+    try:
+        wait_until(there_are_ranks, DEADLINE_S)
+        started = others()
+    finally:
+        program.terminate()
+        status = program.wait(DEADLINE_S)
+    assert status == 128 + signal.SIGTERM
+    _, alive = psutil.wait_procs(started, DEADLINE_S)
+    assert alive == []
+    assert os.listdir(files) == []

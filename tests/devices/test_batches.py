@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import fake_driver
 import pytest
 import torch
+from choice import mostly_slow
 from device_rig import EAGER, KIB, LAZY, Make, Rig, cuda, fake_library, make
 from fake_driver import DEFAULT_STREAM, FakeCuda, both_drivers
 from support import DEADLINE_S, wait_until
@@ -23,6 +25,7 @@ DEVICES = [number % 2 for number in range(400)]
 MANY = 4 * 64 * KIB  # what fits a chunk of the rigs here
 BATCHES: dict[str, Any] = {"chunk_bytes": MANY, "device_batches": True}
 MOST = 256  # copies in one call
+REFUSED = [(LAZY, 0), (EAGER, 1), (LAZY, 177), (EAGER, 399)]  # the kind, and how many copies had been enqueued
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +97,7 @@ def test_a_driver_without_batches(old_cuda: FakeCuda, tmp_path: Path, kind: int)
     rig.end()
 
 
-@pytest.mark.parametrize("kind", [LAZY, EAGER])
-@pytest.mark.parametrize("enqueued", [0, 1, 177, 399])
+@pytest.mark.parametrize(("kind", "enqueued"), mostly_slow(product((LAZY, EAGER), (0, 1, 177, 399)), REFUSED))
 def test_a_batch_that_is_refused_is_copied_one_by_one(make: Make, cuda: FakeCuda, enqueued: int, kind: int) -> None:
     """Whatever of it had been enqueued. That device's later copies are not tried in batches again."""
     rig = ready(make(**BATCHES))

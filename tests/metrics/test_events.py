@@ -28,7 +28,7 @@ DEADLINE_S = 60.0
 FIELDS = {
     *("schema", "time", "event", "run", "rank", "host", "step", "sequence", "path", "outcome", "began", "blocked_s", "save_s"),
     *("fence_s", "arena_wait_s", "captured_s", "written_s", "flushed_s", "named_s", "durable_s"),
-    *("bytes_total", "bytes_from_tensors", "reused_bytes"),
+    *("bytes_total", "bytes_from_tensors", "reused_bytes", "unread_bytes"),
     *(
         "bytes_copied_in_save",
         "bytes_copied_at_fence",

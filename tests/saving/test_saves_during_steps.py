@@ -9,11 +9,13 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from choice import in_turn, mostly_slow
 from support import DEADLINE_S, assert_same, options
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -293,8 +295,7 @@ def nested(kind: str) -> tuple[list[torch.nn.Parameter], Any]:
     return weights, optimizer
 
 
-@pytest.mark.parametrize("raises", [False, True], ids=["ends", "raises"])
-@pytest.mark.parametrize("kind", NESTED)
+@pytest.mark.parametrize(("kind", "raises"), mostly_slow(product(NESTED, (False, True)), in_turn(NESTED)))
 def test_another_thread_saves_behind_a_step_within_a_step(kind: str, raises: bool, native: Any, tmp_path: Path) -> None:
     weights, optimizer = nested(kind)
     optimizer.meeting = meeting = Meeting()

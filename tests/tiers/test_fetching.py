@@ -6,11 +6,13 @@ import contextlib
 import json
 import shutil
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from choice import mostly_slow
 from node_roots import DEADLINE_S
 from nursery import Ended, Nursery, sharding_nurseries
 
@@ -19,6 +21,8 @@ from ckpt.directory.publish_lock import publishing
 RANKS = 2  # of most jobs
 MOST_RANKS = 3
 # So slow that nothing comes home but the first file of a node; and the other nodes are reached without a network.
+BOTH = [(False, "each"), (True, "all")]
+PAIRS = [(False, "each", 0), (False, "all", 1), (True, "each", 1), (True, "all", 0)]  # any two values meet
 NODES_ALONE = {"rate": 1, "address": "127.0.0.1"}
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -138,8 +142,9 @@ def test_ranks_are_on_other_nodes_than_before(job: Job) -> None:
     job.assert_tidy()
 
 
-@pytest.mark.parametrize("readers", ["each", "all"])
-@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(
+    ("into", "readers"), mostly_slow(product((False, True), ("each", "all")), [(False, "each"), (True, "all")])
+)
 def test_the_disk_of_a_node_is_lost(job: Job, into: bool, readers: str) -> None:
     """What was the same on all lies on the other one."""
     job.run("save", kinds=["replicated"], steps=[1, 2])
@@ -151,9 +156,7 @@ def test_the_disk_of_a_node_is_lost(job: Job, into: bool, readers: str) -> None:
     job.assert_tidy()
 
 
-@pytest.mark.parametrize("node", [0, 1])
-@pytest.mark.parametrize("readers", ["each", "all"])
-@pytest.mark.parametrize("into", [False, True])
+@pytest.mark.parametrize(("into", "readers", "node"), mostly_slow(product((False, True), ("each", "all"), (0, 1)), PAIRS))
 def test_a_damaged_file_comes_from_another_node(job: Job, into: bool, readers: str, node: int) -> None:
     """Not an older checkpoint, and not all files."""
     job.run("save", kinds=["own", "replicated"], steps=[1, 2])
