@@ -147,6 +147,15 @@ def test_shapes_come_and_go(sharing: Path) -> None:  # noqa: F811
         assert total > 10 * MIB
 
 
+def test_what_is_no_tensor_moves_nothing(sharing: Path) -> None:  # noqa: F811
+    """Neither the memory of a pickle that is not small, nor a number that takes some bytes more than before."""
+    with Run(sharing) as run:
+        run.state["history"] = [float(number) for number in range(1000)]
+        for step in range(8):
+            run.state["count"] = 100**step
+            assert (run.save() > FROZEN - MIB // 8) == (step > 1)
+
+
 def test_saves_that_overlap(sharing: Path) -> None:  # noqa: F811
     with Run(sharing, max_in_flight=3) as run:
         pending = [run.begin() for _ in range(12)]
