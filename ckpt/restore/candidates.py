@@ -151,11 +151,13 @@ class CandidateVote:
                 objection = self._ask(candidate._replace(known_only=True), verify) if looks_first else None
                 if objection is not None and not objection.gone:
                     doubted.add(candidate)
+                    self.rejected.add(candidate.sequence)  # retention must not take it for good, whatever is read of it
                     waiting.append(candidate)
                     _tell_passed_over(candidate, f"{objection.cause}. It is read as a whole only if no other is good")
                     continue
                 objection = objection or self._ask(candidate, verify)
                 if objection is None:
+                    self.rejected.discard(candidate.sequence)
                     return candidate, Refusal()
                 if objection.gone and times_gone[candidate] < _LOOKS_AT_ONE:
                     times_gone[candidate] += 1

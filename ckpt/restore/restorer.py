@@ -95,8 +95,11 @@ class Restorer:
 
         def verify(candidate: Candidate) -> Objection | None:
             if candidate.known_only:
-                places = self._places_of(root, candidate)
-                return same_damage(damage, places, candidate.sequence, request.timeout_s)
+                objection = same_damage(damage, self._places_of(root, candidate), candidate.sequence, request.timeout_s)
+                if objection is not None and not objection.gone:
+                    figures.tried.add((candidate.name, candidate.sequence))
+                    figures.failures.append((HOME, candidate.name, objection.cause))
+                return objection
             self._read = None  # before there is memory for the next
             if one is not None:
                 one.expect(candidate)
@@ -151,15 +154,16 @@ class Restorer:
         self, read: CandidateRead, candidate: Candidate, places: StepPlaces, figures: RestoreFigures
     ) -> Objection | None:
         began, objection = time.monotonic(), None
+        known = (candidate.name, candidate.sequence) in figures.tried  # to be damaged
         try:
             objection = read.examine()
         finally:
             figures.read_s += time.monotonic() - began
             figures.read_bytes = places.read_bytes()
-            figures.failures += places.failures
+            figures.failures += [] if known else places.failures
         if objection is None or not objection.gone:
             figures.tried.add((candidate.name, candidate.sequence))
-            if objection is not None and not places.failures:
+            if objection is not None and not places.failures and not known:
                 figures.failures.append((tier_of(next(iter(places.sources.values()), HOME)), candidate.name, objection.cause))
         return objection
 

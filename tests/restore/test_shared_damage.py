@@ -5,6 +5,7 @@ read all of those that have it.
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 from collections import Counter
@@ -173,6 +174,23 @@ def test_in_the_files_of_bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             flip(path, record_of(path, 2 * MIB).offset + MIB)
         assert checkpointer.find(tmp_path) == "step1"
     assert verified == ["3-0.pt", "3-1.pt", "1-0.pt", "1-1.pt"]
+
+
+def test_retention_takes_none_of_them_for_good(tmp_path: Path) -> None:
+    """Else it would remove the one that is, in favour of those that were only asked for the damage of another."""
+    with ckpt.Checkpointer(tmp_path, keep=None, options=options()) as checkpointer:
+        for step in range(5):
+            checkpointer.save(step, states(step)).result(DEADLINE_S)
+    for step in (2, 3, 4):
+        path = tmp_path / name_of(step) / "state.pt"
+        flip(path, record_of(path, 2 * MIB).offset + MIB)
+    with ckpt.Checkpointer(tmp_path, keep=2, options=options()) as checkpointer:
+        found = checkpointer.restore()
+        assert found is not None and found.step == 1
+        checkpointer.save(5, states(5)).result(DEADLINE_S)
+        assert {1, 5} <= {*checkpointer.steps()}
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert len([each for each in events if each["event"] == "verify" and each["outcome"] == "damaged"]) == 3
 
 
 def test_what_cannot_be_read(tmp_path: Path, native: Any) -> None:
