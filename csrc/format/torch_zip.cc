@@ -17,6 +17,8 @@ constexpr uint32_t kUsualRemainder = 64;
 // From here on a record may be shared with the file of the save before (jobs/baseline.h), if it lies at the same place.
 constexpr uint64_t kWorthSharing = uint64_t{1} << 20;
 
+void begin_at_page(ZipRecord& record) { record.align = std::max(record.align, kPage); }
+
 // What is no storage: wherever in memory it lies, which is somewhere else each time, what follows stays in its place.
 ZipRecord place_blob(const NamedBytes& blob, const TorchFile& file) {
   return {blob.name, blob.length, file.uniform_alignment != 0 ? file.uniform_alignment : kSmallAlign, 0};
@@ -43,6 +45,12 @@ ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoL
   return {std::move(name), storage.length, align, remainder};
 }
 
+ZipRecord place_after_values(std::string name, const StorageBytes& storage, const IoLimits& limits) {
+  ZipRecord record = place_storage(std::move(name), storage, limits);
+  if (storage.length >= kWorthSharing) begin_at_page(record);
+  return record;
+}
+
 FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout) {
   std::vector<ZipRecord> records;
   std::vector<Extent> payloads;
@@ -62,10 +70,7 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   const bool shares = std::any_of(file.storages.begin(), file.storages.end(),
                                   [](const StorageBytes& storage) { return storage.length >= kWorthSharing; });
   // Else a number in the pickle that takes a byte more than the last time would move all storages.
-  if (shares && file.uniform_alignment == 0) {
-    ZipRecord& first = records[file.head.size()];
-    first.align = std::max(first.align, kPage);
-  }
+  if (shares && file.uniform_alignment == 0) begin_at_page(records[file.head.size()]);
   for (const NamedBytes& blob : file.tail) add(place_blob(blob, file), blob.bytes, blob.kind);
 
   layout = lay_out_zip(file.archive, records);

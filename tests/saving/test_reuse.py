@@ -218,6 +218,22 @@ def test_sharded_states(sharing: Path) -> None:  # noqa: F811
     assert reused[:2] == [0, 0] and min(reused[2:]) > 3 * MIB
 
 
+def test_values_before_tensors_of_a_sharded_state_move_none(sharing: Path) -> None:  # noqa: F811
+    with ckpt.Checkpointer(sharing / "run", keep=None, options=options()) as checkpointer:
+        state: dict[str, Any] = {
+            "values": [],
+            "small": torch.ones(100),
+            "frozen": torch.randn(MIB),
+            "learning": torch.randn(MIB),
+        }
+        for step in range(8):
+            state["values"] = [100**step, [1.0] * (100 + step)]
+            state["learning"].add_(1)
+            pending = checkpointer.save(step, sharded=state)
+            pending.result(DEADLINE_S)
+            assert (pending.stats.reused_bytes > FROZEN - MIB // 8) == (step > 1)
+
+
 def test_files_are_held_open_as_long_as_they_serve(sharing: Path) -> None:  # noqa: F811
     """And no longer, whoever keeps what save() has returned."""
     kept: list[Any] = []
