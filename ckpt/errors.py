@@ -31,7 +31,13 @@ class CheckpointError(Exception):
 
 
 class StorageError(CheckpointError, OSError):
-    """A storage system call failed. `errno` and `filename` are those of OSError."""
+    """A storage system call failed. `errno` and `filename` are those of OSError.
+
+    Attributes:
+        bytes_at: of a read: begin and end of the bytes of the file, some of which cannot be read; None if that is not known.
+    """
+
+    bytes_at: tuple[int, int] | None = None
 
     def __init__(self, errno: int, message: str, filename: str | None = None) -> None:
         OSError.__init__(self, errno, message)
@@ -53,7 +59,13 @@ class CaptureError(CheckpointError):
 
 
 class CorruptError(CheckpointError):
-    """Bytes on disk are not those that were written."""
+    """Bytes on disk are not those that were written.
+
+    Attributes:
+        bytes_at: begin and end of the bytes of the file, some of which are wrong; None if that is not known.
+    """
+
+    bytes_at: tuple[int, int] | None = None
 
 
 class MismatchError(CheckpointError):

@@ -10,6 +10,7 @@ from ckpt.cli.answer import GREEN, NONE, OK, RED, YELLOW, Answer, metrics, paint
 from ckpt.storage.object_urls import is_url
 from ckpt.upkeep.census import look, look_into_store
 from ckpt.upkeep.other_tiers import add_tiers
+from ckpt.upkeep.room import shares_much, with_frees
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, Row
 
 SUMMARY = "What checkpoints lie in a directory or an object store, newest first, and what else lies there."
@@ -26,7 +27,7 @@ def run(chosen: argparse.Namespace) -> Answer:
     Raises:
         CheckpointError: there is no such place, or it cannot be read.
     """
-    rows = look_into_store(chosen.place) if is_url(chosen.place) else look(Path(chosen.place))
+    rows = look_into_store(chosen.place) if is_url(chosen.place) else with_frees(look(Path(chosen.place)), Path(chosen.place))
     if chosen.tiers and not is_url(chosen.place):
         rows = add_tiers(rows, Path(chosen.place))
     committed = any(row.state == COMMITTED for row in rows)
@@ -40,16 +41,19 @@ def _lines(place: str, rows: list[Row]) -> list[str]:
         return [f"'{place}' holds no checkpoint"]
     tiers = sorted({tier for row in rows for tier in row.where})
     has_metrics = any(row.metrics for row in rows)
-    head = ["name", "step", "number", "committed at", "size", "files", "ranks", "state", *tiers, *["metrics"] * has_metrics]
-    cells = [[*_cells(row, tiers), *[metrics(row.metrics) or "-"] * has_metrics] for row in rows]
-    lines = table(head, cells, right=(1, 2, 4, 5, 6))
+    shares = any(row.frees is not None and shares_much(row.frees, row.bytes) for row in rows)
+    head = ["name", "step", "number", "committed at", "size", *["frees"] * shares, "files", "ranks", "state"]
+    head += [*tiers, *["metrics"] * has_metrics]
+    cells = [[*_cells(row, tiers, shares), *[metrics(row.metrics) or "-"] * has_metrics] for row in rows]
+    lines = table(head, cells, right=(1, 2, 4, 5, 6, 7) if shares else (1, 2, 4, 5, 6))
     return [lines[0], *(_coloured(line, row.state) for line, row in zip(lines[1:], rows, strict=True)), *_problems(rows)]
 
 
-def _cells(row: Row, tiers: list[str]) -> list[str]:
+def _cells(row: Row, tiers: list[str], shares: bool) -> list[str]:
     numbers = [_number(row.step), _number(row.sequence)]
     state = row.state + (", latest" if row.latest else "") + (" (!)" if row.problem and row.state == COMMITTED else "")
-    cells = [row.name, *numbers, row.created[:19].replace("T", " ") or "-", size(row.bytes), str(row.files)]
+    cells = [row.name, *numbers, row.created[:19].replace("T", " ") or "-", size(row.bytes)]
+    cells += [*["-" if row.frees is None else size(row.frees)] * shares, str(row.files)]
     return [*cells, _number(row.world_size), state, *(row.where.get(tier, "-") for tier in tiers)]
 
 

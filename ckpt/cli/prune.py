@@ -9,8 +9,9 @@ from pathlib import Path
 from ckpt.cli.answer import FAILED, OK, RED, YELLOW, Answer, count, paint, plain, size
 from ckpt.directory.keeping import Keeping
 from ckpt.errors import CheckpointError
-from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, decide, remove
+from ckpt.upkeep.pruning import HELD, REMOVED, Choice, choose, decide, remove, with_frees
 from ckpt.upkeep.repairing import alone_in
+from ckpt.upkeep.room import shares_much
 
 SUMMARY = "Remove all checkpoints of a directory but the newest. Without --yes it only says what it would do."
 
@@ -42,7 +43,7 @@ def run(chosen: argparse.Namespace) -> Answer:
     keeping = _keeping(chosen)
     failed: dict[str, str] = {}
     with alone_in(chosen.directory, changing=chosen.yes):
-        choices = (decide if chosen.yes else choose)(chosen.directory, keeping)
+        choices, freed = with_frees((decide if chosen.yes else choose)(chosen.directory, keeping))
         for choice in reversed(choices) if chosen.yes else ():
             if choice.fate == REMOVED:
                 try:
@@ -50,10 +51,10 @@ def run(chosen: argparse.Namespace) -> Answer:
                 except (CheckpointError, OSError) as error:
                     failed[str(choice.path)] = str(error)
     document = {
-        **{"directory": str(chosen.directory), "done": chosen.yes, "failed": failed},
+        **{"directory": str(chosen.directory), "done": chosen.yes, "failed": failed, "frees": freed},
         "checkpoints": [{**dataclasses.asdict(choice), "path": str(choice.path)} for choice in choices],
     }
-    return Answer(FAILED if failed else OK, document, _lines(choices, failed, chosen))
+    return Answer(FAILED if failed else OK, document, _lines(choices, freed, failed, chosen))
 
 
 def _keeping(chosen: argparse.Namespace) -> Keeping:
@@ -62,16 +63,19 @@ def _keeping(chosen: argparse.Namespace) -> Keeping:
     return Keeping(chosen.keep, chosen.keep_every, chosen.keep_best, chosen.best_by, chosen.best_mode)
 
 
-def _lines(choices: list[Choice], failed: dict[str, str], chosen: argparse.Namespace) -> list[str]:
+def _lines(choices: list[Choice], freed: int, failed: dict[str, str], chosen: argparse.Namespace) -> list[str]:
     lines = []
     for choice in choices:
         word = paint(choice.fate, {REMOVED: RED, HELD: YELLOW}[choice.fate]) if choice.fate in (REMOVED, HELD) else choice.fate
         why = f": {choice.why}" if choice.why else ""
-        lines.append(f"{word} {plain(choice.path.name)}, {size(choice.bytes)}{why}")
+        shared = f" (alone it gives back {size(choice.frees)})" if shares_much(choice.frees, choice.bytes) else ""
+        lines.append(f"{word} {plain(choice.path.name)}, {size(choice.bytes)}{shared}{why}")
         if str(choice.path) in failed:
             lines.append(paint(f"  failed: {plain(failed[str(choice.path)])}", RED))
     going = [choice for choice in choices if choice.fate == REMOVED]
-    what = f"{count(len(going), 'checkpoint')} of {size(sum(choice.bytes for choice in going))}"
+    total = sum(choice.bytes for choice in going)
+    gives = f", which give back {size(freed)}," if shares_much(freed, total) else ""
+    what = f"{count(len(going), 'checkpoint')} of {size(total)}{gives}"
     if chosen.yes:
         return [*lines, f"{what} removed" + (f", {len(failed)} of them not to the end" if failed else "")]
     return [*lines, f"{what} would go: nothing was changed, --yes does it" if going else "nothing would go"]

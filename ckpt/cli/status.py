@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ckpt.cli.answer import GREEN, NONE, OK, RED, STALE, YELLOW, Answer, age_s, cost, count, duration, paint, plain, show, size
 from ckpt.quantities import parse_duration
+from ckpt.upkeep.room import shares_much
 from ckpt.upkeep.standing import Backlog, Standing, look_at
 
 SUMMARY = """How a directory of checkpoints stands: who saves there, the last commit and its age, what is in flight, and
@@ -57,6 +58,7 @@ def _answer(chosen: argparse.Namespace) -> Answer:
     document = {
         **{"directory": str(chosen.directory), "stale": is_stale, "age_s": age},
         **{"holder": standing.holder, "committed": standing.committed, "damaged": standing.damaged},
+        **{"bytes": standing.bytes, "on_disk": standing.on_disk},
         "newest": None if standing.newest is None else dataclasses.asdict(standing.newest),
         "files": None if standing.files is None else dataclasses.asdict(standing.files),
         "in_flight": [dataclasses.asdict(row) for row in standing.in_flight],
@@ -76,7 +78,14 @@ def _about(standing: Standing) -> list[str]:
     if files is not None:
         return [f"files: {files.count}, {size(files.bytes)}; each is a checkpoint by itself, and none is committed with others"]
     assert newest is not None
-    return [*[cost(newest.cost, newest.world_size)] * bool(newest.cost), f"committed: {standing.committed}"]
+    return [*[cost(newest.cost, newest.world_size)] * bool(newest.cost), _committed(standing)]
+
+
+def _committed(standing: Standing) -> str:
+    text = f"committed: {standing.committed}, {size(standing.bytes)}"
+    if shares_much(standing.on_disk, standing.bytes):
+        text += f"; they take {size(standing.on_disk)} of the disk"
+    return text
 
 
 def _lines(standing: Standing, age: float | None, is_stale: bool) -> list[str]:

@@ -160,6 +160,16 @@ class Archive(Records):
         """
         self._file.check(self._wanted(filled), reader_threads())
 
+    def check_at(self, begin: int, end: int) -> None:
+        """Reads the records of which something lies in bytes begin..end of the file, and checks their CRC-32s.
+
+        Raises:
+            CorruptError, StorageError, DeadlineError: one of them is damaged, or cannot be read.
+        """
+        places = self.records.values()
+        there = [(each.number, 0, HOST) for each in places if each.offset < end and begin < each.offset + each.size]
+        self._file.read(there, whole=False, threads=reader_threads(), timeout_s=self._timeout_s)
+
     def claimed_crc32(self) -> int:
         """The CRC-32 that the file has if its records are what its directory says. Reads only what lies between them.
 

@@ -14,6 +14,7 @@ from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.restore import file_readers, rewritten
 from ckpt.restore.candidates import GONE, Candidate, CandidateVote, Objection, Seen
+from ckpt.restore.known_damage import KnownDamage, same_damage
 from ckpt.restore.near_bundles import NearBundles
 from ckpt.restore.places import StepPlaces
 from ckpt.storage import temporary_names
@@ -57,9 +58,12 @@ class BundleFinder:
             near: copies on this node, of which files are read first.
         """
         self._near = near
+        damage = KnownDamage()
 
         def verify(candidate: Candidate) -> Objection | None:
-            return self._verify(root / candidate.name, candidate.sequence, reads)
+            if candidate.known_only:
+                return self._same_damage(root / candidate.name, candidate.sequence, damage)
+            return self._verify(root / candidate.name, candidate.sequence, reads, damage)
 
         def complete() -> None:
             bundles.complete_all(root, name or bundles.read_latest(root))
@@ -103,13 +107,15 @@ class BundleFinder:
 
     # ---- one candidate ---------------------------------------------------------------------------------------------
 
-    def _verify(self, directory: Path, sequence: int, reads: Callable[[str], bool] | None) -> Objection | None:
+    def _verify(
+        self, directory: Path, sequence: int, reads: Callable[[str], bool] | None, damage: KnownDamage
+    ) -> Objection | None:
         if sequence == _UNVERIFIED:
             cause = _verify_foreign(directory)
             return None if cause is None else Objection(cause)
         unsettled = bundles.is_unsettled(directory)
+        places = StepPlaces.at(directory)
         try:
-            places = StepPlaces.at(directory)
             manifest = places.read_manifest(sequence)
             if self._near.one_node:  # else ranks of other nodes may read from home what lies on this one
                 places = self._near.places_of(directory, manifest)
@@ -118,9 +124,16 @@ class BundleFinder:
                 if file.rank % self._world_size == self._rank and (reads is None or reads(file.name)):
                     places.read(file.name, functools.partial(self._verify_file, file))
         except file_readers.UNFIT as error:
+            damage.note(places.files, places.damage)
             gone = unsettled or not manifests.is_at(directory, sequence)
             return Objection(str(error) if gone else str(error) + rewritten.remedy_for(directory), gone)
         return None
+
+    def _same_damage(self, directory: Path, sequence: int, damage: KnownDamage) -> Objection | None:
+        manifest = manifests.read_if_any(directory)
+        if manifest is None:
+            return None
+        return same_damage(damage, self._near.places_of(directory, manifest), sequence, self._timeout_s)
 
     def _verify_file(self, file: FileEntry, path: Path) -> None:
         file_readers.verify(path, file, self._timeout_s)

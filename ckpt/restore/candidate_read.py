@@ -233,6 +233,8 @@ class CandidateRead:
         """A collective. If it fails, whose copy is damaged reads its share from another place, and all begin again."""
         while True:
             failure = _failure_of(functools.partial(self._fill, reader))
+            if failure is not None:
+                self._places.damage.append((file.name, failure))
             if not self._candidate.nearest or (isinstance(failure, PeerError) and not failure.ranks):
                 if failure is not None:
                     raise failure

@@ -35,6 +35,7 @@ class Candidate(NamedTuple):
         identity: of its manifest, see there; empty: its sequence tells enough.
         holders: numbers of the nodes on which files of it lie.
         remote: its folder in an object store; empty: it is in none.
+        known_only: it is only asked for damage that those before it have shown, see known_damage.py.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Candidate(NamedTuple):
     identity: str = ""
     holders: tuple[int, ...] = ()
     remote: str = ""
+    known_only: bool = False
 
     @property
     def where(self) -> str:
@@ -135,23 +137,34 @@ class CandidateVote:
             PeerError: another rank cannot go on, or does not answer. Or what went wrong here; the others are told.
         """
         rejected: dict[Candidate, str] = {}
+        doubted: set[Candidate] = set()  # damaged as those before them: they are read as a whole if no other is good
         times_gone: collections.Counter[Candidate] = collections.Counter()
         end = time.monotonic() + self._timeout_s
         for _ in range(_MOST_LOOKS):
             seen = self._find(find_steps)
-            for candidate in seen.candidates:
-                if candidate in rejected:
-                    continue
+            left = [each for each in seen.candidates if each not in rejected]
+            waiting = collections.deque(sorted(left, key=lambda each: each in doubted))
+            while waiting:
+                candidate = waiting.popleft()
                 time.sleep(_PAUSE_S * times_gone[candidate])
-                objection = self._ask(candidate, verify)
+                looks_first = bool(rejected) and candidate not in doubted
+                objection = self._ask(candidate._replace(known_only=True), verify) if looks_first else None
+                if objection is not None and not objection.gone:
+                    doubted.add(candidate)
+                    self.rejected.add(candidate.sequence)  # retention must not take it for good, whatever is read of it
+                    waiting.append(candidate)
+                    _tell_passed_over(candidate, f"{objection.cause}. It is read as a whole only if no other is good")
+                    continue
+                objection = objection or self._ask(candidate, verify)
                 if objection is None:
+                    self.rejected.discard(candidate.sequence)
                     return candidate, Refusal()
                 if objection.gone and times_gone[candidate] < _LOOKS_AT_ONE:
                     times_gone[candidate] += 1
                     break
                 rejected[candidate] = objection.cause
                 self.rejected.add(candidate.sequence)
-                logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, candidate.where, objection.cause)
+                _tell_passed_over(candidate, objection.cause)
             else:
                 causes = {candidate.name: cause for candidate, cause in rejected.items()}
                 return None, self._give_up([*seen.rejected, *_each_once(causes)], seen.lost)
@@ -210,7 +223,7 @@ class CandidateVote:
             self._collect(objection)
             if error is not None:
                 raise error
-            if self._hear_unless_ended()["good"] and objection is None:
+            if self._hear_unless_ended()["good"] and objection is None and not candidate.known_only:
                 return candidate, Refusal()
 
     def _hear_unless_ended(self) -> dict[str, Any]:
@@ -258,6 +271,10 @@ def _try(verify: Verify, candidate: Candidate) -> tuple[Objection | None, Except
         raise
     except Exception as error:
         return _fatal(error), error
+
+
+def _tell_passed_over(candidate: Candidate, cause: str) -> None:
+    logger.warning("checkpoint '%s'%s is passed over: %s", candidate.name, candidate.where, cause)
 
 
 def _fatal(error: Exception) -> Objection:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from ckpt._native import digest_file
+from ckpt.directory.damage import where_damaged
 from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
 from ckpt.loading.archive import Archive, reader_threads
@@ -41,7 +42,13 @@ Lend = Callable[[Any], "Mapping[tuple[Any, ...], torch.Tensor]"]
 def verify(path: Path, file: FileEntry, timeout_s: float) -> None:
     """Of a file that is not to be loaded."""
     size, crc = digest_file(os.fsencode(path), reader_threads(), timeout_s)
-    compare(path, file, size, crc)
+    try:
+        compare(path, file, size, crc)
+    except CorruptError:
+        found = where_damaged(path) if size == file.bytes else None
+        if isinstance(found, DAMAGE):
+            raise found from None
+        raise
 
 
 class NewMemoryReader:

@@ -113,6 +113,7 @@ class StepPlaces:
         self._chosen: dict[str, tuple[int, Path]] = {}
         self._given_up: set[tuple[int, str]] = set()
         self.failures: list[tuple[str, str, str]] = []  # see RestoreFigures
+        self.damage: list[tuple[str, Exception]] = []  # names of files that were found damaged, wherever
 
     @classmethod
     def at(cls, directory: Path) -> StepPlaces:
@@ -147,6 +148,17 @@ class StepPlaces:
         self._entries = {file.name: file for file in found.files}
         return found
 
+    @property
+    def files(self) -> Sequence[FileEntry]:
+        """Of the manifest that was read."""
+        return [*self._entries.values()]
+
+    @property
+    def lone_directory(self) -> Path | None:
+        """Where all of it lies, if it lies nowhere else."""
+        only = self._places[0] if len(self._places) == 1 else None
+        return only.directory if isinstance(only, DirectoryPlace) and only.finished else None
+
     def path_of(self, name: str) -> Path:
         """The nearest that has a file of this name. If none has: where it should be, so that errors name that."""
         if name not in self._chosen and not self._choose(name):
@@ -163,6 +175,7 @@ class StepPlaces:
         Args:
             error: says so.
         """
+        self.damage.append((name, error))
         if name not in self._chosen:
             return False
         number, path = self._chosen.pop(name)

@@ -25,6 +25,7 @@ from ckpt.metrics.events import restore_fields
 from ckpt.metrics.noting import RestoreFigures, note_restore, tier_of
 from ckpt.restore.candidate_read import CandidateRead, TargetState
 from ckpt.restore.candidates import GONE, LOST, Candidate, CandidateVote, Objection, Refusal, Seen
+from ckpt.restore.known_damage import KnownDamage, same_damage
 from ckpt.restore.nearby import Nearby, NearCopy
 from ckpt.restore.one_step import OneStep
 from ckpt.restore.places import HOME, NODE, DirectoryPlace, FetchedPlace, Place, StepPlaces
@@ -90,7 +91,15 @@ class Restorer:
     def _restore(
         self, root: Path, request: RestoreRequest, figures: RestoreFigures, fresh: bool, exclusive: bool
     ) -> Restored | None:
+        damage = KnownDamage()
+
         def verify(candidate: Candidate) -> Objection | None:
+            if candidate.known_only:
+                objection = same_damage(damage, self._places_of(root, candidate), candidate.sequence, request.timeout_s)
+                if objection is not None and not objection.gone:
+                    figures.tried.add((candidate.name, candidate.sequence))
+                    figures.failures.append((HOME, candidate.name, objection.cause))
+                return objection
             self._read = None  # before there is memory for the next
             if one is not None:
                 one.expect(candidate)
@@ -100,7 +109,10 @@ class Restorer:
                 self._nearby.finalise(candidate)
             places = self._places_of(root, candidate)
             self._read = CandidateRead(places, candidate, request, self._targets, self._rank, self._world_size)
-            return self._examine(self._read, candidate, places, figures)
+            try:
+                return self._examine(self._read, candidate, places, figures)
+            finally:
+                damage.note(places.files, places.damage)
 
         one = request.one
         gone_back_to: int | None = None
@@ -142,15 +154,16 @@ class Restorer:
         self, read: CandidateRead, candidate: Candidate, places: StepPlaces, figures: RestoreFigures
     ) -> Objection | None:
         began, objection = time.monotonic(), None
+        known = (candidate.name, candidate.sequence) in figures.tried  # to be damaged
         try:
             objection = read.examine()
         finally:
             figures.read_s += time.monotonic() - began
             figures.read_bytes = places.read_bytes()
-            figures.failures += places.failures
+            figures.failures += [] if known else places.failures
         if objection is None or not objection.gone:
             figures.tried.add((candidate.name, candidate.sequence))
-            if objection is not None and not places.failures:
+            if objection is not None and not places.failures and not known:
                 figures.failures.append((tier_of(next(iter(places.sources.values()), HOME)), candidate.name, objection.cause))
         return objection
 

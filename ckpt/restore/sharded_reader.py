@@ -149,7 +149,9 @@ class ShardedReader:
             at += count
             if crc != checksums.crc32s[piece]:
                 begin = piece * checksums.piece_bytes
-                raise CorruptError(f"'{path}' fails a CRC-32: of its bytes from {begin} on some have changed")
+                error = CorruptError(f"'{path}' fails a CRC-32: of its bytes from {begin} on some have changed")
+                error.bytes_at = begin, min(begin + checksums.piece_bytes, size)
+                raise error
 
     def _payload_of(self, name: str, offset: int) -> int | None:
         return self._checksums_of(name).payloads.get(offset)

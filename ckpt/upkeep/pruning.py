@@ -20,6 +20,7 @@ from ckpt.directory.step_names import is_step_name
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError
 from ckpt.storage import durable
 from ckpt.upkeep.repairing import root_of
+from ckpt.upkeep.room import Room
 from ckpt.upkeep.verifying import BAD, MISSING, Told, verify
 
 REMOVED, KEPT, HELD, FAILED = "remove", "keep", "held", "failed"
@@ -35,6 +36,7 @@ class Choice:
             damaged, and so is none of those that are kept.
         why: in words.
         is_best: whether it is one of the best, for which others go.
+        frees: bytes of the disk that removing it alone would give back.
     """
 
     path: Path
@@ -44,6 +46,16 @@ class Choice:
     fate: str
     why: str
     is_best: bool = False
+    frees: int = 0
+
+
+def with_frees(choices: list[Choice]) -> tuple[list[Choice], int]:
+    """The same, and what removing all of those that go would give back: more than the sum of what each does, if they share."""
+    room = Room({str(choice.path): choice.path for choice in choices})
+    freed, going = room.freed_by_each(), [choice for choice in choices if choice.fate == REMOVED]
+    total = min(sum(choice.bytes for choice in going), room.freed_by([str(choice.path) for choice in going]))
+    each = [dataclasses.replace(choice, frees=min(choice.bytes, freed.get(str(choice.path), 0))) for choice in choices]
+    return each, total
 
 
 def decide(directory: Path, keeping: Keeping, told: Told = lambda _: None) -> list[Choice]:

@@ -30,6 +30,7 @@ class Row:
         where: what has become of it on other tiers, by the name of the tier.
         metrics: as they were given to save(), by rank 0.
         cost: see Manifest; of all ranks.
+        frees: bytes of the disk that removing it alone would give back; None if that was not looked for, or cannot be told.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Row:
     where: dict[str, str] = dataclasses.field(default_factory=dict)
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
     cost: dict[str, float] = dataclasses.field(default_factory=dict)
+    frees: int | None = None
 
 
 def row_of(name: str, kind: str, manifest: Manifest, state: str = COMMITTED, problem: str = "") -> Row:

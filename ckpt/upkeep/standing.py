@@ -13,6 +13,7 @@ from ckpt.drain import remote_place
 from ckpt.drain.backlog import Backlog, backlog_of
 from ckpt.storage.directory_lock import DirectoryLock
 from ckpt.upkeep.census import WEIGHTS, look
+from ckpt.upkeep.room import room_of
 from ckpt.upkeep.rows import COMMITTED, DAMAGED, INCOMPLETE, PREPARED, Row, is_hidden
 
 
@@ -41,6 +42,8 @@ class Standing:
         newest: the last commit; None: there is none.
         in_flight: being saved just now, as far as that can be told; without a holder: what a crash has left.
         damaged: names.
+        bytes: of all that are committed, by their sizes.
+        on_disk: bytes that these take of the disk: less, where they share.
         files: where nothing is committed: see PlainFiles; None: there are none, either.
     """
 
@@ -51,6 +54,8 @@ class Standing:
     damaged: list[str]
     backlogs: list[Backlog]
     files: PlainFiles | None = None
+    bytes: int = 0
+    on_disk: int = 0
 
 
 def look_at(directory: Path) -> Standing:
@@ -69,6 +74,8 @@ def look_at(directory: Path) -> Standing:
         damaged=[row.name for row in rows if row.state == DAMAGED],
         backlogs=_backlogs(directory),
         files=None if committed else _files_in(directory),
+        bytes=sum(row.bytes for row in committed),
+        on_disk=room_of(directory, [row.name for row in committed]).taken,
     )
 
 

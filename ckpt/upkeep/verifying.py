@@ -13,15 +13,17 @@ from pathlib import Path
 from ckpt import _native
 from ckpt.directory import late_names, receipts
 from ckpt.directory import manifest as manifests
+from ckpt.directory.damage import have_common_blocks, roles_of, where_damaged
 from ckpt.directory.manifest import FileEntry, Manifest
 from ckpt.directory.sharded_files import METADATA, metadata_name, needs_mending
+from ckpt.directory.step_names import names_in
 from ckpt.drain import node as nodes
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.storage.watching import watched
 from ckpt.upkeep import dcp_metadata
 from ckpt.upkeep.census import is_checkpoint, look, none_at
 from ckpt.upkeep.contents import read_contents
-from ckpt.upkeep.rows import COMMITTED, DAMAGED, size_below
+from ckpt.upkeep.rows import COMMITTED, DAMAGED, is_hidden, size_below
 from ckpt.upkeep.showing import place_of
 from ckpt.upkeep.zip_check import first_bad_record, has_checksums
 
@@ -69,6 +71,7 @@ class Verdict:
         file: its name; empty: all of the checkpoint.
         state: one of the above.
         problem: which record or bytes are wrong, or why nothing could be verified.
+        same_blocks: other checkpoints beside it, whose files have the damaged bytes in the same blocks of the disk.
     """
 
     checkpoint: str
@@ -76,6 +79,7 @@ class Verdict:
     bytes: int
     state: str
     problem: str = ""
+    same_blocks: tuple[str, ...] = ()
 
 
 def find_checkpoints(path: Path) -> list[Path]:
@@ -115,11 +119,14 @@ def verify(path: Path, fast: bool, told: Told = lambda _: None) -> Iterator[Verd
         return
     for file in manifest.files:
         done = _Count(told, file.bytes)
-        state, problem = judge(path, file, manifest, fast, done)
-        if state == BAD and file.shared_bytes:
-            problem += f"; {file.shared_bytes} bytes of it are shared with step {file.shared_step}: look at that, too"
+        state, problem, where = _judge(path, file, manifest, fast, done)
+        others = _with_same_blocks(path, file, manifest, where) if where else ()
+        if others:
+            problem += f"; these have the same blocks there, and so the same damage: {', '.join(others)}"
+        elif state == BAD and file.shared_bytes:
+            problem += f"; {file.shared_bytes} bytes of it were shared with step {file.shared_step}: look at that, too"
         done.finish()
-        yield Verdict(str(path), file.name, file.bytes, state, problem)
+        yield Verdict(str(path), file.name, file.bytes, state, problem, others)
     yield from _verify_copy(path, manifest)
 
 
@@ -138,26 +145,50 @@ def _verify_copy(path: Path, manifest: Manifest) -> Iterator[Verdict]:
         yield Verdict(str(path), METADATA, 0, BAD, f"cannot be read: {error.strerror}")
 
 
-def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool, done: _Count | None = None) -> tuple[str, str]:
+def _with_same_blocks(directory: Path, file: FileEntry, manifest: Manifest, where: tuple[int, int]) -> tuple[str, ...]:
+    """Names of checkpoints beside this one: what they say of themselves may be from before others of them were removed."""
+    role = next(role for role, each in roles_of(manifest.files).items() if each == file)
+    path, found = place_of(directory, file), []
+    for name in sorted(names_in(directory.parent)):
+        other = directory.parent / name
+        theirs = None if name == directory.name or is_hidden(name) else manifests.read_if_any(other)
+        match = None if theirs is None else roles_of(theirs.files).get(role)
+        if match is not None and have_common_blocks(path, place_of(other, match), *where):
+            found.append(name)
+    return tuple(found)
+
+
+def judge(directory: Path, file: FileEntry, manifest: Manifest, fast: bool) -> tuple[str, str]:
     """State and problem of a file that a manifest names: see Verdict."""
+    return _judge(directory, file, manifest, fast, _Count(lambda _: None, file.bytes))[:2]
+
+
+def _judge(
+    directory: Path, file: FileEntry, manifest: Manifest, fast: bool, done: _Count
+) -> tuple[str, str, tuple[int, int] | None]:
+    """Also which bytes are wrong, or cannot be read, if that can be told."""
     path = place_of(directory, file)
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        return (ELSEWHERE, "") if _is_elsewhere(directory, file, manifest) else (MISSING, "it is not there")
+        elsewhere = _is_elsewhere(directory, file, manifest)
+        return (ELSEWHERE, "", None) if elsewhere else (MISSING, "it is not there", None)
     except OSError as error:
-        return BAD, f"cannot be read: {error.strerror}"
+        return BAD, f"cannot be read: {error.strerror}", None
     if size != file.bytes:
-        return BAD, f"has {size} bytes where its manifest says {file.bytes}"
+        return BAD, f"has {size} bytes where its manifest says {file.bytes}", None
     if fast:
-        return GOOD, ""
+        return GOOD, "", None
     try:
-        found = _digest(path, done or _Count(lambda _: None, file.bytes))
+        found = _digest(path, done)
     except (CheckpointError, OSError) as error:
-        return BAD, str(error)
+        return BAD, str(error), getattr(error, "bytes_at", None)
     if found == file.crc32:
-        return GOOD, ""
-    return BAD, _where(path) or f"has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}"
+        return GOOD, "", None
+    where = where_damaged(path)
+    if where is None:
+        return BAD, f"has the CRC-32 {found:08x} where its manifest says {file.crc32:08x}", None
+    return BAD, str(where), getattr(where, "bytes_at", None)
 
 
 def _digest(path: Path, done: _Count) -> int:
@@ -171,18 +202,6 @@ def _is_elsewhere(directory: Path, file: FileEntry, manifest: Manifest) -> bool:
         return False
     place = receipts.place_in(directory, manifest)
     return place is not None and not place.holds(file)
-
-
-def _where(path: Path) -> str:
-    """Which record of a torch file is damaged; empty if that cannot be told."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) != b"PK":
-                return ""
-        _native.verify_torch_file(os.fsencode(path), _THREADS)
-    except (CheckpointError, OSError) as error:
-        return str(error)
-    return ""
 
 
 def _verify_alone(path: Path, fast: bool, told: Told) -> Verdict:

@@ -1,6 +1,7 @@
 // The one error type of the core. A job keeps the first one it meets and every later call on that job rethrows it.
 #pragma once
 
+#include <cstdint>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -26,14 +27,24 @@ class Error : public std::runtime_error {
   ErrorKind kind() const { return kind_; }
   int code() const { return code_; }
   const std::string& path() const { return path_; }
+  // Which bytes of the file are meant: `length` of them; 0: that is not known.
+  uint64_t offset() const { return offset_; }
+  uint64_t length() const { return length_; }
+  Error& at(uint64_t offset, uint64_t length) {
+    offset_ = offset;
+    length_ = length;
+    return *this;
+  }
   // One that shares no memory with this, to be thrown to another thread: std::runtime_error counts the references to its
   // text, out of sight of the thread sanitizer.
-  Error apart() const { return Error(kind_, std::string(what()), code_, path_); }
+  Error apart() const { return Error(kind_, std::string(what()), code_, path_).at(offset_, length_); }
 
  private:
   ErrorKind kind_;
   int code_;
   std::string path_;
+  uint64_t offset_ = 0;
+  uint64_t length_ = 0;
 };
 
 }  // namespace lazyckpt

@@ -28,8 +28,12 @@ py::str to_text(const std::string& bytes) {
 
 py::object to_python(const Error& error) {
   const py::object type = py::module_::import("ckpt.errors").attr(class_of(error.kind()));
-  if (error.kind() == ErrorKind::kStorage) return type(error.code(), to_text(error.what()), to_text(error.path()));
-  const py::object exception = type(to_text(error.what()));
+  const bool is_storage = error.kind() == ErrorKind::kStorage;
+  const py::object exception =
+      is_storage ? type(error.code(), to_text(error.what()), to_text(error.path())) : type(to_text(error.what()));
+  if (error.length() > 0 && (is_storage || error.kind() == ErrorKind::kCorrupt)) {
+    exception.attr("bytes_at") = py::make_tuple(error.offset(), error.offset() + error.length());
+  }
   if (error.kind() == ErrorKind::kChanged) exception.attr("record") = error.code();
   if (error.kind() == ErrorKind::kDevice) exception.attr("code") = error.code();
   return exception;

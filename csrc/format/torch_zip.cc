@@ -14,6 +14,16 @@ constexpr uint32_t kPage = 4096;
 // that lies elsewhere is copied.
 constexpr uint32_t kUsualRemainder = 64;
 
+// From here on a record may be shared with the file of the save before (jobs/baseline.h), if it lies at the same place.
+constexpr uint64_t kWorthSharing = uint64_t{1} << 20;
+
+void begin_at_page(ZipRecord& record) { record.align = std::max(record.align, kPage); }
+
+// What is no storage: wherever in memory it lies, which is somewhere else each time, what follows stays in its place.
+ZipRecord place_blob(const NamedBytes& blob, const TorchFile& file) {
+  return {blob.name, blob.length, file.uniform_alignment != 0 ? file.uniform_alignment : kSmallAlign, 0};
+}
+
 ZipRecord align_record(std::string name, const std::byte* bytes, uint64_t length, Source kind, const TorchFile& file,
                         const IoLimits& limits, bool whole) {
   if (file.uniform_alignment != 0) return {std::move(name), length, file.uniform_alignment, 0};
@@ -35,21 +45,33 @@ ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoL
   return {std::move(name), storage.length, align, remainder};
 }
 
+ZipRecord place_after_values(std::string name, const StorageBytes& storage, const IoLimits& limits) {
+  ZipRecord record = place_storage(std::move(name), storage, limits);
+  if (storage.length >= kWorthSharing) begin_at_page(record);
+  return record;
+}
+
 FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, ZipLayout& layout) {
   std::vector<ZipRecord> records;
   std::vector<Extent> payloads;
   records.reserve(file.head.size() + file.storages.size() + file.tail.size());
   payloads.reserve(records.capacity());
-  const auto add = [&](std::string name, const std::byte* bytes, uint64_t length, Source kind, int device = kHost) {
-    records.push_back(align_record(std::move(name), bytes, length, kind, file, limits, share.whole() && !file.alike));
-    payloads.push_back({bytes, length, 0, kind, static_cast<uint32_t>(payloads.size()), device});
+  const auto add = [&](ZipRecord record, const std::byte* bytes, Source kind, int device = kHost) {
+    payloads.push_back({bytes, record.size, 0, kind, static_cast<uint32_t>(payloads.size()), device});
+    records.push_back(std::move(record));
   };
-  for (const NamedBytes& blob : file.head) add(blob.name, blob.bytes, blob.length, blob.kind);
+  for (const NamedBytes& blob : file.head) add(place_blob(blob, file), blob.bytes, blob.kind);
   for (size_t i = 0; i < file.storages.size(); ++i) {
     const StorageBytes& storage = file.storages[i];
-    add("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind, storage.device);
+    const bool whole = share.whole() && !file.alike;
+    add(align_record("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind, file, limits, whole),
+        storage.bytes, storage.kind, storage.device);
   }
-  for (const NamedBytes& blob : file.tail) add(blob.name, blob.bytes, blob.length, blob.kind);
+  const bool shares = std::any_of(file.storages.begin(), file.storages.end(),
+                                  [](const StorageBytes& storage) { return storage.length >= kWorthSharing; });
+  // Else a number in the pickle that takes a byte more than the last time would move all storages.
+  if (shares && file.uniform_alignment == 0) begin_at_page(records[file.head.size()]);
+  for (const NamedBytes& blob : file.tail) add(place_blob(blob, file), blob.bytes, blob.kind);
 
   layout = lay_out_zip(file.archive, records);
   FileSpec spec = to_spec(layout, std::move(payloads));

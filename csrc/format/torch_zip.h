@@ -41,6 +41,9 @@ struct TorchFile {
 // How a storage of a file that one process writes is placed: large ones so that they can leave zero-copy by direct I/O.
 ZipRecord place_storage(std::string name, const StorageBytes& storage, const IoLimits& limits);
 
+// The same behind values that may take some bytes more in the next save: that should move nothing that could be shared with it.
+ZipRecord place_after_values(std::string name, const StorageBytes& storage, const IoLimits& limits);
+
 // A file that several processes write, together or each its own, has the same layout in all of them, wherever their tensors lie and whatever
 // each has found its file system to demand.
 //

@@ -42,7 +42,7 @@ FileSpec describe(const TorchZipSequence& sequence, const IoLimits& limits, ZipL
     records.push_back(in_structure("byteorder", kByteOrder));
     for (uint32_t key = 0; key < sequence.storages_of[archive]; ++key) {
       const StorageBytes& storage = sequence.storages[payloads.size()];
-      records.push_back(place_storage("data/" + std::to_string(key), storage, limits));
+      records.push_back(place_after_values("data/" + std::to_string(key), storage, limits));
       payloads.push_back(
           {storage.bytes, storage.length, 0, storage.kind, static_cast<uint32_t>(payloads.size()), storage.device});
     }

@@ -210,7 +210,13 @@ void Reading::read(const Piece& piece, Bounce& bounce) {
   const uint64_t begin = piece.begin / align * align;
   const uint64_t wanted = (piece.end + align - 1) / align * align - begin;
   std::byte* const to = place_for(piece, bounce);
-  const size_t got = file->read_blocks(to, static_cast<size_t>(wanted), begin);
+  size_t got = 0;
+  try {
+    got = file->read_blocks(to, static_cast<size_t>(wanted), begin);
+  } catch (Error& error) {
+    error.at(piece.begin, piece.end - piece.begin);
+    throw;
+  }
   if (got < piece.end - begin) {
     throw Error(ErrorKind::kCorrupt,
                 "'" + file->path() + "' ended at byte " + std::to_string(begin + got) +

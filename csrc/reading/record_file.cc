@@ -206,7 +206,8 @@ void RecordFile::check_record(const ZipEntry& entry, uint32_t crc) const {
                   " bytes at offset " + std::to_string(entry.payload_offset) +
                   ") fails its CRC-32: the bytes on disk are not those that were written, or something wrote to the tensor while "
                   "it was being saved (Options.verify_capture finds that; ckpt.fence() before the write avoids it)",
-              0, file_->path());
+              0, file_->path())
+      .at(entry.payload_offset, entry.size);
 }
 
 std::vector<RecordFile::Place> RecordFile::places_of(const Wanted& wanted) const {

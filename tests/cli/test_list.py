@@ -50,6 +50,23 @@ def test_metrics_are_shown_where_there_are_any(shell: Shell, three_steps: Path, 
     assert "metrics: loss=0.123457, top 1=3" in shell("show", tmp_path).out.splitlines()
 
 
+def test_what_removing_one_would_give_back(shell: Shell, home: Path) -> None:
+    """Beside its size, where that is another: here a file has three names."""
+    assert "frees" not in shell("list", home).out and "disk" not in shell("status", home).out
+    assert all(row["frees"] == row["bytes"] for row in shell.json("list", home)["checkpoints"])
+    for step in (1, 2):
+        (step_in(home, step) / "state.pt").unlink()
+        (step_in(home, step) / "state.pt").hardlink_to(step_in(home, 3) / "state.pt")
+    rows = shell.json("list", home)["checkpoints"]
+    assert all(row["frees"] < row["bytes"] / 2 for row in rows)
+    assert shell.json("list", step_in(home, 2))["checkpoints"][0]["frees"] < rows[1]["bytes"] / 2
+    lines = shell("list", home).out.splitlines()
+    assert lines[0].split()[5:9] == ["size", "frees", "files", "ranks"]
+    document = shell.json("status", home)
+    assert document["bytes"] == sum(row["bytes"] for row in rows) > 1.5 * document["on_disk"]
+    assert "of the disk" in shell("status", home).out
+
+
 def test_one_checkpoint_is_listed_alone(shell: Shell, three_steps: Path) -> None:
     assert states(shell.json("list", step_in(three_steps, 2))) == {"step-000000000002": "committed"}
 

@@ -38,6 +38,18 @@ def test_the_newest_stay(shell: Shell, home: Path) -> None:
     assert found is not None and found.step == 3
 
 
+def test_what_goes_together_gives_back_more_than_each_alone(shell: Shell, tmp_path: Path) -> None:
+    save_steps(tmp_path, 1, 2, 3)
+    (step_in(tmp_path, 1) / "state.pt").unlink()
+    (step_in(tmp_path, 1) / "state.pt").hardlink_to(step_in(tmp_path, 2) / "state.pt")
+    document = shell.json("prune", tmp_path, "--keep", "1")
+    one, two = (each for each in document["checkpoints"] if each["fate"] == "remove")
+    assert max(one["frees"], two["frees"]) < one["bytes"] <= document["frees"] < one["bytes"] + two["bytes"]
+    said = shell("prune", tmp_path, "--keep", "1", "--yes").out
+    assert said.count("alone it gives back") == 2 and ", which give back " in said.splitlines()[-1]
+    assert names(tmp_path) == [3]
+
+
 def test_a_removal_that_was_interrupted_does_not_count(shell: Shell, home: Path) -> None:
     """It is not one of those that stay."""
     step_in(home, 3).rename(home / ".tmp-step-000000000003-00000000-1-000000000")

@@ -17,9 +17,12 @@ if importlib.util.find_spec("transformers") is None:
 if importlib.util.find_spec("peft") is None:
     pytest.skip("peft is not installed", allow_module_level=True)
 
+import peft
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from dist.trainer_training import STEPS, Tokens, build, digest, lora, lora_config
+from dist.trainer_training import STEPS, Tokens, build, digest, lora, lora_config, network
+from mounting import MIB
+from reuse_runs import sharing  # noqa: F401  a fixture
 from safetensors.torch import load_file
 from support import DEADLINE_S, assert_same, options
 from trainer_saves import names_in, saves
@@ -172,3 +175,37 @@ def test_frozen_weights_that_are_declared_are_not_copied(tmp_path: Path) -> None
             copied.append(pending.stats.bytes_copied_in_save)
     large = sum(parameter.nbytes for parameter in frozen if parameter.dim() == 2)
     assert copied[0] > large > 2 * copied[1]
+
+
+class Wide(Loop):
+    """6 MiB of its matrices are of 1 MiB and more, and frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = peft.get_peft_model(network(vocab_size=2048, n_embd=256), lora_config())
+        learning = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(learning, lr=1e-2)
+
+
+def test_frozen_weights_are_written_twice_and_shared_from_then_on(sharing: Path) -> None:  # noqa: F811
+    """On a file system that shares blocks. Each checkpoint is whole, and one in the middle goes on bit for bit."""
+    loop, saved = Wide(), {}
+    large = [each for each in loop.model.parameters() if not each.requires_grad and each.nbytes >= MIB]
+    assert sum(each.nbytes for each in large) == 6 * MIB
+    how: dict[str, Any] = {"keep": None, "options": options()}
+    with CheckpointCallback(sharing, model=loop.model, optimizer=loop.optimizer, **how) as callback:
+        for step in range(1, 7):
+            loop.advance(1)
+            pending = callback.save(step)
+            saved[step] = loop.state()
+            place = pending.result(DEADLINE_S)
+            reused = pending.stats.reused_bytes
+            assert reused == 0 if step < 3 else 5.25 * MIB < reused <= 6 * MIB, reused
+            assert_same(saved[step][0], dict(torch.load(place / "replicated.pt")["model"]))
+    again = Wide()
+    with CheckpointCallback(sharing, model=again.model, optimizer=again.optimizer, **how) as callback:
+        assert callback.resume(step=4) == 4
+        assert_same(saved[4], again.state())
+        again.steps = 4
+        again.advance(2)
+    assert_same(saved[6], again.state())

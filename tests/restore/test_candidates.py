@@ -63,6 +63,28 @@ def test_one_that_is_bad_on_one() -> None:
     assert vote(only_older, good) == [CANDIDATES[1]] * 2 == vote(good, only_older)
 
 
+MORE = [*CANDIDATES, Candidate("oldest", 1, False)]
+
+
+@pytest.mark.parametrize("oldest_is_good", [True, False])
+def test_one_that_is_damaged_as_the_one_before_is_tried_last(oldest_is_good: bool) -> None:
+    """Whichever rank says so. It may be good for what these ranks want of it."""
+    asked: list[tuple[str, bool]] = []
+
+    def lead(candidate: Candidate) -> Objection | None:
+        asked.append((candidate.name, candidate.known_only))
+        bad = candidate.name == "newest" or (candidate.name == "oldest" and not (oldest_is_good or candidate.known_only))
+        return Objection("a byte differs") if bad else None
+
+    def follow(candidate: Candidate) -> Objection | None:
+        return Objection("the same byte") if candidate.known_only and candidate.name == "older" else None
+
+    found = MORE[2] if oldest_is_good else MORE[1]
+    assert vote(lead, follow, lambda: Seen(MORE)) == [found, found]
+    first = [("newest", False), ("older", True), ("oldest", True), ("oldest", False)]
+    assert asked == (first if oldest_is_good else [*first, ("older", False)])
+
+
 @pytest.mark.parametrize("error", [MemoryError("no room"), ValueError("what merge= has raised")], ids=repr)
 def test_a_rank_that_cannot_go_on(error: Exception) -> None:
     """Not because of the candidate: to try another would not help."""

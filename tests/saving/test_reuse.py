@@ -147,6 +147,15 @@ def test_shapes_come_and_go(sharing: Path) -> None:  # noqa: F811
         assert total > 10 * MIB
 
 
+def test_what_is_no_tensor_moves_nothing(sharing: Path) -> None:  # noqa: F811
+    """Neither the memory of a pickle that is not small, nor a number that takes some bytes more than before."""
+    with Run(sharing) as run:
+        run.state["history"] = [float(number) for number in range(1000)]
+        for step in range(8):
+            run.state["count"] = 100**step
+            assert (run.save() > FROZEN - MIB // 8) == (step > 1)
+
+
 def test_saves_that_overlap(sharing: Path) -> None:  # noqa: F811
     with Run(sharing, max_in_flight=3) as run:
         pending = [run.begin() for _ in range(12)]
@@ -207,6 +216,22 @@ def test_sharded_states(sharing: Path) -> None:  # noqa: F811
             torch.distributed.checkpoint.load(found, checkpoint_id=sharing / f"step{step}", no_dist=True)
             assert_same(state, found)
     assert reused[:2] == [0, 0] and min(reused[2:]) > 3 * MIB
+
+
+def test_values_before_tensors_of_a_sharded_state_move_none(sharing: Path) -> None:  # noqa: F811
+    with ckpt.Checkpointer(sharing / "run", keep=None, options=options()) as checkpointer:
+        state: dict[str, Any] = {
+            "values": [],
+            "small": torch.ones(100),
+            "frozen": torch.randn(MIB),
+            "learning": torch.randn(MIB),
+        }
+        for step in range(8):
+            state["values"] = [100**step, [1.0] * (100 + step)]
+            state["learning"].add_(1)
+            pending = checkpointer.save(step, sharded=state)
+            pending.result(DEADLINE_S)
+            assert (pending.stats.reused_bytes > FROZEN - MIB // 8) == (step > 1)
 
 
 def test_files_are_held_open_as_long_as_they_serve(sharing: Path) -> None:  # noqa: F811
