@@ -27,16 +27,19 @@ _LARGEST_BYTES = 1 << 26  # of a manifest; one entry a file, some 150 bytes each
 RANK, REPLICATED = "rank", "replicated"
 # What `rank` has written of a sharded state, the checksums of pieces of that, and what lies where.
 SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA = "sharded", "sharded-checksums", "sharded-metadata"
-_KINDS = (RANK, REPLICATED, SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA)
+FROZEN = "frozen"  # what does not change of what `rank` gave for itself, see frozen_files.py
+_KINDS = (RANK, REPLICATED, SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA, FROZEN)
+NAMED_BY_OTHERS = (SHARDED, SHARDED_CHECKSUMS, FROZEN)  # kinds of files that are called the same wherever they lie
 
 
 @dataclasses.dataclass(frozen=True)
 class FileEntry:
     """One file of the checkpoint: its name in the directory, its size in bytes, the CRC-32 of all its bytes.
 
-    Its kind is "rank" (what `rank` gave for itself), "replicated" (what was the same on all ranks), or one of a sharded state,
-    see sharded_files.py. `temporary`: the name that it had when the manifest was written, if that was before it got its own; a
-    crash may have left it under this. `called`: the name that it gets at home, if it has another one on its node.
+    Its kind is "rank" (what `rank` gave for itself), "replicated" (what was the same on all ranks), one of a sharded state,
+    see sharded_files.py, or "frozen", see frozen_files.py. `temporary`: the name that it had when the manifest was written, if
+    that was before it got its own; a crash may have left it under this. `called`: the name that it gets at home, if it has
+    another one on its node.
     `shared_bytes`: so many of it were not written when it was saved, but shared with the checkpoint of `shared_step`.
     """
 

@@ -14,8 +14,8 @@ from ckpt.storage import temporary_names
 _PREFIX = "step-"
 _DIGITS = 12  # so that names sort like numbers
 STEP_FILE = re.compile(
-    r"(?P<stem>state|replicated|rank-\d{5,})(-\d+)?\.pt|(?P<sharded>__\d+)_\d+\.(distcp|crc32)|(?P<metadata>\.metadata)(-\d+)?"
-    r"|receipt-\d{5,}(-\d+)?\.json"
+    r"(?P<stem>(state|rank-\d{5,})(\.frozen)?|replicated)(-\d+)?\.pt|(?P<sharded>__\d+(_frozen)?)_\d+\.(distcp|crc32)"
+    r"|(?P<metadata>\.metadata)(-\d+)?|receipt-\d{5,}(-\d+)?\.json"
 )
 
 

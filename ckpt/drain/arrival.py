@@ -27,7 +27,7 @@ from ckpt.directory import sharded_files, unpublished
 from ckpt.directory.in_flight import FilesInFlight
 from ckpt.directory.keeping import Keeping
 from ckpt.directory.listing import LATEST, newest_after
-from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, FileEntry, Manifest
+from ckpt.directory.manifest import NAMED_BY_OTHERS, FileEntry, Manifest
 from ckpt.directory.publishing import publish
 from ckpt.directory.retention import Retention
 from ckpt.directory.root import Root, has_size
@@ -40,7 +40,6 @@ logger = logging.getLogger("ckpt")
 
 PLAN = "plan.json"
 # Other files name these: they cannot get another name.
-_NAMED_BY_OTHERS = (SHARDED, SHARDED_CHECKSUMS)
 
 
 class MissingError(CheckpointError):
@@ -194,7 +193,7 @@ class Arrival:
         if entry.name not in taken:
             return entry.name
         stem = stem_of(entry.name)
-        if stem is None or entry.kind in _NAMED_BY_OTHERS:
+        if stem is None or entry.kind in NAMED_BY_OTHERS:
             raise CheckpointError(f"'{self._directory / entry.name}' is there already, and this file can get no other name")
         return free_name(stem, taken)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -14,6 +15,9 @@ import torch
 from ckpt import _native
 from ckpt import devices as torch_devices
 from ckpt.devices import HOST
+from ckpt.directory.frozen_files import IDENTITY, RECORD, FrozenReference, entry_beside
+from ckpt.directory.manifest import FileEntry
+from ckpt.errors import CheckpointError, CorruptError, StorageError
 from ckpt.loading.host_memory import ALIGNMENT, allocate, bytes_of
 
 TIMEOUT_S = 1800.0
@@ -80,14 +84,20 @@ class Records(abc.ABC):
         """
 
 
+# By its name: where the file of frozen tensors is to be found, and what a manifest says of it, if there is one.
+Beside = Callable[[str], tuple[Path, "FileEntry | None"]]
+
+
 class Archive(Records):
     """An open file whose directory is consistent: records lie inside it, uncompressed, and do not overlap.
 
     Args:
         timeout_s: longest that one call may read, seconds.
+        beside: finds the file with its frozen tensors, if there is one; default: in its directory.
 
     Attributes:
-        records: by their names without that of the archive, as in "data.pkl" and "data/0".
+        records: by their names without that of the archive, as in "data.pkl" and "data/0". Also those of frozen tensors that
+            lie in another file, see FrozenPart: they are read as if they were here.
         size: of the file, bytes.
         checksummed: whether it carries CRC-32s.
 
@@ -97,7 +107,7 @@ class Archive(Records):
         DeadlineError: reading took too long.
     """
 
-    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, path: Path, timeout_s: float = TIMEOUT_S, beside: Beside | None = None) -> None:
         self.path = path
         self._timeout_s = timeout_s
         self._file = _native.RecordFile(os.fsencode(path), True, reader_threads(), timeout_s)
@@ -109,14 +119,29 @@ class Archive(Records):
             for index, (name, offset, size) in enumerate(entries)
             if name.startswith(prefix)
         }
+        self.frozen: FrozenPart | None = None
+        if RECORD in self.records:
+            content = self.read_small(RECORD)
+            self.frozen = FrozenPart(path, content, beside or functools.partial(find_beside, path.parent), timeout_s)
+            if twice := self.records.keys() & self.frozen.records.keys():
+                raise CorruptError(
+                    f"'{path}' has records that are also in its file of frozen tensors: {', '.join(sorted(twice))}"
+                )
+            self.records |= self.frozen.records
+
+    def read_small(self, name: str) -> bytes:
+        """A record that is not of a tensor; empty if there is none."""
+        if name not in self.records:
+            return b""
+        place = self.allocate([name])
+        self.fill(place)
+        return bytes_of(place[name])
 
     def byte_order(self) -> str | None:
         """Of the numbers in it: "little", "big"; None if it does not say."""
         if "byteorder" not in self.records:
             return None
-        place = self.allocate(["byteorder"])
-        self.fill(place)
-        return bytes_of(place["byteorder"]).decode("ascii", "replace")
+        return self.read_small("byteorder").decode("ascii", "replace")
 
     def storage_names(self) -> list[str]:
         return [name for name in self.records if name.startswith("data/")]
@@ -126,7 +151,9 @@ class Archive(Records):
         return [name for name in self.records if not name.startswith("data/")]
 
     def fill(self, destinations: Mapping[str, Any], *, whole: bool = False, devices: Mapping[str, int] = _NONE) -> int | None:
-        """See Records. The CRC-32 of each is checked."""
+        """See Records. The CRC-32 of each is checked; with `whole`, also the file of the frozen tensors, if there is one."""
+        if self.frozen is not None:
+            self.frozen.fill(destinations, whole, devices)
         return self._file.read(
             self._wanted(destinations, devices),
             whole=whole,
@@ -143,6 +170,8 @@ class Archive(Records):
         Args:
             destinations: as for fill(), on the host: room for whole records. Their CRC-32s are not checked here, see check().
         """
+        if self.frozen is not None:
+            raise CheckpointError(f"'{self.path}' has frozen tensors in another file, and can only be read by one rank")
         return self._file.read_share(
             self._wanted(destinations),
             begin,
@@ -158,6 +187,8 @@ class Archive(Records):
         Raises:
             CorruptError: names the first that is wrong.
         """
+        if self.frozen is not None:
+            self.frozen.check(filled)
         self._file.check(self._wanted(filled), reader_threads())
 
     def check_at(self, begin: int, end: int) -> None:
@@ -176,6 +207,8 @@ class Archive(Records):
         If that is the one that a manifest has, so are the CRC-32s of all records, and of each that is read is told what of it
         has changed.
         """
+        if self.frozen is not None:
+            self.frozen.compare_claimed()
         if not self.checksummed:
             return int(self._file.read([], whole=True, threads=reader_threads(), timeout_s=self._timeout_s) or 0)
         return self._file.claimed_crc32(reader_threads(), self._timeout_s)
@@ -186,18 +219,116 @@ class Archive(Records):
         return self._file.directory_crc32
 
     @property
+    def all_bytes(self) -> int:
+        """Of the file, and of that of its frozen tensors."""
+        return self.size + (0 if self.frozen is None else self.frozen.size)
+
+    @property
     def bytes_read(self) -> int:
         """From storage, so far."""
-        return self._file.bytes_read
+        return self.counter()()
 
     def counter(self) -> Callable[[], int]:
         """Says that, from any thread; also once this is closed."""
-        file = self._file
-        return lambda: file.bytes_read
+        file, frozen = self._file, None if self.frozen is None else self.frozen.counter()
+        return lambda: int(file.bytes_read) + (0 if frozen is None else frozen())
 
     def _wanted(self, places: Mapping[str, Any], devices: Mapping[str, int] = _NONE) -> list[tuple[int, int, int]]:
-        return [(self.records[name].number, place.data_ptr(), devices.get(name, HOST)) for name, place in places.items()]
+        elsewhere = () if self.frozen is None else self.frozen.records
+        own = ((name, place) for name, place in places.items() if name not in elsewhere)
+        return [(self.records[name].number, place.data_ptr(), devices.get(name, HOST)) for name, place in own]
 
     def close(self) -> None:
         """Lets go of the file. Nothing can be read after that."""
         del self._file
+        if self.frozen is not None:
+            self.frozen.close()
+
+
+def find_beside(directory: Path, name: str) -> tuple[Path, FileEntry | None]:
+    """As a Beside, of a file in this directory."""
+    return directory / name, entry_beside(directory, name)
+
+
+class FrozenPart:
+    """The frozen tensors of a file, in another one, which may be that of several steps (directory/frozen_files.py).
+
+    Args:
+        owner: the file; its path is named in errors.
+        said: what that says of this one.
+
+    Attributes:
+        entry: what a manifest says of it; None: none does.
+        records: by the names that they have in the file that refers to it.
+        size: bytes.
+        failed: whether it was this that was damaged, or could not be read.
+
+    Raises:
+        CorruptError: it is not there, or another one than is meant, or damaged.
+        StorageError, CheckpointError: it cannot be read, or not by this version.
+    """
+
+    def __init__(self, owner: Path, said: bytes, beside: Beside, timeout_s: float) -> None:
+        try:
+            reference = FrozenReference.parse(said)
+        except CheckpointError as error:
+            raise type(error)(f"'{owner}': {error}") from None
+        self._path, self.entry = beside(reference.file)
+        self.failed = False
+        if not os.path.lexists(self._path):
+            raise CorruptError(
+                f"'{self._path}' is missing: it holds the frozen tensors of '{owner}', which is to be copied together with it; "
+                "`ckpt export` makes one file of a checkpoint"
+            )
+        self._archive = Archive(self._path, timeout_s, _refuse)
+        self.size = self._archive.size
+        if self.entry is not None and self.size != self.entry.bytes:
+            raise CorruptError(f"'{self._path}' has {self.size} bytes; its manifest says {self.entry.bytes}")
+        if self._archive.read_small(IDENTITY) != reference.identity.encode():
+            raise CorruptError(f"'{self._path}' is another file than the one that holds the frozen tensors of '{owner}'")
+        self._names = {f"data/{here}": f"data/{there}" for here, there in reference.numbers.items()}
+        strangers = set(self._names.values()) - self._archive.records.keys()
+        if strangers or len(set(self._names.values())) != len(self._names):
+            raise CorruptError(f"'{owner}' names records of '{self._path}' that are not there, or one of them twice")
+        self.records = {here: self._archive.records[there] for here, there in self._names.items()}
+
+    def fill(self, destinations: Mapping[str, Any], whole: bool, devices: Mapping[str, int]) -> None:
+        """As Archive.fill(), of those that are in here; with `whole`, compares the CRC-32 of the file with the manifest."""
+        own = self._own(destinations)
+        if not own and not whole:
+            return
+        on_devices = {self._names[name]: device for name, device in devices.items() if name in self._names}
+        try:
+            crc = self._archive.fill(own, whole=whole, devices=on_devices)
+            self._compare(crc)
+        except (CorruptError, StorageError):
+            self.failed = True
+            raise
+
+    def check(self, filled: Mapping[str, Any]) -> None:
+        """As Archive.check()."""
+        self._archive.check(self._own(filled))
+
+    def compare_claimed(self) -> None:
+        """Whether its records are those that were committed; see Archive.claimed_crc32()."""
+        if self.entry is not None:
+            self._compare(self._archive.claimed_crc32())
+
+    def _compare(self, crc: int | None) -> None:
+        if crc is not None and self.entry is not None and crc != self.entry.crc32:
+            raise CorruptError(f"'{self._path}' fails the CRC-32 of its manifest: its bytes have changed")
+
+    def _own(self, places: Mapping[str, Any]) -> dict[str, Any]:
+        return {self._names[name]: place for name, place in places.items() if name in self._names}
+
+    def counter(self) -> Callable[[], int]:
+        """As of Archive."""
+        return self._archive.counter()
+
+    def close(self) -> None:
+        """As of Archive."""
+        self._archive.close()
+
+
+def _refuse(name: str) -> tuple[Path, FileEntry | None]:
+    raise CorruptError(f"a file of frozen tensors refers to one more, '{name}'")

@@ -32,7 +32,7 @@ from ckpt.storage import durable
 
 logger = logging.getLogger("ckpt")
 
-_OF_DCP = re.compile(r"__\d+_\d+\.distcp|\.metadata")  # names of torch.distributed.checkpoint
+_OF_DCP = re.compile(r"__\d+(_frozen)?_\d+\.distcp|\.metadata")  # names of torch.distributed.checkpoint
 _DCP_LOAD = "load(state, checkpoint_id='{}') of ckpt.integrations.dcp or of torch.distributed.checkpoint"
 _OLD_FORMAT = b"\x80\x02" + pickle.encode_long(0x1950A86A20F9469CFC6C).join([b"\x8a\x0a", b"."])  # a pickled magic number
 
@@ -129,7 +129,7 @@ def _load_watched(
         expected: what a manifest says of it.
     """
     archive = _archive_in(target, timeout_s)
-    with watch.reading(_size_of(target), None if archive is None else archive.counter()):
+    with watch.reading(*((_size_of(target), None) if archive is None else (archive.all_bytes, archive.counter()))):
         return _load(target, archive, map_location, weights_only, selection, timeout_s, expected)
 
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+from ckpt.directory.frozen_files import companion_of
 from ckpt.errors import NotACheckpointError
 from ckpt.remote.download import Expected, download
 from ckpt.remote.layout import read_manifest
@@ -54,11 +57,18 @@ def _fetch(url: str, directory: Path) -> Path:
     if entry is None:
         there = ", ".join(file.name for file in manifest.files[:8])
         raise NotACheckpointError(f"the manifest of '{above}' names no '{name}'; it names {there}")
-    path = directory / name
-    with scratch.new_file(path) as file:
-        download(store, Expected(f"{folder}/{name}", entry.bytes, entry.crc32), lambda _, chunk: file.write(chunk))
+    frozen = companion_of(manifest, entry)
+    for each in (entry, frozen):
+        if each is not None:
+            with scratch.new_file(directory / each.name) as file:
+                expected = Expected(f"{folder}/{each.name}", each.bytes, each.crc32)
+                download(store, expected, functools.partial(_write, file))
     logger.info("'%s' was fetched and is what its manifest says", url)
-    return path
+    return directory / name
+
+
+def _write(file: Any, _: int, chunk: memoryview) -> None:
+    file.write(chunk)
 
 
 def _split(above: str) -> tuple[str, str, str]:

@@ -9,8 +9,9 @@ from typing import Any
 
 from ckpt.directory import manifest as manifests
 from ckpt.directory import unpublished
+from ckpt.directory.frozen_files import companion_of
 from ckpt.directory.listing import Found, find_steps
-from ckpt.directory.manifest import RANK, REPLICATED, FileEntry, Manifest
+from ckpt.directory.manifest import FROZEN, RANK, REPLICATED, FileEntry, Manifest
 from ckpt.directory.step_names import is_step_name, names_in, stem_of
 from ckpt.errors import CheckpointError, CorruptError, NotACheckpointError, StorageError
 from ckpt.loading.selection import SharedSelection
@@ -71,7 +72,7 @@ def load_directory(
         files = _choose(directory, manifest, rank)
         if selection is not None:
             selection.begin()
-        begin(sum(file.bytes for file in files))
+        begin(sum(file.bytes for each in files for file in (each, companion_of(manifest, each)) if file is not None))
         parts = {file.name: load_file(directory / file.name, file) for file in files}
         if selection is not None:
             selection.expect_all(directory)
@@ -144,7 +145,7 @@ def _common(manifest: Manifest) -> list[FileEntry]:
 def _choose(directory: Path, manifest: Manifest, rank: int | None) -> list[FileEntry]:
     """The files that make what is wanted."""
     own, common = _own(manifest), _common(manifest)
-    if any(file.kind not in (RANK, REPLICATED) for file in manifest.files):
+    if any(file.kind not in (RANK, REPLICATED, FROZEN) for file in manifest.files):
         what = "restore(sharded_into=) of a Checkpointer reads that, and `ckpt export` writes it as a file"
         if not own and not common:
             raise CheckpointError(f"'{directory}' has nothing but a sharded state: {what}")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.serialization import default_restore_location
 
+from ckpt.directory.frozen_files import RECORD
 from ckpt.errors import CheckpointError, CorruptError
 from ckpt.loading.archive import Archive, RecordEntry, Records
 from ckpt.loading.host_memory import bytes_of
@@ -133,7 +134,7 @@ def _load(reader: TorchReader, restore: Any, map_location: Any, weights_only: bo
         restore = restore if isinstance(restore, _Restore) else _Restore(frozenset(), map_location)
         with contextlib.suppress(MistakenError):
             return load_served(reader.small, reader.storages, weights_only, restore)
-    if not is_filled:
+    if not is_filled or RECORD in reader.small:
         raise CheckpointError(f"'{reader.path}' can only be loaded as a whole with torch {torch.__version__}: use load()")
     return torch.load(reader.path, map_location=map_location, weights_only=weights_only)
 

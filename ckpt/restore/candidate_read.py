@@ -21,8 +21,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ckpt.directory.manifest import RANK, REPLICATED, SHARDED_METADATA, FileEntry, Manifest
+from ckpt.directory.frozen_files import companion_of
+from ckpt.directory.manifest import FROZEN, RANK, REPLICATED, SHARDED_METADATA, FileEntry, Manifest
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, MismatchError, PeerError, StorageError
+from ckpt.loading.archive import Archive
 from ckpt.restore import file_readers
 from ckpt.restore.candidates import Candidate, Objection
 from ckpt.restore.file_readers import UNFIT, NewMemoryReader
@@ -126,22 +128,22 @@ class CandidateRead:
 
     def _open(self) -> None:
         """Local. Finds out what keeps this rank from loading the candidate, before it writes to any of its targets."""
-        manifest = self._places.read_manifest(self._candidate.sequence, self._candidate.identity)
+        self._manifest = manifest = self._places.read_manifest(self._candidate.sequence, self._candidate.identity)
         self._sharded = self._request.sharded_reader(self._places, manifest, self._targets.touched)
         self._request.progress.begin(sum(file.bytes for file in manifest.files if self._is_read(manifest, file)))
         for file in manifest.files:
-            if self._sharded is not None and file.kind not in (RANK, REPLICATED):
+            if self._sharded is not None and file.kind not in (RANK, REPLICATED, FROZEN):
                 continue  # what is needed of it is read, and verified then
             if self._will_load(manifest, file):
                 reader = self._readers[file.name] = self._open_file(file, self._targets.touched)
                 if not self._is_mine(file):  # of a merge, which may have more files than can be open at a time
                     self._read_file(file, reader)
-            elif self._is_mine(file):
+            elif self._is_mine(file) and not self._comes_along(manifest, file):
                 self._places.read(file.name, functools.partial(self._verify, file))
         refusal: Exception | None = self._targets.lost or self._why_not_filled(self._targets.owed - self._lent())
         refusal = refusal or next((each.refusal for each in self._readers.values() if each.refusal), None)
         refusal = refusal or (None if self._sharded is None else self._sharded.refusal)
-        self._manifest, self._refusal = manifest, self._with_hint(refusal, manifest) or self._why_not_there(manifest)
+        self._refusal = self._with_hint(refusal, manifest) or self._why_not_there(manifest)
 
     def _agree(self, failure: Exception | None) -> None:
         """A collective, where ranks read a file together: they all begin to, or none does.
@@ -176,9 +178,20 @@ class CandidateRead:
         collective = self._candidate.collective and file.kind == REPLICATED
 
         def open_at(path: Path) -> NewMemoryReader:
-            return self._request.reader_of(path, file, touched, collective)
+            return self._request.reader_of(path, file, touched, collective, self._beside)
 
+        if (frozen := self._frozen_of(file)) is not None:  # from the nearest place where it can be opened
+            self._places.read(frozen.name, lambda path: Archive(path, self._request.timeout_s).close())
         return self._places.read(file.name, open_at)
+
+    def _frozen_of(self, file: FileEntry) -> FileEntry | None:
+        return None if self._manifest is None else companion_of(self._manifest, file)
+
+    def _beside(self, name: str) -> tuple[Path, FileEntry | None]:
+        """See Archive."""
+        files = () if self._manifest is None else self._manifest.files
+        entry = next((file for file in files if file.kind == FROZEN and file.name == name), None)
+        return self._places.path_of(name), entry
 
     def _verify(self, file: FileEntry, path: Path) -> None:
         with self._request.progress.reading(file.bytes):
@@ -190,7 +203,7 @@ class CandidateRead:
         From the next place if it is damaged in one. A target that it has touched is then filled again.
         """
         try:
-            with self._request.progress.reading(file.bytes, reader.archive.counter()):
+            with self._request.progress.reading(reader.archive.all_bytes, reader.archive.counter()):
                 together = reader.collective and not self._refusal
                 reader = self._read_together(file, reader) if together else self._read_alone(file, reader)
         except DeadlineError as error:
@@ -211,9 +224,15 @@ class CandidateRead:
                     self._fill(reader)
                 return reader
             except (CorruptError, StorageError) as error:
-                if not self._places.pass_over(file.name, error):
+                if not self._places.pass_over(self._damaged(file, reader), error):
                     raise
             reader = self._open_again(file, reader)
+
+    def _damaged(self, file: FileEntry, reader: NewMemoryReader) -> str:
+        """Which file it was that could not be read."""
+        frozen = self._frozen_of(file)
+        failed = frozen is not None and reader.archive.frozen is not None and reader.archive.frozen.failed
+        return frozen.name if frozen is not None and failed else file.name
 
     def _fill(self, reader: NewMemoryReader) -> None:
         self._targets.touched |= reader.has_target
@@ -276,15 +295,19 @@ class CandidateRead:
         if file.kind == REPLICATED:
             return True
         if file.kind != RANK:
-            return False  # of a sharded state
+            return False  # of a sharded state; what is frozen comes along with a file
         if manifest.world_size == self._world_size:
             return file.rank == self._rank
         return self._request.merge is not None
 
     def _is_read(self, manifest: Manifest, file: FileEntry) -> bool:
         """From its beginning to its end."""
-        is_sharded = self._sharded is not None and file.kind not in (RANK, REPLICATED)
-        return not is_sharded and (self._will_load(manifest, file) or self._is_mine(file))
+        is_sharded = self._sharded is not None and file.kind not in (RANK, REPLICATED, FROZEN)
+        return not is_sharded and (self._comes_along(manifest, file) or self._will_load(manifest, file) or self._is_mine(file))
+
+    def _comes_along(self, manifest: Manifest, file: FileEntry) -> bool:
+        """Whether it is read together with another one that this rank loads."""
+        return any(companion_of(manifest, other) == file for other in manifest.files if self._will_load(manifest, other))
 
     def _is_mine(self, file: FileEntry) -> bool:
         if file.kind == REPLICATED:

@@ -23,7 +23,7 @@ from ckpt._native import digest_file
 from ckpt.directory.damage import where_damaged
 from ckpt.directory.manifest import FileEntry
 from ckpt.errors import CheckpointError, CorruptError, DeadlineError, DeviceError, NotACheckpointError, StorageError
-from ckpt.loading.archive import Archive, reader_threads
+from ckpt.loading.archive import Archive, Beside, reader_threads
 from ckpt.loading.in_place import InPlaceRead, takes_whole
 from ckpt.loading.overlap import Intervals, Pair
 from ckpt.loading.record_memory import RecordMemory, fill, read_whole
@@ -57,6 +57,7 @@ class NewMemoryReader:
     Args:
         collective: all ranks read it together, so that reading it is a collective.
         timeout_s: longest that one pass over it may take, seconds.
+        beside: as of Archive.
 
     Attributes:
         refusal: why it cannot be loaded as asked, though the file may be good. Then only check() may be called.
@@ -73,11 +74,12 @@ class NewMemoryReader:
         weights_only: bool,
         collective: bool,
         timeout_s: float,
+        beside: Beside | None = None,
     ) -> None:
         self._path, self._file, self.collective, self._timeout_s = path, file, collective, timeout_s
         self._how = (map_location, weights_only)
         self._make: Callable[[], Any]
-        self.archive = Archive(path, timeout_s)
+        self.archive = Archive(path, timeout_s, beside)
         self.directory_crc32 = self.archive.directory_crc32  # also when that is closed
         compare(path, file, self.archive.size, file.crc32)
         self.refusal: Exception | None = None
@@ -165,8 +167,9 @@ class InPlaceReader(NewMemoryReader):
         touched: bool,
         collective: bool,
         timeout_s: float,
+        beside: Beside | None = None,
     ) -> None:
-        super().__init__(path, file, None, weights_only, collective, timeout_s)
+        super().__init__(path, file, None, weights_only, collective, timeout_s, beside)
         self._check_first()
         self._target = target
         try:
@@ -210,8 +213,9 @@ class LentMemoryReader(NewMemoryReader):
         weights_only: bool,
         collective: bool,
         timeout_s: float,
+        beside: Beside | None = None,
     ) -> None:
-        super().__init__(path, file, map_location, weights_only, collective, timeout_s)
+        super().__init__(path, file, map_location, weights_only, collective, timeout_s, beside)
         self._check_first()
         self._lent: dict[tuple[Any, ...], torch.Tensor] = {}
         self._pairs: list[Pair] = []

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ckpt.directory import manifest as manifests
-from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, FileEntry, Manifest
+from ckpt.directory.manifest import NAMED_BY_OTHERS, FileEntry, Manifest
 from ckpt.directory.root import has_size
 from ckpt.errors import CorruptError, StorageError
 from ckpt.metrics.noting import tier_of
@@ -41,7 +41,7 @@ class DirectoryPlace:
     def manifest(self) -> Manifest | None:
         found = manifests.read_if_any(self.directory)
         files = () if found is None else found.files
-        self._names = {_content(file): file.name for file in files if file.kind not in (SHARDED, SHARDED_CHECKSUMS)}
+        self._names = {_content(file): file.name for file in files if file.kind not in NAMED_BY_OTHERS}
         return found
 
     def find(self, entry: FileEntry, ranges: Ranges | None) -> tuple[Path, str] | None:
@@ -237,7 +237,7 @@ def _is(manifest: Manifest, sequence: int, identity: str) -> bool:
 
 def same_content(manifest: Manifest, entry: FileEntry) -> str:
     """What the file of another manifest of this commit is called in this one. What other files name is called the same."""
-    if entry.kind in (SHARDED, SHARDED_CHECKSUMS):
+    if entry.kind in NAMED_BY_OTHERS:
         return entry.name
     return next((file.name for file in manifest.files if _content(file) == _content(entry)), entry.name)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ckpt.directory.manifest import REPLICATED, FileEntry, Manifest
+from ckpt.loading.archive import Beside
 from ckpt.loading.progress import Progress
 from ckpt.restore.file_readers import InPlaceReader, LentMemoryReader, NewMemoryReader
 from ckpt.restore.one_step import OneStep
@@ -86,20 +87,24 @@ class RestoreRequest(NamedTuple):
     def target_of(self, file: FileEntry) -> Any:
         return self.replicated_into if file.kind == REPLICATED else self.into
 
-    def reader_of(self, path: Path, file: FileEntry, touched: bool, collective: bool) -> NewMemoryReader:
+    def reader_of(
+        self, path: Path, file: FileEntry, touched: bool, collective: bool, beside: Beside | None = None
+    ) -> NewMemoryReader:
         """Opens a file, and lays it beside its target.
 
         Args:
             touched: the target holds parts of another checkpoint already.
             collective: all ranks read it together, so that reading it is a collective.
+            beside: as of Archive.
         """
+        how = self.weights_only, collective, self.timeout_s, beside
         target = self.target_of(file)
         if target is None:
-            return NewMemoryReader(path, file, self.map_location, self.weights_only, collective, self.timeout_s)
+            return NewMemoryReader(path, file, self.map_location, *how)
         if lends(target):
-            return LentMemoryReader(path, file, target, self.map_location, self.weights_only, collective, self.timeout_s)
+            return LentMemoryReader(path, file, target, self.map_location, *how)
         strict = self.strict or touched  # else what it lacks would keep the parts of the other
-        return InPlaceReader(path, file, target, strict, self.weights_only, touched, collective, self.timeout_s)
+        return InPlaceReader(path, file, target, strict, self.weights_only, touched, collective, self.timeout_s, beside)
 
 
 def lends(target: Any) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt import _native
+from ckpt.directory.frozen_files import RECORD, FrozenReference
 from ckpt.directory.sharded_files import METADATA
 from ckpt.errors import CorruptError, StorageError
 from ckpt.safetensors_layout import KINDS, LENGTH_BYTES, length_of, parse
@@ -39,6 +40,7 @@ class Contents:
         foreign: see described.Tree.
         checksummed: whether it carries checksums of its own.
         notes: what else is worth knowing.
+        beside: the name of the file that has its frozen tensors, if there is one.
     """
 
     format: str
@@ -48,6 +50,7 @@ class Contents:
     foreign: list[str] = dataclasses.field(default_factory=list)
     checksummed: bool = False
     notes: list[str] = dataclasses.field(default_factory=list)
+    beside: str = ""
 
 
 def read_contents(path: Path) -> Contents:
@@ -101,11 +104,14 @@ def read_records(path: Path, names: set[str]) -> tuple[dict[str, bytes], Any]:
 
 
 def _of_zip(path: Path, size: int) -> Contents:
-    records, file = read_records(path, {"data.pkl", "byteorder"})
+    records, file = read_records(path, {"data.pkl", "byteorder", RECORD})
     if "data.pkl" not in records:
         raise CorruptError(f"'{path}' is a zip file, but holds no data.pkl: it is no torch file")
     made = _described(TORCH_ZIP, size, records["data.pkl"], path)
     made.checksummed = file.checksummed
+    if RECORD in records:
+        made.beside = FrozenReference.parse(records[RECORD]).file
+        made.notes.append(f"its frozen tensors are in '{made.beside}', beside it")
     if records.get("byteorder", b"little") != b"little":
         made.notes.append("its numbers are big-endian")
     if any(name.endswith("/constants.pkl") for name, _, _ in file.records):

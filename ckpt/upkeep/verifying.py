@@ -223,6 +223,9 @@ def _verify_alone(path: Path, fast: bool, told: Told) -> Verdict:
         return Verdict(str(path), path.name, size, BAD, str(error))
     finally:
         done.finish()
+    if contents.beside and not os.path.lexists(path.parent / contents.beside):
+        text = f"its frozen tensors are missing: they were in '{contents.beside}', which belongs beside it"
+        return Verdict(str(path), path.name, size, BAD, text)
     if contents.checksummed or fast:
         return Verdict(str(path), path.name, size, GOOD)
     return Verdict(str(path), path.name, size, UNKNOWN, f"a file of this format ({contents.format}) has no checksums")
