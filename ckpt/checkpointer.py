@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ckpt.commit.apart import all_files
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.layout_exchange import LayoutExchange
 from ckpt.commit.node_target import NodeStepTarget
@@ -20,7 +21,7 @@ from ckpt.commit.step_target import StepTarget
 from ckpt.commit.target import SaveCall
 from ckpt.coordinator import Coordinator, make_coordinator
 from ckpt.directory.keeping import Keeping, checked_metrics
-from ckpt.directory.manifest import RANK, REPLICATED, SHARDED, SHARDED_METADATA
+from ckpt.directory.manifest import RANK, SHARDED, SHARDED_METADATA
 from ckpt.directory.publish_lock import is_home
 from ckpt.directory.step_names import step_name
 from ckpt.directory.steps import StepDirectories
@@ -36,11 +37,12 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.loading.progress import Progress, Told
 from ckpt.metrics.record import MetricsSink
 from ckpt.options import Options
-from ckpt.plan.frozen_marks import FrozenHint, hint_of
+from ckpt.plan.frozen_marks import hint_of
 from ckpt.restore.candidates import CandidateVote
 from ckpt.restore.one_step import OneStep
 from ckpt.restore.request import Restored, RestoreRequest
 from ckpt.restore.restorer import Restorer
+from ckpt.saving.frozen_file import settle
 from ckpt.saving.notices import note_shards
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
@@ -53,7 +55,7 @@ from ckpt.storage import durable, temporary_names
 from ckpt.tiers.entering import NodeEntry
 from ckpt.tiers.levels import make_levels
 from ckpt.tiers.node_level import Route, name_run
-from ckpt.tiers.step_files import StepFiles
+from ckpt.tiers.step_files import Given, StepFiles, contents_of
 from ckpt.tiers.tier import NODE, Tier, check_place, sort_tiers
 
 _tokens = itertools.count()
@@ -188,12 +190,11 @@ class Checkpointer(SaveSession):
                 of torch reads on any number of ranks. No collective is called for it. What several ranks hold is written by
                 one of them. Compared are keys, shapes, placements and values, and of tensors that are no DTensors samples.
             lazy: as in `ckpt.save`, for all of them.
-            metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element. Those of rank 0 stand in
-                the manifest, for keep_best of this job, of those that resume it, and of `ckpt prune`; so give it what is
-                averaged over the ranks. What is no finite number is left out.
             frozen: what does not change, as the base of a LoRA: tensors, modules (their parameters that require no gradient),
                 iterables of these. Where files share blocks (`Options.reuse`) it is not read but by each `refresh_every`-th
                 save. What torch writes to is read again: `frozen=model` is always right. Not for who writes by `.data`, numpy.
+            metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element, averaged over the ranks:
+                the finite ones of rank 0 go to the manifest: for keep_best here and in jobs that resume it, for `ckpt prune`.
 
         Raises:
             InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
@@ -224,7 +225,8 @@ class Checkpointer(SaveSession):
             self._enter_nodes(call)
             call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))  # an error reaches all by now
             self._check_failures()
-            self._begin(task, call, self._route(task, call), self._contents(state, replicated, sharded), lazy, hint_of(frozen))
+            given = Given(contents_of(state, replicated, sharded), lazy, hint_of(frozen))
+            self._begin(task, call, self._route(task, call), given)
         except BaseException as error:
             self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError, SkippedError)):
@@ -275,31 +277,23 @@ class Checkpointer(SaveSession):
             return Route(self._directories, call.directory)
         return self._nodes.route(task, call.number, self._directories)
 
-    def _contents(self, state: Any, replicated: Any, sharded: Any) -> list[tuple[str, Any]]:
-        offered = [(RANK, state), (REPLICATED, replicated), (SHARDED, sharded)]
-        given = [(kind, each) for kind, each in offered if each is not None]
-        if not given:
-            raise TypeError(
-                "save() was given nothing to save: give state= (what this rank has for itself; {} if only others have "
-                "something), replicated= (what is the same on all ranks) or sharded= (of which each rank has a part)"
-            )
-        return given
-
-    def _begin(
-        self, task: SaveTask, call: SaveCall, route: Route, contents: list[tuple[str, Any]], lazy: Any, hint: FrozenHint | None
-    ) -> None:
+    def _begin(self, task: SaveTask, call: SaveCall, route: Route, given: Given) -> None:
+        contents = given.contents
         call, directories = dataclasses.replace(call, directory=route.directory), route.directories
-        written = self._files.written([kind for kind, _ in contents], route)
+        written = self._files.written([kind for kind, _ in contents], route, self._frozen_files.is_for(given.hint))
         targets, limits = directories.begin(call.directory.name, [self._files.stem(kind) for kind in written], route.number)
         names = dict(zip(written, targets, strict=True))
         saved = tuple(self._files.make(kind, names.get(kind), call, route, limits) for kind, _ in contents)
+        self._files.set_apart(saved, names, self._frozen_files, route)
         for each in saved:
-            self._baselines.follow(each.file, route.directory.parent, each.kind, hint)
+            self._baselines.follow(each.file, route.directory.parent, each.kind, given.hint)
 
         def publish(error: BaseException | None) -> Path:
             failed = True
             try:
-                path = self._publish(task, dataclasses.replace(call, files=saved), route, error, names.get(SHARDED_METADATA))
+                error = settle((each.file for each in saved), error)
+                whole = dataclasses.replace(call, files=all_files(saved))
+                path = self._publish(task, whole, route, error, names.get(SHARDED_METADATA))
                 if SHARDED in names:
                     self._layouts.note_published()
                 failed = False
@@ -321,7 +315,7 @@ class Checkpointer(SaveSession):
 
         files = [(each.file, obj, each.written) for each, (_, obj) in zip(saved, contents, strict=True)]
         try:
-            start(self._runtime, self._finisher, task, files, publish, lazy=lazy, options=self.options, ready=ready)
+            start(self._runtime, self._finisher, task, files, publish, lazy=given.lazy, options=self.options, ready=ready)
         except BaseException:
             if not task.handed_over:
                 directories.forget_save(call.directory, targets)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ckpt.commit.agreement import Refusal, find_refusal
+from ckpt.commit.apart import all_files, set_apart
 from ckpt.commit.conversation import RankConversation
 from ckpt.commit.directory_target import DirectoryTarget
 from ckpt.commit.layout_exchange import LayoutExchange
@@ -28,6 +29,7 @@ from ckpt.formats.dcp_file import DcpFile
 from ckpt.options import Options
 from ckpt.plan.frozen_marks import FrozenHint, hint_of
 from ckpt.saving.file_in_flight import FileInFlight
+from ckpt.saving.frozen_file import settle
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import start
 from ckpt.saving.task import SaveTask
@@ -122,10 +124,14 @@ class DcpCheckpointer(SaveSession):
                 target, limits = place.take_name(self.rank), self._limits.get(call.directory.parent)
             file = FileInFlight(target, limits=limits, with_directory=True, number=call.number, made=self._format)
             self._baselines.follow(file, call.directory.parent, SHARDED, hint)
-            saved = dataclasses.replace(call, files=(SavedFile(file, SHARDED),))
+            if self._frozen_files.is_for(hint):
+                apart = place.take_name(self.rank, "_frozen")
+                set_apart(file, apart, self._frozen_files, f"{call.directory.parent}/{SHARDED}", None, self._format)
 
             def publish(error: BaseException | None) -> Path:
                 try:
+                    error = settle([file], error)
+                    saved = dataclasses.replace(call, files=all_files([SavedFile(file, SHARDED)]))
                     done = self._publish(task, saved, place, error)
                     self._layouts.note_published()
                     return done

@@ -70,8 +70,13 @@ class Options:
             file system can (XFS, btrfs); default True. Each file stays whole by itself. Pieces at the same place are compared,
             by their CRC-32 and a hash of 128 bits, so nothing need be declared; sharing begins at the third save that has them.
             For all saves but those of `ckpt.save()`. `SaveStats.reused_bytes` tells what it was good for.
-        refresh_every: with `reuse`, every so-many-th save reads and writes everything; default 20. So no more checkpoints than
-            that share a block, which a disk might lose. 0: never.
+        refresh_every: with `reuse` or `frozen`, every so-many-th save reads and writes everything; default 20. So no more
+            checkpoints than that share a block, which a disk might lose. 0: never.
+        frozen: where tensors go that save(frozen=) is told of. "together" (default): to the file of all others. "separate": to
+            a file of their own beside it, which the saves that follow link into their directories as long as nothing of it
+            changes, rather than write it: for file systems that share no blocks (ext4, Lustre). They are tensors of at least
+            1 MiB, together of at least 64 MiB, of `state=` and `sharded=`. The file of all others alone is no whole state then:
+            torch.load() refuses it, and what reads here takes both. Every `refresh_every`-th save writes both.
         max_in_flight: saves that may be on their way at once; default 2. One more: see when_busy.
         when_busy: "wait" (default): save() waits until an earlier one is durable. "skip": save() returns at once with a
             PendingSave whose result() raises SkippedError. Either way save() lets an earlier one that is durable give back
@@ -112,6 +117,7 @@ class Options:
     metadata_compat: str | None = None
     reuse: bool = True
     refresh_every: int = 20
+    frozen: str = "together"
     max_in_flight: int = 2
     when_busy: str = "wait"
     verify_capture: bool = False
@@ -142,6 +148,9 @@ class Options:
         if self.record_alignment is not None:
             self._need_int("record_alignment", 1, 32768)
             self._need(_is_power_of_two(self.record_alignment), "record_alignment", "must be a power of two")
+        self._need(self.frozen in ("together", "separate"), "frozen", "must be 'together' or 'separate'")
+        apart = self.frozen == "separate" and self.record_alignment is not None  # readers compute where the next record lies
+        self._need(not apart, "frozen", "can be 'separate' only without record_alignment")
         self._need(self.replicated_writers in ("all", "rank0"), "replicated_writers", "must be 'all' or 'rank0'")
         self._need(self.replicated_readers in ("each", "all"), "replicated_readers", "must be 'each' or 'all'")
         self._need(self.metadata_compat in (None, "2.14"), "metadata_compat", "must be None or '2.14'")

@@ -23,6 +23,7 @@ from ckpt.metrics.registry import PROCESS
 from ckpt.options import Options
 from ckpt.saving import runtime
 from ckpt.saving.baselines import Baselines
+from ckpt.saving.frozen_files import FrozenFiles
 from ckpt.saving.pending import PendingSave
 from ckpt.saving.submit import log_failure
 from ckpt.saving.task import SaveTask, wait_all
@@ -69,6 +70,7 @@ class SaveSession:
         self._finisher = self._runtime.finisher(*((coordinator.interrupt, coordinator.close) if owned else ()))
         weakref.finalize(self, self._finisher.retire).atexit = False
         self._baselines = Baselines(options)
+        self._frozen_files = FrozenFiles(options)
         self._owner = os.getpid()
         self._closed = False
         self._saves = 0  # that were asked for, whatever came of them: all ranks count their calls
@@ -134,6 +136,7 @@ class SaveSession:
         finally:
             self._finisher.close(0.0)  # what has not come by now is given up
             self._baselines.clear()
+            self._frozen_files.clear()
             runtime.give_back(self._runtime, 0.0)
             if self._owns_coordinator:
                 self._coordinator.close()
@@ -223,7 +226,10 @@ class SaveSession:
         """What it has written, once that is a checkpoint; of a save that is none, or may be none, nothing."""
         if error is None:
             self._baselines.note_committed(number, task.step, task.files)
+            frozen = [file.apart for file in task.files if file.apart is not None]
+            self._frozen_files.note_committed(number, task.step, frozen)
         elif isinstance(error, StorageError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            self._frozen_files.give_up()
             self._baselines.give_up()  # who has removed the checkpoint before, for its room, is to get it
         if error is not None:
             self._baselines.note_failed(task.files)

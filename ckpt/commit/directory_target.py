@@ -12,7 +12,7 @@ from typing import Any
 
 from ckpt import _native
 from ckpt.commit.conversation import Failure
-from ckpt.commit.layout_exchange import LayoutExchange
+from ckpt.commit.layout_exchange import LayoutExchange, by_file, layout_of
 from ckpt.commit.rounds import Ask
 from ckpt.commit.target import Choice, Prepared, SaveCall, SavedFile
 from ckpt.directory import dcp_directory
@@ -21,7 +21,6 @@ from ckpt.directory.dcp_directory import DcpDirectory
 from ckpt.directory.manifest import SHARDED, SHARDED_CHECKSUMS, SHARDED_METADATA, FileEntry, Manifest
 from ckpt.directory.sharded_files import METADATA, checksums_path
 from ckpt.saving.piece_sums import checksums_of
-from ckpt.sharded.contents import encode
 from ckpt.storage import durable
 
 
@@ -54,8 +53,7 @@ class DirectoryTarget:
         )
 
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
-        (file,) = self.call.files
-        return Prepared(files, layout=self._layouts.say(encode(file.file.contents.items, file.file.job.archives)))
+        return Prepared(files, layout=self._layouts.say(layout_of(self.call.files[0].file)))
 
     def reply(self, question: Mapping[str, Any]) -> str:
         return self._layouts.reply(question, self._rank)
@@ -73,9 +71,9 @@ class DirectoryTarget:
         layouts = self._layouts.complete([answer.layout for answer in answers if answer.layout is not None], ask)
         if isinstance(layouts, Failure):
             return layouts
-        (file,) = self.call.files
-        names = [next(each.name for each in answer.files if each.kind == SHARDED) for answer in answers]
-        made = self._layouts.metadata.make(file.file.contents.description, names, layouts, self.call.directory)
+        description = self.call.files[0].file.contents.description
+        files = by_file([answer.files for answer in answers], layouts)
+        made = self._layouts.metadata.make(description, *files, self.call.directory)
         self._metadata = dcp_directory.seal(made)
         entry = FileEntry(METADATA, len(self._metadata), _native.crc32(self._metadata), SHARDED_METADATA, 0)
         return Choice((*(each for answer in answers for each in answer.files), entry))

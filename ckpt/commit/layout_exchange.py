@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ckpt.commit.conversation import Failure
+from ckpt.directory.manifest import SHARDED, FileEntry
+from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.sharded import contents
 from ckpt.sharded.metadata import MetadataWriter
 
@@ -22,6 +24,28 @@ class LayoutWord:
 
     digest: str
     text: str = ""
+
+
+_SEPARATOR = ","  # of the layouts of several files; none holds it
+
+
+def layout_of(file: FileInFlight) -> str:
+    """What a rank has written of a sharded state, to this file and to that of its frozen tensors, if there is one."""
+    layouts = [contents.encode(file.contents.items, file.job.archives)]
+    if file.apart is not None and file.apart.is_there:
+        layouts.append(contents.encode(file.apart.items, file.apart.file.job.archives))
+    return _SEPARATOR.join(layouts)
+
+
+def by_file(answers: Sequence[tuple[FileEntry, ...]], layouts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names and layouts of all files with parts of a sharded state.
+
+    Args:
+        answers: the files of each rank.
+        layouts: of each rank, from layout_of().
+    """
+    names = [file.name for files in answers for file in files if file.kind == SHARDED]
+    return names, [layout for text in layouts for layout in text.split(_SEPARATOR)]
 
 
 class LayoutExchange:

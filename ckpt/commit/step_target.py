@@ -8,7 +8,7 @@ from typing import Any
 
 from ckpt import _native
 from ckpt.commit.conversation import Failure
-from ckpt.commit.layout_exchange import LayoutExchange
+from ckpt.commit.layout_exchange import LayoutExchange, by_file, layout_of
 from ckpt.commit.replica_check import Replica, compare_shares, digest_of_replica, explain, replica_of, reply
 from ckpt.commit.rounds import Ask
 from ckpt.commit.shared_file import join_shares, share_of
@@ -20,7 +20,6 @@ from ckpt.directory.step_names import names_in
 from ckpt.directory.steps import StepDirectories
 from ckpt.saving.file_in_flight import FileInFlight
 from ckpt.saving.piece_sums import checksums_of
-from ckpt.sharded.contents import encode
 from ckpt.storage import durable
 
 
@@ -81,7 +80,7 @@ class StepTarget:
     def describe(self, files: tuple[FileEntry, ...]) -> Prepared:
         layout = None
         if self._layouts is not None and (sharded := self._sharded()) is not None:
-            layout = self._layouts.say(encode(sharded.contents.items, sharded.job.archives))
+            layout = self._layouts.say(layout_of(sharded))
         if self._world_size == 1:
             return Prepared(files, layout=layout)
         shares = tuple(share_of(file.file) for file in self._shared())
@@ -155,8 +154,8 @@ class StepTarget:
         layouts = self._layouts.complete(found, ask)
         if isinstance(layouts, Failure):
             return layouts
-        names = [next(file.name for file in answer.files if file.kind == SHARDED) for answer in answers]
-        content = self._layouts.metadata.make(sharded.contents.description, names, layouts, self.call.directory)
+        files = by_file([answer.files for answer in answers], layouts)
+        content = self._layouts.metadata.make(sharded.contents.description, *files, self.call.directory)
         self._directories.write_unpublished(self._metadata, content, "metadata")
         return (_entry(self._metadata, content, SHARDED_METADATA, 0),)
 
@@ -196,11 +195,11 @@ class StepTarget:
         return [file for file in self.call.files if file.is_shared]
 
     def _sharded(self) -> FileInFlight | None:
-        return next((file.file for file in self.call.files if file.kind == SHARDED), None)
+        return next((file.file for file in self.call.files if file.kind == SHARDED and not file.apart), None)
 
     def _replicated(self) -> list[SavedFile]:
         """Files of which something must be the same on all ranks."""
-        return [file for file in self.call.files if file.kind in (REPLICATED, SHARDED)]
+        return [file for file in self.call.files if file.kind in (REPLICATED, SHARDED) and not file.apart]
 
     def _replica(self, number: int) -> Replica | None:
         """What explain() and reply() compare."""

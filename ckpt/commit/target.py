@@ -24,6 +24,7 @@ class SavedFile:
     file: FileInFlight
     kind: str = RANK  # as in the manifest
     written: bool = True  # by this rank, or its share of it; else it is only compared
+    apart: bool = False  # it has the frozen tensors of another one
 
     @property
     def is_shared(self) -> bool:

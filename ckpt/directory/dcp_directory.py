@@ -36,7 +36,7 @@ from ckpt.storage.directory_lock import DirectoryLock
 
 logger = logging.getLogger("ckpt")
 
-DATA_FILE = re.compile(r"__(?P<rank>\d+)_(?P<number>\d+)\.(distcp|crc32)")
+DATA_FILE = re.compile(r"__(?P<rank>\d+)(_frozen)?_(?P<number>\d+)\.(distcp|crc32)")
 _SEAL = struct.Struct("<8sI")  # magic, CRC-32 of all before it
 _SEALED = b"ckptseal"
 _UNSYNCABLE = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS)  # of directories that we cannot have made anything in
@@ -111,17 +111,20 @@ class DcpDirectory:
         if self._lock is not None:
             self._lock.release()
 
-    def take_name(self, rank: int) -> Path:
+    def take_name(self, rank: int, more: str = "") -> Path:
         """For a data file of this rank: one that no file there has, nor that of another save of this process that is under way.
 
         Also removes what killed processes of this host have left here.
+
+        Args:
+            more: stands behind the rank: "_frozen", or nothing.
         """
         names = names_in(self.path)
         found = [DATA_FILE.fullmatch(name) for name in names]
         taken = [int(match["number"]) for match in found if match is not None and int(match["rank"]) == rank]
         number = self._users.take_number(rank, taken)
         _remove_abandoned(self.path, names)
-        return self.path / f"__{rank}_{number}.distcp"
+        return self.path / f"__{rank}{more}_{number}.distcp"
 
     def publish(self, metadata: bytes, manifest: Manifest | None, used: Mapping[str, int]) -> None:
         """Makes the files that are there under their own names, durably, the checkpoint.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ class FileDescription:
         head, tail: the records before and behind those of the tensors, each with its name and its bytes.
         alignment: bytes, of each record; None: large ones begin at multiples of what direct I/O demands, the others need none.
         archives: the file holds these, without head and tail; None: one.
+        numbers: of the tensors' records; empty: 0, 1, 2, ...
         packed: head and tensors stand one behind the other, and nothing else is there: no archive, no names, no tail.
     """
 
@@ -30,6 +32,7 @@ class FileDescription:
     alignment: int | None
     archives: Archives | None = None
     packed: bool = False
+    numbers: Sequence[int] = ()
 
 
 class FileFormat(Protocol):

@@ -24,7 +24,7 @@ class SaveStats:
         bytes_copied_at_fence: bytes copied to the arena by a fence.
         bytes_from_devices: bytes fetched from CUDA devices.
         device_cached_bytes: of these, bytes that a fence kept in spare memory of their device (`Options.device_cache`).
-        reused_bytes: bytes of the files that were not written: the checkpoint before has them (`Options.reuse`).
+        reused_bytes: bytes of the files that were not written: the checkpoint before has them (`Options.reuse`, `frozen`).
         unread_bytes: of these, bytes that were not read either: save() was told that they do not change (`frozen=`).
         device_mode: how bytes left CUDA devices: "lazy", "ordered" (copied on the caller's stream), or "host" (copied to the
             host inside save()); None where there were none, or `Options.device_lazy` is False.

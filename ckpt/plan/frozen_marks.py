@@ -84,6 +84,12 @@ class FrozenHint:
         return None if seen is None else FrozenMark(tensor, *seen, key not in self._declared)
 
 
+def version_of(tensor: torch.Tensor) -> int | None:
+    """Its version counter, where there is one that tells of writes."""
+    seen = None if tensor.is_inference() else torch_private.look_at(tensor)
+    return None if seen is None else seen[1]
+
+
 def hint_of(declared: Any) -> FrozenHint | None:
     """
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,8 @@ class SavePlan:
         compared: what must be the same on all ranks, if that is not the plan itself. Not written.
         named: what names a tensor in an error, if that is not what is saved.
         contents: what the format notes of it, for the commit.
+        numbers: of the records, by which the pickle knows them; empty: 0, 1, 2, ...
+        reference: to the file with the other records, if there are any: see directory/frozen_files.py.
     """
 
     pickle: bytes
@@ -60,6 +63,8 @@ class SavePlan:
     compared: SavePlan | None = None
     named: Any = None
     contents: Any = None
+    numbers: Sequence[int] = ()
+    reference: Any = None
 
     def device_bytes(self) -> int:
         """Of the records that leave from devices."""

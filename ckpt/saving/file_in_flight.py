@@ -6,7 +6,7 @@ import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ckpt._native import SavedStorage
 from ckpt.device_modes import Mode
@@ -19,6 +19,9 @@ from ckpt.saving.baselines import Lineage, Offer
 from ckpt.saving.device_sums import DeviceSums
 from ckpt.storage import durable
 from ckpt.storage.temporary_names import shared_path, temporary_path
+
+if TYPE_CHECKING:
+    from ckpt.saving.frozen_file import FrozenFile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +78,7 @@ class FileInFlight:
         self.offer = Offer()  # what it got of that
         self.hint: FrozenHint | None = None  # what the save is told not to change
         self.frozen_marks: dict[int, FrozenMark] = {}  # of what of that it holds, by the core's numbers of the records
+        self.apart: FrozenFile | None = None  # the file of its frozen tensors, if these may go to one of their own
         self.wants_direct = False
         self.undecided = False  # a manifest may name the temporary file: it is not ours to remove
         self.given_up = False  # by rank 0, if it is shared: nobody will publish it

@@ -137,6 +137,9 @@ class PendingSave:
             return stats
         native = [dict(file.job.stats) for file in task.files]
         found: dict[str, Any] = {name: sum(each[name] for each in native) for name in _SUMS}
+        linked = sum(file.apart.linked_bytes for file in task.files if file.apart is not None)
+        found["bytes_total"] += linked
+        found["reused_bytes"] += linked
         from_devices = [each for each in native if each["bytes_from_devices"]]
         found["arena_pinned"] = bool(from_devices) and all(each["arena_pinned"] for each in from_devices)
         found["arena_bytes"] = max(each["arena_bytes"] for each in native)

@@ -61,6 +61,7 @@ def start(
         whatever went wrong; then nothing is left behind, and `task` is not resolved, or will be by the finisher.
     """
     task.planned = tuple(file for file, _, _ in contents)  # also if it is not begun: others may have written to them
+    task.planned += tuple(file.apart.file for file, _, _ in contents if file.apart is not None)
     try:
         finisher.admit(task, options)
     except SkippedError as skipped:
@@ -96,8 +97,16 @@ def _begin(
 ) -> None:
     with without_collector():
         storages = lazy_storages(lazy, _frozen_tensors(file for file, _, _ in contents))
+        for file, _, _ in contents:
+            if file.apart is not None:
+                file.apart.hint = file.hint
         # All of them before the first is submitted: what cannot be pickled is found here.
         plans = [_plan(file, obj, storages if written else None, options) for file, obj, written in contents]
+        apart = [file.apart for file, _, _ in contents if file.apart is not None and file.apart.contents is not None]
+        contents = [*contents, *((each.file, each.contents, True) for each in apart)]
+        plans += [_plan(each.file, each.contents, storages, options) for each in apart]
+        for each in apart:
+            each.contents = None  # it keeps the tensors
     for (file, obj, _), plan in zip(contents, plans, strict=True):
         if file.replicated and plan.compared is None:
             _refuse_shards(plan.pickle, obj)
@@ -247,6 +256,7 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
             archives=content.archives,
             alike=write_share is None and file.token is not None,
             packed=content.packed,
+            numbers=content.numbers,
             baseline=file.offer.baseline,
             reuse=file.offer.wanted,
             share_blocks=file.offer.shares,

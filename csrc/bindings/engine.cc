@@ -120,11 +120,15 @@ std::shared_ptr<Job> submit_file(Engine& engine, const std::string& path, bool d
                                  bool with_directory, const std::string& like, int directory, bool probe, bool sum,
                                  const std::optional<Archives>& archives, bool alike, bool packed,
                                  const HeldBaseline* baseline, bool reuse, bool share_blocks,
-                                 const std::vector<uint32_t>& frozen, const std::vector<uint32_t>& supposed) {
+                                 const std::vector<uint32_t>& frozen, const std::vector<uint32_t>& supposed,
+                                 const std::vector<uint32_t>& numbers) {
   usable(engine);
   SaveRequest request;
   request.file = {archive, to_named(head, copy_at_most), to_storages(addresses, sizes, kinds, devices),
-                  to_named(tail, copy_at_most), uniform_alignment, direct, alike};
+                  to_named(tail, copy_at_most), uniform_alignment, direct, alike, numbers};
+  if (!numbers.empty() && (numbers.size() != sizes.size() || archives || packed)) {
+    throw py::value_error("numbers must have one entry for each storage of a file of one archive");
+  }
   if (archives) request.sequence = to_sequence(*archives, std::move(request.file.storages));
   if (share_index >= share_count) throw py::value_error("share_index must be less than share_count");
   if (packed && share_count > 1) throw py::value_error("a packed file is written by one process");
@@ -378,7 +382,8 @@ void bind_engine(py::module_& module) {
            py::arg("like") = "", py::arg("directory") = -1, py::arg("probe") = false, py::arg("sum") = false,
            py::arg("archives") = py::none(), py::arg("alike") = false, py::arg("packed") = false,
            py::arg("baseline") = py::none(), py::arg("reuse") = false, py::arg("share_blocks") = true,
-           py::arg("frozen") = std::vector<uint32_t>(), py::arg("supposed") = std::vector<uint32_t>())
+           py::arg("frozen") = std::vector<uint32_t>(), py::arg("supposed") = std::vector<uint32_t>(),
+           py::arg("numbers") = std::vector<uint32_t>())
       .def("fence", [](Engine& engine, const Streams& streams) {
         usable(engine);
         py::gil_scoped_release release;

@@ -64,8 +64,9 @@ FileSpec describe(const TorchFile& file, const IoLimits& limits, Share share, Zi
   for (size_t i = 0; i < file.storages.size(); ++i) {
     const StorageBytes& storage = file.storages[i];
     const bool whole = share.whole() && !file.alike;
-    add(align_record("data/" + std::to_string(i), storage.bytes, storage.length, storage.kind, file, limits, whole),
-        storage.bytes, storage.kind, storage.device);
+    const std::string name = "data/" + std::to_string(file.numbers.empty() ? i : file.numbers[i]);
+    add(align_record(name, storage.bytes, storage.length, storage.kind, file, limits, whole), storage.bytes, storage.kind,
+        storage.device);
   }
   const bool shares = std::any_of(file.storages.begin(), file.storages.end(),
                                   [](const StorageBytes& storage) { return storage.length >= kWorthSharing; });

@@ -20,7 +20,7 @@ struct NamedBytes {
   Source kind = Source::kCopy;
 };
 
-// Written as the record data/<index>.
+// Written as the record data/<index>, or another number, see TorchFile::numbers.
 struct StorageBytes {
   const std::byte* bytes = nullptr;
   uint64_t length = 0;
@@ -36,6 +36,7 @@ struct TorchFile {
   uint32_t uniform_alignment = 0;  // of every record, as torch.save does; 0: 64, and large storages for direct I/O
   bool direct = true;              // whether direct I/O is asked for
   bool alike = false;              // several processes write this very file, each its own
+  std::vector<uint32_t> numbers;   // of the storages, by which the pickle knows them; empty: 0, 1, 2, ...
 };
 
 // How a storage of a file that one process writes is placed: large ones so that they can leave zero-copy by direct I/O.

@@ -49,7 +49,7 @@ POINTS = {
 }
 DISTRIBUTED_POINTS = ["shares-written"]  # tests/commit/test_commit.py kills there
 NODE_POINTS = ["node-gathered", "node-posted", "node-heard"]  # tests/commit/test_commit_by_node.py
-REUSE_POINTS = ["blocks-shared"]  # tests/saving/test_reuse_processes.py
+REUSE_POINTS = ["blocks-shared", "frozen-linked"]  # tests/saving/test_reuse_processes.py, test_frozen_processes.py
 COPY_POINTS = ["copied", "copy-complete"]  # tests/cli/test_copy.py
 BUNDLE_POINTS = [
     *("placed", "all-placed"),  # tests/integrations/test_deepspeed_crash.py
