@@ -12,6 +12,7 @@
     python -m bench.run --workload sizes                  10 MB to 8 GB, 10 to 100,000 tensors; not part of "all"
     python -m bench.run --workload small                  1 MiB, beside torch.save and its fsyncs; not part of "all"
     python -m bench.run --workload reuse                  a state that changes in part; needs XFS or btrfs; not part of "all"
+    python -m bench.run --workload frozen-files           what does not change in a file of its own; not part of "all"
     python -m bench.run --workload restore                how fast a state comes back, beside others; not part of "all"
     python -m bench.run --workload safetensors            safetensors files beside save_file and load_file; not part of "all"
     python -m bench.run --workload sharded                sharded states beside DCP, by two ranks; not part of "all"
@@ -50,7 +51,7 @@ from bench.workloads.many import measure_many
 from bench.workloads.memory import measure_memory
 from bench.workloads.metrics import measure_metrics
 from bench.workloads.restore import measure_restore
-from bench.workloads.reuse import measure_reuse
+from bench.workloads.reuse import measure_frozen_files, measure_reuse
 from bench.workloads.rivals import measure_rivals
 from bench.workloads.sizes import measure_sizes
 from bench.workloads.small import measure_small
@@ -123,6 +124,7 @@ ON_REQUEST: dict[str, Callable[[Settings, Report], None]] = {
     "sizes": measure_sizes,
     "small": measure_small,
     "reuse": measure_reuse,
+    "frozen-files": measure_frozen_files,
     "restore": measure_restore,
     "metrics": measure_metrics,
     "safetensors": measure_safetensors,

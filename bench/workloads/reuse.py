@@ -37,7 +37,7 @@ class Run:
         own = max(1, int(count * learning))
         self.learning = [torch.randn(own) for _ in range(PIECES)]
         self.state = {"learning": self.learning, "frozen": [torch.randn(count - own) for _ in range(PIECES)]}
-        self._frozen = self.state["frozen"] if told else None
+        self.hint: list[torch.Tensor] | None = self.state["frozen"] if told else None  # given as frozen=
         self._steps = 0
 
     def save(self) -> Values:
@@ -45,7 +45,7 @@ class Run:
             tensor.add_(1.0)
         self._steps += 1
         started = clock()
-        pending = self.checkpointer.save(self._steps, self.state, lazy=True, frozen=self._frozen)
+        pending = self.checkpointer.save(self._steps, self.state, lazy=True, frozen=self.hint)
         pending.result()
         seconds, stats = clock() - started, pending.stats
         written = float(stats.bytes_total - stats.reused_bytes)
@@ -102,6 +102,42 @@ def measure_reuse(settings: Settings, report: Report) -> None:
                     ends.enter_context(run.checkpointer)
                 samples = interleave(sides, settings.rounds_or(ROUNDS), settings.settle, warmup=3)
             add_reuse(report, case, samples, nbytes)
+
+
+class LinkingRun(Run):
+    """The same where frozen tensors go to a file of their own, or all is written.
+
+    Args:
+        separate: the former.
+    """
+
+    def __init__(self, directory: Path, nbytes: int, learning: float, *, separate: bool) -> None:
+        super().__init__(directory, nbytes, learning, reuse=False)
+        self.checkpointer.close()
+        options = ckpt.Options(reuse=False, refresh_every=0, frozen="separate" if separate else "together")
+        self.checkpointer = ckpt.Checkpointer(directory, keep=KEEP, options=options)
+        self.hint = self.state["frozen"]
+
+
+def measure_frozen_files(settings: Settings, report: Report) -> None:
+    """On the file system of the directory, whatever it is: nothing but hard links is asked of it."""
+    nbytes, case = settings.sized(GIB), "an adapter learns, hard links"
+    with settings.workspace() as place, contextlib.ExitStack() as ends:
+        ways = (("separate", True), ("together", False))
+        runs = {
+            f"{case}, {name}": LinkingRun(place / name, nbytes, 1 / PART_THAT_LEARNS, separate=separate)
+            for name, separate in ways
+        }
+        for run in runs.values():
+            ends.enter_context(run.checkpointer)
+        sides = [Side(name, run.save) for name, run in runs.items()]
+        samples = interleave(sides, settings.rounds_or(ROUNDS), settings.settle, warmup=3)
+    for name, found in samples.items():
+        report.add("frozen-files", name, "s", column(found, "durable_s"), nbytes=nbytes, how=HOW)
+        report.add("frozen-files", name, "s", column(found, "blocked_s"), nbytes=nbytes, how=HOW_BLOCKED)
+        report.add("frozen-files", name, "bytes", column(found, "written_bytes"), nbytes=nbytes, how=HOW_BYTES)
+    linked, written = (column(found, "durable_s") for found in samples.values())
+    report.add_ratio("frozen-files", f"{case}: separate / together", linked, written, how="times of both", nbytes=nbytes)
 
 
 def add_reuse(report: Report, case: str, samples: Samples, nbytes: int) -> None:

@@ -10,6 +10,7 @@ from mounting import MIB, mounted
 from bench.measure.report import Report
 from bench.measure.sampling import Settings
 from bench.workloads import reuse
+from ckpt.saving import frozen_file
 
 
 def test_what_is_written_and_what_is_not(tmp_path: Path) -> None:
@@ -30,3 +31,12 @@ def test_where_nothing_can_be_shared_it_says_what_it_needs(tmp_path: Path, monke
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     with pytest.raises(RuntimeError, match="run as root"):
         reuse.measure_reuse(Settings(tmp_path), Report({}, 1.0))
+
+
+def test_what_is_linked_and_what_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(frozen_file, "LEAST_BYTES", MIB)
+    report = Report({}, 0.016)
+    reuse.measure_frozen_files(Settings(tmp_path / "files", 0.016, rounds=2, rest_s=0), report)
+    written = {line["case"]: line["value"] for line in report.lines if line["quantity"] == "written_bytes"}
+    case = "an adapter learns, hard links"
+    assert written[f"{case}, separate"] < written[f"{case}, together"] / 10
