@@ -13,6 +13,7 @@ from test_restore_into import damage_payload, file_of
 
 import ckpt
 from ckpt.errors import CheckpointError, DeadlineError, MismatchError
+from ckpt.loading.archive import Beside
 from ckpt.restore import file_readers
 
 
@@ -87,9 +88,9 @@ def test_every_read_has_the_deadline_of_the_options(job: ckpt.Checkpointer, to: 
     deadlines: list[float] = []
 
     class Noting(file_readers.Archive):
-        def __init__(self, path: Path, timeout_s: float = -1.0) -> None:
+        def __init__(self, path: Path, timeout_s: float = -1.0, beside: Beside | None = None) -> None:
             deadlines.append(timeout_s)
-            super().__init__(path, timeout_s)
+            super().__init__(path, timeout_s, beside)
 
     monkeypatch.setattr(file_readers, "Archive", Noting)
     memory = torch.zeros(100_000)
