@@ -181,43 +181,39 @@ class Checkpointer(SaveSession):
                 It must be equal to the byte on every rank, with the bytes between the elements of strided views. Structure,
                 values and shapes are compared, and of the bytes of tensors samples: small ones (4 KiB) whole, of larger ones
                 some 64 bytes here and there, at other places each time. If anything differs, the save fails on all ranks, and
-                the error names it. A difference of a few elements may go unseen; then a tensor has the value of one of the
-                ranks. Of what lies on devices nothing is compared by samples with `Options.device_lazy`, or with
-                `Options.replicated_writers="rank0"`.
+                the error names it. A difference of a few elements may go unseen; then a tensor has the value of one rank. Of
+                what lies on devices there are no samples with `Options.device_lazy`, nor with `replicated_writers="rank0"`.
             sharded: a state dict of which each rank holds a part: nested dicts and lists of DTensors, of any placements, on a
-                mesh of all ranks or on a part of one; tensors that are the same on all ranks; values that are. What it lies in
-                is then a checkpoint of torch.distributed.checkpoint, which `load(state, checkpoint_id=<directory of the step>)`
-                of torch reads on any number of ranks. No collective is called for it. What several ranks hold is written by
-                one of them. Compared are keys, shapes, placements and values, and of tensors that are no DTensors samples.
+                mesh of all ranks or a part of one; tensors and values that are the same on all. The step is then a checkpoint
+                of torch.distributed.checkpoint, which its `load(state, checkpoint_id=<directory of the step>)` reads on any
+                number of ranks. No collective is called for it; one of those that hold a part writes it. Compared are keys,
+                shapes, placements and values, and of tensors that are no DTensors samples.
             lazy: as in `ckpt.save`, for all of them.
-            frozen: what does not change, as the base of a LoRA: tensors, modules (their parameters that require no gradient),
-                iterables of these. Where files share blocks (`Options.reuse`) it is not read but by each `refresh_every`-th
-                save. What torch writes to is read again: `frozen=model` is always right. Not for who writes by `.data`, numpy.
-            metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element, averaged over the ranks:
-                the finite ones of rank 0 go to the manifest: for keep_best here and in jobs that resume it, for `ckpt prune`.
+            frozen: what does not change: tensors, modules (their parameters that require no gradient), iterables of these. It
+                is read by each `refresh_every`-th save alone, and when torch has written to it; not for who does by `.data`.
+            metrics: how good this step is, such as {"loss": 0.3}: numbers, or tensors of one element. The finite ones of rank 0
+                go to the manifest: for keep_best here and in jobs that resume it, for `ckpt prune`.
 
         Raises:
-            InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over,
-                as it may while this one has nothing in flight.
+            InUseError: another job is saving into the directory; or a newer Checkpointer of this process has taken it over.
             FailedSavesError: `Options.max_failed_saves` saves in a row have failed, this one was not begun. Or, on rank 0,
                 because a Tier.remote() that is required has not got an earlier one.
             ClosedError: after close().
-            CheckpointError: at the first save: the directory holds checkpoints, none of which this Checkpointer has looked at
-                by restore(), and `step` is not above the newest; or it was lost, see there. Nothing was written or removed.
+            CheckpointError: at the first save: there are checkpoints, none of which was looked at by restore(), and `step` is
+                not above the newest; or the directory was lost, see there. Nothing was written or removed.
             PeerError: at the first save, or with a required Tier.remote(), rank 0 does not answer, or may not save.
             TypeError, ValueError: step is not a count; `metrics` are no numbers, or lack what best_by names; all of `state`,
-                `replicated` and `sharded` are None; `replicated` holds tensors of which each rank has a part; `sharded` holds
-                what cannot be saved so (a ShardedTensor, a DTensor with Partial placements or on a mesh of other ranks, two
-                values of the same key); also what pickling a state raises.
+                `replicated` and `sharded` are None; `replicated` holds tensors of which each rank has a part; `sharded` what
+                cannot be saved so (a ShardedTensor, a DTensor that is Partial or on a mesh of other ranks, two values of one
+                key); also what pickling a state raises.
 
-        Failures of the storage and of other ranks are not raised here: they are logged, counted, and raised by the result's
-        `result()` and by wait().
+        Failures of the storage and of other ranks are logged, counted, and raised by the result's `result()` and by wait().
         """
         self._check_usable()
-        directory = self.directory / step_name(step)
-        call = SaveCall(self._saves, step, f"step {step}", where=directory, directory=directory)
+        path = self.directory / step_name(step)
+        call = SaveCall(self._saves, step, f"step {step}", where=path, directory=path)
         self._saves += 1  # whatever happens: all ranks count their calls
-        task = SaveTask(call.directory, step, on_done=functools.partial(self._note_done, call.number))
+        task = SaveTask(path, step, on_done=functools.partial(self._note_done, call.number))
         task.note = self._note
         self._levels.expect(task)
         try:
@@ -225,8 +221,8 @@ class Checkpointer(SaveSession):
             self._enter_nodes(call)
             call = dataclasses.replace(call, metrics=checked_metrics(metrics, self._keeping))  # an error reaches all by now
             self._check_failures()
-            given = Given(contents_of(state, replicated, sharded), lazy, hint_of(frozen))
-            self._begin(task, call, self._route(task, call), given)
+            contents = contents_of(state, replicated, sharded)
+            self._begin(task, call, self._route(task, call), Given(contents, lazy, hint_of(frozen)))
         except BaseException as error:
             self._attend(task, call, error)
             if not isinstance(error, (StorageError, DeadlineError, SkippedError)):
