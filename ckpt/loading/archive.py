@@ -197,7 +197,8 @@ class Archive(Records):
         Raises:
             CorruptError, StorageError, DeadlineError: one of them is damaged, or cannot be read.
         """
-        places = self.records.values()
+        beside = () if self.frozen is None else self.frozen.records
+        places = [each for name, each in self.records.items() if name not in beside]
         there = [(each.number, 0, HOST) for each in places if each.offset < end and begin < each.offset + each.size]
         self._file.read(there, whole=False, threads=reader_threads(), timeout_s=self._timeout_s)
 

@@ -10,13 +10,28 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from ckpt import devices as torch_devices
 from ckpt import torch_private
 from ckpt._native import SavedStorage
+from ckpt.fence import stepped_optimizers
 from ckpt.state_dicts import SupposedlyFrozen
+
+
+class Given(NamedTuple):
+    """A tensor that is said not to change, and the part of it that lies here: mostly itself."""
+
+    whole: torch.Tensor
+    here: torch.Tensor
+
+    def name(self) -> int | weakref.ref[torch.Tensor]:
+        """One and the same for the same tensor. Of a parameter no weak reference is kept, since torch swaps none that has
+        one; and it is no `.data`, which could get the place in memory of another one.
+        """
+        return id(self.whole) if isinstance(self.whole, torch.nn.Parameter) else weakref.ref(self.whole)
 
 
 class FrozenMark:
@@ -27,14 +42,14 @@ class FrozenMark:
         supposed: nobody has said that it does not change.
     """
 
-    __slots__ = ("_seen", "_tensor", "_weak", "key", "supposed")
+    __slots__ = ("_given", "_seen", "_weak", "key", "supposed")
 
-    def __init__(self, tensor: torch.Tensor, weak: Any, version: int, supposed: bool) -> None:
-        storage = tensor.untyped_storage()
+    def __init__(self, given: Given, weak: Any, versions: tuple[int | None, ...], supposed: bool) -> None:
+        storage = given.here.untyped_storage()
         self.key, self.supposed = torch_private.key_of(storage), supposed
-        self._tensor = weakref.ref(tensor)
+        self._given = given.name()
         self._weak = weak
-        self._seen = storage.data_ptr(), storage.nbytes(), version
+        self._seen = storage.data_ptr(), storage.nbytes(), versions
 
     def is_same(self, later: FrozenMark) -> bool:
         """Whether it is the same memory at a later save, whoever has written to that."""
@@ -45,8 +60,9 @@ class FrozenMark:
 
         The tensor must be the same object: another one of that storage may have a version counter of its own, as `.data` has.
         """
-        tensor = self._tensor()
-        return self.is_same(later) and tensor is not None and tensor is later._tensor() and self._seen == later._seen
+        by_number = isinstance(self._given, int) and isinstance(later._given, int)
+        same = self._given == later._given if by_number else self._given is later._given  # references compare values
+        return same and self.is_same(later) and self._seen == later._seen
 
 
 class FrozenHint:
@@ -69,19 +85,29 @@ class FrozenHint:
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Those that are declared, and of which something can be known."""
-        return [*self._declared.values()]
+        return [given.here for given in self._declared.values()]
 
     def mark_of(self, record: SavedStorage) -> FrozenMark | None:
         """None: nothing is said of all of it, or nothing could be told of it later."""
         storage = record.storage
         key = torch_private.key_of(storage)
-        tensor = self._declared.get(key, self._supposed.get(key))
-        if tensor is None or record.low != 0 or not record.nbytes == storage.nbytes() == tensor.nbytes:
+        given = self._declared.get(key, self._supposed.get(key))
+        if given is None:
+            return None
+        tensor = given.here
+        if storage.device.type != "cpu" or torch_devices.in_use.in_host_memory:
+            return None  # no bytes of it can be looked at without waiting for the device
+        if record.low != 0 or not record.nbytes == storage.nbytes() == tensor.nbytes:
             return None  # others may write to the rest of it
         if not _is_dense(tensor):
             return None
         seen = torch_private.look_at(tensor)
-        return None if seen is None else FrozenMark(tensor, *seen, key not in self._declared)
+        if seen is None:
+            return None
+        # Of all that is known of this memory: an operation on a DTensor moves its own counter, and not that of its part.
+        saved = [*((record.tensor,) if record.tensor is not None else ()), *(record.others or ())]
+        versions = seen[1], *(version_of(each) for each in (given.whole, *saved))
+        return FrozenMark(given, seen[0], versions, key not in self._declared)
 
 
 def version_of(tensor: torch.Tensor) -> int | None:
@@ -98,12 +124,16 @@ def hint_of(declared: Any) -> FrozenHint | None:
     return None if declared is None else FrozenHint(declared)
 
 
-def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
-    """Those of which something can be known."""
-    found: dict[int, torch.Tensor] = {}
-    for tensor in map(_local_part, tensors):
-        if tensor.layout is torch.strided and not tensor.is_inference() and _has_memory_of_its_own(tensor):
-            found.setdefault(torch_private.key_of(tensor.untyped_storage()), tensor)
+def _by_storage(tensors: Iterable[torch.Tensor]) -> dict[int, Given]:
+    """Those of which something can be known. What an optimizer has ever stepped is none: fused ones move no counter."""
+    found: dict[int, Given] = {}
+    stepped = {id(each) for optimizer in stepped_optimizers() for group in optimizer.param_groups for each in group["params"]}
+    for whole in tensors:
+        here = _local_part(whole)
+        if id(whole) in stepped or here.layout is not torch.strided or here.is_inference() or whole.is_inference():
+            continue
+        if _has_memory_of_its_own(here):
+            found.setdefault(torch_private.key_of(here.untyped_storage()), Given(whole, here))
     return found
 
 

@@ -80,6 +80,8 @@ def same_damage(damage: KnownDamage, places: StepPlaces, sequence: int, timeout_
         damage.look_for(directory, manifest.files, timeout_s)
     except UNFIT as error:
         return Objection(str(error), not manifests.is_at(directory, sequence))
+    except Exception:
+        return None
     return None
 
 
@@ -97,7 +99,10 @@ def _look_at(path: Path, file: FileEntry, place: _Place, timeout_s: float) -> No
         except OSError as error:
             raise StorageError(error.errno or 0, f"cannot read '{path}': {error.strerror}", str(path)) from error
     else:
-        archive = Archive(path, timeout_s)
+        try:
+            archive = Archive(path, timeout_s)
+        except CorruptError:  # it may be no such file: to read it as a whole tells
+            return
         try:
             archive.check_at(place.begin, place.end)
         finally:

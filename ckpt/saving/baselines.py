@@ -50,7 +50,8 @@ class Baselines:
         self._number = -1  # of the save that has left these
         self._left: dict[str, Offer] = {}
         self._refused: set[str] = set()  # directories whose file system shares no blocks
-        self._distrusted: list[FrozenMark] = []  # memory that was declared not to change, and has changed
+        # Memory that was declared not to change, and has changed; by keys, which no others get as long as the marks are here.
+        self._distrusted: dict[int, FrozenMark] = {}
         self._supposes = True  # that what nobody has declared may be frozen all the same
 
     def follow(self, file: FileInFlight, root: object, role: str, hint: FrozenHint | None = None) -> None:
@@ -101,7 +102,7 @@ class Baselines:
         for file in files:
             if file.stat("frozen_changed"):
                 with self._lock:
-                    self._distrusted += file.frozen_marks.values()
+                    self._distrusted |= {mark.key: mark for mark in file.frozen_marks.values()}
                     self._supposes = False
             if file.stat("unread_refused"):
                 self.give_up()
@@ -116,7 +117,7 @@ class Baselines:
         with self._lock:
             if mark.supposed and not self._supposes:
                 return False
-            return not any(known.is_same(mark) for known in self._distrusted)
+            return mark.key not in self._distrusted
 
     def give_up(self) -> None:
         """Lets go of all files: what of them has been removed takes room on the disk until then."""

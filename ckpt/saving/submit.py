@@ -79,6 +79,7 @@ def start(
             finisher.commit_later(task, publish)
         else:
             finisher.release()
+            _take_back_links(task)
         raise
     finally:
         task.save_s = time.monotonic() - task.started_at
@@ -273,6 +274,13 @@ def _submit(runtime: Runtime, file: FileInFlight, obj: Any, plan: SavePlan, opti
         logger.warning("%s was declared frozen, and has changed: it is saved as it is (the save to '%s')", name, file.target)
     if file.lineage is not None and any(mark.supposed for mark in file.doubted_marks()):
         file.lineage.owner.suppose_nothing()  # who writes behind torch's back to one that is frozen may do so to others
+
+
+def _take_back_links(task: SaveTask) -> None:
+    """Files that were linked while the save was planned, which has come to nothing."""
+    for file in task.planned:
+        if file.apart is not None and file.apart.linked:
+            file.apart.file.discard()
 
 
 def _frozen_tensors(files: Iterable[FileInFlight]) -> list[torch.Tensor]:

@@ -144,18 +144,9 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
     throw;
   }
   lock.unlock();
-  ReuseRequest request = reuse;
-  std::vector<uint32_t> doubted;
-  if (reuse.shares && reuse.baseline != nullptr && !reuse.frozen.empty()) {
-    doubted = leave_out_frozen(spec, reuse.frozen, reuse.supposed, *reuse.baseline, file->limits(), chunk_bytes_);
-    const auto is_doubted = [&](uint32_t record) { return std::find(doubted.begin(), doubted.end(), record) != doubted.end(); };
-    request.frozen.erase(std::remove_if(request.frozen.begin(), request.frozen.end(), is_doubted), request.frozen.end());
-  }
-  const auto job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
-  job->doubted = std::move(doubted);
+  const std::shared_ptr<Job> job = make_job(std::move(file), std::move(spec), checks, timeout_s, reuse);
   const bool has_device_bytes = !job->devices.empty();
   job->stats.arena_bytes = arena_.size();
-  if (reuse.wanted) job->reuse = std::make_unique<Reuse>(request, job->spec, job->file->limits(), job->chunks);
   lock.lock();
   try {
     if (has_device_bytes) begin_on_devices(lock, *job, streams);
@@ -190,6 +181,28 @@ std::shared_ptr<Job> Engine::submit(std::unique_ptr<WritableFile> file, FileSpec
   job->note_captured();
   lock.unlock();  // else who is woken waits for it at once
   monitor_->changed.notify_all();
+  return job;
+}
+
+// With what of it is not read left out.
+std::shared_ptr<Job> Engine::make_job(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks,
+                                      double timeout_s, ReuseRequest reuse) {
+  std::vector<uint32_t> doubted;
+  std::shared_ptr<Job> job;
+  try {
+    if (reuse.shares && reuse.baseline != nullptr && !reuse.frozen.empty()) {
+      doubted = leave_out_frozen(spec, reuse.frozen, reuse.supposed, *reuse.baseline, file->limits(), chunk_bytes_);
+      const auto is_doubted = [&](uint32_t record) { return std::find(doubted.begin(), doubted.end(), record) != doubted.end(); };
+      reuse.frozen.erase(std::remove_if(reuse.frozen.begin(), reuse.frozen.end(), is_doubted), reuse.frozen.end());
+    }
+    job = std::make_shared<Job>(monitor_, std::move(file), std::move(spec), chunk_bytes_, checks, timeout_s);
+    if (reuse.wanted) job->reuse = std::make_unique<Reuse>(reuse, job->spec, job->file->limits(), job->chunks);
+  } catch (...) {
+    if (job != nullptr) job->file->discard();
+    if (file != nullptr) file->discard();
+    throw;
+  }
+  job->doubted = std::move(doubted);
   return job;
 }
 

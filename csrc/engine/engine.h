@@ -108,6 +108,8 @@ class Engine {
   void prepare(Job& job);
   void write_chunk(Job& job, size_t index, WriterMemory& memory);
   bool account_captured(Job& job, Chunk& chunk);
+  std::shared_ptr<Job> make_job(std::unique_ptr<WritableFile> file, FileSpec spec, const CaptureChecks& checks, double timeout_s,
+                                ReuseRequest reuse);
   uint64_t share_unread(Job& job, Chunk& chunk);
   uint64_t write_all(Job& job, const Chunk& chunk, size_t index);
   void account_written(Job& job, Chunk& chunk, uint64_t from_tensors, uint64_t reused);  // requires the lock

@@ -41,6 +41,7 @@ struct Extent {
   Source kind = Source::kCopy;
   uint32_t record = kStructure;
   int device = kHost;  // where `source` is an address of
+  bool was_device_copy = false;  // what is kShared now
 };
 
 // Four bytes of the file, little-endian: the CRC-32 of `record`.

@@ -85,7 +85,7 @@ void describe(Chunk& chunk, const FileSpec& spec, const IoLimits& limits) {
     const Extent& extent = spec.extents[i];
     const uint64_t from = std::max(extent.offset, begin), to = std::min(end_of(extent), content_end);
     add_piece(chunk, kStructure, from - piece_at);
-    add_piece(chunk, extent.record, to - from, extent.kind);
+    add_piece(chunk, extent.record, to - from, extent.was_device_copy ? Source::kDeviceCopy : extent.kind);
     add_device_bytes(chunk, extent, to - from);
     piece_at = to;
     const bool is_structure = extent.record == kStructure;

@@ -97,6 +97,7 @@ void add(std::vector<Extent>& extents, const Extent& whole, uint64_t begin, uint
   part.source += begin - whole.offset;
   part.offset = begin;
   part.length = end - begin;
+  part.was_device_copy = whole.kind == Source::kDeviceCopy;
   part.kind = kind;
   extents.push_back(part);
 }
@@ -157,11 +158,13 @@ std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_
     }
     add(extents, extent, at, end_of(extent), extent.kind);
   }
-  spec.extents = std::move(extents);
+  std::swap(spec.extents, extents);
+  std::vector<Chunk> chunks = cut_into_chunks(spec, limits, chunk_bytes);
+  if (!keep_checksums(chunks, baseline)) std::swap(spec.extents, extents);  // it is cut otherwise than was foreseen: all is read
   return doubted;
 }
 
-void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline) {
+bool keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline) {
   for (Chunk& chunk : chunks) {
     if (!chunk.shares) continue;
     std::vector<ByteRange> shared;
@@ -181,9 +184,9 @@ void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline) {
       piece.kept = true;
       ++range;
     }
-    // leave_out_frozen() has foreseen how the file is cut; if not, nothing of it may be written.
-    if (range != shared.end()) throw Error(ErrorKind::kCorrupt, "bytes that are not read have no checksum");
+    if (range != shared.end()) return false;
   }
+  return true;
 }
 
 bool read_after_all(Chunk& chunk, Piece& piece, uint64_t begin) {

@@ -32,8 +32,8 @@ struct UnreadRefused {};
 std::vector<uint32_t> leave_out_frozen(FileSpec& spec, const std::vector<uint32_t>& records, const std::vector<uint32_t>& supposed,
                                        const Baseline& baseline, const IoLimits& limits, size_t chunk_bytes);
 
-// Of chunks that were cut from that: their pieces get the checksums of the file before.
-void keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline);
+// Of chunks that were cut from that: their pieces get the checksums of the file before. False if it has not those of just these.
+bool keep_checksums(std::vector<Chunk>& chunks, const Baseline& baseline);
 
 // Reads the bytes of a piece, which is at `begin` in the file, after all. False if they cannot be read: that is late, and its memory
 // may be gone by now.

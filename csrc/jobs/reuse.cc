@@ -83,7 +83,9 @@ Reuse::Reuse(const ReuseRequest& request, const FileSpec& spec, const IoLimits& 
       is_frozen_(spec.record_count, false),
       marks_(chunks.size()) {
   for (const uint32_t record : request.frozen) is_frozen_.at(record) = true;
-  if (baseline_ != nullptr) keep_checksums(chunks, *baseline_);
+  if (baseline_ != nullptr && !keep_checksums(chunks, *baseline_)) {
+    throw Error(ErrorKind::kCorrupt, "bytes that are not read have no checksum");  // leave_out_frozen() has tried it out
+  }
 }
 
 bool Reuse::is_compared(const Piece& piece) const {

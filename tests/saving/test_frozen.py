@@ -6,12 +6,14 @@ import errno
 import gc
 import logging
 import shutil
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from choice import mostly_slow
 from mounting import MIB, mounted
 from reuse_runs import Run, shared_bytes
@@ -173,6 +175,36 @@ def test_all_that_has_changed_is_distrusted_at_once(run: Run) -> None:
         del run.saved[run.step]
     assert errors == 1
     run.save()
+
+
+def test_an_operation_on_a_whole_is_seen_in_its_part() -> None:
+    """Of a DTensor: the counter of the part that lies here stands still. Samples must not be needed, which devices have not."""
+    from torch.distributed.tensor import DTensor
+
+    part = torch.randn(1000)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        whole = DTensor.from_local(part, dist.init_device_mesh("cpu", (1,)))
+        record: Any = types.SimpleNamespace(storage=part.untyped_storage(), low=0, nbytes=4000, tensor=None, others=None)
+        before, again = FrozenHint(whole).mark_of(record), FrozenHint(whole).mark_of(record)
+        assert before is not None and again is not None and before.holds(again)
+        with torch.no_grad():
+            whole.mul_(2)
+        later = FrozenHint(whole).mark_of(record)
+        assert later is not None and not before.holds(later)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_what_an_optimizer_steps_is_not_believed() -> None:
+    """Whatever is said of it now: fused steps may move no counter."""
+    parameter = torch.nn.Parameter(torch.randn(100))
+    optimizer = torch.optim.AdamW([parameter], fused=True)
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    parameter.requires_grad_(False)
+    assert FrozenHint(parameter).tensors == []
+    del optimizer
 
 
 def test_another_counter_tells_nothing(run: Run) -> None:
