@@ -23,6 +23,7 @@ class Unread(Outcomes):
     module = "deepspeed_frozen"
 
 
+@pytest.mark.slow  # DeepSpeed takes long to import; what it gives is what the callback gives
 def test_what_does_not_learn_is_not_read(sharing: Path) -> None:  # noqa: F811
     """Written to past torch's eyes, it is. With stage 3 each save makes a copy of it, which is read."""
     cases: list[Fields] = [
