@@ -63,7 +63,7 @@ class FakeCheckpointer:
         self.directory = directory
         self.saved: list[int] = []
 
-    def save(self, step: int, state: Any, *, replicated: Any, sharded: Any, lazy: Any, metrics: Any) -> Any:
+    def save(self, step: int, state: Any, *, replicated: Any, sharded: Any, lazy: Any, metrics: Any, frozen: Any) -> Any:
         assert sharded is None, "nothing of these models is"
         self.saved.append(step)
         self.state, self.replicated_state, self.lazy = state, replicated, lazy

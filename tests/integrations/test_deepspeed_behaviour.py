@@ -181,7 +181,7 @@ def test_no_step_waits_for_the_disk(ranks: Outcomes) -> None:
 # ---- loading ---------------------------------------------------------------------------------------------------------
 
 DAMAGES = {  # and what is said of it
-    "flip": "rank 1: .*fails the CRC-32",
+    "flip": "rank 1: .*fails (the|its) CRC-32",
     "truncate": "has 5000 bytes",
     "delete": "rank 1: .*No such file",
     "only_temporaries": "never completed",
