@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from ckpt.collector import without_collector
 from ckpt.upkeep.marks import mark_of
-from ckpt.upkeep.pickles import Global, Made, Pairs, Stored, uncollected
+from ckpt.upkeep.pickles import Global, Made, Pairs, Stored
 
 _MOST_VISITS = 1_000_000  # a small pickle can share containers so that its paths are without number
 _MOST_SHOWN = 60  # characters of a value
@@ -83,7 +84,7 @@ class Tree(NamedTuple):
 
 def describe(value: Any) -> Tree:
     walk = _Walk()
-    with uncollected():
+    with without_collector():
         leaves = list(walk.leaves(value))
     return Tree(leaves, walk.cut, sorted(walk.foreign))
 

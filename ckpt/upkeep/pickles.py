@@ -7,12 +7,11 @@ and memory by its own length; nothing in it makes that more.
 
 from __future__ import annotations
 
-import contextlib
-import gc
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from ckpt.collector import without_collector
 from ckpt.errors import CorruptError
 
 
@@ -77,18 +76,6 @@ class Made:
         return self.state.text_keys() if isinstance(self.state, Pairs) else {}
 
 
-@contextlib.contextmanager
-def uncollected() -> Iterator[None]:
-    """Millions of new containers would wake the cyclic collector again and again, and none of them is garbage."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
 def read_pickle(content: Any, at: int = 0) -> tuple[Any, int]:
     """What a pickle describes, and where it ends.
 
@@ -101,7 +88,7 @@ def read_pickle(content: Any, at: int = 0) -> tuple[Any, int]:
     """
     machine = _Machine(content, at)
     try:
-        with uncollected():
+        with without_collector():
             return machine.run(), machine.at
     except (IndexError, KeyError, ValueError, TypeError, struct.error, AttributeError, UnicodeError) as error:
         raise CorruptError(f"byte {machine.at} of the pickle cannot be understood: {type(error).__name__}: {error}") from error

@@ -15,6 +15,7 @@ import pytest
 import torch
 from deadlines import patience
 from mounting import MIB, mounted
+from nursery import Ended, Nursery
 from support import DEADLINE_S, assert_same, options
 
 import ckpt
@@ -108,3 +109,22 @@ def shared_bytes(path: Path) -> int:
                     return shared
             if count == 0:
                 return shared
+
+
+def start_ranks(
+    program_of: str, nurseries: list[Nursery], directory: Path, world: int, steps: int, **crash: Any
+) -> list[Ended]:
+    """Of a module in tests/dist; until all have ended."""
+    children = []
+    for rank in range(world):
+        request = {
+            "directory": str(directory),
+            "rank": rank,
+            "world": world,
+            "steps": steps,
+            "crash_point": "",
+            "crash_skip": 0,
+        }
+        program = f"from dist import {program_of}; {program_of}.run({request | crash!r}); {program_of}.leave()"
+        children.append(nurseries[rank].start(program))
+    return [child.wait() for child in children]

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from choice import mostly_slow
 from dist import frozen_rank
 from nursery import Ended, Nursery, nurseries_of_ranks
+from reuse_runs import start_ranks
 from support import assert_same
 
 import ckpt
@@ -37,20 +38,7 @@ def nurseries() -> Iterator[list[Nursery]]:
         yield made
 
 
-def start(nurseries: list[Nursery], directory: Path, world: int, steps: int, **crash: Any) -> list[Ended]:
-    children = []
-    for rank in range(world):
-        request = {
-            "directory": str(directory),
-            "rank": rank,
-            "world": world,
-            "steps": steps,
-            "crash_point": "",
-            "crash_skip": 0,
-        }
-        program = f"from dist import frozen_rank; frozen_rank.run({request | crash!r}); frozen_rank.leave()"
-        children.append(nurseries[rank].start(program))
-    return [child.wait() for child in children]
+start = functools.partial(start_ranks, "frozen_rank")
 
 
 def durable(ended: Ended) -> dict[int, int]:

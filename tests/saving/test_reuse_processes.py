@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from dist import reuse_rank
 from nursery import Ended, Nursery, nurseries_of_ranks
-from reuse_runs import shared_bytes, sharing  # noqa: F401  sharing is a fixture
+from reuse_runs import shared_bytes, sharing, start_ranks  # noqa: F401  sharing is a fixture
 from support import assert_same
 
 import ckpt
@@ -34,20 +34,7 @@ def nurseries() -> Iterator[list[Nursery]]:
         yield made
 
 
-def start(nurseries: list[Nursery], directory: Path, world: int, steps: int, **crash: Any) -> list[Ended]:
-    children = []
-    for rank in range(world):
-        request = {
-            "directory": str(directory),
-            "rank": rank,
-            "world": world,
-            "steps": steps,
-            "crash_point": "",
-            "crash_skip": 0,
-        }
-        program = f"from dist import reuse_rank; reuse_rank.run({request | crash!r}); reuse_rank.leave()"
-        children.append(nurseries[rank].start(program))
-    return [child.wait() for child in children]
+start = functools.partial(start_ranks, "reuse_rank")
 
 
 def durable(ended: Ended) -> dict[int, tuple[int, int]]:
